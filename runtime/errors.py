@@ -1,0 +1,25 @@
+"""The exceptions of liar-opt: one root, and who can act on it.
+
+``ModelError``, ``OptionError`` and ``CheckError`` are for the user: a model that cannot be used, an option or a
+data file that does not fit, a result that failed its check. ``InternalError`` is a bug of ours and is not their kin.
+"""
+
+
+class LiarOptError(Exception):
+    """Root of every error that liar-opt raises on purpose; its message is one sentence for the user."""
+
+
+class ModelError(LiarOptError):
+    """The model cannot be read, is not supported, or has nothing to prune (exit code 2)."""
+
+
+class OptionError(LiarOptError):
+    """An option, a path or a calibration file does not fit (exit code 2)."""
+
+
+class CheckError(LiarOptError):
+    """The result failed a check and was not written (exit code 1)."""
+
+
+class InternalError(Exception):
+    """A bug of liar-opt; shown with its traceback (exit code 3)."""
