@@ -1,0 +1,316 @@
+"""First and second moments of the activations of one prunable dimension, added up in float64.
+
+For rows x of a dimension of width n (activations of real, unpadded tokens) every batch hands in
+
+    count = number of rows        total = sum_rows x  [n]        second = X^T X  [n, n]
+
+and this module keeps their sums, apart for two *folds* of the calibration data: ``training``, and the ``held_back``
+tenth on which the ridge is chosen (`liar_opt.runtime.solve.choose_ridge`). From the sums
+
+    mean mu = total / count       uncentred = second / count       covariance S = uncentred - mu^T mu
+
+The covariance divides by the count, not by count - 1: errors in `liar_opt.runtime.solve` are means over these rows.
+
+For the error-aware target (the dense output y of the consumer fitted from the pruned input x~; K-prune,
+arXiv 2308.03449, does so for BERT) the cross moments X~^T Y [n, m], the column sums of Y [m] and sum Y^2 are added
+beside them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.errors import InternalError, OptionError
+
+Array = NDArray[np.float64]
+AnyArray = NDArray[Any]
+FoldName = Literal["all", "training", "held_back"]
+
+
+@dataclass(frozen=True)
+class CrossStatistics:
+    """What the error-aware target needs of a dense output y [m], as means over the rows of one fold.
+
+    Attributes:
+        covariance: E[(x~ - mu)^T (y - E y)], [n, m].
+        target_mean: E[y], [m].
+        target_variance: E[|y - E y|^2], summed over the m columns.
+    """
+
+    covariance: Array
+    target_mean: Array
+    target_variance: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The moments of one fold, as means over its rows.
+
+    Attributes:
+        count: Number of rows.
+        mean: E[x], [n].
+        covariance: E[(x - mean)^T (x - mean)], [n, n], symmetric.
+    """
+
+    count: int
+    mean: Array
+    covariance: Array
+
+    @property
+    def width(self) -> int:
+        """Width n of the dimension."""
+        return int(self.mean.shape[0])
+
+    @property
+    def uncentred(self) -> Array:
+        """E[x^T x], [n, n]."""
+        return self.covariance + np.outer(self.mean, self.mean)
+
+    @property
+    def mean_square(self) -> Array:
+        """E[x_j^2] of every channel, [n]: the diagonal of `uncentred`."""
+        return np.diagonal(self.covariance) + self.mean**2
+
+
+class _Fold:
+    """Running sums of one fold; the cross sums have their own count, so that a batch without them is seen."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.total: Array = np.zeros(width)
+        self.second: Array = np.zeros((width, width))
+        self.cross: Array | None = None
+        self.target_total: Array | None = None
+        self.target_square = 0.0
+        self.cross_count = 0
+
+    def include(self, other: "_Fold") -> None:
+        self.count += other.count
+        self.total += other.total
+        self.second += other.second
+        if other.cross is None or other.target_total is None:
+            return
+        self.include_cross(other.cross_count, other.cross, other.target_total, other.target_square)
+
+    def include_cross(self, count: int, cross: AnyArray, target_total: AnyArray, target_square: float) -> None:
+        if self.cross is None or self.target_total is None:
+            self.cross = np.zeros(cross.shape)
+            self.target_total = np.zeros(target_total.shape)
+        if self.cross.shape != cross.shape:
+            raise InternalError(f"cross moment is {cross.shape}, those before it are {self.cross.shape}")
+        self.cross += cross
+        self.target_total += target_total
+        self.target_square += float(target_square)
+        self.cross_count += count
+
+
+class Moments:
+    """Running moments of one dimension of width n, in float64, in a training and a held-back fold.
+
+    Args:
+        width: Width n of the dimension.
+
+    Raises:
+        InternalError: `width` is below one.
+    """
+
+    def __init__(self, width: int) -> None:
+        if width < 1:
+            raise InternalError(f"moments of width {width}, needs at least 1")
+        self.width = width
+        self._folds: Mapping[str, _Fold] = {"training": _Fold(width), "held_back": _Fold(width)}
+
+    def add(self, count: int, total: AnyArray, second: AnyArray, held_back: bool = False) -> None:
+        """Add one batch.
+
+        Args:
+            count: Rows in the batch.
+            total: Column sums, [n], any float type.
+            second: X^T X, [n, n], any float type.
+            held_back: Whether the batch belongs to the held-back fold.
+
+        Raises:
+            InternalError: A shape does not fit the width, or `count` is negative.
+            OptionError: NaN or Inf among the sums.
+        """
+        if count < 0:
+            raise InternalError(f"batch of {count} rows")
+        if total.shape != (self.width,) or second.shape != (self.width, self.width):
+            raise InternalError(f"moments of width {self.width} were given {total.shape} and {second.shape}")
+        _require_finite(total, second)
+        fold = self._folds[_fold_name(held_back)]
+        fold.count += int(count)
+        fold.total += total
+        fold.second += second
+
+    def add_blocks(
+        self,
+        count: int,
+        total: AnyArray,
+        blocks: Sequence[AnyArray],
+        bounds: Sequence[int],
+        held_back: bool = False,
+    ) -> None:
+        """Add one batch whose second moment comes as the upper blocks of a column partition.
+
+        Args:
+            count: Rows in the batch.
+            total: Column sums, [n].
+            blocks: X_i^T X_j for i <= j, see `assemble_symmetric`.
+            bounds: Bounds of the column partition, see `assemble_symmetric`.
+            held_back: Whether the batch belongs to the held-back fold.
+
+        Raises:
+            InternalError: A shape does not fit.
+            OptionError: NaN or Inf among the sums.
+        """
+        self.add(count, total, assemble_symmetric(blocks, bounds), held_back)
+
+    def add_cross(
+        self,
+        count: int,
+        cross: AnyArray,
+        target_total: AnyArray,
+        target_square: float,
+        held_back: bool = False,
+    ) -> None:
+        """Add the cross moments of one batch; its `add` is called apart.
+
+        Args:
+            count: Rows in the batch.
+            cross: X~^T Y, [n, m].
+            target_total: Column sums of Y, [m].
+            target_square: Sum of all entries of Y, squared.
+            held_back: Whether the batch belongs to the held-back fold.
+
+        Raises:
+            InternalError: A shape does not fit the width or the batches before.
+            OptionError: NaN or Inf among the sums.
+        """
+        if cross.ndim != 2 or cross.shape[0] != self.width or target_total.shape != cross.shape[1:]:
+            raise InternalError(f"cross moments of width {self.width} were given {cross.shape}, {target_total.shape}")
+        _require_finite(cross, target_total, np.asarray(target_square))
+        self._folds[_fold_name(held_back)].include_cross(int(count), cross, target_total, target_square)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the pooled moments of both, fold by fold: for one weight that is used in several places.
+
+        Raises:
+            InternalError: The widths differ.
+        """
+        if other.width != self.width:
+            raise InternalError(f"moments of width {self.width} cannot be pooled with width {other.width}")
+        pooled = Moments(self.width)
+        for name, fold in pooled._folds.items():
+            fold.include(self._folds[name])
+            fold.include(other._folds[name])
+        return pooled
+
+    def statistics(self, fold: FoldName = "all") -> Statistics:
+        """Return count, mean and covariance of one fold, or of both together.
+
+        Raises:
+            InternalError: The fold has no rows.
+        """
+        sums = self._sums(fold)
+        if sums.count == 0:
+            raise InternalError(f"no rows in fold '{fold}'")
+        mean = sums.total / sums.count
+        second = sums.second / sums.count
+        covariance = 0.5 * (second + second.T) - np.outer(mean, mean)
+        # A constant channel gives a rounding residue of either sign here; a variance is never negative.
+        diagonal = np.einsum("ii->i", covariance)
+        np.maximum(diagonal, 0.0, out=diagonal)
+        return Statistics(sums.count, mean, covariance)
+
+    def cross_statistics(self, fold: FoldName = "all") -> CrossStatistics:
+        """Return the cross moments of one fold, or of both together.
+
+        Raises:
+            InternalError: Not every row of the fold has cross moments.
+        """
+        sums = self._sums(fold)
+        if sums.cross is None or sums.target_total is None or sums.cross_count != sums.count:
+            raise InternalError(f"fold '{fold}' has {sums.count} rows and cross moments of {sums.cross_count}")
+        mean = sums.total / sums.count
+        target_mean = sums.target_total / sums.count
+        variance = sums.target_square / sums.count - float(target_mean @ target_mean)
+        return CrossStatistics(sums.cross / sums.count - np.outer(mean, target_mean), target_mean, max(variance, 0.0))
+
+    def rows(self, fold: FoldName = "all") -> int:
+        """Return the number of rows in one fold, or in both together."""
+        if fold == "all":
+            return sum(sums.count for sums in self._folds.values())
+        return self._folds[fold].count
+
+    @property
+    def count(self) -> int:
+        """Number of rows, both folds together."""
+        return self.rows()
+
+    @property
+    def mean(self) -> Array:
+        """E[x], [n], both folds together."""
+        return self.statistics().mean
+
+    @property
+    def covariance(self) -> Array:
+        """E[(x - mean)^T (x - mean)], [n, n], both folds together."""
+        return self.statistics().covariance
+
+    @property
+    def uncentred(self) -> Array:
+        """E[x^T x], [n, n], both folds together."""
+        return self.statistics().uncentred
+
+    def _sums(self, fold: FoldName) -> _Fold:
+        if fold != "all":
+            return self._folds[fold]
+        both = _Fold(self.width)
+        for sums in self._folds.values():
+            both.include(sums)
+        return both
+
+
+def assemble_symmetric(blocks: Sequence[AnyArray], bounds: Sequence[int]) -> Array:
+    """Build the full X^T X from the upper blocks of a column partition: half of the multiplications are saved.
+
+    Args:
+        blocks: X_i^T X_j for i <= j, ordered (0,0), (0,1), ..., (0,p-1), (1,1), ..., (p-1,p-1).
+        bounds: 0 = bounds[0] < ... < bounds[p] = n; part i holds the columns bounds[i]:bounds[i+1].
+
+    Returns:
+        The symmetric matrix, [n, n], float64.
+
+    Raises:
+        InternalError: The bounds do not increase from 0, or the number or shape of the blocks does not fit them.
+    """
+    parts = len(bounds) - 1
+    if parts < 1 or bounds[0] != 0 or any(low >= high for low, high in pairwise(bounds)):
+        raise InternalError(f"partition bounds {list(bounds)} do not increase from 0")
+    if len(blocks) != parts * (parts + 1) // 2:
+        raise InternalError(f"{len(blocks)} blocks given, {parts} parts need {parts * (parts + 1) // 2}")
+    full: Array = np.empty((bounds[-1], bounds[-1]))
+    pairs = ((i, j) for i in range(parts) for j in range(i, parts))
+    for block, (i, j) in zip(blocks, pairs, strict=True):
+        rows, columns = slice(bounds[i], bounds[i + 1]), slice(bounds[j], bounds[j + 1])
+        if block.shape != (bounds[i + 1] - bounds[i], bounds[j + 1] - bounds[j]):
+            raise InternalError(f"block ({i}, {j}) is {block.shape}, the bounds are {list(bounds)}")
+        full[rows, columns] = block
+        if i != j:
+            full[columns, rows] = block.T
+    return full
+
+
+def _fold_name(held_back: bool) -> str:
+    return "held_back" if held_back else "training"
+
+
+def _require_finite(*arrays: AnyArray) -> None:
+    # A sum is NaN or Inf when any entry is; it spares a temporary of the array's size.
+    if not all(np.isfinite(array.sum(dtype=np.float64)) for array in arrays):
+        raise OptionError("the activations hold NaN or Inf on the calibration data")

@@ -1,0 +1,660 @@
+"""Least-squares repair, its error, and the selection of what to remove: everything from second moments.
+
+A dimension of width n is consumed by y = x W + b (W: [n, m]; activations in rows). With mean mu and covariance S of x,
+a removed set M and a kept set U,
+
+    x_M ~ x_U Q + p      Q = (S_UU + lam I)^-1 S_UM  [u, r]      p = mu_M - mu_U Q  [r]
+    W' = W_U + Q W_M     b' = b + p W_M              lam = ridge * mean(diag(S_UU))
+
+(LIAR, arXiv 2407.13331, eq. 6-9; the ridge is ours). The mean squared error of y, summed over its m columns, is
+
+    err(M) = tr(W_M^T S_MM W_M) - 2 tr(Z^T S_UM W_M) + tr(Z^T S_UU Z)      Z = Q W_M
+
+which for lam = 0 is tr(W_M^T (S_MM - S_MU S_UU^-1 S_UM) W_M), the Schur complement.
+
+Greedy selection is structured OBS (Hassibi and Stork 1993; ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983) with
+P = (S + lam I)^-1, W the weight repaired so far, and G = sum over consumers of W W^T. Removing the block B costs
+tr(P_BB^-1 G_BB). With P_BB = L L^T, V = P_:B L^-T, C = G_:B L^-T, U = C - V (L^-1 G_BB L^-T) / 2, the removal is
+
+    P <- P - V V^T        G <- G - V U^T - U V^T
+
+so the weights themselves are never carried: the cost does not depend on m. We differ from the papers in that: they
+down-date W. P and G are kept as they were, minus the factors since, and refreshed by one matrix product now and then.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+from scipy.linalg import blas, lapack
+
+from liar_opt.runtime.errors import InternalError
+from liar_opt.runtime.moments import AnyArray, Array, CrossStatistics, Statistics
+
+Indices = NDArray[np.integer[Any]]
+RepairKind = Literal["repair", "bias", "none"]
+
+RIDGE_GRID: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Relative ridges tried by `choose_ridge`, ascending."""
+
+_SMALLEST_RIDGE = 1e-10
+_LAZY_COLUMNS = 64
+_COMPACT_BELOW = 0.8
+
+
+@dataclass(frozen=True)
+class RepairMap:
+    """How the kept channels U stand in for the removed M: x_M ~ x_U Q + p.
+
+    Attributes:
+        Q: [u, r].
+        p: [r].
+        ridge_used: The relative ridge that was used; inf where only the bias is repaired.
+        raised: Whether it had to rise because S_UU did not factor.
+    """
+
+    Q: Array
+    p: Array
+    ridge_used: float
+    raised: bool
+
+
+@dataclass(frozen=True)
+class RidgeChoice:
+    """What the held-back rows say about the repair of one dimension.
+
+    Attributes:
+        kind: "repair"; "bias" where every ridge does worse than the bias alone; "none" where even that does harm.
+        ridge: The relative ridge; inf unless `kind` is "repair".
+        error: Held-back error of the choice.
+        bias_error: Held-back error with the bias alone repaired.
+        masked_error: Held-back error without repair.
+    """
+
+    kind: RepairKind
+    ridge: float
+    error: float
+    bias_error: float
+    masked_error: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One dimension to be thinned, for `select_greedy`.
+
+    Attributes:
+        covariance: S, [n, n].
+        weights: The consumers of this dimension, each [n, m_i].
+        blocks: Block id of every channel, [n], 0..k-1; a block is removed whole.
+        scale: Factor on this problem's error where several problems are summed.
+    """
+
+    covariance: AnyArray
+    weights: Sequence[AnyArray]
+    blocks: Indices
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Outcome of `select_greedy`.
+
+    Attributes:
+        kept_blocks: Ids of the kept blocks, ascending.
+        removed_blocks: Ids of the removed blocks in the order of removal.
+        errors: Error after each removal, summed over the problems; it includes the ridge's penalty (`penalised_error`).
+        ridge_used: The relative ridge, the largest over the problems.
+        raised: Whether it had to rise because a covariance did not factor.
+    """
+
+    kept_blocks: NDArray[np.int64]
+    removed_blocks: NDArray[np.int64]
+    errors: Array
+    ridge_used: float
+    raised: bool
+
+
+@dataclass(frozen=True)
+class DenseFit:
+    """A consumer fitted to a dense target, see `fit_dense_target`.
+
+    Attributes:
+        weight: W', [u, m].
+        bias: b', [m]; the whole bias of the consumer, not an addition to it.
+        ridge_used: The relative ridge that was used; inf where the local solution was kept.
+        raised: Whether it had to rise because S_UU did not factor.
+    """
+
+    weight: Array
+    bias: Array
+    ridge_used: float
+    raised: bool
+
+
+# Repair -------------------------------------------------------------------------------------------------------------
+
+
+def repair_map(covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Indices, ridge: float) -> RepairMap:
+    """Interpolate the removed channels from the kept ones.
+
+    Args:
+        covariance: S, [n, n].
+        mean: mu, [n].
+        kept: Kept channels, [u].
+        removed: Removed channels, [r].
+        ridge: Relative ridge >= 0; inf repairs the bias alone (Q = 0).
+
+    Raises:
+        InternalError: Shapes or index sets do not fit, or the ridge is negative or NaN.
+    """
+    _require_sets(covariance, kept, removed, ridge)
+    if mean.shape != covariance.shape[:1]:
+        raise InternalError(f"mean is {mean.shape}, covariance {covariance.shape}")
+    if math.isinf(ridge) or kept.size == 0:
+        return RepairMap(np.zeros((kept.size, removed.size)), mean[removed].astype(np.float64), math.inf, False)
+    factor = _factor(_part(covariance, kept, kept), ridge)
+    q = factor.solve(_part(covariance, kept, removed))
+    return RepairMap(q, mean[removed] - mean[kept] @ q, factor.ridge, factor.raised)
+
+
+def no_repair_map(kept: Indices, removed: Indices) -> RepairMap:
+    """Return the map that leaves the rest of the model alone: Q = 0, p = 0."""
+    return RepairMap(np.zeros((kept.size, removed.size)), np.zeros(removed.size), math.inf, False)
+
+
+def map_of_choice(
+    choice: RidgeChoice, covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Indices
+) -> RepairMap:
+    """Return the map that `choose_ridge` asks for, from the moments of all rows; arguments as in `repair_map`."""
+    if choice.kind == "none":
+        return no_repair_map(kept, removed)
+    return repair_map(covariance, mean, kept, removed, choice.ridge)
+
+
+def fold(weight: AnyArray, kept: Indices, removed: Indices, repair: RepairMap) -> tuple[Array, Array]:
+    """Fold the repair into a consumer.
+
+    Args:
+        weight: W, [n, m].
+        kept: Kept channels, [u].
+        removed: Removed channels, [r].
+        repair: The map of this dimension and these sets.
+
+    Returns:
+        W' = W_U + Q W_M, [u, m], and p W_M, [m], to be added to the bias.
+
+    Raises:
+        InternalError: The map is of other sets.
+    """
+    if repair.Q.shape != (kept.size, removed.size):
+        raise InternalError(f"repair map is {repair.Q.shape}, the sets have {kept.size} and {removed.size} channels")
+    lost = weight[removed].astype(np.float64)
+    return weight[kept] + repair.Q @ lost, repair.p @ lost
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def residual_error(covariance: AnyArray, weight: AnyArray, kept: Indices, removed: Indices, ridge: float) -> float:
+    """Mean squared error of y = x W after the repair, summed over the m columns; `ridge` as in `repair_map`.
+
+    For ridge 0 it is tr(W_M^T (S_MM - S_MU S_UU^-1 S_UM) W_M).
+
+    Raises:
+        InternalError: Shapes or index sets do not fit, or the ridge is negative or NaN.
+    """
+    _require_sets(covariance, kept, removed, ridge)
+    lost = weight[removed].astype(np.float64)
+    bias_error = _form(_part(covariance, removed, removed), lost)
+    if math.isinf(ridge) or kept.size == 0:
+        return bias_error
+    factor = _factor(_part(covariance, kept, kept), ridge)
+    target = _part(covariance, kept, removed) @ lost
+    z = factor.solve(target)
+    # S_UU Z = (S_UU + lam I) Z - lam Z = target - lam Z spares a product.
+    return max(bias_error - _inner(z, target) - factor.lam * _inner(z, z), 0.0)
+
+
+def penalised_error(covariance: AnyArray, weight: AnyArray, kept: Indices, removed: Indices, lam: float) -> float:
+    """Return min over Z of err(Z) + lam (|Z|^2 + |W_M|^2), the objective of `select_greedy`; `lam` is absolute.
+
+    Raises:
+        InternalError: Shapes or index sets do not fit, or `lam` is negative or NaN.
+    """
+    _require_sets(covariance, kept, removed, lam)
+    lost = weight[removed].astype(np.float64)
+    error = _form(_part(covariance, removed, removed), lost) + lam * _inner(lost, lost)
+    if kept.size == 0:
+        return error
+    target = _part(covariance, kept, removed) @ lost
+    matrix = _part(covariance, kept, kept)
+    matrix[np.diag_indices_from(matrix)] += lam
+    return error - _inner(scipy.linalg.solve(matrix, target, assume_a="pos"), target)
+
+
+def masked_error(uncentred: AnyArray, weight: AnyArray, removed: Indices) -> float:
+    """Mean squared error of y = x W with x_M zeroed and nothing repaired; `uncentred` is E[x^T x], [n, n]."""
+    return _form(_part(uncentred, removed, removed), weight[removed].astype(np.float64))
+
+
+def bias_only_error(covariance: AnyArray, weight: AnyArray, removed: Indices) -> float:
+    """Mean squared error of y = x W with x_M replaced by its mean."""
+    return _form(_part(covariance, removed, removed), weight[removed].astype(np.float64))
+
+
+def choose_ridge(
+    training: Statistics,
+    held_back: Statistics,
+    weights: Sequence[AnyArray],
+    kept: Indices,
+    removed: Indices,
+    grid: Sequence[float] = RIDGE_GRID,
+) -> RidgeChoice:
+    """Choose the ridge on the held-back rows, from their moments alone.
+
+    The map is made of the training moments and its error taken on the held-back ones, S^h and mu^h, with
+    delta = mu^h - mu:  tr(W_M^T S^h_MM W_M) - 2 tr(Z^T S^h_UM W_M) + tr(Z^T S^h_UU Z) + |delta_M W_M - delta_U Z|^2.
+    The error falls and then rises along the grid, so the search walks downhill from the grid's middle.
+
+    Args:
+        training: Moments of the training rows.
+        held_back: Moments of the held-back rows.
+        weights: Consumers of the dimension, each [n, m_i]; their errors add up.
+        kept: Kept channels, [u].
+        removed: Removed channels, [r].
+        grid: Relative ridges, ascending.
+
+    Raises:
+        InternalError: Shapes or index sets do not fit, or the grid is empty.
+    """
+    if not grid:
+        raise InternalError("no ridge to choose from")
+    _require_sets(training.covariance, kept, removed, min(grid))
+    lost = _compressed(_stack(weights, training.width)[removed])
+    shift = held_back.mean - training.mean
+    held_mm = _form(_part(held_back.covariance, removed, removed), lost)
+    shift_m = shift[removed] @ lost
+    bias_error = held_mm + _inner(shift_m, shift_m)
+    mean_m = held_back.mean[removed] @ lost
+    none_error = held_mm + _inner(mean_m, mean_m)
+    candidates: list[tuple[float, RepairKind, float]] = [(none_error, "none", math.inf), (bias_error, "bias", math.inf)]
+    if kept.size and removed.size:
+        matrix = _part(training.covariance, kept, kept)
+        target = _part(training.covariance, kept, removed) @ lost
+        held_uu = _part(held_back.covariance, kept, kept)
+        held_target = _part(held_back.covariance, kept, removed) @ lost
+
+        def error_at(ridge: float) -> float:
+            z = _factor(matrix, ridge).solve(target)
+            off = shift_m - shift[kept] @ z
+            return held_mm - 2.0 * _inner(z, held_target) + _form(held_uu, z) + _inner(off, off)
+
+        ridge, error = _descend(error_at, grid)
+        candidates.append((error, "repair", ridge))
+    # Last of equals wins: the more thorough repair where the rows cannot tell.
+    best = min(reversed(candidates), key=lambda candidate: candidate[0])
+    return RidgeChoice(best[1], best[2], max(best[0], 0.0), bias_error, none_error)
+
+
+# Error-aware target -------------------------------------------------------------------------------------------------
+
+
+def fit_dense_target(
+    pruned: Statistics, cross: CrossStatistics, kept: Indices, local_weight: AnyArray, ridge: float
+) -> DenseFit:
+    """Fit the consumer to the dense model's output from the inputs of the pruned one.
+
+    W' = argmin |Y - X~_U W' - b'|^2 / rows + lam |W' - W_local|^2, that is
+    (S_UU + lam I) W' = C_U + lam W_local with C = E[(x~ - mu)^T (y - E y)], b' = E y - mu_U W'.
+
+    Args:
+        pruned: Moments of the inputs x~ that the pruned model produces, width n.
+        cross: Cross moments of x~ with the dense target y, [n, m].
+        kept: Kept channels, [u].
+        local_weight: W_local, [u, m], from `fold`.
+        ridge: Relative ridge >= 0; inf keeps W_local and repairs the bias.
+
+    Raises:
+        InternalError: Shapes do not fit, or the ridge is negative or NaN.
+    """
+    target = cross.covariance[kept]
+    if cross.covariance.shape[0] != pruned.width or local_weight.shape != target.shape or not ridge >= 0.0:
+        raise InternalError(
+            f"width {pruned.width}, cross {cross.covariance.shape}, local {local_weight.shape}, ridge {ridge}"
+        )
+    weight = local_weight.astype(np.float64)
+    used, raised = math.inf, False
+    if kept.size and not math.isinf(ridge):
+        factor = _factor(_part(pruned.covariance, kept, kept), ridge)
+        weight = factor.solve(target + factor.lam * weight)
+        used, raised = factor.ridge, factor.raised
+    return DenseFit(weight, cross.target_mean - pruned.mean[kept] @ weight, used, raised)
+
+
+def dense_target_error(
+    pruned: Statistics, cross: CrossStatistics, kept: Indices, weight: AnyArray, bias: AnyArray
+) -> float:
+    """E|y - x~_U W' - b'|^2, summed over the columns; arguments as in `fit_dense_target`, `bias` is b', [m]."""
+    off = cross.target_mean - pruned.mean[kept] @ weight - bias
+    form = _form(_part(pruned.covariance, kept, kept), weight.astype(np.float64))
+    return cross.target_variance - 2.0 * _inner(weight, cross.covariance[kept]) + form + _inner(off, off)
+
+
+def choose_dense_ridge(
+    training: tuple[Statistics, CrossStatistics],
+    held_back: tuple[Statistics, CrossStatistics],
+    kept: Indices,
+    local_weight: AnyArray,
+    grid: Sequence[float] = RIDGE_GRID,
+) -> float:
+    """Choose the ridge of `fit_dense_target` on the held-back rows; inf where the local solution does best.
+
+    Raises:
+        InternalError: As `fit_dense_target`, or the grid is empty.
+    """
+    if not grid:
+        raise InternalError("no ridge to choose from")
+
+    def error_at(ridge: float) -> float:
+        fit = fit_dense_target(*training, kept, local_weight, ridge)
+        return dense_target_error(*held_back, kept, fit.weight, fit.bias)
+
+    ridge, error = _descend(error_at, grid)
+    return ridge if error <= error_at(math.inf) else math.inf
+
+
+# Selection ----------------------------------------------------------------------------------------------------------
+
+
+def score_magnitude(weights: Sequence[AnyArray], blocks: Indices) -> Array:
+    """L2 norm of each block's rows over all consumers, [k]; higher is kept.
+
+    Args:
+        weights: Consumers, each [n, m_i].
+        blocks: Block id of every channel, [n], 0..k-1.
+
+    Raises:
+        InternalError: Shapes or block ids do not fit.
+    """
+    return score_activation_weighted(np.ones(blocks.shape[0]), weights, blocks)
+
+
+def score_activation_weighted(mean_square: AnyArray, weights: Sequence[AnyArray], blocks: Indices) -> Array:
+    """L2 norm of each block's rows, each weighted by sqrt(E[x_j^2]), [k]; higher is kept.
+
+    Wanda's score (arXiv 2306.11695) with the rows of a block grouped.
+
+    Args:
+        mean_square: E[x_j^2], [n].
+        weights: Consumers, each [n, m_i].
+        blocks: Block id of every channel, [n], 0..k-1.
+
+    Raises:
+        InternalError: Shapes or block ids do not fit.
+    """
+    number = _block_number(blocks, mean_square.shape[0])
+    rows = sum((np.square(w, dtype=np.float64).sum(axis=1) for w in weights), np.zeros(blocks.shape[0]))
+    return cast(Array, np.sqrt(np.bincount(blocks, weights=rows * mean_square, minlength=number)))
+
+
+def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selection:
+    """Remove, one after the other, the block whose removal costs least after repair.
+
+    The formulas are those of the module's docstring. Several problems are thinned by the same block ids; their
+    costs add up. O(n^3) in all for each problem, whatever m and the number removed.
+
+    Args:
+        problems: Dimensions tied together, at least one, with the same block ids 0..k-1.
+        keep: Number of blocks that are kept.
+        ridge: Relative ridge > 0: lam = ridge * mean(diag(S)) throughout the removal.
+
+    Raises:
+        InternalError: Shapes or block ids do not fit, `keep` is not within 0..k, or the ridge is not positive.
+    """
+    if not problems or not 0.0 < ridge < math.inf:
+        raise InternalError(f"selection among {len(problems)} problems with ridge {ridge}")
+    numbers = {_block_number(problem.blocks, problem.covariance.shape[0]) for problem in problems}
+    number = max(numbers)
+    if len(numbers) > 1 or not 0 <= keep <= number:
+        raise InternalError(f"keep {keep} of the blocks {sorted(numbers)}")
+    states = [_Downdate(problem, number, ridge) for problem in problems]
+    active = np.ones(number, dtype=bool)
+    order = np.empty(number - keep, dtype=np.int64)
+    steps = np.empty(number - keep)
+    for step in range(number - keep):
+        cost = states[0].costs()
+        for state in states[1:]:
+            cost = cost + state.costs()
+        cost[~active] = np.inf
+        block = int(np.argmin(cost))
+        active[block] = False
+        order[step] = block
+        steps[step] = sum(state.remove(block) for state in states)
+    return Selection(
+        np.flatnonzero(active).astype(np.int64),
+        order,
+        np.cumsum(steps),
+        max(state.ridge for state in states),
+        any(state.raised for state in states),
+    )
+
+
+class _Downdate:
+    """P and G of one problem while blocks leave it; the rows are sorted by block.
+
+    P and G lag behind: the truth is P - V^T V and G - V^T U - U^T V with the `used` first rows of V and U, [t, n].
+    Only the diagonal blocks, which the costs need, are kept up to date.
+    """
+
+    def __init__(self, problem: Problem, number: int, ridge: float) -> None:
+        rows = np.argsort(problem.blocks, kind="stable")
+        sizes = np.bincount(problem.blocks, minlength=number)
+        self.depth = int(sizes.max())
+        # Row positions of each block, [k, depth]; a short block is padded with the position of its own first row.
+        starts = np.cumsum(sizes) - sizes
+        inside = np.arange(self.depth)[None, :] < sizes[:, None]
+        self.positions = np.where(inside, starts[:, None] + np.arange(self.depth)[None, :], starts[:, None])
+        self.inside = inside
+        weight = _stack(problem.weights, problem.covariance.shape[0])[rows] * math.sqrt(problem.scale)
+        factor = _factor(_part(problem.covariance, rows, rows), ridge)
+        self.ridge, self.raised = factor.ridge, factor.raised
+        self.p = factor.inverse()
+        self.g: Array = weight @ weight.T
+        self.p_blocks = self._diagonal_blocks(self.p)
+        self.g_blocks = self._diagonal_blocks(self.g)
+        padded = np.arange(self.depth)[None, :] >= sizes[:, None]
+        short, place = np.nonzero(padded)
+        self.p_blocks[short, place, place] = 1.0
+        self.alive = np.ones(rows.size, dtype=bool)
+        capacity = max(_LAZY_COLUMNS, self.depth)
+        self.v: Array = np.empty((capacity, rows.size))
+        self.u: Array = np.empty((capacity, rows.size))
+        self.used = 0
+
+    def costs(self) -> Array:
+        """Cost of removing each block, [k]; meaningless for those already removed."""
+        if self.depth == 1:
+            return self.g_blocks[:, 0, 0] / self.p_blocks[:, 0, 0]
+        solved = np.linalg.solve(self.p_blocks, self.g_blocks)
+        return cast(Array, np.trace(solved, axis1=1, axis2=2))
+
+    def remove(self, block: int) -> float:
+        """Remove one block and return what it costs."""
+        rows = self.positions[block][self.inside[block]]
+        if self.used + rows.size > self.v.shape[0]:
+            self._refresh()
+            rows = self.positions[block][self.inside[block]]
+        v_past, u_past = self.v[: self.used], self.u[: self.used]
+        p_rows = self.p[rows] - v_past[:, rows].T @ v_past  # [d, n]
+        g_rows = self.g[rows] - u_past[:, rows].T @ v_past - v_past[:, rows].T @ u_past
+        if rows.size == 1:
+            root = math.sqrt(float(p_rows[0, rows[0]]))
+            v, c = p_rows / root, g_rows / root
+            inner = g_rows[:, rows] / (root * root)
+        else:
+            lower = np.linalg.cholesky(p_rows[:, rows])
+            v = scipy.linalg.solve_triangular(lower, p_rows, lower=True, check_finite=False)
+            c = scipy.linalg.solve_triangular(lower, g_rows, lower=True, check_finite=False)
+            inner = scipy.linalg.solve_triangular(lower, c[:, rows].T, lower=True, check_finite=False)
+        u = c - 0.5 * (inner @ v)
+        self.v[self.used : self.used + rows.size] = v
+        self.u[self.used : self.used + rows.size] = u
+        self.used += rows.size
+        self._update_blocks(v, u)
+        self.alive[rows] = False
+        # A removed block is given the cost of nothing, so that no division by a rounding residue is made for it.
+        self.p_blocks[block] = np.eye(self.depth)
+        self.g_blocks[block] = 0.0
+        return max(float(np.trace(inner)), 0.0)
+
+    def _update_blocks(self, v: Array, u: Array) -> None:
+        if self.depth == 1:
+            columns = self.positions[:, 0]
+            v_at, u_at = v[0, columns], u[0, columns]
+            self.p_blocks[:, 0, 0] -= v_at * v_at
+            self.g_blocks[:, 0, 0] -= 2.0 * v_at * u_at
+            return
+        v_at = np.where(self.inside, v[:, self.positions], 0.0).transpose(1, 2, 0)  # [k, depth, d]
+        u_at = np.where(self.inside, u[:, self.positions], 0.0).transpose(1, 2, 0)
+        self.p_blocks -= v_at @ v_at.transpose(0, 2, 1)
+        half = v_at @ u_at.transpose(0, 2, 1)
+        self.g_blocks -= half + half.transpose(0, 2, 1)
+
+    def _refresh(self) -> None:
+        v, u = self.v[: self.used], self.u[: self.used]
+        _subtract_product(self.p, v, v)
+        _subtract_product(self.g, np.concatenate([v, u]), np.concatenate([u, v]))
+        self.used = 0
+        if self.alive.sum() > _COMPACT_BELOW * self.alive.size:
+            return
+        alive = np.flatnonzero(self.alive)
+        renumbered = np.zeros(self.alive.size, dtype=np.int64)
+        renumbered[alive] = np.arange(alive.size)
+        self.positions = renumbered[self.positions]
+        self.p, self.g = _part(self.p, alive, alive), _part(self.g, alive, alive)
+        self.v, self.u = self.v[:, : alive.size].copy(), self.u[:, : alive.size].copy()
+        self.alive = np.ones(alive.size, dtype=bool)
+
+    def _diagonal_blocks(self, matrix: Array) -> Array:
+        blocks = matrix[self.positions[:, :, None], self.positions[:, None, :]]
+        both = self.inside[:, :, None] & self.inside[:, None, :]
+        return np.where(both, blocks, 0.0)
+
+
+# Private helpers ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """Cholesky factor of S + lam I (lower triangle) and the ridge it took."""
+
+    lower: Array
+    lam: float
+    ridge: float
+    raised: bool
+
+    def solve(self, right: AnyArray) -> Array:
+        return cast(Array, scipy.linalg.cho_solve((self.lower, True), right, check_finite=False))
+
+    def inverse(self) -> Array:
+        inverse, info = lapack.dpotri(self.lower, lower=1)
+        if info != 0:
+            raise InternalError(f"inverse of a factored matrix failed with info {info}")
+        lower = np.tril(inverse)
+        full = lower + lower.T
+        full[np.diag_indices_from(full)] *= 0.5
+        return np.ascontiguousarray(full)
+
+
+def _factor(matrix: Array, ridge: float) -> _Factor:
+    """Factor S + lam I; the ridge rises tenfold until it does, and not only by a rounding residue."""
+    mean = float(np.mean(np.diagonal(matrix)))
+    largest = float(np.max(np.diagonal(matrix)))
+    scale = mean if mean > 0.0 else 1.0
+    tried = ridge
+    # mean(diag) >= largest eigenvalue / n: this many tenfold steps make any symmetric S of finite entries factor.
+    for _ in range(40):
+        lam = tried * scale
+        shifted = matrix.copy()
+        shifted[np.diag_indices_from(shifted)] += lam
+        lower, info = lapack.dpotrf(shifted.T, lower=1, overwrite_a=1, clean=0)
+        floor = matrix.shape[0] * np.finfo(np.float64).eps * (largest + lam)
+        if info == 0 and float(np.min(np.diagonal(lower))) ** 2 > floor:
+            return _Factor(lower, lam, tried, tried > ridge)
+        tried = max(10.0 * tried, _SMALLEST_RIDGE)
+    raise InternalError(f"a covariance of width {matrix.shape[0]} does not factor even with ridge {tried}")
+
+
+def _descend(error_at: Callable[[float], float], grid: Sequence[float]) -> tuple[float, float]:
+    """Walk downhill over the grid from its middle, towards larger ridges first; return ridge and error."""
+    best = len(grid) // 2
+    error = error_at(grid[best])
+    for direction in (1, -1):
+        moved = False
+        while 0 <= best + direction < len(grid):
+            tried = error_at(grid[best + direction])
+            if tried >= error:
+                break
+            best, error, moved = best + direction, tried, True
+        if moved:
+            break
+    return grid[best], error
+
+
+def _stack(weights: Sequence[AnyArray], width: int) -> Array:
+    if not weights or any(w.ndim != 2 or w.shape[0] != width for w in weights):
+        raise InternalError(f"weights {[w.shape for w in weights]} on a dimension of width {width}")
+    return np.concatenate([w.astype(np.float64) for w in weights], axis=1)
+
+
+def _compressed(lost: Array) -> Array:
+    """Return R with R R^T = W_M W_M^T and no more columns than rows: every error is the same, and cheaper."""
+    if lost.shape[1] <= lost.shape[0]:
+        return lost
+    return cast(Array, np.asarray(np.linalg.qr(lost.T, mode="r")).T)
+
+
+def _subtract_product(matrix: Array, left: Array, right: Array) -> None:
+    """Symmetric matrix -= left^T right, in place, where left^T right is symmetric too."""
+    # matrix.T is the same symmetric matrix in the column order that BLAS writes into without a copy.
+    blas.dgemm(-1.0, left.T, right.T, beta=1.0, c=matrix.T, trans_b=1, overwrite_c=1)
+
+
+def _part(matrix: AnyArray, rows: Indices, columns: Indices) -> Array:
+    return np.ascontiguousarray(matrix[rows][:, columns], dtype=np.float64)
+
+
+def _form(matrix: Array, columns: Array) -> float:
+    """tr(columns^T matrix columns)."""
+    return _inner(columns, matrix @ columns)
+
+
+def _inner(left: AnyArray, right: AnyArray) -> float:
+    return float(np.vdot(left, right))
+
+
+def _block_number(blocks: Indices, width: int) -> int:
+    """Return the number of blocks.
+
+    Raises:
+        InternalError: The ids are not of this width, or some id of 0..k-1 is missing.
+    """
+    if blocks.shape != (width,) or width == 0 or int(blocks.min()) < 0:
+        raise InternalError(f"block ids are {blocks.shape}, the dimension has width {width}")
+    number = int(blocks.max()) + 1
+    if number > width or not np.bincount(blocks, minlength=number).all():
+        raise InternalError(f"not every block id of 0..{number - 1} has a channel")
+    return number
+
+
+def _require_sets(covariance: AnyArray, kept: Indices, removed: Indices, ridge: float) -> None:
+    width = covariance.shape[0]
+    if covariance.shape != (width, width) or not ridge >= 0.0:
+        raise InternalError(f"covariance is {covariance.shape}, ridge {ridge}")
+    both = np.concatenate([kept, removed]).astype(np.int64)
+    if both.size != width or not np.array_equal(np.sort(both), np.arange(width)):
+        raise InternalError(f"{kept.size} kept and {removed.size} removed channels do not share out width {width}")
