@@ -1,0 +1,1227 @@
+"""Calibration data: from what the user has at hand to batches that the graph accepts.
+
+Texts, arrays, saved or hub datasets and Python feeds all end as ``CalibrationData``: feeds ready for the runtime, and
+for each feed a row mask that tells the real rows from padding. Three rules hold for every source:
+
+- Padding is kept out of the moments. Texts are sorted by length before they are batched, so that little is padded;
+  a graph without a mask input gets batches of one length each, since its attention would see the padding.
+- A static batch axis is filled up by repeating samples. A repeat is a valid input, and its rows are masked out.
+- Batch (or row) order is shuffled with the seed, so that a held-back part is not all short texts or one class.
+
+Only the rows that were drawn are read and checked: ``.npy`` files and stored ``.npz`` members are memory-mapped,
+compressed members are read block by block, text files line by line (reservoir sampling, Vitter's algorithm R).
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.errors import OptionError
+
+Array = NDArray[Any]
+Source = str | Path | Mapping[str, Any] | Iterable[str] | Iterable[Mapping[str, Any]] | None
+T = TypeVar("T")
+
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".csv")
+_SUFFIXES = (*_TEXT_SUFFIXES, ".npz", ".npy")
+_ACCEPTED = "a .txt, .jsonl, .csv or .npz file, a folder of .npy files, or a `datasets` folder or name"
+_TEXT_COLUMNS = ("text", "sentence")
+_MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
+_PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
+_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+_LONGEST = 512  # tokens of a text when neither the graph nor the tokenizer says less
+_SYNTHETIC_SEQUENCE = 64  # noise needs no more, and position tables are rarely shorter
+_SYNTHETIC_VOCABULARY = 64  # below the embedding table of every model that we know
+_COLUMN_PROBE = 20  # rows looked at to tell which columns hold text
+_BLOCK_BYTES = 1 << 22  # read at once from a compressed array
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One graph input.
+
+    Attributes:
+        name: The input's name in the graph.
+        dtype: Its element type.
+        shape: One entry an axis: an int is static, a str a symbolic dimension, None unknown. Axis 0 is the batch.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Feeds for the graph, and which of their rows count.
+
+    Attributes:
+        batches: One dict of arrays by input name for each run of the graph.
+        row_masks: For each batch None (every row counts) or bool, True = a real row to be measured: [b, s] where the
+            graph has token inputs, [b] where only the batch axis is known. None for all batches or for none.
+        samples: Distinct samples in the batches (repeats that fill a static batch are not counted).
+        tokens: Real rows: tokens of a text model, samples where only the batch axis is known.
+        source: One line for the report.
+        warnings: What the user should know, one sentence each.
+        synthetic: The data is random, not the user's.
+    """
+
+    batches: tuple[dict[str, Array], ...]
+    row_masks: tuple[NDArray[np.bool_] | None, ...]
+    samples: int
+    tokens: int
+    source: str
+    warnings: tuple[str, ...]
+    synthetic: bool
+
+
+def load_calibration(
+    source: Source,
+    inputs: Sequence[InputSpec],
+    *,
+    tokenizer: str | Path | None = None,
+    text_column: str | None = None,
+    samples: int = 512,
+    batch_size: int = 32,
+    sequence_length: int | None = None,
+    mask_input: str | None = None,
+    seed: int = 0,
+    vocabulary: int | None = None,
+) -> CalibrationData:
+    """Turn any accepted source into batches for the graph.
+
+    Args:
+        source: None (seeded synthetic inputs); a path to .txt, .jsonl, .csv, .npz, a folder of .npy, or a saved
+            `datasets` folder; a hub name ``name[:config][:split]``; or in Python texts, a dict of arrays, or an
+            iterable (a DataLoader, say) of texts or of dicts of arrays or tensors with a leading batch axis.
+        inputs: The graph's inputs, in graph order.
+        tokenizer: Folder with a Hugging Face tokenizer, or its tokenizer.json; needed for texts.
+        text_column: Column that holds the text; default: the only text column, or ``text``, or ``sentence``.
+        samples: At most this many samples; more are drawn at random without replacement (an iterable that is not a
+            list is read from its start, since it may never end).
+        batch_size: Samples a batch, where the graph's batch axis is not static.
+        sequence_length: Cut texts to this many tokens; length of synthetic inputs. Feeds of arrays stay as they are.
+        mask_input: Name of the input that marks real tokens; default: found by name.
+        seed: Seed of every random choice.
+        vocabulary: Rows of the embedding table, when known: token ids must be smaller.
+
+    Returns:
+        The batches, their row masks and what there is to say about them.
+
+    Raises:
+        OptionError: The source or an option does not fit; one sentence that says what was found and the way out.
+    """
+    for option, value in (("samples", samples), ("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value is not None and value < 1:
+            raise OptionError(f"'{option}' is {value}; it must be at least 1.")
+    job = _Job(
+        signature=_Signature.read(inputs, mask_input),
+        tokenizer=tokenizer,
+        text_column=text_column,
+        samples=samples,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        seed=seed,
+        vocabulary=vocabulary,
+        rng=np.random.default_rng(seed),
+    )
+    if source is None:
+        return _synthesise(job)
+    drawn = _draw_from_path(source, job) if isinstance(source, str | Path) else _draw_from_python(source, job)
+    return _batch_texts(drawn, job) if isinstance(drawn, _Texts) else _batch_feeds(drawn, job)
+
+
+# What the graph takes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """The graph's inputs and what each of them is for.
+
+    Attributes:
+        inputs: By name, in graph order.
+        roles: ``ids``, ``mask``, ``type`` or ``position`` by input name; inputs of another purpose are absent.
+        ids: First input with the role ``ids``, if any.
+        mask: The input that marks real tokens, if any.
+        shared: Inputs without a batch axis of their own (scalars, [1, s] beside [b, s]): the same for every sample.
+        batch: The static batch size, if any.
+    """
+
+    inputs: dict[str, InputSpec]
+    roles: dict[str, str]
+    ids: str | None
+    mask: str | None
+    shared: frozenset[str]
+    batch: int | None
+
+    @classmethod
+    def read(cls, inputs: Sequence[InputSpec], mask_input: str | None) -> _Signature:
+        if not inputs:
+            raise OptionError("the model has no inputs; nothing can be calibrated.")
+        specs = {spec.name: spec for spec in inputs}
+        if mask_input is not None and mask_input not in specs:
+            raise OptionError(f"mask input '{mask_input}' is no input of the model; it has {_names(specs)}.")
+        roles = _roles(inputs, mask_input)
+        masks = [name for name, role in roles.items() if role == "mask"]
+        mask = mask_input or next((name for name in _MASK_NAMES if name in masks), masks[0] if masks else None)
+        leading = {spec.shape[0] for spec in inputs if spec.shape}
+        shared = frozenset(spec.name for spec in inputs if not spec.shape or (spec.shape[0] == 1 and leading != {1}))
+        static = {size: name for name, size in _leading_ints(specs, shared)}
+        if len(static) > 1:
+            raise OptionError(
+                f"inputs {_names(static.values())} have different static batch sizes {sorted(static)}; "
+                "export the model with one batch size, or with a dynamic batch axis."
+            )
+        ids = next((name for name, role in roles.items() if role == "ids"), None)
+        return cls(specs, roles, ids, mask, shared, next(iter(static), None))
+
+    def real_rows(self, batch: Mapping[str, Array], additive: bool) -> NDArray[np.bool_]:
+        """Which rows of a batch its mask input calls real: [b, s], or all of [b] when no token axis is known."""
+        first = batch[next(name for name in batch if name not in self.shared)]
+        tokens = batch[self.ids] if self.ids else None
+        mask = batch[self.mask] if self.mask and self.mask not in self.shared else None
+        if mask is not None and mask.ndim == 2 and (tokens is None or tokens.shape == mask.shape):
+            real: NDArray[np.bool_] = (mask >= 0) if additive else (mask != 0)
+            return real
+        return np.ones(first.shape[:1] if tokens is None else tokens.shape, dtype=np.bool_)
+
+
+def _leading_ints(specs: Mapping[str, InputSpec], shared: frozenset[str]) -> Iterator[tuple[str, int]]:
+    for name, spec in specs.items():
+        if name not in shared and isinstance(spec.shape[0], int):
+            yield name, spec.shape[0]
+
+
+def _roles(inputs: Sequence[InputSpec], mask_input: str | None) -> dict[str, str]:
+    """What each input is for, by its name; inputs with a name that says nothing, by their order: ids, mask, type."""
+    roles: dict[str, str] = {}
+    nameless: list[str] = []
+    for spec in inputs:
+        name = spec.name.lower()
+        tokens = len(spec.shape) == 2 and spec.dtype.kind in "biu"
+        if spec.name == mask_input:
+            roles[spec.name] = "mask"
+        elif re.search(r"type_?ids?|segment", name):
+            roles[spec.name] = "type"
+        elif re.search(r"position|pos_?ids?", name):
+            roles[spec.name] = "position"
+        elif "mask" in name and "masked" not in name:
+            roles[spec.name] = "mask"
+        elif tokens and spec.dtype.kind != "b" and re.search(r"(ids?|tokens?)([._:]\d+)?$", name):
+            roles[spec.name] = "ids"
+        elif tokens and re.fullmatch(r"onnx::.*|[\W_\d]*(inputs?|args?|in|x|tensor|data)?[\W_\d]*", name):
+            nameless.append(spec.name)
+    free = [role for role in ("ids", "mask", "type") if role not in roles.values()]
+    roles |= dict(zip(nameless, free, strict=False))
+    return {spec.name: roles[spec.name] for spec in inputs if spec.name in roles}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The options of one call, checked."""
+
+    signature: _Signature
+    tokenizer: str | Path | None
+    text_column: str | None
+    samples: int
+    batch_size: int
+    sequence_length: int | None
+    seed: int
+    vocabulary: int | None
+    rng: np.random.Generator
+
+    def drawn(self, count: int, total: int, what: str) -> str:
+        return f"{count} {what}" if count == total else f"{count} of {total} {what} drawn with seed {self.seed}"
+
+    def pick(self, total: int) -> NDArray[np.int64]:
+        """Rows to use of ``total``, ascending."""
+        if total <= self.samples:
+            return np.arange(total)
+        return np.sort(self.rng.choice(total, self.samples, replace=False))
+
+
+def _finish(
+    batches: list[dict[str, Array]],
+    masks: list[NDArray[np.bool_]],
+    samples: int,
+    source: str,
+    warnings: list[str],
+) -> CalibrationData:
+    tokens = sum(int(mask.sum()) for mask in masks)
+    full = all(mask.all() for mask in masks)
+    return CalibrationData(
+        batches=tuple(batches),
+        row_masks=tuple(None if full else mask for mask in masks),
+        samples=samples,
+        tokens=tokens,
+        source=source,
+        warnings=tuple(warnings),
+        synthetic=False,
+    )
+
+
+def _names(names: Iterable[object]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _describe(spec: InputSpec) -> str:
+    return f"'{spec.name}' ({spec.dtype} [{', '.join('?' if dim is None else str(dim) for dim in spec.shape)}])"
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200].rstrip(". ")
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+class _Column(Protocol):
+    """An array of which rows can be taken without reading the rest."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def take(self, rows: NDArray[np.int64]) -> Array: ...
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Texts that were drawn, and a line that says where from."""
+
+    texts: list[str]
+    source: str
+
+
+@dataclass(frozen=True)
+class _Feeds:
+    """Feeds to draw rows from: each with the name it has in messages.
+
+    Attributes:
+        feeds: Label and columns by name.
+        label: Where they come from.
+        first_only: The source may not end: what there is was read from its start.
+    """
+
+    feeds: list[tuple[str, Mapping[str, _Column]]]
+    label: str
+    first_only: bool = False
+
+
+def _draw_from_path(source: str | Path, job: _Job) -> _Texts | _Feeds:
+    path = Path(source)
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError):  # too long for a file name, or a NUL in it
+        is_folder = is_file = False
+    if not is_folder and not is_file:
+        if isinstance(source, str) and _may_be_hub_name(source):
+            return _draw_from_hub(source, job)
+        raise OptionError(f"calibration file '{source}' does not exist; give {_ACCEPTED}.")
+    if is_folder:
+        return _draw_from_folder(path, job)
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise OptionError(f"calibration file '{path}' has the unknown suffix '{suffix}'; give {_ACCEPTED}.")
+    if path.stat().st_size == 0:
+        raise OptionError(f"calibration file '{path}' is empty; give one with samples in it.")
+    if suffix == ".npz":
+        return _Feeds([(f"calibration file '{path}'", _npz_columns(path))], path.name)
+    if suffix == ".npy":
+        if len(job.signature.inputs) > 1:
+            raise OptionError(
+                f"calibration file '{path}' is one array, and the model has the inputs {_names(job.signature.inputs)};"
+                " give an .npz file, or a folder, with one array for each."
+            )
+        return _Feeds(
+            [(f"calibration file '{path}'", {next(iter(job.signature.inputs)): _npy_column(path)})], path.name
+        )
+    _require_tokenizer(job, f"calibration file '{path}'")
+    try:
+        return _draw_texts(_file_texts(path, suffix, job.text_column), f"calibration file '{path}'", path.name, job)
+    except UnicodeDecodeError as err:
+        raise OptionError(f"calibration file '{path}' is not UTF-8 text; save it as such or give {_ACCEPTED}.") from err
+    except OSError as err:
+        raise OptionError(f"calibration file '{path}' cannot be read ({_one_line(err)}); give {_ACCEPTED}.") from err
+
+
+def _draw_from_folder(folder: Path, job: _Job) -> _Texts | _Feeds:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        import datasets  # type: ignore[import-untyped, unused-ignore]
+
+        try:
+            dataset = datasets.load_from_disk(str(folder))
+        except Exception as err:  # the library raises errors of its many formats
+            raise OptionError(
+                f"dataset folder '{folder}' cannot be loaded ({_one_line(err)}); write it again with save_to_disk."
+            ) from err
+        return _draw_from_dataset(dataset, f"dataset folder '{folder}'", folder.name, job)
+    files = sorted(folder.glob("*.npy"))
+    if not files:
+        raise OptionError(
+            f"calibration folder '{folder}' holds neither .npy files nor a saved dataset; put an .npy file for each of "
+            f"the inputs {_names(job.signature.inputs)} into it."
+        )
+    columns = {file.name[: -len(".npy")]: file for file in files}
+    known = {name: _npy_column(file) for name, file in columns.items()}
+    return _Feeds([(f"calibration folder '{folder}'", known)], folder.name)
+
+
+def _may_be_hub_name(name: str) -> bool:
+    if len(name) > 200 or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}", name):
+        return False
+    # without an owner a suffix means a file name
+    return not re.search(r"\.[A-Za-z]{2,7}$", name) if "/" not in name else not name.lower().endswith(_SUFFIXES)
+
+
+def _draw_from_hub(name: str, job: _Job) -> _Texts | _Feeds:
+    import datasets  # type: ignore[import-untyped, unused-ignore]
+
+    path, *parts = name.split(":")
+    split = parts.pop() if parts and (len(parts) == 2 or re.match(r"(train|valid|dev|test)", parts[-1])) else None
+    try:
+        dataset = datasets.load_dataset(path, *parts, split=split)
+    except Exception as err:  # network, permission, unknown name, config or split: the library has a class for each
+        raise OptionError(
+            f"calibration '{name}' is no file here, and no dataset of that name could be loaded ({_one_line(err)}); "
+            "check the spelling (name[:config][:split]) and the network, or give a file."
+        ) from err
+    return _draw_from_dataset(dataset, f"dataset '{name}'", f"dataset {name}", job)
+
+
+def _draw_from_dataset(dataset: Any, where: str, label: str, job: _Job) -> _Texts | _Feeds:
+    """Texts of a column, or feeds when the dataset has a column for every input."""
+    if isinstance(dataset, Mapping):
+        if not dataset:
+            raise OptionError(f"{where} has no split; give one with samples in it.")
+        split = "train" if "train" in dataset else next(iter(dataset))
+        dataset, label = dataset[split], f"{label} ({split})"
+    columns = list(dataset.column_names or ())
+    total = len(dataset)
+    if total == 0:
+        raise OptionError(f"{where} is empty; give one with samples in it.")
+    rows = job.pick(total)
+    inputs = job.signature.inputs
+    if job.text_column is None and set(inputs) <= set(columns):
+        picked = dataset.select_columns(list(inputs)).with_format(None).select(rows)
+        feeds = [{name: _InMemory(np.asarray(row[name])[None]) for name in inputs} for row in picked]
+        return _Feeds(
+            [(f"row {row} of {where}", feed) for row, feed in zip(rows.tolist(), feeds, strict=True)],
+            f"{label}, {job.drawn(len(rows), total, 'rows')}" if len(rows) < total else label,
+        )
+    _require_tokenizer(job, where)
+    strings = [name for name in columns if getattr(dataset.features[name], "dtype", "") in ("string", "large_string")]
+    column = _text_column(columns, strings, job.text_column, where)
+    if column not in strings:
+        raise OptionError(f"column '{column}' of {where} does not hold text; its text columns are {_names(strings)}.")
+    texts = [row[column] for row in dataset.select_columns([column]).select(rows)]
+    texts = [text for text in texts if text and text.strip()]
+    if not texts:
+        raise OptionError(f"column '{column}' of {where} holds only blank texts; name another text column.")
+    return _Texts(texts, f"{label}, {job.drawn(len(texts), total, 'texts')}")
+
+
+def _draw_from_python(source: object, job: _Job) -> _Texts | _Feeds:
+    if hasattr(source, "column_names") and hasattr(source, "__len__"):
+        return _draw_from_dataset(source, "the dataset", "a dataset", job)
+    if isinstance(source, Mapping):
+        if any(hasattr(split, "column_names") for split in source.values()):
+            return _draw_from_dataset(source, "the dataset", "a dataset", job)
+        source = [source]
+    if not isinstance(source, Iterable) or isinstance(source, bytes | np.ndarray):
+        raise OptionError(
+            f"calibration data of type '{type(source).__name__}' is not accepted; give a path, texts or feeds."
+        )
+    ends = isinstance(source, list | tuple)
+    iterator = iter(source)
+    first = next(iterator, None)
+    if first is None:
+        raise OptionError("the calibration data is empty; give at least one sample.")
+    items = itertools.chain([first], iterator)
+    if isinstance(first, str):
+        _require_tokenizer(job, "the calibration data")
+        return _draw_texts(_checked_texts(items), "the calibration data", "texts from Python", job, ends=ends)
+    feeds: list[tuple[str, Mapping[str, _Column]]] = []
+    seen = 0
+    for number, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise OptionError(
+                f"item {number} of the calibration data is of type '{type(item).__name__}'; give texts, or dicts of "
+                f"arrays named {_names(job.signature.inputs)}."
+            )
+        # what the graph does not take (labels, strings) is not converted, only named
+        feed = {
+            str(key): _InMemory(_to_numpy(value) if key in job.signature.inputs else np.empty(0))
+            for key, value in item.items()
+        }
+        feeds.append((f"item {number} of the calibration data", feed))
+        seen += _check_feed(*feeds[-1], job.signature)
+        if not ends and seen >= job.samples:
+            break
+    return _Feeds(feeds, "feeds from Python", first_only=not ends)
+
+
+def _to_numpy(value: Any) -> Array:
+    """An array from an array, a tensor of any library with the protocol, or nested lists."""
+    if hasattr(value, "detach"):  # torch, told without importing it
+        value = value.detach().cpu()
+        try:
+            return np.asarray(value.numpy())
+        except TypeError:  # bfloat16
+            return np.asarray(value.float().numpy())
+    try:
+        return np.asarray(value)
+    except ValueError:  # ragged lists: named by the check of its dtype
+        return np.empty(1, dtype=object)
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def _require_tokenizer(job: _Job, where: str) -> None:
+    """Refuse texts that cannot be used before they are read.
+
+    Raises:
+        OptionError: An input that no tokenizer fills, or no tokenizer.
+    """
+    signature = job.signature
+    taken: set[str] = set()
+    for spec in signature.inputs.values():
+        role = signature.roles.get(spec.name, "")
+        usable = role == "mask" or spec.dtype.kind in "iu"
+        alone = spec.name == signature.mask if role == "mask" else role not in taken
+        shared = spec.name in signature.shared and role != "position"
+        if not role or len(spec.shape) != 2 or not usable or not alone or shared:
+            raise OptionError(
+                f"model input {_describe(spec)} cannot be filled from the texts of {where}; give an .npz file with one "
+                f"array for each of {_names(signature.inputs)} instead."
+            )
+        taken.add(role)
+    if signature.ids is None:
+        raise OptionError(f"the model has no token id input, and {where} holds texts; give an .npz file instead.")
+    if job.tokenizer is None:
+        raise OptionError(f"{where} holds texts, and no tokenizer was given; pass --tokenizer DIR.")
+
+
+def _draw_texts(texts: Iterator[str], where: str, label: str, job: _Job, *, ends: bool = True) -> _Texts:
+    """Draw without replacement in one pass; blank texts do not count."""
+    kept: list[str] = []
+    seen = 0
+    for text in texts:
+        if not text.strip():
+            continue
+        seen += 1
+        if len(kept) < job.samples:
+            kept.append(text)
+            if not ends and len(kept) == job.samples:
+                return _Texts(kept, f"{label}, the first {seen} texts")
+        elif (slot := int(job.rng.integers(seen))) < job.samples:
+            kept[slot] = text
+    if not kept:
+        raise OptionError(f"{where} is empty: it has no text that is not blank; give at least one.")
+    return _Texts(kept, f"{label}, {job.drawn(len(kept), seen, 'texts')}")
+
+
+def _checked_texts(items: Iterable[object]) -> Iterator[str]:
+    for number, item in enumerate(items):
+        if not isinstance(item, str):
+            kind = type(item).__name__
+            raise OptionError(f"item {number} of the calibration data is of type '{kind}'; all must be texts.")
+        yield item
+
+
+def _file_texts(path: Path, suffix: str, text_column: str | None) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as stream:
+        lines = _without_nul(stream, path)
+        if suffix == ".txt":
+            yield from lines
+        else:
+            rows = _jsonl_rows(lines, path) if suffix == ".jsonl" else _csv_rows(lines, path)
+            yield from _column_texts(rows, path, text_column)
+
+
+def _without_nul(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise OptionError(f"calibration file '{path}' holds binary data (line {number}); give {_ACCEPTED}.")
+        yield line
+
+
+def _jsonl_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            raise OptionError(
+                f"line {number} of calibration file '{path}' is no JSON ({_one_line(err)}); each must be an object."
+            ) from err
+        if not isinstance(row, dict):
+            raise OptionError(
+                f"line {number} of calibration file '{path}' is a JSON {type(row).__name__}; each must be an object."
+            )
+        yield number, row
+
+
+def _csv_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(lines)
+    try:
+        for row in reader:
+            yield reader.line_num, {name: value for name, value in row.items() if isinstance(name, str)}
+    except csv.Error as err:
+        raise OptionError(
+            f"line {reader.line_num + 1} of calibration file '{path}' is no CSV ({_one_line(err)}); quote or shorten it."
+        ) from err
+
+
+def _column_texts(rows: Iterator[tuple[int, dict[str, Any]]], path: Path, text_column: str | None) -> Iterator[str]:
+    where = f"calibration file '{path}'"
+    head = list(itertools.islice(rows, _COLUMN_PROBE))
+    if not head:
+        return
+    columns = list(dict.fromkeys(name for _, row in head for name in row))
+    strings = [name for name in columns if any(_is_text(row.get(name)) for _, row in head)]
+    column = _text_column(columns, strings, text_column, where)
+    for number, row in itertools.chain(head, rows):
+        text = row.get(column)
+        if column not in row:
+            raise OptionError(f"line {number} of {where} lacks the column '{column}'; it has {_names(row)}.")
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise OptionError(
+                f"line {number} of {where} has a {type(text).__name__} in column '{column}'; it must be text, or name "
+                "another column with the text column option."
+            )
+        yield text
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return bool(value.strip())
+    return False
+
+
+def _text_column(columns: Sequence[str], strings: Sequence[str], wanted: str | None, where: str) -> str:
+    if wanted is not None:
+        if wanted not in columns:
+            raise OptionError(f"{where} has no column '{wanted}'; its columns are {_names(columns)}.")
+        return wanted
+    if len(columns) == 1:
+        return columns[0]
+    if len(strings) == 1:
+        return strings[0]
+    for name in _TEXT_COLUMNS:
+        if name in columns:
+            return name
+    raise OptionError(f"{where} does not say which column is text; name one of {_names(columns)} as the text column.")
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What is needed of a tokenizer, whichever library reads it.
+
+    Attributes:
+        encode: Texts and a longest length to (token ids, type ids) a text.
+        specials: Tokens that it adds to every text.
+        size: Its vocabulary, added tokens included.
+        pad: Id that pads, if it has one.
+        pads_left: Pads come before the text.
+        limit: Longest text that the model behind it takes, when stated.
+        cut: Length at which its own file cuts texts, when stated.
+    """
+
+    encode: Callable[[list[str], int], list[tuple[list[int], list[int]]]]
+    specials: int
+    size: int
+    pad: int | None
+    pads_left: bool
+    limit: int | None
+    cut: int | None
+
+
+def _load_tokenizer(where: str | Path) -> _Tokenizer:
+    path = Path(where)
+    hint = "pass the folder that the tokenizer's save_pretrained wrote"
+    if not path.exists():
+        raise OptionError(f"tokenizer '{where}' does not exist; {hint}.")
+    folder = path if path.is_dir() else path.parent
+    fast = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if fast.is_file():
+            return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return _slow_tokenizer(folder)
+    except Exception as err:  # `tokenizers` raises bare Exception
+        raise OptionError(f"tokenizer '{where}' cannot be loaded ({_one_line(err)}); {hint}.") from err
+    raise OptionError(f"tokenizer folder '{where}' holds no tokenizer files (tokenizer.json, ...); {hint}.")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def _sane_limit(value: object) -> int | None:
+    """A length in tokens; transformers writes 1e30 for "none"."""
+    return int(value) if isinstance(value, int | float) and 0 < value < 1_000_000 else None
+
+
+def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> _Tokenizer:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+    named = config.get("pad_token") or _json_object(file.parent / "special_tokens_map.json").get("pad_token")
+    if isinstance(named, dict):
+        named = named.get("content")
+    pad = tokenizer.token_to_id(named) if isinstance(named, str) else padding.get("pad_id")
+    if pad is None:
+        ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
+        pad = next((found for found in ids if found is not None), None)
+    tokenizer.no_padding()
+
+    def encode(texts: list[str], longest: int) -> list[tuple[list[int], list[int]]]:
+        tokenizer.enable_truncation(longest)
+        return [(found.ids, found.type_ids) for found in tokenizer.encode_batch(texts)]
+
+    return _Tokenizer(
+        encode=encode,
+        specials=tokenizer.num_special_tokens_to_add(False),
+        size=tokenizer.get_vocab_size(with_added_tokens=True),
+        pad=pad,
+        pads_left=(config.get("padding_side") or str(padding.get("direction", "")).lower()) == "left",
+        limit=_sane_limit(config.get("model_max_length")),
+        cut=_sane_limit(truncation.get("max_length")),
+    )
+
+
+def _slow_tokenizer(folder: Path) -> _Tokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("its vocabulary is empty")
+
+    def encode(texts: list[str], longest: int) -> list[tuple[list[int], list[int]]]:
+        found = tokenizer(texts, truncation=True, max_length=longest, padding=False, return_token_type_ids=True)
+        return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
+
+    return _Tokenizer(
+        encode=encode,
+        specials=tokenizer.num_special_tokens_to_add(),
+        size=len(tokenizer),
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pads_left=tokenizer.padding_side == "left",
+        limit=_sane_limit(tokenizer.model_max_length),
+        cut=None,
+    )
+
+
+def _longest_text(tokenizer: _Tokenizer, static: int | None, job: _Job, warnings: list[str]) -> int:
+    """Tokens at which texts are cut: what the user says, else the least of what graph and tokenizer say and 512."""
+    longest = job.sequence_length or min(tokenizer.cut or _LONGEST, _LONGEST)
+    for limit, owner in ((tokenizer.limit, "the tokenizer"), (static, "the model")):
+        if limit is not None and longest > limit:
+            if job.sequence_length is not None:
+                asked = f"'sequence_length' is {job.sequence_length}"
+                warnings.append(f"{asked}, and {owner} takes {limit} tokens: texts are cut there.")
+            longest = limit
+    if longest <= tokenizer.specials:
+        raise OptionError(
+            f"texts would be cut to {longest} tokens, and the tokenizer adds {tokenizer.specials} special ones; "
+            f"a 'sequence_length' of at least {tokenizer.specials + 1} is needed."
+        )
+    return longest
+
+
+def _batch_texts(drawn: _Texts, job: _Job) -> CalibrationData:
+    """Tokenise, sort by length, pad, and shuffle the order of the batches."""
+    signature = job.signature
+    warnings: list[str] = []
+    assert job.tokenizer is not None  # _require_tokenizer
+    tokenizer = _load_tokenizer(job.tokenizer)
+    static = _static_sequence(signature)
+    longest = _longest_text(tokenizer, static, job, warnings)
+    # lone surrogates (JSON allows them) are not text for a tokenizer
+    texts = [text.strip().encode("utf-8", "replace").decode() for text in drawn.texts]
+    encoded = [pair for pair in tokenizer.encode(texts, longest) if pair[0]]
+    if not encoded:
+        raise OptionError(f"tokenizer '{job.tokenizer}' finds no token in the texts; is it the model's?")
+    if len(encoded) < len(texts):
+        warnings.append(f"{len(texts) - len(encoded)} texts have no token and were left out.")
+    _check_vocabulary(max(max(ids) for ids, _ in encoded), tokenizer, job, warnings)
+
+    lengths = np.array([len(ids) for ids, _ in encoded])
+    ascending = np.argsort(lengths, kind="stable")
+    size = signature.batch or job.batch_size
+    # without a mask input the attention sees padding: one length a batch where the graph leaves that free
+    equal = signature.mask is None and signature.batch is None and static is None
+    cuts = np.flatnonzero(np.diff(lengths[ascending])) + 1 if equal else np.array([], dtype=np.int64)
+    parts = np.split(ascending, cuts)
+    chunks = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+    batches: list[dict[str, Array]] = []
+    masks: list[NDArray[np.bool_]] = []
+    for index in job.rng.permutation(len(chunks)):
+        chunk = chunks[index]
+        rows = np.resize(chunk, signature.batch) if signature.batch else chunk
+        batch, real = _pad([encoded[row] for row in rows], static or int(lengths[chunk].max()), tokenizer, signature)
+        batches.append(batch)
+        masks.append(real & (np.arange(len(rows)) < len(chunk))[:, None])
+    data = _finish(batches, masks, len(encoded), f"{drawn.source}, at most {longest} tokens each", warnings)
+    return replace(data, warnings=data.warnings + tuple(_mask_warnings(signature, masks)))
+
+
+def _mask_warnings(signature: _Signature, masks: Sequence[NDArray[np.bool_]]) -> Iterator[str]:
+    if all(mask.all() for mask in masks):
+        return
+    if signature.mask is None:
+        yield (
+            "the model has no mask input: its attention sees the padding that its static shape asks; name it with "
+            "--mask-input if there is one."
+        )
+    elif signature.inputs[signature.mask].dtype.kind not in "biu":
+        yield f"mask input '{signature.mask}' is a float: it is filled with 1 for a real token and 0 for padding."
+    elif "pad" in signature.mask.lower():
+        yield f"mask input '{signature.mask}' is filled with 1 for a real token and 0 for padding; is that its meaning?"
+
+
+def _static_sequence(signature: _Signature) -> int | None:
+    static = {spec.shape[1]: name for name, spec in signature.inputs.items() if isinstance(spec.shape[1], int)}
+    if len(static) > 1:
+        raise OptionError(
+            f"inputs {_names(static.values())} have different static lengths {sorted(map(str, static))}; give an .npz "
+            "file with arrays of these shapes."
+        )
+    found = next(iter(static), None)
+    return found if isinstance(found, int) else None
+
+
+def _check_vocabulary(largest: int, tokenizer: _Tokenizer, job: _Job, warnings: list[str]) -> None:
+    if job.vocabulary is None:
+        return
+    if largest >= job.vocabulary:
+        raise OptionError(
+            f"tokenizer '{job.tokenizer}' gives the token id {largest}, and the model's embedding table has "
+            f"{job.vocabulary} rows; give the tokenizer that belongs to the model."
+        )
+    if tokenizer.size > job.vocabulary:
+        warnings.append(
+            f"tokenizer '{job.tokenizer}' knows {tokenizer.size} tokens, and the model's embedding table has "
+            f"{job.vocabulary} rows; is it the model's tokenizer?"
+        )
+
+
+def _pad(
+    encoded: Sequence[tuple[list[int], list[int]]], length: int, tokenizer: _Tokenizer, signature: _Signature
+) -> tuple[dict[str, Array], NDArray[np.bool_]]:
+    """Feed of one batch, and its real tokens [b, s]."""
+    shape = (len(encoded), length)
+    ids = np.full(shape, tokenizer.pad or 0, dtype=np.int64)
+    types = np.zeros(shape, dtype=np.int64)
+    real = np.zeros(shape, dtype=np.bool_)
+    for row, (tokens, kinds) in enumerate(encoded):
+        place = slice(length - len(tokens), length) if tokenizer.pads_left else slice(0, len(tokens))
+        ids[row, place], types[row, place], real[row, place] = tokens, kinds, True
+    positions = np.broadcast_to(np.arange(length), shape)
+    if tokenizer.pads_left:
+        positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    values: dict[str, Array] = {"ids": ids, "type": types, "mask": real, "position": positions}
+    feed: dict[str, Array] = {}
+    for spec in signature.inputs.values():
+        value = values[signature.roles[spec.name]]
+        feed[spec.name] = _cast(value[:1] if spec.name in signature.shared else value, spec, "the tokenizer")
+    return feed, real
+
+
+# Arrays ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """An array in memory, or memory-mapped."""
+
+    values: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    def take(self, rows: NDArray[np.int64]) -> Array:
+        return np.asarray(self.values[rows] if self.values.ndim else self.values)
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """A compressed member of an .npz file in C order: read block by block, of which the wanted rows are kept."""
+
+    path: Path
+    member: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def take(self, rows: NDArray[np.int64]) -> Array:
+        kept = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        width = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        block = max(1, _BLOCK_BYTES // max(1, width))
+        order = np.argsort(rows, kind="stable")
+        wanted = rows[order]
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
+                _read_npy_header(stream)
+                for start in range(0, int(wanted[-1]) + 1 if len(wanted) else 0, block):
+                    count = min(block, self.shape[0] - start)
+                    data = stream.read(count * width)
+                    values = np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+                    low, high = np.searchsorted(wanted, [start, start + count])
+                    kept[order[low:high]] = values[wanted[low:high] - start]
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as err:
+            raise _unreadable(self.path, err) from err
+        return kept
+
+
+def _unreadable(path: Path, err: BaseException) -> OptionError:
+    return OptionError(f"calibration file '{path}' cannot be read ({_one_line(err)}); write it again with numpy.")
+
+
+def _pickled(path: Path, name: str) -> OptionError:
+    return OptionError(f"array '{name}' of calibration file '{path}' holds Python objects; save an array of numbers.")
+
+
+def _npy_column(path: Path) -> _InMemory:
+    try:
+        with path.open("rb") as stream:
+            shape, _, dtype = _read_npy_header(stream)
+        if dtype.hasobject:
+            raise _pickled(path, path.stem)
+        # an array without elements cannot be mapped
+        return _InMemory(np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False))
+    except (OSError, EOFError, ValueError) as err:
+        raise _unreadable(path, err) from err
+
+
+def _npz_columns(path: Path) -> dict[str, _Column]:
+    """Columns of an .npz file by name, with nothing read but the headers (and what is small)."""
+    columns: dict[str, _Column] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as stream:
+                    shape, fortran, dtype = _read_npy_header(stream)
+                    header = stream.tell()
+                if dtype.hasobject:
+                    raise _pickled(path, name)
+                if member.file_size <= _BLOCK_BYTES or not shape or (fortran and member.compress_type):
+                    with archive.open(member) as stream:
+                        columns[name] = _InMemory(np.lib.format.read_array(stream, allow_pickle=False))
+                elif member.compress_type:
+                    columns[name] = _Compressed(path, member.filename, shape, dtype)
+                else:
+                    offset = _data_offset(path, member) + header
+                    columns[name] = _InMemory(np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C"))
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as err:
+        raise _unreadable(path, err) from err
+    return columns
+
+
+def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype
+
+
+def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
+    """Where a member's bytes start: after its local header, whose name and extra field have lengths of their own."""
+    with path.open("rb") as stream:
+        stream.seek(member.header_offset)
+        local = stream.read(30)
+    return member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+
+
+def _batch_feeds(drawn: _Feeds, job: _Job) -> CalibrationData:
+    """Check the feeds, draw rows from all of them, and batch rows of one shape together."""
+    signature = job.signature
+    warnings: list[str] = []
+    if job.sequence_length is not None:
+        warnings.append("'sequence_length' has no effect on calibration data that is given as arrays.")
+    unknown = dict.fromkeys(name for _, feed in drawn.feeds for name in feed if name not in signature.inputs)
+    counts = [_check_feed(label, feed, signature) for label, feed in drawn.feeds]
+    if unknown:
+        warnings.append(f"arrays that are no inputs of the model were ignored: {_names(unknown)}.")
+    total = sum(counts)
+    if total == 0:
+        raise OptionError(f"{drawn.feeds[0][0]} is empty: its arrays have no samples; give at least one.")
+    rows = np.arange(min(total, job.samples)) if drawn.first_only else job.pick(total)
+
+    groups: dict[tuple[object, ...], list[dict[str, Array]]] = {}
+    start = 0
+    for (label, feed), count in zip(drawn.feeds, counts, strict=True):
+        inside = rows[(rows >= start) & (rows < start + count)] - start
+        start += count
+        if not len(inside):
+            continue
+        taken = {name: _take(feed[name], inside, spec, label, job) for name, spec in signature.inputs.items()}
+        _check_symbols(taken, signature, label)
+        key = tuple(value.tobytes() if name in signature.shared else value.shape[1:] for name, value in taken.items())
+        groups.setdefault(key, []).append(taken)
+    batches, masks = _batch_rows([_stack(group, signature) for group in groups.values()], job)
+    _check_masks(masks, signature, drawn, warnings)
+    said = f"the first {len(rows)} rows" if drawn.first_only else job.drawn(len(rows), total, "rows")
+    return _finish(batches, masks, len(rows), f"{drawn.label}, {said}", warnings)
+
+
+def _check_feed(where: str, feed: Mapping[str, _Column], signature: _Signature) -> int:
+    """Check names, ranks and shapes, without reading the arrays.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        OptionError: They do not fit the graph's inputs.
+    """
+    missing = [name for name in signature.inputs if name not in feed]
+    if missing:
+        unknown = [name for name in feed if name not in signature.inputs]
+        raise OptionError(
+            f"{where} lacks the inputs {_names(missing)} (unknown in it: {_names(unknown)}); it needs an array for "
+            f"each of {_names(signature.inputs)}."
+        )
+    counts: dict[str, int] = {}
+    for name, spec in signature.inputs.items():
+        shape = feed[name].shape
+        need = f"model input {_describe(spec)} needs"
+        if feed[name].dtype.kind in "OUSM":
+            raise OptionError(
+                f"array '{name}' of {where} is of type '{feed[name].dtype}'; {need} numbers of one shape."
+            )
+        if len(shape) != len(spec.shape):
+            raise OptionError(f"array '{name}' of {where} has the shape {list(shape)}; {need} rank {len(spec.shape)}.")
+        skip = 0 if name in signature.shared else 1
+        if any(isinstance(dim, int) and dim != size for dim, size in list(zip(spec.shape, shape, strict=True))[skip:]):
+            raise OptionError(f"array '{name}' of {where} has the shape {list(shape)}; {need} its static sizes.")
+        if name not in signature.shared:
+            counts[name] = shape[0]
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"'{name}' {count}" for name, count in counts.items())
+        raise OptionError(f"the arrays of {where} have different numbers of samples ({found}); they must be equal.")
+    return next(iter(counts.values()))
+
+
+def _take(column: _Column, rows: NDArray[np.int64], spec: InputSpec, where: str, job: _Job) -> Array:
+    signature = job.signature
+    whole = spec.name in signature.shared
+    values = column.take(np.arange(column.shape[0]) if whole and column.shape else rows)
+    values = _cast(values, spec, where)
+    if signature.roles.get(spec.name) == "ids" and values.size:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or (job.vocabulary is not None and high >= job.vocabulary):
+            bound = "not below 0" if job.vocabulary is None else f"in [0, {job.vocabulary})"
+            raise OptionError(
+                f"array '{spec.name}' of {where} has the token id {low if low < 0 else high}; it must be {bound}."
+            )
+    return values
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or "float" in dtype.name  # bfloat16 and the float8 types of ml_dtypes are of kind V
+
+
+def _cast(values: Array, spec: InputSpec, where: str) -> Array:
+    """Values in the dtype of the input, when nothing is lost (floats may be rounded, not overflow).
+
+    Raises:
+        OptionError: Another kind of numbers, numbers out of range, NaN or Inf.
+    """
+    have, need = values.dtype, spec.dtype
+    what = f"array '{spec.name}' of {where}"
+    if _is_float(have):
+        if not _is_float(need):
+            raise OptionError(f"{what} is of type '{have}'; model input {_describe(spec)} needs whole numbers.")
+        bad = ~np.isfinite(values)
+        if bad.any():
+            first = [int(axis[0]) for axis in np.nonzero(bad)]
+            found = f"{int(bad.sum())} NaN or Inf values (the first at {first})"
+            raise OptionError(f"{what} has {found}; remove those samples.")
+    elif have.kind not in "biu":
+        raise OptionError(f"{what} is of type '{have}'; model input {_describe(spec)} needs numbers.")
+    if have == need:
+        return np.ascontiguousarray(values) if values.ndim else values
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(need)
+    if _is_float(have):
+        kept = bool(np.isfinite(cast).all())
+    elif have.kind == "b" or not values.size:
+        kept = True
+    elif need.kind == "b":
+        kept = bool(np.isin(values, (0, 1)).all())
+    elif need.kind in "iu":
+        limits = np.iinfo(need)
+        kept = limits.min <= int(values.min()) and int(values.max()) <= limits.max
+    else:
+        kept = bool((cast.astype(np.float64) == values).all())
+    if not kept:
+        raise OptionError(f"{what} ('{have}') has values that model input {_describe(spec)} cannot hold.")
+    return cast
+
+
+def _check_symbols(taken: Mapping[str, Array], signature: _Signature, where: str) -> None:
+    """Axes with one symbol must have one size."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, value in taken.items():
+        for dim, size in list(zip(signature.inputs[name].shape, value.shape, strict=True))[1:]:
+            if not isinstance(dim, str) or not dim:
+                continue
+            before = sizes.setdefault(dim, (size, name))
+            if before[0] != size:
+                raise OptionError(
+                    f"arrays '{before[1]}' and '{name}' of {where} have the sizes {before[0]} and {size} on the axis "
+                    f"'{dim}' that they share; they must be the same."
+                )
+
+
+def _stack(group: Sequence[Mapping[str, Array]], signature: _Signature) -> dict[str, Array]:
+    return {
+        name: first if name in signature.shared or len(group) == 1 else np.concatenate([feed[name] for feed in group])
+        for name, first in group[0].items()
+    }
+
+
+def _batch_rows(
+    groups: Sequence[Mapping[str, Array]], job: _Job
+) -> tuple[list[dict[str, Array]], list[NDArray[np.bool_]]]:
+    """Cut groups of rows into batches in seeded order; fill a static batch with repeats that are masked out."""
+    signature = job.signature
+    size = signature.batch or job.batch_size
+    # a mask that is added to the scores is 0 where the token is real; batches without padding do not show it
+    mask = signature.mask
+    additive = mask is not None and any(_is_float(g[mask].dtype) and bool((g[mask] < 0).any()) for g in groups)
+    batches: list[dict[str, Array]] = []
+    masks: list[NDArray[np.bool_]] = []
+    for group in groups:
+        count = next(len(value) for name, value in group.items() if name not in signature.shared)
+        order = job.rng.permutation(count)
+        for start in range(0, count, size):
+            chunk = order[start : start + size]
+            rows = np.resize(chunk, signature.batch) if signature.batch else chunk
+            batch = {name: value if name in signature.shared else value[rows] for name, value in group.items()}
+            real = signature.real_rows(batch, additive)
+            fresh = np.arange(len(rows)) < len(chunk)
+            batches.append(batch)
+            masks.append(real & fresh.reshape(-1, *(1,) * (real.ndim - 1)))
+    shuffled = job.rng.permutation(len(batches))
+    return [batches[index] for index in shuffled], [masks[index] for index in shuffled]
+
+
+def _check_masks(masks: Sequence[NDArray[np.bool_]], signature: _Signature, drawn: _Feeds, warnings: list[str]) -> None:
+    if signature.mask is None:
+        return
+    if not any(mask.any() for mask in masks):
+        raise OptionError(
+            f"mask input '{signature.mask}' of {drawn.feeds[0][0]} marks no real token; it needs 1 for real tokens and "
+            "0 for padding, or name another input with --mask-input."
+        )
+    rank = len(signature.inputs[signature.mask].shape)
+    if rank != 2:
+        warnings.append(
+            f"mask input '{signature.mask}' has rank {rank}, not 2: padding cannot be told from it and is measured too."
+        )
+    elif signature.batch is None and not all(mask.any(axis=-1).all() for mask in masks):
+        warnings.append(f"some samples have no real token by mask input '{signature.mask}' (1 = real, 0 = padding).")
+
+
+# Synthetic inputs -----------------------------------------------------------------------------------------------------
+
+
+def _synthesise(job: _Job) -> CalibrationData:
+    """Inputs of the right shapes and ranges, and nothing more: what is fitted to them is fitted to noise."""
+    signature = job.signature
+    sizes: dict[str, int] = {}
+    group: dict[str, Array] = {}
+    for spec in signature.inputs.values():
+        shape = _synthetic_shape(spec, job, sizes)
+        group[spec.name] = _synthetic_values(spec, shape, job)
+    batches, masks = _batch_rows([group], job)
+    warnings = [
+        "no calibration data was given: the repair is fitted to random inputs, so accuracy will be lower than with a "
+        "few hundred real samples; pass --calibration."
+    ]
+    if signature.ids and job.vocabulary is None:
+        warnings.append(
+            f"the vocabulary is not known: ids for input '{signature.ids}' are drawn below {_SYNTHETIC_VOCABULARY}."
+        )
+    data = _finish(batches, masks, job.samples, f"synthetic inputs, {job.samples} drawn with seed {job.seed}", warnings)
+    return replace(data, synthetic=True)
+
+
+def _synthetic_shape(spec: InputSpec, job: _Job, sizes: dict[str, int]) -> tuple[int, ...]:
+    shared = spec.name in job.signature.shared
+    shape: list[int] = []
+    for axis, dim in enumerate(spec.shape):
+        if axis == 0 and not shared:
+            shape.append(job.samples)
+        elif isinstance(dim, int):
+            shape.append(dim)
+        else:
+            free = _synthetic_size(spec, axis, job)
+            shape.append(sizes.setdefault(dim, free) if dim else free)
+    return tuple(shape)
+
+
+def _synthetic_size(spec: InputSpec, axis: int, job: _Job) -> int:
+    if _is_float(spec.dtype) and len(spec.shape) == 4:
+        return 3 if axis == 1 else 224  # an image
+    if job.sequence_length is not None:
+        return job.sequence_length
+    if _is_float(spec.dtype) and len(spec.shape) == 2 and spec.name not in job.signature.roles:
+        return 16000  # a second of sound
+    static = [s.shape[1] for s in job.signature.inputs.values() if len(s.shape) == 2 and s.name in job.signature.roles]
+    return next((dim for dim in static if isinstance(dim, int)), _SYNTHETIC_SEQUENCE)
+
+
+def _synthetic_values(spec: InputSpec, shape: tuple[int, ...], job: _Job) -> Array:
+    role = job.signature.roles.get(spec.name)
+    if role == "mask":
+        return np.ones(shape, dtype=spec.dtype)
+    if role == "position":
+        return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape).astype(spec.dtype)
+    if role == "ids":
+        return job.rng.integers(job.vocabulary or _SYNTHETIC_VOCABULARY, size=shape).astype(spec.dtype)
+    if role is None and _is_float(spec.dtype):
+        return np.asarray(job.rng.standard_normal(shape, dtype=np.float32), dtype=np.float32).astype(spec.dtype)
+    return np.zeros(shape, dtype=spec.dtype)
