@@ -594,7 +594,7 @@ def _csv_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[int, dict[str,
             yield reader.line_num, {name: value for name, value in row.items() if isinstance(name, str)}
     except csv.Error as err:
         raise OptionError(
-            f"line {reader.line_num + 1} of calibration file '{path}' is no CSV ({_one_line(err)}); quote or shorten it."
+            f"line {reader.line_num + 1} of calibration file '{path}' is no CSV ({_one_line(err)}); quote or cut it."
         ) from err
 
 
