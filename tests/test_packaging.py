@@ -84,7 +84,10 @@ def test_package_dir_and_symlinks_name_the_same_folders() -> None:
 
 def test_no_module_is_named_after_a_dependency() -> None:
     project = configuration()["project"]
-    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    requirements = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     names = {re.split(r"[^\w-]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     names = (names - {"liar_opt"}) | {"onnxruntime"}
     modules = [path for name in FOLDERS for path in (ROOT / name).rglob("*.py")]
