@@ -20,9 +20,7 @@ def named(name: str) -> zoo.Case:
 
 def test_cases_cover_the_matrix() -> None:
     every = zoo.cases(fast=False)
-    found = {
-        (c.architecture, c.exporter, c.attention, c.axes) for c in every if not c.optimised and c.dtype == "float32"
-    }
+    found = {(c.architecture, c.exporter, c.attention, c.axes) for c in every if not c.optimised and c.dtype == "float32"}
     for architecture, exporter, axes in itertools.product(zoo.ARCHITECTURES, zoo.EXPORTERS, zoo.AXES):
         for attention in zoo.attentions(architecture):
             assert (architecture, exporter, attention, axes) in found
