@@ -1,0 +1,351 @@
+"""ONNX files in and out, and the graph in the form that the passes work on.
+
+:class:`OnnxModel` holds an onnx-graphsurgeon graph. Loading checks what can be known of a file (truncated, external
+data missing, quantised); :meth:`OnnxModel.normalise` brings exporters' habits to one form: constants as initializers,
+no Identity, weights stored the way they are multiplied, every node named. Weights shared by several nodes stay shared:
+equal folds of equal constants give one constant.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+
+from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
+from liar_opt.runtime.calibration_data import InputSpec
+from liar_opt.runtime.errors import ModelError
+
+gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
+
+QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
+STANDARD = {"", "ai.onnx"}
+FOLD_LIMIT = 1 << 20
+"""Folding may not write more elements than this, unless the result is no larger than its largest input."""
+FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
+EXTERNAL_LIMIT = (1 << 31) - (1 << 20)
+"""Bytes of weights above which the output is written with external data (protobuf's own limit is 2 GiB)."""
+
+
+@dataclass(eq=False)
+class OnnxModel:
+    """A graph with what graphsurgeon does not carry: metadata, the file that it came from."""
+
+    graph: gs.Graph
+    source: Path | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    order: dict[str, int] = field(default_factory=dict)
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> "OnnxModel":
+        """Reads an ONNX file, with its external data.
+
+        Raises:
+            ModelError: the file is missing, not ONNX, truncated, quantised, or its external data cannot be found.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ModelError(f"'{path}' is not a file; give the path of an ONNX model")
+        try:
+            proto = onnx.load(path, load_external_data=False)
+        except (DecodeError, ValueError, OSError, RuntimeError) as err:
+            raise ModelError(f"'{path}' cannot be read as ONNX (truncated or another format); export it again") from err
+        if not proto.graph.node or not proto.opset_import:
+            raise ModelError(f"'{path}' holds no ONNX graph (truncated or another format); export it again")
+        try:
+            onnx.load_external_data_for_model(proto, str(path.parent))
+        except (onnx.checker.ValidationError, OSError, ValueError) as err:
+            missing = _first_missing_external(proto, path.parent)
+            raise ModelError(
+                f"external data {missing} of '{path}' is missing or truncated; put it beside the model as it was exported"
+            ) from err
+        _check_external_lengths(proto, path)
+        return cls.from_proto(proto, path)
+
+    @classmethod
+    def from_proto(cls, proto: onnx.ModelProto, source: Path | None = None) -> "OnnxModel":
+        """Takes a model from memory; the proto is not used again by the caller.
+
+        Raises:
+            ModelError: the graph is quantised, or an initializer holds fewer bytes than its shape needs.
+        """
+        name = f"'{source}'" if source else "the model"
+        for node in proto.graph.node:
+            if node.op_type in QUANTISED or node.op_type.startswith(("QLinear", "QGemm", "QAttention", "QMoE", "MatMulNBits")):
+                raise ModelError(
+                    f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
+                    "prune the float model and quantise the result"
+                )
+        for tensor in proto.graph.initializer:
+            if tensor.HasField("raw_data") and len(tensor.raw_data) != _raw_bytes(tensor):
+                raise ModelError(
+                    f"initializer '{tensor.name}' of {name} has {len(tensor.raw_data)} bytes where its shape "
+                    f"{list(tensor.dims)} needs {_raw_bytes(tensor)}; the file is truncated, export it again"
+                )
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+        notes = []
+        named = {tensor.name for tensor in proto.graph.initializer}
+        overridable = [i.name for i in proto.graph.input if i.name in named]
+        if overridable:
+            # Before IR version 4 every initializer had to be listed as an input; afterwards it means "a default".
+            kept = [i for i in proto.graph.input if i.name not in named]
+            del proto.graph.input[:]
+            proto.graph.input.extend(kept)
+            proto.ir_version = max(proto.ir_version, 4)
+            notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
+        order = {tensor.name: i for i, tensor in enumerate(proto.graph.initializer)}
+        return cls(gs.import_onnx(proto), source, {p.key: p.value for p in proto.metadata_props}, notes, order)
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Returns the graph as an ONNX model; weights that were not touched are not copied."""
+        proto = gs.export_onnx(self.graph, do_type_check=False)
+        # Shapes between input and output may have changed since they were noted; readers infer them.
+        del proto.graph.value_info[:]
+        # Readers may depend on the order of initializers (ONNX Runtime's fusions name theirs by it).
+        last = len(self.order)
+        initializers = sorted(proto.graph.initializer, key=lambda t: self.order.get(t.name, last))
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(initializers)
+        for key, value in self.metadata.items():
+            proto.metadata_props.add(key=key, value=value)
+        return proto
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model beside ``path`` first and moves it into place; weights above 2 GiB go to external data.
+
+        Raises:
+            OSError: the file cannot be written (the temporary file is removed).
+        """
+        save_proto(self.to_proto(), Path(path))
+
+    # -- asking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operator set."""
+        return int(self.graph.opset)
+
+    def inputs(self) -> list[InputSpec]:
+        """Returns the graph's inputs: name, dtype and shape, with symbolic dimensions as strings."""
+        result = []
+        for tensor in self.graph.inputs:
+            shape = tuple(
+                d if isinstance(d, int) and d >= 0 else (str(d) if d not in (None, "", -1) else None)
+                for d in (tensor.shape or ())
+            )
+            result.append(InputSpec(tensor.name, np.dtype(tensor.dtype or np.float32), shape))
+        return result
+
+    def constants(self) -> Iterator[gs.Constant]:
+        """Yields every constant that a node uses, once."""
+        seen: set[int] = set()
+        for node in self.graph.nodes:
+            for tensor in node.inputs:
+                if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor
+
+    def parameters(self) -> int:
+        """Returns the number of elements of floating-point constants."""
+        return sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.constants() if is_float(c.dtype))
+
+    def weight_bytes(self) -> int:
+        """Returns the bytes of all constants."""
+        return sum(int(np.prod(c.shape, dtype=np.int64)) * np.dtype(c.dtype).itemsize for c in self.constants())
+
+    # -- normal form ------------------------------------------------------------------------------------------------
+
+    def normalise(self) -> int:
+        """Brings the graph to the form that the analysis expects; returns the number of nodes removed.
+
+        Constant nodes become initializers, Identity and no-op Dropout and Cast go, what depends on constants alone is
+        folded (so that a weight under a Transpose is stored transposed), nodes and tensors get unique names, dead nodes
+        go. Sharing is kept: the same fold of the same constant gives one constant.
+        """
+        graph = self.graph
+        before = len(graph.nodes)
+        names = _unique_names(graph)
+        for constant in self.constants():
+            # ONNX Runtime 1.31 gives what its fusions add such names, and fails on a saved graph that has them already.
+            if FUSION_NAME.search(constant.name):
+                constant.name = f"{constant.name}_"
+        folded: dict[tuple[object, ...], list[gs.Constant]] = {}
+        outputs = {id(t) for t in graph.outputs}
+        for node in list(graph.nodes):
+            if node.op == "Constant" and node.domain in (None, *STANDARD) and len(node.outputs) == 1:
+                value = _constant_value(node)
+                if value is not None and id(node.outputs[0]) not in outputs:
+                    _replace(node.outputs[0], gs.Constant(node.outputs[0].name, value))
+                    node.outputs.clear()
+                continue
+            if _is_identity(node) and id(node.outputs[0]) not in outputs:
+                _replace(node.outputs[0], node.inputs[0])
+                node.outputs.clear()
+                node.inputs.clear()
+                continue
+            _fold(node, folded, outputs, names)
+        graph.cleanup(remove_unused_node_outputs=False)
+        graph.toposort()
+        return before - len(graph.nodes)
+
+
+def is_float(dtype: object) -> bool:
+    """Returns whether a dtype is floating point (bfloat16 included)."""
+    kind = np.dtype(dtype)  # type: ignore[call-overload]
+    return bool(np.issubdtype(kind, np.floating)) or kind.name == "bfloat16"
+
+
+def is_constant(tensor: object) -> bool:
+    """Returns whether a tensor is an initializer."""
+    return isinstance(tensor, gs.Constant)
+
+
+def present(tensor: object) -> bool:
+    """Returns whether an optional input or output is there (an omitted one has no name)."""
+    return isinstance(tensor, gs.Constant) or (isinstance(tensor, gs.Variable) and bool(tensor.name))
+
+
+def save_proto(proto: onnx.ModelProto, path: Path) -> None:
+    """Writes a model whole or not at all: to a temporary file in the same folder, then moved into place.
+
+    Raises:
+        OSError: the folder cannot be written or is full; nothing is left behind.
+    """
+    size = sum(len(t.raw_data) for t in proto.graph.initializer)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary, data = Path(name), path.with_name(path.name + ".data")
+    temporary_data = Path(name + ".data")
+    try:
+        if size > EXTERNAL_LIMIT:
+            onnx.external_data_helper.convert_model_to_external_data(proto, location=temporary_data.name)
+            onnx.save(proto, temporary)
+            for tensor in proto.graph.initializer:
+                for entry in tensor.external_data:
+                    if entry.key == "location":
+                        entry.value = data.name
+            onnx.save(proto, temporary)
+            temporary_data.replace(data)
+        else:
+            temporary.write_bytes(proto.SerializeToString())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        for leftover in (temporary, temporary_data):
+            with contextlib.suppress(FileNotFoundError):
+                leftover.unlink()
+
+
+def _first_missing_external(proto: onnx.ModelProto, folder: Path) -> str:
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        for entry in tensor.external_data:
+            if entry.key == "location" and not (folder / entry.value).is_file():
+                return f"'{entry.value}'"
+    return "file"
+
+
+def _check_external_lengths(proto: onnx.ModelProto, path: Path) -> None:
+    for tensor in proto.graph.initializer:
+        location = next((e.value for e in tensor.external_data if e.key == "location"), None)
+        if location is not None and len(tensor.raw_data) != _raw_bytes(tensor):
+            raise ModelError(
+                f"external data '{location}' of '{path}' ends before initializer '{tensor.name}' does; "
+                "it is truncated, copy it again"
+            )
+
+
+def _raw_bytes(tensor: onnx.TensorProto) -> int:
+    elements = int(np.prod(tensor.dims, dtype=np.int64))
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    if name in ("INT4", "UINT4", "FLOAT4E2M1"):
+        return (elements + 1) // 2
+    if name in ("INT2", "UINT2"):
+        return (elements + 3) // 4
+    return elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _constant_value(node: gs.Node) -> np.ndarray | None:
+    attributes = node.attrs
+    if "value" in attributes:
+        return tensor_attribute(attributes["value"])
+    for key, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32)):
+        if key in attributes:
+            return np.asarray(attributes[key], dtype)
+    return None
+
+
+def _is_identity(node: gs.Node) -> bool:
+    if node.domain not in (None, *STANDARD) or not node.outputs:
+        return False
+    if node.op == "Identity":
+        return True
+    if node.op == "Dropout":
+        mask_used = len(node.outputs) > 1 and present(node.outputs[1]) and bool(node.outputs[1].outputs)
+        training = node.inputs[2] if len(node.inputs) > 2 else None
+        off = training is None or not present(training) or (is_constant(training) and not bool(np.any(training.values)))
+        return off and not mask_used
+    return False
+
+
+def _replace(old: gs.Tensor, new: gs.Tensor) -> None:
+    for consumer in list(old.outputs):
+        for position, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                consumer.inputs[position] = new
+
+
+def _fold(node: gs.Node, folded: dict[tuple[object, ...], list[gs.Constant]], outputs: set[int], names: Iterator[str]) -> None:
+    if node.domain not in (None, *STANDARD) or not node.inputs or not node.outputs:
+        return
+    if not all(is_constant(t) or not present(t) for t in node.inputs):
+        return
+    if any(id(t) in outputs for t in node.outputs) or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
+        return
+    attributes = tuple(sorted((k, repr(v)) for k, v in node.attrs.items() if not hasattr(v, "values")))
+    key = (node.op, attributes, tuple(id(t) for t in node.inputs))
+    if any(hasattr(v, "values") for v in node.attrs.values()):
+        key = (*key, node.name)
+    results = folded.get(key)
+    if results is None:
+        inputs = [t.values if is_constant(t) else None for t in node.inputs]
+        values = [np.asarray(inputs[0].shape, np.int64)] if node.op == "Shape" and not node.attrs else None
+        values = values or evaluate(node.op, inputs, node.attrs)
+        largest = max((i.size for i in inputs if i is not None), default=0)
+        if values is None or len(values) < len(node.outputs) or max(v.size for v in values) > max(FOLD_LIMIT, largest):
+            return
+        # The constants stay alive through the key's owner list, so that ids are not reused.
+        results = [gs.Constant(t.name or next(names), np.ascontiguousarray(v).reshape(v.shape)) for t, v in zip(node.outputs, values, strict=False)]
+        folded[key] = results
+        folded[("alive", *key)] = [t for t in node.inputs if is_constant(t)]
+    for old, new in zip(node.outputs, results, strict=True):
+        _replace(old, new)
+    node.outputs.clear()
+    node.inputs.clear()
+
+
+def _unique_names(graph: gs.Graph) -> Iterator[str]:
+    """Names nodes that have none (or share one) and returns a source of unused tensor names."""
+    taken: set[str] = set()
+    for index, node in enumerate(graph.nodes):
+        if not node.name or node.name in taken:
+            base = node.name or f"{node.op}"
+            node.name = next(n for n in (f"{base}_{index}", *(f"{base}_{index}_{k}" for k in range(1000))) if n not in taken)
+        taken.add(node.name)
+    tensors = set(graph.tensors())
+    return (n for n in (f"liar_opt_{k}" for k in itertools.count()) if n not in tensors)

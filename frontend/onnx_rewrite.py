@@ -1,0 +1,466 @@
+"""Cutting indices out of a graph: slice the constants, follow with the sizes, add biases.
+
+:class:`Rewriter` keeps, for each pruned leaf factor, which of its indices stay. :meth:`Rewriter.cut` slices every
+constant that has the factor, then brings every number that must equal a size (see ``SizeUse``) in line: an element that
+follows by itself, because it is computed from shapes, is left alone; another is replaced where it is written, and in a
+copy where others read it too. Numbers computed from shapes that enter the data are frozen at what they were.
+
+Nothing is written through a constant that other nodes read with another meaning: such a constant is cloned under a new
+name first.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from liar_opt.frontend.onnx_model import is_constant, present
+from liar_opt.frontend.onnx_rules import MICROSOFT, ConsumerUse, GraphWalk, SizeUse, shape_value
+from liar_opt.frontend.onnx_values import Array, evaluate
+from liar_opt.runtime.errors import InternalError
+
+Mask = NDArray[np.bool_]
+BIAS_INPUTS = {
+    ("", "Add"): (0, 1),
+    (MICROSOFT, "BiasGelu"): (1,),
+    (MICROSOFT, "FastGelu"): (1,),
+    (MICROSOFT, "BiasAdd"): (1,),
+    (MICROSOFT, "SkipLayerNormalization"): (4,),
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): (3,),
+}
+"""Operators that add a constant vector to what they read: the input positions of that vector."""
+
+
+class CannotFollow(Exception):
+    """A size or a number in the graph depends on what is cut, in a way that cannot be rewritten."""
+
+
+class _Numbers(NamedTuple):
+    """What to write: (node, attribute, value) and (node, input position, tensor)."""
+
+    attributes: list[tuple[gs.Node, str, Any]]
+    inputs: list[tuple[gs.Node, int, gs.Tensor]]
+
+
+class Rewriter:
+    """Applies cuts to one analysed graph; the analysis stays as it was, ``kept`` says what has gone since."""
+
+    def __init__(self, walk: GraphWalk) -> None:
+        self.walk = walk
+        self.algebra = walk.algebra
+        self.graph: gs.Graph = walk.model.graph
+        self.kept: dict[int, Mask] = {}
+        self._names = _fresh_names(self.graph)
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+
+    def size(self, factor: int) -> int:
+        """Returns how many indices of ``factor`` are left."""
+        root = self.algebra.find(factor)
+        if root in self.kept:
+            return int(self.kept[root].sum())
+        refinement = self.algebra.refinement(root)
+        if refinement is None:
+            return self.algebra.size(root)
+        sizes = [self.size(part) for part in refinement.parts]
+        return int(np.prod(sizes)) if refinement.kind == "product" else sum(sizes)
+
+    def mask(self, factor: int) -> Mask:
+        """Returns bool [size]: the positions of ``factor``, as analysed, that are left."""
+        result = np.ones(self.algebra.size(factor), bool)
+        present_leaves = set(self.algebra.leaves(factor))
+        for leaf, kept in self.kept.items():
+            if leaf in present_leaves:
+                owners = self.algebra.owners(factor, leaf)
+                result &= (owners < 0) | kept[np.maximum(owners, 0)]
+        return result
+
+    # -- cutting ----------------------------------------------------------------------------------------------------
+
+    def cut(self, cuts: dict[int, Iterable[int]]) -> None:
+        """Removes from every constant what ``cuts`` does not keep, and brings sizes in line.
+
+        Args:
+            cuts: for each leaf factor the indices that stay.
+
+        Raises:
+            CannotFollow: a number that depends on a size is written in a way that cannot be followed; nothing changed.
+            InternalError: a leaf is pinned, refined or was cut before.
+        """
+        before = {id(u): [self.mask(f) for f in u.axes] for u in self.walk.constant_uses}
+        roots = self._mark(cuts)
+        try:
+            numbers = self._followed_sizes(roots)
+            frozen = self._frozen_values()
+        except CannotFollow:
+            for root in roots:
+                del self.kept[root]
+            raise
+        self._slice_constants(before, roots)
+        for node, name, value in numbers.attributes:
+            node.attrs[name] = value
+        for node, position, tensor in [*numbers.inputs, *frozen]:
+            old = node.inputs[position]
+            node.inputs[position] = tensor
+            if is_constant(old) and not old.outputs:
+                tensor.name = old.name
+
+    def check(self, cuts: dict[int, Iterable[int]]) -> str | None:
+        """Returns why ``cuts`` cannot be made, or None; the graph stays as it is, but for dead nodes."""
+        roots = self._mark(cuts)
+        try:
+            self._followed_sizes(roots)
+            self._frozen_values()
+        except CannotFollow as err:
+            return str(err)
+        finally:
+            for root in roots:
+                del self.kept[root]
+        return None
+
+    def _mark(self, cuts: dict[int, Iterable[int]]) -> set[int]:
+        roots = {self.algebra.find(leaf): kept for leaf, kept in cuts.items()}
+        for root, kept in roots.items():
+            if self.algebra.pinned(root) is not None or self.algebra.refinement(root) is not None or root in self.kept:
+                raise InternalError(f"factor {root} cannot be cut: {self.algebra.pinned(root) or 'refined or cut before'}")
+            mask = np.zeros(self.algebra.size(root), bool)
+            mask[list(kept)] = True
+            self.kept[root] = mask
+        return set(roots)
+
+    def _changed(self, factor: int, roots: set[int]) -> bool:
+        return not roots.isdisjoint(self.algebra.leaves(factor))
+
+    def _slice_constants(self, before: dict[int, list[Mask]], roots: set[int]) -> None:
+        pending: dict[int, list[tuple[gs.Node, int, tuple[bytes, ...], list[Mask]]]] = defaultdict(list)
+        for use in self.walk.constant_uses:
+            if not any(self._changed(f, roots) for f in use.axes):
+                continue
+            masks = [self.mask(f)[old] for f, old in zip(use.axes, before[id(use)], strict=True)]
+            constant = use.node.inputs[use.position]
+            if list(constant.shape) != [len(m) for m in masks]:
+                raise InternalError(f"constant '{constant.name}' is {list(constant.shape)}, expected {[len(m) for m in masks]}")
+            pending[id(constant)].append((use.node, use.position, tuple(m.tobytes() for m in masks), masks))
+        for entries in pending.values():
+            by_cut: dict[tuple[bytes, ...], list[tuple[gs.Node, int]]] = defaultdict(list)
+            for node, position, key, _ in entries:
+                by_cut[key].append((node, position))
+            masks_of = {key: masks for _, _, key, masks in entries}
+            for key, places in by_cut.items():
+                value = places[0][0].inputs[places[0][1]].values
+                for axis, mask in enumerate(masks_of[key]):
+                    if not mask.all():
+                        value = np.compress(mask, value, axis)
+                self.set_constant(places, np.ascontiguousarray(value))
+
+    def set_constant(self, places: Sequence[tuple[gs.Node, int]], value: NDArray[Any]) -> gs.Constant:
+        """Gives the constant at ``places`` (node, input position) a new value, under its name where no one else reads it.
+
+        Returns:
+            The constant that is read there now.
+        """
+        node, position = places[0]
+        old = node.inputs[position]
+        readers = sum(t is old for n in {id(n): n for n in old.outputs}.values() for t in n.inputs)
+        shared = readers > len(set((id(n), p) for n, p in places))
+        new = gs.Constant(next(self._names) if shared else old.name, value)
+        for n, p in places:
+            n.inputs[p] = new
+        return new
+
+    # -- numbers that follow sizes ----------------------------------------------------------------------------------
+
+    def _followed_sizes(self, roots: set[int]) -> "_Numbers":
+        """Returns what must be written so that every number equals its size again; writes nothing itself."""
+        known: dict[int, Array | None] = {}
+        made: dict[tuple[object, ...], gs.Tensor] = {}
+        result = _Numbers([], [])
+        wanted: dict[tuple[int, str, int | str], list[tuple[SizeUse, int]]] = defaultdict(list)
+        for use in self.walk.size_uses:
+            kind, place, _ = use.where
+            computed = kind == "input" and not is_constant(use.node.inputs[place])
+            if computed or any(self._changed(f, roots) for f in use.factors):
+                wanted[id(use.node), kind, place].append((use, sum(self.size(f) for f in use.factors)))
+        for (_, kind, place), entries in wanted.items():
+            node = entries[0][0].node
+            if kind == "attribute":
+                value: Any = node.attrs[place]
+                for use, size in entries:
+                    element = use.where[2]
+                    value = size if element < 0 else [size if i == element else v for i, v in enumerate(value)]
+                result.attributes.append((node, str(place), value))
+                continue
+            assert isinstance(place, int)
+            actual = self._evaluate(node.inputs[place], known)
+            if actual is None:
+                raise CannotFollow(f"the sizes that node '{node.name}' reads cannot be followed")
+            changes = {
+                use.where[2]: (size, use.dynamic)
+                for use, size in entries
+                if int(actual.reshape(-1)[use.where[2]]) != size and not self._implicit(node, place, actual, use.where[2])
+            }
+            if not changes:
+                continue
+            tensor = node.inputs[place]
+            if any(dynamic for _, dynamic in changes.values()):
+                patched = self._substituted(tensor, {e: s for e, (s, _) in changes.items()}, roots, node)
+            else:
+                patched = self._patched(tensor, {e: s for e, (s, _) in changes.items()}, node, made)
+            result.inputs.append((node, place, patched))
+        return result
+
+    def _substituted(self, tensor: gs.Tensor, wanted: dict[int, int], roots: set[int], before: gs.Node) -> gs.Tensor:
+        """Returns a copy of the computation of ``tensor`` in which constants that were the size of a cut factor follow it.
+
+        Elements that depend on the graph's inputs cannot be written as constants: "5 heads x batch" becomes
+        "3 heads x batch" by replacing the 5. The replacement is taken only where it gives what is wanted.
+        """
+        sizes = {self.algebra.size(r): self.size(r) for r in roots}
+        for use in self.walk.size_uses:
+            for factor in use.factors:
+                if not use.dynamic and self._changed(factor, roots):
+                    sizes.setdefault(self.algebra.size(factor), self.size(factor))
+        places: list[tuple[gs.Node, int]] = []
+        self._constants_behind(tensor, sizes, places, set())
+        for chosen in [places, *([place] for place in places)]:
+            overrides: dict[tuple[int, int], Array] = {}
+            for node, position in chosen:
+                value = np.array(node.inputs[position].values)
+                for old, new in sizes.items():
+                    value = np.where(np.asarray(node.inputs[position].values) == old, new, value)
+                overrides[id(node), position] = value.astype(node.inputs[position].dtype)
+            result = self._evaluate(tensor, {}, overrides)
+            if result is not None and all(int(result.reshape(-1)[e]) == size for e, size in wanted.items()):
+                return self._copied(tensor, overrides, before, {})
+        raise CannotFollow(f"a size that node '{before.name}' reads is computed in a way that cannot be followed")
+
+    def _constants_behind(self, tensor: gs.Tensor, sizes: dict[int, int], found: list[tuple[gs.Node, int]], seen: set[int]) -> None:
+        if is_constant(tensor) or not tensor.inputs or id(tensor) in seen:
+            return
+        seen.add(id(tensor))
+        node = tensor.inputs[0]
+        if node.op in ("Shape", "Size"):
+            return
+        for position, source in enumerate(node.inputs):
+            if is_constant(source):
+                values = np.asarray(source.values)
+                if np.issubdtype(values.dtype, np.integer) and values.size <= 8 and np.isin(values, list(sizes)).any():
+                    found.append((node, position))
+            elif present(source):
+                self._constants_behind(source, sizes, found, seen)
+
+    def _copied(
+        self, tensor: gs.Tensor, overrides: dict[tuple[int, int], Array], before: gs.Node, made: dict[int, gs.Tensor]
+    ) -> gs.Tensor:
+        """Returns ``tensor`` recomputed by copies of the nodes behind it, with constants replaced; others are shared."""
+        if is_constant(tensor) or not tensor.inputs or tensor.inputs[0].op in ("Shape", "Size"):
+            return tensor
+        if id(tensor) in made:
+            return made[id(tensor)]
+        node = tensor.inputs[0]
+        inputs: list[gs.Tensor] = []
+        for position, source in enumerate(node.inputs):
+            if (id(node), position) in overrides:
+                inputs.append(gs.Constant(next(self._names), overrides[id(node), position]))
+            else:
+                inputs.append(self._copied(source, overrides, before, made))
+        if all(a is b for a, b in zip(inputs, node.inputs, strict=True)) or len(node.outputs) != 1:
+            made[id(tensor)] = tensor
+        else:
+            made[id(tensor)] = self._insert(node.op, inputs, dict(node.attrs), tensor.dtype, before)
+        return made[id(tensor)]
+
+    def _implicit(self, node: gs.Node, place: int, actual: Array, element: int) -> bool:
+        """Whether an element says "whatever is left" (-1) or "as it was" (0), which needs no change."""
+        value = int(actual.reshape(-1)[element])
+        if node.op == "Reshape" and place == 1:
+            return value == -1 or (value == 0 and not node.attrs.get("allowzero", 0))
+        return node.op == "Expand" and value == 1
+
+    def _evaluate(
+        self,
+        tensor: gs.Tensor,
+        known: dict[int, Array | None],
+        overrides: dict[tuple[int, int], Array] | None = None,
+    ) -> Array | None:
+        """Returns the value of a tensor computed from shapes, under the sizes that are left."""
+        overrides = overrides or {}
+        if is_constant(tensor):
+            return np.asarray(tensor.values)
+        if id(tensor) in known:
+            return known[id(tensor)]
+        result: Array | None = None
+        if tensor.inputs:
+            node = tensor.inputs[0]
+            if node.op in ("Shape", "Size"):
+                source = node.inputs[0]
+                axes = self.walk.axes.get(source.name)
+                sizes = list(source.shape) if is_constant(source) else [self.size(f) for f in axes] if axes is not None else None
+                result = None if sizes is None else shape_value(node, sizes)
+            else:
+                inputs = [
+                    overrides.get((id(node), i), self._evaluate(t, known, overrides)) if present(t) else None
+                    for i, t in enumerate(node.inputs)
+                ]
+                if not any(v is None and present(t) for v, t in zip(inputs, node.inputs, strict=True)):
+                    outputs = evaluate(node.op, inputs, node.attrs)
+                    if outputs is not None:
+                        result = outputs[next(i for i, t in enumerate(node.outputs) if t is tensor)]
+        known[id(tensor)] = result
+        return result
+
+    def _patched(self, tensor: gs.Tensor, changes: dict[int, int], before: gs.Node, made: dict[tuple[object, ...], gs.Tensor]) -> gs.Tensor:
+        """Returns a tensor like ``tensor`` with some elements replaced; what produces it is copied, never changed."""
+        key = (id(tensor), tuple(sorted(changes.items())))
+        if key in made:
+            return made[key]
+        result: gs.Tensor
+        producer = tensor.inputs[0] if tensor.inputs and not is_constant(tensor) else None
+        if is_constant(tensor):
+            value = np.array(tensor.values)
+            for element, size in changes.items():
+                value.reshape(-1)[element] = size
+            result = gs.Constant(next(self._names), value)
+        elif producer is not None and producer.op == "Concat" and (pieces := self._pieces(producer)) is not None:
+            inputs = list(producer.inputs)
+            for index, (start, stop) in enumerate(pieces):
+                inner = {e - start: s for e, s in changes.items() if start <= e < stop}
+                if inner and stop - start == 1:
+                    inputs[index] = self._single(inputs[index], inner[0], made)
+                elif inner:
+                    inputs[index] = self._patched(inputs[index], inner, before, made)
+            result = self._insert("Concat", inputs, {"axis": 0}, tensor.dtype, before)
+        else:
+            rank = int(self._evaluate(tensor, {}).size)  # type: ignore[union-attr]
+            inputs, start = [], 0
+            dtype = np.dtype(np.int64)
+            for element, size in [*sorted(changes.items()), (rank, 0)]:
+                if element > start:
+                    bounds = [gs.Constant(next(self._names), np.asarray([v], np.int64)) for v in (start, element, 0)]
+                    inputs.append(self._insert("Slice", [tensor, *bounds], {}, dtype, before))
+                if element < rank:
+                    inputs.append(gs.Constant(next(self._names), np.asarray([size], np.int64)))
+                start = element + 1
+            result = inputs[0] if len(inputs) == 1 else self._insert("Concat", inputs, {"axis": 0}, dtype, before)
+        made[key] = result
+        return result
+
+    def _single(self, tensor: gs.Tensor, size: int, made: dict[tuple[object, ...], gs.Tensor]) -> gs.Constant:
+        key = ("single", id(tensor), size)
+        if key not in made:
+            made[key] = gs.Constant(next(self._names), np.asarray([size], np.int64))
+        return made[key]
+
+    def _pieces(self, concat: gs.Node) -> list[tuple[int, int]] | None:
+        bounds, start = [], 0
+        for tensor in concat.inputs:
+            value = self._evaluate(tensor, {})
+            if value is None or value.ndim != 1:
+                return None
+            bounds.append((start, start + value.size))
+            start += value.size
+        return bounds
+
+    def _insert(self, op: str, inputs: list[gs.Tensor], attrs: dict[str, Any], dtype: Any, before: gs.Node) -> gs.Variable:
+        output = gs.Variable(next(self._names), dtype or np.dtype(np.int64))
+        node = gs.Node(op, f"{op}_{output.name}", attrs, inputs, [output])
+        self.graph.nodes.insert(self._index(before), node)
+        return output
+
+    def _index(self, node: gs.Node) -> int:
+        return next(i for i, n in enumerate(self.graph.nodes) if n is node)
+
+    def _frozen_values(self) -> list[tuple[gs.Node, int, gs.Tensor]]:
+        """Returns the inputs whose value, computed from shapes, would change: they keep what they were."""
+        known: dict[int, Array | None] = {}
+        result: list[tuple[gs.Node, int, gs.Tensor]] = []
+        for use in self.walk.value_uses:
+            tensor = use.node.inputs[use.position]
+            if is_constant(tensor):
+                continue
+            value = self._evaluate(tensor, known)
+            if value is not None and np.array_equal(value, use.value):
+                continue
+            if use.dynamic:
+                raise CannotFollow(f"a number that node '{use.node.name}' reads depends on this size and on the input's")
+            result.append((use.node, use.position, gs.Constant(next(self._names), np.asarray(use.value))))
+        return result
+
+    # -- biases -----------------------------------------------------------------------------------------------------
+
+    def add_bias(self, uses: Sequence[ConsumerUse], delta: NDArray[np.float64]) -> None:
+        """Adds ``delta`` [m] to the output of every use of one consumer: into a constant that is added already, or new.
+
+        Args:
+            uses: contractions that share a weight; a bias vector they share stays shared.
+            delta: what to add to y = x W.
+        """
+        shared: dict[int, list[tuple[gs.Node, int, float]]] = defaultdict(list)
+        for use in uses:
+            place = self._bias_place(use)
+            if place is None:
+                self._insert_bias(use, delta)
+            else:
+                shared[id(place[0].inputs[place[1]])].append(place)
+        for places in shared.values():
+            node, position, scale = places[0]
+            old = np.asarray(node.inputs[position].values)
+            value = (old.astype(np.float64) + delta / scale).astype(old.dtype)
+            self.set_constant([(n, p) for n, p, _ in places], value)
+
+    def _bias_place(self, use: ConsumerUse) -> tuple[gs.Node, int, float] | None:
+        """Returns (node, input position, scale) of the constant bias behind a contraction, or None."""
+        kind, position = use.bias
+        if kind == "input":
+            if len(use.node.inputs) > position and present(use.node.inputs[position]):
+                constant = is_constant(use.node.inputs[position])
+                return (use.node, position, use.bias_scale) if constant and use.bias_scale else None
+            return None
+        output = use.node.outputs[0]
+        if len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
+            return None
+        reader = output.outputs[0]
+        width = use.weight.shape[1 - use.weight_axis]
+        for candidate in BIAS_INPUTS.get((reader.domain or "", reader.op), ()):
+            if len(reader.inputs) > candidate and is_constant(reader.inputs[candidate]):
+                shape = list(reader.inputs[candidate].shape)
+                if shape and shape[-1] == width and int(np.prod(shape)) == width:
+                    return reader, candidate, 1.0
+        return None
+
+    def _insert_bias(self, use: ConsumerUse, delta: NDArray[np.float64]) -> None:
+        node = use.node
+        dtype = node.inputs[use.weight_position].dtype
+        kind, position = use.bias
+        name = f"{node.inputs[use.weight_position].name}_bias"
+        taken = name in self.graph.tensors()
+        constant = gs.Constant(next(self._names) if taken else name, delta.astype(dtype))
+        if kind == "input" and not (len(node.inputs) > position and present(node.inputs[position])):
+            constant.values = (delta / (use.bias_scale or 1.0)).astype(dtype)
+            if not use.bias_scale:
+                node.attrs["beta"] = 1.0
+            while len(node.inputs) < position:
+                node.inputs.append(gs.Variable.empty())
+            if len(node.inputs) > position:
+                node.inputs[position] = constant
+            else:
+                node.inputs.append(constant)
+            return
+        output = node.outputs[0]
+        product = gs.Variable(next(self._names), output.dtype, output.shape)
+        node.outputs[0] = product
+        rank = len(self.walk.axes[output.name] or ())
+        if use.node.op == "Conv":
+            constant.values = constant.values.reshape(-1, *([1] * (rank - 2)))
+        addition = gs.Node("Add", f"{node.name}_bias", {}, [product, constant], [output])
+        self.graph.nodes.insert(self._index(node) + 1, addition)
+        self.walk.axes[product.name] = self.walk.axes[output.name]
+
+
+def _fresh_names(graph: gs.Graph) -> Iterator[str]:
+    taken = set(graph.tensors())
+    return (name for name in (f"liar_opt_{k}" for k in itertools.count()) if name not in taken)

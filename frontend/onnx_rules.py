@@ -1,0 +1,1152 @@
+"""The ONNX operator table of the axis algebra.
+
+:class:`GraphWalk` visits the nodes of a graph once, in topological order. It gives every axis of every tensor a factor
+(see :mod:`liar_opt.passes.axes`); a rule per operator says which factors are equal, how axes are split, merged, cut and
+joined, and which are pinned. Symbolic dimensions of the graph's inputs are given distinct prime sizes for the walk, so
+that every shape is concrete, and small tensors that are computed from shapes have known values. Two symbols that an
+operator equates are merged and the walk starts again.
+
+The walk records what a later rewrite has to touch:
+
+* :class:`ConstantUse`: a constant, where it is used, and the factors of its axes;
+* :class:`ConsumerUse`: a linear contraction of an activation with a constant, where a repair can be folded;
+* :class:`SizeUse`: an attribute or an element of a shape tensor that must equal the size of some factors;
+* :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change.
+
+An operator without a rule pins every axis that it touches, and is named in :attr:`GraphWalk.unknown`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float, present
+from liar_opt.frontend.onnx_values import (
+    Array,
+    axes_of,
+    evaluate,
+    resolve_reshape,
+    slice_arguments,
+    slices,
+    tensor_attribute,
+)
+from liar_opt.runtime.errors import InternalError
+
+if TYPE_CHECKING:
+    from liar_opt.passes.axes import AxisAlgebra, Factor
+
+Axes = tuple["Factor", ...]
+VALUE_LIMIT = 4096
+"""Tensors with more elements than this are data, not shape arithmetic."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantUse:
+    """One use of a constant: input ``position`` of ``node``; ``axes`` are the factors of the constant's axes."""
+
+    node: gs.Node
+    position: int
+    constant: gs.Constant
+    axes: Axes
+
+
+BiasKind = Literal["after", "input"]
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerUse:
+    """A linear contraction y = x W (+ b): ``weight`` at input ``weight_position`` of ``node``, contracted over its axis
+    ``weight_axis`` with axis ``activation_axis`` of ``activation``; ``width`` is the contracted factor.
+
+    ``bias`` says where b' belongs: ``("input", k)`` the node's own input k (scaled by ``bias_scale``), or
+    ``("after", 0)`` an addition behind the node. ``scale`` is what the node multiplies the product by (alpha).
+    ``bias_offset`` is the offset of y within the node's bias vector.
+    """
+
+    node: gs.Node
+    activation: gs.Variable
+    activation_axis: int
+    weight: gs.Constant
+    weight_position: int
+    weight_axis: int
+    width: Factor
+    bias: tuple[BiasKind, int] = ("after", 0)
+    scale: float = 1.0
+    bias_scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class SizeUse:
+    """A number that must equal the summed sizes of ``factors``; ``value`` is what it was, ``dynamic`` whether that
+    depends on the sizes of the graph's inputs.
+
+    ``where`` is ``("input", position, element)`` for an element of a shape tensor, ``("attribute", name, element)`` for
+    an attribute (``element`` -1 for a scalar).
+    """
+
+    node: gs.Node
+    where: tuple[str, int | str, int]
+    factors: tuple[Factor, ...]
+    value: int
+    dynamic: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ValueUse:
+    """Input ``position`` of ``node`` is a number computed from shapes that enters the data; ``value`` is what it was,
+    ``dynamic`` whether that depends on the sizes of the graph's inputs.
+    """
+
+    node: gs.Node
+    position: int
+    value: Array
+    dynamic: bool = False
+
+
+class MergeSymbols(Exception):
+    """Two symbolic dimensions of the inputs turned out to be equal; the walk starts again with both as one."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"sizes {first} and {second}")
+        self.sizes = (first, second)
+
+
+Rule = Callable[["GraphWalk", gs.Node], None]
+RULES: dict[tuple[str, str], Rule] = {}
+MICROSOFT = "com.microsoft"
+
+
+def rule(*ops: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Registers a rule for operators of ``domain``."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            RULES[domain, op] = function
+        return function
+
+    return register
+
+
+def primes(start: int = 5) -> Iterator[int]:
+    """Yields the prime numbers from ``start``."""
+    return (n for n in itertools.count(start) if all(n % d for d in range(2, int(n**0.5) + 1)))
+
+
+@dataclass
+class GraphWalk:
+    """The state of the analysis of one graph; :func:`walk` makes and runs it."""
+
+    model: OnnxModel
+    algebra: AxisAlgebra
+    symbols: dict[str, int]
+    inferred: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    axes: dict[str, Axes | None] = field(default_factory=dict)
+    values: dict[str, Array] = field(default_factory=dict)
+    constant_uses: list[ConstantUse] = field(default_factory=list)
+    consumers: list[ConsumerUse] = field(default_factory=list)
+    size_uses: list[SizeUse] = field(default_factory=list)
+    value_uses: list[ValueUse] = field(default_factory=list)
+    unknown: dict[str, list[str]] = field(default_factory=dict)
+    _tied: dict[int, Axes] = field(default_factory=dict)
+    _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
+    _dynamic: set[int] = field(default_factory=set)
+
+    # -- what rules ask ---------------------------------------------------------------------------------------------
+
+    def shape(self, axes: Axes) -> list[int]:
+        """Returns the sizes of ``axes`` under the walk's probe sizes."""
+        return [self.algebra.size(f) for f in axes]
+
+    def input_axes(self, node: gs.Node, position: int) -> Axes | None:
+        """Returns the factors of an input's axes; None where the input is absent or its shape is unknown.
+
+        Constants get factors of their own at each use, so that a vector shared by chance (exporters deduplicate equal
+        biases) ties nothing; matrices that are shared stay tied, since cutting them apart would store them twice.
+        """
+        if position >= len(node.inputs) or not present(node.inputs[position]):
+            return None
+        tensor = node.inputs[position]
+        if not is_constant(tensor):
+            return self.axes.get(tensor.name)
+        key = (id(node), position)
+        if key in self._used:
+            return self._used[key]
+        axes = self._constant_axes(tensor)
+        self._used[key] = axes
+        self.constant_uses.append(ConstantUse(node, position, tensor, axes))
+        return axes
+
+    def _constant_axes(self, tensor: gs.Constant) -> Axes:
+        if id(tensor) in self._tied:
+            return self._tied[id(tensor)]
+        pin = None if is_float(tensor.dtype) else "an axis of integer constants"
+        axes = tuple(self.algebra.fresh(int(s), pin) for s in tensor.shape)
+        if sum(int(s) > 1 for s in tensor.shape) >= 2:
+            self._tied[id(tensor)] = axes
+        return axes
+
+    def value(self, node: gs.Node, position: int) -> Array | None:
+        """Returns the known value of an input, or None."""
+        if position >= len(node.inputs) or not present(node.inputs[position]):
+            return None
+        return self.value_of(node.inputs[position])
+
+    def value_of(self, tensor: gs.Tensor) -> Array | None:
+        """Returns the value of a small integer or scalar constant, or of a tensor computed from shapes."""
+        if not is_constant(tensor):
+            return self.values.get(tensor.name)
+        size = int(np.prod(tensor.shape, dtype=np.int64))
+        if size <= 1 or (size <= VALUE_LIMIT and not is_float(tensor.dtype)):
+            return np.asarray(tensor.values)
+        return None
+
+    def constant(self, node: gs.Node, position: int) -> gs.Constant | None:
+        """Returns an input if it is a floating-point constant."""
+        if position < len(node.inputs) and is_constant(node.inputs[position]) and is_float(node.inputs[position].dtype):
+            return node.inputs[position]
+        return None
+
+    # -- what rules say ---------------------------------------------------------------------------------------------
+
+    def output(self, node: gs.Node, axes: Axes | None, position: int = 0) -> None:
+        """Sets the factors of an output's axes."""
+        if position < len(node.outputs) and present(node.outputs[position]):
+            self.axes[node.outputs[position].name] = axes
+
+    def pin(self, axes: Axes | Sequence[Factor] | None, reason: str) -> None:
+        """Pins every factor of ``axes``."""
+        for factor in axes or ():
+            self.algebra.pin(factor, reason)
+
+    def unify(self, a: Factor, b: Factor) -> None:
+        """Equates two factors; two different symbolic sizes are merged by starting the walk again."""
+        sa, sb = self.algebra.size(a), self.algebra.size(b)
+        if sa != sb and sa in self._dynamic and sb in self._dynamic:
+            raise MergeSymbols(sa, sb)
+        self.algebra.unify(a, b)
+
+    def broadcast(self, *operands: Axes) -> Axes:
+        """Unifies aligned axes as numpy broadcasting does and returns the axes of the result."""
+        rank = max(len(a) for a in operands)
+        result: list[Factor] = []
+        for i in range(-rank, 0):
+            aligned = [a[i] for a in operands if len(a) >= -i]
+            full = [f for f in aligned if self.algebra.size(f) != 1]
+            for other in full[1:]:
+                self.unify(full[0], other)
+            result.append(full[0] if full else aligned[0])
+        return tuple(result)
+
+    def fresh(self, size: int, pin: str | None = None) -> Factor:
+        """Returns a new factor."""
+        return self.algebra.fresh(size, pin)
+
+    def size_use(self, node: gs.Node, where: tuple[str, int | str, int], *factors: Factor) -> None:
+        """Records that a number of ``node`` must follow the summed sizes of ``factors``."""
+        self.size_uses.append(SizeUse(node, where, factors, sum(self.algebra.size(f) for f in factors)))
+
+    def consumer(self, node: gs.Node, activation: int, activation_axis: int, weight: int, weight_axis: int, **more: Any) -> None:
+        """Records a linear contraction of a variable input with a constant input."""
+        tensor, constant = node.inputs[activation], node.inputs[weight]
+        axes = self.input_axes(node, weight)
+        if not isinstance(tensor, gs.Variable) or axes is None or self.input_axes(node, activation) is None:
+            return
+        rank = len(self.axes[tensor.name] or ())
+        self.consumers.append(
+            ConsumerUse(node, tensor, activation_axis % rank, constant, weight, weight_axis % len(axes), axes[weight_axis], **more)
+        )
+
+    # -- the walk ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Visits every node."""
+        self._dynamic = set(self.symbols.values())
+        for tensor in self.model.graph.inputs:
+            self.axes[tensor.name] = None
+            if tensor.shape is not None:
+                sizes = self.input_sizes(tensor)
+                self.axes[tensor.name] = tuple(self.fresh(s, f"axis of graph input '{tensor.name}'") for s in sizes)
+        for node in self.model.graph.nodes:
+            self._visit(node)
+        for tensor in self.model.graph.outputs:
+            if is_constant(tensor):
+                continue
+            self.pin(self.axes.get(tensor.name), f"axis of graph output '{tensor.name}'")
+
+    def input_sizes(self, tensor: gs.Variable) -> list[int]:
+        """Returns the probe sizes of a graph input."""
+        return [
+            self.symbols[dimension_key(tensor.name, i, d)] if not isinstance(d, int) or d < 0 else d
+            for i, d in enumerate(tensor.shape)
+        ]
+
+    def _visit(self, node: gs.Node) -> None:
+        if self._evaluate(node):
+            return
+        function = RULES.get((node.domain or "", node.op))
+        if node.domain == "ai.onnx":
+            function = RULES.get(("", node.op))
+        opaque = any(present(t) and self.input_axes(node, i) is None for i, t in enumerate(node.inputs))
+        if function is None or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
+            self.give_up(node, f"operator {node.op} has no rule")
+            self.unknown.setdefault(f"{node.domain}::{node.op}" if node.domain else node.op, []).append(node.name)
+            return
+        if opaque:
+            self.give_up(node, f"an input of unknown shape at {node.op}")
+            return
+        function(self, node)
+        for i in range(len(node.outputs)):
+            if present(node.outputs[i]):
+                self.axes.setdefault(node.outputs[i].name, None)
+        for i, tensor in enumerate(node.inputs):
+            known = self.values.get(tensor.name) if isinstance(tensor, gs.Variable) else None
+            sized = any(u.node is node and u.where[:2] == ("input", i) for u in self.size_uses[-16:])
+            if known is not None and not sized:
+                self.value_uses.append(ValueUse(node, i, known))
+
+    def give_up(self, node: gs.Node, reason: str) -> None:
+        """Pins all that a node touches; its outputs get the shapes that onnx can infer, pinned."""
+        where = f"{reason} (node '{node.name}')"
+        for i in range(len(node.inputs)):
+            self.pin(self.input_axes(node, i), where)
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                self._pin_captured(value, where)
+        for tensor in node.outputs:
+            if present(tensor):
+                shape = self.inferred.get(tensor.name)
+                self.axes[tensor.name] = None if shape is None else tuple(self.fresh(s, where) for s in shape)
+
+    def _pin_captured(self, graph: gs.Graph, reason: str) -> None:
+        for node in graph.nodes:
+            for i, tensor in enumerate(node.inputs):
+                if is_constant(tensor):
+                    self.pin(self.input_axes(node, i), reason)
+                elif present(tensor):
+                    self.pin(self.axes.get(tensor.name), reason)
+            for value in node.attrs.values():
+                if isinstance(value, gs.Graph):
+                    self._pin_captured(value, reason)
+        for tensor in graph.outputs:
+            self.pin(self.axes.get(tensor.name), reason)
+
+    def _evaluate(self, node: gs.Node) -> bool:
+        """Computes the outputs of a node whose inputs are all known; they are shape arithmetic, not data."""
+        if node.domain not in (None, "", "ai.onnx"):
+            return False
+        results: list[Array] | None
+        if node.op in ("Shape", "Size"):
+            axes = self.input_axes(node, 0)
+            results = None if axes is None else [shape_value(node, self.shape(axes))]
+        else:
+            inputs = [self.value_of(t) if present(t) else None for t in node.inputs]
+            if not inputs or any(v is None and present(t) for v, t in zip(inputs, node.inputs, strict=True)):
+                return False
+            if all(is_constant(t) for t in node.inputs):
+                return False
+            results = evaluate(node.op, inputs, node.attrs)
+        if results is None or len(results) < len(node.outputs) or any(r.size > VALUE_LIMIT for r in results):
+            return False
+        for tensor, result in zip(node.outputs, results, strict=False):
+            if present(tensor):
+                self.values[tensor.name] = result
+                self.axes[tensor.name] = tuple(self.fresh(s, "computed from shapes") for s in result.shape)
+        return True
+
+
+def shape_value(node: gs.Node, sizes: Sequence[int]) -> Array:
+    """Returns what a Shape or Size node gives for an input of ``sizes``."""
+    if node.op == "Size":
+        return np.asarray(np.prod(sizes, dtype=np.int64))
+    return np.asarray(sizes, np.int64)[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+
+
+def dimension_key(tensor: str, axis: int, dimension: object) -> str:
+    """Returns the name under which a symbolic dimension of an input is known; anonymous ones get one of their own."""
+    return str(dimension) if isinstance(dimension, str) and dimension else f"{tensor}[{axis}]"
+
+
+def probe_symbols(model: OnnxModel) -> dict[str, int]:
+    """Gives every symbolic dimension of the graph's inputs a prime size; all leading dimensions are one, the batch.
+
+    Token inputs (integers or masks of rank two) of different dimension names but the same place are one as well.
+    """
+    used = {d for t in model.graph.inputs for d in (t.shape or ()) if isinstance(d, int)}
+    source = (p for p in primes() if p not in used)
+    symbols: dict[str, int] = {}
+    by_place: dict[object, int] = {}
+    for tensor in model.graph.inputs:
+        rank = len(tensor.shape or ())
+        for axis, dimension in enumerate(tensor.shape or ()):
+            if isinstance(dimension, int) and dimension >= 0:
+                continue
+            key = dimension_key(tensor.name, axis, dimension)
+            token = rank == 2 and not is_float(tensor.dtype or np.float32)
+            place = "batch" if axis == 0 else ("token", axis) if token and not isinstance(dimension, str) else key
+            if key not in symbols:
+                symbols[key] = by_place[place] if place in by_place else next(source)
+            by_place.setdefault(place, symbols[key])
+    return symbols
+
+
+def infer_shapes(model: OnnxModel, symbols: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that onnx infers under the probe sizes, for operators that have no rule."""
+    proto = model.to_proto()
+    light = onnx.ModelProto()
+    light.CopyFrom(_without_weights(proto))
+    for tensor in light.graph.input:
+        for axis, dim in enumerate(tensor.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value"):
+                key = dimension_key(tensor.name, axis, dim.dim_param or None)
+                if key in symbols:
+                    dim.dim_value = symbols[key]
+    del light.graph.value_info[:]
+    for output in light.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return {}
+    result = {}
+    for info in [*inferred.graph.value_info, *inferred.graph.output]:
+        if info.type.tensor_type.HasField("shape"):
+            dims = info.type.tensor_type.shape.dim
+            if all(d.HasField("dim_value") for d in dims):
+                result[info.name] = tuple(d.dim_value for d in dims)
+    return result
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Moves large initializers to the inputs, so that inference reads shapes and no data."""
+    small, infos = [], []
+    for tensor in proto.graph.initializer:
+        if np.prod(tensor.dims, dtype=np.int64) <= 1024:
+            small.append(tensor)
+        else:
+            infos.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    graph = onnx.helper.make_graph(
+        proto.graph.node, proto.graph.name or "graph", [*proto.graph.input, *infos], proto.graph.output, small
+    )
+    return onnx.helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+
+
+def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
+    """Analyses a normalised graph.
+
+    Args:
+        model: the graph; it is not changed.
+        algebra: makes an empty axis algebra (the walk may start more than once).
+
+    Returns:
+        The walk, run to its end.
+    """
+    symbols = probe_symbols(model)
+    while True:
+        state = GraphWalk(model, algebra(), symbols, infer_shapes(model, symbols))
+        try:
+            state.run()
+        except MergeSymbols as merge:
+            first, second = merge.sizes
+            symbols = {k: first if v == second else v for k, v in symbols.items()}
+            continue
+        break
+    if symbols:
+        _mark_dynamic(state, algebra)
+    return state
+
+
+def _mark_dynamic(state: GraphWalk, algebra: Callable[[], AxisAlgebra]) -> None:
+    """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes."""
+    source = primes(max(state.symbols.values()) + 1)
+    renamed = {size: next(source) for size in sorted(set(state.symbols.values()))}
+    symbols = {k: renamed[v] for k, v in state.symbols.items()}
+    other = GraphWalk(state.model, algebra(), symbols, infer_shapes(state.model, symbols))
+    other.run()
+    same = len(other.size_uses) == len(state.size_uses) and len(other.value_uses) == len(state.value_uses)
+    state.size_uses = [
+        replace(u, dynamic=not same or u.value != v.value)
+        for u, v in zip(state.size_uses, other.size_uses if same else state.size_uses, strict=True)
+    ]
+    state.value_uses = [
+        replace(u, dynamic=not same or not np.array_equal(u.value, v.value))
+        for u, v in zip(state.value_uses, other.value_uses if same else state.value_uses, strict=True)
+    ]
+
+
+# -- pointwise ------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    *("Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid").split(),
+    *("HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin").split(),
+    *("Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu").split(),
+)
+@rule("Gelu", "QuickGelu", domain=MICROSOFT)
+def _unary(w: GraphWalk, node: gs.Node) -> None:
+    w.output(node, w.input_axes(node, 0))
+
+
+@rule("Clip", "CastLike", "Dropout")
+def _unary_with_settings(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    w.output(node, axes)
+    w.output(node, axes, 1)
+
+
+@rule(
+    *("Add And BitwiseAnd BitwiseOr BitwiseXor BitShift Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean").split(),
+    *("Min Mod Mul Or Pow PRelu Sub Sum Where Xor").split(),
+)
+@rule("BiasGelu", "FastGelu", "BiasAdd", domain=MICROSOFT)
+def _pointwise(w: GraphWalk, node: gs.Node) -> None:
+    operands = [a for i in range(len(node.inputs)) if (a := w.input_axes(node, i)) is not None]
+    w.output(node, w.broadcast(*operands))
+
+
+# -- contractions ---------------------------------------------------------------------------------------------------
+
+
+def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, swapped: tuple[bool, bool]) -> Axes:
+    """Unifies batch and contracted axes; ``left`` and ``right`` are in multiplication order already."""
+    vector_left, vector_right = len(left) == 1, len(right) == 1
+    k_left, k_right = left[-1], right[0] if vector_right else right[-2]
+    w.unify(k_left, k_right)
+    if w.constant(node, 1) is not None and len(right) == 2:
+        axis = -2 if swapped[0] else -1
+        w.consumer(node, 0, axis, 1, 1 if swapped[1] else 0, scale=scale)
+    elif w.constant(node, 0) is not None and len(left) == 2 and not vector_right:
+        w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale)
+    else:
+        w.pin([k_left], f"contracted between two activations (node '{node.name}')")
+    batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
+    batch = w.broadcast(batch_left, batch_right) if batch_left or batch_right else ()
+    rows = () if vector_left else (left[-2],)
+    columns = () if vector_right else (right[-1],)
+    return (*batch, *rows, *columns)
+
+
+def _swap(axes: Axes, swap: bool) -> Axes:
+    return (*axes[:-2], axes[-1], axes[-2]) if swap and len(axes) >= 2 else axes
+
+
+@rule("MatMul")
+def _matmul_rule(w: GraphWalk, node: gs.Node) -> None:
+    left, right = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert left is not None and right is not None
+    w.output(node, _matmul(w, node, left, right, 1.0, (False, False)))
+
+
+@rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
+def _fused_matmul(w: GraphWalk, node: gs.Node) -> None:
+    left, right = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert left is not None and right is not None
+    if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
+        w.give_up(node, "FusedMatMul with transposed batch axes")
+        return
+    swapped = (bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0)))
+    alpha = float(node.attrs.get("alpha", 1.0))
+    w.output(node, _matmul(w, node, _swap(left, swapped[0]), _swap(right, swapped[1]), alpha, swapped))
+
+
+@rule("Gemm")
+@rule("GemmFastGelu", domain=MICROSOFT)
+def _gemm(w: GraphWalk, node: gs.Node) -> None:
+    left, right = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert left is not None and right is not None
+    swapped = (bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0)))
+    a, b = _swap(left, swapped[0]), _swap(right, swapped[1])
+    w.unify(a[-1], b[-2])
+    alpha = float(node.attrs.get("alpha", 1.0))
+    has_bias = len(node.inputs) > 2 and present(node.inputs[2])
+    if w.constant(node, 1) is not None:
+        beta = float(node.attrs.get("beta", 1.0))
+        w.consumer(
+            node, 0, 0 if swapped[0] else 1, 1, 1 if swapped[1] else 0, bias=("input", 2), scale=alpha, bias_scale=beta
+        )
+    else:
+        w.pin([a[-1]], f"contracted between two activations (node '{node.name}')")
+    axes: Axes = (*a[:-1], b[-1])
+    bias = w.input_axes(node, 2) if has_bias else None
+    w.output(node, axes if bias is None else w.broadcast(axes, bias))
+
+
+@rule("Einsum")
+def _einsum(w: GraphWalk, node: gs.Node) -> None:
+    equation = str(node.attrs["equation"]).replace(" ", "")
+    operands = [w.input_axes(node, i) for i in range(len(node.inputs))]
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    plain = "->" in equation and "..." not in equation and all(len(set(t)) == len(t) for t in [*terms, right])
+    if not plain or len(terms) != len(operands) or any(len(t) != len(a or ()) for t, a in zip(terms, operands, strict=True)):
+        w.give_up(node, f"Einsum '{equation}'")
+        return
+    factors: dict[str, Factor] = {}
+    for term, axes in zip(terms, operands, strict=True):
+        for letter, factor in zip(term, axes or (), strict=True):
+            if letter in factors and w.algebra.size(factors[letter]) != 1 and w.algebra.size(factor) != 1:
+                w.unify(factors[letter], factor)
+            elif letter not in factors or w.algebra.size(factors[letter]) == 1:
+                factors[letter] = factor
+    summed = [letter for letter in factors if letter not in right]
+    linear = len(terms) == 2 and len(summed) == 1 and all(summed[0] in t for t in terms)
+    weight = next((i for i in (1, 0) if linear and w.constant(node, i) is not None and len(terms[i]) == 2), None)
+    if weight is not None and right.endswith(terms[weight].replace(summed[0], "")) and summed[0] in terms[1 - weight]:
+        w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
+    else:
+        w.pin([factors[s] for s in summed], f"summed over by Einsum (node '{node.name}')")
+    w.output(node, tuple(factors[letter] for letter in right))
+
+
+@rule("Conv")
+def _conv(w: GraphWalk, node: gs.Node) -> None:
+    x, weight = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert x is not None and weight is not None
+    where = f"(node '{node.name}')"
+    kernel = w.shape(weight)[2:]
+    if int(node.attrs.get("group", 1)) == 1:
+        w.unify(x[1], weight[1])
+        pointwise = all(k == 1 for k in kernel)
+        if w.constant(node, 1) is None or not pointwise:
+            w.pin([x[1]], f"input channels of a convolution that is no matrix product {where}")
+        else:
+            w.consumer(node, 0, 1, 1, 1, bias=("input", 2))
+    else:
+        w.pin([x[1], *weight], f"grouped convolution {where}")
+    bias = w.input_axes(node, 2)
+    if bias is not None:
+        w.unify(weight[0], bias[0])
+    w.pin(x[2:], f"slid over by a convolution {where}")
+    spatial = w.inferred.get(node.outputs[0].name, ())[2:] or _conv_sizes(node, w.shape(x)[2:], kernel)
+    if len(spatial) != len(kernel):
+        w.give_up(node, "convolution of unknown extent")
+        return
+    w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
+
+
+def _conv_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:
+    n = len(kernel)
+    if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return []
+    pads = list(node.attrs.get("pads", [0] * 2 * n))
+    strides, dilations = list(node.attrs.get("strides", [1] * n)), list(node.attrs.get("dilations", [1] * n))
+    return [
+        (sizes[i] + pads[i] + pads[n + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)
+    ]
+
+
+# -- layout ---------------------------------------------------------------------------------------------------------
+
+
+@rule("Reshape")
+def _reshape(w: GraphWalk, node: gs.Node) -> None:
+    axes, target = w.input_axes(node, 0), w.value(node, 1)
+    assert axes is not None
+    if target is None:
+        w.give_up(node, "Reshape to a target that is not known")
+        return
+    sizes = resolve_reshape([int(d) for d in target], w.shape(axes), bool(node.attrs.get("allowzero", 0)))
+    if sizes is None or 0 in sizes:
+        w.give_up(node, "Reshape to a target that does not fit")
+        return
+    result = tuple(w.algebra.split(w.algebra.merge(axes), sizes))
+    for i, factor in enumerate(result):
+        w.size_use(node, ("input", 1, i), factor)
+    w.output(node, result)
+
+
+@rule("Flatten")
+def _flatten(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    axis = int(node.attrs.get("axis", 1))
+    w.output(node, (w.algebra.merge(axes[:axis]), w.algebra.merge(axes[axis:])))
+
+
+@rule("Transpose")
+def _transpose(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    w.output(node, tuple(axes[p] for p in node.attrs.get("perm") or range(len(axes))[::-1]))
+
+
+@rule("Squeeze")
+def _squeeze(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    chosen = axes_of([None, w.value(node, 1)], node.attrs, 1)
+    gone = {a % len(axes) for a in chosen} if chosen is not None else {i for i, s in enumerate(w.shape(axes)) if s == 1}
+    w.output(node, tuple(f for i, f in enumerate(axes) if i not in gone))
+
+
+@rule("Unsqueeze")
+def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
+    axes, chosen = w.input_axes(node, 0), axes_of([None, w.value(node, 1)], node.attrs, 1)
+    assert axes is not None
+    if chosen is None:
+        w.give_up(node, "Unsqueeze of axes that are not known")
+        return
+    rank = len(axes) + len(chosen)
+    places, source = {a % rank for a in chosen}, iter(axes)
+    w.output(node, tuple(w.fresh(1) if i in places else next(source) for i in range(rank)))
+
+
+@rule("Concat")
+def _concat(w: GraphWalk, node: gs.Node) -> None:
+    operands = [w.input_axes(node, i) for i in range(len(node.inputs))]
+    known = [a for a in operands if a is not None]
+    axis = int(node.attrs["axis"]) % len(known[0])
+    result = list(known[0])
+    for other in known[1:]:
+        for i, factor in enumerate(other):
+            if i != axis:
+                w.unify(result[i], factor)
+    result[axis] = w.algebra.join([a[axis] for a in known])
+    w.output(node, tuple(result))
+
+
+@rule("Split")
+def _split(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    axis = int(node.attrs.get("axis", 0)) % len(axes)
+    size, count = w.algebra.size(axes[axis]), len(node.outputs)
+    given = node.attrs.get("split")
+    where: tuple[str, int | str] | None = ("attribute", "split") if given is not None else None
+    if given is None and len(node.inputs) > 1 and present(node.inputs[1]):
+        given, where = w.value(node, 1), ("input", 1)
+    if given is None:
+        step = -(-size // count)
+        given = [min(step, size - step * i) for i in range(count)]
+        if where is not None:
+            w.give_up(node, "Split into sizes that are not known")
+            return
+    pieces = w.algebra.cut(axes[axis], [int(g) for g in given])
+    if where is None:
+        # Equal parts by count: the operator itself divides, so the parts must stay equal.
+        for piece in pieces[1:]:
+            w.unify(pieces[0], piece)
+    for i, piece in enumerate(pieces):
+        if where is not None:
+            w.size_use(node, (*where, i), piece)
+        w.output(node, (*axes[:axis], piece, *axes[axis + 1 :]), i)
+
+
+@rule("Slice")
+def _slice(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    arguments = slice_arguments([None, *(w.value(node, i) for i in range(1, 5))], node.attrs)
+    if len(node.inputs) > 3 and present(node.inputs[3]) and w.value(node, 3) is None:
+        arguments = None
+    if arguments is None:
+        w.give_up(node, "Slice with bounds that are not known")
+        return
+    starts, _, chosen, _ = arguments
+    places = [a % len(axes) for a in (chosen if chosen is not None else range(len(starts)))]
+    result = list(axes)
+    for element, (axis, cut) in enumerate(zip(places, [slices(len(axes), *arguments)[p] for p in places], strict=True)):
+        size = w.algebra.size(axes[axis])
+        start, stop, step = cut.indices(size)
+        if (start, stop, step) == (0, size, 1):
+            continue
+        if step != 1 or stop <= start:
+            w.pin([axes[axis]], f"sliced with a step (node '{node.name}')")
+            result[axis] = w.fresh(max(0, len(range(start, stop, step))), f"sliced with a step (node '{node.name}')")
+            continue
+        pieces = w.algebra.cut(axes[axis], [s for s in (start, stop - start, size - stop) if s])
+        before, piece = (pieces[:1], pieces[1]) if start else ([], pieces[0])
+        result[axis] = piece
+        where = ("attribute", "starts", "ends") if "starts" in node.attrs else ("input", 1, 2)
+        if start:
+            w.size_use(node, (str(where[0]), where[1], element), *before)
+        if stop < size:
+            w.size_use(node, (str(where[0]), where[2], element), *before, piece)
+    w.output(node, tuple(result))
+
+
+@rule("Expand")
+def _expand(w: GraphWalk, node: gs.Node) -> None:
+    axes, target = w.input_axes(node, 0), w.value(node, 1)
+    assert axes is not None
+    if target is None:
+        w.give_up(node, "Expand to a target that is not known")
+        return
+    sizes = [int(d) for d in target]
+    rank = max(len(axes), len(sizes))
+    padded: list[Factor | None] = [*([None] * (rank - len(axes))), *axes]
+    result: list[Factor] = []
+    for i in range(rank):
+        factor = padded[i]
+        element = i - (rank - len(sizes))
+        size = sizes[element] if element >= 0 else 1
+        if factor is None or (w.algebra.size(factor) == 1 and size > 1):
+            factor = w.fresh(size)
+        if element >= 0 and size > 1:
+            if w.algebra.size(factor) != size:
+                if {w.algebra.size(factor), size} <= w._dynamic:
+                    raise MergeSymbols(w.algebra.size(factor), size)
+                w.give_up(node, "Expand to a target that does not fit")
+                return
+            w.size_use(node, ("input", 1, element), factor)
+        result.append(factor)
+    w.output(node, tuple(result))
+
+
+@rule("Tile")
+def _tile(w: GraphWalk, node: gs.Node) -> None:
+    axes, repeats = w.input_axes(node, 0), w.value(node, 1)
+    assert axes is not None
+    if repeats is None:
+        w.give_up(node, "Tile by counts that are not known")
+        return
+    result = []
+    for i, (factor, count) in enumerate(zip(axes, (int(r) for r in repeats), strict=True)):
+        if count == 1:
+            result.append(factor)
+            continue
+        outer = w.fresh(count)
+        w.size_use(node, ("input", 1, i), outer)
+        result.append(w.algebra.merge([outer, factor]))
+    w.output(node, tuple(result))
+
+
+@rule("Gather")
+def _gather(w: GraphWalk, node: gs.Node) -> None:
+    axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert axes is not None and indices is not None
+    axis = int(node.attrs.get("axis", 0)) % len(axes)
+    w.pin([axes[axis]], f"looked up by Gather (node '{node.name}')")
+    w.output(node, (*axes[:axis], *indices, *axes[axis + 1 :]))
+
+
+@rule("GatherElements")
+def _gather_elements(w: GraphWalk, node: gs.Node) -> None:
+    axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert axes is not None and indices is not None
+    axis = int(node.attrs.get("axis", 0)) % len(axes)
+    w.pin([axes[axis], indices[axis]], f"looked up by GatherElements (node '{node.name}')")
+    for i, (a, b) in enumerate(zip(axes, indices, strict=True)):
+        if i == axis:
+            continue
+        if w.algebra.size(a) == w.algebra.size(b):
+            w.unify(a, b)
+        else:
+            w.pin([a, b], f"looked up by GatherElements (node '{node.name}')")
+    w.output(node, indices)
+
+
+@rule("GatherND")
+def _gather_nd(w: GraphWalk, node: gs.Node) -> None:
+    axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert axes is not None and indices is not None
+    batch, depth = int(node.attrs.get("batch_dims", 0)), w.algebra.size(indices[-1])
+    w.pin(axes[: batch + depth], f"looked up by GatherND (node '{node.name}')")
+    w.pin(indices[-1:], f"looked up by GatherND (node '{node.name}')")
+    w.output(node, (*indices[:-1], *axes[batch + depth :]))
+
+
+@rule("Pad")
+def _pad(w: GraphWalk, node: gs.Node) -> None:
+    axes, pads = w.input_axes(node, 0), w.value(node, 1)
+    assert axes is not None
+    pads = np.asarray(node.attrs["pads"]) if "pads" in node.attrs else pads
+    if pads is None or len(pads) != 2 * len(axes):
+        w.give_up(node, "Pad by widths that are not known")
+        return
+    where = f"padded (node '{node.name}')"
+    result = []
+    for i, factor in enumerate(axes):
+        extra = int(pads[i]) + int(pads[i + len(axes)])
+        if pads[i] or pads[i + len(axes)]:
+            w.pin([factor], where)
+            factor = w.fresh(w.algebra.size(factor) + extra, where)
+        result.append(factor)
+    w.output(node, tuple(result))
+
+
+@rule("ConstantOfShape")
+def _constant_of_shape(w: GraphWalk, node: gs.Node) -> None:
+    target = w.value(node, 0)
+    if target is None:
+        w.give_up(node, "ConstantOfShape of a target that is not known")
+        return
+    result = tuple(w.fresh(int(s)) for s in target)
+    for i, factor in enumerate(result):
+        w.size_use(node, ("input", 0, i), factor)
+    w.output(node, result)
+
+
+@rule("Range")
+def _range(w: GraphWalk, node: gs.Node) -> None:
+    w.give_up(node, "Range of numbers that are not known")
+
+
+# -- what needs the whole axis --------------------------------------------------------------------------------------
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "CumSum", "ArgMax", "ArgMin")
+def _along_axis(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    default = -1 if node.op in ("LpNormalization",) or (w.model.opset >= 13 and node.op not in ("ArgMax", "ArgMin")) else 1
+    axis = int(node.attrs.get("axis", 0 if node.op.startswith("Arg") else default))
+    if node.op == "CumSum":
+        known = w.value(node, 1)
+        if known is None:
+            w.give_up(node, "CumSum over an axis that is not known")
+            return
+        axis = int(known)
+    axis %= len(axes)
+    coerced = w.model.opset < 13 and node.op in ("Softmax", "LogSoftmax", "Hardmax")
+    w.pin(axes[axis:] if coerced else axes[axis : axis + 1], f"{node.op} runs over it (node '{node.name}')")
+    if node.op.startswith("Arg"):
+        tail = axes[axis + 1 :]
+        axes = (*axes[:axis], *((w.fresh(1),) if node.attrs.get("keepdims", 1) else ()), *tail)
+    w.output(node, axes)
+
+
+@rule(*(f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")))
+def _reduce(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    if len(node.inputs) > 1 and present(node.inputs[1]) and w.value(node, 1) is None:
+        w.give_up(node, "a reduction over axes that are not known")
+        return
+    chosen = axes_of([None, w.value(node, 1)], node.attrs, 1)
+    if not chosen:
+        if node.attrs.get("noop_with_empty_axes", 0):
+            w.output(node, axes)
+            return
+        chosen = list(range(len(axes)))
+    gone = {a % len(axes) for a in chosen}
+    w.pin([axes[a] for a in gone], f"{node.op} runs over it (node '{node.name}')")
+    keep = bool(node.attrs.get("keepdims", 1))
+    w.output(node, tuple(w.fresh(1) if i in gone else f for i, f in enumerate(axes) if keep or i not in gone))
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool")
+def _global_pool(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
+    w.output(node, (*axes[:2], *(w.fresh(1) for _ in axes[2:])))
+
+
+@rule("LayerNormalization", "RMSNormalization")
+@rule("SimplifiedLayerNormalization")
+@rule("LayerNormalization", "SimplifiedLayerNormalization", domain=MICROSOFT)
+def _layer_normalization(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    axis = int(node.attrs.get("axis", -1)) % len(axes)
+    where = f"{node.op} runs over it (node '{node.name}')"
+    w.pin(axes[axis:], where)
+    for i in range(1, len(node.inputs)):
+        extra = w.input_axes(node, i)
+        if extra is not None:
+            w.broadcast(axes[axis:], extra)
+    w.output(node, axes)
+    for i in range(1, len(node.outputs)):
+        w.output(node, (*axes[:axis], *(w.fresh(1) for _ in axes[axis:])), i)
+
+
+@rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+def _skip_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
+    x, skip = w.input_axes(node, 0), w.input_axes(node, 1)
+    assert x is not None and skip is not None
+    axes = w.broadcast(x, skip)
+    w.pin(axes[-1:], f"{node.op} runs over it (node '{node.name}')")
+    for i in range(2, len(node.inputs)):
+        extra = w.input_axes(node, i)
+        if extra is not None:
+            w.unify(axes[-1], extra[-1])
+    w.output(node, axes)
+    for i in (1, 2):
+        w.output(node, (*axes[:-1], w.fresh(1)), i)
+    w.output(node, axes, 3)
+
+
+@rule("EmbedLayerNormalization", domain=MICROSOFT)
+def _embed_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
+    ids = w.input_axes(node, 0)
+    tables = [w.input_axes(node, i) for i in range(2, 7)]
+    assert ids is not None
+    known = [t for t in tables if t is not None]
+    where = f"{node.op} runs over it (node '{node.name}')"
+    for table in known:
+        w.pin(table, where)
+    hidden = known[0][-1]
+    axes = (*ids, hidden)
+    w.output(node, axes)
+    w.output(node, (ids[0],), 1)
+    w.output(node, axes, 2)
+
+
+# -- attention as one operator --------------------------------------------------------------------------------------
+
+
+def _head_split(w: GraphWalk, node: gs.Node, factor: Factor, heads: Factor, width: int) -> Factor:
+    """Splits ``factor`` into heads x width, unifies the heads and returns the width's factor."""
+    parts = w.algebra.split(factor, [w.algebra.size(heads), width])
+    w.unify(parts[0], heads)
+    return parts[1]
+
+
+def _attention_bias(w: GraphWalk, node: gs.Node, position: int, heads: Factor) -> None:
+    """Unifies the head axis of an additive attention bias [b or 1, heads or 1, s, t]."""
+    axes = w.input_axes(node, position)
+    if axes is None:
+        return
+    if len(axes) == 4 and w.algebra.size(axes[1]) == w.algebra.size(heads):
+        w.unify(axes[1], heads)
+        w.pin([axes[0], *axes[2:]], f"added to the scores of {node.op} (node '{node.name}')")
+    else:
+        w.pin(axes, f"added to the scores of {node.op} (node '{node.name}')")
+
+
+@rule("Attention", domain=MICROSOFT)
+def _contrib_attention(w: GraphWalk, node: gs.Node) -> None:
+    x, weight, bias = (w.input_axes(node, i) for i in range(3))
+    assert x is not None and weight is not None
+    count = int(node.attrs.get("num_heads", 0))
+    past = len(node.inputs) > 4 and present(node.inputs[4])
+    extra_outputs = any(present(t) and t.outputs for t in node.outputs[1:])
+    if count <= 0 or w.constant(node, 1) is None or past or extra_outputs or node.attrs.get("do_rotary", 0):
+        w.give_up(node, "Attention with a cache, rotary embedding or a variable weight")
+        return
+    total = w.algebra.size(weight[1])
+    sizes = [int(s) for s in node.attrs.get("qkv_hidden_sizes") or [total // 3] * 3]
+    where = f"inside {node.op} (node '{node.name}')"
+    w.unify(x[-1], weight[0])
+    w.consumer(node, 0, -1, 1, 0, bias=("input", 2))
+    parts = w.algebra.cut(weight[1], sizes)
+    heads = w.fresh(count)
+    widths = [_head_split(w, node, part, heads, size // count) for part, size in zip(parts, sizes, strict=True)]
+    w.unify(widths[0], widths[1])
+    # The scale is 1 / sqrt(head width) unless it is an attribute, and kernels take one width for q, k and v.
+    w.pin(widths, f"width of a head {where}")
+    if bias is not None:
+        w.unify(bias[0], weight[1])
+    for i in range(3, len(node.inputs)):
+        if i == 5:
+            _attention_bias(w, node, i, heads)
+        else:
+            w.pin(w.input_axes(node, i), where)
+    w.size_use(node, ("attribute", "num_heads", -1), heads)
+    if "qkv_hidden_sizes" in node.attrs:
+        for i, part in enumerate(parts):
+            w.size_use(node, ("attribute", "qkv_hidden_sizes", i), part)
+    w.output(node, (*x[:-1], parts[2]))
+
+
+@rule("MultiHeadAttention", domain=MICROSOFT)
+def _multi_head_attention(w: GraphWalk, node: gs.Node) -> None:
+    query, key, value, bias = (w.input_axes(node, i) for i in range(4))
+    assert query is not None
+    count = int(node.attrs.get("num_heads", 0))
+    where = f"inside {node.op} (node '{node.name}')"
+    cached = any(len(node.inputs) > i and present(node.inputs[i]) for i in (6, 7))
+    extra_outputs = any(present(t) and t.outputs for t in node.outputs[1:])
+    if count <= 0 or cached or extra_outputs:
+        w.give_up(node, "MultiHeadAttention with a cache")
+        return
+    heads = w.fresh(count)
+    w.size_use(node, ("attribute", "num_heads", -1), heads)
+    for i in range(4, len(node.inputs)):
+        if i == 5:
+            _attention_bias(w, node, i, heads)
+        elif i != 3:
+            w.pin(w.input_axes(node, i), where)
+    if len(query) == 5:
+        # Packed [b, s, heads, 3, width].
+        w.unify(query[2], heads)
+        w.pin(query[3:], f"packed {where}")
+        if bias is not None:
+            parts = w.algebra.split(bias[0], [3, count, w.algebra.size(query[4])])
+            w.pin([parts[0], parts[2]], f"packed {where}")
+            w.unify(parts[1], heads)
+        w.output(node, (*query[:2], w.algebra.merge([heads, query[4]])))
+        return
+    widths: list[Factor] = [_head_split(w, node, query[2], heads, w.algebra.size(query[2]) // count)]
+    hidden = [query[2]]
+    if key is not None and len(key) == 5:
+        w.unify(key[2], heads)
+        w.pin(key[3:], f"packed {where}")
+        widths.append(key[4])
+        hidden += [w.algebra.merge([heads, key[4]])] * 2
+    else:
+        for axes in (key, value):
+            if axes is None:
+                w.give_up(node, "MultiHeadAttention without key or value")
+                return
+            if len(axes) == 4:
+                w.unify(axes[1], heads)
+                w.pin(axes[2:], where)
+                widths.append(axes[3])
+                hidden.append(w.algebra.merge([heads, axes[3]]))
+            else:
+                widths.append(_head_split(w, node, axes[2], heads, w.algebra.size(axes[2]) // count))
+                hidden.append(axes[2])
+    w.unify(widths[0], widths[1])
+    w.pin(widths, f"width of a head {where}")
+    if bias is not None:
+        w.unify(bias[0], w.algebra.join(hidden))
+    w.output(node, (*query[:2], hidden[-1]))
+
+
+@rule("Attention")
+def _standard_attention(w: GraphWalk, node: gs.Node) -> None:
+    """ONNX Attention (opset 23): q, k, v as [b, heads, s, width] or, with head counts as attributes, [b, s, heads*width]."""
+    query, key, value = (w.input_axes(node, i) for i in range(3))
+    where = f"inside {node.op} (node '{node.name}')"
+    cached = any(len(node.inputs) > i and present(node.inputs[i]) for i in (4, 5, 6))
+    extra_outputs = any(present(t) and t.outputs for t in node.outputs[1:])
+    if query is None or key is None or value is None or cached or extra_outputs:
+        w.give_up(node, "Attention with a cache")
+        return
+    if len(query) == 4:
+        heads, groups = query[1], key[1]
+        q_width, k_width, v_width = query[3], key[3], value[3]
+        w.unify(groups, value[1])
+    else:
+        counts = int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
+        heads, groups = w.fresh(counts[0]), w.fresh(counts[1])
+        w.size_use(node, ("attribute", "q_num_heads", -1), heads)
+        w.size_use(node, ("attribute", "kv_num_heads", -1), groups)
+        q_width = _head_split(w, node, query[2], heads, w.algebra.size(query[2]) // counts[0])
+        k_width = _head_split(w, node, key[2], groups, w.algebra.size(key[2]) // counts[1])
+        v_width = _head_split(w, node, value[2], groups, w.algebra.size(value[2]) // counts[1])
+    repeat = w.algebra.size(heads) // max(1, w.algebra.size(groups))
+    if repeat > 1:
+        parts = w.algebra.split(heads, [w.algebra.size(groups), repeat])
+        w.unify(parts[0], groups)
+        w.pin(parts[1:], f"heads of one group {where}")
+    else:
+        w.unify(heads, groups)
+    w.unify(q_width, k_width)
+    w.pin([q_width, k_width], f"contracted between two activations {where}")
+    _attention_bias(w, node, 3, heads)
+    if len(query) == 4:
+        w.output(node, (*query[:3], v_width))
+    else:
+        w.output(node, (*query[:2], w.algebra.merge([heads, v_width])))
+
+
+__all__ = [
+    "ConstantUse",
+    "ConsumerUse",
+    "GraphWalk",
+    "InternalError",
+    "SizeUse",
+    "ValueUse",
+    "rule",
+    "tensor_attribute",
+    "walk",
+]

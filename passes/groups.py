@@ -1,0 +1,80 @@
+"""What can be cut: a :class:`ChannelGroup` is one coupled set of indices, with everything that has them.
+
+A group has ``size`` blocks (a channel of a feed-forward layer, an attention head). Cutting block i removes, from every
+member, the positions whose owner is i. A :class:`Consumer` is a weight that contracts the dimension: y = x W with x in
+R^n; n is a multiple of the number of blocks where a block is wider than one channel. Several uses of one consumer (a
+weight shared by layers) pool their moments; several consumers of one group are scored together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KINDS = ("ffn", "heads")
+"""Kinds of groups that are pruned; ``value`` (width within a head) and ``pooler`` are found and reported only."""
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A weight that contracts the group's dimension.
+
+    Attributes:
+        uses: the frontend's records of the contractions (one weight, one or more nodes).
+        owners: int64 [n], the block that each position of the contracted axis belongs to (-1: none, always kept).
+    """
+
+    uses: tuple[Any, ...]
+    owners: NDArray[np.int64]
+
+    @property
+    def width(self) -> int:
+        """Number of contracted positions, n."""
+        return len(self.owners)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """One prunable dimension.
+
+    Attributes:
+        name: the first consumer's node, with the kind; unique within a graph.
+        kind: "ffn" (each block one channel), "heads" (a block is all channels of a head), "value" or "pooler".
+        factor: the leaf factor of the axis algebra.
+        size: number of blocks.
+        consumers: the weights that contract the dimension.
+        parameters: elements of all constants that have the dimension (they shrink in proportion).
+        start: position of the first node that touches the dimension, in the graph's order.
+        end: position of the last consumer.
+    """
+
+    name: str
+    kind: str
+    factor: int
+    size: int
+    consumers: tuple[Consumer, ...]
+    parameters: int
+    start: int
+    end: int
+    constants: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def block_width(self) -> int:
+        """Channels per block, in the first consumer."""
+        return int(np.sum(self.consumers[0].owners == 0))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that does not qualify, and why."""
+
+    reason: str
+    nodes: tuple[str, ...] = ()
+    size: int = 0
+
+
+def kept_positions(owners: NDArray[np.int64], kept: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the positions that stay when only the blocks ``kept`` do: their own and those of no block."""
+    return np.flatnonzero((owners < 0) | np.isin(owners, np.asarray(kept)))

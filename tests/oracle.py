@@ -1,0 +1,92 @@
+"""The oracle of every rule: a graph pruned with repair off equals the original with the removed inputs zeroed.
+
+The reference is made without any of the code that prunes: the original file, loaded by onnx alone, with a Mul by a 0/1
+vector in front of every consumer.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.onnx_rules import GraphWalk, walk
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.find_groups import Found, find_groups
+from liar_opt.passes.groups import ChannelGroup, kept_positions
+
+Kept = dict[str, list[int]]
+
+
+def analyse(path: Path) -> tuple[OnnxModel, GraphWalk, Found]:
+    """Loads, normalises and analyses a model."""
+    model = OnnxModel.load(path)
+    model.normalise()
+    state = walk(model, AxisAlgebra)
+    return model, state, find_groups(state)
+
+
+def random_kept(groups: tuple[ChannelGroup, ...], seed: int) -> Kept:
+    """Draws a kept set for every group: between one block and all but one."""
+    rng = np.random.default_rng(seed)
+    return {g.name + g.kind: sorted(rng.permutation(g.size)[: rng.integers(1, g.size)].tolist()) for g in groups}
+
+
+def prune(model: OnnxModel, state: GraphWalk, found: Found, kept: Kept) -> onnx.ModelProto:
+    """Cuts the graph without any repair."""
+    rewriter = Rewriter(state)
+    for group in found.groups:
+        rewriter.cut({group.factor: kept[group.name + group.kind]})
+    model.graph.cleanup(remove_unused_node_outputs=False).toposort()
+    return model.to_proto()
+
+
+def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
+    """Returns the original with the removed indices of every consumer's input multiplied by zero."""
+    proto = onnx.load(path)
+    nodes = {n.name or f"{n.op_type}_{i}": n for i, n in enumerate(proto.graph.node)}
+    outputs = {o: n for n in proto.graph.node for o in n.output}
+    for k, group in enumerate(found.groups):
+        for consumer in group.consumers:
+            keep = np.zeros(consumer.width, np.float32)
+            keep[kept_positions(consumer.owners, kept[group.name + group.kind])] = 1
+            for j, use in enumerate(consumer.uses):
+                node = nodes[use.node.name] if use.node.name in nodes else outputs[use.node.outputs[0].name]
+                position = list(use.node.inputs).index(use.activation)
+                dtype = use.weight.dtype
+                rank = len(use.activation.shape or ()) or None
+                tail = 0 if use.activation_axis in (-1,) or rank is None else rank - 1 - use.activation_axis
+                if use.node.op == "Conv":
+                    tail = len(use.weight.shape) - 2
+                name = f"mask_{k}_{j}_{use.node.name}"
+                vector = onnx.numpy_helper.from_array(keep.astype(dtype).reshape(-1, *([1] * tail)), name)
+                proto.graph.initializer.append(vector)
+                masked_name = f"{name}_applied"
+                index = next(i for i, n in enumerate(proto.graph.node) if n is node or n == node)
+                proto.graph.node.insert(index, onnx.helper.make_node("Mul", [node.input[position], name], [masked_name], name=name))
+                target = next(n for n in proto.graph.node if n.output and list(n.output) == list(node.output))
+                target.input[position] = masked_name
+                nodes[use.node.name] = target
+    return proto
+
+
+def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Runs a model in ONNX Runtime on the CPU, without graph optimisations that would change rounding."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {k: v for k, v in feeds.items() if k in {i.name for i in session.get_inputs()}})
+
+
+def difference(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """Returns the largest difference over the outputs, relative to the largest magnitude of each."""
+    assert len(a) == len(b)
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape and np.isfinite(y).all() and np.isfinite(x).all()
+        scale = float(np.abs(y.astype(np.float64)).max()) or 1.0
+        worst = max(worst, float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max()) / scale)
+    return worst
