@@ -186,8 +186,7 @@ class GraphWalk:
     def _constant_axes(self, tensor: gs.Constant) -> Axes:
         if id(tensor) in self._tied:
             return self._tied[id(tensor)]
-        pin = None if is_float(tensor.dtype) else "an axis of integer constants"
-        axes = tuple(self.algebra.fresh(int(s), pin) for s in tensor.shape)
+        axes = tuple(self.algebra.fresh(int(s)) for s in tensor.shape)
         if sum(int(s) > 1 for s in tensor.shape) >= 2:
             self._tied[id(tensor)] = axes
         return axes

@@ -9,11 +9,14 @@ have one a token is a "pooler". The last two are reported and left alone.
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, walk
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
@@ -29,6 +32,23 @@ class Found:
 
     groups: tuple[ChannelGroup, ...]
     refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class FindGroupsPass(Pass[None]):
+    """Analyse the graph and list its channel groups."""
+
+    name: ClassVar[str] = "find-groups"
+
+    def plan(self, state: State) -> None:
+        """Plans nothing: finding is pure."""
+
+    def apply(self, state: State, plan: None) -> PassResult:
+        """Adds the analysis and the groups to the state."""
+        state.walk = walk(state.model, AxisAlgebra)
+        found = find_groups(state.walk)
+        state.groups = found.groups
+        return PassResult(state, (), found.refusals)
 
 
 def find_groups(walk: GraphWalk) -> Found:
@@ -49,6 +69,7 @@ def find_groups(walk: GraphWalk) -> Found:
             else:
                 consumers[leaf].append(use)
     touching = _touching(walk)
+    rewriter = Rewriter(walk)
     most_rows = max((_rows(walk, u) for uses in consumers.values() for u in uses), default=0)
     groups, others = [], []
     for leaf, uses in consumers.items():
@@ -75,6 +96,14 @@ def find_groups(walk: GraphWalk) -> Found:
             end=max(order[id(u.node)] for u in uses),
             constants=frozenset(id(u.constant) for u in constant_uses),
         )
+        shared = any(np.any(c.owners < 0) for c in group.consumers)
+        if kind in KINDS and shared:
+            refused["its consumer reads other dimensions in the same axis", size].append(group.name)
+            continue
+        unfollowed = rewriter.check({leaf: range(1)}) if kind in KINDS else None
+        if unfollowed is not None:
+            refused[unfollowed, size].append(group.name)
+            continue
         (groups if kind in KINDS else others).append(group)
     refusals = [Refusal(reason, tuple(dict.fromkeys(nodes)), size) for (reason, size), nodes in refused.items()]
     for kind, reason in NOT_PRUNED.items():
@@ -82,6 +111,7 @@ def find_groups(walk: GraphWalk) -> Found:
         for size in sorted({g.size for g in left}):
             refusals.append(Refusal(reason, tuple(g.name for g in left if g.size == size), size))
     refusals += [Refusal(f"operator {op} has no rule", tuple(nodes)) for op, nodes in walk.unknown.items()]
+    walk.model.graph.cleanup(remove_unused_node_outputs=False)
     groups.sort(key=lambda g: (g.end, g.start))
     return Found(tuple(groups), tuple(refusals))
 

@@ -1,0 +1,321 @@
+"""Cutting a graph into segments at the residual stream, and measuring moments inside it.
+
+A segment holds the groups that must be measured together. Between two segments the graph is cut where the least has to
+be carried over: for a transformer that is the residual stream, with what else is alive there (an attention mask). Each
+segment is a model of its own: :func:`extract` takes the nodes that its outputs need.
+
+:func:`add_moments` appends, for an activation x [.., n], what the solver needs: the rows that are no padding (dropped
+before anything is multiplied), their number, their column sums and X^T X, of which only the upper triangle of blocks is
+computed. All of it stays inside the graph, on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from liar_opt.frontend.onnx_model import is_constant, present
+from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+
+ROWS = "liar_opt_rows"
+"""Name of the input that says which rows count: bool [rows of one activation]; the layout is appended."""
+TRIANGLE_FROM = 512
+"""Widths from here on compute X^T X by blocks of the upper triangle."""
+BLOCKS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of the graph: the nodes from ``first`` up to the next segment's first, and its groups."""
+
+    first: gs.Node
+    groups: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One activation to be measured.
+
+    Attributes:
+        tensor: its name.
+        axis: the axis to be contracted.
+        rank: its rank.
+        width: its size along ``axis``, as it is now.
+        layout: order of its rows against the batch: "bs", "sb", "b" (one row a sample), "b*" (several fixed rows a
+            sample), "all" (rows cannot be told apart).
+        repeat: rows a sample for layout "b*".
+        target: name of the dense output that it is fitted to (an extra input), or None.
+        target_width: columns of the target.
+    """
+
+    tensor: str
+    axis: int
+    rank: int
+    width: int
+    layout: str = "all"
+    repeat: int = 1
+    target: str | None = None
+    target_width: int = 0
+
+    @property
+    def key(self) -> str:
+        """A prefix for the names of the outputs."""
+        return f"liar_opt_moments/{self.tensor}/{self.axis}"
+
+    @property
+    def bounds(self) -> list[int]:
+        """Column bounds of the blocks of X^T X."""
+        if self.width < TRIANGLE_FROM:
+            return [0, self.width]
+        return [round(i * self.width / BLOCKS) for i in range(BLOCKS + 1)]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs: count, total, the block rows of X^T X, and with a target cross, total and square."""
+        names = [f"{self.key}/count", f"{self.key}/total"]
+        names += [f"{self.key}/second{i}" for i in range(len(self.bounds) - 1)]
+        if self.target is not None:
+            names += [f"{self.key}/cross", f"{self.key}/target_total", f"{self.key}/target_square"]
+        return names
+
+
+@dataclass
+class Extracted:
+    """A segment as a model: its bytes, and the names of the tensors that it reads and gives."""
+
+    model: onnx.ModelProto
+    inputs: list[str] = field(default_factory=list)
+
+    def serialise(self) -> bytes:
+        """Returns the model as bytes."""
+        return self.model.SerializeToString()
+
+
+def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Segment, ...]]:
+    """Divides the groups into those that span others and the segments of the rest.
+
+    Args:
+        walk: the analysis.
+        groups: channel groups with ``start`` and ``end`` positions.
+
+    Returns:
+        The groups that are used on both sides of another group (shared weights, a position bias that ties the heads of
+        all layers): they are measured on the whole model first. Then the segments, in order.
+    """
+    nodes = walk.model.graph.nodes
+    order = {id(n): i for i, n in enumerate(nodes)}
+
+    def uses(group: Any) -> list[int]:
+        return sorted(order[id(u.node)] for c in group.consumers for u in c.uses)
+
+    wide = tuple(g for g in groups if any(uses(g)[0] <= uses(o)[-1] < uses(g)[-1] for o in groups if o is not g))
+    narrow = sorted((g for g in groups if g not in wide), key=lambda g: (g.start, g.end))
+    merged: list[tuple[int, int, list[Any]]] = []
+    for group in narrow:
+        start = min(uses(group)[0], _producers_start(walk, group, order))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], group.end), [*merged[-1][2], group])
+        else:
+            merged.append((start, group.end, [group]))
+    segments = []
+    for index, (start, _, members) in enumerate(merged):
+        first = 0 if index == 0 else _cheapest_cut(walk, merged[index - 1][1] + 1, start)
+        segments.append(Segment(nodes[first], tuple(members)))
+    return wide, tuple(segments)
+
+
+def _producers_start(walk: GraphWalk, group: Any, order: dict[int, int]) -> int:
+    """Returns the position of the first node that reads a weight of the group (shape arithmetic left out)."""
+    positions = [
+        order[id(u.node)]
+        for u in walk.constant_uses
+        if any(group.factor in walk.algebra.leaves(f) for f in u.axes)
+    ]
+    return min(positions, default=group.start)
+
+
+def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
+    """Returns the position in [low, high] at which the fewest bytes are alive, the first of equals."""
+    return min(range(low, max(low, high) + 1), key=lambda p: _live_size(walk, p))
+
+
+def _live_size(walk: GraphWalk, position: int) -> int:
+    total = 0
+    for name in live_tensors(walk, position):
+        axes = walk.axes.get(name)
+        total += 1 << 40 if axes is None else int(np.prod(walk.shape(axes), dtype=np.int64))
+    return total
+
+
+def live_tensors(walk: GraphWalk, position: int) -> list[str]:
+    """Returns the names of the tensors made before ``position`` and read from there on; graph inputs left out."""
+    nodes = walk.model.graph.nodes
+    made = {t.name for n in nodes[:position] for t in n.outputs if present(t)}
+    read = {t.name for n in nodes[position:] for t in n.inputs if present(t) and not is_constant(t)}
+    read |= {t.name for t in walk.model.graph.outputs}
+    return sorted(made & read)
+
+
+def extract(
+    walk: GraphWalk, start: int, stop: int, outputs: Sequence[str], types: Mapping[str, int], taps: Sequence[Tap] = ()
+) -> Extracted:
+    """Makes a model of the nodes [start, stop) that ``outputs`` and ``taps`` need.
+
+    Args:
+        walk: the analysis; the graph may have been cut since.
+        start: position of the first node.
+        stop: position behind the last node.
+        outputs: tensors to return.
+        types: ONNX element types of tensors made before ``start``.
+        taps: activations whose moments are computed and returned.
+    """
+    graph = walk.model.graph
+    needed = {*outputs, *(t.tensor for t in taps)}
+    nodes: list[gs.Node] = []
+    for node in reversed(graph.nodes[start:stop]):
+        if any(t.name in needed for t in node.outputs):
+            nodes.append(node)
+            needed.update(t.name for t in node.inputs if present(t) and not is_constant(t))
+            for value in node.attrs.values():
+                if isinstance(value, gs.Graph):
+                    needed.update(_captured(value))
+    nodes.reverse()
+    made = {t.name for n in nodes for t in n.outputs}
+    constants = {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
+    declared = {t.name: t for t in graph.inputs}
+    inputs = []
+    for name in sorted(needed - made - set(constants)):
+        if name in declared:
+            tensor = declared[name]
+            inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape))
+        else:
+            inputs.append(helper.make_tensor_value_info(name, types[name], None))
+    protos = [OnnxExporter.export_node(n) for n in nodes]
+    initializers = [OnnxExporter.export_tensor_proto(c) for c in constants.values()]
+    for layout in sorted({t.layout + str(t.repeat) for t in taps if t.layout != "all"}):
+        inputs.append(helper.make_tensor_value_info(f"{ROWS}_{layout}", TensorProto.BOOL, [None]))
+    for tap in taps:
+        add_moments(tap, protos, initializers)
+        if tap.target is not None:
+            inputs.append(helper.make_tensor_value_info(tap.target, types[tap.target], None))
+    names = [*outputs, *(o for t in taps for o in t.outputs)]
+    ends = [onnx.ValueInfoProto(name=name) for name in names]
+    proto = helper.make_graph(protos, "segment", inputs, ends, initializers)
+    imports = list(graph.import_domains)
+    if not any(o.domain in ("", "ai.onnx") for o in imports):
+        imports.append(helper.make_opsetid("", walk.model.opset))
+    model = helper.make_model(proto, opset_imports=imports, ir_version=graph.ir_version or 8)
+    return Extracted(model, [i.name for i in inputs])
+
+
+def _captured(graph: gs.Graph) -> set[str]:
+    names = {t.name for n in graph.nodes for t in n.inputs if present(t)} | {t.name for t in graph.outputs}
+    for node in graph.nodes:
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                names |= _captured(value)
+    return names - {t.name for n in graph.nodes for t in n.outputs}
+
+
+def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto]) -> None:
+    """Appends the nodes that compute the moments of one activation.
+
+    x [.., n] -> rows [N, n] -> real rows [r, n] in float32 -> count, column sums [n], X^T X by block rows
+    [width of block i, n - bounds[i]], and with a target Y [r, m]: X^T Y [n, m], column sums [m] and the square of Y.
+    """
+    k = tap.key
+
+    def constant(name: str, value: Any) -> str:
+        initializers.append(onnx.numpy_helper.from_array(np.asarray(value), f"{k}/{name}"))
+        return f"{k}/{name}"
+
+    def rows(source: str, axis: int, rank: int, width: int, name: str) -> str:
+        if axis != rank - 1:
+            perm = [i for i in range(rank) if i != axis] + [axis]
+            nodes.append(helper.make_node("Transpose", [source], [f"{k}/{name}_last"], perm=perm))
+            source = f"{k}/{name}_last"
+        shape = constant(f"{name}_shape", np.asarray([-1, width], np.int64))
+        nodes.append(helper.make_node("Reshape", [source, shape], [f"{k}/{name}_all"]))
+        result = f"{k}/{name}_all"
+        if tap.layout != "all":
+            mask = f"{ROWS}_{tap.layout}{tap.repeat}"
+            nodes.append(helper.make_node("Compress", [result, mask], [f"{k}/{name}_real"], axis=0))
+            result = f"{k}/{name}_real"
+        nodes.append(helper.make_node("Cast", [result], [f"{k}/{name}"], to=TensorProto.FLOAT))
+        return f"{k}/{name}"
+
+    x = rows(tap.tensor, tap.axis, tap.rank, tap.width, "x")
+    count, total, *second = tap.outputs[: 2 + len(tap.bounds) - 1]
+    nodes.append(helper.make_node("Shape", [x], [f"{k}/x_shape_now"]))
+    zero = constant("zero", np.asarray(0, np.int64))
+    nodes.append(helper.make_node("Gather", [f"{k}/x_shape_now", zero], [count], axis=0))
+    # A product with ones: column sums at the speed of a matrix product, and valid at every opset.
+    ones_shape = f"{k}/ones_shape"
+    one = constant("one", np.asarray([1], np.int64))
+    nodes.append(helper.make_node("Reshape", [count, one], [f"{k}/count_vector"]))
+    nodes.append(helper.make_node("Concat", [one, f"{k}/count_vector"], [ones_shape], axis=0))
+    value = onnx.numpy_helper.from_array(np.ones(1, np.float32))
+    nodes.append(helper.make_node("ConstantOfShape", [ones_shape], [f"{k}/ones"], value=value))
+    nodes.append(helper.make_node("MatMul", [f"{k}/ones", x], [total]))
+    bounds = tap.bounds
+    for i, name in enumerate(second):
+        left, right = x, x
+        if len(bounds) > 2:
+            left = f"{k}/left{i}"
+            ends = [constant(f"{e}{i}", np.asarray([v], np.int64)) for e, v in (("from", bounds[i]), ("to", bounds[i + 1]))]
+            nodes.append(helper.make_node("Slice", [x, *ends, one], [left]))
+            if i:
+                right = f"{k}/right{i}"
+                last = constant(f"last{i}", np.asarray([tap.width], np.int64))
+                nodes.append(helper.make_node("Slice", [x, ends[0], last, one], [right]))
+        nodes.append(helper.make_node("Gemm", [left, right], [name], transA=1))
+    if tap.target is not None:
+        y = rows(tap.target, 1, 2, tap.target_width, "y")
+        cross, target_total, target_square = tap.outputs[-3:]
+        nodes.append(helper.make_node("Gemm", [x, y], [cross], transA=1))
+        nodes.append(helper.make_node("MatMul", [f"{k}/ones", y], [target_total]))
+        nodes.append(helper.make_node("Mul", [y, y], [f"{k}/y_square"]))
+        nodes.append(helper.make_node("MatMul", [f"{k}/ones", f"{k}/y_square"], [target_square]))
+
+
+def tap_for(walk: GraphWalk, use: ConsumerUse, width: int, batch: tuple[int, ...]) -> Tap:
+    """Returns the tap of a consumer's activation.
+
+    Args:
+        walk: the analysis.
+        use: the consumer.
+        width: size of the contracted axis as it is now.
+        batch: probe sizes of (batch, sequence) or (batch,) by which the row mask is laid out.
+    """
+    axes = walk.axes[use.activation.name] or ()
+    sizes = [walk.algebra.size(leaf) for i, f in enumerate(axes) if i != use.activation_axis for leaf in walk.algebra.leaves(f)]
+    layout, repeat = "all", 1
+    if not batch:
+        return Tap(use.activation.name, use.activation_axis, len(axes), width)
+    wanted = [s for s in batch if s != 1]
+    if sizes == wanted:
+        layout = "bs" if len(batch) == 2 else "b"
+    elif len(batch) == 2 and sizes == wanted[::-1]:
+        layout = "sb"
+    elif sizes == [s for s in batch[:1] if s != 1]:
+        layout = "b"
+    elif sizes[: len([s for s in batch[:1] if s != 1])] == [s for s in batch[:1] if s != 1]:
+        layout, repeat = "b*", int(np.prod(sizes, dtype=np.int64)) // batch[0]
+    return Tap(use.activation.name, use.activation_axis, len(axes), width, layout, repeat)
+
+
+def row_mask(mask: np.ndarray, layout: str, repeat: int) -> np.ndarray:
+    """Lays a row mask [b, s] or [b] out as the rows of an activation, bool [rows]."""
+    sample = mask if mask.ndim == 1 else mask.any(axis=1)
+    if layout == "bs":
+        return mask.reshape(-1)
+    if layout == "sb":
+        return mask.T.reshape(-1)
+    return np.repeat(sample, repeat) if layout == "b*" else sample

@@ -1,0 +1,141 @@
+"""What a pass is: options as fields, and four methods that the base class calls in order.
+
+``requires`` raises where the pass is not applicable at all; ``plan`` is pure and says what will be done and what will
+not, and why; ``apply`` is the only mutation; ``ensures`` checks what the pass promises. A pass states what it adds to
+the :class:`State`; it never prints. Long work is told through ``State.progress``.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.passes.groups import Refusal
+from liar_opt.runtime.calibration_data import CalibrationData
+from liar_opt.runtime.errors import InternalError, LiarOptError
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the steps done and the steps in all."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Ignores progress."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a pass did: ``where`` (a node or a group), ``what``, the size before and after, and details."""
+
+    what: str
+    where: str
+    before: int = 0
+    after: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """What flows through the pipeline: the model, and what each pass has added."""
+
+    model: OnnxModel
+    calibration: CalibrationData | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    progress: Progress = no_progress
+    walk: GraphWalk | None = None
+    groups: tuple[Any, ...] = ()
+    keep: dict[str, int] = field(default_factory=dict)
+    repairs: list[Any] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def analysed(self) -> GraphWalk:
+        """Returns the analysis, which a pass before must have made."""
+        if self.walk is None:
+            raise InternalError("the graph was not analysed; run find-groups first")
+        return self.walk
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The state, what was done and what was not."""
+
+    state: State
+    changes: tuple[Change, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.changes)
+
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(frozen=True)
+class Pass(ABC, Generic[Plan]):
+    """A step of the pipeline; subclasses are frozen dataclasses whose fields are the options."""
+
+    name: ClassVar[str] = ""
+
+    def requires(self, state: State) -> None:  # noqa: B027 - most passes require nothing
+        """Raises where the pass is not applicable at all."""
+
+    @abstractmethod
+    def plan(self, state: State) -> Plan:
+        """Returns what will be done; pure."""
+
+    @abstractmethod
+    def apply(self, state: State, plan: Plan) -> PassResult:
+        """Does it."""
+
+    def ensures(self, state: State) -> None:  # noqa: B027 - most passes promise nothing that can be checked cheaply
+        """Raises where the pass did not keep its promise."""
+
+    def __call__(self, state: State) -> PassResult:
+        """Runs the four methods in order."""
+        self.requires(state)
+        result = self.apply(state, self.plan(state))
+        self.ensures(result.state)
+        return result
+
+
+Observer = Callable[[Pass[Any], PassResult], None]
+
+
+@dataclass(frozen=True)
+class Pipeline(Pass[None]):
+    """Passes in sequence; itself a pass. An observer is called after each."""
+
+    name: ClassVar[str] = "pipeline"
+    passes: Sequence[Pass[Any]] = ()
+    observer: Observer | None = None
+
+    def plan(self, state: State) -> None:
+        """Plans nothing: each pass plans when its turn comes."""
+
+    def apply(self, state: State, plan: None) -> PassResult:
+        """Runs the passes; a bug in one is reported with its name and those before it."""
+        changes: list[Change] = []
+        refusals: list[Refusal] = []
+        done: list[str] = []
+        for step in self.passes:
+            start = time.perf_counter()
+            try:
+                result = step(state)
+            except (LiarOptError, KeyboardInterrupt, OSError):
+                raise
+            except Exception as err:
+                before = f" after {', '.join(done)}" if done else ""
+                raise InternalError(f"pass {step.name} failed{before}: {err}") from err
+            state = result.state
+            state.seconds[step.name] = state.seconds.get(step.name, 0.0) + time.perf_counter() - start
+            changes += result.changes
+            refusals += result.refusals
+            done.append(step.name)
+            if self.observer is not None:
+                self.observer(step, result)
+        return PassResult(state, tuple(changes), tuple(refusals))

@@ -1,0 +1,286 @@
+"""Measure, select, repair and cut, one segment of the graph after the other.
+
+The graph is cut at the residual stream into segments. Each segment runs on what the pruned segments before it give, so
+that its moments are those of the inputs it will see when deployed; its groups are scored, repaired and cut; then it runs
+once more, pruned, to make the next segment's inputs. Groups that span others (shared weights, heads tied over layers by
+a common position bias) are measured first, on the whole model. Cost: a forward pass with its moments and a pruned one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+from liar_opt.frontend.onnx_segments import ROWS, Tap, extract, live_tensors, plan_segments, row_mask, tap_for
+from liar_opt.passes.base import Change, Pass, PassResult, State
+from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
+from liar_opt.passes.registry import REPAIRS, SCORES, Measured, Repaired, lookup
+from liar_opt.runtime.calibration_data import CalibrationData
+from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, OptionError
+from liar_opt.runtime.moments import Moments, assemble_symmetric
+from liar_opt.runtime.sessions import Session, element_type
+from liar_opt.runtime.solve import bias_only_error, masked_error, residual_error
+
+HELD_BACK = 10
+"""One batch in this many is held back to choose the ridge."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerRepair:
+    """What one consumer's weight became, for the check against the masked original.
+
+    Attributes:
+        uses: (node name, weight input position) of every use.
+        weight_axis: the contracted axis.
+        kept: kept positions of that axis, as it was.
+        weight: the new weight, laid out as in the graph, contracted axis cut.
+        bias: what was added to the output, [m].
+    """
+
+    uses: tuple[ConsumerUse, ...]
+    kept: NDArray[np.int64]
+    weight: NDArray[Any]
+    bias: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
+    """Cut every group to the width allocated to it and fold the repair into its consumers.
+
+    With kept U and removed M of a consumer y = x W + b:  W <- W_U + Q W_M,  b <- b + p W_M  (LIAR, arXiv 2407.13331).
+
+    Attributes:
+        score: which blocks stay; a name in ``registry.SCORES``.
+        repair: what happens to the rest; a name in ``registry.REPAIRS``.
+        ridge: relative ridge; None chooses it on held-back calibration rows.
+        seed: for scores that draw.
+    """
+
+    name: ClassVar[str] = "prune-groups"
+    score: str = "greedy"
+    repair: str = "liar"
+    ridge: float | None = None
+    seed: int = 0
+
+    def requires(self, state: State) -> None:
+        """Checks the options and that there is something to measure on.
+
+        Raises:
+            OptionError: unknown score or repair, a negative ridge.
+        """
+        lookup("score", SCORES, self.score)
+        lookup("repair", REPAIRS, self.repair)
+        if self.ridge is not None and not self.ridge >= 0:
+            raise OptionError(f"ridge {self.ridge:g} is negative; give 0 or more, or leave it out to have it chosen")
+        if state.calibration is None or not state.calibration.batches:
+            raise InternalError("no calibration data")
+        state.analysed()
+
+    def plan(self, state: State) -> tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]:
+        """Returns the groups that span others and the segments of the rest."""
+        groups = tuple(g for g in state.groups if state.keep.get(g.name, g.size) < g.size)
+        return plan_segments(state.analysed(), groups)
+
+    def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
+        """Measures and cuts segment by segment."""
+        wide, segments = plan
+        run = _Run(self, state, 2 * len(segments) + (1 if wide else 0))
+        if wide:
+            end = len(run.walk.model.graph.nodes)
+            run.segment(wide, 0, end)
+        for index, segment in enumerate(segments):
+            start = run.position(segment.first) if index else 0
+            last = index + 1 == len(segments)
+            following = None if last else segments[index + 1].first
+            run.segment(segment.groups, start, len(run.walk.model.graph.nodes) if following is None else run.position(following))
+            if following is not None:
+                run.advance(start, run.position(following))
+        run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
+        state.repairs = run.repairs
+        return PassResult(state, tuple(run.changes))
+
+
+class _Run:
+    """The loop's state: what is alive between segments for each batch, and what has been done."""
+
+    def __init__(self, options: PruneGroupsPass, state: State, steps: int) -> None:
+        assert state.calibration is not None
+        self.options = options
+        self.state = state
+        self.walk: GraphWalk = state.analysed()
+        self.rewriter = Rewriter(self.walk)
+        self.data: CalibrationData = state.calibration
+        self.batch = _probe_batch(self.walk, self.data)
+        self.alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
+        self.changes: list[Change] = []
+        self.repairs: list[ConsumerRepair] = []
+        self.rng = np.random.default_rng(options.seed)
+        self.steps, self.step = steps * len(self.data.batches), 0
+        held = {i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2}
+        self.held = held or ({len(self.data.batches) - 1} if len(self.data.batches) > 1 else set())
+
+    def position(self, node: Any) -> int:
+        """Returns where a node stands now."""
+        return next(i for i, n in enumerate(self.walk.model.graph.nodes) if n is node)
+
+    def tick(self) -> None:
+        """Reports one batch done."""
+        self.step += 1
+        self.state.progress("calibrate", self.step, self.steps)
+
+    # -- measuring --------------------------------------------------------------------------------------------------
+
+    def segment(self, groups: Sequence[ChannelGroup], start: int, stop: int) -> None:
+        """Measures, repairs and cuts the groups of one segment."""
+        taps: dict[tuple[str, int], Tap] = {}
+        for group in groups:
+            for use in (u for c in group.consumers for u in c.uses):
+                tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
+                taps[tap.tensor, tap.axis] = tap
+        moments = self.measure(list(taps.values()), start, stop)
+        for group in groups:
+            self.prune(group, moments)
+
+    def measure(self, taps: list[Tap], start: int, stop: int) -> dict[tuple[str, int], Moments]:
+        """Runs the segment on every batch and adds the moments up in float64."""
+        types = {name: element_type(value) for name, value in self.alive[0].items()}
+        session = _load(extract(self.walk, start, stop, [], types, taps).serialise(), self.state.device)
+        result = {(t.tensor, t.axis): Moments(t.width) for t in taps}
+        for index, feeds in enumerate(self.data.batches):
+            mask = self.data.row_masks[index]
+            rows = {} if mask is None else {f"{ROWS}_{t.layout}{t.repeat}": row_mask(mask, t.layout, t.repeat) for t in taps if t.layout != "all"}
+            values = _run(session, {**feeds, **self.alive[index], **rows}, arrays=True)
+            for tap in taps:
+                count, total, *second = (values[o] for o in tap.outputs)
+                bounds = tap.bounds
+                blocks = []
+                for i, row in enumerate(second):
+                    offsets = [b - bounds[i] for b in bounds[i:]]
+                    blocks += [row[:, a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+                try:
+                    result[tap.tensor, tap.axis].add(
+                        int(count), total.reshape(-1), assemble_symmetric(blocks, bounds), held_back=index in self.held
+                    )
+                except OptionError as err:
+                    raise ModelError(
+                        f"activation '{tap.tensor}' has NaN or Inf on the calibration data; "
+                        "check the model in ONNX Runtime on that data (float16 may overflow)"
+                    ) from err
+            self.tick()
+        return result
+
+    def advance(self, start: int, stop: int) -> None:
+        """Runs the pruned segment on every batch to make what the next one reads."""
+        names = live_tensors(self.walk, stop)
+        carried = [n for n in names if n in self.alive[0]]
+        made = [n for n in names if n not in self.alive[0]]
+        types = {name: element_type(value) for name, value in self.alive[0].items()}
+        session = _load(extract(self.walk, start, stop, made, types).serialise(), self.state.device)
+        for index, feeds in enumerate(self.data.batches):
+            values = _run(session, {**feeds, **self.alive[index]}, outputs=made)
+            self.alive[index] = {**{n: self.alive[index][n] for n in carried}, **values}
+            self.tick()
+
+    # -- cutting ----------------------------------------------------------------------------------------------------
+
+    def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+        """Selects, repairs and cuts one group."""
+        options = self.options
+        measured = [self.measured(c, moments) for c in group.consumers]
+        keep = self.state.keep[group.name]
+        blocks = SCORES[options.score](measured, keep, self.rng)
+        if len(blocks) != keep or len(set(blocks.tolist())) != keep:
+            raise InternalError(f"score '{options.score}' kept {len(blocks)} of {keep} blocks")
+        details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rows": measured[0].moments.count}
+        for consumer, item in zip(group.consumers, measured, strict=True):
+            kept = kept_positions(consumer.owners, blocks)
+            removed = np.setdiff1d(np.arange(consumer.width), kept)
+            repaired: Repaired = REPAIRS[options.repair](item, kept, removed, options.ridge)
+            self.write(consumer, kept, repaired)
+            details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
+        self.rewriter.cut({group.factor: blocks.tolist()})
+        self.changes.append(Change("blocks removed", group.name, group.size, keep, details))
+
+    def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
+        """Pools the moments of a consumer's uses and lays its weight out as [n, m]."""
+        use = consumer.uses[0]
+        pooled = None
+        for u in consumer.uses:
+            own = moments[u.activation.name, u.activation_axis]
+            pooled = own if pooled is None else pooled.merge(own)
+        assert pooled is not None
+        weight = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
+        return Measured(weight.reshape(consumer.width, -1).astype(np.float64), consumer.owners, pooled, use.scale)
+
+    def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired) -> None:
+        """Writes the repaired rows and the bias; the cut removes the other rows."""
+        use = consumer.uses[0]
+        old = use.node.inputs[use.weight_position].values
+        full = np.moveaxis(np.array(old), use.weight_axis, 0)
+        shape = full.shape
+        flat = full.reshape(consumer.width, -1)
+        flat[kept] = repaired.weight.astype(old.dtype)
+        if not np.isfinite(flat[kept]).all():
+            raise ModelError(f"the repaired weight of node '{use.node.name}' overflows {old.dtype}; use repair 'bias' or float32")
+        places = [(u.node, u.weight_position) for u in consumer.uses]
+        value = np.ascontiguousarray(np.moveaxis(flat.reshape(shape), 0, use.weight_axis))
+        self.rewriter.set_constant(places, value)
+        bias = repaired.bias * use.scale
+        if np.any(bias):
+            self.rewriter.add_bias(consumer.uses, bias)
+        cut = np.take(value, kept, use.weight_axis)
+        self.repairs.append(ConsumerRepair(consumer.uses, kept, cut, bias))
+
+
+def _details(
+    consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
+) -> dict[str, Any]:
+    """Returns what the report says of one consumer: mean squared errors of y = x W, relative to E|y|^2."""
+    statistics = item.moments.statistics()
+    power = masked_error(statistics.uncentred, item.weight, np.arange(consumer.width)) or 1.0
+    ridge = repaired.ridge if np.isfinite(repaired.ridge) else np.inf
+    return {
+        "node": consumer.uses[0].node.name,
+        "ridge": None if not np.isfinite(repaired.ridge) else repaired.ridge,
+        "ridge_raised": repaired.raised,
+        "repair": repaired.kind,
+        "error_none": masked_error(statistics.uncentred, item.weight, removed) / power,
+        "error_bias": bias_only_error(statistics.covariance, item.weight, removed) / power,
+        "error_repair": residual_error(statistics.covariance, item.weight, kept, removed, ridge) / power,
+    }
+
+
+def _load(model: bytes, device: Any) -> Session:
+    try:
+        return Session(model, device)
+    except Exception as err:
+        raise ModelError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
+
+
+def _run(session: Session, feeds: dict[str, Any], outputs: list[str] | None = None, arrays: bool = False) -> dict[str, Any]:
+    try:
+        return session.run(feeds, outputs, arrays)
+    except (LiarOptError, InternalError):
+        raise
+    except Exception as err:
+        raise ModelError(f"ONNX Runtime fails on the calibration data: {_line(err)}") from err
+
+
+def _line(err: Exception) -> str:
+    return " ".join(str(err).split())[:300]
+
+
+def _probe_batch(walk: GraphWalk, data: CalibrationData) -> tuple[int, ...]:
+    """Returns the probe sizes of the axes that the row masks have: (batch, sequence) or (batch,); () without masks."""
+    mask = data.row_masks[0] if data.row_masks else None
+    if mask is None:
+        return ()
+    for tensor in walk.model.graph.inputs:
+        array = data.batches[0].get(tensor.name)
+        if array is not None and array.shape[: mask.ndim] == mask.shape and (mask.ndim == 1 or array.ndim == mask.ndim):
+            return tuple(walk.input_sizes(tensor)[: mask.ndim])
+    return ()

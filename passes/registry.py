@@ -1,0 +1,146 @@
+"""Scores and repairs by name: small functions on moments, so that a user can add one.
+
+A score takes the consumers of one group and returns the blocks to keep; a repair turns a kept set into new weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.moments import Moments, Statistics
+from liar_opt.runtime.solve import (
+    Problem,
+    choose_ridge,
+    fold,
+    map_of_choice,
+    no_repair_map,
+    repair_map,
+    score_activation_weighted,
+    score_magnitude,
+    select_greedy,
+)
+
+SELECTION_RIDGE = 1e-3
+DEFAULT_RIDGE = 1e-2
+"""Used where there are too few rows to hold any back."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One consumer of a group with its moments.
+
+    Attributes:
+        weight: W, [n, m], float64 or the model's own type.
+        owners: block of each channel, int64 [n].
+        moments: of its input x [.., n], all uses pooled.
+        target_scale: what the node multiplies x W by.
+    """
+
+    weight: NDArray[Any]
+    owners: NDArray[np.int64]
+    moments: Moments
+    target_scale: float = 1.0
+
+
+Score = Callable[[Sequence[Measured], int, np.random.Generator], NDArray[np.int64]]
+"""(consumers, number of blocks to keep, random generator) -> kept blocks, ascending."""
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """New weights [u, m] and what to add to the bias [m] of one consumer, with what the report says of them."""
+
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    ridge: float
+    kind: str
+    raised: bool = False
+
+
+Repair = Callable[[Measured, NDArray[np.int64], NDArray[np.int64], "float | None"], Repaired]
+"""(consumer, kept channels, removed channels, ridge or None to choose it) -> new weights."""
+
+
+def _top(scores: NDArray[np.float64], keep: int) -> NDArray[np.int64]:
+    return np.sort(np.argsort(-scores, kind="stable")[:keep]).astype(np.int64)
+
+
+def _magnitude(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    return _top(np.sqrt(sum(np.square(score_magnitude([c.weight], c.owners)) for c in consumers)), keep)
+
+
+def _activation_weighted(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    squares = [
+        np.square(score_activation_weighted(c.moments.statistics().mean_square, [c.weight], c.owners)) for c in consumers
+    ]
+    return _top(np.sqrt(sum(squares)), keep)
+
+
+def _greedy(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    problems = [
+        Problem(c.moments.statistics().covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers
+    ]
+    return select_greedy(problems, keep, SELECTION_RIDGE).kept_blocks
+
+
+def _random(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    return np.sort(rng.permutation(int(consumers[0].owners.max()) + 1)[:keep]).astype(np.int64)
+
+
+def _none(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
+    weight, bias = fold(consumer.weight, kept, removed, no_repair_map(kept, removed))
+    return Repaired(weight, bias, np.inf, "none")
+
+
+def _bias(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
+    statistics = consumer.moments.statistics()
+    weight, bias = fold(
+        consumer.weight, kept, removed, repair_map(statistics.covariance, statistics.mean, kept, removed, np.inf)
+    )
+    return Repaired(weight, bias, np.inf, "bias")
+
+
+def _liar(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
+    statistics = consumer.moments.statistics()
+    folds = _folds(consumer.moments)
+    if ridge is None and folds is not None:
+        choice = choose_ridge(*folds, [consumer.weight], kept, removed)
+        found = map_of_choice(choice, statistics.covariance, statistics.mean, kept, removed)
+        kind = choice.kind
+    else:
+        chosen = DEFAULT_RIDGE if ridge is None else ridge
+        found = repair_map(statistics.covariance, statistics.mean, kept, removed, chosen)
+        kind = "repair"
+    weight, bias = fold(consumer.weight, kept, removed, found)
+    return Repaired(weight, bias, found.ridge_used, kind, found.raised)
+
+
+def _folds(moments: Moments) -> tuple[Statistics, Statistics] | None:
+    """Returns the training and the held-back moments, or None where a fold is too small to say anything."""
+    if min(moments.rows("training"), moments.rows("held_back")) < 2:
+        return None
+    return moments.statistics("training"), moments.statistics("held_back")
+
+
+SCORES: dict[str, Score] = {
+    "greedy": _greedy,
+    "activation-weighted": _activation_weighted,
+    "magnitude": _magnitude,
+    "random": _random,
+}
+REPAIRS: dict[str, Repair] = {"liar": _liar, "bias": _bias, "none": _none}
+
+
+def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
+    """Returns an entry by name.
+
+    Raises:
+        OptionError: there is none of that name; the names are listed.
+    """
+    if name not in table:
+        raise OptionError(f"{kind} '{name}' is unknown; choose one of {', '.join(table)}")
+    return table[name]

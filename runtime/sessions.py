@@ -1,0 +1,136 @@
+"""ONNX Runtime sessions for calibration: the same code on CPU and CUDA, activations kept on the device.
+
+A :class:`Session` runs a model given as bytes. Inputs are numpy arrays or what an earlier run returned; outputs stay
+where they were computed unless they are asked for as arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.errors import InternalError, OptionError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Provider = Literal["auto", "cpu", "cuda"]
+PROVIDERS: tuple[Provider, ...] = ("auto", "cpu", "cuda")
+
+
+@functools.cache
+def cuda_works() -> bool:
+    """Returns whether ONNX Runtime can make a session on a CUDA device of this machine."""
+    import onnx
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return False
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "probe", ends[:1], ends[1:]), opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+        )
+    except Exception:  # what ONNX Runtime raises for a missing driver is not specified
+        return False
+    return "CUDAExecutionProvider" in session.get_providers()
+
+
+def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
+    """Returns the device that ``provider`` means on this machine.
+
+    Raises:
+        OptionError: unknown, or "cuda" where ONNX Runtime has no working CUDA device.
+    """
+    if provider not in PROVIDERS:
+        raise OptionError(f"provider '{provider}' is unknown; choose one of {', '.join(PROVIDERS)}")
+    if provider == "auto":
+        import onnxruntime
+
+        # The probe loads CUDA libraries, which is slow where there is no device at all.
+        return "cuda" if _device_present() and onnxruntime.get_device() == "GPU" and cuda_works() else "cpu"
+    if provider == "cuda" and not cuda_works():
+        raise OptionError(
+            "provider 'cuda' needs a CUDA device, its driver and the libraries of onnxruntime-gpu; use provider 'cpu'"
+        )
+    return "cuda" if provider == "cuda" else "cpu"
+
+
+def _device_present() -> bool:
+    from pathlib import Path
+
+    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "C:/Windows/System32/nvcuda.dll"))
+
+
+class Session:
+    """One model, loaded in ONNX Runtime."""
+
+    def __init__(self, model: bytes, device: Literal["cpu", "cuda"] = "cpu", *, optimise: bool = True) -> None:
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(4)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        cuda = ["CUDAExecutionProvider"] if device == "cuda" else []
+        self.device = device
+        self._session: Any = onnxruntime.InferenceSession(model, options, providers=[*cuda, "CPUExecutionProvider"])
+        self.inputs = [i.name for i in self._session.get_inputs()]
+        self.outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool = False
+    ) -> dict[str, Any]:
+        """Runs the model.
+
+        Args:
+            feeds: for each input (others are ignored) an array or a device value.
+            outputs: names of the outputs to compute; all of them if None.
+            arrays: whether outputs come back as numpy arrays; otherwise they stay on the device.
+
+        Returns:
+            The outputs by name.
+        """
+        names = list(self.outputs if outputs is None else outputs)
+        binding = self._session.io_binding()
+        for name in self.inputs:
+            if name not in feeds:
+                raise InternalError(f"input '{name}' of a session was not fed")
+            value = feeds[name]
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value).reshape(value.shape))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, "cpu" if arrays else self.device)
+        self._session.run_with_iobinding(binding)
+        results = binding.get_outputs()
+        return {n: (v.numpy() if arrays else v) for n, v in zip(names, results, strict=True)}
+
+
+def element_type(value: Any) -> int:
+    """Returns the ONNX element type of an array or a device value."""
+    import onnx
+
+    if isinstance(value, np.ndarray):
+        return int(onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+    return int(value.element_type())
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """Returns an array for an array or a device value."""
+    return value if isinstance(value, np.ndarray) else np.asarray(value.numpy())
+
+
+__all__ = ["PROVIDERS", "Provider", "Session", "as_array", "cuda_works", "element_type", "resolve_provider"]
