@@ -154,6 +154,7 @@ class GraphWalk:
     size_uses: list[SizeUse] = field(default_factory=list)
     value_uses: list[ValueUse] = field(default_factory=list)
     unknown: dict[str, list[str]] = field(default_factory=dict)
+    flops: int = 0
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -261,6 +262,10 @@ class GraphWalk:
         self.consumers.append(
             ConsumerUse(node, tensor, activation_axis % rank, constant, weight, weight_axis % len(axes), axes[weight_axis], **more)
         )
+
+    def count(self, *factors: Factor) -> None:
+        """Counts the multiplications and additions of a contraction over the index space of ``factors``."""
+        self.flops += 2 * int(np.prod([self.algebra.size(f) for f in factors], dtype=np.int64))
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
@@ -479,6 +484,42 @@ def _mark_dynamic(state: GraphWalk, algebra: Callable[[], AxisAlgebra]) -> None:
     ]
 
 
+def count_flops(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: dict[str, Array]) -> int | None:
+    """Returns the floating-point operations of all contractions for inputs of the shapes of ``feeds``.
+
+    A multiplication and an addition are two operations; pointwise operators and softmax are not counted. None where the
+    graph's inputs have other names or ranks.
+    """
+    symbols: dict[str, int] = {}
+    for tensor in model.graph.inputs:
+        for axis, dimension in enumerate(tensor.shape or ()):
+            if not isinstance(dimension, int) or dimension < 0:
+                if tensor.name not in feeds or feeds[tensor.name].ndim <= axis:
+                    return None
+                symbols[dimension_key(tensor.name, axis, dimension)] = feeds[tensor.name].shape[axis]
+    state = GraphWalk(model, algebra(), symbols)
+    try:
+        state.run()
+    except MergeSymbols:
+        return None
+    return state.flops
+
+
+def vocabulary(model: OnnxModel) -> int | None:
+    """Returns the number of rows of the table that token ids look up: the largest of those read by a graph input."""
+    inputs = {t.name for t in model.graph.inputs}
+    sizes = []
+    for node in model.graph.nodes:
+        places = {"Gather": [(0, 1)], "EmbedLayerNormalization": [(2, 0)]}.get(node.op, [])
+        for table, ids in places:
+            source = node.inputs[ids]
+            while source.inputs and source.inputs[0].op in ("Cast", "Identity"):
+                source = source.inputs[0].inputs[0]
+            if is_constant(node.inputs[table]) and source.name in inputs and len(node.inputs[table].shape) == 2:
+                sizes.append(int(node.inputs[table].shape[0]))
+    return max(sizes, default=None)
+
+
 # -- pointwise ------------------------------------------------------------------------------------------------------
 
 
@@ -528,7 +569,9 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
     batch = w.broadcast(batch_left, batch_right) if batch_left or batch_right else ()
     rows = () if vector_left else (left[-2],)
     columns = () if vector_right else (right[-1],)
-    return (*batch, *rows, *columns)
+    result = (*batch, *rows, *columns)
+    w.count(k_left, *result)
+    return result
 
 
 def _swap(axes: Axes, swap: bool) -> Axes:
@@ -572,6 +615,7 @@ def _gemm(w: GraphWalk, node: gs.Node) -> None:
     else:
         w.pin([a[-1]], f"contracted between two activations (node '{node.name}')")
     axes: Axes = (*a[:-1], b[-1])
+    w.count(a[-1], *axes)
     bias = w.input_axes(node, 2) if has_bias else None
     w.output(node, axes if bias is None else w.broadcast(axes, bias))
 
@@ -594,6 +638,8 @@ def _einsum(w: GraphWalk, node: gs.Node) -> None:
             elif letter not in factors or w.algebra.size(factors[letter]) == 1:
                 factors[letter] = factor
     summed = [letter for letter in factors if letter not in right]
+    if len(terms) == 2:
+        w.count(*factors.values())
     linear = len(terms) == 2 and len(summed) == 1 and all(summed[0] in t for t in terms)
     weight = next((i for i in (1, 0) if linear and w.constant(node, i) is not None and len(terms[i]) == 2), None)
     if weight is not None and right.endswith(terms[weight].replace(summed[0], "")) and summed[0] in terms[1 - weight]:
@@ -626,6 +672,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     if len(spatial) != len(kernel):
         w.give_up(node, "convolution of unknown extent")
         return
+    w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *spatial], dtype=np.int64))
     w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
 
 
@@ -1042,6 +1089,9 @@ def _contrib_attention(w: GraphWalk, node: gs.Node) -> None:
     if "qkv_hidden_sizes" in node.attrs:
         for i, part in enumerate(parts):
             w.size_use(node, ("attribute", "qkv_hidden_sizes", i), part)
+    w.count(*x, weight[1])
+    w.count(x[0], x[1], x[1], parts[0])
+    w.count(x[0], x[1], x[1], parts[2])
     w.output(node, (*x[:-1], parts[2]))
 
 
@@ -1097,6 +1147,10 @@ def _multi_head_attention(w: GraphWalk, node: gs.Node) -> None:
     w.pin(widths, f"width of a head {where}")
     if bias is not None:
         w.unify(bias[0], w.algebra.join(hidden))
+    assert key is not None
+    keys = key[2] if len(key) == 4 else key[1]
+    w.count(*query, keys)
+    w.count(*query[:2], keys, hidden[-1])
     w.output(node, (*query[:2], hidden[-1]))
 
 
@@ -1132,6 +1186,8 @@ def _standard_attention(w: GraphWalk, node: gs.Node) -> None:
     w.unify(q_width, k_width)
     w.pin([q_width, k_width], f"contracted between two activations {where}")
     _attention_bias(w, node, 3, heads)
+    w.count(query[0], query[-2], key[-2], heads, q_width)
+    w.count(query[0], query[-2], key[-2], heads, v_width)
     if len(query) == 4:
         w.output(node, (*query[:3], v_width))
     else:

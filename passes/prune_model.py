@@ -1,0 +1,339 @@
+"""The whole job behind one function: :func:`prune` takes a model and calibration data and gives a smaller model.
+
+:func:`inspect` stops after the analysis. Both return plain data (:attr:`PruneResult.report`, schema version
+:data:`SCHEMA`) beside the model, so that a report never needs the code that made it.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from liar_opt.frontend.onnx_model import OnnxModel, save_proto
+from liar_opt.frontend.onnx_rules import count_flops, vocabulary
+from liar_opt.passes.allocate_widths import AllocateWidthsPass
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.verify_model import VerifyModelPass
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.sessions import resolve_provider
+
+SCHEMA = 1
+PASSES: tuple[type[Pass[Any]], ...] = (
+    NormaliseGraphPass,
+    FindGroupsPass,
+    AllocateWidthsPass,
+    PruneGroupsPass,
+    VerifyModelPass,
+)
+"""Every pass, in the order of the pipeline."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Where the calibration data comes from and how it is batched; see ``calibration_data.load_calibration``."""
+
+    source: Any = None
+    tokenizer: str | Path | None = None
+    text_column: str | None = None
+    samples: int = 512
+    batch_size: int = 32
+    sequence_length: int | None = None
+    mask_input: str | None = None
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class Inspection:
+    """What an analysis found: groups in execution order and what does not qualify."""
+
+    model: OnnxModel
+    groups: tuple[ChannelGroup, ...]
+    refusals: tuple[Refusal, ...]
+    report: dict[str, Any]
+
+
+@dataclass(eq=False)
+class PruneResult:
+    """A pruned model and what was done to it.
+
+    Attributes:
+        model: the pruned model, as an ONNX proto.
+        report: plain data, ready for JSON: options, sizes before and after, groups, refusals, measured differences.
+        changes: what the passes did.
+        refusals: what did not qualify, and why.
+    """
+
+    model: onnx.ModelProto
+    report: dict[str, Any]
+    changes: tuple[Change, ...] = field(default_factory=tuple)
+    refusals: tuple[Refusal, ...] = field(default_factory=tuple)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the model, whole or not at all.
+
+        Raises:
+            OptionError: the path is the input's, exists (without ``force``), or cannot be written.
+        """
+        path = Path(path)
+        source = self.report["model"]["path"]
+        check_output(path, Path(source) if source else None, force)
+        try:
+            save_proto(self.model, path)
+        except OSError as err:
+            raise OptionError(
+                f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
+            ) from err
+        return path
+
+
+def check_output(path: Path, source: Path | None, force: bool) -> None:
+    """Checks that a result may be written to ``path``.
+
+    Raises:
+        OptionError: it is the input, exists without ``force``, is a folder, or its folder does not exist.
+    """
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise OptionError(f"output '{path}' is the input; choose another path, inputs are never written to")
+    if path.is_dir():
+        raise OptionError(f"output '{path}' is a folder; give the path of a file")
+    if path.exists() and not force:
+        raise OptionError(f"output '{path}' exists; give --force to replace it or choose another path")
+    if not path.parent.is_dir():
+        raise OptionError(f"folder '{path.parent}' of output '{path}' does not exist; make it first")
+
+
+def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
+    """Takes a model from a path or from memory; a copy of the original is kept for the checks.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if isinstance(model, OnnxModel):
+        loaded = model
+    elif isinstance(model, onnx.ModelProto):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        loaded = OnnxModel.from_proto(copy)
+    elif isinstance(model, (str, Path)):
+        loaded = OnnxModel.load(model)
+    else:
+        raise OptionError(f"a model is a path or an onnx.ModelProto, not {type(model).__name__}")
+    if not loaded.graph.inputs:
+        raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
+    dense = onnx.ModelProto()
+    dense.CopyFrom(loaded.to_proto())
+    state = State(loaded)
+    state.facts["dense"] = dense
+    state.facts["before"] = _sizes(loaded)
+    return state
+
+
+def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
+    """Finds the channel groups of a model; changes and measures nothing.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    state = load_state(model)
+    result = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
+    report = _report_head(state)
+    report["groups"] = [_group(g) for g in state.groups]
+    report["prunable_parameters"] = sum(g.parameters for g in state.groups)
+    report["refusals"] = [asdict(r) for r in result.refusals]
+    return Inspection(state.model, state.groups, result.refusals, report)
+
+
+def prune(
+    model: str | Path | onnx.ModelProto,
+    calibration: Any = None,
+    *,
+    sparsity: float | None = None,
+    ffn: float | None = None,
+    heads: float | None = None,
+    multiple_of: int = 8,
+    score: str = "greedy",
+    repair: str = "liar",
+    ridge: float | None = None,
+    tokenizer: str | Path | None = None,
+    text_column: str | None = None,
+    samples: int = 512,
+    batch_size: int = 32,
+    sequence_length: int | None = None,
+    mask_input: str | None = None,
+    provider: str = "auto",
+    seed: int = 0,
+    latency: bool = True,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+    observer: Observer | None = None,
+) -> PruneResult:
+    """Makes a trained transformer smaller: removes channels and heads, repairs the rest by least squares.
+
+    Args:
+        model: path of an ONNX file, or a model in memory; it is not changed.
+        calibration: a path (.txt, .jsonl, .csv, .npz, folder of .npy, saved dataset), a dataset name, texts, feeds, or
+            None for synthetic inputs.
+        sparsity: fraction of all prunable parameters to remove, in [0, 1); 0.3 if nothing is asked for.
+        ffn: fraction of every feed-forward width to remove, in [0, 1).
+        heads: fraction of every layer's attention heads to remove, in [0, 1).
+        multiple_of: kept feed-forward widths are multiples of this.
+        score: which blocks stay; see ``registry.SCORES``.
+        repair: what the rest becomes; see ``registry.REPAIRS``.
+        ridge: relative ridge of the repair; None chooses it on held-back calibration rows.
+        tokenizer: folder of a Hugging Face tokenizer, needed for texts.
+        text_column: the column with the text, for .jsonl, .csv and datasets.
+        samples: calibration samples at most.
+        batch_size: samples a batch.
+        sequence_length: tokens of a sample at most.
+        mask_input: the input that is zero at padding; found by itself if None.
+        provider: "auto", "cpu" or "cuda".
+        seed: for all that is drawn.
+        latency: whether to time the dense and the pruned model.
+        dry_run: stop after the widths are decided; the result holds the unpruned model.
+        progress: called with (stage, done, total).
+        observer: called after each pass with the pass and its result.
+
+    Returns:
+        The pruned model with its report.
+
+    Raises:
+        ModelError: the model cannot be read or has nothing to prune.
+        OptionError: an option or the calibration data does not fit.
+        CheckError: the result failed a check.
+    """
+    start = time.perf_counter()
+    state = load_state(model)
+    state.progress = progress
+    state.device = resolve_provider(provider)
+    allocate = AllocateWidthsPass(sparsity=sparsity, ffn=ffn, heads=heads, multiple_of=multiple_of)
+    cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed)
+    analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass(), allocate], observer=observer)(state)
+    options = CalibrationOptions(
+        calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed
+    )
+    report = _report_head(state)
+    report["options"] = _options([allocate, cut], options, provider)
+    report["seed"] = seed
+    report["device"] = state.device
+    report["refusals"] = [asdict(r) for r in analysis.refusals]
+    if dry_run:
+        report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
+        return PruneResult(state.facts["dense"], report, (), analysis.refusals)
+    began = time.perf_counter()
+    state.calibration = _calibrate(state, options)
+    state.seconds["load-calibration"] = time.perf_counter() - began
+    report["calibration"] = _calibration_report(state.calibration)
+    flops = count_flops(state.model, AxisAlgebra, state.calibration.batches[0])
+    done = Pipeline(passes=[cut, VerifyModelPass()], observer=observer)(state)
+    details = {c.where: c for c in done.changes}
+    report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
+    report["before"]["flops"] = flops
+    report["after"] = {**_sizes(state.model), "flops": count_flops(state.model, AxisAlgebra, state.calibration.batches[0])}
+    verification = state.facts["verification"]
+    report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
+    if latency:
+        began = time.perf_counter()
+        measured = measure_latency(state.facts["sessions"], state.calibration.batches[0])
+        report["latency"] = {
+            "dense_seconds": measured.seconds[0],
+            "pruned_seconds": measured.seconds[1],
+            "speedup": measured.speedup,
+            "runs": measured.runs,
+            "batch": measured.batch,
+        }
+        state.seconds["latency"] = time.perf_counter() - began
+    report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
+    return PruneResult(state.model.to_proto(), report, done.changes, analysis.refusals)
+
+
+def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
+    fields = {k: v for k, v in vars(options).items() if k != "source"}
+    return load_calibration(options.source, state.model.inputs(), vocabulary=vocabulary(state.model), **fields)
+
+
+def _sizes(model: OnnxModel) -> dict[str, Any]:
+    return {"parameters": model.parameters(), "bytes": model.weight_bytes(), "nodes": len(model.graph.nodes)}
+
+
+def _report_head(state: State) -> dict[str, Any]:
+    source = state.model.source
+    packages = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnx-graphsurgeon")
+    versions = {p: v for p in packages if (v := _version(p)) is not None}
+    return {
+        "schema": SCHEMA,
+        "liar_opt": _version("liar-opt"),
+        "versions": {"python": platform.python_version(), **versions},
+        "model": {
+            "path": str(source) if source else None,
+            "sha256": _sha256(source) if source else None,
+            "opset": state.model.opset,
+            "notes": list(state.model.notes),
+        },
+        "before": dict(state.facts["before"]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _options(passes: list[Pass[Any]], calibration: CalibrationOptions, provider: str) -> dict[str, Any]:
+    result: dict[str, Any] = {p.name: asdict(p) for p in passes}
+    source = calibration.source
+    shown = str(source) if isinstance(source, (str, Path)) or source is None else type(source).__name__
+    plain = asdict(replace(calibration, source=None))
+    result["calibration"] = {k: str(v) if isinstance(v, Path) else v for k, v in plain.items()} | {"source": shown}
+    result["provider"] = provider
+    return result
+
+
+def _calibration_report(data: CalibrationData) -> dict[str, Any]:
+    return {
+        "source": data.source,
+        "samples": data.samples,
+        "tokens": data.tokens,
+        "batches": len(data.batches),
+        "synthetic": data.synthetic,
+        "warnings": list(data.warnings),
+    }
+
+
+def _group(group: ChannelGroup) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "kind": group.kind,
+        "before": group.size,
+        "block_width": group.block_width,
+        "parameters": group.parameters,
+        "consumers": [u.node.name for c in group.consumers for u in c.uses],
+    }
+
+
+def _pruned_group(group: ChannelGroup, change: Change | None) -> dict[str, Any]:
+    result = _group(group)
+    if change is None:
+        return {**result, "after": group.size}
+    return {**result, "after": change.after, "kept": change.details["kept"], "repairs": change.details["consumers"]}
+
+
+__all__ = ["CalibrationOptions", "Inspection", "PruneResult", "check_output", "inspect", "prune"]

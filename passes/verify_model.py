@@ -1,0 +1,146 @@
+"""Check the result before it is written: never break the model.
+
+1. The ONNX checker accepts it, ONNX Runtime loads it, and its inputs and outputs have the names, types and ranks of the
+   original's.
+2. It computes what the original computes when every consumer's weight is the repaired one with zeros in the removed rows
+   (removing an input and multiplying it by zero are the same): the cut itself lost and moved nothing. This is the oracle
+   of the design, run on the user's model at every use.
+3. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float
+from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.onnx_rules import walk
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair
+from liar_opt.runtime.compare import DifferenceMeter, require_close
+from liar_opt.runtime.errors import CheckError
+from liar_opt.runtime.sessions import Session
+
+PRECISION = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class VerifyModelPass(Pass[None]):
+    """Check the pruned model against the original.
+
+    Attributes:
+        batches: calibration batches on which the output difference is measured.
+    """
+
+    name: ClassVar[str] = "verify-model"
+    batches: int = 2
+
+    def plan(self, state: State) -> None:
+        """Plans nothing."""
+
+    def apply(self, state: State, plan: None) -> PassResult:
+        """Runs the checks; the measured differences go to ``State.facts``.
+
+        Raises:
+            CheckError: one failed.
+        """
+        dense: onnx.ModelProto = state.facts["dense"]
+        proto = state.model.to_proto()
+        _check_interface(dense, proto)
+        _check_format(proto)
+        pruned = _load(proto, state.device, "the pruned model")
+        original = _load(dense, state.device, "the original model")
+        assert state.calibration is not None
+        facts: dict[str, Any] = {}
+        batches, masks = state.calibration.batches, state.calibration.row_masks
+        reference = masked_reference(dense, state.repairs, state)
+        small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
+        masked = _load(reference, state.device, "the masked original")
+        facts["exact_difference"] = require_close(
+            pruned.run(small, arrays=True), masked.run(small, arrays=True), _precision(state.model), "cut against masked original"
+        )
+        facts["exact_dtype"] = _precision(state.model)
+        held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
+        meter = DifferenceMeter()
+        for done, i in enumerate(held[: self.batches]):
+            x, y = pruned.run(batches[i], arrays=True), original.run(batches[i], arrays=True)
+            for name, value in y.items():
+                meter.add(name, x[name], value, masks[i])
+            state.progress("verify", done + 1, len(held[: self.batches]))
+        facts["outputs"] = meter.result()
+        state.facts["verification"] = facts
+        state.facts["sessions"] = (original, pruned)
+        return PassResult(state)
+
+
+def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair], state: State) -> onnx.ModelProto:
+    """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
+
+    Made from the original file by node and input position, without the code that cuts.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(dense)
+    model = OnnxModel.from_proto(copy)
+    model.normalise()
+    nodes = {n.name: n for n in model.graph.nodes}
+    analysis = walk(model, AxisAlgebra)
+    rewriter = Rewriter(analysis)
+    by_place = {(u.node.name, u.weight_position): u for u in analysis.consumers}
+    for repair in repairs:
+        places: list[tuple[gs.Node, int]] = [(nodes[u.node.name], u.weight_position) for u in repair.uses]
+        old = places[0][0].inputs[places[0][1]]
+        axis = repair.uses[0].weight_axis
+        if not is_constant(old) or np.take(np.asarray(old.values), repair.kept, axis).shape != repair.weight.shape:
+            raise CheckError(f"consumer '{repair.uses[0].node.name}' of the original was not found again")
+        full = np.zeros_like(old.values)
+        index: list[Any] = [slice(None)] * full.ndim
+        index[axis] = repair.kept
+        full[tuple(index)] = repair.weight
+        rewriter.set_constant(places, full)
+        if np.any(repair.bias):
+            rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], repair.bias)
+    return model.to_proto()
+
+
+def _first_rows(value: np.ndarray, batch: dict[str, np.ndarray], state: State, rows: int = 4) -> np.ndarray:
+    """Returns the first samples of a feed where its leading axis is the (dynamic) batch of all feeds."""
+    inputs = {i.name: i for i in state.model.inputs()}
+    leading = {v.shape[0] for k, v in batch.items() if v.ndim}
+    dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in inputs.values())
+    return value[:rows] if dynamic and len(leading) == 1 and value.ndim else value
+
+
+def _precision(model: OnnxModel) -> str:
+    names = {np.dtype(c.dtype).name for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1}
+    return next((p for p in PRECISION if p in names), "float32")
+
+
+def _signature(values: Any) -> list[tuple[str, int, int]]:
+    return [(v.name, v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in values]
+
+
+def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> None:
+    weights = {t.name for t in dense.graph.initializer}
+    inputs = [i for i in dense.graph.input if i.name not in weights]
+    for what, before, after in (("inputs", inputs, pruned.graph.input), ("outputs", dense.graph.output, pruned.graph.output)):
+        if _signature(before) != _signature(after):
+            raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
+
+
+def _check_format(proto: onnx.ModelProto) -> None:
+    try:
+        if proto.ByteSize() < 1 << 31:
+            onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as err:
+        raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(err).split())[:300]}") from err
+
+
+def _load(proto: onnx.ModelProto, device: Any, what: str) -> Session:
+    try:
+        return Session(proto.SerializeToString(), device)
+    except Exception as err:
+        raise CheckError(f"ONNX Runtime cannot load {what}: {' '.join(str(err).split())[:300]}") from err

@@ -1,0 +1,110 @@
+"""How far apart two sets of outputs are, and how far they may be.
+
+Two claims are kept apart. *Exact*: a cut graph computes what the masked original computes, to rounding
+(:data:`TOLERANCES`, by the model's dtype). *Approximate*: the pruned model's outputs are near the dense model's; how near
+is measured and reported, never asserted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.errors import CheckError
+
+Array = NDArray[Any]
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
+"""Largest difference relative to the largest magnitude of the reference, by the least precise dtype of the weights."""
+
+
+def relative_difference(actual: Array, reference: Array) -> float:
+    """Returns max |actual - reference| / max |reference| (absolute where the reference is all zero); inf on a mismatch.
+
+    Positions at which both are the same infinity or NaN are equal.
+    """
+    if actual.shape != reference.shape:
+        return float("inf")
+    if reference.size == 0:
+        return 0.0
+    if reference.dtype.kind not in "fc" and reference.dtype.name != "bfloat16":
+        return 0.0 if np.array_equal(actual, reference) else float("inf")
+    x, y = actual.astype(np.float64), reference.astype(np.float64)
+    finite = np.isfinite(y)
+    if not np.array_equal(finite, np.isfinite(x)):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(y[finite]).max()) or 1.0
+    return float(np.abs(x[finite] - y[finite]).max()) / scale
+
+
+def require_close(actual: Mapping[str, Array], reference: Mapping[str, Array], dtype: str, what: str) -> float:
+    """Returns the largest relative difference over all outputs.
+
+    Raises:
+        CheckError: it is above the tolerance of ``dtype``; ``what`` names the check.
+    """
+    worst = 0.0
+    for name, expected in reference.items():
+        measured = relative_difference(actual[name], expected)
+        if not measured <= TOLERANCES[dtype]:
+            raise CheckError(
+                f"{what}: output '{name}' differs by {measured:.2e}, allowed {TOLERANCES[dtype]:.0e} in {dtype}; "
+                "nothing was written; please report the model's structure as a bug"
+            )
+        worst = max(worst, measured)
+    return worst
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """How far the pruned model is from the dense one, on one output.
+
+    Attributes:
+        relative_rms: sqrt(mean |x - y|^2 / mean |y|^2).
+        cosine: mean cosine over the last axis, rows that are padding left out; nan for outputs of rank 0.
+        rows: number of rows.
+    """
+
+    relative_rms: float
+    cosine: float
+    rows: int
+
+
+class DifferenceMeter:
+    """Adds up output differences over batches."""
+
+    def __init__(self) -> None:
+        self._square: dict[str, float] = {}
+        self._power: dict[str, float] = {}
+        self._cosine: dict[str, float] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, name: str, actual: Array, reference: Array, mask: NDArray[np.bool_] | None) -> None:
+        """Adds one batch of one output; ``mask`` [b, s] or [b] says which rows are real, where its shape fits."""
+        if reference.dtype.kind != "f" and reference.dtype.name != "bfloat16" or reference.ndim == 0:
+            return
+        x, y = actual.astype(np.float64), reference.astype(np.float64)
+        if mask is not None and y.ndim > mask.ndim and y.shape[: mask.ndim] == mask.shape:
+            x, y = x[mask], y[mask]
+        elif mask is not None and y.ndim > 1 and y.shape[0] == mask.shape[0]:
+            real = mask if mask.ndim == 1 else mask.any(axis=1)
+            x, y = x[real], y[real]
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        cosines = np.divide((x * y).sum(axis=1), norms, out=np.ones(len(x)), where=norms > 0)
+        self._square[name] = self._square.get(name, 0.0) + float(((x - y) ** 2).sum())
+        self._power[name] = self._power.get(name, 0.0) + float((y**2).sum())
+        self._cosine[name] = self._cosine.get(name, 0.0) + float(cosines.sum())
+        self._rows[name] = self._rows.get(name, 0) + len(x)
+
+    def result(self) -> dict[str, OutputDifference]:
+        """Returns the differences by output name."""
+        return {
+            name: OutputDifference(
+                float(np.sqrt(self._square[name] / (self._power[name] or 1.0))), self._cosine[name] / max(rows, 1), rows
+            )
+            for name, rows in self._rows.items()
+        }
