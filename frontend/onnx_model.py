@@ -30,6 +30,8 @@ QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Mat
 STANDARD = {"", "ai.onnx"}
 FOLD_LIMIT = 1 << 20
 """Folding may not write more elements than this, unless the result is no larger than its largest input."""
+SKELETON_LIMIT = 1024
+"""Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
 FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
 EXTERNAL_LIMIT = (1 << 31) - (1 << 20)
 """Bytes of weights above which the output is written with external data (protobuf's own limit is 2 GiB)."""
@@ -123,6 +125,23 @@ class OnnxModel:
         for key, value in self.metadata.items():
             proto.metadata_props.add(key=key, value=value)
         return proto
+
+    def skeleton(self) -> onnx.ModelProto:
+        """Returns the graph without the data of its weights, which become inputs: enough to infer shapes."""
+        exporter = gs.exporters.onnx_exporter.OnnxExporter
+        graph = self.graph
+        small, large = [], []
+        for tensor in self.constants():
+            if int(np.prod(tensor.shape, dtype=np.int64)) <= SKELETON_LIMIT:
+                small.append(exporter.export_tensor_proto(tensor))
+            else:
+                large.append(exporter.export_value_info_proto(tensor, False))
+        ends = [[exporter.export_value_info_proto(t, False) for t in tensors] for tensors in (graph.inputs, graph.outputs)]
+        nodes = [exporter.export_node(n) for n in graph.nodes]
+        proto = onnx.helper.make_graph(nodes, graph.name or "graph", [*ends[0], *large], ends[1], small)
+        return onnx.helper.make_model(
+            proto, opset_imports=list(graph.import_domains), ir_version=graph.ir_version or onnx.IR_VERSION
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the model beside ``path`` first and moves it into place; weights above 2 GiB go to external data.

@@ -54,6 +54,8 @@ class Rewriter:
         self.algebra = walk.algebra
         self.graph: gs.Graph = walk.model.graph
         self.kept: dict[int, Mask] = {}
+        self._sources: dict[int, frozenset[int]] = {}
+        self._alive: list[gs.Tensor] = []  # what the ids in _sources belong to
         self._names = _fresh_names(self.graph)
 
     # -- sizes ------------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ class Rewriter:
         roots = self._mark(cuts)
         try:
             numbers = self._followed_sizes(roots)
-            frozen = self._frozen_values()
+            frozen = self._frozen_values(roots)
         except CannotFollow:
             for root in roots:
                 del self.kept[root]
@@ -114,7 +116,7 @@ class Rewriter:
         roots = self._mark(cuts)
         try:
             self._followed_sizes(roots)
-            self._frozen_values()
+            self._frozen_values(roots)
         except CannotFollow as err:
             return str(err)
         finally:
@@ -182,8 +184,8 @@ class Rewriter:
         wanted: dict[tuple[int, str, int | str], list[tuple[SizeUse, int]]] = defaultdict(list)
         for use in self.walk.size_uses:
             kind, place, _ = use.where
-            computed = kind == "input" and not is_constant(use.node.inputs[place])
-            if computed or any(self._changed(f, roots) for f in use.factors):
+            depends = kind == "input" and not roots.isdisjoint(self._leaves_behind(use.node.inputs[place]))
+            if depends or any(self._changed(f, roots) for f in use.factors):
                 wanted[id(use.node), kind, place].append((use, sum(self.size(f) for f in use.factors)))
         for (_, kind, place), entries in wanted.items():
             node = entries[0][0].node
@@ -374,13 +376,28 @@ class Rewriter:
     def _index(self, node: gs.Node) -> int:
         return next(i for i, n in enumerate(self.graph.nodes) if n is node)
 
-    def _frozen_values(self) -> list[tuple[gs.Node, int, gs.Tensor]]:
+    def _leaves_behind(self, tensor: gs.Tensor) -> frozenset[int]:
+        """Returns the leaf factors whose sizes a tensor computed from shapes may depend on."""
+        if is_constant(tensor) or not tensor.inputs:
+            return frozenset()
+        if id(tensor) not in self._sources:
+            node = tensor.inputs[0]
+            if node.op in ("Shape", "Size"):
+                axes = self.walk.axes.get(node.inputs[0].name) or ()
+                found = frozenset(leaf for f in axes for leaf in self.algebra.leaves(f))
+            else:
+                found = frozenset().union(*(self._leaves_behind(t) for t in node.inputs))
+            self._sources[id(tensor)] = found
+            self._alive.append(tensor)
+        return self._sources[id(tensor)]
+
+    def _frozen_values(self, roots: set[int]) -> list[tuple[gs.Node, int, gs.Tensor]]:
         """Returns the inputs whose value, computed from shapes, would change: they keep what they were."""
         known: dict[int, Array | None] = {}
         result: list[tuple[gs.Node, int, gs.Tensor]] = []
         for use in self.walk.value_uses:
             tensor = use.node.inputs[use.position]
-            if is_constant(tensor):
+            if roots.isdisjoint(self._leaves_behind(tensor)):
                 continue
             value = self._evaluate(tensor, known)
             if value is not None and np.array_equal(value, use.value):

@@ -18,6 +18,7 @@ An operator without a rule pins every axis that it touches, and is named in :att
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -146,7 +147,6 @@ class GraphWalk:
     model: OnnxModel
     algebra: AxisAlgebra
     symbols: dict[str, int]
-    inferred: dict[str, tuple[int, ...]] = field(default_factory=dict)
     axes: dict[str, Axes | None] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)
     constant_uses: list[ConstantUse] = field(default_factory=list)
@@ -158,6 +158,11 @@ class GraphWalk:
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
+
+    @functools.cached_property
+    def inferred(self) -> dict[str, tuple[int, ...]]:
+        """Shapes that onnx infers under the probe sizes; asked for where an operator has no rule."""
+        return infer_shapes(self.model, self.symbols)
 
     # -- what rules ask ---------------------------------------------------------------------------------------------
 
@@ -402,16 +407,13 @@ def probe_symbols(model: OnnxModel) -> dict[str, int]:
 
 def infer_shapes(model: OnnxModel, symbols: dict[str, int]) -> dict[str, tuple[int, ...]]:
     """Returns the shapes that onnx infers under the probe sizes, for operators that have no rule."""
-    proto = model.to_proto()
-    light = onnx.ModelProto()
-    light.CopyFrom(_without_weights(proto))
+    light = model.skeleton()
     for tensor in light.graph.input:
         for axis, dim in enumerate(tensor.type.tensor_type.shape.dim):
             if not dim.HasField("dim_value"):
                 key = dimension_key(tensor.name, axis, dim.dim_param or None)
                 if key in symbols:
                     dim.dim_value = symbols[key]
-    del light.graph.value_info[:]
     for output in light.graph.output:
         output.type.tensor_type.ClearField("shape")
     try:
@@ -427,20 +429,6 @@ def infer_shapes(model: OnnxModel, symbols: dict[str, int]) -> dict[str, tuple[i
     return result
 
 
-def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Moves large initializers to the inputs, so that inference reads shapes and no data."""
-    small, infos = [], []
-    for tensor in proto.graph.initializer:
-        if np.prod(tensor.dims, dtype=np.int64) <= 1024:
-            small.append(tensor)
-        else:
-            infos.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    graph = onnx.helper.make_graph(
-        proto.graph.node, proto.graph.name or "graph", [*proto.graph.input, *infos], proto.graph.output, small
-    )
-    return onnx.helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-
-
 def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
     """Analyses a normalised graph.
 
@@ -453,7 +441,7 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
     """
     symbols = probe_symbols(model)
     while True:
-        state = GraphWalk(model, algebra(), symbols, infer_shapes(model, symbols))
+        state = GraphWalk(model, algebra(), symbols)
         try:
             state.run()
         except MergeSymbols as merge:
@@ -471,7 +459,7 @@ def _mark_dynamic(state: GraphWalk, algebra: Callable[[], AxisAlgebra]) -> None:
     source = primes(max(state.symbols.values()) + 1)
     renamed = {size: next(source) for size in sorted(set(state.symbols.values()))}
     symbols = {k: renamed[v] for k, v in state.symbols.items()}
-    other = GraphWalk(state.model, algebra(), symbols, infer_shapes(state.model, symbols))
+    other = GraphWalk(state.model, algebra(), symbols)
     other.run()
     same = len(other.size_uses) == len(state.size_uses) and len(other.value_uses) == len(state.value_uses)
     state.size_uses = [
@@ -668,7 +656,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     if bias is not None:
         w.unify(weight[0], bias[0])
     w.pin(x[2:], f"slid over by a convolution {where}")
-    spatial = w.inferred.get(node.outputs[0].name, ())[2:] or _conv_sizes(node, w.shape(x)[2:], kernel)
+    spatial = _conv_sizes(node, w.shape(x)[2:], kernel) or w.inferred.get(node.outputs[0].name, ())[2:]
     if len(spatial) != len(kernel):
         w.give_up(node, "convolution of unknown extent")
         return
