@@ -21,9 +21,8 @@ from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.registry import REPAIRS, SCORES, Measured, Repaired, lookup
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, OptionError
-from liar_opt.runtime.moments import Moments, assemble_symmetric
+from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, element_type
-from liar_opt.runtime.solve import bias_only_error, masked_error, residual_error
 
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
@@ -156,14 +155,9 @@ class _Run:
             values = _run(session, {**feeds, **self.alive[index], **rows}, arrays=True)
             for tap in taps:
                 count, total, *second = (values[o] for o in tap.outputs)
-                bounds = tap.bounds
-                blocks = []
-                for i, row in enumerate(second):
-                    offsets = [b - bounds[i] for b in bounds[i:]]
-                    blocks += [row[:, a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
                 try:
-                    result[tap.tensor, tap.axis].add(
-                        int(count), total.reshape(-1), assemble_symmetric(blocks, bounds), held_back=index in self.held
+                    result[tap.tensor, tap.axis].add_block_rows(
+                        int(count), total.reshape(-1), second, tap.bounds, held_back=index in self.held
                     )
                 except OptionError as err:
                     raise ModelError(
@@ -239,18 +233,13 @@ class _Run:
 def _details(
     consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
 ) -> dict[str, Any]:
-    """Returns what the report says of one consumer: mean squared errors of y = x W, relative to E|y|^2."""
-    statistics = item.moments.statistics()
-    power = masked_error(statistics.uncentred, item.weight, np.arange(consumer.width)) or 1.0
-    ridge = repaired.ridge if np.isfinite(repaired.ridge) else np.inf
+    """Returns what the report says of one consumer."""
     return {
         "node": consumer.uses[0].node.name,
-        "ridge": None if not np.isfinite(repaired.ridge) else repaired.ridge,
+        "ridge": repaired.ridge if np.isfinite(repaired.ridge) else None,
         "ridge_raised": repaired.raised,
         "repair": repaired.kind,
-        "error_none": masked_error(statistics.uncentred, item.weight, removed) / power,
-        "error_bias": bias_only_error(statistics.covariance, item.weight, removed) / power,
-        "error_repair": residual_error(statistics.covariance, item.weight, kept, removed, ridge) / power,
+        **{f"error_{name}": error for name, error in item.errors(kept, removed, repaired).items()},
     }
 
 

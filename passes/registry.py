@@ -3,6 +3,7 @@
 A score takes the consumers of one group and returns the blocks to keep; a repair turns a kept set into new weights.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,44 @@ class Measured:
     moments: Moments
     target_scale: float = 1.0
 
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance over all rows."""
+        return self.moments.statistics()
+
+    @functools.cached_property
+    def folds(self) -> tuple[Statistics, Statistics] | None:
+        """The training and the held-back rows, or None where a fold is too small to say anything."""
+        if min(self.moments.rows("training"), self.moments.rows("held_back")) < 2:
+            return None
+        return self.moments.statistics("training"), self.moments.statistics("held_back")
+
+    def errors(self, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: "Repaired") -> dict[str, float]:
+        """Returns the mean squared errors of y = x W over all rows, relative to E|y|^2.
+
+        "none" leaves the kept weights alone, "bias" adds the mean of what is lost, "repair" is ``repaired``. In float32:
+        they are reported, not computed with.
+        """
+        statistics = self.statistics
+        weight = self.weight.astype(np.float32)
+        change = np.zeros_like(weight)
+        change[kept] = repaired.weight - self.weight[kept]
+        change[removed] = -weight[removed]
+        lost = np.zeros_like(weight)
+        lost[removed] = weight[removed]
+        covariance = statistics.covariance.astype(np.float32)
+        columns = weight.shape[1]
+        products = covariance @ np.concatenate([weight, lost, change], axis=1)
+        forms = [float(np.vdot(part, products[:, i * columns : (i + 1) * columns])) for i, part in enumerate((weight, lost, change))]
+        mean = statistics.mean
+        power = forms[0] + float(np.square(mean @ self.weight).sum()) or 1.0
+        offset = mean @ change + repaired.bias
+        return {
+            "none": (forms[1] + float(np.square(mean[removed] @ self.weight[removed]).sum())) / power,
+            "bias": forms[1] / power,
+            "repair": max(forms[2] + float(np.square(offset).sum()), 0.0) / power,
+        }
+
 
 Score = Callable[[Sequence[Measured], int, np.random.Generator], NDArray[np.int64]]
 """(consumers, number of blocks to keep, random generator) -> kept blocks, ascending."""
@@ -75,14 +114,14 @@ def _magnitude(consumers: Sequence[Measured], keep: int, rng: np.random.Generato
 
 def _activation_weighted(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
     squares = [
-        np.square(score_activation_weighted(c.moments.statistics().mean_square, [c.weight], c.owners)) for c in consumers
+        np.square(score_activation_weighted(c.statistics.mean_square, [c.weight], c.owners)) for c in consumers
     ]
     return _top(np.sqrt(sum(squares)), keep)
 
 
 def _greedy(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
     problems = [
-        Problem(c.moments.statistics().covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers
+        Problem(c.statistics.covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers
     ]
     return select_greedy(problems, keep, SELECTION_RIDGE).kept_blocks
 
@@ -97,7 +136,7 @@ def _none(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64
 
 
 def _bias(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
-    statistics = consumer.moments.statistics()
+    statistics = consumer.statistics
     weight, bias = fold(
         consumer.weight, kept, removed, repair_map(statistics.covariance, statistics.mean, kept, removed, np.inf)
     )
@@ -105,10 +144,9 @@ def _bias(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64
 
 
 def _liar(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
-    statistics = consumer.moments.statistics()
-    folds = _folds(consumer.moments)
-    if ridge is None and folds is not None:
-        choice = choose_ridge(*folds, [consumer.weight], kept, removed)
+    statistics = consumer.statistics
+    if ridge is None and consumer.folds is not None:
+        choice = choose_ridge(*consumer.folds, [consumer.weight], kept, removed)
         found = map_of_choice(choice, statistics.covariance, statistics.mean, kept, removed)
         kind = choice.kind
     else:
@@ -117,13 +155,6 @@ def _liar(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64
         kind = "repair"
     weight, bias = fold(consumer.weight, kept, removed, found)
     return Repaired(weight, bias, found.ridge_used, kind, found.raised)
-
-
-def _folds(moments: Moments) -> tuple[Statistics, Statistics] | None:
-    """Returns the training and the held-back moments, or None where a fold is too small to say anything."""
-    if min(moments.rows("training"), moments.rows("held_back")) < 2:
-        return None
-    return moments.statistics("training"), moments.statistics("held_back")
 
 
 SCORES: dict[str, Score] = {

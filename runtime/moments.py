@@ -147,28 +147,43 @@ class Moments:
         fold.total += total
         fold.second += second
 
-    def add_blocks(
+    def add_block_rows(
         self,
         count: int,
         total: AnyArray,
-        blocks: Sequence[AnyArray],
+        rows: Sequence[AnyArray],
         bounds: Sequence[int],
         held_back: bool = False,
     ) -> None:
-        """Add one batch whose second moment comes as the upper blocks of a column partition.
+        """Add one batch whose second moment comes as the upper block rows of a column partition.
+
+        Nearly half of the multiplications are saved: X_i^T [X_i, X_i+1, ...] is all that is needed of row i.
 
         Args:
             count: Rows in the batch.
             total: Column sums, [n].
-            blocks: X_i^T X_j for i <= j, see `assemble_symmetric`.
-            bounds: Bounds of the column partition, see `assemble_symmetric`.
+            rows: X_i^T [X_i, ..., X_p-1], [bounds[i + 1] - bounds[i], n - bounds[i]], for each part i.
+            bounds: 0 = bounds[0] < ... < bounds[p] = n; part i holds the columns bounds[i]:bounds[i+1].
             held_back: Whether the batch belongs to the held-back fold.
 
         Raises:
-            InternalError: A shape does not fit.
+            InternalError: The bounds do not increase from 0 to n, or the number or a shape of the rows does not fit.
             OptionError: NaN or Inf among the sums.
         """
-        self.add(count, total, assemble_symmetric(blocks, bounds), held_back)
+        if count < 0:
+            raise InternalError(f"batch of {count} rows")
+        steps = list(pairwise(bounds))
+        if not steps or bounds[0] != 0 or bounds[-1] != self.width or any(low >= high for low, high in steps):
+            raise InternalError(f"partition bounds {list(bounds)} do not increase from 0 to {self.width}")
+        expected = [(high - low, self.width - low) for low, high in steps]
+        if total.shape != (self.width,) or [row.shape for row in rows] != expected:
+            raise InternalError(f"block rows {[row.shape for row in rows]}, totals {total.shape}; needed {expected}")
+        _require_finite(total, *rows)
+        fold = self._folds[_fold_name(held_back)]
+        fold.count += int(count)
+        fold.total += total
+        for (low, high), row in zip(steps, rows, strict=True):
+            fold.second[low:high, low:] += row
 
     def add_cross(
         self,
@@ -220,8 +235,11 @@ class Moments:
         if sums.count == 0:
             raise InternalError(f"no rows in fold '{fold}'")
         mean = sums.total / sums.count
-        second = sums.second / sums.count
-        covariance = 0.5 * (second + second.T) - np.outer(mean, mean)
+        # What lies below the diagonal may be missing (`add_block_rows`).
+        covariance = np.triu(sums.second)
+        covariance /= sums.count
+        covariance -= np.triu(np.outer(mean, mean))
+        covariance += np.triu(covariance, 1).T
         # A constant channel gives a rounding residue of either sign here; a variance is never negative.
         diagonal = np.einsum("ii->i", covariance)
         np.maximum(diagonal, 0.0, out=diagonal)
@@ -274,36 +292,6 @@ class Moments:
         for sums in self._folds.values():
             both.include(sums)
         return both
-
-
-def assemble_symmetric(blocks: Sequence[AnyArray], bounds: Sequence[int]) -> Array:
-    """Build the full X^T X from the upper blocks of a column partition: half of the multiplications are saved.
-
-    Args:
-        blocks: X_i^T X_j for i <= j, ordered (0,0), (0,1), ..., (0,p-1), (1,1), ..., (p-1,p-1).
-        bounds: 0 = bounds[0] < ... < bounds[p] = n; part i holds the columns bounds[i]:bounds[i+1].
-
-    Returns:
-        The symmetric matrix, [n, n], float64.
-
-    Raises:
-        InternalError: The bounds do not increase from 0, or the number or shape of the blocks does not fit them.
-    """
-    parts = len(bounds) - 1
-    if parts < 1 or bounds[0] != 0 or any(low >= high for low, high in pairwise(bounds)):
-        raise InternalError(f"partition bounds {list(bounds)} do not increase from 0")
-    if len(blocks) != parts * (parts + 1) // 2:
-        raise InternalError(f"{len(blocks)} blocks given, {parts} parts need {parts * (parts + 1) // 2}")
-    full: Array = np.empty((bounds[-1], bounds[-1]))
-    pairs = ((i, j) for i in range(parts) for j in range(i, parts))
-    for block, (i, j) in zip(blocks, pairs, strict=True):
-        rows, columns = slice(bounds[i], bounds[i + 1]), slice(bounds[j], bounds[j + 1])
-        if block.shape != (bounds[i + 1] - bounds[i], bounds[j + 1] - bounds[j]):
-            raise InternalError(f"block ({i}, {j}) is {block.shape}, the bounds are {list(bounds)}")
-        full[rows, columns] = block
-        if i != j:
-            full[columns, rows] = block.T
-    return full
 
 
 def _fold_name(held_back: bool) -> str:

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import InternalError, OptionError
-from liar_opt.runtime.moments import Moments, assemble_symmetric
+from liar_opt.runtime.moments import Moments
 
 N, M = 7, 3
 
@@ -71,25 +71,29 @@ def test_variance_of_a_constant_channel_is_not_negative() -> None:
 
 
 @pytest.mark.parametrize("bounds", [(0, 7), (0, 2, 7), (0, 1, 4, 7)])
-def test_upper_blocks_make_the_whole(bounds: tuple[int, ...]) -> None:
-    x = rows_of(1, 19)
-    parts = [x[:, low:high] for low, high in pairwise(bounds)]
-    blocks = [parts[i].T @ parts[j] for i in range(len(parts)) for j in range(i, len(parts))]
-    np.testing.assert_allclose(assemble_symmetric(blocks, bounds), x.T @ x, rtol=1e-12)
+def test_block_rows_make_the_whole(bounds: tuple[int, ...]) -> None:
+    x, y = rows_of(1, 19), rows_of(2, 11)
     whole, halves = Moments(N), Moments(N)
-    add(whole, x)
-    halves.add_blocks(19, x.sum(axis=0), blocks, bounds)
+    for batch in (x, y):
+        add(whole, batch)
+        rows = [batch[:, low:high].T @ batch[:, low:] for low, high in pairwise(bounds)]
+        halves.add_block_rows(len(batch), batch.sum(axis=0), rows, bounds)
     np.testing.assert_allclose(halves.covariance, whole.covariance, rtol=1e-11)
+    assert np.array_equal(halves.covariance, halves.covariance.T)
 
 
-def test_block_lists_that_do_not_fit_are_refused() -> None:
+def test_block_rows_that_do_not_fit_are_refused() -> None:
     x = rows_of(1, 19)
+    moments, total, second = Moments(N), x.sum(axis=0), x.T @ x
     with pytest.raises(InternalError, match="do not increase"):
-        assemble_symmetric([x.T @ x], (1, 7))
-    with pytest.raises(InternalError, match="2 parts need 3"):
-        assemble_symmetric([x.T @ x], (0, 3, 7))
-    with pytest.raises(InternalError, match=r"block \(0, 1\)"):
-        assemble_symmetric([np.eye(3), np.ones((4, 3)), np.eye(4)], (0, 3, 7))
+        moments.add_block_rows(19, total, [second], (1, 7))
+    with pytest.raises(InternalError, match="needed"):
+        moments.add_block_rows(19, total, [second], (0, 3, 7))
+    with pytest.raises(InternalError, match="needed"):
+        moments.add_block_rows(19, total, [second[:3], second[3:]], (0, 3, 7))
+    with pytest.raises(OptionError, match="NaN or Inf"):
+        moments.add_block_rows(19, total * np.nan, [second], (0, 7))
+    assert moments.count == 0
 
 
 def test_merge_pools_the_folds() -> None:
