@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
@@ -84,7 +85,9 @@ class OnnxModel:
         """
         name = f"'{source}'" if source else "the model"
         for node in proto.graph.node:
-            if node.op_type in QUANTISED or node.op_type.startswith(("QLinear", "QGemm", "QAttention", "QMoE", "MatMulNBits")):
+            if node.op_type in QUANTISED or node.op_type.startswith(
+                ("QLinear", "QGemm", "QAttention", "QMoE", "MatMulNBits")
+            ):
                 raise ModelError(
                     f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
                     "prune the float model and quantise the result"
@@ -114,7 +117,7 @@ class OnnxModel:
 
     def to_proto(self) -> onnx.ModelProto:
         """Returns the graph as an ONNX model; weights that were not touched are not copied."""
-        proto = gs.export_onnx(self.graph, do_type_check=False)
+        proto: onnx.ModelProto = gs.export_onnx(self.graph, do_type_check=False)
         # Shapes between input and output may have changed since they were noted; readers infer them.
         del proto.graph.value_info[:]
         # Readers may depend on the order of initializers (ONNX Runtime's fusions name theirs by it).
@@ -303,7 +306,12 @@ def _constant_value(node: gs.Node) -> np.ndarray | None:
     attributes = node.attrs
     if "value" in attributes:
         return tensor_attribute(attributes["value"])
-    for key, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32)):
+    for key, dtype in (
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+    ):
         if key in attributes:
             return np.asarray(attributes[key], dtype)
     return None
@@ -329,7 +337,9 @@ def _replace(old: gs.Tensor, new: gs.Tensor) -> None:
                 consumer.inputs[position] = new
 
 
-def _fold(node: gs.Node, folded: dict[tuple[object, ...], list[gs.Constant]], outputs: set[int], names: Iterator[str]) -> None:
+def _fold(
+    node: gs.Node, folded: dict[tuple[object, ...], list[gs.Constant]], outputs: set[int], names: Iterator[str]
+) -> None:
     if node.domain not in (None, *STANDARD) or not node.inputs or not node.outputs:
         return
     if not all(is_constant(t) or not present(t) for t in node.inputs):
@@ -337,19 +347,24 @@ def _fold(node: gs.Node, folded: dict[tuple[object, ...], list[gs.Constant]], ou
     if any(id(t) in outputs for t in node.outputs) or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
         return
     attributes = tuple(sorted((k, repr(v)) for k, v in node.attrs.items() if not hasattr(v, "values")))
-    key = (node.op, attributes, tuple(id(t) for t in node.inputs))
+    key: tuple[object, ...] = (node.op, attributes, tuple(id(t) for t in node.inputs))
     if any(hasattr(v, "values") for v in node.attrs.values()):
         key = (*key, node.name)
     results = folded.get(key)
     if results is None:
         inputs = [t.values if is_constant(t) else None for t in node.inputs]
-        values = [np.asarray(inputs[0].shape, np.int64)] if node.op == "Shape" and not node.attrs else None
-        values = values or evaluate(node.op, inputs, node.attrs)
+        if node.op == "Shape" and not node.attrs:
+            values: list[np.ndarray] | None = [np.asarray(node.inputs[0].shape, np.int64)]
+        else:
+            values = evaluate(node.op, inputs, node.attrs)
         largest = max((i.size for i in inputs if i is not None), default=0)
         if values is None or len(values) < len(node.outputs) or max(v.size for v in values) > max(FOLD_LIMIT, largest):
             return
         # The constants stay alive through the key's owner list, so that ids are not reused.
-        results = [gs.Constant(t.name or next(names), np.ascontiguousarray(v).reshape(v.shape)) for t, v in zip(node.outputs, values, strict=False)]
+        results = [
+            gs.Constant(t.name or next(names), np.ascontiguousarray(v).reshape(v.shape))
+            for t, v in zip(node.outputs, values, strict=False)
+        ]
         folded[key] = results
         folded[("alive", *key)] = [t for t in node.inputs if is_constant(t)]
     for old, new in zip(node.outputs, results, strict=True):
@@ -364,7 +379,9 @@ def _unique_names(graph: gs.Graph) -> Iterator[str]:
     for index, node in enumerate(graph.nodes):
         if not node.name or node.name in taken:
             base = node.name or f"{node.op}"
-            node.name = next(n for n in (f"{base}_{index}", *(f"{base}_{index}_{k}" for k in range(1000))) if n not in taken)
+            node.name = next(
+                n for n in (f"{base}_{index}", *(f"{base}_{index}_{k}" for k in range(1000))) if n not in taken
+            )
         taken.add(node.name)
     tensors = set(graph.tensors())
     return (n for n in (f"liar_opt_{k}" for k in itertools.count()) if n not in tensors)

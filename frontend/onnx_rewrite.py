@@ -145,7 +145,9 @@ class Rewriter:
             masks = [self.mask(f)[old] for f, old in zip(use.axes, before[id(use)], strict=True)]
             constant = use.node.inputs[use.position]
             if list(constant.shape) != [len(m) for m in masks]:
-                raise InternalError(f"constant '{constant.name}' is {list(constant.shape)}, expected {[len(m) for m in masks]}")
+                raise InternalError(
+                    f"constant '{constant.name}' is {list(constant.shape)}, expected {[len(m) for m in masks]}"
+                )
             pending[id(constant)].append((use.node, use.position, tuple(m.tobytes() for m in masks), masks))
         for entries in pending.values():
             by_cut: dict[tuple[bytes, ...], list[tuple[gs.Node, int]]] = defaultdict(list)
@@ -240,7 +242,9 @@ class Rewriter:
                 return self._copied(tensor, overrides, before, {})
         raise CannotFollow(f"a size that node '{before.name}' reads is computed in a way that cannot be followed")
 
-    def _constants_behind(self, tensor: gs.Tensor, sizes: dict[int, int], found: list[tuple[gs.Node, int]], seen: set[int]) -> None:
+    def _constants_behind(
+        self, tensor: gs.Tensor, sizes: dict[int, int], found: list[tuple[gs.Node, int]], seen: set[int]
+    ) -> None:
         if is_constant(tensor) or not tensor.inputs or id(tensor) in seen:
             return
         seen.add(id(tensor))
@@ -301,7 +305,13 @@ class Rewriter:
             if node.op in ("Shape", "Size"):
                 source = node.inputs[0]
                 axes = self.walk.axes.get(source.name)
-                sizes = list(source.shape) if is_constant(source) else [self.size(f) for f in axes] if axes is not None else None
+                sizes = (
+                    list(source.shape)
+                    if is_constant(source)
+                    else [self.size(f) for f in axes]
+                    if axes is not None
+                    else None
+                )
                 result = None if sizes is None else shape_value(node, sizes)
             else:
                 inputs = [
@@ -315,7 +325,9 @@ class Rewriter:
         known[id(tensor)] = result
         return result
 
-    def _patched(self, tensor: gs.Tensor, changes: dict[int, int], before: gs.Node, made: dict[tuple[object, ...], gs.Tensor]) -> gs.Tensor:
+    def _patched(
+        self, tensor: gs.Tensor, changes: dict[int, int], before: gs.Node, made: dict[tuple[object, ...], gs.Tensor]
+    ) -> gs.Tensor:
         """Returns a tensor like ``tensor`` with some elements replaced; what produces it is copied, never changed."""
         key = (id(tensor), tuple(sorted(changes.items())))
         if key in made:

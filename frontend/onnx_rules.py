@@ -63,12 +63,13 @@ BiasKind = Literal["after", "input"]
 
 @dataclass(frozen=True, eq=False)
 class ConsumerUse:
-    """A linear contraction y = x W (+ b): ``weight`` at input ``weight_position`` of ``node``, contracted over its axis
-    ``weight_axis`` with axis ``activation_axis`` of ``activation``; ``width`` is the contracted factor.
+    """A linear contraction y = x W (+ b).
+
+    ``weight``, at input ``weight_position`` of ``node``, is contracted over its axis ``weight_axis`` with axis
+    ``activation_axis`` of ``activation``; ``width`` is the contracted factor.
 
     ``bias`` says where b' belongs: ``("input", k)`` the node's own input k (scaled by ``bias_scale``), or
     ``("after", 0)`` an addition behind the node. ``scale`` is what the node multiplies the product by (alpha).
-    ``bias_offset`` is the offset of y within the node's bias vector.
     """
 
     node: gs.Node
@@ -85,8 +86,9 @@ class ConsumerUse:
 
 @dataclass(frozen=True, eq=False)
 class SizeUse:
-    """A number that must equal the summed sizes of ``factors``; ``value`` is what it was, ``dynamic`` whether that
-    depends on the sizes of the graph's inputs.
+    """A number that must equal the summed sizes of ``factors``.
+
+    ``value`` is what it was, ``dynamic`` whether that depends on the sizes of the graph's inputs.
 
     ``where`` is ``("input", position, element)`` for an element of a shape tensor, ``("attribute", name, element)`` for
     an attribute (``element`` -1 for a scalar).
@@ -101,8 +103,9 @@ class SizeUse:
 
 @dataclass(frozen=True, eq=False)
 class ValueUse:
-    """Input ``position`` of ``node`` is a number computed from shapes that enters the data; ``value`` is what it was,
-    ``dynamic`` whether that depends on the sizes of the graph's inputs.
+    """Input ``position`` of ``node`` is a number computed from shapes that enters the data.
+
+    ``value`` is what it was, ``dynamic`` whether that depends on the sizes of the graph's inputs.
     """
 
     node: gs.Node
@@ -257,7 +260,9 @@ class GraphWalk:
         """Records that a number of ``node`` must follow the summed sizes of ``factors``."""
         self.size_uses.append(SizeUse(node, where, factors, sum(self.algebra.size(f) for f in factors)))
 
-    def consumer(self, node: gs.Node, activation: int, activation_axis: int, weight: int, weight_axis: int, **more: Any) -> None:
+    def consumer(
+        self, node: gs.Node, activation: int, activation_axis: int, weight: int, weight_axis: int, **more: Any
+    ) -> None:
         """Records a linear contraction of a variable input with a constant input."""
         tensor, constant = node.inputs[activation], node.inputs[weight]
         axes = self.input_axes(node, weight)
@@ -265,7 +270,9 @@ class GraphWalk:
             return
         rank = len(self.axes[tensor.name] or ())
         self.consumers.append(
-            ConsumerUse(node, tensor, activation_axis % rank, constant, weight, weight_axis % len(axes), axes[weight_axis], **more)
+            ConsumerUse(
+                node, tensor, activation_axis % rank, constant, weight, weight_axis % len(axes), axes[weight_axis], **more
+            )
         )
 
     def count(self, *factors: Factor) -> None:
@@ -513,7 +520,9 @@ def vocabulary(model: OnnxModel) -> int | None:
 
 @rule(
     *("Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid").split(),
-    *("HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin").split(),
+    *(
+        "HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin"
+    ).split(),
     *("Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu").split(),
 )
 @rule("Gelu", "QuickGelu", domain=MICROSOFT)
@@ -529,7 +538,9 @@ def _unary_with_settings(w: GraphWalk, node: gs.Node) -> None:
 
 
 @rule(
-    *("Add And BitwiseAnd BitwiseOr BitwiseXor BitShift Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean").split(),
+    *(
+        "Add And BitwiseAnd BitwiseOr BitwiseXor BitShift Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean"
+    ).split(),
     *("Min Mod Mul Or Pow PRelu Sub Sum Where Xor").split(),
 )
 @rule("BiasGelu", "FastGelu", "BiasAdd", domain=MICROSOFT)
@@ -615,7 +626,11 @@ def _einsum(w: GraphWalk, node: gs.Node) -> None:
     left, _, right = equation.partition("->")
     terms = left.split(",")
     plain = "->" in equation and "..." not in equation and all(len(set(t)) == len(t) for t in [*terms, right])
-    if not plain or len(terms) != len(operands) or any(len(t) != len(a or ()) for t, a in zip(terms, operands, strict=True)):
+    if (
+        not plain
+        or len(terms) != len(operands)
+        or any(len(t) != len(a or ()) for t, a in zip(terms, operands, strict=True))
+    ):
         w.give_up(node, f"Einsum '{equation}'")
         return
     factors: dict[str, Factor] = {}
@@ -670,9 +685,7 @@ def _conv_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> l
         return []
     pads = list(node.attrs.get("pads", [0] * 2 * n))
     strides, dilations = list(node.attrs.get("strides", [1] * n)), list(node.attrs.get("dilations", [1] * n))
-    return [
-        (sizes[i] + pads[i] + pads[n + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)
-    ]
+    return [(sizes[i] + pads[i] + pads[n + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)]
 
 
 # -- layout ---------------------------------------------------------------------------------------------------------
@@ -1144,7 +1157,7 @@ def _multi_head_attention(w: GraphWalk, node: gs.Node) -> None:
 
 @rule("Attention")
 def _standard_attention(w: GraphWalk, node: gs.Node) -> None:
-    """ONNX Attention (opset 23): q, k, v as [b, heads, s, width] or, with head counts as attributes, [b, s, heads*width]."""
+    """Attention of opset 23: q, k, v are [b, heads, s, width] or, with head counts as attributes, [b, s, heads*width]."""
     query, key, value = (w.input_axes(node, i) for i in range(3))
     where = f"inside {node.op} (node '{node.name}')"
     cached = any(len(node.inputs) > i and present(node.inputs[i]) for i in (4, 5, 6))

@@ -77,8 +77,10 @@ def resolve_reshape(target: Sequence[int], shape: Sequence[int], allow_zero: boo
 
 
 def _cast(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(int(attributes["to"])) if not isinstance(attributes["to"], type) else (
-        np.dtype(attributes["to"])
+    dtype = (
+        onnx.helper.tensor_dtype_to_np_dtype(int(attributes["to"]))
+        if not isinstance(attributes["to"], type)
+        else (np.dtype(attributes["to"]))
     )
     return [np.asarray(inputs[0]).astype(dtype)]
 
@@ -200,7 +202,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "Sub": _same_type(np.subtract),
     "Mul": _same_type(np.multiply),
     "Div": _divide,
-    "Mod": lambda i, a: [np.asarray((np.fmod if a.get("fmod", 0) else np.mod)(i[0], i[1]))],  # type: ignore[call-overload]
+    "Mod": lambda i, a: [(np.fmod if a.get("fmod", 0) else np.mod)(np.asarray(i[0]), np.asarray(i[1]))],
     "Pow": _same_type(np.power),
     "Sqrt": _same_type(np.sqrt),
     "Reciprocal": _same_type(np.reciprocal),

@@ -81,7 +81,7 @@ class Pass(ABC, Generic[Plan]):
 
     name: ClassVar[str] = ""
 
-    def requires(self, state: State) -> None:  # noqa: B027 - most passes require nothing
+    def requires(self, state: State) -> None:
         """Raises where the pass is not applicable at all."""
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Pass(ABC, Generic[Plan]):
     def apply(self, state: State, plan: Plan) -> PassResult:
         """Does it."""
 
-    def ensures(self, state: State) -> None:  # noqa: B027 - most passes promise nothing that can be checked cheaply
+    def ensures(self, state: State) -> None:
         """Raises where the pass did not keep its promise."""
 
     def __call__(self, state: State) -> PassResult:

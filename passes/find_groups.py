@@ -71,7 +71,8 @@ def find_groups(walk: GraphWalk) -> Found:
     touching = _touching(walk)
     rewriter = Rewriter(walk)
     most_rows = max((_rows(walk, u) for uses in consumers.values() for u in uses), default=0)
-    groups, others = [], []
+    groups: list[ChannelGroup] = []
+    others: list[ChannelGroup] = []
     for leaf, uses in consumers.items():
         size = algebra.size(leaf)
         constant_uses = [u for u in walk.constant_uses if any(leaf in algebra.leaves(f) for f in u.axes)]
@@ -91,7 +92,9 @@ def find_groups(walk: GraphWalk) -> Found:
             factor=leaf,
             size=size,
             consumers=_consumers(walk, leaf, uses),
-            parameters=sum(int(np.prod(c.shape, dtype=np.int64)) for c in {id(u.constant): u.constant for u in constant_uses}.values()),
+            parameters=sum(
+                int(np.prod(c.shape, dtype=np.int64)) for c in {id(u.constant): u.constant for u in constant_uses}.values()
+            ),
             start=min(positions),
             end=max(order[id(u.node)] for u in uses),
             constants=frozenset(id(u.constant) for u in constant_uses),

@@ -74,7 +74,10 @@ class Measured:
         covariance = statistics.covariance.astype(np.float32)
         columns = weight.shape[1]
         products = covariance @ np.concatenate([weight, lost, change], axis=1)
-        forms = [float(np.vdot(part, products[:, i * columns : (i + 1) * columns])) for i, part in enumerate((weight, lost, change))]
+        forms = [
+            float(np.vdot(part, products[:, i * columns : (i + 1) * columns]))
+            for i, part in enumerate((weight, lost, change))
+        ]
         mean = statistics.mean
         power = forms[0] + float(np.square(mean @ self.weight).sum()) or 1.0
         offset = mean @ change + repaired.bias
@@ -113,16 +116,12 @@ def _magnitude(consumers: Sequence[Measured], keep: int, rng: np.random.Generato
 
 
 def _activation_weighted(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    squares = [
-        np.square(score_activation_weighted(c.statistics.mean_square, [c.weight], c.owners)) for c in consumers
-    ]
+    squares = [np.square(score_activation_weighted(c.statistics.mean_square, [c.weight], c.owners)) for c in consumers]
     return _top(np.sqrt(sum(squares)), keep)
 
 
 def _greedy(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    problems = [
-        Problem(c.statistics.covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers
-    ]
+    problems = [Problem(c.statistics.covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers]
     return select_greedy(problems, keep, SELECTION_RIDGE).kept_blocks
 
 

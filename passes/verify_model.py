@@ -61,7 +61,10 @@ class VerifyModelPass(Pass[None]):
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
         masked = _load(reference, state.device, "the masked original")
         facts["exact_difference"] = require_close(
-            pruned.run(small, arrays=True), masked.run(small, arrays=True), _precision(state.model), "cut against masked original"
+            pruned.run(small, arrays=True),
+            masked.run(small, arrays=True),
+            _precision(state.model),
+            "cut against masked original",
         )
         facts["exact_dtype"] = _precision(state.model)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
@@ -126,7 +129,10 @@ def _signature(values: Any) -> list[tuple[str, int, int]]:
 def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> None:
     weights = {t.name for t in dense.graph.initializer}
     inputs = [i for i in dense.graph.input if i.name not in weights]
-    for what, before, after in (("inputs", inputs, pruned.graph.input), ("outputs", dense.graph.output, pruned.graph.output)):
+    for what, before, after in (
+        ("inputs", inputs, pruned.graph.input),
+        ("outputs", dense.graph.output, pruned.graph.output),
+    ):
         if _signature(before) != _signature(after):
             raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
 

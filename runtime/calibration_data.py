@@ -356,9 +356,7 @@ def _draw_from_path(source: str | Path, job: _Job) -> _Texts | _Feeds:
                 f"calibration file '{path}' is one array, and the model has the inputs {_names(job.signature.inputs)};"
                 " give an .npz file, or a folder, with one array for each."
             )
-        return _Feeds(
-            [(f"calibration file '{path}'", {next(iter(job.signature.inputs)): _npy_column(path)})], path.name
-        )
+        return _Feeds([(f"calibration file '{path}'", {next(iter(job.signature.inputs)): _npy_column(path)})], path.name)
     _require_tokenizer(job, f"calibration file '{path}'")
     try:
         return _draw_texts(_file_texts(path, suffix, job.text_column), f"calibration file '{path}'", path.name, job)
@@ -1027,9 +1025,7 @@ def _check_feed(where: str, feed: Mapping[str, _Column], signature: _Signature) 
         shape = feed[name].shape
         need = f"model input {_describe(spec)} needs"
         if feed[name].dtype.kind in "OUSM":
-            raise OptionError(
-                f"array '{name}' of {where} is of type '{feed[name].dtype}'; {need} numbers of one shape."
-            )
+            raise OptionError(f"array '{name}' of {where} is of type '{feed[name].dtype}'; {need} numbers of one shape.")
         if len(shape) != len(spec.shape):
             raise OptionError(f"array '{name}' of {where} has the shape {list(shape)}; {need} rank {len(spec.shape)}.")
         skip = 0 if name in signature.shared else 1
@@ -1122,9 +1118,7 @@ def _stack(group: Sequence[Mapping[str, Array]], signature: _Signature) -> dict[
     }
 
 
-def _batch_rows(
-    groups: Sequence[Mapping[str, Array]], job: _Job
-) -> tuple[list[dict[str, Array]], list[NDArray[np.bool_]]]:
+def _batch_rows(groups: Sequence[Mapping[str, Array]], job: _Job) -> tuple[list[dict[str, Array]], list[NDArray[np.bool_]]]:
     """Cut groups of rows into batches in seeded order; fill a static batch with repeats that are masked out."""
     signature = job.signature
     size = signature.batch or job.batch_size

@@ -84,7 +84,7 @@ class DifferenceMeter:
 
     def add(self, name: str, actual: Array, reference: Array, mask: NDArray[np.bool_] | None) -> None:
         """Adds one batch of one output; ``mask`` [b, s] or [b] says which rows are real, where its shape fits."""
-        if reference.dtype.kind != "f" and reference.dtype.name != "bfloat16" or reference.ndim == 0:
+        if (reference.dtype.kind != "f" and reference.dtype.name != "bfloat16") or reference.ndim == 0:
             return
         x, y = actual.astype(np.float64), reference.astype(np.float64)
         if mask is not None and y.ndim > mask.ndim and y.shape[: mask.ndim] == mask.shape:

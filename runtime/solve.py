@@ -170,9 +170,7 @@ def no_repair_map(kept: Indices, removed: Indices) -> RepairMap:
     return RepairMap(np.zeros((kept.size, removed.size)), np.zeros(removed.size), math.inf, False)
 
 
-def map_of_choice(
-    choice: RidgeChoice, covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Indices
-) -> RepairMap:
+def map_of_choice(choice: RidgeChoice, covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Indices) -> RepairMap:
     """Return the map that `choose_ridge` asks for, from the moments of all rows; arguments as in `repair_map`."""
     if choice.kind == "none":
         return no_repair_map(kept, removed)
@@ -570,8 +568,6 @@ def _one_thread(width: int) -> Iterator[None]:
         return
     with _threads().limit(limits=1, user_api="blas"):
         yield
-
-
 
 
 @dataclass(frozen=True)
