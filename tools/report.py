@@ -1,0 +1,160 @@
+"""Tables from a report: ``PruneResult.report`` or ``Inspection.report`` in, rich renderables out; nothing is computed twice.
+
+A report is plain data (see ``prune_model``), so a report that was read back from JSON prints the same tables.
+"""
+
+from collections.abc import Iterator, Mapping, Set
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from liar_opt.runtime.compare import TOLERANCES
+
+Report = Mapping[str, Any]
+PLAIN_WIDTH = 120
+"""Columns where the output is not a terminal."""
+SHOWN_NODES = 3
+"""Nodes of a refusal that are named where not all are asked for."""
+
+
+def make_console(stream: IO[str], width: int | None = None) -> Console:
+    """Returns a console that prints text as it is: node names may look like markup."""
+    plain = width if width is not None or stream.isatty() else PLAIN_WIDTH
+    return Console(file=stream, width=plain, markup=False, highlight=False, emoji=False)
+
+
+def before_after(report: Report) -> Table:
+    """The table of a finished run: sizes, cost and what the outputs lost."""
+    table = _table("", "dense", "pruned", "change")
+    before, after = report["before"], report["after"]
+    table.add_row("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters"))
+    size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
+    name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
+    table.add_row(name, quantity(before[size], "B"), quantity(after[size], "B"), change(before, after, size))
+    if before.get("flops"):
+        table.add_row("FLOPs (1)", quantity(before["flops"]), quantity(after["flops"]), change(before, after, "flops"))
+    latency = report.get("latency")
+    if latency:
+        times = (milliseconds(latency[k]) for k in ("dense_seconds", "pruned_seconds"))
+        table.add_row("latency (1)", *times, f"{latency['speedup']:.2f} x faster" if latency["speedup"] >= 1 else f"{1 / latency['speedup']:.2f} x slower")
+    for output, difference in report["verification"]["outputs"].items():
+        table.add_row(f"cosine of '{output}' (2)", "1.0000", f"{difference['cosine']:.4f}", "")
+        table.add_row("  relative RMS difference (2)", "", f"{difference['relative_rms']:.4f}", "")
+    evaluation = report.get("evaluation")
+    if evaluation:
+        table.add_row(evaluation["name"], "1.0000", f"{evaluation['cosine']:.4f}", "")
+    return table
+
+
+def footnotes(report: Report) -> Iterator[str]:
+    """What the numbers of :func:`before_after` were measured on, one line each."""
+    latency, data, check = report.get("latency"), report["calibration"], report["verification"]
+    if latency:
+        yield f"(1) one batch, {latency['batch']}, on {report['device']}; median of {latency['runs']} runs, taken in turns"
+    else:
+        yield "(1) the first calibration batch; latency was not measured"
+    rows = max((d["rows"] for d in check["outputs"].values()), default=0)
+    random = "random inputs, not your data" if data["synthetic"] else data["source"]
+    yield f"(2) {rows:,} rows of the calibration batches: {random}"
+    yield (
+        f"exactness: the cut model equals the original with the removed channels masked to {check['exact_difference']:.1e} "
+        f"(allowed {TOLERANCES[check['exact_dtype']]:.0e} in {check['exact_dtype']})"
+    )
+
+
+def groups_found(report: Report, explain: bool = False) -> Table:
+    """The groups of an inspection, in execution order."""
+    columns = ["group", "kind", "count", "block width", "parameters", "share of all"]
+    table = _table(*columns, *(["read by"] if explain else []), left={0, 1, 6})
+    everything = report["before"]["parameters"]
+    for group in report["groups"]:
+        row = [group["name"], group["kind"], f"{group['before']:,}", str(group["block_width"])]
+        row += [f"{group['parameters']:,}", percent(group["parameters"], everything)]
+        table.add_row(*row, *(["\n".join(group["consumers"])] if explain else []))
+    prunable = sum(g["parameters"] for g in report["groups"])
+    table.add_section()
+    table.add_row("all groups", "", "", "", f"{prunable:,}", percent(prunable, everything))
+    return table
+
+
+def groups_pruned(report: Report) -> Table:
+    """The groups of a run, or of a dry run: widths, and the error of each consumer without and with repair."""
+    errors = any(g.get("repairs") for g in report["groups"])
+    columns = ["group", "kind", "before", "after", "kept", *(["no repair", "bias", "repair", "ridge"] if errors else [])]
+    table = _table(*columns, left={0, 1})
+    for group in report["groups"]:
+        head = [group["name"], group["kind"], f"{group['before']:,}", f"{group['after']:,}"]
+        head.append(percent(group["after"], group["before"]))
+        table.add_row(*head, *_errors(next(iter(group.get("repairs", [])), None), errors))
+        for repair in group.get("repairs", [])[1:]:
+            table.add_row(f"  {repair['node']}", "", "", "", "", *_errors(repair, errors))
+    return table
+
+
+def _errors(repair: Mapping[str, Any] | None, shown: bool) -> list[str]:
+    if not shown or repair is None:
+        return []
+    ridge = "" if repair["ridge"] is None else f"{repair['ridge']:.0e}" + (" raised" if repair["ridge_raised"] else "")
+    return [f"{100 * repair[f'error_{k}']:.2f} %" for k in ("none", "bias", "repair")] + [ridge or repair["repair"]]
+
+
+def refusals(report: Report, explain: bool = False) -> RenderableType:
+    """What does not qualify, and why; all nodes with ``explain``."""
+    table = _table("not pruned, because", "width", "read by", left={0, 2})
+    for refusal in report["refusals"]:
+        nodes = list(refusal["nodes"])
+        shown = nodes if explain or len(nodes) <= SHOWN_NODES else [*nodes[:SHOWN_NODES], f"and {len(nodes) - SHOWN_NODES} more"]
+        table.add_row(refusal["reason"], f"{refusal['size']:,}" if refusal["size"] else "", "\n".join(shown))
+    return table
+
+
+def refusals_counted(report: Report) -> str:
+    """One line instead of the table."""
+    count = len(report["refusals"])
+    return f"{count} {'kind' if count == 1 else 'kinds'} of dimensions left alone; --explain says which and why"
+
+
+def seconds(measured: Mapping[str, float]) -> Table:
+    """Where the time went."""
+    table = _table("pass", "seconds", left={0})
+    for name, value in measured.items():
+        if name != "total":
+            table.add_row(name, f"{value:.2f}")
+    if "total" in measured:
+        table.add_section()
+        table.add_row("total", f"{measured['total']:.2f}")
+    return table
+
+
+def change(before: Mapping[str, float], after: Mapping[str, float], key: str) -> str:
+    """Returns the relative change of one number, in percent."""
+    return f"{100 * (after[key] - before[key]) / before[key]:+.1f} %" if before[key] else ""
+
+
+def percent(part: float, whole: float) -> str:
+    """Returns a share in percent."""
+    return f"{100 * part / whole:.1f} %" if whole else ""
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """Returns a number with a decimal prefix, three digits or more."""
+    prefix = ""
+    for larger in ("k", "M", "G", "T", "P"):
+        if abs(value) < 1000:
+            break
+        value, prefix = value / 1000, larger
+    return f"{value:.0f} {unit}".rstrip() if not prefix else f"{value:.1f} {prefix}{unit}"
+
+
+def milliseconds(value: float) -> str:
+    """Returns seconds as milliseconds."""
+    return f"{1000 * value:.2f} ms"
+
+
+def _table(*columns: str, left: Set[int] = frozenset({0})) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in left else "right", overflow="fold", no_wrap=index not in left)
+    return table
