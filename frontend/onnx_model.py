@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,8 @@ FOLD_LIMIT = 1 << 20
 """Folding may not write more elements than this, unless the result is no larger than its largest input."""
 SKELETON_LIMIT = 1024
 """Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
+SHAREABLE = {onnx.TensorProto.DataType.Value(n) for n in ("FLOAT", "FLOAT16", "DOUBLE", "INT64", "INT32", "BOOL")}
+"""Element types whose arrays ONNX Runtime takes from numpy as they are."""
 FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
 EXTERNAL_LIMIT = (1 << 31) - (1 << 20)
 """Bytes of weights above which the output is written with external data (protobuf's own limit is 2 GiB)."""
@@ -40,13 +42,14 @@ EXTERNAL_LIMIT = (1 << 31) - (1 << 20)
 
 @dataclass(eq=False)
 class OnnxModel:
-    """A graph with what graphsurgeon does not carry: metadata, the file that it came from."""
+    """A graph with what graphsurgeon does not carry: metadata, the file and the proto (unchanged) that it came from."""
 
     graph: gs.Graph
     source: Path | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
+    proto: onnx.ModelProto | None = None
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -113,7 +116,8 @@ class OnnxModel:
             proto.ir_version = max(proto.ir_version, 4)
             notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
         order = {tensor.name: i for i, tensor in enumerate(proto.graph.initializer)}
-        return cls(gs.import_onnx(proto), source, {p.key: p.value for p in proto.metadata_props}, notes, order)
+        metadata = {p.key: p.value for p in proto.metadata_props}
+        return cls(gs.import_onnx(proto), source, metadata, notes, order, proto)
 
     def to_proto(self) -> onnx.ModelProto:
         """Returns the graph as an ONNX model; weights that were not touched are not copied."""
@@ -204,6 +208,7 @@ class OnnxModel:
         for constant in self.constants():
             # ONNX Runtime 1.31 gives what its fusions add such names, and fails on a saved graph that has them already.
             if FUSION_NAME.search(constant.name):
+                constant.values = np.array(constant.values)  # the file's own tensor must keep its name
                 constant.name = f"{constant.name}_"
         folded: dict[tuple[object, ...], list[gs.Constant]] = {}
         outputs = {id(t) for t in graph.outputs}
@@ -223,6 +228,44 @@ class OnnxModel:
         graph.cleanup(remove_unused_node_outputs=False)
         graph.toposort()
         return before - len(graph.nodes)
+
+
+def detach_weights(proto: onnx.ModelProto) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Returns a model without the data of its large initializers, and that data; see ``detached_tensors``."""
+    graph = proto.graph
+    stubs, weights = detached_tensors(graph.initializer)
+    skeleton = onnx.helper.make_graph(
+        graph.node, graph.name or "graph", graph.input, graph.output, stubs, value_info=graph.value_info
+    )
+    model = onnx.helper.make_model(skeleton, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+    return model.SerializeToString(), weights
+
+
+def detached_tensors(
+    tensors: Iterable[onnx.TensorProto | gs.Constant],
+) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:
+    """Returns initializers without the data of the large ones, and that data by name.
+
+    A session takes such data as it lies in memory (``Session(weights=...)``): nothing is serialised or copied.
+    """
+    stubs, weights = [], {}
+    for tensor in tensors:
+        if isinstance(tensor, onnx.TensorProto):
+            shape, kind = tuple(tensor.dims), tensor.data_type
+        else:
+            shape, kind = tuple(tensor.shape), onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+        small = int(np.prod(shape, dtype=np.int64)) <= SKELETON_LIMIT
+        if small or kind not in SHAREABLE:
+            is_proto = isinstance(tensor, onnx.TensorProto)
+            stubs.append(tensor if is_proto else gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(tensor))
+            continue
+        weights[tensor.name] = np.asarray(
+            onnx.numpy_helper.to_array(tensor) if isinstance(tensor, onnx.TensorProto) else tensor.values
+        )
+        stub = onnx.TensorProto(name=tensor.name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
+        stub.external_data.add(key="location", value="memory")
+        stubs.append(stub)
+    return stubs, weights
 
 
 def is_float(dtype: object) -> bool:

@@ -21,21 +21,22 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from liar_opt.frontend.onnx_model import is_constant, present
+from liar_opt.frontend.onnx_model import detached_tensors, is_constant, present
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
 
 ROWS = "liar_opt_rows"
 """Name of the input that says which rows count: bool [rows of one activation]; the layout is appended."""
 TRIANGLE_FROM = 512
 """Widths from here on compute X^T X by blocks of the upper triangle."""
-BLOCKS = 4
+BLOCKS = 6
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A stretch of the graph: the nodes from ``first`` up to the next segment's first, and its groups."""
+    """Groups that are measured together, the node before which the graph is cut for them, and their last consumer."""
 
     first: gs.Node
+    last: gs.Node
     groups: tuple[Any, ...]
 
 
@@ -88,10 +89,10 @@ class Tap:
 
 @dataclass
 class Extracted:
-    """A segment as a model: its bytes, and the names of the tensors that it reads and gives."""
+    """A segment as a model, and the data of its larger initializers, which the model names as external."""
 
     model: onnx.ModelProto
-    inputs: list[str] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
 
     def serialise(self) -> bytes:
         """Returns the model as bytes."""
@@ -124,10 +125,10 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
             merged[-1] = (merged[-1][0], max(merged[-1][1], group.end), [*merged[-1][2], group])
         else:
             merged.append((start, group.end, [group]))
-    segments = []
-    for index, (start, _, members) in enumerate(merged):
-        first = 0 if index == 0 else _cheapest_cut(walk, merged[index - 1][1] + 1, start)
-        segments.append(Segment(nodes[first], tuple(members)))
+    segments, low = [], 0
+    for start, end, members in merged:
+        segments.append(Segment(nodes[_cheapest_cut(walk, low, start)], nodes[end], tuple(members)))
+        low = end + 1
     return wide, tuple(segments)
 
 
@@ -142,13 +143,31 @@ def _producers_start(walk: GraphWalk, group: Any, order: dict[int, int]) -> int:
 
 
 def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
-    """Returns the position in [low, high] at which the fewest bytes are alive, the first of equals."""
-    return min(range(low, max(low, high) + 1), key=lambda p: _live_size(walk, p))
+    """Returns the position in [low, high] at which the least is alive, the last of equals (more is run once only)."""
+    nodes = walk.model.graph.nodes
+    alive = set(live_tensors(walk, low))
+    remaining: dict[str, int] = {}
+    for node in nodes[low:]:
+        for name in {t.name for t in node.inputs if present(t) and not is_constant(t)}:
+            remaining[name] = remaining.get(name, 0) + 1
+    outputs = {t.name for t in walk.model.graph.outputs}
+    best, least = low, _elements(walk, alive)
+    for position in range(low, high):
+        node = nodes[position]
+        for name in {t.name for t in node.inputs if present(t) and not is_constant(t)}:
+            remaining[name] -= 1
+            if not remaining[name] and name not in outputs:
+                alive.discard(name)
+        alive.update(t.name for t in node.outputs if present(t) and (remaining.get(t.name) or t.name in outputs))
+        size = _elements(walk, alive)
+        if size <= least:
+            best, least = position + 1, size
+    return best
 
 
-def _live_size(walk: GraphWalk, position: int) -> int:
+def _elements(walk: GraphWalk, names: set[str]) -> int:
     total = 0
-    for name in live_tensors(walk, position):
+    for name in names:
         axes = walk.axes.get(name)
         total += 1 << 40 if axes is None else int(np.prod(walk.shape(axes), dtype=np.int64))
     return total
@@ -198,7 +217,7 @@ def extract(
         else:
             inputs.append(helper.make_tensor_value_info(name, types[name], None))
     protos = [OnnxExporter.export_node(n) for n in nodes]
-    initializers = [OnnxExporter.export_tensor_proto(c) for c in constants.values()]
+    initializers, weights = detached_tensors(constants.values())
     for layout in sorted({t.layout + str(t.repeat) for t in taps if t.layout != "all"}):
         inputs.append(helper.make_tensor_value_info(f"{ROWS}_{layout}", TensorProto.BOOL, [None]))
     for tap in taps:
@@ -212,7 +231,7 @@ def extract(
     if not any(o.domain in ("", "ai.onnx") for o in imports):
         imports.append(helper.make_opsetid("", walk.model.opset))
     model = helper.make_model(proto, opset_imports=imports, ir_version=graph.ir_version or 8)
-    return Extracted(model, [i.name for i in inputs])
+    return Extracted(model, weights)
 
 
 def _captured(graph: gs.Graph) -> set[str]:

@@ -1,9 +1,10 @@
 """Measure, select, repair and cut, one segment of the graph after the other.
 
-The graph is cut at the residual stream into segments. Each segment runs on what the pruned segments before it give, so
-that its moments are those of the inputs it will see when deployed; its groups are scored, repaired and cut; then it runs
-once more, pruned, to make the next segment's inputs. Groups that span others (shared weights, heads tied over layers by
-a common position bias) are measured first, on the whole model. Cost: a forward pass with its moments and a pruned one.
+The graph is cut into segments where the least is alive, at the residual stream: one just before each group's own
+weights. A run goes from one such place, through the groups that were cut there, to the activations of the next groups,
+so that moments are those of the inputs that will be seen when deployed; it leaves what is alive at the next place. What
+belongs to no group runs once, what does runs twice, dense and cut. Groups that span others (shared weights, heads tied
+over layers by a common position bias) are measured first, on the whole model.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
-from liar_opt.frontend.onnx_segments import ROWS, Tap, extract, live_tensors, plan_segments, row_mask, tap_for
+from liar_opt.frontend.onnx_segments import ROWS, Extracted, Tap, extract, live_tensors, plan_segments, row_mask, tap_for
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.registry import REPAIRS, SCORES, Measured, Repaired, lookup
@@ -87,17 +88,11 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
         """Measures and cuts segment by segment."""
         wide, segments = plan
-        run = _Run(self, state, 2 * len(segments) + (1 if wide else 0))
+        run = _Run(self, state, len(segments) + (1 if wide else 0))
         if wide:
-            end = len(run.walk.model.graph.nodes)
-            run.segment(wide, 0, end)
-        for index, segment in enumerate(segments):
-            start = run.position(segment.first) if index else 0
-            last = index + 1 == len(segments)
-            following = None if last else segments[index + 1].first
-            run.segment(segment.groups, start, len(run.walk.model.graph.nodes) if following is None else run.position(following))
-            if following is not None:
-                run.advance(start, run.position(following))
+            run.segment(wide, len(run.walk.model.graph.nodes))
+        for segment in segments:
+            run.segment(segment.groups, run.position(segment.last) + 1, segment.first)
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         return PassResult(state, tuple(run.changes))
@@ -115,6 +110,7 @@ class _Run:
         self.data: CalibrationData = state.calibration
         self.batch = _probe_batch(self.walk, self.data)
         self.alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
+        self.alive_at: Any = None
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
         self.rng = np.random.default_rng(options.seed)
@@ -133,26 +129,39 @@ class _Run:
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
-    def segment(self, groups: Sequence[ChannelGroup], start: int, stop: int) -> None:
-        """Measures, repairs and cuts the groups of one segment."""
+    def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
+        """Measures, repairs and cuts the groups of one segment.
+
+        Args:
+            groups: what is measured together.
+            stop: position behind the last node that has to run.
+            first: the segment's first node: what is alive there is kept for the next segment; None keeps nothing.
+        """
         taps: dict[tuple[str, int], Tap] = {}
         for group in groups:
             for use in (u for c in group.consumers for u in c.uses):
                 tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
                 taps[tap.tensor, tap.axis] = tap
-        moments = self.measure(list(taps.values()), start, stop)
+        moments = self.measure(list(taps.values()), stop, first)
         for group in groups:
             self.prune(group, moments)
 
-    def measure(self, taps: list[Tap], start: int, stop: int) -> dict[tuple[str, int], Moments]:
-        """Runs the segment on every batch and adds the moments up in float64."""
+    def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[tuple[str, int], Moments]:
+        """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
+        start = 0 if self.alive_at is None else self.position(self.alive_at)
+        names = [] if first is None else live_tensors(self.walk, self.position(first))
+        made = [n for n in names if n not in self.alive[0]]
         types = {name: element_type(value) for name, value in self.alive[0].items()}
-        session = _load(extract(self.walk, start, stop, [], types, taps).serialise(), self.state.device)
+        session = _load(extract(self.walk, start, stop, made, types, taps), self.state.device)
+        sums = [o for t in taps for o in t.outputs]
         result = {(t.tensor, t.axis): Moments(t.width) for t in taps}
         for index, feeds in enumerate(self.data.batches):
             mask = self.data.row_masks[index]
-            rows = {} if mask is None else {f"{ROWS}_{t.layout}{t.repeat}": row_mask(mask, t.layout, t.repeat) for t in taps if t.layout != "all"}
-            values = _run(session, {**feeds, **self.alive[index], **rows}, arrays=True)
+            rows = {}
+            if mask is not None:
+                laid = {(t.layout, t.repeat) for t in taps if t.layout != "all"}
+                rows = {f"{ROWS}_{layout}{repeat}": row_mask(mask, layout, repeat) for layout, repeat in laid}
+            values = _run(session, {**feeds, **self.alive[index], **rows}, [*made, *sums], sums)
             for tap in taps:
                 count, total, *second = (values[o] for o in tap.outputs)
                 try:
@@ -164,20 +173,12 @@ class _Run:
                         f"activation '{tap.tensor}' has NaN or Inf on the calibration data; "
                         "check the model in ONNX Runtime on that data (float16 may overflow)"
                     ) from err
+            if first is not None:
+                self.alive[index] = {n: values[n] if n in values else self.alive[index][n] for n in names}
             self.tick()
+        if first is not None:
+            self.alive_at = first
         return result
-
-    def advance(self, start: int, stop: int) -> None:
-        """Runs the pruned segment on every batch to make what the next one reads."""
-        names = live_tensors(self.walk, stop)
-        carried = [n for n in names if n in self.alive[0]]
-        made = [n for n in names if n not in self.alive[0]]
-        types = {name: element_type(value) for name, value in self.alive[0].items()}
-        session = _load(extract(self.walk, start, stop, made, types).serialise(), self.state.device)
-        for index, feeds in enumerate(self.data.batches):
-            values = _run(session, {**feeds, **self.alive[index]}, outputs=made)
-            self.alive[index] = {**{n: self.alive[index][n] for n in carried}, **values}
-            self.tick()
 
     # -- cutting ----------------------------------------------------------------------------------------------------
 
@@ -243,14 +244,14 @@ def _details(
     }
 
 
-def _load(model: bytes, device: Any) -> Session:
+def _load(segment: Extracted, device: Any) -> Session:
     try:
-        return Session(model, device)
+        return Session(segment.serialise(), device, segment.weights)
     except Exception as err:
         raise ModelError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
 
 
-def _run(session: Session, feeds: dict[str, Any], outputs: list[str] | None = None, arrays: bool = False) -> dict[str, Any]:
+def _run(session: Session, feeds: dict[str, Any], outputs: list[str], arrays: list[str]) -> dict[str, Any]:
     try:
         return session.run(feeds, outputs, arrays)
     except (LiarOptError, InternalError):

@@ -132,10 +132,8 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
         raise OptionError(f"a model is a path or an onnx.ModelProto, not {type(model).__name__}")
     if not loaded.graph.inputs:
         raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
-    dense = onnx.ModelProto()
-    dense.CopyFrom(loaded.to_proto())
     state = State(loaded)
-    state.facts["dense"] = dense
+    state.facts["dense"] = loaded.proto if loaded.proto is not None else loaded.to_proto()
     state.facts["before"] = _sizes(loaded)
     return state
 
@@ -255,7 +253,7 @@ def prune(
         }
         state.seconds["latency"] = time.perf_counter() - began
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
-    return PruneResult(state.model.to_proto(), report, done.changes, analysis.refusals)
+    return PruneResult(state.facts["pruned"], report, done.changes, analysis.refusals)
 
 
 def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:

@@ -15,11 +15,10 @@ from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.moments import Moments, Statistics
 from liar_opt.runtime.solve import (
     Problem,
+    RepairKind,
+    RidgeChoice,
     choose_ridge,
-    fold,
-    map_of_choice,
-    no_repair_map,
-    repair_map,
+    repair_weight,
     score_activation_weighted,
     score_magnitude,
     select_greedy,
@@ -129,31 +128,28 @@ def _random(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) 
     return np.sort(rng.permutation(int(consumers[0].owners.max()) + 1)[:keep]).astype(np.int64)
 
 
+def _chosen(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], choice: RidgeChoice) -> Repaired:
+    statistics = consumer.statistics
+    fit = repair_weight(statistics.covariance, statistics.mean, consumer.weight, kept, removed, choice)
+    return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised)
+
+
+def _fixed(kind: RepairKind, ridge: float) -> RidgeChoice:
+    return RidgeChoice(kind, ridge, np.nan, np.nan, np.nan)
+
+
 def _none(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
-    weight, bias = fold(consumer.weight, kept, removed, no_repair_map(kept, removed))
-    return Repaired(weight, bias, np.inf, "none")
+    return _chosen(consumer, kept, removed, _fixed("none", np.inf))
 
 
 def _bias(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
-    statistics = consumer.statistics
-    weight, bias = fold(
-        consumer.weight, kept, removed, repair_map(statistics.covariance, statistics.mean, kept, removed, np.inf)
-    )
-    return Repaired(weight, bias, np.inf, "bias")
+    return _chosen(consumer, kept, removed, _fixed("bias", np.inf))
 
 
 def _liar(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], ridge: float | None) -> Repaired:
-    statistics = consumer.statistics
     if ridge is None and consumer.folds is not None:
-        choice = choose_ridge(*consumer.folds, [consumer.weight], kept, removed)
-        found = map_of_choice(choice, statistics.covariance, statistics.mean, kept, removed)
-        kind = choice.kind
-    else:
-        chosen = DEFAULT_RIDGE if ridge is None else ridge
-        found = repair_map(statistics.covariance, statistics.mean, kept, removed, chosen)
-        kind = "repair"
-    weight, bias = fold(consumer.weight, kept, removed, found)
-    return Repaired(weight, bias, found.ridge_used, kind, found.raised)
+        return _chosen(consumer, kept, removed, choose_ridge(*consumer.folds, [consumer.weight], kept, removed))
+    return _chosen(consumer, kept, removed, _fixed("repair", DEFAULT_RIDGE if ridge is None else ridge))
 
 
 SCORES: dict[str, Score] = {

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float
+from liar_opt.frontend.onnx_model import OnnxModel, detach_weights, is_constant, is_float
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import walk
 from liar_opt.passes.axes import AxisAlgebra
@@ -49,7 +49,7 @@ class VerifyModelPass(Pass[None]):
             CheckError: one failed.
         """
         dense: onnx.ModelProto = state.facts["dense"]
-        proto = state.model.to_proto()
+        proto = state.facts["pruned"] = state.model.to_proto()
         _check_interface(dense, proto)
         _check_format(proto)
         pruned = _load(proto, state.device, "the pruned model")
@@ -57,7 +57,7 @@ class VerifyModelPass(Pass[None]):
         assert state.calibration is not None
         facts: dict[str, Any] = {}
         batches, masks = state.calibration.batches, state.calibration.row_masks
-        reference = masked_reference(dense, state.repairs, state)
+        reference = masked_reference(dense, state.repairs)
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
         masked = _load(reference, state.device, "the masked original")
         facts["exact_difference"] = require_close(
@@ -80,14 +80,12 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair], state: State) -> onnx.ModelProto:
+def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair]) -> onnx.ModelProto:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
     Made from the original file by node and input position, without the code that cuts.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(dense)
-    model = OnnxModel.from_proto(copy)
+    model = OnnxModel.from_proto(dense)
     model.normalise()
     nodes = {n.name: n for n in model.graph.nodes}
     analysis = walk(model, AxisAlgebra)
@@ -147,6 +145,7 @@ def _check_format(proto: onnx.ModelProto) -> None:
 
 def _load(proto: onnx.ModelProto, device: Any, what: str) -> Session:
     try:
-        return Session(proto.SerializeToString(), device)
+        model, weights = detach_weights(proto)
+        return Session(model, device, weights)
     except Exception as err:
         raise CheckError(f"ONNX Runtime cannot load {what}: {' '.join(str(err).split())[:300]}") from err

@@ -29,6 +29,7 @@ from liar_opt.runtime.errors import InternalError, OptionError
 Array = NDArray[np.float64]
 AnyArray = NDArray[Any]
 FoldName = Literal["all", "training", "held_back"]
+_PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -235,11 +236,14 @@ class Moments:
         if sums.count == 0:
             raise InternalError(f"no rows in fold '{fold}'")
         mean = sums.total / sums.count
-        # What lies below the diagonal may be missing (`add_block_rows`).
-        covariance = np.triu(sums.second)
-        covariance /= sums.count
-        covariance -= np.triu(np.outer(mean, mean))
-        covariance += np.triu(covariance, 1).T
+        covariance = sums.second / sums.count
+        # What lies below the diagonal may be missing (`add_block_rows`): it is copied from above, a panel at a time.
+        for low in range(0, self.width, _PANEL):
+            high = min(low + _PANEL, self.width)
+            covariance[low:high, low:] -= np.outer(mean[low:high], mean[low:])
+            square = np.triu(covariance[low:high, low:high])
+            covariance[low:high, low:high] = square + np.triu(square, 1).T
+            covariance[high:, low:high] = covariance[low:high, high:].T
         # A constant channel gives a rounding residue of either sign here; a variance is never negative.
         diagonal = np.einsum("ii->i", covariance)
         np.maximum(diagonal, 0.0, out=diagonal)

@@ -73,16 +73,29 @@ def _device_present() -> bool:
 
 
 class Session:
-    """One model, loaded in ONNX Runtime."""
+    """One model, loaded in ONNX Runtime.
 
-    def __init__(self, model: bytes, device: Literal["cpu", "cuda"] = "cpu", *, optimise: bool = True) -> None:
+    Args:
+        model: the model as bytes.
+        device: where it runs.
+        weights: data of the initializers that the model names as external; they are used in place, not copied.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        device: Literal["cpu", "cuda"] = "cpu",
+        weights: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        if not optimise:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        self._weights = {k: np.ascontiguousarray(v) for k, v in (weights or {}).items()}
+        if self._weights:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(v) for v in self._weights.values()]
+            options.add_external_initializers(list(self._weights), values)
         cuda = ["CUDAExecutionProvider"] if device == "cuda" else []
         self.device = device
         self._session: Any = onnxruntime.InferenceSession(model, options, providers=[*cuda, "CPUExecutionProvider"])
@@ -90,19 +103,20 @@ class Session:
         self.outputs = [o.name for o in self._session.get_outputs()]
 
     def run(
-        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool = False
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool | Sequence[str] = False
     ) -> dict[str, Any]:
         """Runs the model.
 
         Args:
             feeds: for each input (others are ignored) an array or a device value.
             outputs: names of the outputs to compute; all of them if None.
-            arrays: whether outputs come back as numpy arrays; otherwise they stay on the device.
+            arrays: the outputs that come back as numpy arrays, or whether all do; the others stay on the device.
 
         Returns:
             The outputs by name.
         """
         names = list(self.outputs if outputs is None else outputs)
+        to_host = set(names if arrays is True else arrays or ())
         binding = self._session.io_binding()
         for name in self.inputs:
             if name not in feeds:
@@ -113,10 +127,10 @@ class Session:
             else:
                 binding.bind_ortvalue_input(name, value)
         for name in names:
-            binding.bind_output(name, "cpu" if arrays else self.device)
+            binding.bind_output(name, "cpu" if name in to_host else self.device)
         self._session.run_with_iobinding(binding)
         results = binding.get_outputs()
-        return {n: (v.numpy() if arrays else v) for n, v in zip(names, results, strict=True)}
+        return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
 
 
 def element_type(value: Any) -> int:

@@ -48,6 +48,8 @@ _SMALLEST_RIDGE = 1e-10
 _LAZY_COLUMNS = 64
 _COMPACT_BELOW = 0.8
 _ALONE_BELOW = 4096
+_SINGLE_FROM = 1024
+_SKETCH = 64
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,36 @@ def fold(weight: AnyArray, kept: Indices, removed: Indices, repair: RepairMap) -
     return weight[kept] + repair.Q @ lost, repair.p @ lost
 
 
+def repair_weight(
+    covariance: AnyArray, mean: AnyArray, weight: AnyArray, kept: Indices, removed: Indices, choice: RidgeChoice
+) -> DenseFit:
+    """Repair one consumer without its map: Z = S_UU^-1 (S_UM W_M) is cheaper than Q where W has fewer columns than M.
+
+    Args:
+        covariance: S, [n, n].
+        mean: mu, [n].
+        weight: W, [n, m].
+        kept: Kept channels, [u].
+        removed: Removed channels, [r].
+        choice: What to do, see `choose_ridge`.
+
+    Returns:
+        W' = W_U + Z, [u, m], and mu_M W_M - mu_U Z, [m], to be added to the bias.
+
+    Raises:
+        InternalError: Shapes or index sets do not fit.
+    """
+    _require_sets(covariance, kept, removed, choice.ridge)
+    same, lost = weight[kept].astype(np.float64), weight[removed].astype(np.float64)
+    if choice.kind == "none":
+        return DenseFit(same, np.zeros(weight.shape[1]), math.inf, False)
+    if choice.kind == "bias" or kept.size == 0 or math.isinf(choice.ridge):
+        return DenseFit(same, mean[removed] @ lost, math.inf, False)
+    factor = _factor(_part(covariance, kept, kept), choice.ridge)
+    z = factor.solve(_part(covariance, kept, removed) @ lost)
+    return DenseFit(same + z, mean[removed] @ lost - mean[kept] @ z, factor.ridge, factor.raised)
+
+
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +292,8 @@ def choose_ridge(
 
     The map is made of the training moments and its error taken on the held-back ones, S^h and mu^h, with
     delta = mu^h - mu:  tr(W_M^T S^h_MM W_M) - 2 tr(Z^T S^h_UM W_M) + tr(Z^T S^h_UU Z) + |delta_M W_M - delta_U Z|^2.
-    The error falls and then rises along the grid, so the search walks downhill from the grid's middle.
+    The error falls and then rises along the grid, so the search walks downhill from the grid's middle. Where W_M is
+    large its columns are mixed by random signs into a few: the errors are estimates then, the same for every ridge.
 
     Args:
         training: Moments of the training rows.
@@ -276,7 +309,7 @@ def choose_ridge(
     if not grid:
         raise InternalError("no ridge to choose from")
     _require_sets(training.covariance, kept, removed, min(grid))
-    lost = _compressed(_stack(weights, training.width)[removed])
+    lost = _sketched(_stack(weights, training.width)[removed])
     shift = held_back.mean - training.mean
     held_mm = _form(_part(held_back.covariance, removed, removed), lost)
     shift_m = shift[removed] @ lost
@@ -465,8 +498,11 @@ class _Downdate:
         weight = _stack(problem.weights, problem.covariance.shape[0])[rows] * math.sqrt(problem.scale)
         factor = _factor(_part(problem.covariance, rows, rows), ridge)
         self.ridge, self.raised = factor.ridge, factor.raised
-        self.p = factor.inverse()
-        self.g: Array = weight @ weight.T
+        # Costs are only compared; float32 halves the memory traffic that wide dimensions are bound by.
+        dtype: Any = np.float32 if rows.size >= _SINGLE_FROM else np.float64
+        self.p: AnyArray = factor.inverse().astype(dtype, copy=False)
+        weight = weight.astype(dtype, copy=False)
+        self.g: AnyArray = weight @ weight.T
         self.p_blocks = self._diagonal_blocks(self.p)
         self.g_blocks = self._diagonal_blocks(self.g)
         padded = np.arange(self.depth)[None, :] >= sizes[:, None]
@@ -474,8 +510,8 @@ class _Downdate:
         self.p_blocks[short, place, place] = 1.0
         self.alive = np.ones(rows.size, dtype=bool)
         capacity = max(_LAZY_COLUMNS, self.depth)
-        self.v: Array = np.empty((capacity, rows.size))
-        self.u: Array = np.empty((capacity, rows.size))
+        self.v: AnyArray = np.empty((capacity, rows.size), dtype)
+        self.u: AnyArray = np.empty((capacity, rows.size), dtype)
         self.used = 0
 
     def costs(self) -> Array:
@@ -538,11 +574,11 @@ class _Downdate:
         renumbered = np.zeros(self.alive.size, dtype=np.int64)
         renumbered[alive] = np.arange(alive.size)
         self.positions = renumbered[self.positions]
-        self.p, self.g = _part(self.p, alive, alive), _part(self.g, alive, alive)
+        self.p, self.g = (_part(m, alive, alive, m.dtype) for m in (self.p, self.g))
         self.v, self.u = self.v[:, : alive.size].copy(), self.u[:, : alive.size].copy()
         self.alive = np.ones(alive.size, dtype=bool)
 
-    def _diagonal_blocks(self, matrix: Array) -> Array:
+    def _diagonal_blocks(self, matrix: AnyArray) -> AnyArray:
         blocks = matrix[self.positions[:, :, None], self.positions[:, None, :]]
         both = self.inside[:, :, None] & self.inside[:, None, :]
         return np.where(both, blocks, 0.0)
@@ -634,21 +670,28 @@ def _stack(weights: Sequence[AnyArray], width: int) -> Array:
     return np.concatenate([w.astype(np.float64) for w in weights], axis=1)
 
 
-def _compressed(lost: Array) -> Array:
-    """Return R with R R^T = W_M W_M^T and no more columns than rows: every error is the same, and cheaper."""
+def _sketched(lost: Array) -> Array:
+    """Return W_M times random signs, `_SKETCH` columns: errors keep their expectation, which is enough to compare them.
+
+    A narrow or short W_M is given back exactly, as R with R R^T = W_M W_M^T and no more columns than rows.
+    """
+    if min(lost.shape) > 2 * _SKETCH:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (lost.shape[1], _SKETCH))
+        return cast(Array, lost @ signs / math.sqrt(_SKETCH))
     if lost.shape[1] <= lost.shape[0]:
         return lost
     return cast(Array, np.asarray(np.linalg.qr(lost.T, mode="r")).T)
 
 
-def _subtract_product(matrix: Array, left: Array, right: Array) -> None:
+def _subtract_product(matrix: AnyArray, left: AnyArray, right: AnyArray) -> None:
     """Symmetric matrix -= left^T right, in place, where left^T right is symmetric too."""
     # matrix.T is the same symmetric matrix in the column order that BLAS writes into without a copy.
-    blas.dgemm(-1.0, left.T, right.T, beta=1.0, c=matrix.T, trans_b=1, overwrite_c=1)
+    gemm = blas.sgemm if matrix.dtype == np.float32 else blas.dgemm
+    gemm(-1.0, left.T, right.T, beta=1.0, c=matrix.T, trans_b=1, overwrite_c=1)
 
 
-def _part(matrix: AnyArray, rows: Indices, columns: Indices) -> Array:
-    return np.ascontiguousarray(matrix[rows][:, columns], dtype=np.float64)
+def _part(matrix: AnyArray, rows: Indices, columns: Indices, dtype: Any = np.float64) -> AnyArray:
+    return np.ascontiguousarray(matrix[rows][:, columns], dtype=dtype)
 
 
 def _form(matrix: Array, columns: Array) -> float:
