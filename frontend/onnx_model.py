@@ -319,9 +319,11 @@ def save_proto(proto: onnx.ModelProto, path: Path) -> None:
 
 def _first_missing_external(proto: onnx.ModelProto, folder: Path) -> str:
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
-        for entry in tensor.external_data:
-            if entry.key == "location" and not (folder / entry.value).is_file():
-                return f"'{entry.value}'"
+        entries = {e.key: e.value for e in tensor.external_data}
+        if "location" in entries:
+            file, end = folder / entries["location"], int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            if not file.is_file() or file.stat().st_size < end:
+                return f"'{entries['location']}'"
     return "file"
 
 

@@ -24,14 +24,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from liar_opt.runtime.errors import CheckError, InternalError, LiarOptError, OptionError
+from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
 
 COMMANDS = ("prune", "inspect", "demo")
 DEMO_MODEL = "all-MiniLM-L6-v2.onnx"
 DEMO_FFN = 0.5
 DEMO_SENTENCES = 1024
 PLAIN_PROGRESS_SECONDS = 10.0
-ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG}
+ENVIRONMENT = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+}
 """Errors of the machine that its user can do something about; others are bugs."""
 
 
@@ -62,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bug(err)
         where = f"'{err.filename}': " if err.filename else ""
         return _fail(2, f"{where}{err.strerror}; {run.written()}")
-    except (InternalError, Exception) as err:
+    except Exception as err:
         return _bug(err)
     return 0
 
@@ -122,6 +131,8 @@ def _demo(options: argparse.Namespace, run: _Run) -> None:
     options.model = model
     report = _run_passes(options, calibration, output, run)
     if not options.dry_run:
+        everything = len(demo_assets.nyt_sentences())
+        report["calibration"]["source"] = f"{len(calibration):,} of {everything:,} sentences of NYT editorials"
         from liar_opt.tools.demo import embedding_cosines
 
         with _progress(options.quiet) as progress:
@@ -173,7 +184,9 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
             _print_between(step.name, result)
         # Not before the model is known to be usable, not after the work that this might have stopped.
         if step.name == AllocateWidthsPass.name and calibration is None and not options.dry_run:
-            _warn("no --calibration: random inputs are used, and accuracy will be lower than with a few hundred real samples")
+            _warn(
+                "no --calibration: random inputs are used, and accuracy will be lower than with a few hundred real samples"
+            )
 
     names = introspection.signature(prune).parameters
     chosen = {k: v for k, v in vars(options).items() if k in names and k not in ("model", "calibration")}
@@ -210,7 +223,8 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
         if options.explain or options.dry_run:
             console.print(tables.groups_pruned(report), "")
         if report["refusals"]:
-            console.print(tables.refusals(report, True) if options.explain else tables.refusals_counted(report), "")
+            console.print(tables.refusals(report, True) if options.explain else tables.refusals_counted(report))
+            console.print()
         if options.time_passes:
             console.print(tables.seconds(report["seconds"]), "")
         if not options.dry_run:
@@ -276,7 +290,9 @@ def _check_place(path: Path, what: str, inputs: Sequence[str | Path | None]) -> 
     if path.is_dir():
         raise OptionError(f"{what} '{path}' is a folder; give the path of a file")
     for other in filter(None, inputs):
-        same = path.absolute() == Path(other).absolute() or (path.exists() and Path(other).exists() and path.samefile(other))
+        same = path.absolute() == Path(other).absolute() or (
+            path.exists() and Path(other).exists() and path.samefile(other)
+        )
         if same:
             raise OptionError(f"{what} '{path}' is a file that this command reads or writes as well; choose another path")
     if not path.parent.is_dir():
@@ -342,11 +358,24 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     if quiet:
         yield lambda stage, done, total: None
     elif sys.stderr.isatty():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         from liar_opt.tools.report import make_console
 
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=make_console(sys.stderr), transient=True) as bars:
             tasks: dict[str, Any] = {}
 
@@ -392,7 +421,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
-        self.exit(2, f"liar-opt: error: {' '.join(message.split())}; 'liar-opt {_help_of(self.command)}' lists the options\n")
+        self.exit(
+            2, f"liar-opt: error: {' '.join(message.split())}; 'liar-opt {_help_of(self.command)}' lists the options\n"
+        )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; a command that stands behind options is named in the error."""
@@ -427,7 +458,9 @@ CALIBRATION = (
     "a .txt, .jsonl or .csv file, an .npz file or a folder of .npy files with the graph's input names, a saved dataset, or "
     "the name of one (name[:config][:split]); without it, random inputs"
 )
-EXIT_CODES = "exit codes: 0 done, 1 a check failed and nothing was written, 2 wrong use or unusable input, 3 a bug, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 a check failed and nothing was written, 2 wrong use or unusable input, 3 a bug, 130 interrupted"
+)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -472,7 +505,9 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
 
     pruning = parser.add_argument_group("pruning")
     widths, cut = _Fields(pruning, AllocateWidthsPass), _Fields(pruning, PruneGroupsPass)
-    alone = f"{DEFAULT_SPARSITY:g} if no ratio is given" if command == "prune" else f"--ffn {DEMO_FFN:g} if no ratio is given"
+    alone = (
+        f"{DEFAULT_SPARSITY:g} if no ratio is given" if command == "prune" else f"--ffn {DEMO_FFN:g} if no ratio is given"
+    )
     widths.add("sparsity", float, metavar="RATIO", more=alone)
     widths.add("ffn", float, metavar="RATIO")
     widths.add("heads", float, metavar="RATIO")
@@ -501,8 +536,12 @@ def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def _add_checks(checks: argparse._ArgumentGroup) -> None:
-    checks.add_argument("--dry-run", action="store_true", help="stop when the widths are decided; nothing is written but the report")
-    checks.add_argument("--no-latency", dest="latency", action="store_false", help="do not time the dense and the pruned model")
+    checks.add_argument(
+        "--dry-run", action="store_true", help="stop when the widths are decided; nothing is written but the report"
+    )
+    checks.add_argument(
+        "--no-latency", dest="latency", action="store_false", help="do not time the dense and the pruned model"
+    )
     checks.add_argument("--print-between", action="store_true", help="print the graph after every pass, to stderr")
     checks.add_argument("--time-passes", action="store_true", help="list the seconds of every pass")
     checks.add_argument("--list-passes", action=_ListPasses, nargs=0, help="print the passes with their options and exit")

@@ -58,4 +58,5 @@ def embedding_cosines(
 
 def _pool(hidden: NDArray[Any], feeds: dict[str, NDArray[np.int64]]) -> NDArray[np.float64]:
     mask = feeds["attention_mask"][..., None]
-    return (hidden.astype(np.float64) * mask).sum(1) / mask.sum(1)  # [b, s, d] -> [b, d]
+    pooled: NDArray[np.float64] = (hidden.astype(np.float64) * mask).sum(1) / mask.sum(1)  # [b, s, d] -> [b, d]
+    return pooled

@@ -1,4 +1,4 @@
-"""Tables from a report: ``PruneResult.report`` or ``Inspection.report`` in, rich renderables out; nothing is computed twice.
+"""Tables from a report: ``PruneResult.report`` or ``Inspection.report`` in, rich renderables out.
 
 A report is plain data (see ``prune_model``), so a report that was read back from JSON prints the same tables.
 """
@@ -13,23 +13,33 @@ from rich.table import Table
 from liar_opt.runtime.compare import TOLERANCES
 
 Report = Mapping[str, Any]
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 160
 """Columns where the output is not a terminal."""
 SHOWN_NODES = 3
 """Nodes of a refusal that are named where not all are asked for."""
 
 
+class _Console(Console):
+    """Leaves it to the command what a closed pipe means; rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the error."""
+        raise BrokenPipeError
+
+
 def make_console(stream: IO[str], width: int | None = None) -> Console:
     """Returns a console that prints text as it is: node names may look like markup."""
     plain = width if width is not None or stream.isatty() else PLAIN_WIDTH
-    return Console(file=stream, width=plain, markup=False, highlight=False, emoji=False)
+    return _Console(file=stream, width=plain, markup=False, highlight=False, emoji=False)
 
 
 def before_after(report: Report) -> Table:
     """The table of a finished run: sizes, cost and what the outputs lost."""
     table = _table("", "dense", "pruned", "change")
     before, after = report["before"], report["after"]
-    table.add_row("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters"))
+    table.add_row(
+        "parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters")
+    )
     size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
     name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
     table.add_row(name, quantity(before[size], "B"), quantity(after[size], "B"), change(before, after, size))
@@ -38,7 +48,11 @@ def before_after(report: Report) -> Table:
     latency = report.get("latency")
     if latency:
         times = (milliseconds(latency[k]) for k in ("dense_seconds", "pruned_seconds"))
-        table.add_row("latency (1)", *times, f"{latency['speedup']:.2f} x faster" if latency["speedup"] >= 1 else f"{1 / latency['speedup']:.2f} x slower")
+        table.add_row(
+            "latency (1)",
+            *times,
+            f"{latency['speedup']:.2f} x faster" if latency["speedup"] >= 1 else f"{1 / latency['speedup']:.2f} x slower",
+        )
     for output, difference in report["verification"]["outputs"].items():
         table.add_row(f"cosine of '{output}' (2)", "1.0000", f"{difference['cosine']:.4f}", "")
         table.add_row("  relative RMS difference (2)", "", f"{difference['relative_rms']:.4f}", "")
@@ -65,7 +79,8 @@ def footnotes(report: Report) -> Iterator[str]:
 
 
 def groups_found(report: Report, explain: bool = False) -> Table:
-    """The groups of an inspection, in execution order."""
+    """The groups of an inspection, in execution order; with ``explain`` who reads them, where the name does not say it."""
+    explain = explain and any(g["consumers"] != [g["name"]] for g in report["groups"])
     columns = ["group", "kind", "count", "block width", "parameters", "share of all"]
     table = _table(*columns, *(["read by"] if explain else []), left={0, 1, 6})
     everything = report["before"]["parameters"]
@@ -82,7 +97,14 @@ def groups_found(report: Report, explain: bool = False) -> Table:
 def groups_pruned(report: Report) -> Table:
     """The groups of a run, or of a dry run: widths, and the error of each consumer without and with repair."""
     errors = any(g.get("repairs") for g in report["groups"])
-    columns = ["group", "kind", "before", "after", "kept", *(["no repair", "bias", "repair", "ridge"] if errors else [])]
+    columns = [
+        "group",
+        "kind",
+        "before",
+        "after",
+        "kept",
+        *(["error: none", "error: bias", "error: repair", "ridge"] if errors else []),
+    ]
     table = _table(*columns, left={0, 1})
     for group in report["groups"]:
         head = [group["name"], group["kind"], f"{group['before']:,}", f"{group['after']:,}"]
@@ -105,7 +127,11 @@ def refusals(report: Report, explain: bool = False) -> RenderableType:
     table = _table("not pruned, because", "width", "read by", left={0, 2})
     for refusal in report["refusals"]:
         nodes = list(refusal["nodes"])
-        shown = nodes if explain or len(nodes) <= SHOWN_NODES else [*nodes[:SHOWN_NODES], f"and {len(nodes) - SHOWN_NODES} more"]
+        shown = (
+            nodes
+            if explain or len(nodes) <= SHOWN_NODES
+            else [*nodes[:SHOWN_NODES], f"and {len(nodes) - SHOWN_NODES} more"]
+        )
         table.add_row(refusal["reason"], f"{refusal['size']:,}" if refusal["size"] else "", "\n".join(shown))
     return table
 

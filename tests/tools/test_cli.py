@@ -1,0 +1,667 @@
+"""The command: what it prints, what it writes, and how it refuses. Refusals: one line, the right code, no file left."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import zoo
+
+from liar_opt.runtime import compare
+from liar_opt.tools import cli
+
+WIDTH, HIDDEN, WORDS = 6, 40, 23
+TEXT = f"""
+<ir_version: 8, opset_import: ["" : 17]>
+ffn (int64[batch, sequence] input_ids, int64[batch, sequence] attention_mask) => (float[batch, sequence, {WIDTH}] y) {{
+    x = Gather(table, input_ids)
+    h = MatMul(x, up)
+    a = Relu(h)
+    d = MatMul(a, down)
+    y = Add(x, d)
+}}
+"""
+
+
+FLOATS = f"""
+<ir_version: 8, opset_import: ["" : 17]>
+ffn (float[batch, sequence, {WIDTH}] x) => (float[batch, sequence, {WIDTH}] y) {{
+    h = MatMul(x, up)
+    a = Relu(h)
+    y = MatMul(a, down)
+}}
+"""
+
+
+def make(path: Path, text: str = TEXT, **weights: np.ndarray[Any, Any]) -> Path:
+    """Writes a graph given as ONNX text, with seeded weights."""
+    rng = np.random.default_rng(0)
+    shapes = {"table": (WORDS, WIDTH), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+    drawn = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items() if name in text}
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in {**drawn, **weights}.items())
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make(tmp_path / "model.onnx")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures latency for no longer than it takes."""
+    from liar_opt.passes import prune_model
+    from liar_opt.runtime.latency import measure_latency
+
+    monkeypatch.setattr(prune_model, "measure_latency", lambda s, f: measure_latency(s, f, budget=0.0, least=1))
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def run(*argv: object) -> int:
+    return cli.main([str(a) for a in argv])
+
+
+Refuse = Callable[..., None]
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refuse:
+    """Runs the command and expects one line with the needles, the code, and every file as it was."""
+
+    def check(*argv: object, needles: tuple[str, ...], code: int = 2, warned: bool = False) -> None:
+        before = listing(tmp_path)
+        assert run(*argv) == code
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        lines = [line for line in shown.err.splitlines() if not (warned and line.startswith("liar-opt: warning: "))]
+        assert len(lines) == 1, shown.err
+        assert lines[0].startswith("liar-opt: ")
+        for needle in needles:
+            assert needle in lines[0]
+        assert listing(tmp_path) == before
+
+    return check
+
+
+# ----------------------------------------------------------------------------------------------------- the main job
+
+
+def test_prune(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = model.read_bytes()
+    assert run(model, "--ffn", 0.5, "--samples", 16) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    output = model.with_name("model.liar.onnx")
+    assert lines[-1].startswith("pruned: ")
+    assert lines[-1].endswith(str(output))
+    for needle in ("parameters", "bytes on disk", "FLOPs", "latency", "cosine of 'y'", "relative RMS", "exactness"):
+        assert needle in shown.out
+    assert "input_ids [16, 64]" in shown.out  # the batch that was timed
+    assert "liar-opt: warning: no --calibration" in shown.err
+    assert model.read_bytes() == before
+    pruned = {t.name: tuple(t.dims) for t in onnx.load(output).graph.initializer}
+    assert (WIDTH, 24) in pruned.values()  # half of 40 is 20, rounded to a multiple of 8
+    assert sorted(p.name for p in model.parent.iterdir()) == ["model.liar.onnx", "model.onnx"]
+
+
+@pytest.mark.parametrize("command", [[], ["prune"]])
+def test_the_command_may_be_spelt_out(model: Path, tmp_path: Path, command: list[str]) -> None:
+    assert run(*command, model, "-o", tmp_path / "out.onnx", "--quiet", "--samples", 8) == 0
+    assert (tmp_path / "out.onnx").is_file()
+
+
+def test_quiet_leaves_the_last_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--quiet", "--samples", 8) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_report(model: Path, tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    assert run(model, "--samples", 8, "--seed", 3, "--report", report) == 0
+    first = json.loads(report.read_text())
+    assert first["schema"] == 1
+    assert first["seed"] == 3
+    assert first["options"]["calibration"]["samples"] == 8
+    assert first["output"]["path"] == str(tmp_path / "model.liar.onnx")
+    assert first["after"]["file_bytes"] == (tmp_path / "model.liar.onnx").stat().st_size
+    assert first["groups"][0]["after"] < first["groups"][0]["before"] == HIDDEN
+    assert run(model, "--samples", 4, "--report", report, "--force", "--no-latency") == 0
+    second = json.loads(report.read_text())  # replaced, not appended to
+    assert second["options"]["calibration"]["samples"] == 4
+    assert "latency" not in second
+
+
+def test_an_earlier_report_is_replaced_without_force(model: Path, tmp_path: Path) -> None:
+    for name in ("one.onnx", "two.onnx"):
+        assert run(model, "--samples", 4, "-o", tmp_path / name, "--report", tmp_path / "r.json", "--quiet") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["output"]["path"].endswith("two.onnx")
+
+
+def test_dry_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--dry-run", "--ffn", 0.5, "--report", tmp_path / "r.json") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    row = next(line for line in shown.out.splitlines() if " ffn " in line).split()
+    assert row[1:] == ["ffn", "40", "24", "60.0", "%"]
+    assert shown.out.splitlines()[-1].startswith("dry run: ")
+    assert not (tmp_path / "model.liar.onnx").exists()
+    assert json.loads((tmp_path / "r.json").read_text())["groups"][0]["after"] == 24
+
+
+def test_explain(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--explain", "--samples", 8) == 0
+    out = capsys.readouterr().out
+    for needle in ("error: none", "error: bias", "error: repair", "not pruned, because"):
+        assert needle in out
+
+
+def test_time_and_print_between(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--time-passes", "--print-between", "--samples", 8) == 0
+    shown = capsys.readouterr()
+    for name in ("normalise-graph", "find-groups", "allocate-widths", "prune-groups", "verify-model"):
+        assert f"// after {name}:" in shown.err
+        assert name in shown.out
+
+
+def test_same_seed_same_file(model: Path, tmp_path: Path) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        assert run(model, "--samples", 8, "--seed", 5, "-o", tmp_path / name, "--quiet") == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_transformer_with_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = zoo.ready(next(c for c in zoo.every_case() if c.name == "bert-torchscript-eager-dynamic"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join("one two three four five"[: 3 + i % 20] for i in range(64)))
+    argv = [built.path, "-o", tmp_path / "out.onnx", "--calibration", texts, "--tokenizer", tokenizer(tmp_path / "t")]
+    assert run(*argv, "--ffn", 0.5, "--heads", 0.4, "--explain") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "texts.txt" in shown.out
+    kinds = [line.split()[1] for line in shown.out.splitlines() if line.startswith("/") and " % " in line]
+    assert sorted(kinds) == ["ffn", "ffn", "heads", "heads"]
+
+
+# ---------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", model, "--report", tmp_path / "r.json") == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if " ffn " in line).split()
+    assert row[1:5] == ["ffn", "40", "1", "480"]  # kind, count, block width, parameters
+    assert "not pruned, because" in out
+    assert out.splitlines()[-1].startswith("1 groups hold 77.7 % of 618 parameters; ")
+    assert json.loads((tmp_path / "r.json").read_text())["prunable_parameters"] == 480
+
+
+def test_inspect_without_groups_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", make(tmp_path / "model.onnx", NOTHING), "--explain") == 0
+    out = capsys.readouterr().out
+    assert "not pruned, because" in out
+    assert out.splitlines()[-1].startswith("no prunable group: ")
+
+
+def test_a_file_called_like_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "inspect")
+    monkeypatch.chdir(tmp_path)
+    assert run("./inspect", "--samples", 8) == 0
+    assert run("inspect", "inspect") == 0
+    assert (tmp_path / "inspect.liar.onnx").is_file()
+
+
+# ----------------------------------------------------------------------------------------------- options that print
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    for group in ("model:", "pruning:", "calibration:", "checks:", "output:"):
+        assert f"\n{group}" in out
+    assert "(default: 512)" in out
+    assert "None" not in out
+    assert "``" not in out
+
+
+@pytest.mark.parametrize("command", ["inspect", "demo", "prune"])
+def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert "usage: liar-opt" in capsys.readouterr().out
+
+
+def test_every_option_of_prune_has_help() -> None:
+    for command in cli.COMMANDS:
+        for action in cli._parser(command)._actions:
+            assert action.help, action.option_strings
+
+
+def test_version_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    import liar_opt
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"liar-opt {liar_opt.__version__}\n"
+    assert run("--list-passes") == 0
+    names = [line.split("{")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["normalise-graph", "find-groups", "allocate-widths", "prune-groups", "verify-model"]
+
+
+def test_help_does_not_import_what_is_slow() -> None:
+    code = (
+        "import sys; from liar_opt.tools.cli import main; main(['--help']);"
+        "sys.exit(bool({'torch', 'transformers', 'datasets', 'onnxruntime'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_installed_script(model: Path) -> None:
+    script = Path(sys.executable).parent / "liar-opt"
+    if not script.is_file():
+        pytest.skip("liar-opt is not installed in this environment")
+    done = subprocess.run([script, model, "--samples", "8", "--no-latency"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("model.liar.onnx")
+    assert subprocess.run([sys.executable, "-m", "liar_opt", "nothing.onnx"], capture_output=True).returncode == 2
+
+
+# ------------------------------------------------------------------------------------------------------- wrong usage
+
+
+@pytest.mark.parametrize(
+    ("argv", "needle"),
+    [
+        ([], "required: model.onnx"),
+        (["model.onnx", "--nonsense"], "--nonsense"),
+        (["model.onnx", "--ffn"], "--ffn"),
+        (["model.onnx", "--ffn", "half"], "'half'"),
+        (["model.onnx", "--score", "best"], "'best'"),
+        (["model.onnx", "--provider", "tpu"], "'tpu'"),
+        (["model.onnx", "--seed", "-1"], "-1 is negative"),
+        (["model.onnx", "--sampl", "3"], "--sampl"),  # no abbreviations: a new option would change their meaning
+        (["--quiet", "inspect", "model.onnx"], "the command comes first: liar-opt inspect"),
+        (["inspect"], "required: model.onnx"),
+        (["demo", "--folder"], "--folder"),
+    ],
+)
+def test_wrong_usage(refuse: Refuse, argv: list[str], needle: str) -> None:
+    refuse(*argv, needles=(needle,))
+
+
+@pytest.mark.parametrize("ratio", ["1", "1.5", "-0.1", "nan"])
+@pytest.mark.parametrize("option", ["--sparsity", "--ffn", "--heads"])
+def test_a_ratio_outside_its_range(refuse: Refuse, model: Path, option: str, ratio: str) -> None:
+    refuse(model, f"{option}={ratio}", needles=(option[2:], "outside [0, 1)"))
+
+
+def test_a_ratio_that_would_empty_a_group(refuse: Refuse, model: Path) -> None:
+    refuse(model, "--ffn", 0.99, needles=("0.99 would empty group", "the most is 0.8"))
+
+
+def test_both_forms_of_ratios(refuse: Refuse, model: Path) -> None:
+    refuse(model, "--ffn", 0.5, "--sparsity", 0.5, needles=("exclude each other",))
+
+
+def test_a_kind_that_is_not_there(refuse: Refuse, model: Path) -> None:
+    refuse(model, "--heads", 0.5, needles=("no prunable group of kind 'heads'", "liar-opt inspect"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "needle"),
+    [
+        (["--ridge=-1"], "ridge -1 is negative"),
+        (["--samples", "0"], "'samples' is 0"),
+        (["--batch-size", "0"], "'batch_size' is 0"),
+        (["--multiple-of", "0"], "multiple-of 0"),
+        (["--mask-input", "nobody"], "'nobody'"),
+    ],
+)
+def test_options_out_of_range(refuse: Refuse, model: Path, argv: list[str], needle: str) -> None:
+    refuse(model, *argv, needles=(needle,), warned=True)
+
+
+# ------------------------------------------------------------------------------------------------------- bad models
+
+NOTHING = """
+<ir_version: 8, opset_import: ["" : 17]>
+nothing (float[batch, 6] x) => (float[batch, 40] y) {
+    y = MatMul(x, up)
+}
+"""
+QDQ = """
+<ir_version: 8, opset_import: ["" : 17]>
+quantised (float[batch, 6] x) => (float[batch, 6] y)
+<float scale = {0.1}, uint8 zero = {128}> {
+    [quantise_x] q = QuantizeLinear(x, scale, zero)
+    d = DequantizeLinear(q, scale, zero)
+    y = Relu(d)
+}
+"""
+QOPERATOR = """
+<ir_version: 8, opset_import: ["" : 17]>
+quantised (uint8[batch, 6] x) => (uint8[batch, 40] y)
+<float scale = {0.1}, uint8 zero = {128}> {
+    [product] y = QLinearMatMul(x, scale, zero, weight, scale, zero, scale, zero)
+}
+"""
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"]])
+class TestBadModels:
+    def test_missing(self, refuse: Refuse, tmp_path: Path, command: list[str]) -> None:
+        refuse(*command, tmp_path / "folder" / "model.onnx", needles=("model.onnx' is not a file",))
+
+    def test_a_folder(self, refuse: Refuse, tmp_path: Path, command: list[str]) -> None:
+        refuse(*command, tmp_path, needles=("is not a file",))
+
+    @pytest.mark.parametrize("content", [b"", b"hello, world", b"\x80\x04pickle" * 99, b"PK\x03\x04" + bytes(99)])
+    def test_not_onnx(self, refuse: Refuse, tmp_path: Path, command: list[str], content: bytes) -> None:
+        (tmp_path / "model.onnx").write_bytes(content)
+        refuse(*command, tmp_path / "model.onnx", needles=("model.onnx'", "export it again"))
+
+    @pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.999])
+    def test_truncated(self, refuse: Refuse, model: Path, command: list[str], share: float) -> None:
+        content = model.read_bytes()
+        model.write_bytes(content[: int(len(content) * share)])
+        refuse(*command, model, needles=("model.onnx'", "truncated"))
+
+    def test_external_data_missing(self, refuse: Refuse, model: Path, command: list[str]) -> None:
+        onnx.save(onnx.load(model), model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+        (model.parent / "weights.bin").unlink()
+        refuse(*command, model, needles=("'weights.bin'", "missing or truncated"))
+
+    def test_external_data_truncated(self, refuse: Refuse, model: Path, command: list[str]) -> None:
+        onnx.save(onnx.load(model), model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+        data = model.parent / "weights.bin"
+        data.write_bytes(data.read_bytes()[:-5])
+        refuse(*command, model, needles=("weights.bin", "truncated"))
+
+    def test_qdq(self, refuse: Refuse, tmp_path: Path, command: list[str]) -> None:
+        refuse(*command, make(tmp_path / "q.onnx", QDQ), needles=("'quantise_x' (QuantizeLinear)", "prune the float model"))
+
+    def test_qoperator(self, refuse: Refuse, tmp_path: Path, command: list[str]) -> None:
+        path = make(tmp_path / "q.onnx", QOPERATOR, weight=np.ones((6, 40), np.uint8))
+        refuse(*command, path, needles=("'product' (QLinearMatMul)", "prune the float model"))
+
+
+def test_no_prunable_group(refuse: Refuse, tmp_path: Path) -> None:
+    refuse(make(tmp_path / "m.onnx", NOTHING), needles=("m.onnx'", "no prunable group", "'liar-opt inspect' says why"))
+
+
+# ---------------------------------------------------------------------------------------------- bad calibration data
+
+
+def feeds(count: int = 16, **changed: Any) -> dict[str, np.ndarray[Any, Any]]:
+    ids = np.random.default_rng(0).integers(0, WORDS, (count, 7))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), **changed}
+
+
+def tokenizer(folder: Path, words: int = WORDS) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["[UNK]", "[PAD]", "one", "two", "three", "four", "five"]
+    vocabulary = {word: index for index, word in enumerate([*names, *(f"w{i}" for i in range(words - len(names)))])}
+    made = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment, unused-ignore]
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]", "unk_token": "[UNK]"}))
+    return folder
+
+
+def test_feeds_that_fit(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "data.npz", **feeds())  # type: ignore[arg-type, unused-ignore]
+    assert run(model, "--calibration", tmp_path / "data.npz") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "needles"),
+    [
+        ({"input_ids": np.zeros((16, 7), np.float32)}, ("'input_ids'", "float32")),
+        ({"input_ids": np.zeros((16, 7, 2), np.int64)}, ("'input_ids'", "7, 2")),
+        ({"attention_mask": np.ones((15, 7), np.int64)}, ("15", "16")),
+        ({"input_ids": np.full((16, 7), WORDS)}, ("'input_ids'", str(WORDS))),
+    ],
+    ids=["dtype", "rank", "lengths", "token ids"],
+)
+def test_feeds_that_do_not_fit(
+    refuse: Refuse, model: Path, tmp_path: Path, changed: dict[str, Any], needles: tuple[str, ...]
+) -> None:
+    np.savez(tmp_path / "data.npz", **feeds(**changed))  # type: ignore[arg-type, unused-ignore]
+    refuse(model, "--calibration", tmp_path / "data.npz", needles=("data.npz", *needles))
+
+
+def test_feeds_with_other_names(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", ids=feeds()["input_ids"])
+    refuse(model, "--calibration", tmp_path / "data.npz", needles=("'input_ids'", "'ids'"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_feeds_with_nan(refuse: Refuse, tmp_path: Path, value: float) -> None:
+    path = make(tmp_path / "model.onnx", FLOATS)
+    data = np.ones((16, 7, WIDTH), np.float32)
+    data[11, 3, 2] = value
+    np.savez(tmp_path / "data.npz", x=data)
+    refuse(path, "--calibration", tmp_path / "data.npz", needles=("data.npz", "'x'"))
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.jsonl", "data.csv", "data.npz", "data.npy"])
+def test_an_empty_file(refuse: Refuse, model: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    argv = ["--calibration", tmp_path / name, "--tokenizer", tokenizer(tmp_path / "t")]
+    refuse(model, *argv, needles=(name, "is empty"))
+
+
+def test_a_missing_file(refuse: Refuse, model: Path) -> None:
+    refuse(model, "--calibration", "nothing.txt", needles=("'nothing.txt' does not exist",))
+
+
+def test_texts_without_a_tokenizer(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("one two\n")
+    refuse(model, "--calibration", tmp_path / "data.txt", needles=("data.txt", "tokenizer"))
+
+
+def test_a_tokenizer_that_disagrees(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("one two w90\n" * 20)
+    argv = ["--calibration", tmp_path / "data.txt", "--tokenizer", tokenizer(tmp_path / "t", 200)]
+    refuse(model, *argv, needles=("tokenizer", str(WORDS)))
+
+
+# ------------------------------------------------------------------------------------------------- places of results
+
+
+def test_the_output_is_the_input(refuse: Refuse, model: Path) -> None:
+    refuse(model, "-o", model, "--force", needles=("is the input",))
+
+
+def test_the_output_is_the_input_by_another_name(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.onnx").symlink_to(model)
+    refuse(model, "-o", tmp_path / "link.onnx", "--force", needles=("is the input",))
+
+
+def test_the_output_is_the_calibration_data(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **feeds())  # type: ignore[arg-type, unused-ignore]
+    argv = ["--calibration", tmp_path / "data.npz", "-o", tmp_path / "data.npz", "--force"]
+    refuse(model, *argv, needles=("data.npz'", "reads or writes as well"))
+
+
+def test_the_output_exists(refuse: Refuse, model: Path) -> None:
+    output = model.with_name("model.liar.onnx")
+    output.write_text("precious")
+    refuse(model, needles=("exists", "--force"))
+    assert run(model, "--samples", 4, "--force", "--quiet") == 0
+    onnx.load(output)
+
+
+def test_the_output_is_a_folder(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    refuse(model, "-o", tmp_path, needles=("is a folder",))
+
+
+def test_the_folder_does_not_exist(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    refuse(model, "-o", tmp_path / "no" / "out.onnx", needles=("does not exist", "make it first"))
+    refuse(model, "--report", tmp_path / "no" / "r.json", needles=("does not exist", "make it first"))
+
+
+def test_the_folder_cannot_be_written(refuse: Refuse, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", denied)
+    refuse(model, needles=("model.liar.onnx' cannot be written (Permission denied)", "choose another path"))
+
+
+def test_a_name_that_is_too_long(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    refuse(model, "-o", tmp_path / ("x" * 300), needles=("cannot be written", "too long"))
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"]])
+def test_places_of_the_report(refuse: Refuse, model: Path, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    refuse(*command, model, "--report", model, "--force", needles=("reads or writes as well",))
+    refuse(*command, model, "--report", tmp_path, needles=("is a folder",))
+    refuse(*command, model, "--report", tmp_path / "notes.txt", needles=("is no report", "--force"))
+
+
+def test_the_report_is_the_output(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    refuse(model, "-o", tmp_path / "x", "--report", tmp_path / "x", needles=("report", "reads or writes as well"))
+
+
+def full(*_: Any, **__: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_disk_fills_up(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_bytes
+
+    def half(self: Path, data: bytes) -> int:
+        write(self, data[: len(data) // 2])
+        return full()
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    refuse(model, "--samples", 4, needles=("model.liar.onnx' cannot be written (No space left",), warned=True)
+
+
+def test_the_disk_fills_up_at_the_report(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(model, "--samples", 4, "--report", tmp_path / "r.json", "--quiet") == 2
+    shown = capsys.readouterr()
+    message = shown.err.splitlines()[-1]
+    assert shown.out == ""
+    assert "r.json' cannot be written (No space left" in message
+    assert "model.liar.onnx' was written" in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.liar.onnx", "model.onnx"]
+
+
+# ------------------------------------------------------------------------------------------- checks, bugs, interrupts
+
+
+def test_a_failed_check(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compare.TOLERANCES, "float32", -1.0)
+    refuse(model, "--samples", 4, needles=("output 'y' differs", "nothing was written"), code=1, warned=True)
+
+
+def test_a_bug_shows_its_traceback(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from liar_opt.passes.prune_groups import PruneGroupsPass
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("the bug")
+
+    monkeypatch.setattr(PruneGroupsPass, "plan", broken)
+    assert run(model) == 3
+    shown = capsys.readouterr()
+    assert "Traceback" in shown.err
+    assert "ZeroDivisionError: the bug" in shown.err
+    assert "pass prune-groups failed" in shown.err
+    assert shown.err.splitlines()[-1].startswith("liar-opt: this is a bug")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "verify"])
+def test_interrupted_in_the_middle(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    def interrupt(self: Any, name: str, done: int, total: int) -> None:
+        if name == stage:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._PlainProgress, "__call__", interrupt)
+    refuse(model, "--samples", 8, needles=("interrupted; nothing was written",), code=130, warned=True)
+
+
+def test_interrupted_while_writing(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_bytes
+
+    def half(self: Path, data: bytes) -> int:
+        write(self, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    refuse(model, "--samples", 4, needles=("interrupted; nothing was written",), code=130, warned=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process there")
+def test_ctrl_c(model: Path) -> None:
+    command = [sys.executable, "-m", "liar_opt", str(model), "--samples", "400000", "--no-latency"]
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline().startswith("liar-opt: warning: ")  # the model is read, the work begins
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert out == ""
+    assert err.splitlines() == ["liar-opt: interrupted; nothing was written"]
+    assert sorted(p.name for p in model.parent.iterdir()) == ["model.onnx"]
+
+
+def test_a_reader_that_has_seen_enough(model: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "liar_opt", "inspect", str(model)], stdout=gone, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- demo
+
+
+def test_demo_without_its_package(refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuse("demo", "--folder", tmp_path / "demo", needles=("pip install 'liar-opt[demo]'",))
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from liar_opt.runtime.errors import OptionError
+    from liar_opt.tools import demo_assets
+
+    try:
+        demo_assets.minilm_folder(), demo_assets.archive()
+    except OptionError as err:
+        pytest.skip(str(err))
+    assert run("demo", "--folder", tmp_path, "--samples", 512, "--report", tmp_path / "r.json") == 0
+    assert "embedding cosine, 1,024 held-out reviews" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["evaluation"]["cosine"] > 0.92
