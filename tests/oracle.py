@@ -65,7 +65,9 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                 proto.graph.initializer.append(vector)
                 masked_name = f"{name}_applied"
                 index = next(i for i, n in enumerate(proto.graph.node) if n is node or n == node)
-                proto.graph.node.insert(index, onnx.helper.make_node("Mul", [node.input[position], name], [masked_name], name=name))
+                proto.graph.node.insert(
+                    index, onnx.helper.make_node("Mul", [node.input[position], name], [masked_name], name=name)
+                )
                 target = next(n for n in proto.graph.node if n.output and list(n.output) == list(node.output))
                 target.input[position] = masked_name
                 nodes[use.node.name] = target

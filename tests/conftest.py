@@ -1,0 +1,52 @@
+"""What all tests share: a folder of zoo models to reuse, and the table of what was found in the zoo."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--zoo", type=Path, help="keep the zoo's models in this folder and reuse those that are there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--zoo")
+    if folder is not None:
+        import zoo
+
+        kept = Path(folder).resolve() / zoo.fingerprint()
+        zoo._session_folder = lambda: kept
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints architectures x exporters: groups found by kind, the largest difference to the masked original, refusals."""
+    rows: dict[tuple[str, str], list[tuple[dict[str, int], list[str], float, str]]] = defaultdict(list)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            facts = dict(report.user_properties)
+            if "zoo" in facts and report.when == "call":
+                architecture, exporter, found, refused = facts["zoo"]
+                rows[architecture, exporter].append((found, refused, facts.get("difference", float("nan")), outcome))
+    if not rows:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("pruned without repair == masked original")
+    write(
+        f"{'architecture':<16} {'exporter':<12} {'graphs':>6} {'failed':>6} {'difference':>10}  groups found (graphs), refusals"
+    )
+    for (architecture, exporter), entries in sorted(rows.items()):
+        counts: dict[str, int] = defaultdict(int)
+        for found, *_ in entries:
+            counts[" ".join(f"{n} {kind}" for kind, n in sorted(found.items())) or "none"] += 1
+        refusals = sorted({r for _, refused, _, _ in entries for r in refused})
+        failed = sum(outcome == "failed" for *_, outcome in entries)
+        worst = max(difference for _, _, difference, _ in entries)
+        shown = ", ".join(f"{what} ({n})" for what, n in sorted(counts.items()))
+        write(
+            f"{architecture:<16} {exporter:<12} {len(entries):>6} {failed:>6} {worst:>10.1e}  {shown}"
+            + ("; " + "; ".join(refusals) if refusals else "")
+        )
