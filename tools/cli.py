@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "prune"
     run = _Run()
     try:
-        options = _parser(command).parse_args(arguments)
+        options = _parse(command, arguments)
         {"prune": _prune, "inspect": _inspect, "demo": _demo}[command](options, run)
         sys.stdout.flush()
     except SystemExit as request:  # --help, --version, and argparse's errors
@@ -289,11 +289,8 @@ def _check_place(path: Path, what: str, inputs: Sequence[str | Path | None]) -> 
     """
     if path.is_dir():
         raise OptionError(f"{what} '{path}' is a folder; give the path of a file")
-    for other in filter(None, inputs):
-        same = path.absolute() == Path(other).absolute() or (
-            path.exists() and Path(other).exists() and path.samefile(other)
-        )
-        if same:
+    for other in (Path(i) for i in inputs if i is not None):
+        if path.absolute() == other.absolute() or (path.exists() and other.exists() and path.samefile(other)):
             raise OptionError(f"{what} '{path}' is a file that this command reads or writes as well; choose another path")
     if not path.parent.is_dir():
         raise OptionError(f"folder '{path.parent}' of {what} '{path}' does not exist; make it first")
@@ -425,14 +422,16 @@ class _Parser(argparse.ArgumentParser):
             2, f"liar-opt: error: {' '.join(message.split())}; 'liar-opt {_help_of(self.command)}' lists the options\n"
         )
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; a command that stands behind options is named in the error."""
-        options, rest = self.parse_known_args(args, namespace)
-        if rest:
-            late = next((c for c in COMMANDS if str(getattr(options, "model", "")) == c), None)
-            hint = f"; the command comes first: liar-opt {late} ..." if late else ""
-            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-        return options
+
+def _parse(command: str, arguments: list[str]) -> argparse.Namespace:
+    """As argparse does; a command that stands behind options is named in the error."""
+    parser = _parser(command)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        late = next((c for c in COMMANDS if str(getattr(options, "model", "")) == c), None)
+        hint = f"; the command comes first: liar-opt {late} ..." if late else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return options
 
 
 def _help_of(command: str) -> str:

@@ -40,6 +40,9 @@ def before_after(report: Report) -> Table:
     table.add_row(
         "parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters")
     )
+    prunable = {"all": sum(g["parameters"] for g in report["groups"])}
+    left = {"all": round(sum(g["parameters"] * g["after"] / g["before"] for g in report["groups"]))}
+    table.add_row("  of them prunable", f"{prunable['all']:,}", f"{left['all']:,}", change(prunable, left, "all"))
     size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
     name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
     table.add_row(name, quantity(before[size], "B"), quantity(after[size], "B"), change(before, after, size))

@@ -521,7 +521,7 @@ def test_the_folder_cannot_be_written(refuse: Refuse, model: Path, tmp_path: Pat
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
     refuse(model, needles=("model.liar.onnx' cannot be written (Permission denied)", "choose another path"))
 
 
