@@ -124,6 +124,12 @@ class OnnxModel:
         proto: onnx.ModelProto = gs.export_onnx(self.graph, do_type_check=False)
         # Shapes between input and output may have changed since they were noted; readers infer them.
         del proto.graph.value_info[:]
+        if self.proto is not None:
+            # graphsurgeon loses the shape of an output that is listed again, without one, among the inner values.
+            ends = {value.name: value for value in [*self.proto.graph.input, *self.proto.graph.output]}
+            for value in [*proto.graph.input, *proto.graph.output]:
+                if value.name in ends:
+                    value.CopyFrom(ends[value.name])
         # Readers may depend on the order of initializers (ONNX Runtime's fusions name theirs by it).
         last = len(self.order)
         initializers = sorted(proto.graph.initializer, key=lambda t: self.order.get(t.name, last))

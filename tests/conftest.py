@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
         import zoo
 
         kept = Path(folder).resolve() / zoo.fingerprint()
-        zoo._session_folder = lambda: kept
+        zoo._session_folder = functools.cache(lambda: kept)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -36,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     write = terminalreporter.write_line
     terminalreporter.section("pruned without repair == masked original")
     write(
-        f"{'architecture':<16} {'exporter':<12} {'graphs':>6} {'failed':>6} {'difference':>10}  groups found (graphs), refusals"
+        f"{'architecture':<16} {'exporter':<12} {'graphs':>6} {'failed':>6} {'difference':>10}  groups (graphs), refusals"
     )
     for (architecture, exporter), entries in sorted(rows.items()):
         counts: dict[str, int] = defaultdict(int)

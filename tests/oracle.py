@@ -80,7 +80,8 @@ def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {k: v for k, v in feeds.items() if k in {i.name for i in session.get_inputs()}})
+    wanted = {i.name for i in session.get_inputs()}
+    return list(session.run(None, {k: v for k, v in feeds.items() if k in wanted}))
 
 
 def difference(a: list[np.ndarray], b: list[np.ndarray]) -> float:
