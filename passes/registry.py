@@ -57,34 +57,29 @@ class Measured:
             return None
         return self.moments.statistics("training"), self.moments.statistics("held_back")
 
-    def errors(self, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: "Repaired") -> dict[str, float]:
+    def errors(
+        self, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: "Repaired"
+    ) -> dict[str, float]:
         """Returns the mean squared errors of y = x W over all rows, relative to E|y|^2.
 
         "none" leaves the kept weights alone, "bias" adds the mean of what is lost, "repair" is ``repaired``. In float32:
         they are reported, not computed with.
         """
-        statistics = self.statistics
-        weight = self.weight.astype(np.float32)
-        change = np.zeros_like(weight)
-        change[kept] = repaired.weight - self.weight[kept]
-        change[removed] = -weight[removed]
-        lost = np.zeros_like(weight)
-        lost[removed] = weight[removed]
-        covariance = statistics.covariance.astype(np.float32)
-        columns = weight.shape[1]
-        products = covariance @ np.concatenate([weight, lost, change], axis=1)
-        forms = [
-            float(np.vdot(part, products[:, i * columns : (i + 1) * columns]))
-            for i, part in enumerate((weight, lost, change))
-        ]
-        mean = statistics.mean
-        power = forms[0] + float(np.square(mean @ self.weight).sum()) or 1.0
-        offset = mean @ change + repaired.bias
-        return {
-            "none": (forms[1] + float(np.square(mean[removed] @ self.weight[removed]).sum())) / power,
-            "bias": forms[1] / power,
-            "repair": max(forms[2] + float(np.square(offset).sum()), 0.0) / power,
-        }
+        mean, weight, lost = self.statistics.mean, self.weight.astype(np.float32), self.weight[removed].astype(np.float32)
+        covariance = self.statistics.covariance.astype(np.float32)
+        power = float(np.vdot(weight, covariance @ weight)) + float(np.square(mean @ self.weight).sum()) or 1.0
+        bias = float(np.vdot(lost, covariance[np.ix_(removed, removed)] @ lost))
+        none = bias + float(np.square(mean[removed] @ self.weight[removed]).sum())
+        if repaired.explained is None:
+            change = -weight
+            change[kept] += repaired.weight.astype(np.float32)
+            error = float(np.vdot(change, covariance @ change))
+            error += float(np.square(mean[kept] @ repaired.weight - mean @ self.weight + repaired.bias).sum())
+        elif repaired.kind == "none":
+            error = none
+        else:
+            error = bias - repaired.explained
+        return {"none": none / power, "bias": bias / power, "repair": max(error, 0.0) / power}
 
 
 Score = Callable[[Sequence[Measured], int, np.random.Generator], NDArray[np.int64]]
@@ -93,13 +88,17 @@ Score = Callable[[Sequence[Measured], int, np.random.Generator], NDArray[np.int6
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """New weights [u, m] and what to add to the bias [m] of one consumer, with what the report says of them."""
+    """New weights [u, m] and what to add to the bias [m] of one consumer, with what the report says of them.
+
+    ``explained`` is what the new weights take off the error of the bias alone, where that is known.
+    """
 
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
     ridge: float
     kind: str
     raised: bool = False
+    explained: float | None = None
 
 
 Repair = Callable[[Measured, NDArray[np.int64], NDArray[np.int64], "float | None"], Repaired]
@@ -131,7 +130,7 @@ def _random(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) 
 def _chosen(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], choice: RidgeChoice) -> Repaired:
     statistics = consumer.statistics
     fit = repair_weight(statistics.covariance, statistics.mean, consumer.weight, kept, removed, choice)
-    return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised)
+    return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised, fit.explained)
 
 
 def _fixed(kind: RepairKind, ridge: float) -> RidgeChoice:

@@ -237,13 +237,10 @@ class Moments:
             raise InternalError(f"no rows in fold '{fold}'")
         mean = sums.total / sums.count
         covariance = sums.second / sums.count
-        # What lies below the diagonal may be missing (`add_block_rows`): it is copied from above, a panel at a time.
         for low in range(0, self.width, _PANEL):
             high = min(low + _PANEL, self.width)
             covariance[low:high, low:] -= np.outer(mean[low:high], mean[low:])
-            square = np.triu(covariance[low:high, low:high])
-            covariance[low:high, low:high] = square + np.triu(square, 1).T
-            covariance[high:, low:high] = covariance[low:high, high:].T
+        mirror_upper(covariance)  # what lies below the diagonal may be missing (`add_block_rows`)
         # A constant channel gives a rounding residue of either sign here; a variance is never negative.
         diagonal = np.einsum("ii->i", covariance)
         np.maximum(diagonal, 0.0, out=diagonal)
@@ -296,6 +293,16 @@ class Moments:
         for sums in self._folds.values():
             both.include(sums)
         return both
+
+
+def mirror_upper(matrix: AnyArray) -> None:
+    """Copies the upper triangle of a square matrix [n, n] onto the lower one in place, a panel at a time."""
+    width = matrix.shape[0]
+    for low in range(0, width, _PANEL):
+        high = min(low + _PANEL, width)
+        square = np.triu(matrix[low:high, low:high])
+        matrix[low:high, low:high] = square + np.triu(square, 1).T
+        matrix[high:, low:high] = matrix[low:high, high:].T
 
 
 def _fold_name(held_back: bool) -> str:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from scipy.linalg import blas, lapack
 
 from liar_opt.runtime.errors import InternalError
-from liar_opt.runtime.moments import AnyArray, Array, CrossStatistics, Statistics
+from liar_opt.runtime.moments import AnyArray, Array, CrossStatistics, Statistics, mirror_upper
 
 Indices = NDArray[np.integer[Any]]
 RepairKind = Literal["repair", "bias", "none"]
@@ -50,6 +50,7 @@ _COMPACT_BELOW = 0.8
 _ALONE_BELOW = 4096
 _SINGLE_FROM = 1024
 _SKETCH = 64
+_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class DenseFit:
     bias: Array
     ridge_used: float
     raised: bool
+    explained: float = 0.0
 
 
 # Repair -------------------------------------------------------------------------------------------------------------
@@ -226,8 +228,10 @@ def repair_weight(
     if choice.kind == "bias" or kept.size == 0 or math.isinf(choice.ridge):
         return DenseFit(same, mean[removed] @ lost, math.inf, False)
     factor = _factor(_part(covariance, kept, kept), choice.ridge)
-    z = factor.solve(_part(covariance, kept, removed) @ lost)
-    return DenseFit(same + z, mean[removed] @ lost - mean[kept] @ z, factor.ridge, factor.raised)
+    target = _part(covariance, kept, removed) @ lost
+    z = factor.solve(target)
+    explained = _inner(z, target) + factor.lam * _inner(z, z)
+    return DenseFit(same + z, mean[removed] @ lost - mean[kept] @ z, factor.ridge, factor.raised, explained)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
@@ -440,7 +444,9 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
     """Remove, one after the other, the block whose removal costs least after repair.
 
     The formulas are those of the module's docstring. Several problems are thinned by the same block ids; their
-    costs add up. O(n^3) in all for each problem, whatever m and the number removed.
+    costs add up. O(n^3) in all for each problem, whatever m and the number removed. Where there are many blocks a
+    few (1 in `_AT_ONCE`) go at a time: their costs are taken together when they are removed, only the order within
+    such a few is that of the costs before.
 
     Args:
         problems: Dimensions tied together, at least one, with the same block ids 0..k-1.
@@ -461,15 +467,18 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
     steps = np.empty(number - keep)
     with _one_thread(max(problem.covariance.shape[0] for problem in problems)):
         states = [_Downdate(problem, number, ridge) for problem in problems]
-        for step in range(number - keep):
+        at_once = max(1, number // _AT_ONCE)
+        for step in range(0, number - keep, at_once):
             cost = states[0].costs()
             for state in states[1:]:
                 cost = cost + state.costs()
             cost[~active] = np.inf
-            block = int(np.argmin(cost))
-            active[block] = False
-            order[step] = block
-            steps[step] = sum(state.remove(block) for state in states)
+            count = min(at_once, number - keep - step)
+            cheapest = np.argpartition(cost, count - 1)[:count] if count > 1 else np.argmin(cost, keepdims=True)
+            blocks = cheapest[np.argsort(cost[cheapest], kind="stable")]
+            active[blocks] = False
+            order[step : step + count] = blocks
+            steps[step : step + count] = sum(state.remove(blocks) for state in states)
     return Selection(
         np.flatnonzero(active).astype(np.int64),
         order,
@@ -496,11 +505,12 @@ class _Downdate:
         self.positions = np.where(inside, starts[:, None] + np.arange(self.depth)[None, :], starts[:, None])
         self.inside = inside
         weight = _stack(problem.weights, problem.covariance.shape[0])[rows] * math.sqrt(problem.scale)
-        factor = _factor(_part(problem.covariance, rows, rows), ridge)
+        sorted_already = np.array_equal(rows, np.arange(rows.size))
+        factor = _factor(problem.covariance if sorted_already else _part(problem.covariance, rows, rows), ridge)
         self.ridge, self.raised = factor.ridge, factor.raised
         # Costs are only compared; float32 halves the memory traffic that wide dimensions are bound by.
         dtype: Any = np.float32 if rows.size >= _SINGLE_FROM else np.float64
-        self.p: AnyArray = factor.inverse().astype(dtype, copy=False)
+        self.p: AnyArray = factor.inverse(dtype)
         weight = weight.astype(dtype, copy=False)
         self.g: AnyArray = weight @ weight.T
         self.p_blocks = self._diagonal_blocks(self.p)
@@ -509,7 +519,7 @@ class _Downdate:
         short, place = np.nonzero(padded)
         self.p_blocks[short, place, place] = 1.0
         self.alive = np.ones(rows.size, dtype=bool)
-        capacity = max(_LAZY_COLUMNS, self.depth)
+        capacity = max(_LAZY_COLUMNS, self.depth * max(1, number // _AT_ONCE))
         self.v: AnyArray = np.empty((capacity, rows.size), dtype)
         self.u: AnyArray = np.empty((capacity, rows.size), dtype)
         self.used = 0
@@ -521,12 +531,12 @@ class _Downdate:
         solved = np.linalg.solve(self.p_blocks, self.g_blocks)
         return cast(Array, np.trace(solved, axis1=1, axis2=2))
 
-    def remove(self, block: int) -> float:
-        """Remove one block and return what it costs."""
-        rows = self.positions[block][self.inside[block]]
+    def remove(self, blocks: Indices) -> Array:
+        """Remove blocks together and return what each costs after those before it."""
+        rows, counts = self._rows(blocks)
         if self.used + rows.size > self.v.shape[0]:
             self._refresh()
-            rows = self.positions[block][self.inside[block]]
+            rows, counts = self._rows(blocks)
         v_past, u_past = self.v[: self.used], self.u[: self.used]
         p_rows = self.p[rows] - v_past[:, rows].T @ v_past  # [d, n]
         g_rows = self.g[rows] - u_past[:, rows].T @ v_past - v_past[:, rows].T @ u_past
@@ -546,16 +556,22 @@ class _Downdate:
         self._update_blocks(v, u)
         self.alive[rows] = False
         # A removed block is given the cost of nothing, so that no division by a rounding residue is made for it.
-        self.p_blocks[block] = np.eye(self.depth)
-        self.g_blocks[block] = 0.0
-        return max(float(np.trace(inner)), 0.0)
+        self.p_blocks[blocks] = np.eye(self.depth)
+        self.g_blocks[blocks] = 0.0
+        costs = np.add.reduceat(np.diagonal(inner).astype(np.float64), np.cumsum(counts) - counts)
+        return cast(Array, np.maximum(costs, 0.0))
+
+    def _rows(self, blocks: Indices) -> tuple[Indices, Indices]:
+        """Row positions of blocks, one after the other, and how many each has."""
+        inside = self.inside[blocks]
+        return self.positions[blocks][inside], inside.sum(axis=1)
 
     def _update_blocks(self, v: Array, u: Array) -> None:
         if self.depth == 1:
             columns = self.positions[:, 0]
-            v_at, u_at = v[0, columns], u[0, columns]
-            self.p_blocks[:, 0, 0] -= v_at * v_at
-            self.g_blocks[:, 0, 0] -= 2.0 * v_at * u_at
+            v_at, u_at = v[:, columns], u[:, columns]
+            self.p_blocks[:, 0, 0] -= np.einsum("ij,ij->j", v_at, v_at)
+            self.g_blocks[:, 0, 0] -= 2.0 * np.einsum("ij,ij->j", v_at, u_at)
             return
         v_at = np.where(self.inside, v[:, self.positions], 0.0).transpose(1, 2, 0)  # [k, depth, d]
         u_at = np.where(self.inside, u[:, self.positions], 0.0).transpose(1, 2, 0)
@@ -618,14 +634,16 @@ class _Factor:
     def solve(self, right: AnyArray) -> Array:
         return cast(Array, scipy.linalg.cho_solve((self.lower, True), right, check_finite=False))
 
-    def inverse(self) -> Array:
-        inverse, info = lapack.dpotri(self.lower, lower=1)
+    def inverse(self, dtype: Any = np.float64) -> AnyArray:
+        """(S + lam I)^-1 in float64 or float32; the factor is of float64 either way."""
+        potri = lapack.spotri if dtype == np.float32 else lapack.dpotri
+        inverse, info = potri(self.lower.astype(dtype, copy=False), lower=1)
         if info != 0:
             raise InternalError(f"inverse of a factored matrix failed with info {info}")
-        lower = np.tril(inverse)
-        full = lower + lower.T
-        full[np.diag_indices_from(full)] *= 0.5
-        return np.ascontiguousarray(full)
+        # The transposed result holds the upper triangle row by row; the lower one is copied from it by panels.
+        full: AnyArray = np.ascontiguousarray(inverse.T)
+        mirror_upper(full)
+        return full
 
 
 def _factor(matrix: Array, ridge: float) -> _Factor:
