@@ -257,7 +257,10 @@ def _run(session: Session, feeds: dict[str, Any], outputs: list[str], arrays: li
     except (LiarOptError, InternalError):
         raise
     except Exception as err:
-        raise ModelError(f"ONNX Runtime fails on the calibration data: {_line(err)}") from err
+        raise ModelError(
+            f"ONNX Runtime fails on the calibration data ({_line(err)}); is its sequence length or a token id beyond what "
+            "the model was made for?"
+        ) from err
 
 
 def _line(err: Exception) -> str:

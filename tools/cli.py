@@ -199,6 +199,8 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
     data = report.get("calibration", {"warnings": [], "synthetic": False})
     for warning in data["warnings"][1 if data["synthetic"] else 0 :]:  # the first was said before the work
         _warn(warning)
+    if all(g["after"] == g["before"] for g in report["groups"]):
+        _warn("the ratios round to nothing, every group keeps its width; give larger ratios or a smaller --multiple-of")
     if options.dry_run:
         return report
     result.save(output, force=options.force)
@@ -237,7 +239,8 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
         share = tables.percent(removed, report["before"]["parameters"])
         print(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
         return
-    less = tables.percent(report["before"]["parameters"] - report["after"]["parameters"], report["before"]["parameters"])
+    before = report["before"]["parameters"]
+    less = tables.percent(max(before - report["after"]["parameters"], 0), before)
     print(f"pruned: {less} of the parameters removed; {run.seconds():.1f} s; {output}")
 
 

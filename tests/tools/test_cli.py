@@ -162,6 +162,23 @@ def test_dry_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads((tmp_path / "r.json").read_text())["groups"][0]["after"] == 24
 
 
+@pytest.mark.parametrize("argv", [["--dry-run"], ["--samples", "4"]])
+def test_ratios_that_round_to_nothing_are_told(model: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert run(model, "--ffn", 0.05, *argv) == 0
+    shown = capsys.readouterr()
+    assert "warning: the ratios round to nothing" in shown.err
+    assert " -0.0 %" not in shown.out.splitlines()[-1]
+
+
+def test_sequences_beyond_the_model(refuse: Refuse, tmp_path: Path) -> None:
+    text = TEXT.replace("[batch, sequence]", "[2, sequence]").replace("x = Gather", "e = Gather")
+    text = text.replace("h = MatMul", "x = Add(e, places)\n    h = MatMul").replace(
+        "[batch, sequence, 6]", "[2, sequence, 6]"
+    )
+    path = make(tmp_path / "model.onnx", text, places=np.ones((2, 13, WIDTH), np.float32))
+    refuse(path, "--samples", 4, needles=("fails on the calibration data", "sequence length"), warned=True)
+
+
 def test_explain(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, "--explain", "--samples", 8) == 0
     out = capsys.readouterr().out
