@@ -64,7 +64,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     from liar_opt.passes import prune_model
     from liar_opt.runtime.latency import measure_latency
 
-    monkeypatch.setattr(prune_model, "measure_latency", lambda s, f: measure_latency(s, f, budget=0.0, least=1))
+    monkeypatch.setattr(prune_model, "measure_latency", lambda s, f, **_: measure_latency(s, f, budget=0.0, least=1))
 
 
 def listing(folder: Path) -> dict[str, bytes]:
