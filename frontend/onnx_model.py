@@ -156,6 +156,18 @@ class OnnxModel:
             proto, opset_imports=list(graph.import_domains), ir_version=graph.ir_version or onnx.IR_VERSION
         )
 
+    def detached(self) -> tuple[bytes, dict[str, np.ndarray]]:
+        """Returns the model without the data of its large initializers, and that data; see ``detached_tensors``."""
+        exporter = gs.exporters.onnx_exporter.OnnxExporter
+        graph = self.graph
+        stubs, weights = detached_tensors(self.constants())
+        ends = [[exporter.export_value_info_proto(t, False) for t in tensors] for tensors in (graph.inputs, graph.outputs)]
+        nodes = [exporter.export_node(n) for n in graph.nodes]
+        proto = onnx.helper.make_graph(nodes, graph.name or "graph", ends[0], ends[1], stubs)
+        imports = list(graph.import_domains)
+        model = onnx.helper.make_model(proto, opset_imports=imports, ir_version=graph.ir_version or onnx.IR_VERSION)
+        return model.SerializeToString(), weights
+
     def save(self, path: str | Path) -> None:
         """Writes the model beside ``path`` first and moves it into place; weights above 2 GiB go to external data.
 

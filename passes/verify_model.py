@@ -51,15 +51,15 @@ class VerifyModelPass(Pass[None]):
         dense: onnx.ModelProto = state.facts["dense"]
         proto = state.facts["pruned"] = state.model.to_proto()
         _check_interface(dense, proto)
-        _check_format(dense, proto)
-        pruned = _load(proto, state.device, "the pruned model")
-        original = _load(dense, state.device, "the original model")
+        _check_format(dense, state.model)
+        pruned = _load(state.model.detached(), state.device, "the pruned model")
+        original = _load(detach_weights(dense), state.device, "the original model")
         assert state.calibration is not None
         facts: dict[str, Any] = {}
         batches, masks = state.calibration.batches, state.calibration.row_masks
         reference = masked_reference(dense, state.repairs)
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
-        masked = _load(reference, state.device, "the masked original")
+        masked = _load(reference.detached(), state.device, "the masked original")
         facts["exact_difference"] = require_close(
             pruned.run(small, arrays=True),
             masked.run(small, arrays=True),
@@ -80,7 +80,7 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair]) -> onnx.ModelProto:
+def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair]) -> OnnxModel:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
     Made from the original file by node and input position, without the code that cuts.
@@ -104,7 +104,7 @@ def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair]) -> o
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
             rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], repair.bias)
-    return model.to_proto()
+    return model
 
 
 def _first_rows(value: np.ndarray, batch: dict[str, np.ndarray], state: State, rows: int = 4) -> np.ndarray:
@@ -135,25 +135,23 @@ def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> None:
             raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
 
 
-def _check_format(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> None:
-    error = _checker_error(pruned)
+def _check_format(dense: onnx.ModelProto, pruned: OnnxModel) -> None:
+    error = _checker_error(pruned.skeleton())
     # Graphs that ONNX Runtime's optimizer wrote may be refused from the start: they are no worse for being smaller.
-    if error is not None and _checker_error(dense) is None:
+    if error is not None and _checker_error(OnnxModel.from_proto(dense).skeleton()) is None:
         raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(error).split())[:300]}") from error
 
 
 def _checker_error(proto: onnx.ModelProto) -> Exception | None:
     try:
-        if proto.ByteSize() < 1 << 31:
-            onnx.checker.check_model(proto)
+        onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as err:
         return err
     return None
 
 
-def _load(proto: onnx.ModelProto, device: Any, what: str) -> Session:
+def _load(parts: tuple[bytes, dict[str, Any]], device: Any, what: str) -> Session:
     try:
-        model, weights = detach_weights(proto)
-        return Session(model, device, weights)
+        return Session(parts[0], device, parts[1])
     except Exception as err:
         raise CheckError(f"ONNX Runtime cannot load {what}: {' '.join(str(err).split())[:300]}") from err
