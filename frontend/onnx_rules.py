@@ -82,6 +82,7 @@ class ConsumerUse:
     bias: tuple[BiasKind, int] = ("after", 0)
     scale: float = 1.0
     bias_scale: float = 1.0
+    output_axis: int = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -561,7 +562,7 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
         axis = -2 if swapped[0] else -1
         w.consumer(node, 0, axis, 1, 1 if swapped[1] else 0, scale=scale)
     elif w.constant(node, 0) is not None and len(left) == 2 and not vector_right:
-        w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale)
+        w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale, output_axis=-2)
     else:
         w.pin([k_left], f"contracted between two activations (node '{node.name}')")
     batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
@@ -645,7 +646,8 @@ def _einsum(w: GraphWalk, node: gs.Node) -> None:
         w.count(*factors.values())
     linear = len(terms) == 2 and len(summed) == 1 and all(summed[0] in t for t in terms)
     weight = next((i for i in (1, 0) if linear and w.constant(node, i) is not None and len(terms[i]) == 2), None)
-    if weight is not None and right.endswith(terms[weight].replace(summed[0], "")) and summed[0] in terms[1 - weight]:
+    column = "" if weight is None else terms[weight].replace(summed[0], "")
+    if weight is not None and right.endswith(column) and column not in terms[1 - weight]:
         w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
     else:
         w.pin([factors[s] for s in summed], f"summed over by Einsum (node '{node.name}')")
@@ -664,7 +666,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
         if w.constant(node, 1) is None or not pointwise:
             w.pin([x[1]], f"input channels of a convolution that is no matrix product {where}")
         else:
-            w.consumer(node, 0, 1, 1, 1, bias=("input", 2))
+            w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x))
     else:
         w.pin([x[1], *weight], f"grouped convolution {where}")
     bias = w.input_axes(node, 2)

@@ -3,8 +3,9 @@
 A leaf factor qualifies when it is not pinned, when every contraction over it that reads data is linear with a constant
 weight (the operator rules pin it otherwise), and when no axis holds it twice. The kind follows from the layout of the
 contracted axis: the leaf alone is a feed-forward width ("ffn"); with other leaves inside it, it counts attention heads
-("heads"); with others only outside, it is the width of a head ("value"). A width that has one row a sample where others
-have one a token is a "pooler". The last two are reported and left alone.
+("heads"), or the heads of one group ("grouped") where another such factor is outside it; with others only outside, it is
+the width of a head ("value"). A width that has one row a sample where others have one a token is a "pooler". The last
+three are reported and left alone.
 """
 
 from collections import defaultdict
@@ -22,6 +23,7 @@ from liar_opt.passes.groups import KINDS, ChannelGroup, Consumer, Refusal
 LEAST_SIZE = 2
 NOT_PRUNED = {
     "value": "the width within a head is not pruned yet (each head needs its own index set)",
+    "grouped": "the heads of a group that shares keys and values are pruned with their group",
     "pooler": "the hidden layer of a pooler is measured once a sample, too seldom to repair it, and holds little",
 }
 
@@ -71,6 +73,8 @@ def find_groups(walk: GraphWalk) -> Found:
     touching = _touching(walk)
     rewriter = Rewriter(walk)
     most_rows = max((_rows(walk, u) for uses in consumers.values() for u in uses), default=0)
+    # Hierarchical models have stages of fewer rows; a pooler has at most one a sample.
+    samples = max((walk.input_sizes(t)[0] for t in walk.model.graph.inputs if t.shape), default=1)
     groups: list[ChannelGroup] = []
     others: list[ChannelGroup] = []
     for leaf, uses in consumers.items():
@@ -80,8 +84,8 @@ def find_groups(walk: GraphWalk) -> Found:
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        kind = _kind(algebra.leaves(uses[0].width), leaf)
-        if kind == "ffn" and max(_rows(walk, u) for u in uses) < most_rows:
+        kind = _kind(algebra.leaves(uses[0].width), leaf, set(consumers))
+        if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
         if size < LEAST_SIZE:
             continue
@@ -125,10 +129,12 @@ def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
     return int(np.prod([s for i, s in enumerate(sizes) if i != use.activation_axis], dtype=np.int64))
 
 
-def _kind(leaves: list[int], leaf: int) -> str:
+def _kind(leaves: list[int], leaf: int, free: set[int]) -> str:
     if len(leaves) == 1:
         return "ffn"
-    return "value" if leaves[-1] == leaf else "heads"
+    if leaves[-1] == leaf:
+        return "value"
+    return "heads" if free.isdisjoint(leaves[: leaves.index(leaf)]) else "grouped"
 
 
 def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse]) -> tuple[Consumer, ...]:

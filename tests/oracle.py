@@ -58,6 +58,8 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                 dtype = use.weight.dtype
                 rank = len(use.activation.shape or ()) or None
                 tail = 0 if use.activation_axis in (-1,) or rank is None else rank - 1 - use.activation_axis
+                if use.weight_position == 0 or use.node.attrs.get("transA", 0):
+                    tail = 1
                 if use.node.op == "Conv":
                     tail = len(use.weight.shape) - 2
                 name = f"mask_{k}_{j}_{use.node.name}"
