@@ -450,7 +450,7 @@ class Rewriter:
                 return (use.node, position, use.bias_scale) if constant and use.bias_scale else None
             return None
         output = use.node.outputs[0]
-        if len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
+        if use.output_axis != -1 or len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
             return None
         reader = output.outputs[0]
         width = use.weight.shape[1 - use.weight_axis]
@@ -482,9 +482,7 @@ class Rewriter:
         output = node.outputs[0]
         product = gs.Variable(next(self._names), output.dtype, output.shape)
         node.outputs[0] = product
-        rank = len(self.walk.axes[output.name] or ())
-        if use.node.op == "Conv":
-            constant.values = constant.values.reshape(-1, *([1] * (rank - 2)))
+        constant.values = constant.values.reshape(-1, *([1] * (-1 - use.output_axis)))
         addition = gs.Node("Add", f"{node.name}_bias", {}, [product, constant], [output])
         self.graph.nodes.insert(self._index(node) + 1, addition)
         self.walk.axes[product.name] = self.walk.axes[output.name]

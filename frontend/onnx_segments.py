@@ -235,7 +235,9 @@ def extract(
 
 
 def _captured(graph: gs.Graph) -> set[str]:
-    names = {t.name for n in graph.nodes for t in n.inputs if present(t)} | {t.name for t in graph.outputs}
+    # Constants are written into the subgraph itself.
+    read = [*(t for n in graph.nodes for t in n.inputs), *graph.outputs]
+    names = {t.name for t in read if present(t) and not is_constant(t)}
     for node in graph.nodes:
         for value in node.attrs.values():
             if isinstance(value, gs.Graph):

@@ -34,15 +34,14 @@ class ConsumerRepair:
     """What one consumer's weight became, for the check against the masked original.
 
     Attributes:
-        uses: (node name, weight input position) of every use.
-        weight_axis: the contracted axis.
-        kept: kept positions of that axis, as it was.
-        weight: the new weight, laid out as in the graph, contracted axis cut.
-        bias: what was added to the output, [m].
+        uses: every use of the weight.
+        index: for each axis of the weight the positions, in the original, of what is left.
+        weight: the new weight, cut.
+        bias: what was added to the output, [what is left of m].
     """
 
     uses: tuple[ConsumerUse, ...]
-    kept: NDArray[np.int64]
+    index: tuple[NDArray[np.int64], ...]
     weight: NDArray[Any]
     bias: NDArray[np.float64]
 
@@ -228,7 +227,9 @@ class _Run:
         if np.any(bias):
             self.rewriter.add_bias(consumer.uses, bias)
         cut = np.take(value, kept, use.weight_axis)
-        self.repairs.append(ConsumerRepair(consumer.uses, kept, cut, bias))
+        left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
+        left[use.weight_axis] = left[use.weight_axis][kept]
+        self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, bias))
 
 
 def _details(

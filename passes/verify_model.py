@@ -94,16 +94,18 @@ def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair]) -> O
     for repair in repairs:
         places: list[tuple[gs.Node, int]] = [(nodes[u.node.name], u.weight_position) for u in repair.uses]
         old = places[0][0].inputs[places[0][1]]
-        axis = repair.uses[0].weight_axis
-        if not is_constant(old) or np.take(np.asarray(old.values), repair.kept, axis).shape != repair.weight.shape:
+        if not is_constant(old) or any(i.size and i[-1] >= n for i, n in zip(repair.index, old.shape, strict=True)):
             raise CheckError(f"consumer '{repair.uses[0].node.name}' of the original was not found again")
         full = np.zeros_like(old.values)
-        index: list[Any] = [slice(None)] * full.ndim
-        index[axis] = repair.kept
-        full[tuple(index)] = repair.weight
+        full[np.ix_(*repair.index)] = repair.weight
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
-            rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], repair.bias)
+            axis = repair.uses[0].weight_axis
+            shape = [n for i, n in enumerate(full.shape) if i != axis]
+            bias = np.zeros(shape)
+            left = [i for k, i in enumerate(repair.index) if k != axis]
+            bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
+            rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], bias.reshape(-1))
     return model
 
 
