@@ -164,7 +164,8 @@ class Workplace:
     def store(self, data: CalibrationData) -> Path:
         """Writes batches as `peer_onnxsim.py` reads them."""
         path = self.folder / "batches.npz"
-        np.savez(path, **{f"{i:05d}.{name}": value for i, b in enumerate(data.batches) for name, value in b.items()})
+        arrays: dict[str, Any] = {f"{i:05d}.{n}": value for i, b in enumerate(data.batches) for n, value in b.items()}
+        np.savez(path, **arrays)
         return path
 
     def command_line(self, model: Path, halves: Mapping[str, float]) -> list[str]:
@@ -365,8 +366,8 @@ def cost_markdown(data: Mapping[str, Any]) -> str:
     head = ["removed", "one forward pass", "`liar-opt`", "over forward", "`prune()`", "over forward", "peak memory"]
     text = (
         f"{data['machine']}.\nOne pass of the dense model over the {CALIBRATION} calibration sentences "
-        f"({data['tokens']:,} tokens) in ONNX Runtime; the whole command from\nstart to exit, with reading, checking, timing "
-        "both models and writing; `prune(latency=False)` in a process that has run\nONNX Runtime before; and the command's "
+        f"({data['tokens']:,} tokens) in ONNX Runtime; the whole command\nfrom start to exit, with reading, checking, "
+        "timing both models and writing; `prune(latency=False)` in a process that has run\nONNX Runtime before; and the command's "
         f"peak memory over the model's {data['model_bytes'] / 2**20:.0f} MiB "
         f"(a process that only runs the dense model: {data['forward_peak'] / 2**20:,.0f} MiB).\n\n"
     )
