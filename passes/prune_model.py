@@ -243,7 +243,7 @@ def prune(
     report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
     if latency:
         began = time.perf_counter()
-        measured = measure_latency(state.facts["sessions"], state.calibration.batches[0], budget=0.6, least=3)
+        measured = measure_latency(state.facts["sessions"], state.calibration.batches[0], budget=0.3, least=3)
         report["latency"] = {
             "dense_seconds": measured.seconds[0],
             "pruned_seconds": measured.seconds[1],

@@ -22,6 +22,7 @@ from liar_opt.runtime.solve import (
     score_activation_weighted,
     score_magnitude,
     select_greedy,
+    sketched,
 )
 
 SELECTION_RIDGE = 1e-3
@@ -62,12 +63,13 @@ class Measured:
     ) -> dict[str, float]:
         """Returns the mean squared errors of y = x W over all rows, relative to E|y|^2.
 
-        "none" leaves the kept weights alone, "bias" adds the mean of what is lost, "repair" is ``repaired``. In float32:
-        they are reported, not computed with.
+        "none" leaves the kept weights alone, "bias" adds the mean of what is lost, "repair" is ``repaired``. They are
+        reported, not computed with: in float32, and E|y|^2 is estimated (``solve.sketched``) where W is large.
         """
         mean, weight, lost = self.statistics.mean, self.weight.astype(np.float32), self.weight[removed].astype(np.float32)
         covariance = self.statistics.covariance.astype(np.float32)
-        power = float(np.vdot(weight, covariance @ weight)) + float(np.square(mean @ self.weight).sum()) or 1.0
+        few = sketched(weight)
+        power = float(np.vdot(few, covariance @ few)) + float(np.square(mean @ self.weight).sum()) or 1.0
         bias = float(np.vdot(lost, covariance[np.ix_(removed, removed)] @ lost))
         none = bias + float(np.square(mean[removed] @ self.weight[removed]).sum())
         if repaired.explained is None:

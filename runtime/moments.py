@@ -179,7 +179,7 @@ class Moments:
         expected = [(high - low, self.width - low) for low, high in steps]
         if total.shape != (self.width,) or [row.shape for row in rows] != expected:
             raise InternalError(f"block rows {[row.shape for row in rows]}, totals {total.shape}; needed {expected}")
-        _require_finite(total, *rows)
+        _require_finite(total)  # a row that is not finite shows in its column sums
         fold = self._folds[_fold_name(held_back)]
         fold.count += int(count)
         fold.total += total

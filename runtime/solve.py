@@ -313,7 +313,7 @@ def choose_ridge(
     if not grid:
         raise InternalError("no ridge to choose from")
     _require_sets(training.covariance, kept, removed, min(grid))
-    lost = _sketched(_stack(weights, training.width)[removed])
+    lost = sketched(_stack(weights, training.width)[removed])
     shift = held_back.mean - training.mean
     held_mm = _form(_part(held_back.covariance, removed, removed), lost)
     shift_m = shift[removed] @ lost
@@ -465,20 +465,19 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
     active = np.ones(number, dtype=bool)
     order = np.empty(number - keep, dtype=np.int64)
     steps = np.empty(number - keep)
-    with _one_thread(max(problem.covariance.shape[0] for problem in problems)):
-        states = [_Downdate(problem, number, ridge) for problem in problems]
-        at_once = max(1, number // _AT_ONCE)
-        for step in range(0, number - keep, at_once):
-            cost = states[0].costs()
-            for state in states[1:]:
-                cost = cost + state.costs()
-            cost[~active] = np.inf
-            count = min(at_once, number - keep - step)
-            cheapest = np.argpartition(cost, count - 1)[:count] if count > 1 else np.argmin(cost, keepdims=True)
-            blocks = cheapest[np.argsort(cost[cheapest], kind="stable")]
-            active[blocks] = False
-            order[step : step + count] = blocks
-            steps[step : step + count] = sum(state.remove(blocks) for state in states)
+    states = [_Downdate(problem, number, ridge) for problem in problems]
+    at_once = max(1, number // _AT_ONCE)
+    for step in range(0, number - keep, at_once):
+        cost = states[0].costs()
+        for state in states[1:]:
+            cost = cost + state.costs()
+        cost[~active] = np.inf
+        count = min(at_once, number - keep - step)
+        cheapest = np.argpartition(cost, count - 1)[:count] if count > 1 else np.argmin(cost, keepdims=True)
+        blocks = cheapest[np.argsort(cost[cheapest], kind="stable")]
+        active[blocks] = False
+        order[step : step + count] = blocks
+        steps[step : step + count] = sum(state.remove(blocks) for state in states)
     return Selection(
         np.flatnonzero(active).astype(np.int64),
         order,
@@ -637,7 +636,8 @@ class _Factor:
     def inverse(self, dtype: Any = np.float64) -> AnyArray:
         """(S + lam I)^-1 in float64 or float32; the factor is of float64 either way."""
         potri = lapack.spotri if dtype == np.float32 else lapack.dpotri
-        inverse, info = potri(self.lower.astype(dtype, copy=False), lower=1)
+        with _one_thread(self.lower.shape[0]):
+            inverse, info = potri(self.lower.astype(dtype, copy=False), lower=1)
         if info != 0:
             raise InternalError(f"inverse of a factored matrix failed with info {info}")
         # The transposed result holds the upper triangle row by row; the lower one is copied from it by panels.
@@ -688,14 +688,14 @@ def _stack(weights: Sequence[AnyArray], width: int) -> Array:
     return np.concatenate([w.astype(np.float64) for w in weights], axis=1)
 
 
-def _sketched(lost: Array) -> Array:
+def sketched(lost: AnyArray) -> AnyArray:
     """Return W_M times random signs, `_SKETCH` columns: errors keep their expectation, which is enough to compare them.
 
     A narrow or short W_M is given back exactly, as R with R R^T = W_M W_M^T and no more columns than rows.
     """
     if min(lost.shape) > 2 * _SKETCH:
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (lost.shape[1], _SKETCH))
-        return cast(Array, lost @ signs / math.sqrt(_SKETCH))
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (lost.shape[1], _SKETCH)).astype(lost.dtype)
+        return cast(AnyArray, lost @ signs / math.sqrt(_SKETCH))
     if lost.shape[1] <= lost.shape[0]:
         return lost
     return cast(Array, np.asarray(np.linalg.qr(lost.T, mode="r")).T)
