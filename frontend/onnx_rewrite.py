@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_rules import MICROSOFT, ConsumerUse, GraphWalk, SizeUse, shape_value
+from liar_opt.frontend.onnx_rules import MICROSOFT, ConstantUse, ConsumerUse, GraphWalk, SizeUse, shape_value
 from liar_opt.frontend.onnx_values import Array, evaluate
 from liar_opt.runtime.errors import InternalError
 
@@ -187,7 +187,7 @@ class Rewriter:
         for use in self.walk.size_uses:
             kind, place, _ = use.where
             depends = kind == "input" and not roots.isdisjoint(self._leaves_behind(use.node.inputs[place]))
-            if depends or any(self._changed(f, roots) for f in use.factors):
+            if depends or any(self._changed(f, roots) for f in (*use.factors, *use.watched)):
                 wanted[id(use.node), kind, place].append((use, sum(self.size(f) for f in use.factors)))
         for (_, kind, place), entries in wanted.items():
             node = entries[0][0].node
@@ -439,7 +439,10 @@ class Rewriter:
             node, position, scale = places[0]
             old = np.asarray(node.inputs[position].values)
             value = (old.astype(np.float64) + delta / scale).astype(old.dtype)
-            self.set_constant([(n, p) for n, p, _ in places], value)
+            constant = self.set_constant([(n, p) for n, p, _ in places], value)
+            if old.ndim < 1 or old.size < delta.size:
+                for use in uses:  # a scalar has become a vector
+                    self._follow(use.node, use.bias[1], constant, use)
 
     def _bias_place(self, use: ConsumerUse) -> tuple[gs.Node, int, float] | None:
         """Returns (node, input position, scale) of the constant bias behind a contraction, or None."""
@@ -478,6 +481,7 @@ class Rewriter:
                 node.inputs[position] = constant
             else:
                 node.inputs.append(constant)
+            self._follow(node, position, constant, use)
             return
         output = node.outputs[0]
         product = gs.Variable(next(self._names), output.dtype, output.shape)
@@ -486,6 +490,17 @@ class Rewriter:
         addition = gs.Node("Add", f"{node.name}_bias", {}, [product, constant], [output])
         self.graph.nodes.insert(self._index(node) + 1, addition)
         self.walk.axes[product.name] = self.walk.axes[output.name]
+        self._follow(addition, 1, constant, use)
+
+    def _follow(self, node: gs.Node, position: int, constant: gs.Constant, use: ConsumerUse) -> None:
+        """Has later cuts slice a new bias: the outputs of one group's consumer may be the channels of another group."""
+        axes = self.walk.input_axes(use.node, use.weight_position)
+        assert axes is not None
+        rest = (self.algebra.fresh(1),) * (len(constant.shape) - 1)
+        known = [u for u in self.walk.constant_uses if u.node is node and u.position == position]
+        for record in known:
+            self.walk.constant_uses.remove(record)
+        self.walk.constant_uses.append(ConstantUse(node, position, constant, (axes[1 - use.weight_axis], *rest)))
 
 
 def _fresh_names(graph: gs.Graph) -> Iterator[str]:

@@ -91,6 +91,8 @@ class SizeUse:
 
     ``value`` is what it was, ``dynamic`` whether that depends on the sizes of the graph's inputs.
 
+    A number that counts from the end of an axis depends on what is ``watched`` too.
+
     ``where`` is ``("input", position, element)`` for an element of a shape tensor, ``("attribute", name, element)`` for
     an attribute (``element`` -1 for a scalar).
     """
@@ -100,6 +102,7 @@ class SizeUse:
     factors: tuple[Factor, ...]
     value: int
     dynamic: bool = False
+    watched: tuple[Factor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,9 +260,12 @@ class GraphWalk:
         """Returns a new factor."""
         return self.algebra.fresh(size, pin)
 
-    def size_use(self, node: gs.Node, where: tuple[str, int | str, int], *factors: Factor) -> None:
-        """Records that a number of ``node`` must follow the summed sizes of ``factors``."""
-        self.size_uses.append(SizeUse(node, where, factors, sum(self.algebra.size(f) for f in factors)))
+    def size_use(
+        self, node: gs.Node, where: tuple[str, int | str, int], *factors: Factor, watched: tuple[Factor, ...] = ()
+    ) -> None:
+        """Records that a number of ``node`` must follow the summed sizes of ``factors``, also when ``watched`` change."""
+        size = sum(self.algebra.size(f) for f in factors)
+        self.size_uses.append(SizeUse(node, where, factors, size, watched=watched))
 
     def consumer(
         self, node: gs.Node, activation: int, activation_axis: int, weight: int, weight_axis: int, **more: Any
@@ -797,7 +803,7 @@ def _slice(w: GraphWalk, node: gs.Node) -> None:
     if arguments is None:
         w.give_up(node, "Slice with bounds that are not known")
         return
-    starts, _, chosen, _ = arguments
+    starts, ends, chosen, _ = arguments
     places = [a % len(axes) for a in (chosen if chosen is not None else range(len(starts)))]
     result = list(axes)
     for element, (axis, cut) in enumerate(zip(places, [slices(len(axes), *arguments)[p] for p in places], strict=True)):
@@ -814,9 +820,11 @@ def _slice(w: GraphWalk, node: gs.Node) -> None:
         result[axis] = piece
         where = ("attribute", "starts", "ends") if "starts" in node.attrs else ("input", 1, 2)
         if start:
-            w.size_use(node, (str(where[0]), where[1], element), *before)
+            watched = tuple(pieces) if starts[element] < 0 else ()
+            w.size_use(node, (str(where[0]), where[1], element), *before, watched=watched)
         if stop < size:
-            w.size_use(node, (str(where[0]), where[2], element), *before, piece)
+            watched = tuple(pieces) if ends[element] < 0 else ()
+            w.size_use(node, (str(where[0]), where[2], element), *before, piece, watched=watched)
     w.output(node, tuple(result))
 
 

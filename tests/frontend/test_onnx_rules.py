@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - graphs in ONNX text read best on one line
 """The ONNX operator table: a match and a near miss for each rule, proved by cutting."""
 
 from __future__ import annotations
