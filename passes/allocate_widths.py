@@ -22,6 +22,8 @@ def kept_width(group: ChannelGroup, ratio: float, multiple_of: int) -> int:
     Raises:
         OptionError: none would.
     """
+    if ratio == 0.0:
+        return group.size  # left alone, a multiple or not
     step = min(multiple_of, group.size) if group.kind == "ffn" else 1
     kept = step * math.floor(group.size * (1.0 - ratio) / step + 0.5)
     if kept < 1:
@@ -93,8 +95,9 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         for group in sorted(groups, key=lambda g: -g.parameters):
             step = min(self.multiple_of, group.size) if group.kind == "ffn" else 1
             for change in (-step, step):
-                trial = {**keep, group.name: keep[group.name] + change}
-                fits = 1 <= trial[group.name] <= group.size
+                width = step * round((keep[group.name] + change) / step)
+                trial = {**keep, group.name: width}
+                fits = 1 <= width <= group.size
                 if fits and abs(removed_parameters(groups, trial) - goal) < abs(removed_parameters(groups, keep) - goal):
                     keep = trial
         return keep

@@ -32,7 +32,7 @@ def relative_difference(actual: Array, reference: Array) -> float:
         return 0.0 if np.array_equal(actual, reference) else float("inf")
     x, y = actual.astype(np.float64), reference.astype(np.float64)
     finite = np.isfinite(y)
-    if not np.array_equal(finite, np.isfinite(x)):
+    if not np.array_equal(finite, np.isfinite(x)) or not np.array_equal(x[~finite], y[~finite], equal_nan=True):
         return float("inf")
     if not finite.any():
         return 0.0
@@ -93,8 +93,10 @@ class DifferenceMeter:
             real = mask if mask.ndim == 1 else mask.any(axis=1)
             x, y = x[real], y[real]
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        cosines = np.divide((x * y).sum(axis=1), norms, out=np.ones(len(x)), where=norms > 0)
+        lengths = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+        norms = lengths[0] * lengths[1]
+        equal = np.where(lengths[0] == lengths[1], 1.0, 0.0)  # where a row is all zero: are both?
+        cosines = np.divide((x * y).sum(axis=1), norms, out=equal, where=norms != 0)
         self._square[name] = self._square.get(name, 0.0) + float(((x - y) ** 2).sum())
         self._power[name] = self._power.get(name, 0.0) + float((y**2).sum())
         self._cosine[name] = self._cosine.get(name, 0.0) + float(cosines.sum())

@@ -118,12 +118,14 @@ class Session:
         names = list(self.outputs if outputs is None else outputs)
         to_host = set(names if arrays is True else arrays or ())
         binding = self._session.io_binding()
+        bound: list[NDArray[Any]] = []  # ONNX Runtime reads an array's memory in the run and does not own it
         for name in self.inputs:
             if name not in feeds:
                 raise InternalError(f"input '{name}' of a session was not fed")
             value = feeds[name]
             if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, np.ascontiguousarray(value).reshape(value.shape))
+                bound.append(np.ascontiguousarray(value).reshape(value.shape))
+                binding.bind_cpu_input(name, bound[-1])
             else:
                 binding.bind_ortvalue_input(name, value)
         for name in names:

@@ -1,0 +1,109 @@
+"""Widths: option ranges, both forms, rounding, emptying."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from liar_opt.passes.allocate_widths import AllocateWidthsPass, kept_width, removed_parameters
+from liar_opt.passes.base import State
+from liar_opt.passes.groups import ChannelGroup, Consumer
+from liar_opt.runtime.errors import ModelError, OptionError
+
+
+def group(name: str, kind: str, size: int, parameters: int) -> ChannelGroup:
+    return ChannelGroup(name, kind, 0, size, (Consumer((), np.arange(size)),), parameters, 0, 0)
+
+
+class Model:
+    source = None
+
+
+def state(*groups: ChannelGroup) -> State:
+    model: Any = Model()
+    return State(model, groups=groups)
+
+
+LAYERS = tuple(
+    g for i in range(6) for g in (group(f"h{i}", "heads", 12, 12 * 1000), group(f"f{i}", "ffn", 1536, 1536 * 77))
+)
+
+
+def keep(*groups: ChannelGroup, **options: Any) -> dict[str, int]:
+    result = state(*groups)
+    AllocateWidthsPass(**options)(result)
+    return result.keep
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("option", ["sparsity", "ffn", "heads"])
+def test_ratios_are_in_range(option: str, ratio: float) -> None:
+    with pytest.raises(OptionError, match=rf"{option} .* outside \[0, 1\)"):
+        keep(*LAYERS, **{option: ratio})
+
+
+def test_both_forms_exclude_each_other() -> None:
+    with pytest.raises(OptionError, match="exclude each other"):
+        keep(*LAYERS, sparsity=0.3, ffn=0.2)
+    with pytest.raises(OptionError, match="multiple-of 0"):
+        keep(*LAYERS, multiple_of=0)
+
+
+def test_nothing_to_prune() -> None:
+    with pytest.raises(ModelError, match="no prunable group"):
+        keep(sparsity=0.3)
+    with pytest.raises(ModelError, match="no prunable group of kind 'heads'"):
+        keep(group("f", "ffn", 88, 100), heads=0.5)
+
+
+def test_a_kind_without_a_ratio_is_left_alone_whatever_its_width() -> None:
+    odd = (group("f", "ffn", 90, 100), group("g", "ffn", 13, 100), group("h", "heads", 5, 100))
+    assert keep(*odd, heads=0.4) == {"f": 90, "g": 13, "h": 3}
+    assert keep(*odd, ffn=0.0, heads=0.0) == {"f": 90, "g": 13, "h": 5}
+    assert keep(*odd, sparsity=0.0) == {"f": 90, "g": 13, "h": 5}
+
+
+@pytest.mark.parametrize("size", [88, 90, 13, 1536, 3072])
+@pytest.mark.parametrize("step", [1, 8, 64])
+@pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.77])
+def test_feed_forward_widths_are_multiples(size: int, step: int, ratio: float) -> None:
+    try:
+        kept = kept_width(group("f", "ffn", size, 1), ratio, step)
+    except OptionError:
+        assert size * (1 - ratio) < step
+        return
+    assert kept == size or kept % min(step, size) == 0
+    assert abs(kept - size * (1 - ratio)) <= min(step, size) / 2 + 1e-9 or kept == size
+    assert 1 <= kept <= size
+
+
+def test_heads_are_rounded_to_whole_ones() -> None:
+    assert [kept_width(group("h", "heads", 12, 1), r, 8) for r in (0.0, 0.04, 0.05, 0.5, 0.95)] == [12, 12, 11, 6, 1]
+
+
+def test_a_ratio_that_empties_a_group_is_refused_with_what_is_possible() -> None:
+    with pytest.raises(OptionError, match=r"ratio 0\.99 would empty group 'h0'.*the most is 0\.916"):
+        keep(*LAYERS, heads=0.99)
+    assert keep(group("h0", "heads", 12, 1), heads=0.916) == {"h0": 1}
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.4, 0.55, 0.8])
+def test_sparsity_is_met_within_one_step(sparsity: float) -> None:
+    kept = keep(*LAYERS, sparsity=sparsity)
+    total = sum(g.parameters for g in LAYERS)
+    smallest = 8 * 77
+    assert abs(removed_parameters(LAYERS, kept) - sparsity * total) <= smallest
+    assert all(kept[g.name] % 8 == 0 for g in LAYERS if g.kind == "ffn")
+
+
+def test_steps_keep_odd_widths_on_multiples() -> None:
+    odd = tuple(replace(g, size=1530, parameters=1530 * 77) if g.kind == "ffn" else g for g in LAYERS)
+    kept = keep(*odd, sparsity=0.001)
+    assert all(kept[g.name] == g.size or kept[g.name] % 8 == 0 for g in odd if g.kind == "ffn")
+
+
+def test_the_default_is_a_sparsity() -> None:
+    assert keep(*LAYERS) == keep(*LAYERS, sparsity=0.3)
