@@ -113,7 +113,10 @@ def _reshape(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
 def _divide(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
     a, b = np.asarray(inputs[0]), np.asarray(inputs[1])
     if np.issubdtype(a.dtype, np.integer):
-        return [(np.trunc(a / b)).astype(a.dtype)]
+        if not np.all(b):
+            raise ZeroDivisionError
+        quotient = a // b  # rounds down; ONNX rounds towards zero
+        return [np.asarray(quotient + ((quotient < 0) & (quotient * b != a)), a.dtype)]
     return [np.divide(a, b).astype(a.dtype)]
 
 
@@ -141,6 +144,10 @@ def _reduce(function: Callable[..., Array]) -> Evaluator:
     def evaluate(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
         data, axes = np.asarray(inputs[0]), axes_of(inputs, attributes, 1)
         keep = bool(attributes.get("keepdims", 1))
+        if not axes:
+            if attributes.get("noop_with_empty_axes", 0):
+                return [data]
+            axes = None
         return [np.asarray(function(data, axis=None if axes is None else tuple(axes), keepdims=keep), data.dtype)]
 
     return evaluate

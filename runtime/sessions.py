@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from liar_opt.runtime.errors import InternalError, OptionError
 
 if TYPE_CHECKING:
-    import onnxruntime
+    pass
 
 Provider = Literal["auto", "cpu", "cuda"]
 PROVIDERS: tuple[Provider, ...] = ("auto", "cpu", "cuda")
@@ -33,7 +33,9 @@ def cuda_works() -> bool:
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
     model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "probe", ends[:1], ends[1:]), opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+        onnx.helper.make_graph([node], "probe", ends[:1], ends[1:]),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -69,7 +71,10 @@ def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
 def _device_present() -> bool:
     from pathlib import Path
 
-    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "C:/Windows/System32/nvcuda.dll"))
+    return any(
+        Path(p).exists()
+        for p in ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "C:/Windows/System32/nvcuda.dll")
+    )
 
 
 class Session:
