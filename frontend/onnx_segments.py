@@ -148,13 +148,13 @@ def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
     alive = set(live_tensors(walk, low))
     remaining: dict[str, int] = {}
     for node in nodes[low:]:
-        for name in {t.name for t in node.inputs if present(t) and not is_constant(t)}:
+        for name in _read(node):
             remaining[name] = remaining.get(name, 0) + 1
     outputs = {t.name for t in walk.model.graph.outputs}
     best, least = low, _elements(walk, alive)
     for position in range(low, high):
         node = nodes[position]
-        for name in {t.name for t in node.inputs if present(t) and not is_constant(t)}:
+        for name in _read(node):
             remaining[name] -= 1
             if not remaining[name] and name not in outputs:
                 alive.discard(name)
@@ -177,7 +177,7 @@ def live_tensors(walk: GraphWalk, position: int) -> list[str]:
     """Returns the names of the tensors made before ``position`` and read from there on; graph inputs left out."""
     nodes = walk.model.graph.nodes
     made = {t.name for n in nodes[:position] for t in n.outputs if present(t)}
-    read = {t.name for n in nodes[position:] for t in n.inputs if present(t) and not is_constant(t)}
+    read = set().union(*(_read(n) for n in nodes[position:]))
     read |= {t.name for t in walk.model.graph.outputs}
     return sorted(made & read)
 
@@ -232,6 +232,15 @@ def extract(
         imports.append(helper.make_opsetid("", walk.model.opset))
     model = helper.make_model(proto, opset_imports=imports, ir_version=graph.ir_version or 8)
     return Extracted(model, weights)
+
+
+def _read(node: gs.Node) -> set[str]:
+    """Returns the names of the tensors that a node reads, its branches included; constants left out."""
+    names = {t.name for t in node.inputs if present(t) and not is_constant(t)}
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            names |= _captured(value)
+    return names
 
 
 def _captured(graph: gs.Graph) -> set[str]:

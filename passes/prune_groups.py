@@ -273,8 +273,8 @@ def _probe_batch(walk: GraphWalk, data: CalibrationData) -> tuple[int, ...]:
     mask = data.row_masks[0] if data.row_masks else None
     if mask is None:
         return ()
-    for tensor in walk.model.graph.inputs:
+    for tensor in sorted(walk.model.graph.inputs, key=lambda t: len(t.shape or ())):
         array = data.batches[0].get(tensor.name)
-        if array is not None and array.shape[: mask.ndim] == mask.shape and (mask.ndim == 1 or array.ndim == mask.ndim):
+        if array is not None and array.shape[: mask.ndim] == mask.shape:
             return tuple(walk.input_sizes(tensor)[: mask.ndim])
     return ()

@@ -1,0 +1,181 @@
+# ruff: noqa: E501 - graphs in ONNX text read best on one line
+"""Segments run one by one give what the whole model gives, and moments in the graph are those of numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import graphs
+import numpy as np
+import onnx
+import oracle
+import pytest
+
+from liar_opt.frontend import onnx_segments
+from liar_opt.frontend.onnx_segments import ROWS, Tap, extract, live_tensors, plan_segments, row_mask, tap_for
+from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.sessions import Session, as_array, element_type
+
+# Three feed-forward blocks on a residual stream; the mask is alive everywhere.
+BLOCK = "u{0} = MatMul(x{0}, w{0})  h{0} = Relu(u{0})  z{0} = MatMul(h{0}, v{0})  m{0} = Mul(z{0}, mask)  x{1} = Add(x{0}, m{0})"
+STREAM = f"f (float[b, s, 6] x0, float[b, s, 1] mask) => (float[b, s, 6] x3) {{ {BLOCK.format(0, 1)}\n {BLOCK.format(1, 2)}\n {BLOCK.format(2, 3)} }}"
+WEIGHTS: graphs.Weights = {f"{w}{i}": ((6, 9 + i) if w == "w" else (9 + i, 6)) for i in range(3) for w in "wv"}
+
+
+def run(extracted: onnx_segments.Extracted, feeds: dict[str, Any], arrays: bool = True) -> dict[str, Any]:
+    return Session(extracted.serialise(), "cpu", extracted.weights).run(feeds, arrays=arrays)
+
+
+def test_segments_are_cut_at_the_stream() -> None:
+    _, state, found = graphs.analyse(graphs.parse(STREAM, WEIGHTS))
+    wide, segments = plan_segments(state, found.groups)
+    assert wide == ()
+    assert [len(s.groups) for s in segments] == [1, 1, 1]
+    nodes = state.model.graph.nodes
+    positions = [next(i for i, n in enumerate(nodes) if n is s.first) for s in segments]
+    assert [live_tensors(state, p) for p in positions[1:]] == [["x1"], ["x2"]]
+
+
+def test_segment_by_segment_is_the_whole_model() -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    _, state, found = graphs.analyse(proto)
+    feeds = graphs.feeds_of(proto, {"b": 2, "s": 5})
+    _, segments = plan_segments(state, found.groups)
+    nodes = state.model.graph.nodes
+    starts = [next(i for i, n in enumerate(nodes) if n is s.first) for s in segments[1:]]
+    alive: dict[str, Any] = {}
+    for start, stop in zip([0, *starts], [*starts, len(nodes)], strict=True):
+        names = live_tensors(state, stop) if stop < len(nodes) else ["x3"]
+        types = {name: element_type(value) for name, value in alive.items()}
+        alive = run(extract(state, start, stop, names, types), {**feeds, **alive}, arrays=False)
+    np.testing.assert_allclose(as_array(alive["x3"]), oracle.run(proto, feeds)[0], rtol=1e-6)
+
+
+def test_groups_that_share_weights_over_others_are_wide() -> None:
+    shared = BLOCK.replace("w{0}", "w").replace("v{0}", "v")
+    text = f"f (float[b, s, 6] x0, float[b, s, 1] mask) => (float[b, s, 6] x3) {{ {shared.format(0, 1)}\n {BLOCK.format(1, 2)}\n {shared.format(2, 3)} }}"
+    _, state, found = graphs.analyse(graphs.parse(text, {"w": (6, 11), "v": (11, 6), "w1": (6, 5), "v1": (5, 6)}))
+    wide, segments = plan_segments(state, found.groups)
+    assert [g.size for g in wide] == [11]
+    assert [[g.size for g in s.groups] for s in segments] == [[5]]
+
+
+IF = """f (float[b, 6] x, bool c) => (float[b, 6] y) {
+    u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)  k = Tanh(x)
+    r = If (c) <
+        then_branch = g1 () => (float[b, 6] t) { t = Add(k, w3) },
+        else_branch = g2 () => (float[b, 6] e) { e = Mul(k, w3) }
+    >
+    a = Add(r, z)  u2 = MatMul(a, w4)  h2 = Relu(u2)  y = MatMul(h2, w5) }"""
+IF_WEIGHTS: graphs.Weights = {"w1": (6, 11), "w2": (11, 6), "w3": (6,), "w4": (6, 13), "w5": (13, 6)}
+
+
+def test_branches_keep_what_they_read() -> None:
+    """A branch reads tensors and weights from outside: they are alive, and part of the segment."""
+    proto = graphs.parse(IF, IF_WEIGHTS)
+    _, state, found = graphs.analyse(proto)
+    assert [g.size for g in found.groups] == [11, 13]
+    nodes = state.model.graph.nodes
+    place = next(i for i, n in enumerate(nodes) if n.op == "If")
+    assert "k" in live_tensors(state, place)
+    feeds = {"x": np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32), "c": np.asarray(True)}
+    alive = run(extract(state, 0, place, live_tensors(state, place), {}), feeds)
+    types = {name: element_type(value) for name, value in alive.items()}
+    result = run(extract(state, place, len(nodes), ["y"], types), {**feeds, **alive})
+    np.testing.assert_allclose(result["y"], oracle.run(proto, feeds)[0], rtol=1e-6)
+    plan_segments(state, found.groups)
+
+
+# -- moments ---------------------------------------------------------------------------------------------------------
+
+MASK = np.asarray([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
+
+
+def moments_of(tap: Tap, value: np.ndarray, mask: np.ndarray | None) -> Moments:
+    shape = "ijkl"[: value.ndim]
+    text = f"f (float[{', '.join(shape)}] x) => (float[{', '.join(shape)}] y) {{ t = Identity(x)  y = Neg(t) }}"
+    proto = graphs.parse(text)
+    _, state, _ = graphs.analyse(proto)
+    rows = {} if mask is None else {f"{ROWS}_{tap.layout}{tap.repeat}": row_mask(mask, tap.layout, tap.repeat)}
+    result = run(extract(state, 0, 0, [], {}, [tap]), {"x": value, **rows})
+    moments = Moments(tap.width)
+    count, total = (result[f"{tap.key}/{name}"] for name in ("count", "total"))
+    second = [result[f"{tap.key}/second{i}"] for i in range(len(tap.bounds) - 1)]
+    moments.add_block_rows(int(count), total.reshape(-1), second, tap.bounds)
+    return moments
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], int, str, int, Any]] = {
+    # shape, contracted axis, layout, repeat, rows of numpy
+    "bs": ((3, 4, 7), 2, "bs", 1, lambda x: x[MASK]),
+    "bs, contracted in the middle": ((3, 7, 4), 1, "bs", 1, lambda x: x.transpose(0, 2, 1)[MASK]),
+    "sb": ((4, 3, 7), 2, "sb", 1, lambda x: x[MASK.T]),
+    "flat": ((12, 7), 1, "bs", 1, lambda x: x[MASK.reshape(-1)]),
+    "b": ((3, 7), 1, "b", 1, lambda x: x),
+    "b*": ((3, 5, 7), 2, "b*", 5, lambda x: x.reshape(-1, 7)),
+    "all": ((2, 5, 7), 2, "all", 1, lambda x: x.reshape(-1, 7)),
+    "all, contracted first": ((7, 5), 0, "all", 1, lambda x: x.T),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_moments_are_those_of_the_real_rows(name: str) -> None:
+    shape, axis, layout, repeat, select = LAYOUTS[name]
+    value = (np.random.default_rng(0).standard_normal(shape) + 0.5).astype(np.float32)
+    moments = moments_of(Tap("x", axis, len(shape), 7, layout, repeat), value, None if layout == "all" else MASK)
+    rows = select(value).astype(np.float64)
+    assert moments.count == len(rows)
+    np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(moments.covariance, np.cov(rows.T, bias=True), rtol=1e-3, atol=1e-5)
+
+
+def test_samples_that_are_all_padding_are_left_out() -> None:
+    mask = np.asarray([[1, 1], [0, 0], [1, 0]], bool)
+    value = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
+    moments = moments_of(Tap("x", 2, 3, 7, "b*", 5), value, mask)
+    np.testing.assert_allclose(moments.mean, value[[0, 2]].reshape(-1, 7).mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 9, 10, 11])
+def test_blocks_of_the_triangle_are_the_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = np.random.default_rng(0).standard_normal((3, 4, width)).astype(np.float32)
+    tap = Tap("x", 2, 3, width, "bs")
+    whole = moments_of(tap, value, MASK)
+    monkeypatch.setattr(onnx_segments, "TRIANGLE_FROM", 8)
+    blocks = moments_of(tap, value, MASK)
+    assert len(tap.bounds) == onnx_segments.BLOCKS + 1
+    np.testing.assert_allclose(blocks.uncentred, whole.uncentred, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(blocks.uncentred, blocks.uncentred.T)
+
+
+def test_half_precision_is_multiplied_in_float32() -> None:
+    value = np.full((3, 4, 7), 300.0, np.float16)  # 300^2 overflows float16
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> f (float16[b, s, 7] x) => (float16[b, s, 7] y) { y = Neg(x) }'
+    )
+    _, state, _ = graphs.analyse(proto)
+    result = run(extract(state, 0, 0, [], {}, [tap := Tap("x", 2, 3, 7)]), {"x": value})
+    assert float(result[f"{tap.key}/second0"][0, 0]) == 12 * 90000.0
+
+
+TAPS: dict[str, tuple[str, graphs.Weights, tuple[str, ...], tuple[str, int]]] = {
+    "bs": ("h = Relu(u)  y = MatMul(h, w2)", {}, ("b", "s"), ("bs", 1)),
+    "flattened": ("f = Reshape(u, flat)  h = Relu(f)  y = MatMul(h, w2)", {"flat": np.asarray([-1, 11])}, ("b", "s"), ("bs", 1)),
+    "sb": ("t = Transpose<perm=[1,0,2]>(u)  h = Relu(t)  y = MatMul(h, w2)", {}, ("b", "s"), ("sb", 1)),
+    "first token": ("t = Gather<axis=1>(u, k0)  h = Relu(t)  y = MatMul(h, w2)", {"k0": np.asarray(0)}, ("b", "s"), ("b", 1)),
+    "images": ("h = Relu(u)  y = MatMul(h, w2)", {}, ("b",), ("b*", 7)),
+    "no mask": ("h = Relu(u)  y = MatMul(h, w2)", {}, (), ("all", 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAPS)
+def test_layout_of_a_tap(name: str) -> None:
+    rest, weights, dimensions, wanted = TAPS[name]
+    rank = {"flattened": "b2, 7", "first token": "b, 7"}.get(name, "b2, s2, 7")
+    text = f"f (float[b, s, 6] x) => (float[{rank}] y) {{ u = MatMul(x, w1)  {rest} }}"
+    if name == "images":
+        text = text.replace("[b, s, 6]", "[b, 7, 6]")
+    _, state, _ = graphs.analyse(graphs.parse(text, {"w1": (6, 11), "w2": (11, 7), **weights}))
+    use = next(u for u in state.consumers if u.weight.name == "w2")
+    tap = tap_for(state, use, 11, tuple(state.symbols[d] for d in dimensions))
+    assert (tap.layout, tap.repeat) == wanted

@@ -1,0 +1,199 @@
+# ruff: noqa: E501 - graphs in ONNX text read best on one line
+"""Measure, select, repair, cut: what the repair buys on rows that it has not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import graphs
+import numpy as np
+import onnx
+import oracle
+import pytest
+from onnx import numpy_helper
+
+from liar_opt.passes.base import State
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_model import load_state
+from liar_opt.runtime.calibration_data import CalibrationData
+from liar_opt.runtime.errors import ModelError, OptionError
+
+BLOCK = "u{0} = MatMul(x{0}, w{0})  a{0} = Add(u{0}, b{0})  h{0} = Relu(a{0})  z{0} = MatMul(h{0}, v{0})  x{1} = Add(x{0}, z{0})"
+STREAM = f"f (float[b, s, 6] x0) => (float[b, s, 6] x2) {{ {BLOCK.format(0, 1)}\n {BLOCK.format(1, 2)} }}"
+WEIGHTS: graphs.Weights = {"w0": (6, 17), "b0": (17,), "v0": (17, 6), "w1": (6, 19), "b1": (19,), "v1": (19, 6)}
+
+
+def batches(count: int, seed: int, rows: tuple[int, int] = (8, 5)) -> tuple[dict[str, np.ndarray], ...]:
+    """Inputs on a plane of their space, so that hidden channels predict each other."""
+    rng = np.random.default_rng(seed)
+    plane = np.random.default_rng(99).standard_normal((3, 6))
+    return tuple(
+        {"x0": (rng.standard_normal((*rows, 3)) @ plane + 0.05 * rng.standard_normal((*rows, 6)) + 0.3).astype(np.float32)}
+        for _ in range(count)
+    )
+
+
+def data(feeds: tuple[dict[str, np.ndarray], ...], masks: Any = None) -> CalibrationData:
+    masks = masks if masks is not None else (None,) * len(feeds)
+    return CalibrationData(feeds, masks, sum(len(f["x0"]) for f in feeds), 1, "test", (), False)
+
+
+def prepared(proto: onnx.ModelProto, keep: float | dict[str, int], calibration: CalibrationData | None = None) -> State:
+    state = load_state(proto)
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    state.calibration = calibration or data(batches(20, 0))
+    state.keep = keep if isinstance(keep, dict) else {g.name: max(1, round(g.size * keep)) for g in state.groups}
+    return state
+
+
+def pruned(
+    proto: onnx.ModelProto, keep: float | dict[str, int], calibration: CalibrationData | None = None, **options: Any
+) -> tuple[onnx.ModelProto, State, Any]:
+    state = prepared(proto, keep, calibration)
+    result = PruneGroupsPass(**options)(state)
+    return state.model.to_proto(), state, result
+
+
+def error(proto: onnx.ModelProto, cut: onnx.ModelProto, seed: int = 1234) -> float:
+    """Mean squared difference on rows that were not measured."""
+    total = 0.0
+    for feeds in batches(5, seed):
+        (x,), (y,) = oracle.run(cut, feeds), oracle.run(proto, feeds)
+        total += float(((x - y) ** 2).sum())
+    return total
+
+
+@pytest.mark.parametrize("score", ["greedy", "activation-weighted", "magnitude", "random"])
+def test_repair_beats_bias_beats_none_on_held_out_rows(score: str) -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    errors = [error(proto, pruned(proto, 0.5, repair=r, score=score)[0]) for r in ("liar", "bias", "none")]
+    assert errors[0] < 0.5 * errors[1] < errors[1] < errors[2]
+
+
+def test_greedy_leaves_the_least_residual() -> None:
+    text = "f (float[b, s, 6] x0) => (float[b, s, 6] x1) { u = MatMul(x0, w)  h = Relu(u)  x1 = MatMul(h, v) }"
+    for seed in range(5):
+        proto = graphs.parse(text, {"w": (6, 17), "v": (17, 6)}, seed=seed)
+        left = {}
+        for score in ("greedy", "magnitude", "activation-weighted", "random"):
+            _, _, result = pruned(proto, 0.5, score=score, ridge=1e-6)
+            left[score] = result.changes[0].details["consumers"][0]["error_repair"]
+        assert left["greedy"] <= min(left.values()) * 1.05
+        assert left["greedy"] < left["magnitude"]
+
+
+def test_the_reported_errors_are_those_of_the_rows() -> None:
+    """One layer: E|x W - x_U W' - b'|^2 / E|x W|^2 on the calibration rows, by running both."""
+    text = "f (float[b, s, 6] x0) => (float[b, s, 6] x1) { u = MatMul(x0, w)  h = Relu(u)  x1 = MatMul(h, v) }"
+    proto = graphs.parse(text, {"w": (6, 17), "v": (17, 6)})
+    feeds = batches(20, 0)
+    for repair in ("liar", "bias", "none"):
+        cut, _, result = pruned(proto, 0.5, repair=repair)
+        details = result.changes[0].details["consumers"][0]
+        x, y = (np.concatenate([oracle.run(m, f)[0].reshape(-1, 6) for f in feeds]) for m in (cut, proto))
+        measured = ((x - y) ** 2).sum() / (y**2).sum()
+        assert details["error_repair"] == pytest.approx(measured, rel=1e-3)
+        if repair != "liar":
+            assert details[f"error_{repair}"] == pytest.approx(measured, rel=1e-3)
+
+
+def test_padding_is_not_measured() -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    clean = batches(10, 0)
+    masks = tuple(np.random.default_rng(i).random((8, 5)) < 0.7 for i in range(10))
+    dirty = tuple({"x0": np.where(m[..., None], f["x0"], np.float32(50))} for f, m in zip(clean, masks, strict=True))
+    other = tuple({"x0": np.where(m[..., None], f["x0"], np.float32(-7))} for f, m in zip(clean, masks, strict=True))
+    first, second = (pruned(proto, 0.5, data(feeds, masks))[0] for feeds in (dirty, other))
+    for a, b in zip(first.graph.initializer, second.graph.initializer, strict=True):
+        np.testing.assert_allclose(numpy_helper.to_array(a), numpy_helper.to_array(b), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_removed_changes_nothing() -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    cut, state, result = pruned(proto, 1.0)
+    assert not result.modified
+    assert state.repairs == []
+    before = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+    after = {i.name: numpy_helper.to_array(i) for i in cut.graph.initializer}
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+
+
+def test_later_segments_see_the_pruned_stream() -> None:
+    """With the first block emptied of meaning the second is fitted to what is left: better than dense moments."""
+    proto = graphs.parse(STREAM, WEIGHTS)
+    _, state, result = pruned(proto, 0.4)
+    assert [c.where for c in result.changes] == [g.name for g in state.groups]
+    assert [c.after for c in result.changes] == [7, 8]
+    assert result.changes[1].details["rows"] == 20 * 8 * 5
+
+
+def test_shared_weights_are_pooled_and_stay_shared() -> None:
+    shared = BLOCK.replace("w{0}", "w").replace("b{0}", "b").replace("v{0}", "v")
+    text = f"f (float[b, s, 6] x0) => (float[b, s, 6] x2) {{ {shared.format(0, 1)}\n {shared.format(1, 2)} }}"
+    proto = graphs.parse(text.replace("float[b, ", "float[n, "), {"w": (6, 17), "b": (17,), "v": (17, 6)})
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(0.4 * numpy_helper.to_array(tensor), tensor.name))
+    cut, _, result = pruned(proto, 0.5)
+    assert result.changes[0].details["rows"] == 2 * 20 * 8 * 5
+    assert {i.name for i in cut.graph.initializer} >= {"w", "b", "v"}
+    assert len(cut.graph.initializer) <= 5  # and a new bias for each use
+    assert error(proto, cut) < error(proto, pruned(proto, 0.5, repair="none")[0])
+
+
+def test_chain_of_layers_without_biases() -> None:
+    text = "f (float[b, s, 6] x0) => (float[b, s, 5] y) { u = MatMul(x0, w1)  h = Relu(u)  v = MatMul(h, w2)  k = Relu(v)  y = MatMul(k, w3) }"
+    proto = graphs.parse(text, {"w1": (6, 17), "w2": (17, 13), "w3": (13, 5)})
+    full, none = (pruned(proto, 0.6, repair=r)[0] for r in ("liar", "none"))
+    onnx.checker.check_model(full)
+    assert error(proto, full) < error(proto, none)
+
+
+def test_nan_is_the_models_fault_or_the_datas() -> None:
+    feeds = batches(3, 0)
+    feeds[1]["x0"][0, 0, 0] = np.nan
+    with pytest.raises(ModelError, match="activation 'h0' has NaN or Inf"):
+        pruned(graphs.parse(STREAM, WEIGHTS), 0.5, data(feeds))
+
+
+def test_a_feed_that_does_not_run_is_reported() -> None:
+    feeds = ({"x0": np.zeros((2, 3, 7), np.float32)},)
+    with pytest.raises(ModelError, match="ONNX Runtime fails on the calibration data"):
+        pruned(graphs.parse(STREAM, WEIGHTS), 0.5, data(feeds))
+
+
+def test_options() -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    for option, match in (
+        ({"score": "best"}, "score 'best' is unknown"),
+        ({"repair": "all"}, "repair 'all' is unknown"),
+        ({"ridge": -1.0}, "negative"),
+        ({"ridge": float("nan")}, "negative"),
+    ):
+        with pytest.raises(OptionError, match=match):
+            pruned(proto, 0.5, **option)
+
+
+def test_one_seed_one_result() -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    kept = [[c.details["kept"] for c in pruned(proto, 0.5, score="random", seed=s)[2].changes] for s in (1, 1, 2)]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_branches_that_read_from_outside() -> None:
+    text = """f (float[b, s, 6] x0, bool c) => (float[b, s, 6] y) {
+        u = MatMul(x0, w1)  h = Relu(u)  z = MatMul(h, w2)  k = Tanh(x0)
+        r = If (c) <
+            then_branch = g1 () => (float[b, s, 6] t) { t = Add(k, w3) },
+            else_branch = g2 () => (float[b, s, 6] e) { e = Mul(k, w3) }
+        >
+        a = Add(r, z)  u2 = MatMul(a, w4)  h2 = Relu(u2)  y = MatMul(h2, w5) }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 6), "w3": (6,), "w4": (6, 13), "w5": (13, 6)})
+    feeds = tuple({**f, "c": np.asarray(i % 2 == 0)} for i, f in enumerate(batches(8, 0)))
+    cut, _, result = pruned(proto, 0.5, data(feeds))
+    assert [c.after for c in result.changes] == [6, 6]
+    onnx.checker.check_model(cut)

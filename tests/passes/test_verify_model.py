@@ -1,0 +1,113 @@
+# ruff: noqa: E501 - graphs in ONNX text read best on one line
+"""The check can fail: a wrong weight, a wrong bias, another interface."""
+
+from __future__ import annotations
+
+import graphs
+import numpy as np
+import onnx
+import pytest
+import zoo
+
+from liar_opt.passes.base import State
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_model import load_state
+from liar_opt.passes.verify_model import VerifyModelPass
+from liar_opt.runtime.calibration_data import CalibrationData
+from liar_opt.runtime.errors import CheckError
+
+TEXT = """f (float[b, s, 6] x) => (float[b, s, 5] y) { u = MatMul(x, w1)  h = Relu(u)  v = MatMul(h, w2)  k = Tanh(v)
+    y = MatMul(k, w3) }"""
+WEIGHTS: graphs.Weights = {"w1": (6, 17), "w2": (17, 13), "w3": (13, 5)}
+
+
+def cut() -> State:
+    state = load_state(graphs.parse(TEXT, WEIGHTS))
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    rng = np.random.default_rng(0)
+    feeds = tuple({"x": rng.standard_normal((6, 4, 6)).astype(np.float32)} for _ in range(12))
+    state.calibration = CalibrationData(feeds, (None,) * 12, 72, 72, "test", (), False)
+    state.keep = {g.name: g.size // 2 for g in state.groups}
+    PruneGroupsPass()(state)
+    return state
+
+
+def constant(state: State, name: str) -> np.ndarray:
+    (found,) = (c for c in state.model.constants() if c.name == name)
+    found.values = np.array(found.values)
+    values: np.ndarray = found.values
+    return values
+
+
+def test_a_right_cut_passes_and_is_measured() -> None:
+    state = cut()
+    VerifyModelPass()(state)
+    facts = state.facts["verification"]
+    assert facts["exact_difference"] <= 1e-5
+    assert facts["exact_dtype"] == "float32"
+    assert facts["outputs"]["y"].rows == 24  # one of twelve batches is held back
+    assert 0 < facts["outputs"]["y"].relative_rms < 1
+
+
+@pytest.mark.parametrize("name", ["w1", "w2", "w3"])
+def test_a_wrong_weight_is_caught(name: str) -> None:
+    state = cut()
+    constant(state, name)[0, 0] += 0.5
+    with pytest.raises(CheckError, match="cut against masked original: output 'y' differs"):
+        VerifyModelPass()(state)
+
+
+def test_a_wrong_bias_is_caught() -> None:
+    state = cut()
+    (name,) = (c.name for c in state.model.constants() if c.name.startswith("w3_"))
+    constant(state, name)[1] += 0.5
+    with pytest.raises(CheckError, match="differs"):
+        VerifyModelPass()(state)
+
+
+def test_another_interface_is_caught() -> None:
+    state = cut()
+    state.model.graph.outputs[0].name = "z"
+    with pytest.raises(CheckError, match="the outputs changed"):
+        VerifyModelPass()(state)
+
+
+def test_what_onnx_runtime_cannot_load_is_caught() -> None:
+    state = cut()
+    next(n for n in state.model.graph.nodes if n.op == "Tanh").op = "Tanhh"
+    with pytest.raises(CheckError, match=r"checker refuses|cannot load"):
+        VerifyModelPass()(state)
+
+
+def test_a_graph_that_the_checker_never_liked_is_not_refused_for_it() -> None:
+    """ONNX Runtime's optimizer writes LayerNormalization into graphs of opset 13."""
+    proto = graphs.parse(
+        "f (float[b, s, 6] x) => (float[b, s, 6] y) { n = LayerNormalization(x, g)  u = MatMul(n, w1)  h = Relu(u)  y = MatMul(h, w2) }",
+        {"g": (6,), "w1": (6, 11), "w2": (11, 6)},
+        opset=13,
+    )
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(proto)
+    state = load_state(proto)
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    feeds = tuple({"x": np.random.default_rng(i).standard_normal((6, 4, 6)).astype(np.float32)} for i in range(3))
+    state.calibration = CalibrationData(feeds, (None,) * 3, 18, 18, "test", (), False)
+    state.keep = {g.name: 5 for g in state.groups}
+    PruneGroupsPass()(state)
+    VerifyModelPass()(state)
+
+
+def test_half_precision_keeps_the_shape_of_its_output() -> None:
+    """The converter lists the output again, without a shape, among the inner values."""
+    built = zoo.ready(next(c for c in zoo.cases(fast=True) if c.name == "bert-torchscript-eager-dynamic-transformers"))
+    proto = onnx.load(built.path)
+    again = proto.graph.value_info.add()
+    again.name = proto.graph.output[0].name
+    again.type.tensor_type.elem_type = 1
+    state = load_state(proto)
+    shapes = [len(v.type.tensor_type.shape.dim) for v in state.model.to_proto().graph.output]
+    assert shapes == [len(v.type.tensor_type.shape.dim) for v in proto.graph.output]
