@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
 from liar_opt.runtime.calibration_data import InputSpec
@@ -315,13 +315,7 @@ def save_proto(proto: onnx.ModelProto, path: Path) -> None:
     temporary_data = Path(name + ".data")
     try:
         if size > EXTERNAL_LIMIT:
-            onnx.external_data_helper.convert_model_to_external_data(proto, location=temporary_data.name)
-            onnx.save(proto, temporary)
-            for tensor in proto.graph.initializer:
-                for entry in tensor.external_data:
-                    if entry.key == "location":
-                        entry.value = data.name
-            onnx.save(proto, temporary)
+            temporary.write_bytes(_write_external(proto, temporary_data, data.name).SerializeToString())
             temporary_data.replace(data)
         else:
             temporary.write_bytes(proto.SerializeToString())
@@ -333,6 +327,36 @@ def save_proto(proto: onnx.ModelProto, path: Path) -> None:
         for leftover in (temporary, temporary_data):
             with contextlib.suppress(FileNotFoundError):
                 leftover.unlink()
+
+
+def _write_external(proto: onnx.ModelProto, path: Path, location: str) -> onnx.ModelProto:
+    """Writes the large initializers to ``path`` and returns the model without them; ``proto`` stays as it is."""
+    light = onnx.ModelProto()
+    _copy_fields(proto, light, "graph")
+    _copy_fields(proto.graph, light.graph, "initializer")
+    offset = 0
+    with path.open("wb") as stream:
+        for tensor in proto.graph.initializer:
+            length = len(tensor.raw_data)
+            if length <= SKELETON_LIMIT:
+                light.graph.initializer.append(tensor)
+                continue
+            stub = light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", location), ("offset", offset), ("length", length)):
+                stub.external_data.add(key=key, value=str(value))
+            offset += stream.write(tensor.raw_data)
+    return light
+
+
+def _copy_fields(source: Message, target: Message, left_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == left_out:
+            continue
+        if hasattr(value, "MergeFrom"):
+            getattr(target, field.name).MergeFrom(value)
+        else:
+            setattr(target, field.name, value)
 
 
 def _first_missing_external(proto: onnx.ModelProto, folder: Path) -> str:
