@@ -350,13 +350,13 @@ def _write_external(proto: onnx.ModelProto, path: Path, location: str) -> onnx.M
 
 
 def _copy_fields(source: Message, target: Message, left_out: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == left_out:
+    for described, value in source.ListFields():
+        if described.name == left_out:
             continue
         if hasattr(value, "MergeFrom"):
-            getattr(target, field.name).MergeFrom(value)
+            getattr(target, described.name).MergeFrom(value)
         else:
-            setattr(target, field.name, value)
+            setattr(target, described.name, value)
 
 
 def _first_missing_external(proto: onnx.ModelProto, folder: Path) -> str:

@@ -88,7 +88,14 @@ def test_a_shared_matrix_is_cut_once() -> None:
 def test_a_shared_reshape_target_is_copied_where_another_layer_keeps_it() -> None:
     half = "h{0} = MatMul({1}, w{0})  a{0} = Reshape(h{0}, to)  r{0} = Relu(a{0})  b{0} = Reshape(r{0}, back)  y{0} = MatMul(b{0}, o{0})"
     text = f"f (float[b, s, 6] x) => (float[b, s, 6] y2) {{ {half.format(1, 'x')}\n {half.format(2, 'y1')} }}"
-    weights = {"w1": (6, 15), "o1": (15, 6), "w2": (6, 15), "o2": (15, 6), "to": ints(0, 0, 3, 5), "back": ints(0, 0, 15)}
+    weights: Weights = {
+        "w1": (6, 15),
+        "o1": (15, 6),
+        "w2": (6, 15),
+        "o2": (15, 6),
+        "to": ints(0, 0, 3, 5),
+        "back": ints(0, 0, 15),
+    }
     proto = graphs.parse(text, weights)
     assert graphs.sizes(proto) == [("ffn", 6), ("heads", 3), ("heads", 3)]
     graphs.prove(proto, {"b": 2, "s": 4})

@@ -317,7 +317,7 @@ def test_packed_heads_outermost() -> None:
         qt = Transpose<perm=[0,2,1,3]>(q3)  kt = Transpose<perm=[0,2,3,1]>(k3)  vt = Transpose<perm=[0,2,1,3]>(v3)
         a = MatMul(qt, kt)  pr = Softmax(a)  c = MatMul(pr, vt)
         ct = Transpose<perm=[0,2,1,3]>(c)  j = Reshape(ct, join)  y = MatMul(j, wo) }"""
-    weights = {
+    weights: Weights = {
         "w": (10, 60),
         "r": ints(0, 0, 5, 3, 4),
         "n": ints(1, 1, 1),
@@ -383,7 +383,7 @@ def test_a_stage_with_fewer_rows_is_no_pooler() -> None:
         u = MatMul(x, w1)  h = Relu(u)  r = MatMul(h, w2)  r2 = Add(x, r)
         half = Slice(r2, zero, six, one)  v = MatMul(half, w3)  k = Relu(v)  y = MatMul(k, w4)
         first = Gather<axis=1>(x, none)  g = MatMul(first, w5)  t = Tanh(g)  z = MatMul(t, w6) }"""
-    weights = {
+    weights: Weights = {
         "w1": (6, 11), "w2": (11, 6), "w3": (6, 13), "w4": (13, 7), "w5": (6, 9), "w6": (9, 3),
         "zero": ints(0), "six": ints(6), "one": ints(1), "none": np.asarray(0),
     }  # fmt: skip
