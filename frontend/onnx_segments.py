@@ -96,7 +96,8 @@ class Extracted:
 
     def serialise(self) -> bytes:
         """Returns the model as bytes."""
-        return self.model.SerializeToString()
+        data: bytes = self.model.SerializeToString()
+        return data
 
 
 def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Segment, ...]]:
@@ -343,7 +344,7 @@ def tap_for(walk: GraphWalk, use: ConsumerUse, width: int, batch: tuple[int, ...
 
 def row_mask(mask: np.ndarray, layout: str, repeat: int) -> np.ndarray:
     """Lays a row mask [b, s] or [b] out as the rows of an activation, bool [rows]."""
-    sample = mask if mask.ndim == 1 else mask.any(axis=1)
+    sample = mask if mask.ndim == 1 else np.asarray(mask.any(axis=1))
     if layout == "bs":
         return mask.reshape(-1)
     if layout == "sb":
