@@ -26,6 +26,11 @@ from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
 
 ROWS = "liar_opt_rows"
 """Name of the input that says which rows count: bool [rows of one activation]; the layout is appended."""
+PROJECTION = 32
+"""Random signs through which the variance of the residual stream is estimated."""
+VARIANCE_FLOOR = 1e-5
+SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
+"""Operators that add their first two inputs, and where their bias is."""
 TRIANGLE_FROM = 512
 """Widths from here on compute X^T X by blocks of the upper triangle."""
 BLOCKS = 6
@@ -40,6 +45,27 @@ class Segment:
     groups: tuple[Any, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The residual stream t = x W + (other tensors) + (a constant) behind a consumer, seen through random signs R [m, k].
+
+    What a change of y does to the model is judged by the normalisation that follows: relative to the variance of t.
+    Without it a few tokens with huge activations (the first, separators) decide every mean and covariance. k columns
+    estimate the variance well enough for a weight, at a fraction of the product's cost.
+
+    Attributes:
+        terms: the tensors [.., m] that are added to y.
+        projection: R, float32 [m, k], its columns centred so that R sees the variance, not the mean.
+        weight: W R, float32 [n, k].
+        offset: the constants R, float32 [k].
+    """
+
+    terms: tuple[str, ...]
+    projection: np.ndarray
+    weight: np.ndarray
+    offset: np.ndarray
+
+
 @dataclass(frozen=True)
 class Tap:
     """One activation to be measured.
@@ -52,8 +78,7 @@ class Tap:
         layout: order of its rows against the batch: "bs", "sb", "b" (one row a sample), "b*" (several fixed rows a
             sample), "all" (rows cannot be told apart).
         repeat: rows a sample for layout "b*".
-        target: name of the dense output that it is fitted to (an extra input), or None.
-        target_width: columns of the target.
+        stream: the residual stream behind the consumer, by whose size each row is weighted.
     """
 
     tensor: str
@@ -62,8 +87,7 @@ class Tap:
     width: int
     layout: str = "all"
     repeat: int = 1
-    target: str | None = None
-    target_width: int = 0
+    stream: Stream | None = None
 
     @property
     def key(self) -> str:
@@ -79,11 +103,9 @@ class Tap:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the outputs: count, total, the block rows of X^T X, and with a target cross, total and square."""
-        names = [f"{self.key}/count", f"{self.key}/total"]
+        """Names of the outputs: rows, count (the weights' sum), total, and the block rows of X^T X."""
+        names = [f"{self.key}/rows", f"{self.key}/count", f"{self.key}/total"]
         names += [f"{self.key}/second{i}" for i in range(len(self.bounds) - 1)]
-        if self.target is not None:
-            names += [f"{self.key}/cross", f"{self.key}/target_total", f"{self.key}/target_square"]
         return names
 
 
@@ -136,9 +158,7 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
 def _producers_start(walk: GraphWalk, group: Any, order: dict[int, int]) -> int:
     """Returns the position of the first node that reads a weight of the group (shape arithmetic left out)."""
     positions = [
-        order[id(u.node)]
-        for u in walk.constant_uses
-        if any(group.factor in walk.algebra.leaves(f) for f in u.axes)
+        order[id(u.node)] for u in walk.constant_uses if any(group.factor in walk.algebra.leaves(f) for f in u.axes)
     ]
     return min(positions, default=group.start)
 
@@ -198,6 +218,7 @@ def extract(
     """
     graph = walk.model.graph
     needed = {*outputs, *(t.tensor for t in taps)}
+    needed.update(name for t in taps if t.stream is not None for name in t.stream.terms)
     nodes: list[gs.Node] = []
     for node in reversed(graph.nodes[start:stop]):
         if any(t.name in needed for t in node.outputs):
@@ -214,7 +235,9 @@ def extract(
     for name in sorted(needed - made - set(constants)):
         if name in declared:
             tensor = declared[name]
-            inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape))
+            inputs.append(
+                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape)
+            )
         else:
             inputs.append(helper.make_tensor_value_info(name, types[name], None))
     protos = [OnnxExporter.export_node(n) for n in nodes]
@@ -223,8 +246,6 @@ def extract(
         inputs.append(helper.make_tensor_value_info(f"{ROWS}_{layout}", TensorProto.BOOL, [None]))
     for tap in taps:
         add_moments(tap, protos, initializers)
-        if tap.target is not None:
-            inputs.append(helper.make_tensor_value_info(tap.target, types[tap.target], None))
     names = [*outputs, *(o for t in taps for o in t.outputs)]
     ends = [onnx.ValueInfoProto(name=name) for name in names]
     proto = helper.make_graph(protos, "segment", inputs, ends, initializers)
@@ -258,8 +279,8 @@ def _captured(graph: gs.Graph) -> set[str]:
 def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto]) -> None:
     """Appends the nodes that compute the moments of one activation.
 
-    x [.., n] -> rows [N, n] -> real rows [r, n] in float32 -> count, column sums [n], X^T X by block rows
-    [width of block i, n - bounds[i]], and with a target Y [r, m]: X^T Y [n, m], column sums [m] and the square of Y.
+    x [.., n] -> rows [N, n] -> real rows [r, n] in float32, weighted by the stream -> count, column sums [n], X^T X by
+    block rows [width of block i, n - bounds[i]].
     """
     k = tap.key
 
@@ -283,17 +304,43 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         return f"{k}/{name}"
 
     x = rows(tap.tensor, tap.axis, tap.rank, tap.width, "x")
-    count, total, *second = tap.outputs[: 2 + len(tap.bounds) - 1]
+    rows_seen, count, total, *second = tap.outputs[: 3 + len(tap.bounds) - 1]
     nodes.append(helper.make_node("Shape", [x], [f"{k}/x_shape_now"]))
     zero = constant("zero", np.asarray(0, np.int64))
-    nodes.append(helper.make_node("Gather", [f"{k}/x_shape_now", zero], [count], axis=0))
-    # A product with ones: column sums at the speed of a matrix product, and valid at every opset.
-    ones_shape = f"{k}/ones_shape"
+    nodes.append(helper.make_node("Gather", [f"{k}/x_shape_now", zero], [rows_seen], axis=0))
     one = constant("one", np.asarray([1], np.int64))
-    nodes.append(helper.make_node("Reshape", [count, one], [f"{k}/count_vector"]))
-    nodes.append(helper.make_node("Concat", [one, f"{k}/count_vector"], [ones_shape], axis=0))
-    value = onnx.numpy_helper.from_array(np.ones(1, np.float32))
-    nodes.append(helper.make_node("ConstantOfShape", [ones_shape], [f"{k}/ones"], value=value))
+    if tap.stream is None:
+        # A product with ones: column sums at the speed of a matrix product, and valid at every opset.
+        nodes.append(helper.make_node("Reshape", [rows_seen, one], [f"{k}/rows_vector"]))
+        nodes.append(helper.make_node("Concat", [one, f"{k}/rows_vector"], [f"{k}/ones_shape"], axis=0))
+        value = onnx.numpy_helper.from_array(np.ones(1, np.float32))
+        nodes.append(helper.make_node("ConstantOfShape", [f"{k}/ones_shape"], [f"{k}/ones"], value=value))
+        nodes.append(helper.make_node("Cast", [rows_seen], [count], to=TensorProto.FLOAT))
+    else:
+        # Rows times g = 1 / sqrt(var t): moments of weight g^2; sums are g^T (g x), the count is g^T g.
+        seen = tap.stream.projection.shape[1]
+        nodes.append(helper.make_node("MatMul", [x, constant("stream_weight", tap.stream.weight)], [f"{k}/stream0"]))
+        nodes.append(
+            helper.make_node("Add", [f"{k}/stream0", constant("stream_offset", tap.stream.offset)], [f"{k}/stream1"])
+        )
+        sum_ = f"{k}/stream1"
+        projection = constant("projection", tap.stream.projection)
+        for i, term in enumerate(tap.stream.terms):
+            source = rows(term, 1, 2, tap.stream.projection.shape[0], f"term{i}")
+            nodes.append(helper.make_node("MatMul", [source, projection], [f"{k}/projected{i}"]))
+            nodes.append(helper.make_node("Add", [sum_, f"{k}/projected{i}"], [f"{k}/sum{i}"]))
+            sum_ = f"{k}/sum{i}"
+        mean = constant("mean", np.full((seen, 1), 1.0 / seen, np.float32))
+        nodes.append(helper.make_node("Mul", [sum_, sum_], [f"{k}/square"]))
+        nodes.append(helper.make_node("MatMul", [f"{k}/square", mean], [f"{k}/variance"]))
+        floor = constant("floor", np.asarray(VARIANCE_FLOOR, np.float32))
+        nodes.append(helper.make_node("Add", [f"{k}/variance", floor], [f"{k}/floored"]))
+        nodes.append(helper.make_node("Sqrt", [f"{k}/floored"], [f"{k}/deviation"]))
+        nodes.append(helper.make_node("Reciprocal", [f"{k}/deviation"], [f"{k}/gain"]))
+        nodes.append(helper.make_node("Mul", [x, f"{k}/gain"], [f"{k}/weighted"]))
+        x = f"{k}/weighted"
+        nodes.append(helper.make_node("Transpose", [f"{k}/gain"], [f"{k}/ones"], perm=[1, 0]))
+        nodes.append(helper.make_node("MatMul", [f"{k}/ones", f"{k}/gain"], [count]))
     nodes.append(helper.make_node("MatMul", [f"{k}/ones", x], [total]))
     bounds = tap.bounds
     for i, name in enumerate(second):
@@ -307,13 +354,6 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
                 last = constant(f"last{i}", np.asarray([tap.width], np.int64))
                 nodes.append(helper.make_node("Slice", [x, ends[0], last, one], [right]))
         nodes.append(helper.make_node("Gemm", [left, right], [name], transA=1))
-    if tap.target is not None:
-        y = rows(tap.target, 1, 2, tap.target_width, "y")
-        cross, target_total, target_square = tap.outputs[-3:]
-        nodes.append(helper.make_node("Gemm", [x, y], [cross], transA=1))
-        nodes.append(helper.make_node("MatMul", [f"{k}/ones", y], [target_total]))
-        nodes.append(helper.make_node("Mul", [y, y], [f"{k}/y_square"]))
-        nodes.append(helper.make_node("MatMul", [f"{k}/ones", f"{k}/y_square"], [target_square]))
 
 
 def tap_for(walk: GraphWalk, use: ConsumerUse, width: int, batch: tuple[int, ...]) -> Tap:
@@ -326,7 +366,9 @@ def tap_for(walk: GraphWalk, use: ConsumerUse, width: int, batch: tuple[int, ...
         batch: probe sizes of (batch, sequence) or (batch,) by which the row mask is laid out.
     """
     axes = walk.axes[use.activation.name] or ()
-    sizes = [walk.algebra.size(leaf) for i, f in enumerate(axes) if i != use.activation_axis for leaf in walk.algebra.leaves(f)]
+    sizes = [
+        walk.algebra.size(leaf) for i, f in enumerate(axes) if i != use.activation_axis for leaf in walk.algebra.leaves(f)
+    ]
     layout, repeat = "all", 1
     if not batch:
         return Tap(use.activation.name, use.activation_axis, len(axes), width)
@@ -340,6 +382,56 @@ def tap_for(walk: GraphWalk, use: ConsumerUse, width: int, batch: tuple[int, ...
     elif sizes[: len([s for s in batch[:1] if s != 1])] == [s for s in batch[:1] if s != 1]:
         layout, repeat = "b*", int(np.prod(sizes, dtype=np.int64)) // batch[0]
     return Tap(use.activation.name, use.activation_axis, len(axes), width, layout, repeat)
+
+
+def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None:
+    """Returns the residual stream behind a consumer, or None where its output is not added to one.
+
+    From y the graph is followed through what is added to it, constants and tensors of its own shape, as long as nothing
+    else reads the sum.
+    """
+    graph = walk.model.graph
+    order = {id(n): i for i, n in enumerate(graph.nodes)}
+    columns = use.weight.shape[1 - use.weight_axis] if len(use.weight.shape) == 2 else 0
+    if not columns or use.output_axis != -1:
+        return None
+    constant = np.zeros(columns, np.float32)
+    if use.bias[0] == "input" and len(use.node.inputs) > use.bias[1] and is_constant(use.node.inputs[use.bias[1]]):
+        constant = (
+            constant + np.asarray(use.node.inputs[use.bias[1]].values, np.float32).reshape(-1)[:columns] * use.bias_scale
+        )
+    terms: list[str] = []
+    tensor, axes = use.node.outputs[0], walk.axes.get(use.node.outputs[0].name)
+    while len(tensor.outputs) == 1 and not any(tensor is t for t in graph.outputs) and axes is not None:
+        reader = tensor.outputs[0]
+        skip = reader.op in SKIPS
+        if reader.op not in ("Add", "Reshape", "Dropout", "Identity") and not skip:
+            break
+        others = [
+            t
+            for i, t in enumerate(reader.inputs)
+            if t is not tensor and present(t) and (i < 2 or (skip and i == SKIPS[reader.op]))
+        ]
+        for other in others if reader.op == "Add" or skip else ():
+            if is_constant(other):
+                if int(np.prod(other.shape)) not in (1, columns):
+                    return None
+                constant = constant + np.asarray(other.values, np.float32).reshape(-1)
+                continue
+            own = walk.axes.get(other.name)
+            made = order[id(other.inputs[0])] if other.inputs else -1
+            if own is None or walk.shape(own) != walk.shape(axes) or made > order[id(use.node)]:
+                return None
+            terms.append(other.name)
+        tensor, axes = reader.outputs[0], walk.axes.get(reader.outputs[0].name)
+        if skip or axes is None or walk.algebra.size(axes[-1]) != columns:
+            break
+    if not terms:
+        return None
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (columns, PROJECTION))
+    signs = ((signs - signs.mean(axis=0)) / np.sqrt(columns)).astype(np.float32)
+    live = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0).astype(np.float32)
+    return Stream(tuple(terms), signs, (live * np.float32(use.scale)) @ signs, constant @ signs)
 
 
 def row_mask(mask: np.ndarray, layout: str, repeat: int) -> np.ndarray:

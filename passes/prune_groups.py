@@ -8,7 +8,7 @@ over layers by a common position bias) are measured first, on the whole model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
-from liar_opt.frontend.onnx_segments import ROWS, Extracted, Tap, extract, live_tensors, plan_segments, row_mask, tap_for
+from liar_opt.frontend.onnx_segments import (
+    ROWS,
+    Extracted,
+    Tap,
+    extract,
+    live_tensors,
+    plan_segments,
+    row_mask,
+    stream_of,
+    tap_for,
+)
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.registry import REPAIRS, SCORES, Measured, Repaired, lookup
@@ -25,6 +35,7 @@ from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, Opt
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, element_type
 
+WEIGHTINGS = ("stream", "none")
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
 
@@ -56,7 +67,9 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         score: which blocks stay; a name in ``registry.SCORES``.
         repair: what happens to the rest; a name in ``registry.REPAIRS``.
         ridge: relative ridge; None chooses it on held-back calibration rows.
-        seed: for scores that draw.
+        seed: for all that is drawn.
+        weighting: "none" counts every row alike; "stream" weights it by the inverse variance of the residual stream there,
+            as the normalisation behind it will.
     """
 
     name: ClassVar[str] = "prune-groups"
@@ -64,6 +77,7 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
     repair: str = "liar"
     ridge: float | None = None
     seed: int = 0
+    weighting: str = "none"
 
     def requires(self, state: State) -> None:
         """Checks the options and that there is something to measure on.
@@ -73,6 +87,7 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         """
         lookup("score", SCORES, self.score)
         lookup("repair", REPAIRS, self.repair)
+        lookup("weighting", dict.fromkeys(WEIGHTINGS), self.weighting)
         if self.ridge is not None and not self.ridge >= 0:
             raise OptionError(f"ridge {self.ridge:g} is negative; give 0 or more, or leave it out to have it chosen")
         if state.calibration is None or not state.calibration.batches:
@@ -140,6 +155,8 @@ class _Run:
         for group in groups:
             for use in (u for c in group.consumers for u in c.uses):
                 tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
+                if self.options.weighting == "stream":
+                    tap = replace(tap, stream=stream_of(self.walk, use, self.options.seed))
                 taps[tap.tensor, tap.axis] = tap
         moments = self.measure(list(taps.values()), stop, first)
         for group in groups:
@@ -162,10 +179,10 @@ class _Run:
                 rows = {f"{ROWS}_{layout}{repeat}": row_mask(mask, layout, repeat) for layout, repeat in laid}
             values = _run(session, {**feeds, **self.alive[index], **rows}, [*made, *sums], sums)
             for tap in taps:
-                count, total, *second = (values[o] for o in tap.outputs)
+                seen, count, total, *second = (values[o] for o in tap.outputs)
                 try:
                     result[tap.tensor, tap.axis].add_block_rows(
-                        int(count), total.reshape(-1), second, tap.bounds, held_back=index in self.held
+                        float(count.reshape(-1)[0]), total.reshape(-1), second, tap.bounds, index in self.held, int(seen)
                     )
                 except OptionError as err:
                     raise ModelError(
@@ -219,7 +236,9 @@ class _Run:
         flat = full.reshape(consumer.width, -1)
         flat[kept] = repaired.weight.astype(old.dtype)
         if not np.isfinite(flat[kept]).all():
-            raise ModelError(f"the repaired weight of node '{use.node.name}' overflows {old.dtype}; use repair 'bias' or float32")
+            raise ModelError(
+                f"the repaired weight of node '{use.node.name}' overflows {old.dtype}; use repair 'bias' or float32"
+            )
         places = [(u.node, u.weight_position) for u in consumer.uses]
         value = np.ascontiguousarray(np.moveaxis(flat.reshape(shape), 0, use.weight_axis))
         self.rewriter.set_constant(places, value)

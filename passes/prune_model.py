@@ -164,6 +164,7 @@ def prune(
     score: str = "greedy",
     repair: str = "liar",
     ridge: float | None = None,
+    weighting: str = "none",
     tokenizer: str | Path | None = None,
     text_column: str | None = None,
     samples: int = 512,
@@ -190,6 +191,7 @@ def prune(
         score: which blocks stay; see ``registry.SCORES``.
         repair: what the rest becomes; see ``registry.REPAIRS``.
         ridge: relative ridge of the repair; None chooses it on held-back calibration rows.
+        weighting: "none", or "stream" to weight calibration rows as the normalisation behind them will.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
         text_column: the column with the text, for .jsonl, .csv and datasets.
         samples: calibration samples at most.
@@ -216,7 +218,7 @@ def prune(
     state.progress = progress
     state.device = resolve_provider(provider)
     allocate = AllocateWidthsPass(sparsity=sparsity, ffn=ffn, heads=heads, multiple_of=multiple_of)
-    cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed)
+    cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass(), allocate], observer=observer)(state)
     options = CalibrationOptions(
         calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed

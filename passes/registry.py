@@ -58,9 +58,7 @@ class Measured:
             return None
         return self.moments.statistics("training"), self.moments.statistics("held_back")
 
-    def errors(
-        self, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: "Repaired"
-    ) -> dict[str, float]:
+    def errors(self, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: "Repaired") -> dict[str, float]:
         """Returns the mean squared errors of y = x W over all rows, relative to E|y|^2.
 
         "none" leaves the kept weights alone, "bias" adds the mean of what is lost, "repair" is ``repaired``. They are

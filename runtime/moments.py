@@ -52,12 +52,12 @@ class Statistics:
     """The moments of one fold, as means over its rows.
 
     Attributes:
-        count: Number of rows.
+        count: Number of rows, or the sum of their weights.
         mean: E[x], [n].
         covariance: E[(x - mean)^T (x - mean)], [n, n], symmetric.
     """
 
-    count: int
+    count: float
     mean: Array
     covariance: Array
 
@@ -81,7 +81,8 @@ class _Fold:
     """Running sums of one fold; the cross sums have their own count, so that a batch without them is seen."""
 
     def __init__(self, width: int) -> None:
-        self.count = 0
+        self.count = 0.0
+        self.seen = 0
         self.total: Array = np.zeros(width)
         self.second: Array = np.zeros((width, width))
         self.cross: Array | None = None
@@ -91,6 +92,7 @@ class _Fold:
 
     def include(self, other: "_Fold") -> None:
         self.count += other.count
+        self.seen += other.seen
         self.total += other.total
         self.second += other.second
         if other.cross is None or other.target_total is None:
@@ -144,28 +146,31 @@ class Moments:
             raise InternalError(f"moments of width {self.width} were given {total.shape} and {second.shape}")
         _require_finite(total, second)
         fold = self._folds[_fold_name(held_back)]
-        fold.count += int(count)
+        fold.count += float(count)
+        fold.seen += int(count)
         fold.total += total
         fold.second += second
 
     def add_block_rows(
         self,
-        count: int,
+        count: float,
         total: AnyArray,
         rows: Sequence[AnyArray],
         bounds: Sequence[int],
         held_back: bool = False,
+        seen: int | None = None,
     ) -> None:
         """Add one batch whose second moment comes as the upper block rows of a column partition.
 
         Nearly half of the multiplications are saved: X_i^T [X_i, X_i+1, ...] is all that is needed of row i.
 
         Args:
-            count: Rows in the batch.
+            count: Rows in the batch; the sum of the weights where rows are weighted (total and rows are then as well).
             total: Column sums, [n].
             rows: X_i^T [X_i, ..., X_p-1], [bounds[i + 1] - bounds[i], n - bounds[i]], for each part i.
             bounds: 0 = bounds[0] < ... < bounds[p] = n; part i holds the columns bounds[i]:bounds[i+1].
             held_back: Whether the batch belongs to the held-back fold.
+            seen: Rows in the batch where `count` is a sum of weights.
 
         Raises:
             InternalError: The bounds do not increase from 0 to n, or the number or a shape of the rows does not fit.
@@ -181,7 +186,8 @@ class Moments:
             raise InternalError(f"block rows {[row.shape for row in rows]}, totals {total.shape}; needed {expected}")
         _require_finite(total)  # a row that is not finite shows in its column sums
         fold = self._folds[_fold_name(held_back)]
-        fold.count += int(count)
+        fold.count += float(count)
+        fold.seen += int(count if seen is None else seen)
         fold.total += total
         for (low, high), row in zip(steps, rows, strict=True):
             fold.second[low:high, low:] += row
@@ -233,7 +239,7 @@ class Moments:
             InternalError: The fold has no rows.
         """
         sums = self._sums(fold)
-        if sums.count == 0:
+        if sums.count <= 0:
             raise InternalError(f"no rows in fold '{fold}'")
         mean = sums.total / sums.count
         covariance = sums.second / sums.count
@@ -263,8 +269,8 @@ class Moments:
     def rows(self, fold: FoldName = "all") -> int:
         """Return the number of rows in one fold, or in both together."""
         if fold == "all":
-            return sum(sums.count for sums in self._folds.values())
-        return self._folds[fold].count
+            return sum(sums.seen for sums in self._folds.values())
+        return self._folds[fold].seen
 
     @property
     def count(self) -> int:

@@ -26,7 +26,11 @@ def parse(text: str, weights: Weights | None = None, opset: int = 17, seed: int 
     )
     rng = np.random.default_rng(seed)
     for name, value in (weights or {}).items():
-        array = np.asarray(value) if isinstance(value, np.ndarray | np.generic) else rng.standard_normal(value).astype(np.float32)
+        array = (
+            np.asarray(value)
+            if isinstance(value, np.ndarray | np.generic)
+            else rng.standard_normal(value).astype(np.float32)
+        )
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     return proto
 

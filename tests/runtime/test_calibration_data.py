@@ -19,9 +19,7 @@ from liar_opt.runtime import calibration_data
 from liar_opt.runtime.calibration_data import CalibrationData, InputSpec, load_calibration
 from liar_opt.runtime.errors import OptionError
 
-WORDS = re.findall(
-    r"\w+", "the cat sat on a mat while rain fell over london and nobody said one more word about it today"
-)
+WORDS = re.findall(r"\w+", "the cat sat on a mat while rain fell over london and nobody said one more word about it today")
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 PAD, UNK, CLS, SEP = 3, 2, 1, 0  # the pad is not 0, so that a forgotten pad id shows
 
@@ -316,9 +314,7 @@ def test_tokenizer_without_a_pad_token(tmp_path: Path) -> None:
 
 def test_slow_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, "[MASK]", *dict.fromkeys(WORDS)]) + "\n")
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 7})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 7}))
     data = load_calibration(["the cat sat", "rain"], BERT, tokenizer=tmp_path)
     assert data.tokens == 8
     assert data.batches[0]["input_ids"].shape == (2, 5)

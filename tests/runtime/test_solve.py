@@ -190,8 +190,7 @@ def test_more_rows_choose_a_smaller_ridge() -> None:
     held = statistics_of(rows_of(2, 400))
     kept, removed = split(3, 5)
     few, many = (
-        solve.choose_ridge(statistics_of(rows_of(1, rows)), held, [weight_of(1)], kept, removed).ridge
-        for rows in (8, 5000)
+        solve.choose_ridge(statistics_of(rows_of(1, rows)), held, [weight_of(1)], kept, removed).ridge for rows in (8, 5000)
     )
     assert many < few
 

@@ -367,7 +367,8 @@ def cost_markdown(data: Mapping[str, Any]) -> str:
     text = (
         f"{data['machine']}.\nOne pass of the dense model over the {CALIBRATION} calibration sentences "
         f"({data['tokens']:,} tokens) in ONNX Runtime; the whole command\nfrom start to exit, with reading, checking, "
-        "timing both models and writing; `prune(latency=False)` in a process that has run\nONNX Runtime before; and the command's "
+        "timing both models and writing; `prune(latency=False)` in a process that has run\n"
+        "ONNX Runtime before; and the command's "
         f"peak memory over the model's {data['model_bytes'] / 2**20:.0f} MiB "
         f"(a process that only runs the dense model: {data['forward_peak'] / 2**20:,.0f} MiB).\n\n"
     )
