@@ -1,0 +1,28 @@
+"""The table of operator rules that :mod:`liar_opt.frontend.onnx_rules` walks a graph with, and how rules get into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import onnx_graphsurgeon as gs
+
+if TYPE_CHECKING:
+    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.passes.axes import Factor
+
+Axes = tuple["Factor", ...]
+Rule = Callable[["GraphWalk", gs.Node], None]
+RULES: dict[tuple[str, str], Rule] = {}
+MICROSOFT = "com.microsoft"
+
+
+def rule(*ops: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Registers a rule for operators of ``domain``."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            RULES[domain, op] = function
+        return function
+
+    return register
