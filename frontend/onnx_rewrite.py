@@ -383,6 +383,9 @@ class Rewriter:
         output = gs.Variable(next(self._names), dtype or np.dtype(np.int64))
         node = gs.Node(op, f"{op}_{output.name}", attrs, inputs, [output])
         self.graph.nodes.insert(self._index(before), node)
+        value = self._evaluate(output, {})
+        if value is not None:
+            self.walk.values[output.name] = value
         return output
 
     def _index(self, node: gs.Node) -> int:

@@ -195,12 +195,21 @@ def _elements(walk: GraphWalk, names: set[str]) -> int:
 
 
 def live_tensors(walk: GraphWalk, position: int) -> list[str]:
-    """Returns the names of the tensors made before ``position`` and read from there on; graph inputs left out."""
+    """Returns the names of the tensors made before ``position`` and read from there on; graph inputs left out.
+
+    What a shape was computed from is alive with it: a cut behind ``position`` may compute that shape anew.
+    """
     nodes = walk.model.graph.nodes
-    made = {t.name for n in nodes[:position] for t in n.outputs if present(t)}
+    made = {t.name: n for n in nodes[:position] for t in n.outputs if present(t)}
     read = set().union(*(_read(n) for n in nodes[position:]))
     read |= {t.name for t in walk.model.graph.outputs}
-    return sorted(made & read)
+    alive = made.keys() & read
+    pending = [name for name in alive if name in walk.values]
+    while pending:
+        behind = {n for n in _read(made[pending.pop()]) if n in walk.values and n in made} - alive
+        alive |= behind
+        pending += behind
+    return sorted(alive)
 
 
 def extract(

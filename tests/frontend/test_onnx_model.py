@@ -183,6 +183,13 @@ def test_other_folds_of_one_weight_are_others() -> None:
     assert len(out.graph.initializer) == 2
 
 
+def test_a_table_that_is_also_multiplied_is_stored_once() -> None:
+    text = """f (int64[b, 5] ids) => (float[b, 5, 120] y) { x = Gather(w, ids)  t = Transpose<perm=[1,0]>(w)
+        y = MatMul(x, t) }"""
+    _, out = normalised(text, {"w": (120, 11)})
+    assert [tuple(i.dims) for i in out.graph.initializer] == [(120, 11)]
+
+
 def test_what_is_a_graph_output_is_not_folded_away() -> None:
     text = "f (float[b, 6] x) => (float[b, 6] y, float[b, 6] z, float[6, 2] t) { y = Relu(x)  z = Identity(y)  t = Transpose(w) }"
     _, out = normalised(text, {"w": (2, 6)})

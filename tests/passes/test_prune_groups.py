@@ -197,3 +197,16 @@ def test_branches_that_read_from_outside() -> None:
     cut, _, result = pruned(proto, 0.5, data(feeds))
     assert [c.after for c in result.changes] == [6, 6]
     onnx.checker.check_model(cut)
+
+
+def test_a_shape_that_layers_share_is_computed_anew_behind_the_first() -> None:
+    block = """u{0} = MatMul(x{0}, w{0})  r{0} = Reshape(u{0}, k)  p{0} = Softmax(r{0})  f{0} = Reshape(p{0}, m)
+        z{0} = MatMul(f{0}, v{0})  x{1} = Add(x{0}, z{0})"""
+    text = f"""f (float[b, s, 6] x0) => (float[b, s, 6] x2) {{ n = Shape<end = 2>(x0)  k = Concat<axis = 0>(n, heads)
+        m = Concat<axis = 0>(n, rest)  {block.format(0, 1)}  {block.format(1, 2)} }}"""
+    weights: dict[str, tuple[int, ...] | np.ndarray] = {"heads": np.asarray([5, 4]), "rest": np.asarray([-1])}
+    proto = graphs.parse(text, {**weights, **{f"{w}{i}": (6, 20) if w == "w" else (20, 6) for i in range(2) for w in "wv"}})
+    cut, _, result = pruned(proto, 0.6)
+    assert [c.after for c in result.changes] == [3, 3]
+    onnx.checker.check_model(cut, full_check=True)
+    assert error(proto, cut) > 0.0
