@@ -9,10 +9,9 @@ want them; the others read a whole text. `build` proves each export against torc
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,7 @@ def _pairs(family: str, model: str, **fields: Any) -> Callable[[str], Any]:
 
         tf: Any = transformers
         config = getattr(tf, f"{family}Config")(**fields)
+        config._experts_implementation = "batched_mm"  # the only one that the exporters know
         return getattr(tf, model)._from_config(config, attn_implementation=attention)
 
     return make
@@ -112,7 +112,9 @@ DECODERS = (
     Decoder("gpt2", _pairs("GPT2", "GPT2LMHeadModel", **_common(n_inner=FFN)), PLAIN),
     Decoder("opt", _causal("OPT", **_common(ffn_dim=FFN, word_embed_proj_dim=HIDDEN)), PLAIN),
     Decoder("llama", _causal("Llama", **_grouped()), PLAIN),
-    Decoder("llama-tied-mha", _causal("Llama", **_common(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)), PLAIN),
+    Decoder(
+        "llama-tied-mha", _causal("Llama", **_common(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)), PLAIN
+    ),
     Decoder("mistral", _causal("Mistral", **_grouped(sliding_window=6, head_dim=HEAD_DIM + 2)), PLAIN),
     Decoder("qwen2", _causal("Qwen2", **_grouped()), PLAIN),
     Decoder("qwen3", _causal("Qwen3", **_grouped(head_dim=HEAD_DIM + 2)), PLAIN),
@@ -123,34 +125,108 @@ DECODERS = (
     Decoder("phi", _causal("Phi", **_grouped(partial_rotary_factor=0.5)), PLAIN),
     Decoder("gpt-neox", _causal("GPTNeoX", **_common(rotary_pct=0.5)), PLAIN),
     Decoder("gpt-j", _causal("GPTJ", **_common(n_inner=FFN, rotary_dim=4)), PLAIN),
-    Decoder("codegen", _causal("CodeGen", **{**_common(n_inner=FFN, rotary_dim=4, n_ctx=POSITIONS), "hidden_size": 64, "num_attention_heads": 8}), PLAIN),
-    Decoder("gpt-neo", _causal("GPTNeo", **_common(num_layers=LAYERS, num_heads=HEADS, attention_types=[[["global", "local"], 1]], window_size=6)), PLAIN),
+    Decoder(
+        "codegen",
+        _causal(
+            "CodeGen",
+            **{**_common(n_inner=FFN, rotary_dim=4, n_ctx=POSITIONS), "hidden_size": 64, "num_attention_heads": 8},
+        ),
+        PLAIN,
+        attention="eager",
+    ),
+    Decoder(
+        "gpt-neo",
+        _causal(
+            "GPTNeo",
+            **_common(num_layers=LAYERS, num_heads=HEADS, attention_types=[[["global", "local"], 1]], window_size=6),
+        ),
+        PLAIN,
+    ),
     Decoder("gpt-bigcode", _causal("GPTBigCode", **_common(n_inner=FFN, multi_query=True)), PLAIN),
-    Decoder("falcon-mqa", _causal("Falcon", **_common(ffn_hidden_size=FFN, multi_query=True, new_decoder_architecture=False)), PLAIN),
-    Decoder("falcon-gqa", _causal("Falcon", **_common(ffn_hidden_size=FFN, num_kv_heads=GROUPS, new_decoder_architecture=True)), PLAIN),
-    Decoder("falcon-alibi", _causal("Falcon", **_common(ffn_hidden_size=FFN, multi_query=False, alibi=True, new_decoder_architecture=False)), PLAIN),
+    Decoder(
+        "falcon-mqa",
+        _causal("Falcon", **_common(ffn_hidden_size=FFN, multi_query=True, new_decoder_architecture=False)),
+        PLAIN,
+    ),
+    Decoder(
+        "falcon-gqa",
+        _causal("Falcon", **_common(ffn_hidden_size=FFN, num_kv_heads=GROUPS, new_decoder_architecture=True)),
+        PLAIN,
+    ),
     Decoder("bloom", _causal("Bloom", **_common(n_layer=LAYERS, n_head=HEADS)), PLAIN),
-    Decoder("mpt", _causal("Mpt", vocab_size=VOCABULARY, d_model=HIDDEN, n_heads=HEADS, n_layers=LAYERS, expansion_ratio=2, max_seq_len=POSITIONS), PLAIN),
-    Decoder("stablelm", _causal("StableLm", **_grouped(partial_rotary_factor=0.5, qk_layernorm=True)), PLAIN),
+    Decoder(
+        "mpt",
+        _causal(
+            "Mpt",
+            vocab_size=VOCABULARY,
+            d_model=HIDDEN,
+            n_heads=HEADS,
+            n_layers=LAYERS,
+            expansion_ratio=2,
+            max_seq_len=POSITIONS,
+        ),
+        PLAIN,
+    ),
+    Decoder("stablelm", _causal("StableLm", **_grouped(partial_rotary_factor=0.5)), PLAIN),
     Decoder("olmo2", _causal("Olmo2", **_grouped()), PLAIN),
     Decoder("granite", _causal("Granite", **_grouped()), PLAIN),
     Decoder("starcoder2", _causal("Starcoder2", **_grouped(sliding_window=6)), PLAIN),
-    Decoder("cohere", _causal("Cohere", **_grouped(use_qk_norm=True)), PLAIN),
+    Decoder("cohere", _causal("Cohere", **_grouped()), PLAIN),
     Decoder("glm", _causal("Glm", **_grouped(head_dim=HEAD_DIM, partial_rotary_factor=0.5)), PLAIN),
     Decoder("nemotron", _causal("Nemotron", **_grouped(head_dim=HEAD_DIM, partial_rotary_factor=0.5)), PLAIN),
     Decoder("smollm3", _causal("SmolLM3", **_grouped(no_rope_layers=[1, 0])), PLAIN),
-    Decoder("mixtral", _causal("Mixtral", **_grouped(intermediate_size=EXPERT_FFN, num_local_experts=EXPERTS, num_experts_per_tok=2)), PLAIN),
-    Decoder("qwen2-moe", _causal("Qwen2Moe", **_grouped(moe_intermediate_size=EXPERT_FFN, shared_expert_intermediate_size=FFN + 8, num_experts=EXPERTS, num_experts_per_tok=2)), PLAIN),
-    Decoder("olmoe", _causal("Olmoe", **_grouped(intermediate_size=EXPERT_FFN, num_experts=EXPERTS, num_experts_per_tok=2)), PLAIN),
+    Decoder(
+        "mixtral",
+        _causal("Mixtral", **_grouped(intermediate_size=EXPERT_FFN, num_local_experts=EXPERTS, num_experts_per_tok=2)),
+        PLAIN,
+    ),
+    Decoder(
+        "qwen2-moe",
+        _causal(
+            "Qwen2Moe",
+            **_grouped(
+                moe_intermediate_size=EXPERT_FFN,
+                shared_expert_intermediate_size=FFN + 8,
+                num_experts=EXPERTS,
+                num_experts_per_tok=2,
+            ),
+        ),
+        PLAIN,
+    ),
+    Decoder(
+        "olmoe",
+        _causal("Olmoe", **_grouped(intermediate_size=EXPERT_FFN, num_experts=EXPERTS, num_experts_per_tok=2)),
+        PLAIN,
+    ),
     Decoder("t5", _pairs("T5", "T5ForConditionalGeneration", **_T5), BOTH, "texts"),
-    Decoder("t5-gated", _pairs("T5", "T5ForConditionalGeneration", **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False), BOTH, "texts"),
+    Decoder(
+        "t5-gated",
+        _pairs("T5", "T5ForConditionalGeneration", **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        BOTH,
+        "texts",
+    ),
     Decoder("umt5", _pairs("UMT5", "UMT5ForConditionalGeneration", **_T5), BOTH, "texts"),
     Decoder("bart", _pairs("Bart", "BartForConditionalGeneration", **_BART), BOTH, "texts"),
     Decoder("marian", _pairs("Marian", "MarianMTModel", **_BART), BOTH, "texts"),
     Decoder("pegasus", _pairs("Pegasus", "PegasusForConditionalGeneration", **_BART), BOTH, "texts"),
-    Decoder("whisper", _pairs("Whisper", "WhisperForConditionalGeneration", **{k: v for k, v in _BART.items() if k != "max_position_embeddings"}, num_mel_bins=MELS, max_source_positions=FRAMES // 2, max_target_positions=POSITIONS, suppress_tokens=None, begin_suppress_tokens=None), BOTH, "sound"),
+    Decoder(
+        "whisper",
+        _pairs(
+            "Whisper",
+            "WhisperForConditionalGeneration",
+            **{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
+            num_mel_bins=MELS,
+            max_source_positions=FRAMES // 2,
+            max_target_positions=POSITIONS,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        ),
+        BOTH,
+        "sound",
+    ),
 )
 BY_NAME = {d.name: d for d in DECODERS}
+Caches = Sequence[tuple[int, int]]  # of each layer: key-value heads, width of a head
 
 
 @dataclass(frozen=True)
@@ -193,7 +269,7 @@ def cache_width(model: Any) -> list[tuple[int, int]]:
     return [(int(layer.keys.shape[1]), int(layer.keys.shape[3])) for layer in result.layers]
 
 
-def feeds_of(case: Case, size: tuple[int, int], seed: int, caches: list[tuple[int, int]] = [], past: int = PAST) -> dict[str, np.ndarray]:
+def feeds_of(case: Case, size: tuple[int, int], seed: int, caches: Caches = (), past: int = PAST) -> dict[str, np.ndarray]:
     """A seeded batch; with a cache, of `past` positions, its keys and values are drawn too."""
     rng = np.random.default_rng([seed, *size])
     batch, length = size
@@ -208,7 +284,11 @@ def feeds_of(case: Case, size: tuple[int, int], seed: int, caches: list[tuple[in
     mask[-1, slice(0, 2) if case.cache and past else slice(-2, None)] = 0
     result = {"input_ids": ids, "attention_mask": mask}
     if reads == "texts":
-        result = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": rng.integers(START + 1, VOCABULARY, (batch, 7))}
+        result = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": rng.integers(START + 1, VOCABULARY, (batch, 7)),
+        }
     for layer, (groups, width) in enumerate(caches if case.cache else []):
         for what in ("key", "value"):
             value = rng.standard_normal((batch, groups, past, width)).astype(np.float32)
@@ -327,4 +407,4 @@ def ready(case: Case) -> Built:
     return build(case, zoo._session_folder())
 
 
-__all__ = ["BY_NAME", "DECODERS", "Built", "Case", "Decoder", "build", "dataclasses", "ready"]
+__all__ = ["BY_NAME", "DECODERS", "Built", "Case", "Decoder", "build", "ready"]
