@@ -8,6 +8,7 @@ equal folds of equal constants give one constant.
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import tempfile
@@ -31,6 +32,8 @@ QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Mat
 STANDARD = {"", "ai.onnx"}
 FOLD_LIMIT = 1 << 20
 """Folding may not write more elements than this, unless the result is no larger than its largest input."""
+CACHE_SHAPES = "liar_opt.cache_shapes"
+"""Key of the metadata that says the new shapes of cache inputs and outputs: JSON, name -> shape."""
 SKELETON_LIMIT = 1024
 """Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
 SHAREABLE = {onnx.TensorProto.DataType.Value(n) for n in ("FLOAT", "FLOAT16", "DOUBLE", "INT64", "INT32", "BOOL")}
@@ -50,6 +53,7 @@ class OnnxModel:
     notes: list[str] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
     proto: onnx.ModelProto | None = None
+    resized: dict[str, dict[int, int]] = field(default_factory=dict)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -116,7 +120,7 @@ class OnnxModel:
             proto.ir_version = max(proto.ir_version, 4)
             notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
         order = {tensor.name: i for i, tensor in enumerate(proto.graph.initializer)}
-        metadata = {p.key: p.value for p in proto.metadata_props}
+        metadata = {p.key: p.value for p in proto.metadata_props if p.key != CACHE_SHAPES}
         return cls(gs.import_onnx(proto), source, metadata, notes, order, proto)
 
     def to_proto(self) -> onnx.ModelProto:
@@ -130,6 +134,8 @@ class OnnxModel:
             for value in [*proto.graph.input, *proto.graph.output]:
                 if value.name in ends:
                     value.CopyFrom(ends[value.name])
+                for axis, size in self.resized.get(value.name, {}).items():
+                    value.type.tensor_type.shape.dim[axis].dim_value = size
         # Readers may depend on the order of initializers (ONNX Runtime's fusions name theirs by it).
         last = len(self.order)
         initializers = sorted(proto.graph.initializer, key=lambda t: self.order.get(t.name, last))
@@ -137,7 +143,23 @@ class OnnxModel:
         proto.graph.initializer.extend(initializers)
         for key, value in self.metadata.items():
             proto.metadata_props.add(key=key, value=value)
+        if self.resized:
+            proto.metadata_props.add(key=CACHE_SHAPES, value=json.dumps(self.resized_shapes(proto), sort_keys=True))
         return proto
+
+    def resize(self, tensor: gs.Variable, axis: int, size: int) -> None:
+        """Notes that an axis of a graph input or output has another size now."""
+        self.resized.setdefault(tensor.name, {})[axis] = size
+        if tensor.shape is not None and len(tensor.shape) > axis:
+            tensor.shape = [size if i == axis else d for i, d in enumerate(tensor.shape)]
+
+    def resized_shapes(self, proto: onnx.ModelProto) -> dict[str, list[int | str]]:
+        """Returns the shapes, in ``proto``, of the inputs and outputs that were resized."""
+        return {
+            value.name: [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
+            for value in [*proto.graph.input, *proto.graph.output]
+            if value.name in self.resized
+        }
 
     def skeleton(self) -> onnx.ModelProto:
         """Returns the graph without the data of its weights, which become inputs: enough to infer shapes."""
@@ -407,7 +429,7 @@ def _constant_value(node: gs.Node) -> np.ndarray | None:
 def _is_identity(node: gs.Node) -> bool:
     if node.domain not in (None, *STANDARD) or not node.outputs:
         return False
-    if node.op == "Identity":
+    if node.op == "Identity" or (node.op == "Concat" and len(node.inputs) == 1):
         return True
     if node.op == "Dropout":
         mask_used = len(node.outputs) > 1 and present(node.outputs[1]) and bool(node.outputs[1].outputs)

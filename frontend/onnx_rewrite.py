@@ -103,6 +103,10 @@ class Rewriter:
                 del self.kept[root]
             raise
         self._slice_constants(before, roots)
+        for tensor in (*self.graph.inputs, *self.graph.outputs):
+            for axis, factor in enumerate(self.walk.axes.get(tensor.name) or ()):
+                if self._changed(factor, roots):
+                    self.walk.model.resize(tensor, axis, self.size(factor))
         for node, name, value in numbers.attributes:
             node.attrs[name] = value
         for node, position, tensor in [*numbers.inputs, *frozen]:
@@ -110,6 +114,13 @@ class Rewriter:
             node.inputs[position] = tensor
             if is_constant(old) and not old.outputs:
                 tensor.name = old.name
+
+    def ends(self) -> dict[str, dict[int, NDArray[np.int64]]]:
+        """Returns, for graph inputs and outputs that lost indices, the positions that are left, by name and axis."""
+        return {
+            name: {axis: np.flatnonzero(self.mask((self.walk.axes[name] or ())[axis])) for axis in axes}
+            for name, axes in self.walk.model.resized.items()
+        }
 
     def check(self, cuts: dict[int, Iterable[int]]) -> str | None:
         """Returns why ``cuts`` cannot be made, or None; the graph stays as it is, but for dead nodes."""

@@ -120,11 +120,26 @@ class ValueUse:
 
 
 class MergeSymbols(Exception):
-    """Two symbolic dimensions of the inputs turned out to be equal; the walk starts again with both as one."""
+    """Two sizes turned out to be equal, of which one at least is a symbolic dimension; the walk starts again with one.
+
+    The other may be the sum of two symbols: a mask covers what is in the cache and what is new.
+    """
 
     def __init__(self, first: int, second: int) -> None:
         super().__init__(f"sizes {first} and {second}")
         self.sizes = (first, second)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Past keys or values: graph input ``past`` comes back as graph output ``present``, longer along ``axis``.
+
+    What else its axes are (heads, their width) may lose indices, with both shapes.
+    """
+
+    past: str
+    present: str
+    axis: int
 
 
 def primes(start: int = 5) -> Iterator[int]:
@@ -146,6 +161,7 @@ class GraphWalk:
     size_uses: list[SizeUse] = field(default_factory=list)
     value_uses: list[ValueUse] = field(default_factory=list)
     unknown: dict[str, list[str]] = field(default_factory=dict)
+    caches: dict[str, Cache] = field(default_factory=dict)
     flops: int = 0
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
@@ -223,11 +239,16 @@ class GraphWalk:
             self.algebra.pin(factor, reason)
 
     def unify(self, a: Factor, b: Factor) -> None:
-        """Equates two factors; two different symbolic sizes are merged by starting the walk again."""
-        sa, sb = self.algebra.size(a), self.algebra.size(b)
-        if sa != sb and sa in self._dynamic and sb in self._dynamic:
-            raise MergeSymbols(sa, sb)
+        """Equates two factors; different symbolic sizes are merged by starting the walk again."""
+        self.equate(self.algebra.size(a), self.algebra.size(b))
         self.algebra.unify(a, b)
+
+    def equate(self, a: int, b: int) -> None:
+        """Starts the walk again where two sizes must be equal and are so if symbolic dimensions are chosen well."""
+        if a == b or self._dynamic.isdisjoint((a, b)):
+            return
+        if {a, b} <= self._dynamic | {x + y for x in self._dynamic for y in self._dynamic}:
+            raise MergeSymbols(a, b)
 
     def broadcast(self, *operands: Axes) -> Axes:
         """Unifies aligned axes as numpy broadcasting does and returns the axes of the result."""
@@ -267,6 +288,15 @@ class GraphWalk:
             )
         )
 
+    def cache(self, past: gs.Tensor, present: gs.Tensor, axis: int) -> None:
+        """Records that ``past`` comes back as ``present``, longer along ``axis``, if they are a graph input and output."""
+        outputs = {t.name for t in self.model.graph.outputs}
+        copies = {o.name for n in present.outputs if n.op == "Identity" for o in n.outputs}
+        found = sorted(outputs & {present.name, *copies})
+        axes = self.axes.get(past.name)
+        if found and axes is not None and any(past is t for t in self.model.graph.inputs):
+            self.caches[past.name] = Cache(past.name, found[0], axis % len(axes))
+
     def count(self, *factors: Factor) -> None:
         """Counts the multiplications and additions of a contraction over the index space of ``factors``."""
         self.flops += 2 * int(np.prod([self.algebra.size(f) for f in factors], dtype=np.int64))
@@ -280,13 +310,21 @@ class GraphWalk:
             self.axes[tensor.name] = None
             if tensor.shape is not None:
                 sizes = self.input_sizes(tensor)
-                self.axes[tensor.name] = tuple(self.fresh(s, f"axis of graph input '{tensor.name}'") for s in sizes)
+                perhaps_cache = is_float(tensor.dtype or np.float32) and len(sizes) >= 3
+                reason = None if perhaps_cache else f"axis of graph input '{tensor.name}'"
+                self.axes[tensor.name] = tuple(self.fresh(s, reason) for s in sizes)
         for node in self.model.graph.nodes:
             self._visit(node)
-        for tensor in self.model.graph.outputs:
-            if is_constant(tensor):
-                continue
-            self.pin(self.axes.get(tensor.name), f"axis of graph output '{tensor.name}'")
+        fixed = {t.name: [isinstance(d, int) and d >= 0 for d in t.shape or ()] for t in self.model.graph.inputs}
+        spared: dict[str, set[int]] = {}
+        for cache in self.caches.values():
+            free = {i for i, known in enumerate(fixed[cache.past]) if known and i not in (0, cache.axis)}
+            spared[cache.past] = spared[cache.present] = free
+        for what, tensors in (("input", self.model.graph.inputs), ("output", self.model.graph.outputs)):
+            for tensor in tensors:
+                axes = None if is_constant(tensor) else self.axes.get(tensor.name)
+                pinned = [f for i, f in enumerate(axes or ()) if i not in spared.get(tensor.name, ())]
+                self.pin(pinned, f"axis of graph {what} '{tensor.name}'")
 
     def input_sizes(self, tensor: gs.Variable) -> list[int]:
         """Returns the probe sizes of a graph input."""
@@ -362,6 +400,8 @@ class GraphWalk:
             results = evaluate(node.op, inputs, node.attrs)
         if results is None or len(results) < len(node.outputs) or any(r.size > VALUE_LIMIT for r in results):
             return False
+        if any(is_float(r.dtype) and r.size > 1 for r in results):
+            return False  # data: zeros as a position bias, say
         for tensor, result in zip(node.outputs, results, strict=False):
             if present(tensor):
                 self.values[tensor.name] = result
@@ -438,27 +478,60 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
     Returns:
         The walk, run to its end.
     """
-    symbols = probe_symbols(model)
+    symbols = Symbols(probe_symbols(model))
     while True:
-        state = GraphWalk(model, algebra(), symbols)
+        state = GraphWalk(model, algebra(), symbols.sizes())
         try:
             state.run()
         except MergeSymbols as merge:
-            first, second = merge.sizes
-            symbols = {k: first if v == second else v for k, v in symbols.items()}
+            symbols = symbols.merged(*merge.sizes)
             continue
         break
-    if symbols:
-        _mark_dynamic(state, algebra)
+    if symbols.free:
+        _mark_dynamic(state, symbols, algebra)
     return state
 
 
-def _mark_dynamic(state: GraphWalk, algebra: Callable[[], AxisAlgebra]) -> None:
+@dataclass(frozen=True)
+class Symbols:
+    """Sizes of the symbolic dimensions: ``free`` ones, by name, and those that are the ``sums`` of two free ones."""
+
+    free: dict[str, int]
+    sums: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the size of every symbol."""
+        return {**self.free, **{k: self.free[a] + self.free[b] for k, (a, b) in self.sums.items()}}
+
+    def merged(self, first: int, second: int) -> Symbols:
+        """Returns the symbols with two sizes made one, of which one at least is that of a free symbol.
+
+        Raises:
+            InternalError: neither is, or a sum of the symbol itself is asked for.
+        """
+        free = set(self.free.values())
+        kept, gone = (first, second) if second in free else (second, first)
+        if gone not in free:
+            raise InternalError(f"sizes {first} and {second} cannot be merged")
+        if kept in free:
+            return Symbols({k: kept if v == gone else v for k, v in self.free.items()}, self.sums)
+        names = [k for k, v in self.free.items() if v != gone]
+        parts = next(((a, b) for a in names for b in names if self.free[a] + self.free[b] == kept), None)
+        moved = {k for k, v in self.free.items() if v == gone}
+        if parts is None or any(moved.intersection(pair) for pair in self.sums.values()):
+            raise InternalError(f"sizes {first} and {second} cannot be merged")
+        return Symbols({k: self.free[k] for k in names}, {**self.sums, **dict.fromkeys(moved, parts)})
+
+    def renamed(self) -> Symbols:
+        """Returns other sizes for the same symbols."""
+        source = primes(max(self.sizes().values()) + 1)
+        other = {size: next(source) for size in sorted(set(self.free.values()))}
+        return Symbols({k: other[v] for k, v in self.free.items()}, self.sums)
+
+
+def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], AxisAlgebra]) -> None:
     """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes."""
-    source = primes(max(state.symbols.values()) + 1)
-    renamed = {size: next(source) for size in sorted(set(state.symbols.values()))}
-    symbols = {k: renamed[v] for k, v in state.symbols.items()}
-    other = GraphWalk(state.model, algebra(), symbols)
+    other = GraphWalk(state.model, algebra(), symbols.renamed().sizes())
     other.run()
     same = len(other.size_uses) == len(state.size_uses) and len(other.value_uses) == len(state.value_uses)
     state.size_uses = [
@@ -749,6 +822,8 @@ def _concat(w: GraphWalk, node: gs.Node) -> None:
                 w.unify(result[i], factor)
     result[axis] = w.algebra.join([a[axis] for a in known])
     w.output(node, tuple(result))
+    for tensor in node.inputs:
+        w.cache(tensor, node.outputs[0], axis)
 
 
 @rule("Split")
@@ -832,8 +907,7 @@ def _expand(w: GraphWalk, node: gs.Node) -> None:
             factor = w.fresh(size)
         if element >= 0 and size > 1:
             if w.algebra.size(factor) != size:
-                if {w.algebra.size(factor), size} <= w._dynamic:
-                    raise MergeSymbols(w.algebra.size(factor), size)
+                w.equate(w.algebra.size(factor), size)
                 w.give_up(node, "Expand to a target that does not fit")
                 return
             w.size_use(node, ("input", 1, element), factor)
@@ -864,8 +938,30 @@ def _gather(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
     assert axes is not None and indices is not None
     axis = int(node.attrs.get("axis", 0)) % len(axes)
-    w.pin([axes[axis]], f"looked up by Gather (node '{node.name}')")
-    w.output(node, (*axes[:axis], *indices, *axes[axis + 1 :]))
+    where = f"looked up by Gather (node '{node.name}')"
+    chosen = _contiguous(node.inputs[1], w.algebra.size(axes[axis]))
+    if chosen is None or w.algebra.pinned(axes[axis]) is not None:
+        w.pin([axes[axis]], where)
+        w.output(node, (*axes[:axis], *indices, *axes[axis + 1 :]))
+        return
+    start, count = chosen
+    size = w.algebra.size(axes[axis])
+    pieces = w.algebra.cut(axes[axis], [s for s in (start, count, size - start - count) if s])
+    before, piece = (pieces[:1], pieces[1]) if start else ([], pieces[0])
+    w.pin([piece], where)
+    for i, index in enumerate(np.asarray(node.inputs[1].values).reshape(-1).tolist()):
+        watched = tuple(pieces) if index < 0 else ()
+        w.size_use(node, ("input", 1, i), *before, *(w.fresh(1) for _ in range(i)), watched=watched)
+    w.output(node, (*axes[:axis], *([piece] if len(indices) else []), *axes[axis + 1 :]))
+
+
+def _contiguous(indices: gs.Tensor, size: int) -> tuple[int, int] | None:
+    """Returns the first index and the number of constant indices that follow one another, a slice; else None."""
+    if not is_constant(indices) or len(indices.shape) > 1:
+        return None
+    values = [int(v) % size for v in np.asarray(indices.values).reshape(-1)]
+    run = list(range(values[0], values[0] + len(values))) if values else []
+    return (values[0], len(values)) if values and values == run and len(values) < size else None
 
 
 @rule("GatherElements")
@@ -952,6 +1048,21 @@ def _along_axis(w: GraphWalk, node: gs.Node) -> None:
         tail = axes[axis + 1 :]
         axes = (*axes[:axis], *((w.fresh(1),) if node.attrs.get("keepdims", 1) else ()), *tail)
     w.output(node, axes)
+
+
+@rule("TopK")
+def _top_k(w: GraphWalk, node: gs.Node) -> None:
+    axes, count = w.input_axes(node, 0), w.value(node, 1)
+    assert axes is not None
+    if count is None:
+        w.give_up(node, "TopK of a number that is not known")
+        return
+    axis = int(node.attrs.get("axis", -1)) % len(axes)
+    where = f"TopK runs over it (node '{node.name}')"
+    w.pin([axes[axis]], where)
+    chosen = w.fresh(int(np.asarray(count).reshape(-1)[0]), where)
+    for position in (0, 1):
+        w.output(node, (*axes[:axis], chosen, *axes[axis + 1 :]), position)
 
 
 @rule(*(f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")))

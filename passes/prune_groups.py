@@ -7,7 +7,7 @@ belongs to no group runs once, what does runs twice, dense and cut. Groups that 
 over layers by a common position bias) are measured first, on the whole model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -109,6 +109,7 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
             run.segment(segment.groups, run.position(segment.last) + 1, segment.first)
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
+        state.facts["ends"] = run.rewriter.ends()
         return PassResult(state, tuple(run.changes))
 
 
@@ -177,6 +178,7 @@ class _Run:
             if mask is not None:
                 laid = {(t.layout, t.repeat) for t in taps if t.layout != "all"}
                 rows = {f"{ROWS}_{layout}{repeat}": row_mask(mask, layout, repeat) for layout, repeat in laid}
+            feeds = cut_arrays(feeds, self.rewriter.ends())
             values = _run(session, {**feeds, **self.alive[index], **rows}, [*made, *sums], sums)
             for tap in taps:
                 seen, count, total, *second = (values[o] for o in tap.outputs)
@@ -249,6 +251,20 @@ class _Run:
         left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
         left[use.weight_axis] = left[use.weight_axis][kept]
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, bias))
+
+
+def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[np.int64]]]) -> dict[str, Any]:
+    """Returns inputs or outputs of the original as the cut graph has them: caches lose the heads that went.
+
+    Args:
+        arrays: by name.
+        ends: the positions that are left, by name and axis; see ``Rewriter.ends``.
+    """
+    result = dict(arrays)
+    for name in result.keys() & ends.keys():
+        for axis, left in ends[name].items():
+            result[name] = np.take(result[name], left, axis)
+    return result
 
 
 def _details(

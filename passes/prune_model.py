@@ -22,7 +22,7 @@ from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, Sta
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -239,13 +239,16 @@ def prune(
     done = Pipeline(passes=[cut, VerifyModelPass()], observer=observer)(state)
     details = {c.where: c for c in done.changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
+    report["cache_shapes"] = state.model.resized_shapes(state.facts["pruned"])
     report["before"]["flops"] = flops
     report["after"] = {**_sizes(state.model), "flops": count_flops(state.model, AxisAlgebra, state.calibration.batches[0])}
     verification = state.facts["verification"]
     report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
     if latency:
         began = time.perf_counter()
-        measured = measure_latency(state.facts["sessions"], state.calibration.batches[0], budget=0.3, least=3)
+        batch = state.calibration.batches[0]
+        feeds = [batch, cut_arrays(batch, state.facts["ends"])]
+        measured = measure_latency(state.facts["sessions"], feeds, budget=0.3, least=3)
         report["latency"] = {
             "dense_seconds": measured.seconds[0],
             "pruned_seconds": measured.seconds[1],

@@ -1,7 +1,7 @@
 """Check the result before it is written: never break the model.
 
-1. The ONNX checker accepts it, ONNX Runtime loads it, and its inputs and outputs have the names, types and ranks of the
-   original's.
+1. The ONNX checker accepts it, ONNX Runtime loads it, and its inputs and outputs have the names, types and shapes of the
+   original's, but for the axes of caches whose heads went.
 2. It computes what the original computes when every consumer's weight is the repaired one with zeros in the removed rows
    (removing an input and multiplying it by zero are the same): the cut itself lost and moved nothing. This is the oracle
    of the design, run on the user's model at every use.
@@ -20,7 +20,7 @@ from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair
+from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays
 from liar_opt.runtime.compare import DifferenceMeter, require_close
 from liar_opt.runtime.errors import CheckError
 from liar_opt.runtime.sessions import Session
@@ -50,7 +50,8 @@ class VerifyModelPass(Pass[None]):
         """
         dense: onnx.ModelProto = state.facts["dense"]
         proto = state.facts["pruned"] = state.model.to_proto()
-        _check_interface(dense, proto)
+        _check_interface(dense, proto, state.model.resized)
+        ends = state.facts.get("ends", {})
         _check_format(dense, state.model)
         pruned = _load(state.model.detached(), state.device, "the pruned model")
         original = _load(detach_weights(dense), state.device, "the original model")
@@ -61,8 +62,8 @@ class VerifyModelPass(Pass[None]):
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
         masked = _load(reference.detached(), state.device, "the masked original")
         facts["exact_difference"] = require_close(
-            pruned.run(small, arrays=True),
-            masked.run(small, arrays=True),
+            pruned.run(cut_arrays(small, ends), arrays=True),
+            cut_arrays(masked.run(small, arrays=True), ends),
             _precision(state.model),
             "cut against masked original",
         )
@@ -70,7 +71,8 @@ class VerifyModelPass(Pass[None]):
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
         meter = DifferenceMeter()
         for done, i in enumerate(held[: self.batches]):
-            x, y = pruned.run(batches[i], arrays=True), original.run(batches[i], arrays=True)
+            x = pruned.run(cut_arrays(batches[i], ends), arrays=True)
+            y = cut_arrays(original.run(batches[i], arrays=True), ends)
             for name, value in y.items():
                 meter.add(name, x[name], value, masks[i])
             state.progress("verify", done + 1, len(held[: self.batches]))
@@ -122,18 +124,29 @@ def _precision(model: OnnxModel) -> str:
     return next((p for p in PRECISION if p in names), "float32")
 
 
-def _signature(values: Any) -> list[tuple[str, int, int]]:
-    return [(v.name, v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in values]
+Signature = list[tuple[str, int, list[int | str]]]
 
 
-def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> None:
+def _signature(values: Any, resized: dict[str, dict[int, int]] | None = None) -> Signature:
+    """Returns names, element types and shapes; in shapes the axes of ``resized`` have their new sizes."""
+    result = []
+    for value in values:
+        kind = value.type.tensor_type
+        shape: list[int | str] = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
+        for axis, size in (resized or {}).get(value.name, {}).items():
+            shape[axis] = size
+        result.append((value.name, kind.elem_type, shape))
+    return result
+
+
+def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: dict[str, dict[int, int]]) -> None:
     weights = {t.name for t in dense.graph.initializer}
     inputs = [i for i in dense.graph.input if i.name not in weights]
     for what, before, after in (
         ("inputs", inputs, pruned.graph.input),
         ("outputs", dense.graph.output, pruned.graph.output),
     ):
-        if _signature(before) != _signature(after):
+        if _signature(before, resized) != _signature(after):
             raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
 
 

@@ -25,25 +25,30 @@ class Latency:
 
 
 def measure_latency(
-    sessions: Sequence[Session], feeds: Mapping[str, Any], budget: float = 2.0, least: int = 5, most: int = 200
+    sessions: Sequence[Session],
+    feeds: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    budget: float = 2.0,
+    least: int = 5,
+    most: int = 200,
 ) -> Latency:
     """Times ``sessions`` on ``feeds``, one after the other, round by round.
 
     Args:
         sessions: models with the same inputs.
-        feeds: one batch.
+        feeds: one batch, or one for each session.
         budget: seconds to spend, about.
         least: rounds at the least, whatever the budget.
         most: rounds at the most.
     """
-    for session in sessions:
-        session.run(feeds)
+    batches = [feeds] * len(sessions) if isinstance(feeds, Mapping) else list(feeds)
+    for session, batch in zip(sessions, batches, strict=True):
+        session.run(batch)
     times: list[list[float]] = [[] for _ in sessions]
     start = time.perf_counter()
     while len(times[0]) < least or (time.perf_counter() - start < budget and len(times[0]) < most):
-        for session, own in zip(sessions, times, strict=True):
+        for session, batch, own in zip(sessions, batches, times, strict=True):
             began = time.perf_counter()
-            session.run(feeds)
+            session.run(batch)
             own.append(time.perf_counter() - began)
-    shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds.items() if k in sessions[0].inputs)
+    shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in batches[0].items() if k in sessions[0].inputs)
     return Latency(tuple(float(np.median(t)) for t in times), len(times[0]), shapes)

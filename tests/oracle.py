@@ -18,6 +18,7 @@ from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 
 Kept = dict[str, list[int]]
+Ends = dict[str, dict[int, np.ndarray]]
 
 
 def analyse(path: Path) -> tuple[OnnxModel, GraphWalk, Found]:
@@ -36,11 +37,16 @@ def random_kept(groups: tuple[ChannelGroup, ...], seed: int) -> Kept:
 
 def prune(model: OnnxModel, state: GraphWalk, found: Found, kept: Kept) -> onnx.ModelProto:
     """Cuts the graph without any repair."""
+    return prune_with_ends(model, state, found, kept)[0]
+
+
+def prune_with_ends(model: OnnxModel, state: GraphWalk, found: Found, kept: Kept) -> tuple[onnx.ModelProto, Ends]:
+    """Cuts the graph without any repair; returns too what is left of inputs and outputs that shrank."""
     rewriter = Rewriter(state)
     for group in found.groups:
         rewriter.cut({group.factor: kept[group.name + group.kind]})
     model.graph.cleanup(remove_unused_node_outputs=False).toposort()
-    return model.to_proto()
+    return model.to_proto(), rewriter.ends()
 
 
 def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:

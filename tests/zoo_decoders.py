@@ -124,7 +124,7 @@ DECODERS = (
     Decoder("phi3", _causal("Phi3", **_grouped()), PLAIN),
     Decoder("phi", _causal("Phi", **_grouped(partial_rotary_factor=0.5)), PLAIN),
     Decoder("gpt-neox", _causal("GPTNeoX", **_common(rotary_pct=0.5)), PLAIN),
-    Decoder("gpt-j", _causal("GPTJ", **_common(n_inner=FFN, rotary_dim=4)), PLAIN),
+    Decoder("gpt-j", _causal("GPTJ", **_common(n_inner=FFN, rotary_dim=4)), PLAIN, attention="eager"),
     Decoder(
         "codegen",
         _causal(
@@ -141,6 +141,7 @@ DECODERS = (
             **_common(num_layers=LAYERS, num_heads=HEADS, attention_types=[[["global", "local"], 1]], window_size=6),
         ),
         PLAIN,
+        attention="eager",
     ),
     Decoder("gpt-bigcode", _causal("GPTBigCode", **_common(n_inner=FFN, multi_query=True)), PLAIN),
     Decoder(
@@ -153,7 +154,7 @@ DECODERS = (
         _causal("Falcon", **_common(ffn_hidden_size=FFN, num_kv_heads=GROUPS, new_decoder_architecture=True)),
         PLAIN,
     ),
-    Decoder("bloom", _causal("Bloom", **_common(n_layer=LAYERS, n_head=HEADS)), PLAIN),
+    Decoder("bloom", _causal("Bloom", **_common(n_layer=LAYERS, n_head=HEADS)), PLAIN, attention="eager"),
     Decoder(
         "mpt",
         _causal(
@@ -166,6 +167,7 @@ DECODERS = (
             max_seq_len=POSITIONS,
         ),
         PLAIN,
+        attention="eager",
     ),
     Decoder("stablelm", _causal("StableLm", **_grouped(partial_rotary_factor=0.5)), PLAIN),
     Decoder("olmo2", _causal("Olmo2", **_grouped()), PLAIN),
