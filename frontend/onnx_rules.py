@@ -424,7 +424,8 @@ def dimension_key(tensor: str, axis: int, dimension: object) -> str:
 def probe_symbols(model: OnnxModel) -> dict[str, int]:
     """Gives every symbolic dimension of the graph's inputs a prime size; all leading dimensions are one, the batch.
 
-    Token inputs (integers or masks of rank two) of different dimension names but the same place are one as well.
+    Token inputs (integers or masks of rank two) of different dimension names but the same place are one as well, and so
+    are the lengths of the caches of all layers.
     """
     used = {d for t in model.graph.inputs for d in (t.shape or ()) if isinstance(d, int)}
     source = (p for p in primes() if p not in used)
@@ -438,6 +439,8 @@ def probe_symbols(model: OnnxModel) -> dict[str, int]:
             key = dimension_key(tensor.name, axis, dimension)
             token = rank == 2 and not is_float(tensor.dtype or np.float32)
             place = "batch" if axis == 0 else ("token", axis) if token and not isinstance(dimension, str) else key
+            if axis and rank >= 3 and is_float(tensor.dtype or np.float32):
+                place = ("past", rank, axis)
             if key not in symbols:
                 symbols[key] = by_place[place] if place in by_place else next(source)
             by_place.setdefault(place, symbols[key])
@@ -533,14 +536,11 @@ def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], Axis
     """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes."""
     other = GraphWalk(state.model, algebra(), symbols.renamed().sizes())
     other.run()
-    same = len(other.size_uses) == len(state.size_uses) and len(other.value_uses) == len(state.value_uses)
-    state.size_uses = [
-        replace(u, dynamic=not same or u.value != v.value)
-        for u, v in zip(state.size_uses, other.size_uses if same else state.size_uses, strict=True)
-    ]
+    sizes = {(id(u.node), u.where): u.value for u in other.size_uses}
+    values = {(id(u.node), u.position): u.value for u in other.value_uses}
+    state.size_uses = [replace(u, dynamic=sizes.get((id(u.node), u.where)) != u.value) for u in state.size_uses]
     state.value_uses = [
-        replace(u, dynamic=not same or not np.array_equal(u.value, v.value))
-        for u, v in zip(state.value_uses, other.value_uses if same else state.value_uses, strict=True)
+        replace(u, dynamic=not np.array_equal(u.value, values.get((id(u.node), u.position), ()))) for u in state.value_uses
     ]
 
 
