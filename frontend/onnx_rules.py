@@ -45,6 +45,7 @@ from liar_opt.runtime.errors import InternalError
 if TYPE_CHECKING:
     from liar_opt.passes.axes import AxisAlgebra, Factor
 
+COPIES = ("Cast", "Identity")
 VALUE_LIMIT = 4096
 """Tensors with more elements than this are data, not shape arithmetic."""
 
@@ -134,7 +135,7 @@ class MergeSymbols(Exception):
 class Cache:
     """Past keys or values: graph input ``past`` comes back as graph output ``present``, longer along ``axis``.
 
-    What else its axes are (heads, their width) may lose indices, with both shapes.
+    Its other inner axes, its heads, may lose indices, with both shapes.
     """
 
     past: str
@@ -289,10 +290,15 @@ class GraphWalk:
         )
 
     def cache(self, past: gs.Tensor, present: gs.Tensor, axis: int) -> None:
-        """Records that ``past`` comes back as ``present``, longer along ``axis``, if they are a graph input and output."""
-        outputs = {t.name for t in self.model.graph.outputs}
-        copies = {o.name for n in present.outputs if n.op == "Identity" for o in n.outputs}
-        found = sorted(outputs & {present.name, *copies})
+        """Records that ``past`` comes back as ``present``, longer along ``axis``, if they are a graph input and output.
+
+        Between them and the graph's ends nothing may be but Cast and Identity.
+        """
+        while past.inputs and past.inputs[0].op in COPIES:
+            past = past.inputs[0].inputs[0]
+        ends = {t.name for t in self.model.graph.outputs}
+        copies = [present, *(o for n in present.outputs if n.op in COPIES for o in n.outputs)]
+        found = [t.name for t in copies if t.name in ends]
         axes = self.axes.get(past.name)
         if found and axes is not None and any(past is t for t in self.model.graph.inputs):
             self.caches[past.name] = Cache(past.name, found[0], axis % len(axes))
@@ -318,7 +324,8 @@ class GraphWalk:
         fixed = {t.name: [isinstance(d, int) and d >= 0 for d in t.shape or ()] for t in self.model.graph.inputs}
         spared: dict[str, set[int]] = {}
         for cache in self.caches.values():
-            free = {i for i, known in enumerate(fixed[cache.past]) if known and i not in (0, cache.axis)}
+            last = len(fixed[cache.past]) - 1
+            free = {i for i, known in enumerate(fixed[cache.past]) if known and i not in (0, cache.axis, last)}
             spared[cache.past] = spared[cache.present] = free
         for what, tensors in (("input", self.model.graph.inputs), ("output", self.model.graph.outputs)):
             for tensor in tensors:
@@ -438,8 +445,10 @@ def probe_symbols(model: OnnxModel) -> dict[str, int]:
                 continue
             key = dimension_key(tensor.name, axis, dimension)
             token = rank == 2 and not is_float(tensor.dtype or np.float32)
-            place = "batch" if axis == 0 else ("token", axis) if token and not isinstance(dimension, str) else key
-            if axis and rank >= 3 and is_float(tensor.dtype or np.float32):
+            place: object = "batch" if axis == 0 else key
+            if axis and token and not isinstance(dimension, str):
+                place = ("token", axis)
+            elif axis and rank >= 3 and is_float(tensor.dtype or np.float32):
                 place = ("past", rank, axis)
             if key not in symbols:
                 symbols[key] = by_place[place] if place in by_place else next(source)
@@ -938,26 +947,35 @@ def _gather(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
     assert axes is not None and indices is not None
     axis = int(node.attrs.get("axis", 0)) % len(axes)
-    where = f"looked up by Gather (node '{node.name}')"
-    chosen = _contiguous(node.inputs[1], w.algebra.size(axes[axis]))
-    if chosen is None or w.algebra.pinned(axes[axis]) is not None:
-        w.pin([axes[axis]], where)
-        w.output(node, (*axes[:axis], *indices, *axes[axis + 1 :]))
-        return
+    chosen = _looked_up(w, node, axes[axis], len(indices))
+    w.output(node, (*axes[:axis], *(indices if chosen is None else chosen), *axes[axis + 1 :]))
+
+
+def _looked_up(w: GraphWalk, node: gs.Node, factor: Factor, rank: int) -> Axes | None:
+    """Pins an axis that is looked up; where constant indices pick a run of it, it is cut there and the rest stays free.
+
+    Returns:
+        The axis that indices of ``rank`` 1 leave, no axis for a scalar; None for no such run.
+    """
+    where = f"looked up by {node.op} (node '{node.name}')"
+    size = w.algebra.size(factor)
+    chosen = _contiguous(node.inputs[1], size) if rank <= 1 else None
+    if chosen is None or w.algebra.pinned(factor) is not None:
+        w.pin([factor], where)
+        return None
     start, count = chosen
-    size = w.algebra.size(axes[axis])
-    pieces = w.algebra.cut(axes[axis], [s for s in (start, count, size - start - count) if s])
+    pieces = w.algebra.cut(factor, [s for s in (start, count, size - start - count) if s])
     before, piece = (pieces[:1], pieces[1]) if start else ([], pieces[0])
     w.pin([piece], where)
     for i, index in enumerate(np.asarray(node.inputs[1].values).reshape(-1).tolist()):
         watched = tuple(pieces) if index < 0 else ()
         w.size_use(node, ("input", 1, i), *before, *(w.fresh(1) for _ in range(i)), watched=watched)
-    w.output(node, (*axes[:axis], *([piece] if len(indices) else []), *axes[axis + 1 :]))
+    return (piece,) if rank else ()
 
 
 def _contiguous(indices: gs.Tensor, size: int) -> tuple[int, int] | None:
     """Returns the first index and the number of constant indices that follow one another, a slice; else None."""
-    if not is_constant(indices) or len(indices.shape) > 1:
+    if not is_constant(indices) or len([n for n in indices.shape if n != 1]) > 1 or indices.values.size > VALUE_LIMIT:
         return None
     values = [int(v) % size for v in np.asarray(indices.values).reshape(-1)]
     run = list(range(values[0], values[0] + len(values))) if values else []
@@ -985,6 +1003,10 @@ def _gather_nd(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
     assert axes is not None and indices is not None
     batch, depth = int(node.attrs.get("batch_dims", 0)), w.algebra.size(indices[-1])
+    chosen = _looked_up(w, node, axes[0], 1) if not batch and depth == 1 and len(indices) == 2 else None
+    if chosen is not None:
+        w.output(node, (*chosen, *axes[1:]))
+        return
     w.pin(axes[: batch + depth], f"looked up by GatherND (node '{node.name}')")
     w.pin(indices[-1:], f"looked up by GatherND (node '{node.name}')")
     w.output(node, (*indices[:-1], *axes[batch + depth :]))

@@ -120,13 +120,18 @@ class AxisAlgebra:
         return self._refinement[self.find(factor)]
 
     def leaves(self, factor: Factor) -> list[Factor]:
-        """Returns the leaf factors of ``factor`` in layout order, repeated where they repeat; size one left out."""
+        """Returns the leaf factors of ``factor`` in layout order, repeated where they repeat.
+
+        Size one is left out of products; a part of a concatenation counts whatever its size.
+        """
         root = self.find(factor)
         if self._size[root] == 1:
             return []
         refinement = self._refinement[root]
         if refinement is None:
             return [root]
+        if refinement.kind == "concat":
+            return [leaf for part in refinement.parts for leaf in self.leaves(part) or [self.find(part)]]
         return [leaf for part in refinement.parts for leaf in self.leaves(part)]
 
     def same(self, a: Factor, b: Factor) -> bool:

@@ -547,4 +547,5 @@ def fingerprint() -> str:
     import transformers
 
     versions = [module.__version__ for module in (onnx, onnxruntime, torch, transformers)]
-    return hashlib.sha256(Path(__file__).read_bytes() + " ".join(versions).encode()).hexdigest()[:16]
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("zoo*.py"))]
+    return hashlib.sha256(b"".join(sources) + " ".join(versions).encode()).hexdigest()[:16]

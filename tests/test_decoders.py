@@ -1,0 +1,111 @@
+"""The oracle over the decoder zoo: language models and encoder-decoders, with and without a cache of keys and values.
+
+Cut without repair each equals its masked original; where the cache lost heads it is compared without them. Generation
+through the cut cache gives the tokens of the masked original.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import oracle
+import pytest
+import zoo_decoders
+
+from liar_opt.frontend.onnx_model import CACHE_SHAPES
+from liar_opt.passes.find_groups import Found
+from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.runtime.compare import TOLERANCES
+
+CASES = [
+    pytest.param(case, id=case.name, marks=() if zoo_decoders.is_quick(case) else pytest.mark.slow)
+    for case in zoo_decoders.cases()
+]
+GENERATED = ("gpt2", "llama", "gemma3", "gpt-neox", "bloom", "qwen3", "falcon-mqa")
+TOKENS = 16
+
+
+def kinds(found: Found) -> dict[str, int]:
+    return dict(Counter(group.kind for group in found.groups))
+
+
+def shapes(proto: onnx.ModelProto) -> dict[str, list[int | str]]:
+    return {
+        v.name: [d.dim_value if d.HasField("dim_value") else d.dim_param for d in v.type.tensor_type.shape.dim]
+        for v in [*proto.graph.input, *proto.graph.output]
+    }
+
+
+def by_name(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip((o.name for o in proto.graph.output), oracle.run(proto, feeds), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pruned_equals_masked_original(case: zoo_decoders.Case, record_property: Callable[[str, object], None]) -> None:
+    built = zoo_decoders.ready(case)
+    original = onnx.load(built.path)
+    model, state, found = oracle.analyse(built.path)
+    refused = sorted({f"{r.reason} ({r.size})" for r in found.refusals if "no rule" in r.reason or "follow" in r.reason})
+    record_property("zoo", [case.architecture, case.exporter + (" cache" if case.cache else ""), kinds(found), refused])
+    assert kinds(found) == zoo_decoders.BY_NAME[case.architecture].expected
+    assert len({g.name for g in found.groups}) == len(found.groups)
+    if not found.groups:
+        return
+    kept = oracle.random_kept(found.groups, 1)
+    reference = oracle.masked(built.path, found, kept)
+    pruned, ends = oracle.prune_with_ends(model, state, found, kept)
+    onnx.checker.check_model(pruned, full_check=True)
+    before, after = shapes(original), shapes(pruned)
+    changed = {
+        name: {i for i, (a, b) in enumerate(zip(before[name], after[name], strict=True)) if a != b} for name in before
+    }
+    assert {name: axes for name, axes in changed.items() if axes} == {name: set(axes) for name, axes in ends.items()}
+    assert all(name.startswith(("past", "present")) and set(axes) == {1} for name, axes in ends.items())
+    noted = {p.key: json.loads(p.value) for p in pruned.metadata_props if p.key == CACHE_SHAPES}
+    assert noted == ({CACHE_SHAPES: {name: after[name] for name in ends}} if ends else {})
+    worst = 0.0
+    for feeds in (built.feeds, built.other_feeds):
+        wanted = list(cut_arrays(by_name(reference, feeds), ends).values())
+        dense = list(cut_arrays(by_name(original, feeds), ends).values())
+        worst = max(worst, oracle.difference(oracle.run(pruned, cut_arrays(feeds, ends)), wanted))
+        assert oracle.difference(dense, wanted) > 2 * TOLERANCES["float32"]
+    record_property("difference", worst)
+    assert worst <= TOLERANCES["float32"]
+
+
+def generate(proto: onnx.ModelProto, ids: np.ndarray) -> list[int]:
+    """Returns greedy tokens, each from a run on one new token and the cache."""
+    past = {
+        v.name: np.zeros([len(ids), *(d.dim_value for d in v.type.tensor_type.shape.dim[1:])], np.float32)
+        for v in proto.graph.input
+        if v.name.startswith("past")
+    }
+    names = [o.name for o in proto.graph.output]
+    result: list[int] = []
+    seen = 0
+    while len(result) < TOKENS:
+        seen += ids.shape[1]
+        feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), seen), np.int64), **past}
+        outputs = dict(zip(names, oracle.run(proto, feeds), strict=True))
+        result.append(int(outputs["logits"][0, -1].argmax()))
+        ids = np.asarray([[result[-1]]])
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+    return result
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generation_through_the_cut_cache(name: str) -> None:
+    built = zoo_decoders.ready(zoo_decoders.Case(name, "torchscript", True))
+    model, state, found = oracle.analyse(built.path)
+    kept = oracle.random_kept(found.groups, 5)
+    reference = oracle.masked(built.path, found, kept)
+    pruned, ends = oracle.prune_with_ends(model, state, found, kept)
+    assert bool(ends) == (name != "falcon-mqa")  # all its query heads share one key: its cache stays as it was
+    prompt = built.feeds["input_ids"][:1]
+    tokens = generate(pruned, prompt)
+    assert tokens == generate(reference, prompt)
+    assert tokens != generate(onnx.load(built.path), prompt)
