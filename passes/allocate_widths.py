@@ -1,16 +1,26 @@
-"""Decide how many blocks of each group stay: uniform ratios, by kind or over all prunable parameters.
+"""Decide how many blocks of each group stay: by ratios of each kind, or of all prunable parameters.
 
-A ratio r keeps round(n (1 - r)) of a group's n blocks, rounded to a multiple for feed-forward widths (kernels like
-multiples of 8). ``sparsity`` s asks for the one ratio, for all kinds, at which s of the prunable parameters go; what
+Uniform: a ratio r keeps round(n (1 - r)) of a group's n blocks, rounded to a multiple for feed-forward widths (kernels
+like multiples of 8). ``sparsity`` s asks for the one ratio, for all kinds, at which s of the prunable parameters go; what
 rounding leaves over is settled group by group, the largest first.
+
+The other allocations (`passes.allocations`) share the same number of parameters out unevenly: a ratio is then that of its
+kind as a whole, ``sparsity`` that of all kinds together.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Menu
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.measure_curves import GroupCurve
+from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
 
 DEFAULT_SPARSITY = 0.3
@@ -40,15 +50,53 @@ def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -
     return sum(g.parameters * (1.0 - keep[g.name] / g.size) for g in groups)
 
 
+def step_of(group: ChannelGroup, multiple_of: int) -> int:
+    """Returns the multiple that kept widths of ``group`` are of."""
+    return min(multiple_of, group.size) if group.kind == "ffn" else 1
+
+
+def menus_of(
+    groups: Sequence[ChannelGroup],
+    multiple_of: int,
+    curves: Mapping[str, GroupCurve],
+    cost: Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]] | None = None,
+) -> list[Menu]:
+    """Returns what each group may become.
+
+    Args:
+        groups: the groups.
+        multiple_of: kept feed-forward widths are multiples of this.
+        curves: what was measured, by group name; may be empty.
+        cost: what a group costs at each width; its parameters if None.
+    """
+    menus = []
+    for group in groups:
+        step = step_of(group, multiple_of)
+        widths = np.unique(np.append(np.arange(step, group.size, step), group.size)).astype(np.int64)
+        curve = curves.get(group.name)
+        menus.append(
+            Menu(
+                group.name,
+                widths,
+                group.parameters * widths / group.size if cost is None else cost(group, widths),
+                np.zeros(widths.size) if curve is None else curve.errors[widths],
+                np.zeros(0) if curve is None else curve.values,
+            )
+        )
+    return menus
+
+
 @dataclass(frozen=True)
 class AllocateWidthsPass(Pass[dict[str, int]]):
-    """Uniform widths. Give ``sparsity``, or ratios by kind; a kind without a ratio is left alone then.
+    """Decide the widths. Give ``sparsity``, or ratios by kind; a kind without a ratio is left alone then.
 
     Attributes:
         sparsity: fraction of all prunable parameters to remove, in [0, 1).
-        ffn: fraction of each feed-forward width to remove, in [0, 1).
-        heads: fraction of each layer's attention heads (or groups of heads) to remove, in [0, 1).
+        ffn: fraction of the feed-forward width to remove, in [0, 1).
+        heads: fraction of the attention heads (or groups of heads) to remove, in [0, 1).
         multiple_of: kept feed-forward widths are multiples of this.
+        allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``. "uniform" takes it
+            of each, "curves" by the error that each width leaves after repair, "global" and "flap" by the scores.
     """
 
     name: ClassVar[str] = "allocate-widths"
@@ -56,12 +104,19 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     ffn: float | None = None
     heads: float | None = None
     multiple_of: int = 8
+    allocate: str = "uniform"
+
+    @property
+    def measured(self) -> bool:
+        """Whether the dense model has to be measured first."""
+        return self.allocate in MEASURED
 
     def requires(self, state: State) -> None:
         """Checks the options.
 
         Raises:
-            OptionError: a ratio is outside [0, 1), both forms are given, or ``multiple_of`` is below one.
+            OptionError: a ratio is outside [0, 1), both forms are given, ``multiple_of`` is below one, or the allocation is
+                unknown.
             ModelError: there is nothing to prune.
         """
         for option in ("sparsity", "ffn", "heads"):
@@ -72,6 +127,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             raise OptionError("sparsity and the ratios by kind (ffn, heads) exclude each other; give one form")
         if self.multiple_of < 1:
             raise OptionError(f"multiple-of {self.multiple_of} is below 1")
+        lookup("allocation", ALLOCATIONS, self.allocate)
         if not state.groups:
             name = f"'{state.model.source}'" if state.model.source else "the model"
             raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
@@ -82,11 +138,31 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     def plan(self, state: State) -> dict[str, int]:
         """Returns the number of blocks that stay, by group name."""
         groups: tuple[ChannelGroup, ...] = state.groups
+        if self.measured:
+            return self._shared_out(groups, state.facts["curves"])
         if self.ffn is not None or self.heads is not None:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             return {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups}
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         return self._uniform(groups, sparsity)
+
+    def _shared_out(self, groups: tuple[ChannelGroup, ...], curves: Mapping[str, GroupCurve]) -> dict[str, int]:
+        keep = {g.name: g.size for g in groups}
+        if self.ffn is None and self.heads is None:
+            parts = [(DEFAULT_SPARSITY if self.sparsity is None else self.sparsity, groups)]
+        else:
+            ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
+            parts = [(ratio, tuple(g for g in groups if g.kind == kind)) for kind, ratio in ratios.items()]
+        for ratio, members in parts:
+            menus = menus_of(members, self.multiple_of, curves)
+            if not ratio or not menus:
+                continue
+            everything, least = sum(m.costs[-1] for m in menus), sum(m.costs[0] for m in menus)
+            if (1.0 - ratio) * everything < least - 0.5 * max(m.costs[0] for m in menus):
+                most = math.floor((1.0 - least / everything) * 1000) / 1000
+                raise OptionError(f"ratio {ratio:g} would empty a group; the most is {most:g}")
+            keep |= ALLOCATIONS[self.allocate](menus, (1.0 - ratio) * everything)
+        return keep
 
     def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float) -> dict[str, int]:
         keep = {g.name: kept_width(g, sparsity, self.multiple_of) for g in groups}

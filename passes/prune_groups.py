@@ -29,7 +29,15 @@ from liar_opt.frontend.onnx_segments import (
 )
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
-from liar_opt.passes.registry import REPAIRS, SCORES, Measured, Repaired, lookup
+from liar_opt.passes.registry import (
+    Measured,
+    Repaired,
+    RepairFunction,
+    ScoreFunction,
+    lookup,
+    repair_named,
+    score_named,
+)
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, OptionError
 from liar_opt.runtime.moments import Moments
@@ -64,8 +72,8 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
     With kept U and removed M of a consumer y = x W + b:  W <- W_U + Q W_M,  b <- b + p W_M  (LIAR, arXiv 2407.13331).
 
     Attributes:
-        score: which blocks stay; a name in ``registry.SCORES``.
-        repair: what happens to the rest; a name in ``registry.REPAIRS``.
+        score: which blocks stay; a name in ``registry.SCORES``, or a function of your own (``scores.ScoreFunction``).
+        repair: what happens to the rest; a name in ``registry.REPAIRS``, or a function (``repairs.RepairFunction``).
         ridge: relative ridge; None chooses it on held-back calibration rows.
         seed: for all that is drawn.
         weighting: "none" counts every row alike; "stream" weights it by the inverse variance of the residual stream there,
@@ -73,8 +81,8 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
     """
 
     name: ClassVar[str] = "prune-groups"
-    score: str = "greedy"
-    repair: str = "liar"
+    score: str | ScoreFunction = "greedy"
+    repair: str | RepairFunction = "liar"
     ridge: float | None = None
     seed: int = 0
     weighting: str = "none"
@@ -85,8 +93,8 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         Raises:
             OptionError: unknown score or repair, a negative ridge.
         """
-        lookup("score", SCORES, self.score)
-        lookup("repair", REPAIRS, self.repair)
+        score_named(self.score)
+        repair_named(self.repair)
         lookup("weighting", dict.fromkeys(WEIGHTINGS), self.weighting)
         if self.ridge is not None and not self.ridge >= 0:
             raise OptionError(f"ridge {self.ridge:g} is negative; give 0 or more, or leave it out to have it chosen")
@@ -101,24 +109,26 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
 
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
         """Measures and cuts segment by segment."""
-        wide, segments = plan
-        run = _Run(self, state, len(segments) + (1 if wide else 0))
-        if wide:
-            run.segment(wide, len(run.walk.model.graph.nodes))
-        for segment in segments:
-            run.segment(segment.groups, run.position(segment.last) + 1, segment.first)
+        run = SegmentRun(self, state, *plan)
+        run.over_all()
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
         return PassResult(state, tuple(run.changes))
 
 
-class _Run:
+class SegmentRun:
     """The loop's state: what is alive between segments for each batch, and what has been done."""
 
-    def __init__(self, options: PruneGroupsPass, state: State, steps: int) -> None:
+    stage = "calibrate"
+
+    def __init__(
+        self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
+    ) -> None:
         assert state.calibration is not None
+        self.wide, self.segments = wide, segments
         self.options = options
+        self.score, self.repair = score_named(options.score), repair_named(options.repair)
         self.state = state
         self.walk: GraphWalk = state.analysed()
         self.rewriter = Rewriter(self.walk)
@@ -129,9 +139,16 @@ class _Run:
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
         self.rng = np.random.default_rng(options.seed)
-        self.steps, self.step = steps * len(self.data.batches), 0
+        self.steps, self.step = (len(segments) + bool(wide)) * len(self.data.batches), 0
         held = {i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2}
         self.held = held or ({len(self.data.batches) - 1} if len(self.data.batches) > 1 else set())
+
+    def over_all(self) -> None:
+        """Goes over the groups that span others, then over the segments."""
+        if self.wide:
+            self.segment(self.wide, len(self.walk.model.graph.nodes))
+        for segment in self.segments:
+            self.segment(segment.groups, self.position(segment.last) + 1, segment.first)
 
     def position(self, node: Any) -> int:
         """Returns where a node stands now."""
@@ -140,7 +157,7 @@ class _Run:
     def tick(self) -> None:
         """Reports one batch done."""
         self.step += 1
-        self.state.progress("calibrate", self.step, self.steps)
+        self.state.progress(self.stage, self.step, self.steps)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
@@ -169,7 +186,7 @@ class _Run:
         names = [] if first is None else live_tensors(self.walk, self.position(first))
         made = [n for n in names if n not in self.alive[0]]
         types = {name: element_type(value) for name, value in self.alive[0].items()}
-        session = _load(extract(self.walk, start, stop, made, types, taps), self.state.device)
+        session = load_segment(extract(self.walk, start, stop, made, types, taps), self.state.device)
         sums = [o for t in taps for o in t.outputs]
         result = {(t.tensor, t.axis): Moments(t.width) for t in taps}
         for index, feeds in enumerate(self.data.batches):
@@ -179,7 +196,7 @@ class _Run:
                 laid = {(t.layout, t.repeat) for t in taps if t.layout != "all"}
                 rows = {f"{ROWS}_{layout}{repeat}": row_mask(mask, layout, repeat) for layout, repeat in laid}
             feeds = cut_arrays(feeds, self.rewriter.ends())
-            values = _run(session, {**feeds, **self.alive[index], **rows}, [*made, *sums], sums)
+            values = run_segment(session, {**feeds, **self.alive[index], **rows}, [*made, *sums], sums)
             for tap in taps:
                 seen, count, total, *second = (values[o] for o in tap.outputs)
                 try:
@@ -205,14 +222,14 @@ class _Run:
         options = self.options
         measured = [self.measured(c, moments) for c in group.consumers]
         keep = self.state.keep[group.name]
-        blocks = SCORES[options.score](measured, keep, self.rng)
+        blocks = self.score.select(measured, keep, self.rng)
         if len(blocks) != keep or len(set(blocks.tolist())) != keep:
             raise InternalError(f"score '{options.score}' kept {len(blocks)} of {keep} blocks")
         details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rows": measured[0].moments.count}
         for consumer, item in zip(group.consumers, measured, strict=True):
             kept = kept_positions(consumer.owners, blocks)
             removed = np.setdiff1d(np.arange(consumer.width), kept)
-            repaired: Repaired = REPAIRS[options.repair](item, kept, removed, options.ridge)
+            repaired: Repaired = self.repair(item, kept, removed, options.ridge)
             self.write(consumer, kept, repaired)
             details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
         self.rewriter.cut({group.factor: blocks.tolist()})
@@ -280,14 +297,24 @@ def _details(
     }
 
 
-def _load(segment: Extracted, device: Any) -> Session:
+def load_segment(segment: Extracted, device: Any) -> Session:
+    """Loads a segment.
+
+    Raises:
+        ModelError: ONNX Runtime cannot.
+    """
     try:
         return Session(segment.serialise(), device, segment.weights)
     except Exception as err:
         raise ModelError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
 
 
-def _run(session: Session, feeds: dict[str, Any], outputs: list[str], arrays: list[str]) -> dict[str, Any]:
+def run_segment(session: Session, feeds: dict[str, Any], outputs: list[str], arrays: list[str]) -> dict[str, Any]:
+    """Runs a segment on one batch; arguments as ``Session.run``.
+
+    Raises:
+        ModelError: the model fails on the data.
+    """
     try:
         return session.run(feeds, outputs, arrays)
     except (LiarOptError, InternalError):

@@ -21,8 +21,10 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
+from liar_opt.passes.registry import RepairFunction, ScoreFunction
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -33,11 +35,12 @@ SCHEMA = 1
 PASSES: tuple[type[Pass[Any]], ...] = (
     NormaliseGraphPass,
     FindGroupsPass,
+    MeasureCurvesPass,
     AllocateWidthsPass,
     PruneGroupsPass,
     VerifyModelPass,
 )
-"""Every pass, in the order of the pipeline."""
+"""Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,9 @@ def prune(
     ffn: float | None = None,
     heads: float | None = None,
     multiple_of: int = 8,
-    score: str = "greedy",
-    repair: str = "liar",
+    allocate: str = "uniform",
+    score: str | ScoreFunction = "greedy",
+    repair: str | RepairFunction = "liar",
     ridge: float | None = None,
     weighting: str = "none",
     tokenizer: str | Path | None = None,
@@ -185,11 +189,14 @@ def prune(
         calibration: a path (.txt, .jsonl, .csv, .npz, folder of .npy, saved dataset), a dataset name, texts, feeds, or
             None for synthetic inputs.
         sparsity: fraction of all prunable parameters to remove, in [0, 1); 0.3 if nothing is asked for.
-        ffn: fraction of every feed-forward width to remove, in [0, 1).
-        heads: fraction of every layer's attention heads to remove, in [0, 1).
+        ffn: fraction of the feed-forward width to remove, in [0, 1).
+        heads: fraction of the attention heads to remove, in [0, 1).
         multiple_of: kept feed-forward widths are multiples of this.
-        score: which blocks stay; see ``registry.SCORES``.
-        repair: what the rest becomes; see ``registry.REPAIRS``.
+        allocate: how a ratio is shared out over the layers; see ``allocations.ALLOCATIONS``.
+        score: which blocks stay; see ``registry.SCORES``, or a function of your own: it gets the group's consumers
+            (``registry.Measured``) and returns one number a block, the higher the more it is kept.
+        repair: what the rest becomes; see ``registry.REPAIRS``, or a function: it gets a consumer, the kept and the removed
+            channels, and returns the new weights [kept, m] and what to add to the bias [m].
         ridge: relative ridge of the repair; None chooses it on held-back calibration rows.
         weighting: "none", or "stream" to weight calibration rows as the normalisation behind them will.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -217,24 +224,30 @@ def prune(
     state = load_state(model)
     state.progress = progress
     state.device = resolve_provider(provider)
-    allocate = AllocateWidthsPass(sparsity=sparsity, ffn=ffn, heads=heads, multiple_of=multiple_of)
+    widths = AllocateWidthsPass(sparsity=sparsity, ffn=ffn, heads=heads, multiple_of=multiple_of, allocate=allocate)
+    curves = MeasureCurvesPass(score=score, seed=seed)
     cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)
-    analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass(), allocate], observer=observer)(state)
+    analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
+    widths.requires(state)  # before any work that it might stop
     options = CalibrationOptions(
         calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed
     )
     report = _report_head(state)
-    report["options"] = _options([allocate, cut], options, provider)
+    report["options"] = _options([widths, cut], options, provider)
     report["seed"] = seed
     report["device"] = state.device
     report["refusals"] = [asdict(r) for r in analysis.refusals]
+    if widths.measured:
+        _load_calibration(state, options, report)
+    Pipeline(passes=[curves, widths] if widths.measured else [widths], observer=observer)(state)
+    if "curves" in state.facts:
+        report["curves"] = curve_report(state.groups, state.facts["curves"])
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
         return PruneResult(state.facts["dense"], report, (), analysis.refusals)
-    began = time.perf_counter()
-    state.calibration = _calibrate(state, options)
-    state.seconds["load-calibration"] = time.perf_counter() - began
-    report["calibration"] = _calibration_report(state.calibration)
+    if state.calibration is None:
+        _load_calibration(state, options, report)
+    assert state.calibration is not None
     flops = count_flops(state.model, AxisAlgebra, state.calibration.batches[0])
     done = Pipeline(passes=[cut, VerifyModelPass()], observer=observer)(state)
     details = {c.where: c for c in done.changes}
@@ -261,9 +274,13 @@ def prune(
     return PruneResult(state.facts["pruned"], report, done.changes, analysis.refusals)
 
 
-def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
+def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:
+    began = time.perf_counter()
     fields = {k: v for k, v in vars(options).items() if k != "source"}
-    return load_calibration(options.source, state.model.inputs(), vocabulary=vocabulary(state.model), **fields)
+    inputs, words = state.model.inputs(), vocabulary(state.model)
+    state.calibration = load_calibration(options.source, inputs, vocabulary=words, **fields)
+    state.seconds["load-calibration"] = time.perf_counter() - began
+    report["calibration"] = _calibration_report(state.calibration)
 
 
 def _sizes(model: OnnxModel) -> dict[str, Any]:
@@ -301,13 +318,18 @@ def _sha256(path: Path) -> str:
 
 
 def _options(passes: list[Pass[Any]], calibration: CalibrationOptions, provider: str) -> dict[str, Any]:
-    result: dict[str, Any] = {p.name: asdict(p) for p in passes}
+    result: dict[str, Any] = {p.name: {k: _plain(v) for k, v in vars(p).items()} for p in passes}
     source = calibration.source
     shown = str(source) if isinstance(source, (str, Path)) or source is None else type(source).__name__
     plain = asdict(replace(calibration, source=None))
     result["calibration"] = {k: str(v) if isinstance(v, Path) else v for k, v in plain.items()} | {"source": shown}
     result["provider"] = provider
     return result
+
+
+def _plain(option: Any) -> Any:
+    """A user's function is reported by its name."""
+    return getattr(option, "__name__", type(option).__name__) if callable(option) else option
 
 
 def _calibration_report(data: CalibrationData) -> dict[str, Any]:

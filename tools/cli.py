@@ -173,7 +173,6 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
 
 def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run: _Run) -> dict[str, Any]:
     """Prunes, writes the model and returns the report."""
-    from liar_opt.passes.allocate_widths import AllocateWidthsPass
     from liar_opt.passes.prune_model import prune
 
     seconds: dict[str, float] = {}
@@ -182,16 +181,23 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
         seconds.update(result.state.seconds)
         if options.print_between:
             _print_between(step.name, result)
-        # Not before the model is known to be usable, not after the work that this might have stopped.
-        if step.name == AllocateWidthsPass.name and calibration is None and not options.dry_run:
+
+    told = calibration is not None
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal told
+        # Not before the model and the options are known to be usable, not after the work that this might have stopped.
+        if not told:
+            told = True
             _warn(
                 "no --calibration: random inputs are used, and accuracy will be lower than with a few hundred real samples"
             )
+        progress(stage, done, total)
 
     names = introspection.signature(prune).parameters
     chosen = {k: v for k, v in vars(options).items() if k in names and k not in ("model", "calibration")}
     with _progress(options.quiet) as progress:
-        result = prune(options.model, calibration, **chosen, progress=progress, observer=observe)
+        result = prune(options.model, calibration, **chosen, progress=show, observer=observe)
     report = result.report
     report.setdefault("seconds", seconds)
     for note in report["model"]["notes"]:
@@ -502,7 +508,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     from liar_opt.passes.allocate_widths import DEFAULT_SPARSITY, AllocateWidthsPass
-    from liar_opt.passes.prune_groups import PruneGroupsPass
+    from liar_opt.passes.allocations import ALLOCATIONS
+    from liar_opt.passes.prune_groups import WEIGHTINGS, PruneGroupsPass
     from liar_opt.passes.registry import REPAIRS, SCORES
 
     pruning = parser.add_argument_group("pruning")
@@ -514,9 +521,11 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("ffn", float, metavar="RATIO")
     widths.add("heads", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
+    widths.add("allocate", str, choices=tuple(ALLOCATIONS))
     cut.add("score", str, choices=tuple(SCORES))
     cut.add("repair", str, choices=tuple(REPAIRS))
     cut.add("ridge", float, metavar="RIDGE")
+    cut.add("weighting", str, choices=WEIGHTINGS)
 
 
 def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
@@ -559,7 +568,11 @@ class _Fields:
     def add(self, name: str, kind: Callable[[str], Any], more: str = "", text: str = "", **settings: Any) -> None:
         text = text or documented(self.owner).get(name, "")
         # References to the source and to None are for readers of Python; argparse lists the choices.
-        text = re.sub(r"; (a name in|see) ``[^`]*``", "", text).replace("``", "").replace("%", "%%")
+        text = (
+            re.sub(r"; (a name in|see) ``[^`]*``(, or a function[^.]*\(``[^`]*``\))?", "", text)
+            .replace("``", "")
+            .replace("%", "%%")
+        )
         text = text.replace("if None", "if not given").replace("None chooses it", "if not given, it is chosen")
         flag = "--" + name.replace("_", "-")
         text = f"{text}; {more}" if more else text

@@ -275,7 +275,14 @@ def test_version_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"liar-opt {liar_opt.__version__}\n"
     assert run("--list-passes") == 0
     names = [line.split("{")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["normalise-graph", "find-groups", "allocate-widths", "prune-groups", "verify-model"]
+    assert names == [
+        "normalise-graph",
+        "find-groups",
+        "measure-curves",
+        "allocate-widths",
+        "prune-groups",
+        "verify-model",
+    ]
 
 
 def test_help_does_not_import_what_is_slow() -> None:

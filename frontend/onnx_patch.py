@@ -1,0 +1,54 @@
+"""Give a consumer of an extracted segment another weight and a shift of its output, without touching the graph.
+
+    y = Op(x, W)   ->   y' = Op(x, W');  y = Add(y', shift)
+
+Removed rows of W' are zero, so that the segment computes what the cut model would: what one group's cut does to the outputs
+is measured so, before anything is cut.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from liar_opt.frontend.onnx_rules import ConsumerUse
+from liar_opt.frontend.onnx_segments import Extracted
+
+PREFIX = "liar_opt_patch"
+
+
+def patch_consumer(
+    segment: Extracted, uses: Sequence[ConsumerUse], weight: NDArray[Any], shift: NDArray[np.float64]
+) -> None:
+    """Replaces the weight of every use of a consumer, in place.
+
+    Args:
+        segment: has the nodes of the uses.
+        uses: of one weight.
+        weight: the new weight, in the shape of the old one.
+        shift: what is added to y = x W, [m]; the node's own scale is applied.
+    """
+    graph = segment.model.graph
+    name = f"{PREFIX}/{len(graph.initializer)}/{uses[0].node.name}"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(weight), name))
+    nodes = {tuple(n.output): (i, n) for i, n in enumerate(graph.node)}
+    for use in uses:
+        index, node = nodes[tuple(t.name for t in use.node.outputs)]
+        replaced = node.input[use.weight_position]
+        node.input[use.weight_position] = name
+        if not any(replaced in n.input for n in graph.node):  # ONNX Runtime wants no data that nobody reads
+            segment.weights.pop(replaced, None)
+            graph.initializer.remove(next(t for t in graph.initializer if t.name == replaced))
+        if not np.any(shift):
+            continue
+        output = node.output[0]
+        node.output[0] = f"{name}/{index}/unshifted"
+        free = [n for i, n in enumerate(use.weight.shape) if i != use.weight_axis]
+        shape = [*free, *[1] * (-1 - use.output_axis)] if len(free) == 1 else free
+        value = (shift * use.scale).reshape(shape).astype(weight.dtype)
+        graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}/{index}/shift"))
+        add = helper.make_node("Add", [node.output[0], f"{name}/{index}/shift"], [output])
+        graph.node.insert(list(graph.node).index(node) + 1, add)

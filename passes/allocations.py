@@ -1,0 +1,169 @@
+"""How a goal is shared out among the groups: widths from what each width costs and what it loses.
+
+Every group comes with a :class:`Menu`: the widths that it may have and, for each, what it costs in the target's currency
+(parameters, operations, seconds) and the error after repair. An allocation picks one width of every menu so that the costs
+add up to the goal, as nearly as the steps allow:
+
+    uniform   the same share of every group
+    curves    least sum of errors: the multiple-choice knapsack, by dynamic programming
+    global    one threshold for all blocks' scores, each divided by its group's mean
+    flap      one threshold for all blocks' scores, standardised within their group: (s - mean) / deviation
+              (FLAP, arXiv 2312.11983, eq. 6, 7)
+
+Errors are in one currency for all kinds: the mean square that is lost, relative to the variance of the residual stream
+behind the consumer (`passes.measure_curves`). Small errors of different groups add up there, and the normalisation that
+follows divides by that variance.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
+BISECTIONS = 60
+PARTS = 2048
+"""Of the goal: costs are rounded to them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """What one group may become.
+
+    Attributes:
+        name: of the group.
+        widths: numbers of blocks, ascending; the last is all of them.
+        costs: what each width costs, [w].
+        errors: what each width loses, [w]; zeros where nothing was measured.
+        values: the score of every block, [k]; empty where nothing was measured.
+    """
+
+    name: str
+    widths: Indices
+    costs: Array
+    errors: Array
+    values: Array
+
+    @property
+    def size(self) -> int:
+        """Number of blocks."""
+        return int(self.widths[-1])
+
+    def nearest(self, width: float) -> int:
+        """Returns the index of the width nearest to a number, the larger of two."""
+        return int(np.flatnonzero(np.abs(self.widths - width) == np.abs(self.widths - width).min())[-1])
+
+
+Allocation = Callable[[Sequence[Menu], float], dict[str, int]]
+"""(menus, what all groups together may cost) -> width by group name."""
+
+
+def uniform(menus: Sequence[Menu], goal: float) -> dict[str, int]:
+    """The same share of every group; single steps settle the rest."""
+    return _widths(menus, _bisected(menus, goal, lambda share: [m.nearest(share * m.size) for m in menus]))
+
+
+def curves(menus: Sequence[Menu], goal: float) -> dict[str, int]:
+    """The widths of least total error: dynamic programming over the goal in equal parts; single steps settle the rest."""
+    unit = max(goal, 0.0) / PARTS or 1.0
+    best = np.zeros(PARTS + 1)  # least error of the groups so far that costs so many parts at the most
+    picks = np.zeros((len(menus), PARTS + 1), dtype=np.int64)
+    for menu, picked in zip(menus, picks, strict=True):
+        longer = np.full(PARTS + 1, np.inf)
+        for index, parts in enumerate(np.rint(menu.costs / unit).astype(np.int64)):
+            if parts > PARTS:
+                break
+            tried = best[: PARTS + 1 - parts] + menu.errors[index]
+            better = tried <= longer[parts:]  # the wider of equals
+            longer[parts:][better] = tried[better]
+            picked[parts:][better] = index
+        best = longer
+    chosen, left = [0] * len(menus), PARTS
+    for place in reversed(range(len(menus)) if np.isfinite(best[PARTS]) else ()):
+        chosen[place] = int(picks[place, left])
+        left -= int(np.rint(menus[place].costs[chosen[place]] / unit))
+    return _widths(menus, _settled(menus, goal, chosen))
+
+
+def globally(menus: Sequence[Menu], goal: float) -> dict[str, int]:
+    """One threshold for scores in units of their group's mean."""
+    return _by_threshold(menus, [m.values / (float(m.values.mean()) or 1.0) for m in menus], goal)
+
+
+def flap(menus: Sequence[Menu], goal: float) -> dict[str, int]:
+    """One threshold for standardised scores."""
+    return _by_threshold(menus, [(m.values - m.values.mean()) / (float(m.values.std()) or 1.0) for m in menus], goal)
+
+
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "curves": curves, "global": globally, "flap": flap}
+MEASURED = ("curves", "global", "flap")
+"""Allocations that need the dense model measured."""
+
+
+def total(menus: Sequence[Menu], keep: dict[str, int]) -> float:
+    """Returns what widths cost together."""
+    return sum(float(m.costs[np.searchsorted(m.widths, keep[m.name])]) for m in menus)
+
+
+def _by_threshold(menus: Sequence[Menu], values: Sequence[Array], goal: float) -> dict[str, int]:
+    pooled = np.unique(np.concatenate(values))
+
+    def at(share: float) -> list[int]:
+        # share 1 keeps everything: the threshold is below the lowest value then.
+        place = round((1.0 - share) * pooled.size)
+        threshold = pooled[place] if place < pooled.size else np.inf
+        return [m.nearest(int(np.count_nonzero(v >= threshold))) for m, v in zip(menus, values, strict=True)]
+
+    return _widths(menus, _bisected(menus, goal, at))
+
+
+def _widths(menus: Sequence[Menu], chosen: Sequence[int]) -> dict[str, int]:
+    return {m.name: int(m.widths[i]) for m, i in zip(menus, chosen, strict=True)}
+
+
+class _Step(NamedTuple):
+    gain: float
+    size: float
+    place: int
+    choice: int
+    spent: float
+
+
+def _bisected(menus: Sequence[Menu], goal: float, at: Callable[[float], list[int]]) -> list[int]:
+    """Bisects the generosity of ``at``, in [0, 1], to the most that stays within the goal; then settles."""
+    best, low, high = at(0.0), 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2.0
+        chosen = at(middle)
+        if _cost(menus, chosen) <= goal:
+            best, low = chosen, middle
+        else:
+            high = middle
+    return _settled(menus, goal, best)
+
+
+def _settled(menus: Sequence[Menu], goal: float, chosen: Sequence[int]) -> list[int]:
+    """Takes single steps towards the goal while they bring the costs nearer, those first that gain the most."""
+    best, spent = [*chosen], _cost(menus, chosen)
+    direction = 1 if spent < goal else -1
+    while True:
+        steps = []
+        for place, menu in enumerate(menus):
+            index = best[place] + direction
+            if 0 <= index < menu.widths.size:
+                more = float(menu.costs[index] - menu.costs[best[place]])
+                if more and abs(spent + more - goal) < abs(spent - goal):
+                    gained = float(menu.errors[best[place]] - menu.errors[index])
+                    # Where nothing was measured the largest step comes first: it settles the most.
+                    steps.append(_Step(gained / abs(more), abs(more), place, index, spent + more))
+        if not steps:
+            return best
+        step = max(steps, key=lambda s: (s.gain, s.size))
+        best[step.place], spent = step.choice, step.spent
+
+
+def _cost(menus: Sequence[Menu], chosen: Sequence[int]) -> float:
+    return sum(float(m.costs[i]) for m, i in zip(menus, chosen, strict=True))

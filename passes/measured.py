@@ -1,0 +1,90 @@
+"""What is known of a consumer when its group is thinned: its weight, the moments of its input, and the new weights.
+
+Scores read :class:`Measured`; a repair makes a :class:`Repaired` of it. Both are what a user's own function gets and gives.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.moments import Moments, Statistics
+from liar_opt.runtime.solve import sketched
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """New weights [u, m] and what to add to the bias [m] of one consumer, with what the report says of them.
+
+    ``explained`` is what the new weights take off the error of the bias alone, where that is known.
+    """
+
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    ridge: float
+    kind: str
+    raised: bool = False
+    explained: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One consumer of a group with its moments.
+
+    Attributes:
+        weight: W, [n, m], float64 or the model's own type.
+        owners: block of each channel, int64 [n].
+        moments: of its input x [.., n], all uses pooled.
+        target_scale: what the node multiplies x W by.
+    """
+
+    weight: NDArray[Any]
+    owners: NDArray[np.int64]
+    moments: Moments
+    target_scale: float = 1.0
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, k."""
+        return int(self.owners.max()) + 1
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance over all rows."""
+        return self.moments.statistics()
+
+    @functools.cached_property
+    def folds(self) -> tuple[Statistics, Statistics] | None:
+        """The training and the held-back rows, or None where a fold is too small to say anything."""
+        if min(self.moments.rows("training"), self.moments.rows("held_back")) < 2:
+            return None
+        return self.moments.statistics("training"), self.moments.statistics("held_back")
+
+    def by_block(self, channels: NDArray[Any]) -> NDArray[np.float64]:
+        """Returns the sums over each block of one number a channel, [k]."""
+        return np.bincount(self.owners, weights=channels, minlength=self.blocks).astype(np.float64)
+
+    def errors(self, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired) -> dict[str, float]:
+        """Returns the mean squared errors of y = x W over all rows, relative to E|y|^2.
+
+        "none" leaves the kept weights alone, "bias" adds the mean of what is lost, "repair" is ``repaired``. They are
+        reported, not computed with: in float32, and E|y|^2 is estimated (``solve.sketched``) where W is large.
+        """
+        mean, weight, lost = self.statistics.mean, self.weight.astype(np.float32), self.weight[removed].astype(np.float32)
+        covariance = self.statistics.covariance.astype(np.float32)
+        few = sketched(weight)
+        power = float(np.vdot(few, covariance @ few)) + float(np.square(mean @ self.weight).sum()) or 1.0
+        bias = float(np.vdot(lost, covariance[np.ix_(removed, removed)] @ lost))
+        none = bias + float(np.square(mean[removed] @ self.weight[removed]).sum())
+        if repaired.explained is None:
+            change = -weight
+            change[kept] += repaired.weight.astype(np.float32)
+            error = float(np.vdot(change, covariance @ change))
+            error += float(np.square(mean[kept] @ repaired.weight - mean @ self.weight + repaired.bias).sum())
+        elif repaired.kind == "none":
+            error = none
+        else:
+            error = bias - repaired.explained
+        return {"none": none / power, "bias": bias / power, "repair": max(error, 0.0) / power}

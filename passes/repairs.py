@@ -1,0 +1,88 @@
+"""What the weights that stay become: small functions on moments, each for one consumer.
+
+    none             left alone
+    bias             the mean of what is lost goes to the bias                          FLAP (arXiv 2312.11983)
+    scaling          one factor a kept block, by least squares                          Kwon et al. (arXiv 2204.09656)
+    liar             least squares for all kept weights, bias included                  LIAR (arXiv 2407.13331)
+
+A ridge that is not given is chosen on held-back calibration rows, "leave it alone" among the choices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.passes.measured import Measured, Repaired
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.scaling import scale_blocks
+from liar_opt.runtime.solve import RepairKind, RidgeChoice, choose_ridge, repair_weight
+
+DEFAULT_RIDGE = 1e-2
+"""Used where there are too few rows to hold any back."""
+
+Channels = NDArray[np.int64]
+Repair = Callable[[Measured, Channels, Channels, "float | None"], Repaired]
+"""(consumer, kept channels, removed channels, ridge or None to choose it) -> new weights."""
+RepairFunction = Callable[[Measured, Channels, Channels], Any]
+"""A user's own: (consumer, kept channels, removed channels) -> (new weights [u, m], what to add to the bias [m])."""
+
+
+def repair_of_function(function: RepairFunction) -> Repair:
+    """Makes a repair of a user's function, whose result is checked at every call."""
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def repair(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
+        expected = (kept.size, consumer.weight.shape[1])
+        try:
+            weight, bias = (np.asarray(a, dtype=np.float64) for a in function(consumer, kept, removed))
+        except (TypeError, ValueError) as err:
+            raise OptionError(f"repair function '{name}' did not return (weights, bias): {err}") from err
+        if weight.shape != expected or bias.shape != expected[1:]:
+            raise OptionError(
+                f"repair function '{name}' returned weights {list(weight.shape)} and bias {list(bias.shape)}; return "
+                f"{list(expected)} and {list(expected[1:])}"
+            )
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise OptionError(f"repair function '{name}' returned NaN or Inf; return finite weights")
+        return Repaired(weight, bias, np.inf, name)
+
+    return repair
+
+
+def _chosen(consumer: Measured, kept: Channels, removed: Channels, choice: RidgeChoice) -> Repaired:
+    statistics = consumer.statistics
+    fit = repair_weight(statistics.covariance, statistics.mean, consumer.weight, kept, removed, choice)
+    return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised, fit.explained)
+
+
+def _fixed(kind: RepairKind, ridge: float) -> RidgeChoice:
+    return RidgeChoice(kind, ridge, np.nan, np.nan, np.nan)
+
+
+def none(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
+    """Leaves the kept weights alone."""
+    return _chosen(consumer, kept, removed, _fixed("none", np.inf))
+
+
+def bias(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
+    """Adds the mean of what is lost."""
+    return _chosen(consumer, kept, removed, _fixed("bias", np.inf))
+
+
+def scaling(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
+    """Scales every kept block."""
+    found = scale_blocks(consumer.statistics, consumer.folds, consumer.weight, consumer.owners, kept, ridge)
+    weight = consumer.weight[kept].astype(np.float64) * found.factors[:, None]
+    return Repaired(weight, np.zeros(weight.shape[1]), found.ridge, "none" if np.isinf(found.ridge) else "scaling")
+
+
+def liar(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
+    """Fits the kept weights and the bias to the consumer's output on the inputs that it sees."""
+    if ridge is None and consumer.folds is not None:
+        return _chosen(consumer, kept, removed, choose_ridge(*consumer.folds, [consumer.weight], kept, removed))
+    return _chosen(consumer, kept, removed, _fixed("repair", DEFAULT_RIDGE if ridge is None else ridge))
+
+
+REPAIRS: dict[str, Repair] = {"liar": liar, "scaling": scaling, "bias": bias, "none": none}

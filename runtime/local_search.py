@@ -1,0 +1,132 @@
+"""Local search from a selection: swap a kept block for a removed one while the exact residual falls.
+
+With U kept, M removed and the ridge of the selection, the residual after repair is (module docstring of
+`liar_opt.runtime.solve`, penalised form)
+
+    f(U) = tr(W^T S W) + lam |W|^2 - tr(C_U^T (S_UU + lam I)^-1 C_U)      C = (S + lam I) W
+
+Putting block A back takes tr(R_A^T D_A^-1 R_A) off it, where D_A is the Schur complement of A and R_A what of C_A the
+kept blocks do not explain; taking block B out then adds tr(V_B^T P_BB^-1 V_B), with P = (S_UU + lam I)^-1 and V the
+repaired weights, both after A came back. OSSCAR (arXiv 2403.12983) searches so from its greedy solution, with a number
+of blocks at a time; here it is one, and the search is bounded by the number of swaps tried.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.errors import InternalError
+from liar_opt.runtime.moments import Array
+from liar_opt.runtime.solve import Problem
+
+TRIALS = 24
+"""Removed blocks that are tried at the most, the most promising first."""
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The kept blocks after the search, the residual before and after it, and how many blocks were swapped."""
+
+    kept_blocks: NDArray[np.int64]
+    before: float
+    after: float
+    swaps: int
+
+
+class _Searched:
+    """One problem: S + lam I, C = (S + lam I) W, and which channels each block has."""
+
+    def __init__(self, problem: Problem, ridge: float) -> None:
+        diagonal = np.diagonal(problem.covariance)
+        scale = float(diagonal.mean()) or 1.0
+        self.matrix: Array = problem.covariance.astype(np.float64)
+        self.matrix[np.diag_indices_from(self.matrix)] += ridge * scale
+        stacked = np.concatenate([w.astype(np.float64) for w in problem.weights], axis=1) * np.sqrt(problem.scale)
+        if stacked.shape[1] > stacked.shape[0]:
+            stacked = np.asarray(np.linalg.qr(stacked.T, mode="r")).T  # the same W W^T with n columns
+        self.target: Array = self.matrix @ stacked
+        self.power = float(np.vdot(stacked, self.target))
+        self.owners = problem.blocks
+
+    def solve(self, kept: NDArray[np.bool_]) -> None:
+        """Prepares P and V for a set of kept blocks."""
+        self.channels = np.flatnonzero(kept[self.owners])
+        inner = self.matrix[np.ix_(self.channels, self.channels)]
+        self.inverse = np.linalg.inv(inner)
+        self.fitted = self.inverse @ self.target[self.channels]
+
+    def residual(self) -> float:
+        """f(U)."""
+        return self.power - float(np.vdot(self.fitted, self.target[self.channels]))
+
+    def gains(self, blocks: NDArray[np.int64]) -> Array:
+        """What putting each block back takes off the residual."""
+        result = np.empty(blocks.size)
+        for i, block in enumerate(blocks):
+            own = np.flatnonzero(self.owners == block)
+            cross = self.matrix[np.ix_(own, self.channels)]
+            schur = self.matrix[np.ix_(own, own)] - cross @ self.inverse @ cross.T
+            left = self.target[own] - cross @ self.fitted
+            result[i] = np.vdot(left, np.linalg.solve(schur, left))
+        return result
+
+    def costs(self, blocks: NDArray[np.int64]) -> Array:
+        """What taking each kept block out adds to the residual."""
+        place = np.full(self.owners.size, -1)
+        place[self.channels] = np.arange(self.channels.size)
+        result = np.empty(blocks.size)
+        for i, block in enumerate(blocks):
+            own = place[np.flatnonzero(self.owners == block)]
+            weight = self.fitted[own]
+            result[i] = np.vdot(weight, np.linalg.solve(self.inverse[np.ix_(own, own)], weight))
+        return result
+
+
+def swap_blocks(problems: Sequence[Problem], kept_blocks: NDArray[np.int64], ridge: float, trials: int = TRIALS) -> Swapped:
+    """Swaps single blocks while that lowers the residual summed over the problems.
+
+    Args:
+        problems: dimensions tied together, as for ``solve.select_greedy``.
+        kept_blocks: where the search starts.
+        ridge: relative ridge > 0.
+        trials: removed blocks that are tried at the most.
+
+    Raises:
+        InternalError: no problem, or a ridge that is not positive.
+    """
+    if not problems or not ridge > 0.0:
+        raise InternalError(f"local search among {len(problems)} problems with ridge {ridge}")
+    searched = [_Searched(p, ridge) for p in problems]
+    kept = np.zeros(int(problems[0].blocks.max()) + 1, dtype=bool)
+    kept[kept_blocks] = True
+
+    def solve() -> None:
+        for one in searched:
+            one.solve(kept)
+
+    solve()
+    before = sum(one.residual() for one in searched)
+    swaps, tried = 0, 0
+    while tried < trials and not kept.all():
+        outside = np.flatnonzero(~kept)
+        gains = sum((one.gains(outside) for one in searched), np.zeros(outside.size))
+        improved = False
+        for choice in np.argsort(-gains, kind="stable")[: trials - tried]:
+            tried += 1
+            kept[outside[choice]] = True
+            solve()
+            inside = np.flatnonzero(kept)
+            costs = sum((one.costs(inside) for one in searched), np.zeros(inside.size))
+            cheapest = int(np.argmin(costs))
+            if inside[cheapest] != outside[choice] and costs[cheapest] < gains[choice] * (1.0 - 1e-9):
+                kept[inside[cheapest]] = False
+                solve()
+                swaps, improved = swaps + 1, True
+                break
+            kept[outside[choice]] = False
+        if not improved:
+            break
+    solve()
+    return Swapped(np.flatnonzero(kept).astype(np.int64), before, sum(one.residual() for one in searched), swaps)
