@@ -95,8 +95,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         ffn: fraction of the feed-forward width to remove, in [0, 1).
         heads: fraction of the attention heads (or groups of heads) to remove, in [0, 1).
         multiple_of: kept feed-forward widths are multiples of this.
-        allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``. "uniform" takes it
-            of each, "curves" by the error that each width leaves after repair, "global" and "flap" by the scores.
+        allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
     """
 
     name: ClassVar[str] = "allocate-widths"

@@ -164,7 +164,7 @@ def prune(
     ffn: float | None = None,
     heads: float | None = None,
     multiple_of: int = 8,
-    allocate: str = "uniform",
+    allocate: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
     ridge: float | None = None,
@@ -192,7 +192,9 @@ def prune(
         ffn: fraction of the feed-forward width to remove, in [0, 1).
         heads: fraction of the attention heads to remove, in [0, 1).
         multiple_of: kept feed-forward widths are multiples of this.
-        allocate: how a ratio is shared out over the layers; see ``allocations.ALLOCATIONS``.
+        allocate: how a ratio is shared out over the layers: "uniform" takes it of each, "curves" by the error that each
+            width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
+            where there is calibration data, else "uniform".
         score: which blocks stay; see ``registry.SCORES``, or a function of your own: it gets the group's consumers
             (``registry.Measured``) and returns one number a block, the higher the more it is kept.
         repair: what the rest becomes; see ``registry.REPAIRS``, or a function: it gets a consumer, the kept and the removed
@@ -224,6 +226,8 @@ def prune(
     state = load_state(model)
     state.progress = progress
     state.device = resolve_provider(provider)
+    if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
+        allocate = "curves" if ffn is None and heads is None and calibration is not None else "uniform"
     widths = AllocateWidthsPass(sparsity=sparsity, ffn=ffn, heads=heads, multiple_of=multiple_of, allocate=allocate)
     curves = MeasureCurvesPass(score=score, seed=seed)
     cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)

@@ -510,6 +510,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     from liar_opt.passes.allocate_widths import DEFAULT_SPARSITY, AllocateWidthsPass
     from liar_opt.passes.allocations import ALLOCATIONS
     from liar_opt.passes.prune_groups import WEIGHTINGS, PruneGroupsPass
+    from liar_opt.passes.prune_model import prune
     from liar_opt.passes.registry import REPAIRS, SCORES
 
     pruning = parser.add_argument_group("pruning")
@@ -521,7 +522,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("ffn", float, metavar="RATIO")
     widths.add("heads", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
-    widths.add("allocate", str, choices=tuple(ALLOCATIONS))
+    _Fields(pruning, prune).add("allocate", str, choices=tuple(ALLOCATIONS))
     cut.add("score", str, choices=tuple(SCORES))
     cut.add("repair", str, choices=tuple(REPAIRS))
     cut.add("ridge", float, metavar="RIDGE")

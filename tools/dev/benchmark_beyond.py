@@ -1,0 +1,171 @@
+"""Compare every score with every repair, the allocations, and what each part of the default adds, on all-MiniLM-L6-v2.
+
+    python tools/dev/benchmark_beyond.py --cells cells.json --markdown beyond.md
+
+Model, sentences and measure are those of `benchmark_minilm.py`: calibrated on 512 sentences of NYT editorials, mean cosine
+between the sentence embeddings of the dense and the pruned model over 1,024 sentences of film reviews. Nothing is chosen on
+the film reviews: `--choosing` measures on other sentences (256 of the same editorials, 256 of product reviews), which is
+what defaults were chosen on.
+
+A cell is one `prune()`; `--cells` keeps them, so that a run that was stopped goes on. Delete the file when the code changes.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark_minilm import CALIBRATION, Held, Workplace, embeddings, say, setting, table
+
+from liar_opt.passes.registry import REPAIRS, SCORES
+from liar_opt.tools.demo_assets import split
+
+Options = dict[str, Any]
+HALF: Options = {"ffn": 0.5, "heads": 0.5}
+RATIOS = (0.2, 0.35, 0.5)
+ALLOCATIONS = ("uniform", "global", "flap", "curves")
+METHODS: dict[str, Options] = {
+    "FLAP: wifv, bias, standardised threshold": {"score": "wifv", "repair": "bias", "allocate": "flap"},
+    "Wanda-sp: activation-weighted, no repair, uniform": {
+        "score": "activation-weighted",
+        "repair": "none",
+        "allocate": "uniform",
+    },
+    "mask tuning: activation-weighted, scaling, uniform": {
+        "score": "activation-weighted",
+        "repair": "scaling",
+        "allocate": "uniform",
+    },
+    "OBS (SlimGPT): greedy, liar, uniform": {"allocate": "uniform"},
+    "OSSCAR: swaps, liar, uniform": {"score": "swaps", "allocate": "uniform"},
+    "liar-opt: greedy, liar, curves": {"allocate": "curves"},
+}
+"""Published methods as far as they consist of parts that liar-opt has; not their authors' code."""
+CHANGES: dict[str, Options] = {
+    "the default": {},
+    "without curves: uniform": {"allocate": "uniform"},
+    "without greedy: activation-weighted": {"score": "activation-weighted"},
+    "without repair": {"repair": "none"},
+    "with swaps": {"score": "swaps"},
+    "with weighting stream": {"weighting": "stream"},
+    "with repair dense": {"repair": "dense"},
+    "with repair residual": {"repair": "residual"},
+}
+"""One at a time, from the default."""
+
+
+class Bench:
+    """Makes cells, or takes them from the file."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.path: Path | None = options.cells
+        self.cells: dict[str, float] = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
+        self.work = Workplace(folder, options)
+        self.held = Held(self.work)
+        self.name = "choosing" if options.choosing else "reviews"
+        if options.choosing:
+            texts = split("nyt", CALIBRATION, options.seed).rest[:256] + split("amazon", 256, options.seed).chosen
+            self.held.texts = [s.text for s in texts]
+            self.held.dense = embeddings(self.work.model.read_bytes(), self.held.texts)
+
+    def cell(self, **options: Any) -> float:
+        """Mean cosine of one way to prune."""
+        key = json.dumps([self.name, self.work.options.seed, dict(sorted(options.items()))])
+        if key not in self.cells:
+            result = self.work.prune(self.work.model, **options)
+            self.cells[key] = self.held.cosine(result.model.SerializeToString())["mean"]
+            say(f"{key}: {self.cells[key]:.4f}")
+            if self.path:
+                self.path.write_text(json.dumps(self.cells, indent=0) + "\n")
+        return self.cells[key]
+
+
+def marked(values: Sequence[float], best: float) -> list[str]:
+    """Four digits, the best in bold."""
+    return [f"**{v:.4f}**" if v == best else f"{v:.4f}" for v in values]
+
+
+def scores(bench: Bench) -> str:
+    """Every score with every repair, FFN 50 % and heads 50 % of every layer."""
+    cells = {s: [bench.cell(score=s, repair=r, **HALF) for r in REPAIRS] for s in SCORES}
+    rows = [[s, *marked(values, max(values))] for s, values in cells.items()]
+    return "FFN 50 % and heads 50 % of every layer; in bold the best repair of each score.\n\n" + table(
+        ["score", *REPAIRS], rows
+    )
+
+
+def allocations(bench: Bench) -> str:
+    """The same sparsity, shared out in different ways."""
+    rows = []
+    for label, kinds in (("all kinds", ("sparsity",)), ("heads", ("heads",)), ("FFN", ("ffn",))):
+        for name in ALLOCATIONS:
+            values = [bench.cell(allocate=name, **dict.fromkeys(kinds, r)) for r in RATIOS]
+            rows.append([label, name, *(f"{v:.4f}" for v in values)])
+    return "Score greedy, repair liar.\n\n" + table(["removed from", "allocation", *(f"{r:.0%}" for r in RATIOS)], rows)
+
+
+def methods(bench: Bench) -> str:
+    """Published methods at the same number of parameters and the same calibration."""
+    values = {n: [bench.cell(sparsity=r, **o) for r in RATIOS] for n, o in METHODS.items()}
+    best = [max(column) for column in zip(*values.values(), strict=True)]
+    rows = [[n, *(marked([v], b)[0] for v, b in zip(row, best, strict=True))] for n, row in values.items()]
+    return "The same share of all prunable parameters, the same calibration sentences.\n\n" + table(
+        ["method", *(f"{r:.0%}" for r in RATIOS)], rows
+    )
+
+
+def ablation(bench: Bench) -> str:
+    """What each part adds, one at a time."""
+    known = {n: o for n, o in CHANGES.items() if o.get("repair", "liar") in REPAIRS}
+    values = {n: bench.cell(**{"sparsity": 0.5, "allocate": "curves", **o}) for n, o in known.items()}
+    default = values["the default"]
+    rows = [[n, f"{v:.4f}", "" if v == default else f"{v - default:+.4f}"] for n, v in values.items()]
+    return "50 % of all prunable parameters.\n\n" + table(["configuration", "cosine", "against the default"], rows)
+
+
+SECTIONS = {"methods": methods, "allocations": allocations, "scores": scores, "ablation": ablation}
+
+
+def markdown(texts: Mapping[str, str], given: Mapping[str, Any], choosing: bool) -> str:
+    """The tables under their commands."""
+    where = "512 sentences that defaults were chosen on" if choosing else "1,024 held-out film-review sentences"
+    head = (
+        f"Mean cosine between the sentence embeddings of the dense and the pruned all-MiniLM-L6-v2 over {where}; calibrated "
+        f"on\n{CALIBRATION} sentences of NYT editorials. Seed {given['seed']}; commit {given['commit']}, {given['date']}.\n"
+    )
+    more = " --choosing" if choosing else ""
+    return head + "".join(
+        f"\n### {name.capitalize()}\n\n`python tools/dev/benchmark_beyond.py --only {name}{more}`\n\n{text}"
+        for name, text in texts.items()
+    )
+
+
+def main() -> int:
+    """Run the sections and print their tables."""
+    parser = argparse.ArgumentParser(description="scores, repairs and allocations on all-MiniLM-L6-v2")
+    parser.add_argument("--only", choices=tuple(SECTIONS), action="append", help="leave out the others; may be repeated")
+    parser.add_argument("--choosing", action="store_true", help="measure on the sentences that choices are made on")
+    parser.add_argument("--cells", type=Path, help="a JSON file that keeps the cells")
+    parser.add_argument("--markdown", type=Path, help="write the tables")
+    parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        bench, texts = Bench(options, folder), {}
+        for name, section in SECTIONS.items():
+            if not options.only or name in options.only:
+                texts[name] = section(bench)
+                written = markdown(texts, setting(options.seed), options.choosing)
+                if options.markdown:
+                    options.markdown.write_text(written, encoding="utf-8")
+    print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
