@@ -22,6 +22,7 @@ from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, Sta
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
+from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
 from liar_opt.passes.registry import RepairFunction, ScoreFunction
@@ -37,10 +38,12 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     FindGroupsPass,
     MeasureCurvesPass,
     AllocateWidthsPass,
+    MeetTargetPass,
     PruneGroupsPass,
     VerifyModelPass,
 )
-"""Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it."""
+"""Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it, meet-target
+instead of allocate-widths where there is a target."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ def prune(
     ffn: float | None = None,
     heads: float | None = None,
     multiple_of: int = 8,
+    target: str | None = None,
     allocate: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
@@ -192,6 +196,8 @@ def prune(
         ffn: fraction of the feed-forward width to remove, in [0, 1).
         heads: fraction of the attention heads to remove, in [0, 1).
         multiple_of: kept feed-forward widths are multiples of this.
+        target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),
+            or latency=5ms.
         allocate: how a ratio is shared out over the layers: "uniform" takes it of each, "curves" by the error that each
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
@@ -228,7 +234,12 @@ def prune(
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
         allocate = "curves" if ffn is None and heads is None and calibration is not None else "uniform"
+    widths: AllocateWidthsPass | MeetTargetPass
     widths = AllocateWidthsPass(sparsity=sparsity, ffn=ffn, heads=heads, multiple_of=multiple_of, allocate=allocate)
+    if target is not None:
+        if any(ratio is not None for ratio in (sparsity, ffn, heads)):
+            raise OptionError("a target and ratios (sparsity, ffn, heads) exclude each other; give one form")
+        widths = MeetTargetPass(target=target, multiple_of=multiple_of, allocate=allocate)
     curves = MeasureCurvesPass(score=score, seed=seed)
     cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
@@ -241,11 +252,13 @@ def prune(
     report["seed"] = seed
     report["device"] = state.device
     report["refusals"] = [asdict(r) for r in analysis.refusals]
-    if widths.measured:
+    if widths.measured or target is not None:
         _load_calibration(state, options, report)
     Pipeline(passes=[curves, widths] if widths.measured else [widths], observer=observer)(state)
     if "curves" in state.facts:
         report["curves"] = curve_report(state.groups, state.facts["curves"])
+    if "target" in state.facts:
+        report["target"] = state.facts["target"]
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
         return PruneResult(state.facts["dense"], report, (), analysis.refusals)

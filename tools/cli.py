@@ -114,7 +114,7 @@ def _prune(options: argparse.Namespace, run: _Run) -> None:
 def _demo(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.tools import demo_assets
 
-    if options.sparsity is None and options.ffn is None and options.heads is None:
+    if all(getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "target")):
         options.ffn = DEMO_FFN
     model, output = options.folder / DEMO_MODEL, options.folder / DEMO_MODEL.replace(".onnx", ".liar.onnx")
     options.force = True  # both files are the demo's own
@@ -522,6 +522,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("ffn", float, metavar="RATIO")
     widths.add("heads", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
+    _Fields(pruning, prune).add("target", str, metavar="GOAL")
     _Fields(pruning, prune).add("allocate", str, choices=tuple(ALLOCATIONS))
     cut.add("score", str, choices=tuple(SCORES))
     cut.add("repair", str, choices=tuple(REPAIRS))

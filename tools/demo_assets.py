@@ -30,6 +30,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.user_cache import cache_folder
 
 Exporter = Literal["torchscript", "dynamo"]
 Attention = Literal["eager", "sdpa"]
@@ -266,13 +267,6 @@ def split(name: Source, count: int, seed: int) -> Split:
     order = np.random.default_rng(seed).permutation(len(everything))
     shuffled = [everything[index] for index in order]
     return Split(shuffled[:count], shuffled[count:])
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `liar-opt` under $XDG_CACHE_HOME, or under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a path that is not absolute is to be ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "liar-opt"
 
 
 def archive() -> Path:

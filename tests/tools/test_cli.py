@@ -280,6 +280,7 @@ def test_version_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
         "find-groups",
         "measure-curves",
         "allocate-widths",
+        "meet-target",
         "prune-groups",
         "verify-model",
     ]

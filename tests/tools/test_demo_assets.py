@@ -197,8 +197,3 @@ def test_offline_says_so_and_what_to_do(empty_cache: Path, monkeypatch: pytest.M
         demo_assets.archive()
     assert "\n" not in str(caught.value)
     assert list(empty_cache.iterdir()) == []
-
-
-def test_a_relative_cache_variable_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert demo_assets.cache_folder() == Path.home() / ".cache" / "liar-opt"

@@ -7,7 +7,7 @@ between the sentence embeddings of the dense and the pruned model over 1,024 sen
 the film reviews: `--choosing` measures on other sentences (256 of the same editorials, 256 of product reviews), which is
 what defaults were chosen on.
 
-A cell is one `prune()`; `--cells` keeps them, so that a run that was stopped goes on. Delete the file when the code changes.
+A cell is one `prune()`; `--cells` keeps them, so that a run that was stopped goes on. Delete it when the code changes.
 """
 
 import argparse
@@ -92,9 +92,8 @@ def scores(bench: Bench) -> str:
     """Every score with every repair, FFN 50 % and heads 50 % of every layer."""
     cells = {s: [bench.cell(score=s, repair=r, **HALF) for r in REPAIRS] for s in SCORES}
     rows = [[s, *marked(values, max(values))] for s, values in cells.items()]
-    return "FFN 50 % and heads 50 % of every layer; in bold the best repair of each score.\n\n" + table(
-        ["score", *REPAIRS], rows
-    )
+    head = "FFN 50 % and heads 50 % of every layer; in bold the best repair of each score."
+    return f"{head}\n\n{table(['score', *REPAIRS], rows)}"
 
 
 def allocations(bench: Bench) -> str:
@@ -104,7 +103,7 @@ def allocations(bench: Bench) -> str:
         for name in ALLOCATIONS:
             values = [bench.cell(allocate=name, **dict.fromkeys(kinds, r)) for r in RATIOS]
             rows.append([label, name, *(f"{v:.4f}" for v in values)])
-    return "Score greedy, repair liar.\n\n" + table(["removed from", "allocation", *(f"{r:.0%}" for r in RATIOS)], rows)
+    return f"Score greedy, repair liar.\n\n{table(['removed from', 'allocation', *(f'{r:.0%}' for r in RATIOS)], rows)}"
 
 
 def methods(bench: Bench) -> str:
@@ -112,9 +111,8 @@ def methods(bench: Bench) -> str:
     values = {n: [bench.cell(sparsity=r, **o) for r in RATIOS] for n, o in METHODS.items()}
     best = [max(column) for column in zip(*values.values(), strict=True)]
     rows = [[n, *(marked([v], b)[0] for v, b in zip(row, best, strict=True))] for n, row in values.items()]
-    return "The same share of all prunable parameters, the same calibration sentences.\n\n" + table(
-        ["method", *(f"{r:.0%}" for r in RATIOS)], rows
-    )
+    head = "The same share of all prunable parameters, the same calibration sentences."
+    return f"{head}\n\n{table(['method', *(f'{r:.0%}' for r in RATIOS)], rows)}"
 
 
 def ablation(bench: Bench) -> str:
@@ -123,7 +121,8 @@ def ablation(bench: Bench) -> str:
     values = {n: bench.cell(**{"sparsity": 0.5, "allocate": "curves", **o}) for n, o in known.items()}
     default = values["the default"]
     rows = [[n, f"{v:.4f}", "" if v == default else f"{v - default:+.4f}"] for n, v in values.items()]
-    return "50 % of all prunable parameters.\n\n" + table(["configuration", "cosine", "against the default"], rows)
+    columns = ["configuration", "cosine", "against the default"]
+    return f"50 % of all prunable parameters.\n\n{table(columns, rows)}"
 
 
 SECTIONS = {"methods": methods, "allocations": allocations, "scores": scores, "ablation": ablation}
@@ -133,8 +132,8 @@ def markdown(texts: Mapping[str, str], given: Mapping[str, Any], choosing: bool)
     """The tables under their commands."""
     where = "512 sentences that defaults were chosen on" if choosing else "1,024 held-out film-review sentences"
     head = (
-        f"Mean cosine between the sentence embeddings of the dense and the pruned all-MiniLM-L6-v2 over {where}; calibrated "
-        f"on\n{CALIBRATION} sentences of NYT editorials. Seed {given['seed']}; commit {given['commit']}, {given['date']}.\n"
+        f"Mean cosine between the sentence embeddings of the dense and the pruned all-MiniLM-L6-v2 over {where};\n"
+        f"calibrated on {CALIBRATION} sentences of NYT editorials. Seed {given['seed']}; commit {given['commit']}.\n"
     )
     more = " --choosing" if choosing else ""
     return head + "".join(

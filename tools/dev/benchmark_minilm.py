@@ -46,13 +46,13 @@ from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.sessions import Session
+from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo import tokenise
 from liar_opt.tools.demo_assets import (
     MINILM_INPUTS,
     MINILM_OUTPUT,
     Attention,
     Exporter,
-    cache_folder,
     export_minilm,
     minilm_folder,
     split,

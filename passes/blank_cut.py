@@ -1,0 +1,60 @@
+"""What a model would cost at given widths: a copy is cut, without measuring or repairing anything.
+
+Which blocks go does not matter to parameters, bytes, operations and time, only how many: the first ones stay.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.onnx_rules import count_flops, walk
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.find_groups import find_groups
+from liar_opt.runtime.errors import InternalError
+from liar_opt.runtime.sessions import Session
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+def blank_cut(dense: onnx.ModelProto, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[str, dict[int, Any]]]:
+    """Returns a copy of the model with so many blocks left in each group, and what is left of inputs that shrank.
+
+    Args:
+        dense: the original.
+        keep: number of blocks by group name; groups that are not named stay whole.
+    """
+    model = OnnxModel.from_proto(dense)
+    model.normalise()
+    analysis = walk(model, AxisAlgebra)
+    groups = {g.name: g for g in find_groups(analysis).groups}
+    unknown = [name for name in keep if name not in groups]
+    if unknown:
+        raise InternalError(f"group '{unknown[0]}' was not found again")
+    rewriter = Rewriter(analysis)
+    for name, group in groups.items():
+        if keep.get(name, group.size) < group.size:
+            rewriter.cut({group.factor: range(keep[name])})
+    model.graph.cleanup(remove_unused_node_outputs=False).toposort()
+    return model, rewriter.ends()
+
+
+def session_of(model: OnnxModel, device: Any) -> Session:
+    """Loads a model."""
+    data, weights = model.detached()
+    return Session(data, device, weights)
+
+
+def file_bytes(model: OnnxModel) -> int:
+    """Returns the size of the model's file, to a few bytes for each weight."""
+    data, weights = model.detached()
+    return len(data) + sum(w.nbytes for w in weights.values())
+
+
+def operations(model: OnnxModel, feeds: Feeds) -> int:
+    """Returns the floating-point operations of all contractions; 0 where they cannot be counted."""
+    return count_flops(model, AxisAlgebra, {k: np.asarray(v) for k, v in feeds.items()}) or 0
