@@ -105,11 +105,6 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     multiple_of: int = 8
     allocate: str = "uniform"
 
-    @property
-    def measured(self) -> bool:
-        """Whether the dense model has to be measured first."""
-        return self.allocate in MEASURED
-
     def requires(self, state: State) -> None:
         """Checks the options.
 
@@ -137,7 +132,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     def plan(self, state: State) -> dict[str, int]:
         """Returns the number of blocks that stay, by group name."""
         groups: tuple[ChannelGroup, ...] = state.groups
-        if self.measured:
+        if self.allocate in MEASURED:
             return self._shared_out(groups, state.facts["curves"])
         if self.ffn is not None or self.heads is not None:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}

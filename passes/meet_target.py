@@ -30,7 +30,7 @@ import onnx
 from numpy.typing import NDArray
 
 from liar_opt.passes.allocate_widths import menus_of
-from liar_opt.passes.allocations import ALLOCATIONS, MEASURED
+from liar_opt.passes.allocations import ALLOCATIONS
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, file_bytes, operations, session_of
 from liar_opt.passes.groups import ChannelGroup
@@ -117,11 +117,6 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
     target: str = "params=0.7x"
     multiple_of: int = 8
     allocate: str = "curves"
-
-    @property
-    def measured(self) -> bool:
-        """Whether the dense model has to be measured first."""
-        return self.allocate in MEASURED
 
     def requires(self, state: State) -> None:
         """Checks the options.

@@ -17,10 +17,12 @@ import onnx
 from liar_opt.frontend.onnx_model import OnnxModel, save_proto
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
+from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.limit_drop import LimitDropPass, Metric
 from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
 from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -39,11 +41,12 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     MeasureCurvesPass,
     AllocateWidthsPass,
     MeetTargetPass,
+    LimitDropPass,
     PruneGroupsPass,
     VerifyModelPass,
 )
-"""Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it, meet-target
-instead of allocate-widths where there is a target."""
+"""Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it, meet-target or
+limit-drop instead of allocate-widths where there is a target or a limit (limit-drop prunes by itself)."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def prune(
     heads: float | None = None,
     multiple_of: int = 8,
     target: str | None = None,
+    max_drop: float | str | None = None,
+    metric: Metric | None = None,
     allocate: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
@@ -198,6 +203,10 @@ def prune(
         multiple_of: kept feed-forward widths are multiples of this.
         target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),
             or latency=5ms.
+        max_drop: the largest loss, such as 1% or 0.01, instead of a ratio: as much is removed as it allows. Without a
+            metric it is 1 - the mean cosine of the first output on held-back calibration batches.
+        metric: a function that takes a model (an ONNX proto) and returns a number, the higher the better; max_drop is
+            relative to its value on the dense model then.
         allocate: how a ratio is shared out over the layers: "uniform" takes it of each, "curves" by the error that each
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
@@ -234,14 +243,20 @@ def prune(
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
         allocate = "curves" if ffn is None and heads is None and calibration is not None else "uniform"
-    widths: AllocateWidthsPass | MeetTargetPass
-    widths = AllocateWidthsPass(sparsity=sparsity, ffn=ffn, heads=heads, multiple_of=multiple_of, allocate=allocate)
-    if target is not None:
-        if any(ratio is not None for ratio in (sparsity, ffn, heads)):
-            raise OptionError("a target and ratios (sparsity, ffn, heads) exclude each other; give one form")
-        widths = MeetTargetPass(target=target, multiple_of=multiple_of, allocate=allocate)
     curves = MeasureCurvesPass(score=score, seed=seed)
     cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)
+    forms = (target, max_drop, None if sparsity is ffn is heads is None else "ratios")
+    if sum(form is not None for form in forms) > 1:
+        raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads) exclude each other; give one form")
+    if metric is not None and max_drop is None:
+        raise OptionError("a metric needs max-drop, the largest loss that is allowed")
+    widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
+    if target is not None:
+        widths = MeetTargetPass(target, multiple_of, allocate)
+    elif max_drop is not None:
+        widths = LimitDropPass(max_drop, metric, multiple_of, allocate, cut)
+    else:
+        widths = AllocateWidthsPass(sparsity, ffn, heads, multiple_of, allocate)
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
     widths.requires(state)  # before any work that it might stop
     options = CalibrationOptions(
@@ -252,9 +267,11 @@ def prune(
     report["seed"] = seed
     report["device"] = state.device
     report["refusals"] = [asdict(r) for r in analysis.refusals]
-    if widths.measured or target is not None:
+    measured = allocate in MEASURED or max_drop is not None
+    if measured or target is not None:
         _load_calibration(state, options, report)
-    Pipeline(passes=[curves, widths] if widths.measured else [widths], observer=observer)(state)
+    flops = _flops(state)
+    decided = Pipeline(passes=[curves, widths] if measured else [widths], observer=observer)(state)
     if "curves" in state.facts:
         report["curves"] = curve_report(state.groups, state.facts["curves"])
     if "target" in state.facts:
@@ -262,33 +279,35 @@ def prune(
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
         return PruneResult(state.facts["dense"], report, (), analysis.refusals)
-    if state.calibration is None:
+    if not measured and target is None:
         _load_calibration(state, options, report)
+        flops = _flops(state)
     assert state.calibration is not None
-    flops = count_flops(state.model, AxisAlgebra, state.calibration.batches[0])
-    done = Pipeline(passes=[cut, VerifyModelPass()], observer=observer)(state)
-    details = {c.where: c for c in done.changes}
+    rest: list[Pass[Any]] = [VerifyModelPass()] if max_drop is not None else [cut, VerifyModelPass()]
+    done = Pipeline(passes=rest, observer=observer)(state)
+    changes = (*decided.changes, *done.changes)
+    details = {c.where: c for c in changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
     report["cache_shapes"] = state.model.resized_shapes(state.facts["pruned"])
     report["before"]["flops"] = flops
-    report["after"] = {**_sizes(state.model), "flops": count_flops(state.model, AxisAlgebra, state.calibration.batches[0])}
+    report["after"] = {**_sizes(state.model), "flops": _flops(state)}
     verification = state.facts["verification"]
     report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
     if latency:
         began = time.perf_counter()
         batch = state.calibration.batches[0]
         feeds = [batch, cut_arrays(batch, state.facts["ends"])]
-        measured = measure_latency(state.facts["sessions"], feeds, budget=0.3, least=3)
+        times = measure_latency(state.facts["sessions"], feeds, budget=0.3, least=3)
         report["latency"] = {
-            "dense_seconds": measured.seconds[0],
-            "pruned_seconds": measured.seconds[1],
-            "speedup": measured.speedup,
-            "runs": measured.runs,
-            "batch": measured.batch,
+            "dense_seconds": times.seconds[0],
+            "pruned_seconds": times.seconds[1],
+            "speedup": times.speedup,
+            "runs": times.runs,
+            "batch": times.batch,
         }
         state.seconds["latency"] = time.perf_counter() - began
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
-    return PruneResult(state.facts["pruned"], report, done.changes, analysis.refusals)
+    return PruneResult(state.facts["pruned"], report, changes, analysis.refusals)
 
 
 def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:
@@ -298,6 +317,10 @@ def _load_calibration(state: State, options: CalibrationOptions, report: dict[st
     state.calibration = load_calibration(options.source, inputs, vocabulary=words, **fields)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
+
+
+def _flops(state: State) -> int | None:
+    return None if state.calibration is None else count_flops(state.model, AxisAlgebra, state.calibration.batches[0])
 
 
 def _sizes(model: OnnxModel) -> dict[str, Any]:
@@ -345,7 +368,9 @@ def _options(passes: list[Pass[Any]], calibration: CalibrationOptions, provider:
 
 
 def _plain(option: Any) -> Any:
-    """A user's function is reported by its name."""
+    """A user's function is reported by its name, a pass by its options."""
+    if isinstance(option, Pass):
+        return {k: _plain(v) for k, v in vars(option).items()}
     return getattr(option, "__name__", type(option).__name__) if callable(option) else option
 
 

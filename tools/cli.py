@@ -114,7 +114,7 @@ def _prune(options: argparse.Namespace, run: _Run) -> None:
 def _demo(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.tools import demo_assets
 
-    if all(getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "target")):
+    if all(getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "target", "max_drop")):
         options.ffn = DEMO_FFN
     model, output = options.folder / DEMO_MODEL, options.folder / DEMO_MODEL.replace(".onnx", ".liar.onnx")
     options.force = True  # both files are the demo's own
@@ -239,6 +239,8 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
             console.print(tables.before_after(report))
             for line in tables.footnotes(report):
                 console.print(line, soft_wrap=True)
+            if "target" in report:
+                console.print(tables.target_met(report), soft_wrap=True)
             console.print()
     if options.dry_run:
         removed = sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in report["groups"])
@@ -523,6 +525,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("heads", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
     _Fields(pruning, prune).add("target", str, metavar="GOAL")
+    _Fields(pruning, prune).add("max_drop", str, metavar="LOSS")
     _Fields(pruning, prune).add("allocate", str, choices=tuple(ALLOCATIONS))
     cut.add("score", str, choices=tuple(SCORES))
     cut.add("repair", str, choices=tuple(REPAIRS))

@@ -81,6 +81,24 @@ def footnotes(report: Report) -> Iterator[str]:
     )
 
 
+def target_met(report: Report) -> str:
+    """One line: what was asked for, and what was measured in this run."""
+    target = report["target"]
+    kind, asked = target["kind"], target["asked"]
+    if kind == "drop":
+        gone = f"{100 * target['sparsity']:.0f} % of the prunable parameters removed"
+        return f"{asked}: {100 * target['found']:.2f} % lost with {gone}"
+    if kind == "latency":
+        found = target["found"]
+        if report.get("latency"):
+            found = report["latency"]["pruned_seconds"] / report["latency"]["dense_seconds"] * target["dense"]
+        return f"target {asked}: {target['dense'] / found:.2f} x as fast, asked {target['dense'] / target['wanted']:.2f} x"
+    names = {"params": ("parameters", ""), "size": ("file_bytes", "B"), "flops": ("flops", "")}
+    key, unit = names[kind]
+    found = report["after"].get(key) or target["found"]
+    return f"target {asked}: {quantity(found, unit)}, asked {quantity(target['wanted'], unit)}"
+
+
 def groups_found(report: Report, explain: bool = False) -> Table:
     """The groups of an inspection, in execution order; with ``explain`` who reads them, where the name does not say it."""
     explain = explain and any(g["consumers"] != [g["name"]] for g in report["groups"])

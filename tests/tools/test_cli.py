@@ -281,6 +281,7 @@ def test_version_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
         "measure-curves",
         "allocate-widths",
         "meet-target",
+        "limit-drop",
         "prune-groups",
         "verify-model",
     ]
@@ -335,6 +336,28 @@ def test_a_ratio_outside_its_range(refuse: Refuse, model: Path, option: str, rat
 
 def test_a_ratio_that_would_empty_a_group(refuse: Refuse, model: Path) -> None:
     refuse(model, "--ffn", 0.99, needles=("0.99 would empty group", "the most is 0.8"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [("--target", "params=0.8x", "target params=0.8x: "), ("--max-drop", "20%", "max-drop 20%: ")],
+)
+def test_goals(
+    option: str, value: str, shown: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    options = ("--multiple-of", 1, "--samples", 64, "--no-latency", "--report", report)
+    assert run(model, option, value, *options) == 0
+    assert shown in capsys.readouterr().out
+    target = json.loads(report.read_text())["target"]
+    assert 0 < target["found"] <= target["wanted"] * 1.02
+
+
+def test_goals_that_are_none(refuse: Refuse, model: Path) -> None:
+    refuse(model, "--target", "fast", needles=("target 'fast' is not understood", "latency="))
+    refuse(model, "--target", "size=0.5x", "--ffn", 0.5, needles=("exclude each other",))
+    refuse(model, "--target", "params=0.01x", needles=("cannot be reached", "the best is"))
+    refuse(model, "--max-drop", "none", needles=("max-drop 'none'", "1%"))
 
 
 def test_both_forms_of_ratios(refuse: Refuse, model: Path) -> None:

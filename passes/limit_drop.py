@@ -1,0 +1,243 @@
+"""Find the largest sparsity whose loss stays inside a limit, by few evaluations.
+
+The error curves say what every sparsity loses, up to a factor: the sum of the errors of the widths that the allocation
+picks. An evaluation prunes the model to one sparsity and measures the loss; the quotient of the two is carried to the next
+guess, between the largest sparsity that was inside and the smallest that was not.
+
+The loss is 1 - the mean cosine of the model's first output to the dense model's on held-back calibration batches, or what a
+user's metric loses, relative to its value on the dense model: (metric(dense) - metric(pruned)) / |metric(dense)|.
+"""
+
+import math
+import re
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+
+from liar_opt.frontend.onnx_model import OnnxModel, detach_weights
+from liar_opt.passes.allocate_widths import menus_of
+from liar_opt.passes.allocations import ALLOCATIONS, Menu
+from liar_opt.passes.base import Change, Pass, PassResult, State
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, cut_arrays
+from liar_opt.passes.registry import lookup
+from liar_opt.runtime.compare import DifferenceMeter
+from liar_opt.runtime.errors import InternalError, ModelError, OptionError
+from liar_opt.runtime.sessions import Session
+
+Metric = Callable[[onnx.ModelProto], float]
+"""A user's own: model -> a number, the higher the better."""
+GRID = tuple(i / 50 for i in range(1, 50))
+"""Sparsities between which the search interpolates nothing: one of them is the result."""
+EVALUATIONS = 6
+NEAR = 0.9
+"""A loss above this share of the limit is near enough to stop."""
+
+
+def parse_drop(drop: float | str) -> float:
+    """Reads a limit such as ``1%`` or 0.01.
+
+    Raises:
+        OptionError: it is not one, or not between 0 and 1.
+    """
+    text = str(drop).strip()
+    match = re.fullmatch(r"([0-9.eE+-]+)\s*(%?)", text)
+    try:
+        value = float(match[1]) / (100.0 if match[2] else 1.0) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < 1.0:
+        raise OptionError(f"max-drop '{text}' is not between 0 and 100 %; give for example 1% or 0.01")
+    return value
+
+
+@dataclass(frozen=True)
+class LimitDropPass(Pass[list[Menu]]):
+    """Prune as much as a limit on the loss allows.
+
+    Attributes:
+        max_drop: the largest loss, such as 1% or 0.01: of 1 - the cosine of the output, or of the metric.
+        metric: a function of a model (an ONNX proto) that returns a number, the higher the better.
+        multiple_of: kept feed-forward widths are multiples of this.
+        allocate: how a sparsity is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
+        cut: how each candidate is pruned.
+    """
+
+    name: ClassVar[str] = "limit-drop"
+    max_drop: float | str = 0.01
+    metric: Metric | None = None
+    multiple_of: int = 8
+    allocate: str = "curves"
+    cut: PruneGroupsPass = field(default_factory=PruneGroupsPass)
+
+    def requires(self, state: State) -> None:
+        """Checks the options.
+
+        Raises:
+            OptionError: the limit is not understood.
+            ModelError: there is nothing to prune.
+        """
+        parse_drop(self.max_drop)
+        lookup("allocation", ALLOCATIONS, self.allocate)
+        if self.multiple_of < 1:
+            raise OptionError(f"multiple-of {self.multiple_of} is below 1")
+        if not state.groups:
+            name = f"'{state.model.source}'" if state.model.source else "the model"
+            raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+
+    def plan(self, state: State) -> list[Menu]:
+        """Returns what each group may become."""
+        if "curves" not in state.facts:
+            raise InternalError("no error curves; run measure-curves first")
+        return menus_of(state.groups, self.multiple_of, state.facts["curves"])
+
+    def apply(self, state: State, plan: list[Menu]) -> PassResult:
+        """Searches; the state becomes that of the last candidate that was inside.
+
+        Raises:
+            OptionError: the metric fails before anything was inside, or nothing is.
+        """
+        search = _Search(self, state, plan)
+        search.run()
+        if search.best is None:
+            tried = ", ".join(f"{s:.0%} loses {loss:.2%}" for s, loss in sorted(search.losses.items()))
+            raise OptionError(
+                f"max-drop '{self.max_drop}' cannot be kept: {tried}; allow more, give more calibration samples, or prune "
+                "one kind alone (--ffn, --heads)"
+            )
+        trial, changes, sparsity = search.best
+        state.model, state.walk, state.groups = trial.model, trial.walk, trial.groups
+        state.keep, state.repairs = trial.keep, trial.repairs
+        state.facts["ends"] = trial.facts["ends"]
+        state.facts["target"] = {
+            "asked": f"max-drop {self.max_drop}",
+            "kind": "drop",
+            "wanted": parse_drop(self.max_drop),
+            "found": search.losses[sparsity],
+            "sparsity": sparsity,
+            "tried": [[s, loss] for s, loss in search.losses.items()],
+            "stopped": search.stopped,
+        }
+        return PassResult(state, changes)
+
+
+class _Search:
+    """The bracket, what has been evaluated, and the best candidate."""
+
+    def __init__(self, options: LimitDropPass, state: State, menus: list[Menu]) -> None:
+        assert state.calibration is not None
+        self.options, self.state, self.menus = options, state, menus
+        self.limit = parse_drop(options.max_drop)
+        self.data = state.calibration
+        self.dense: onnx.ModelProto = state.facts["dense"]
+        everything = sum(float(m.costs[-1]) for m in menus)
+        least = sum(float(m.costs[0]) for m in menus)
+        self.widths = {
+            s: ALLOCATIONS[options.allocate](menus, (1.0 - s) * everything) for s in GRID if (1.0 - s) * everything >= least
+        }
+        self.predicted = {s: self._predicted(keep) for s, keep in self.widths.items()}
+        self.losses: dict[float, float] = {}
+        self.best: tuple[State, tuple[Change, ...], float] | None = None
+        self.stopped: str | None = None
+        self.reference: float | None = None
+        held = [i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2]
+        self.held = held or [len(self.data.batches) - 1]
+        self.original = Session(*_swapped(detach_weights(self.dense), state.device)) if options.metric is None else None
+
+    def run(self) -> None:
+        """Evaluates a few sparsities, each chosen by what those before it lost."""
+        low, high, factor = 0.0, 1.0, 0.5  # 1 - cosine is about half of the relative squared difference
+        if self.options.metric is not None:
+            self.reference = self._metric(self.dense, None)
+            assert self.reference is not None
+        for _ in range(EVALUATIONS):
+            inside = [s for s in self.widths if low < s < high]
+            if not inside:
+                return
+            fits = [s for s in inside if factor * self.predicted[s] <= self.limit]
+            # Without a model of the loss left to trust, the middle.
+            chosen = fits[-1] if fits else inside[0]
+            if len(self.losses) >= 3:
+                chosen = inside[len(inside) // 2]
+            loss = self._evaluate(chosen)
+            if loss is None:
+                return
+            if loss <= self.limit:
+                low = chosen
+                if loss >= NEAR * self.limit:
+                    return
+            else:
+                high = chosen
+            if loss > 0 and self.predicted[chosen] > 0:
+                factor = loss / self.predicted[chosen]
+
+    def _predicted(self, keep: dict[str, int]) -> float:
+        return sum(float(m.errors[np.searchsorted(m.widths, keep[m.name])]) for m in self.menus)
+
+    def _evaluate(self, sparsity: float) -> float | None:
+        """Prunes to one sparsity; returns what it loses, None where the metric failed."""
+        trial = State(OnnxModel.from_proto(self.dense), self.data, self.state.device, self.state.progress)
+        trial.facts = {k: self.state.facts[k] for k in ("dense", "before") if k in self.state.facts}
+        NormaliseGraphPass()(trial)
+        FindGroupsPass()(trial)
+        trial.keep = self.widths[sparsity]
+        result = self.options.cut(trial)
+        if self.options.metric is None:
+            loss = self._difference(trial)
+        else:
+            value = self._metric(trial.model.to_proto(), self.best)
+            if value is None:
+                return None
+            assert self.reference is not None
+            loss = (self.reference - value) / (abs(self.reference) or 1.0)
+        self.losses[sparsity] = loss
+        if loss <= self.limit and (self.best is None or sparsity > self.best[2]):
+            self.best = (trial, result.changes, sparsity)
+        return loss
+
+    def _difference(self, trial: State) -> float:
+        """1 - the mean cosine of the first output that has any."""
+        assert self.original is not None
+        pruned = Session(*_swapped(trial.model.detached(), self.state.device))
+        meter = DifferenceMeter()
+        for i in self.held:
+            batch = self.data.batches[i]
+            x = pruned.run(cut_arrays(batch, trial.facts["ends"]), arrays=True)
+            y = cut_arrays(self.original.run(batch, arrays=True), trial.facts["ends"])
+            for name, value in y.items():
+                meter.add(name, x[name], value, self.data.row_masks[i])
+        first = next(iter(meter.result().values()), None)
+        if first is None:
+            raise OptionError("the model has no floating-point output to compare; give a metric of your own")
+        return 1.0 - first.cosine
+
+    def _metric(self, model: onnx.ModelProto, best: Any) -> float | None:
+        """Calls the user's function; an error stops the search where something good is there to keep."""
+        metric = self.options.metric
+        assert metric is not None
+        name = getattr(metric, "__name__", type(metric).__name__)
+        try:
+            value = float(metric(model))
+            if not math.isfinite(value):
+                raise ValueError(f"it returned {value}")
+        except Exception as err:
+            if best is None:
+                raise OptionError(
+                    f"metric function '{name}' failed ({type(err).__name__}: {err}); nothing was pruned"
+                ) from err
+            self.stopped = traceback.format_exc()
+            warnings.warn(
+                f"metric function '{name}' failed; the last model that was inside is kept\n{self.stopped}", stacklevel=2
+            )
+            return None
+        return value
+
+
+def _swapped(parts: tuple[bytes, dict[str, Any]], device: Any) -> tuple[bytes, Any, dict[str, Any]]:
+    return parts[0], device, parts[1]
