@@ -38,12 +38,15 @@ class Measured:
         owners: block of each channel, int64 [n].
         moments: of its input x [.., n], all uses pooled.
         target_scale: what the node multiplies x W by.
+        aware: of the same input, with the dense model's target beside it (`passes.dense_twin`); None where the repair does
+            not ask for it, or there is none.
     """
 
     weight: NDArray[Any]
     owners: NDArray[np.int64]
     moments: Moments
     target_scale: float = 1.0
+    aware: Moments | None = None
 
     @property
     def blocks(self) -> int:

@@ -30,6 +30,7 @@ from liar_opt.frontend.onnx_segments import (
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.registry import (
+    AWARE,
     Measured,
     Repaired,
     RepairFunction,
@@ -109,12 +110,19 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
 
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
         """Measures and cuts segment by segment."""
-        run = SegmentRun(self, state, *plan)
+        run = self._run(state, plan)
         run.over_all()
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
         return PassResult(state, tuple(run.changes))
+
+    def _run(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> "SegmentRun":
+        if self.repair in AWARE:
+            from liar_opt.passes.dense_twin import TwinRun  # it builds on this module
+
+            return TwinRun(self, state, *plan)
+        return SegmentRun(self, state, *plan)
 
 
 class SegmentRun:

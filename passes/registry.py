@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from liar_opt.passes.measured import Measured, Repaired
-from liar_opt.passes.repairs import REPAIRS, Repair, RepairFunction, repair_of_function
+from liar_opt.passes.repairs import AWARE, REPAIRS, Repair, RepairFunction, repair_of_function
 from liar_opt.passes.scores import SCORES, Score, ScoreFunction, score_of_function
 from liar_opt.runtime.errors import OptionError
 
@@ -41,6 +41,7 @@ def repair_named(repair: str | RepairFunction) -> Repair:
 
 
 __all__ = [
+    "AWARE",
     "REPAIRS",
     "SCORES",
     "Measured",

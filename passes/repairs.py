@@ -4,6 +4,8 @@
     bias             the mean of what is lost goes to the bias                          FLAP (arXiv 2312.11983)
     scaling          one factor a kept block, by least squares                          Kwon et al. (arXiv 2204.09656)
     liar             least squares for all kept weights, bias included                  LIAR (arXiv 2407.13331)
+    dense            the same, to the dense model's output                              K-prune (arXiv 2308.03449)
+    residual         the same, to the dense model's residual stream                     see `passes.dense_twin`
 
 A ridge that is not given is chosen on held-back calibration rows, "leave it alone" among the choices.
 """
@@ -17,7 +19,14 @@ from numpy.typing import NDArray
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.scaling import scale_blocks
-from liar_opt.runtime.solve import RepairKind, RidgeChoice, choose_ridge, repair_weight
+from liar_opt.runtime.solve import (
+    RepairKind,
+    RidgeChoice,
+    choose_dense_ridge,
+    choose_ridge,
+    fit_dense_target,
+    repair_weight,
+)
 
 DEFAULT_RIDGE = 1e-2
 """Used where there are too few rows to hold any back."""
@@ -85,4 +94,26 @@ def liar(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
     return _chosen(consumer, kept, removed, _fixed("repair", DEFAULT_RIDGE if ridge is None else ridge))
 
 
-REPAIRS: dict[str, Repair] = {"liar": liar, "scaling": scaling, "bias": bias, "none": none}
+def dense(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
+    """Fits to the dense model's target; the ridge pulls towards the local solution, which stays where that does best."""
+    local, aware = liar(consumer, kept, removed, ridge), consumer.aware
+    if aware is None:
+        return local
+    used = DEFAULT_RIDGE if ridge is None else ridge
+    if ridge is None and min(aware.rows("training"), aware.rows("held_back")) >= 2:
+        folds = [(aware.statistics(f), aware.cross_statistics(f)) for f in ("training", "held_back")]
+        used = choose_dense_ridge(folds[0], folds[1], kept, local.weight)
+    fit = fit_dense_target(aware.statistics(), aware.cross_statistics(), kept, local.weight, used)
+    return Repaired(fit.weight, fit.bias, fit.ridge_used, "dense", fit.raised)
+
+
+REPAIRS: dict[str, Repair] = {
+    "liar": liar,
+    "dense": dense,
+    "residual": dense,
+    "scaling": scaling,
+    "bias": bias,
+    "none": none,
+}
+AWARE = ("dense", "residual")
+"""Repairs that need the dense model to run along; they differ in the target that it gives."""

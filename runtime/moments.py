@@ -88,7 +88,7 @@ class _Fold:
         self.cross: Array | None = None
         self.target_total: Array | None = None
         self.target_square = 0.0
-        self.cross_count = 0
+        self.cross_count = 0.0
 
     def include(self, other: "_Fold") -> None:
         self.count += other.count
@@ -99,7 +99,7 @@ class _Fold:
             return
         self.include_cross(other.cross_count, other.cross, other.target_total, other.target_square)
 
-    def include_cross(self, count: int, cross: AnyArray, target_total: AnyArray, target_square: float) -> None:
+    def include_cross(self, count: float, cross: AnyArray, target_total: AnyArray, target_square: float) -> None:
         if self.cross is None or self.target_total is None:
             self.cross = np.zeros(cross.shape)
             self.target_total = np.zeros(target_total.shape)
@@ -194,7 +194,7 @@ class Moments:
 
     def add_cross(
         self,
-        count: int,
+        count: float,
         cross: AnyArray,
         target_total: AnyArray,
         target_square: float,
@@ -203,7 +203,7 @@ class Moments:
         """Add the cross moments of one batch; its `add` is called apart.
 
         Args:
-            count: Rows in the batch.
+            count: Rows in the batch; the sum of the weights where rows are weighted.
             cross: X~^T Y, [n, m].
             target_total: Column sums of Y, [m].
             target_square: Sum of all entries of Y, squared.
@@ -216,7 +216,7 @@ class Moments:
         if cross.ndim != 2 or cross.shape[0] != self.width or target_total.shape != cross.shape[1:]:
             raise InternalError(f"cross moments of width {self.width} were given {cross.shape}, {target_total.shape}")
         _require_finite(cross, target_total, np.asarray(target_square))
-        self._folds[_fold_name(held_back)].include_cross(int(count), cross, target_total, target_square)
+        self._folds[_fold_name(held_back)].include_cross(float(count), cross, target_total, target_square)
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the pooled moments of both, fold by fold: for one weight that is used in several places.

@@ -7,7 +7,8 @@ between the sentence embeddings of the dense and the pruned model over 1,024 sen
 the film reviews: `--choosing` measures on other sentences (256 of the same editorials, 256 of product reviews), which is
 what defaults were chosen on.
 
-A cell is one `prune()`; `--cells` keeps them, so that a run that was stopped goes on. Delete it when the code changes.
+A cell prunes once, with the passes that `prune()` runs; error curves are measured once a score. `--cells` keeps the cells,
+so that a run that was stopped goes on. Delete it when the code changes.
 """
 
 import argparse
@@ -20,7 +21,15 @@ from typing import Any
 
 from benchmark_minilm import CALIBRATION, Held, Workplace, embeddings, say, setting, table
 
-from liar_opt.passes.registry import REPAIRS, SCORES
+from liar_opt.passes.allocate_widths import AllocateWidthsPass
+from liar_opt.passes.allocations import MEASURED
+from liar_opt.passes.base import Pipeline
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.measure_curves import MeasureCurvesPass
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_model import load_state
+from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
 from liar_opt.tools.demo_assets import split
 
 Options = dict[str, Any]
@@ -64,7 +73,8 @@ class Bench:
         self.path: Path | None = options.cells
         self.cells: dict[str, float] = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
         self.work = Workplace(folder, options)
-        self.held = Held(self.work)
+        self.held, self.data = Held(self.work), self.work.batches(self.work.model)
+        self.curves: dict[str, Any] = {}
         self.name = "choosing" if options.choosing else "reviews"
         if options.choosing:
             texts = split("nyt", CALIBRATION, options.seed).rest[:256] + split("amazon", 256, options.seed).chosen
@@ -75,12 +85,27 @@ class Bench:
         """Mean cosine of one way to prune."""
         key = json.dumps([self.name, self.work.options.seed, dict(sorted(options.items()))])
         if key not in self.cells:
-            result = self.work.prune(self.work.model, **options)
-            self.cells[key] = self.held.cosine(result.model.SerializeToString())["mean"]
+            self.cells[key] = self.held.cosine(self.pruned(**options).SerializeToString())["mean"]
             say(f"{key}: {self.cells[key]:.4f}")
             if self.path:
                 self.path.write_text(json.dumps(self.cells, indent=0) + "\n")
         return self.cells[key]
+
+    def pruned(self, *, allocate: str = "uniform", score: str = "greedy", **options: Any) -> Any:
+        """Prunes as `prune()` does, without its checks and its timing."""
+        ratios = {k: options.pop(k) for k in ("sparsity", "ffn", "heads") if k in options}
+        state = load_state(self.work.model)
+        state.calibration = self.data
+        Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
+        seed = self.work.options.seed
+        if allocate in MEASURED:
+            if score not in self.curves:
+                MeasureCurvesPass(score=score, seed=seed)(state)
+                self.curves[score] = state.facts["curves"]
+            state.facts["curves"] = self.curves[score]
+        AllocateWidthsPass(**ratios, allocate=allocate)(state)
+        PruneGroupsPass(score=score, seed=seed, **options)(state)
+        return state.model.to_proto()
 
 
 def marked(values: Sequence[float], best: float) -> list[str]:
@@ -89,26 +114,29 @@ def marked(values: Sequence[float], best: float) -> list[str]:
 
 
 def scores(bench: Bench) -> str:
-    """Every score with every repair, FFN 50 % and heads 50 % of every layer."""
-    cells = {s: [bench.cell(score=s, repair=r, **HALF) for r in REPAIRS] for s in SCORES}
+    """Every score with every repair of its own layer, FFN 50 % and heads 50 % of every layer."""
+    repairs = [r for r in REPAIRS if r not in AWARE]
+    cells = {s: [bench.cell(score=s, repair=r, **HALF) for r in repairs] for s in SCORES}
     rows = [[s, *marked(values, max(values))] for s, values in cells.items()]
     head = "FFN 50 % and heads 50 % of every layer; in bold the best repair of each score."
-    return f"{head}\n\n{table(['score', *REPAIRS], rows)}"
+    return f"{head}\n\n{table(['score', *repairs], rows)}"
 
 
 def allocations(bench: Bench) -> str:
     """The same sparsity, shared out in different ways."""
-    rows = []
-    for label, kinds in (("all kinds", ("sparsity",)), ("heads", ("heads",)), ("FFN", ("ffn",))):
-        for name in ALLOCATIONS:
-            values = [bench.cell(allocate=name, **dict.fromkeys(kinds, r)) for r in RATIOS]
-            rows.append([label, name, *(f"{v:.4f}" for v in values)])
-    return f"Score greedy, repair liar.\n\n{table(['removed from', 'allocation', *(f'{r:.0%}' for r in RATIOS)], rows)}"
+    cases: dict[str, Options] = {f"all kinds {r:.0%}": {"sparsity": r} for r in RATIOS}
+    cases |= {"heads 50%": {"heads": 0.5}, "FFN 50%": {"ffn": 0.5}}
+    columns = {n: [bench.cell(allocate=n, repair="liar", **case) for case in cases.values()] for n in ALLOCATIONS}
+    rows = [
+        [case, *marked(values, max(values))]
+        for case, values in zip(cases, zip(*columns.values(), strict=True), strict=True)
+    ]
+    return f"Score greedy, repair liar.\n\n{table(['removed', *ALLOCATIONS], rows)}"
 
 
 def methods(bench: Bench) -> str:
     """Published methods at the same number of parameters and the same calibration."""
-    values = {n: [bench.cell(sparsity=r, **o) for r in RATIOS] for n, o in METHODS.items()}
+    values = {n: [bench.cell(**{"repair": "liar", "sparsity": r, **o}) for r in RATIOS] for n, o in METHODS.items()}
     best = [max(column) for column in zip(*values.values(), strict=True)]
     rows = [[n, *(marked([v], b)[0] for v, b in zip(row, best, strict=True))] for n, row in values.items()]
     head = "The same share of all prunable parameters, the same calibration sentences."
@@ -118,14 +146,14 @@ def methods(bench: Bench) -> str:
 def ablation(bench: Bench) -> str:
     """What each part adds, one at a time."""
     known = {n: o for n, o in CHANGES.items() if o.get("repair", "liar") in REPAIRS}
-    values = {n: bench.cell(**{"sparsity": 0.5, "allocate": "curves", **o}) for n, o in known.items()}
+    values = {n: bench.cell(**{"repair": "liar", "sparsity": 0.5, "allocate": "curves", **o}) for n, o in known.items()}
     default = values["the default"]
     rows = [[n, f"{v:.4f}", "" if v == default else f"{v - default:+.4f}"] for n, v in values.items()]
     columns = ["configuration", "cosine", "against the default"]
     return f"50 % of all prunable parameters.\n\n{table(columns, rows)}"
 
 
-SECTIONS = {"methods": methods, "allocations": allocations, "scores": scores, "ablation": ablation}
+SECTIONS = {"methods": methods, "ablation": ablation, "allocations": allocations, "scores": scores}
 
 
 def markdown(texts: Mapping[str, str], given: Mapping[str, Any], choosing: bool) -> str:

@@ -1,0 +1,169 @@
+"""Repairs that look at the dense model: a twin of it runs along, segment by segment.
+
+By the time a consumer is repaired, the layers before it have been pruned: it sees x~ where the dense model has x. With
+y = x W its dense output, s the other terms of the residual stream behind it, and s~ the same in the pruned model, the new
+weights are fitted to
+
+    dense       Y = y              the error-aware target: what the layer should have put out  (K-prune, arXiv 2308.03449)
+    residual    Y = y + s - s~     what the stream should be, less what it carries already
+
+as Y ~ x~_U W' + b', by the cross moments E[x~^T Y] and a ridge that pulls towards the local solution
+(`runtime.solve.fit_dense_target`). Both models run on the same batches; rows of inputs and outputs are taken to the host.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, walk
+from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, extract, live_tensors, row_mask, stream_of, tap_for
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.base import State
+from liar_opt.passes.groups import ChannelGroup, Consumer
+from liar_opt.passes.measured import Measured
+from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays, load_segment, run_segment
+from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.sessions import as_array, element_type
+
+SAME = 1e-2
+"""How far y may be from x W plus a constant, relative, for rows of both to be taken as the same."""
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class _Aim:
+    """One use of a consumer: what is read of both models."""
+
+    use: ConsumerUse
+    tap: Tap
+    terms: tuple[str, ...]
+    weight: Array
+
+    @property
+    def output(self) -> str:
+        return str(self.use.node.outputs[0].name)
+
+    def rows(self, values: dict[str, Any], name: str, axis: int, mask: NDArray[np.bool_] | None) -> Array:
+        """Lays a tensor out as the rows that count."""
+        array = np.asarray(values[name], np.float32)
+        if axis != -1:
+            array = np.moveaxis(array, axis, -1)
+        laid: Array = array.reshape(-1, self.tap.width if name == self.tap.tensor else self.weight.shape[1])
+        if mask is None or self.tap.layout == "all":
+            return laid
+        real: Array = laid[row_mask(mask, self.tap.layout, self.tap.repeat)]
+        return real
+
+
+class TwinRun(SegmentRun):
+    """Prunes as its base does, with moments of the dense targets beside those of the inputs."""
+
+    def __init__(
+        self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
+    ) -> None:
+        super().__init__(options, state, wide, segments)
+        model = OnnxModel.from_proto(state.facts["dense"])
+        model.normalise()
+        self.twin: GraphWalk = walk(model, AxisAlgebra)
+        self.twin_alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
+        self.twin_at: str | None = None
+        self.aware: dict[str, Moments] = {}
+
+    def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
+        """Measures the targets, then goes on as usual."""
+        aims = [self.aim(u) for g in groups for c in g.consumers for u in c.uses]
+        self.aware = self.targets([a for a in aims if a is not None], stop, first)
+        super().segment(groups, stop, first)
+
+    def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
+        """Adds the moments with the targets, where every use has them."""
+        found = [self.aware.get(u.node.name) for u in consumer.uses]
+        pooled = found[0]
+        for own in found[1:]:
+            pooled = None if pooled is None or own is None else pooled.merge(own)
+        return replace(super().measured(consumer, moments), aware=pooled)
+
+    def aim(self, use: ConsumerUse) -> _Aim | None:
+        """Returns what to read for one use; None where its output cannot be laid out beside its input."""
+        tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
+        stream = stream_of(self.walk, use, self.options.seed)
+        weight = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
+        if use.output_axis != -1 and weight.ndim != 2:
+            return None
+        terms = () if stream is None else stream.terms
+        return _Aim(use, tap, terms, weight.reshape(weight.shape[0], -1).astype(np.float32) * np.float32(use.scale))
+
+    def targets(self, aims: list[_Aim], stop: int, first: Any) -> dict[str, Moments]:
+        """Runs both models over the segment and adds up x~^T x~ and x~^T Y, by node name."""
+        wanted = sorted({n for a in aims for n in (a.tap.tensor, a.output, *a.terms)})
+        result = {a.use.node.name: Moments(a.tap.width) for a in aims}
+        broken: set[str] = set()
+        both = zip(self.pruned(wanted, stop), self.dense(wanted, stop, first), strict=True)
+        for index, (pruned, dense) in enumerate(both):
+            for aim in aims:
+                name = aim.use.node.name
+                if name not in broken and not self.add(result[name], aim, index, pruned, dense):
+                    broken.add(name)
+        return {n: m for n, m in result.items() if n not in broken}
+
+    def add(self, moments: Moments, aim: _Aim, index: int, pruned: dict[str, Any], dense: dict[str, Any]) -> bool:
+        """Adds one batch of one use; says whether its rows could be laid side by side."""
+        mask, axis = self.data.row_masks[index], aim.use.output_axis
+        x = aim.rows(pruned, aim.tap.tensor, aim.tap.axis, mask)  # [r, n]
+        now, then = (aim.rows(v, aim.output, axis, mask) for v in (pruned, dense))  # [r, m]
+        local = x @ aim.weight
+        if now.shape != local.shape or now.shape != then.shape:
+            return False
+        constant = (now - local).mean(axis=0)
+        if float(np.square(now - local - constant).sum()) > SAME**2 * float(np.square(now - now.mean(axis=0)).sum()):
+            return False
+        missed, stream = then - now, now
+        for term in aim.terms:
+            before, after = (aim.rows(v, term, -1, mask) for v in (dense, pruned))
+            stream = stream + after
+            if self.options.repair == "residual":
+                missed = missed + before - after
+        gain = np.ones((x.shape[0], 1), np.float32)
+        if self.options.weighting == "stream" and aim.terms:
+            gain = 1.0 / np.sqrt(stream.var(axis=1, keepdims=True) + VARIANCE_FLOOR)
+        target = (local + missed) / np.float32(aim.use.scale)
+        x, target, square = x * gain, target * gain, gain * gain
+        held, count = index in self.held, float(square.sum())
+        moments.add_block_rows(count, (x * gain).sum(axis=0), [x.T @ x], [0, x.shape[1]], held, x.shape[0])
+        moments.add_cross(count, x.T @ target, (target * gain).sum(axis=0), float(np.square(target).sum()), held)
+        return True
+
+    def pruned(self, wanted: list[str], stop: int) -> Iterator[dict[str, Any]]:
+        """The model as it is cut by now."""
+        start = 0 if self.alive_at is None else self.position(self.alive_at)
+        types = {name: element_type(value) for name, value in self.alive[0].items()}
+        fresh = [n for n in wanted if n not in self.alive[0]]
+        session = load_segment(extract(self.walk, start, stop, fresh, types), self.state.device)
+        for index, feeds in enumerate(self.data.batches):
+            feeds = cut_arrays(feeds, self.rewriter.ends())
+            values = run_segment(session, {**feeds, **self.alive[index]}, fresh, fresh)
+            yield {**{n: as_array(v) for n, v in self.alive[index].items() if n in wanted}, **values}
+
+    def dense(self, wanted: list[str], stop: int, first: Any) -> Iterator[dict[str, Any]]:
+        """The dense model over the same nodes; what is alive at the segment's first node is kept for the next."""
+        nodes = self.twin.model.graph.nodes
+        place = {n.name: i for i, n in enumerate(nodes)}
+        start = 0 if self.twin_at is None else place[self.twin_at]
+        last = next(n for n in reversed(self.walk.model.graph.nodes[:stop]) if n.name in place)
+        names = [] if first is None else live_tensors(self.twin, place[first.name])
+        types = {name: element_type(value) for name, value in self.twin_alive[0].items()}
+        fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in self.twin_alive[0]]
+        session = load_segment(extract(self.twin, start, place[last.name] + 1, fresh, types), self.state.device)
+        for index, feeds in enumerate(self.data.batches):
+            alive = self.twin_alive[index]
+            values = {**alive, **run_segment(session, {**feeds, **alive}, fresh, [n for n in fresh if n in wanted])}
+            yield {n: as_array(values[n]) for n in wanted}
+            if first is not None:
+                self.twin_alive[index] = {n: values[n] for n in names}
+        if first is not None:
+            self.twin_at = first.name
