@@ -315,7 +315,10 @@ def choose_ridge(
     _require_sets(training.covariance, kept, removed, min(grid))
     lost = sketched(_stack(weights, training.width)[removed])
     shift = held_back.mean - training.mean
-    held_mm = _form(_part(held_back.covariance, removed, removed), lost)
+    # Products with whole covariances: the sketch is narrow, and gathering their parts costs more.
+    spread = _spread(lost, removed, training.width)
+    held_lost = held_back.covariance @ spread
+    held_mm = _inner(lost, held_lost[removed])
     shift_m = shift[removed] @ lost
     bias_error = held_mm + _inner(shift_m, shift_m)
     mean_m = held_back.mean[removed] @ lost
@@ -323,14 +326,14 @@ def choose_ridge(
     candidates: list[tuple[float, RepairKind, float]] = [(none_error, "none", math.inf), (bias_error, "bias", math.inf)]
     if kept.size and removed.size:
         matrix = _part(training.covariance, kept, kept)
-        target = _part(training.covariance, kept, removed) @ lost
-        held_uu = _part(held_back.covariance, kept, kept)
-        held_target = _part(held_back.covariance, kept, removed) @ lost
+        target = (training.covariance @ spread)[kept]
+        held_target = held_lost[kept]
 
         def error_at(ridge: float) -> float:
             z = _factor(matrix, ridge).solve(target)
             off = shift_m - shift[kept] @ z
-            return held_mm - 2.0 * _inner(z, held_target) + _form(held_uu, z) + _inner(off, off)
+            held_z = (held_back.covariance @ _spread(z, kept, training.width))[kept]
+            return held_mm - 2.0 * _inner(z, held_target) + _inner(z, held_z) + _inner(off, off)
 
         ridge, error = _descend(error_at, grid)
         candidates.append((error, "repair", ridge))
@@ -544,10 +547,11 @@ class _Downdate:
             v, c = p_rows / root, g_rows / root
             inner = g_rows[:, rows] / (root * root)
         else:
+            # Few rows against many columns: a product with the small inverse is far quicker than trsm.
             lower = np.linalg.cholesky(p_rows[:, rows])
-            v = scipy.linalg.solve_triangular(lower, p_rows, lower=True, check_finite=False)
-            c = scipy.linalg.solve_triangular(lower, g_rows, lower=True, check_finite=False)
-            inner = scipy.linalg.solve_triangular(lower, c[:, rows].T, lower=True, check_finite=False)
+            inverse = scipy.linalg.solve_triangular(lower, np.eye(rows.size, dtype=lower.dtype), lower=True)
+            v, c = inverse @ p_rows, inverse @ g_rows
+            inner = inverse @ c[:, rows].T
         u = c - 0.5 * (inner @ v)
         self.v[self.used : self.used + rows.size] = v
         self.u[self.used : self.used + rows.size] = u
@@ -717,8 +721,20 @@ def _form(matrix: Array, columns: Array) -> float:
     return _inner(columns, matrix @ columns)
 
 
+def _spread(rows: AnyArray, places: Indices, width: int) -> AnyArray:
+    """Put rows at their places among `width` rows, zeros elsewhere."""
+    full = np.zeros((width, rows.shape[1]), rows.dtype)
+    full[places] = rows
+    return full
+
+
 def _inner(left: AnyArray, right: AnyArray) -> float:
-    return float(np.vdot(left, right))
+    """Sum of the products of all entries; arrays of either order (LAPACK gives columns) are read in place."""
+    if left.flags.f_contiguous and right.flags.f_contiguous:
+        left, right = left.T, right.T
+    if left.ndim != 2 or (left.flags.c_contiguous and right.flags.c_contiguous):
+        return float(np.vdot(left, right))
+    return float(np.einsum("ij,ij->", left, right))
 
 
 def _block_number(blocks: Indices, width: int) -> int:
