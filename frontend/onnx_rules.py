@@ -40,6 +40,7 @@ from liar_opt.frontend.onnx_values import (
     slices,
     tensor_attribute,
 )
+from liar_opt.runtime.calibration_data import InputSpec
 from liar_opt.runtime.errors import InternalError
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class GraphWalk:
     value_uses: list[ValueUse] = field(default_factory=list)
     unknown: dict[str, list[str]] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
+    needed: dict[tuple[str, int], int] = field(default_factory=dict)
     flops: int = 0
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
@@ -302,6 +304,22 @@ class GraphWalk:
         axes = self.axes.get(past.name)
         if found and axes is not None and any(past is t for t in self.model.graph.inputs):
             self.caches[past.name] = Cache(past.name, found[0], axis % len(axes))
+
+    def need(self, node: gs.Node, position: int, axis: int, size: int) -> None:
+        """Says what the size of an axis of an input has to be, which the graph may not declare of its own inputs."""
+        if not node.inputs[position].inputs:
+            self.needed[node.inputs[position].name, axis] = size
+
+    def input_specs(self) -> list[InputSpec]:
+        """Returns the graph's inputs, with the sizes that operators need where none is declared."""
+        return [
+            InputSpec(
+                i.name,
+                i.dtype,
+                tuple(self.needed.get((i.name, k), d) if not isinstance(d, int) else d for k, d in enumerate(i.shape)),
+            )
+            for i in self.model.inputs()
+        ]
 
     def count(self, *factors: Factor) -> None:
         """Counts the multiplications and additions of a contraction over the index space of ``factors``."""

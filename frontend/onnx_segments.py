@@ -171,15 +171,14 @@ def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
     for node in nodes[low:]:
         for name in _read(node):
             remaining[name] = remaining.get(name, 0) + 1
-    outputs = {t.name for t in walk.model.graph.outputs}
     best, least = low, _elements(walk, alive)
     for position in range(low, high):
         node = nodes[position]
         for name in _read(node):
             remaining[name] -= 1
-            if not remaining[name] and name not in outputs:
+            if not remaining[name]:
                 alive.discard(name)
-        alive.update(t.name for t in node.outputs if present(t) and (remaining.get(t.name) or t.name in outputs))
+        alive.update(t.name for t in node.outputs if present(t) and remaining.get(t.name))
         size = _elements(walk, alive)
         if size <= least:
             best, least = position + 1, size
@@ -197,12 +196,12 @@ def _elements(walk: GraphWalk, names: set[str]) -> int:
 def live_tensors(walk: GraphWalk, position: int) -> list[str]:
     """Returns the names of the tensors made before ``position`` and read from there on; graph inputs left out.
 
-    What a shape was computed from is alive with it: a cut behind ``position`` may compute that shape anew.
+    The graph's outputs are no readers: what is returned is not measured, and a cache of every layer is large. What a shape
+    was computed from is alive with it: a cut behind ``position`` may compute that shape anew.
     """
     nodes = walk.model.graph.nodes
     made = {t.name: n for n in nodes[:position] for t in n.outputs if present(t)}
     read = set().union(*(_read(n) for n in nodes[position:]))
-    read |= {t.name for t in walk.model.graph.outputs}
     alive = made.keys() & read
     pending = [name for name in alive if name in walk.values]
     while pending:

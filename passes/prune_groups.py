@@ -339,12 +339,17 @@ def _line(err: Exception) -> str:
 
 
 def _probe_batch(walk: GraphWalk, data: CalibrationData) -> tuple[int, ...]:
-    """Returns the probe sizes of the axes that the row masks have: (batch, sequence) or (batch,); () without masks."""
+    """Returns the probe sizes of the axes that the row masks have: (batch, sequence) or (batch,); () without masks.
+
+    Of inputs that the masks fit (token ids, or a mask over a cache's length), one is taken whose axes most consumers have.
+    """
     mask = data.row_masks[0] if data.row_masks else None
     if mask is None:
         return ()
+    fitting: dict[tuple[int, ...], int] = {}
     for tensor in sorted(walk.model.graph.inputs, key=lambda t: len(t.shape or ())):
         array = data.batches[0].get(tensor.name)
         if array is not None and array.shape[: mask.ndim] == mask.shape:
-            return tuple(walk.input_sizes(tensor)[: mask.ndim])
-    return ()
+            sizes = tuple(walk.input_sizes(tensor)[: mask.ndim])
+            fitting.setdefault(sizes, sum(tap_for(walk, u, 0, sizes).layout in ("bs", "sb") for u in walk.consumers))
+    return max(fitting, key=lambda sizes: fitting[sizes], default=())

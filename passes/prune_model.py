@@ -313,7 +313,7 @@ def prune(
 def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:
     began = time.perf_counter()
     fields = {k: v for k, v in vars(options).items() if k != "source"}
-    inputs, words = state.model.inputs(), vocabulary(state.model)
+    inputs, words = state.analysed().input_specs(), vocabulary(state.model)
     state.calibration = load_calibration(options.source, inputs, vocabulary=words, **fields)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
