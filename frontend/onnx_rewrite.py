@@ -436,24 +436,25 @@ class Rewriter:
     # -- biases -----------------------------------------------------------------------------------------------------
 
     def add_bias(self, uses: Sequence[ConsumerUse], delta: NDArray[np.float64]) -> None:
-        """Adds ``delta`` [m] to the output of every use of one consumer: into a constant that is added already, or new.
+        """Adds ``delta`` [m] to the product of every use of one consumer: into a constant that is added already, or new.
 
         Args:
-            uses: contractions that share a weight; a bias vector they share stays shared.
-            delta: what to add to y = x W.
+            uses: contractions that share a weight; a bias vector they share, under one scale, stays shared.
+            delta: what to add to x W; each use multiplies it by its own scale.
         """
-        shared: dict[int, list[tuple[gs.Node, int, float]]] = defaultdict(list)
+        shared: dict[tuple[int, float], list[tuple[gs.Node, int]]] = defaultdict(list)
         for use in uses:
             place = self._bias_place(use)
             if place is None:
-                self._insert_bias(use, delta)
+                self._insert_bias(use, delta * use.scale)
             else:
-                shared[id(place[0].inputs[place[1]])].append(place)
-        for places in shared.values():
-            node, position, scale = places[0]
+                node, position, scale = place
+                shared[id(node.inputs[position]), use.scale / scale].append((node, position))
+        for (_, factor), places in shared.items():
+            node, position = places[0]
             old = np.asarray(node.inputs[position].values)
-            value = (old.astype(np.float64) + delta / scale).astype(old.dtype)
-            constant = self.set_constant([(n, p) for n, p, _ in places], value)
+            value = (old.astype(np.float64) + delta * factor).astype(old.dtype)
+            constant = self.set_constant(places, value)
             if old.ndim < 1 or old.size < delta.size:
                 for use in uses:  # a scalar has become a vector
                     self._follow(use.node, use.bias[1], constant, use)

@@ -703,6 +703,9 @@ def _gemm(w: GraphWalk, node: gs.Node) -> None:
         w.consumer(
             node, 0, 0 if swapped[0] else 1, 1, 1 if swapped[1] else 0, bias=("input", 2), scale=alpha, bias_scale=beta
         )
+        if node.op == "GemmFastGelu" and has_bias and w.constant(node, 2) is None:
+            # An addition behind the node would come after the activation.
+            w.pin([a[-1]], f"the bias of a fused activation is computed (node '{node.name}')")
     else:
         w.pin([a[-1]], f"contracted between two activations (node '{node.name}')")
     axes: Axes = (*a[:-1], b[-1])

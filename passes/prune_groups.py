@@ -57,7 +57,7 @@ class ConsumerRepair:
         uses: every use of the weight.
         index: for each axis of the weight the positions, in the original, of what is left.
         weight: the new weight, cut.
-        bias: what was added to the output, [what is left of m].
+        bias: what was added to x W, [what is left of m].
     """
 
     uses: tuple[ConsumerUse, ...]
@@ -269,13 +269,12 @@ class SegmentRun:
         places = [(u.node, u.weight_position) for u in consumer.uses]
         value = np.ascontiguousarray(np.moveaxis(flat.reshape(shape), 0, use.weight_axis))
         self.rewriter.set_constant(places, value)
-        bias = repaired.bias * use.scale
-        if np.any(bias):
-            self.rewriter.add_bias(consumer.uses, bias)
+        if np.any(repaired.bias):
+            self.rewriter.add_bias(consumer.uses, repaired.bias)
         cut = np.take(value, kept, use.weight_axis)
         left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
         left[use.weight_axis] = left[use.weight_axis][kept]
-        self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, bias))
+        self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, repaired.bias))
 
 
 def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[np.int64]]]) -> dict[str, Any]:

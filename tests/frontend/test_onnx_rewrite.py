@@ -202,7 +202,7 @@ def test_bias(name: str) -> None:
     Rewriter(state).add_bias([use], delta)
     feeds = graphs.feeds_of(proto, symbols)
     (dense,), (moved,) = oracle.run(proto, feeds), oracle.run(model.to_proto(), feeds)
-    wanted = dense + np.moveaxis(np.broadcast_to(delta, (*np.moveaxis(dense, axis, -1).shape[:-1], 7)), -1, axis)
+    wanted = dense + use.scale * np.moveaxis(np.broadcast_to(delta, (*np.moveaxis(dense, axis, -1).shape[:-1], 7)), -1, axis)
     np.testing.assert_allclose(moved, wanted, rtol=1e-4, atol=1e-5)
     added = {node.name for node in model.graph.nodes} - before
     assert not added if folded else len(added) <= 1
@@ -229,6 +229,26 @@ def test_bias_of_a_shared_weight_with_a_shared_vector_stays_shared() -> None:
     after = constants(model.to_proto())
     assert set(after) == {"w1", "w2", "b2"}
     np.testing.assert_allclose(after["b2"], constants(proto)["b2"] + np.arange(6), rtol=1e-6)
+
+
+def test_bias_of_a_shared_weight_follows_the_scale_of_each_use() -> None:
+    text = """f (float[b, 6] x) => (float[b, 6] y) { u = MatMul(x, w1)  h = Relu(u)  v = Gemm<alpha=0.5>(h, w2, b2)
+        u2 = MatMul(v, w1)  h2 = Relu(u2)  y = Gemm<alpha=3.0, beta=2.0>(h2, w2, b2) }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 6), "b2": (6,)})
+    model, state, found = graphs.analyse(proto)
+    Rewriter(state).add_bias(found.groups[0].consumers[0].uses, np.arange(6.0))
+    after, before = constants(model.to_proto()), constants(proto)["b2"]
+    biases = {n.attrs["alpha"]: after[n.inputs[2].name] for n in model.graph.nodes if n.op == "Gemm"}
+    np.testing.assert_allclose(biases[0.5], before + 0.5 * np.arange(6), rtol=1e-6)
+    np.testing.assert_allclose(biases[3.0], before + 1.5 * np.arange(6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias, pruned", [("b2", True), ("c", False)])
+def test_a_computed_bias_inside_a_fused_activation_is_refused(bias: str, pruned: bool) -> None:
+    text = FLAT.format(f"c = ReduceMean<axes=[1]>(x)  y = com.microsoft.GemmFastGelu(h, w2, {bias})")
+    _, _, found = graphs.analyse(graphs.parse(text, DENSE))
+    assert bool(found.groups) == pruned
+    assert any("bias of a fused activation" in r.reason for r in found.refusals) != pruned
 
 
 @pytest.mark.parametrize("second", ["v = MatMul(h, w2)", "v = Gemm(h, w2)", "v = Gemm(h, w2, c)"])
