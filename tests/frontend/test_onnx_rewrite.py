@@ -202,7 +202,9 @@ def test_bias(name: str) -> None:
     Rewriter(state).add_bias([use], delta)
     feeds = graphs.feeds_of(proto, symbols)
     (dense,), (moved,) = oracle.run(proto, feeds), oracle.run(model.to_proto(), feeds)
-    wanted = dense + use.scale * np.moveaxis(np.broadcast_to(delta, (*np.moveaxis(dense, axis, -1).shape[:-1], 7)), -1, axis)
+    wanted = dense + use.scale * np.moveaxis(
+        np.broadcast_to(delta, (*np.moveaxis(dense, axis, -1).shape[:-1], 7)), -1, axis
+    )
     np.testing.assert_allclose(moved, wanted, rtol=1e-4, atol=1e-5)
     added = {node.name for node in model.graph.nodes} - before
     assert not added if folded else len(added) <= 1
