@@ -19,24 +19,19 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_float
-from liar_opt.frontend.onnx_patch import patch_consumer
-from liar_opt.frontend.onnx_segments import Extracted, extract, plan_segments, stream_of
+from liar_opt.frontend.onnx_segments import plan_segments, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.groups import ChannelGroup, kept_positions
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, load_segment, run_segment
+from liar_opt.passes.dense_run import DenseRun
+from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import Measured, ScoreFunction, score_named
 from liar_opt.passes.scores import SELECTION_RIDGE
-from liar_opt.runtime.compare import DifferenceMeter
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Moments
-from liar_opt.runtime.sessions import as_array, element_type
-from liar_opt.runtime.solve import Problem, Selection, select_greedy
+from liar_opt.runtime.solve import Problem, select_greedy
 
 SHOWN = 33
 """Points of a curve in the report."""
-PROBE_BATCHES = 2
-"""Held-back batches on which the worth of an error is measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,27 +89,18 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         return PassResult(state)
 
 
-class _CurveRun(SegmentRun):
-    """Runs over the segments as pruning does, and leaves them as they are."""
+class _CurveRun(DenseRun):
+    """Notes the curve of every group."""
 
     stage = "measure"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.curves: dict[str, GroupCurve] = {}
-        self.probed = sorted(self.held)[:PROBE_BATCHES] or [0]
-        self.outputs = [t.name for t in self.walk.model.graph.outputs if is_float(t.dtype)]
-        self.dense = self.ends(extract(self.walk, 0, len(self.walk.model.graph.nodes), self.outputs, {}), self.outputs)
 
-    def ends(self, segment: Extracted, outputs: list[str]) -> list[dict[str, NDArray[Any]]]:
-        """Runs the rest of the model on the probed batches and returns the outputs."""
-        session = load_segment(segment, self.state.device)
-        feeds = ({**self.data.batches[i], **self.alive[i]} for i in self.probed)
-        return [{n: as_array(v) for n, v in run_segment(session, f, outputs, outputs).items()} for f in feeds]
-
-    def prune(self, group: ChannelGroup, moments: Mapping[tuple[str, int], Moments]) -> None:
+    def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
         """Notes the curve of one group."""
-        measured = [self.measured(c, dict(moments)) for c in group.consumers]
+        measured = [self.measured(c, moments) for c in group.consumers]
         # As `segment` asked for them: weighted by the stream, where there is one.
         weighted = [stream_of(self.walk, c.uses[0], self.options.seed) is not None for c in group.consumers]
         problems = [_in_stream_units(m, w) for m, w in zip(measured, weighted, strict=True)]
@@ -125,36 +111,11 @@ class _CurveRun(SegmentRun):
             values[selection.removed_blocks] = np.maximum(np.diff(selection.errors, prepend=0.0), 0.0)
         else:
             values = self.score.values(measured, self.rng)
-        worth = self.worth(group, measured, selection, errors)
-        self.curves[group.name] = GroupCurve(errors * worth, values, worth)
-
-    def worth(
-        self, group: ChannelGroup, measured: list[Measured], selection: Selection, errors: NDArray[np.float64]
-    ) -> float:
-        """Returns the output's relative squared difference for each unit of error, with half of the blocks gone."""
         keep = group.size - group.size // 2
-        blocks = np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep])
-        graph = self.walk.model.graph
-        made = {t.name for n in graph.nodes[group.end :] for t in n.outputs}
-        outputs = [n for n in self.outputs if n in made]
-        start = 0 if self.alive_at is None else self.position(self.alive_at)
-        types = {name: element_type(value) for name, value in self.alive[0].items()}
-        segment = extract(self.walk, start, len(graph.nodes), outputs, types)
-        for consumer, item in zip(group.consumers, measured, strict=True):
-            kept = kept_positions(consumer.owners, blocks)
-            repaired = self.repair(item, kept, np.setdiff1d(np.arange(consumer.width), kept), self.options.ridge)
-            use = consumer.uses[0]
-            old = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
-            flat = np.zeros((consumer.width, item.weight.shape[1]), old.dtype)
-            flat[kept] = repaired.weight.astype(old.dtype)
-            patch_consumer(segment, consumer.uses, np.moveaxis(flat.reshape(old.shape), 0, use.weight_axis), repaired.bias)
-        meter = DifferenceMeter()
-        for index, dense, cut in zip(self.probed, self.dense, self.ends(segment, outputs), strict=True):
-            for name in outputs:
-                meter.add(name, cut[name], dense[name], self.data.row_masks[index])
-        # The first output that the group changes at all: what a model is for comes first, caches come after.
-        changed = [d.relative_rms**2 for d in meter.result().values() if d.relative_rms > 0]
-        return changed[0] / errors[keep] if changed and errors[keep] > 0 and np.isfinite(changed[0]) else 1.0
+        half = np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep])
+        lost = self.difference(self.repaired(group, measured, half), group.end)
+        worth = 1.0 if lost is None or not np.isfinite(lost) or errors[keep] <= 0 else float(lost / errors[keep])
+        self.curves[group.name] = GroupCurve(errors * worth, values, worth)
 
 
 def _in_stream_units(item: Measured, weighted: bool) -> Problem:

@@ -28,6 +28,7 @@ from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
 from liar_opt.passes.registry import RepairFunction, ScoreFunction
+from liar_opt.passes.search_widths import SearchWidthsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -42,11 +43,13 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     AllocateWidthsPass,
     MeetTargetPass,
     LimitDropPass,
+    SearchWidthsPass,
     PruneGroupsPass,
     VerifyModelPass,
 )
 """Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it, meet-target or
-limit-drop instead of allocate-widths where there is a target or a limit (limit-drop prunes by itself)."""
+limit-drop instead of allocate-widths where there is a target or a limit (limit-drop prunes by itself), search-widths where
+it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ def prune(
     max_drop: float | str | None = None,
     metric: Metric | None = None,
     allocate: str | None = None,
+    search: float | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
     ridge: float | None = None,
@@ -210,6 +214,7 @@ def prune(
         allocate: how a ratio is shared out over the layers: "uniform" takes it of each, "curves" by the error that each
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
+        search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
         score: which blocks stay; see ``registry.SCORES``, or a function of your own: it gets the group's consumers
             (``registry.Measured``) and returns one number a block, the higher the more it is kept.
         repair: what the rest becomes; see ``registry.REPAIRS``, or a function: it gets a consumer, the kept and the removed
@@ -248,6 +253,8 @@ def prune(
     forms = (target, max_drop, None if sparsity is ffn is heads is None else "ratios")
     if sum(form is not None for form in forms) > 1:
         raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads) exclude each other; give one form")
+    if search is not None and (target is not None or max_drop is not None):
+        raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")
     if metric is not None and max_drop is None:
         raise OptionError("a metric needs max-drop, the largest loss that is allowed")
     widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
@@ -267,15 +274,20 @@ def prune(
     report["seed"] = seed
     report["device"] = state.device
     report["refusals"] = [asdict(r) for r in analysis.refusals]
-    measured = allocate in MEASURED or max_drop is not None
+    measured = allocate in MEASURED or max_drop is not None or search is not None
     if measured or target is not None:
         _load_calibration(state, options, report)
     flops = _flops(state)
-    decided = Pipeline(passes=[curves, widths] if measured else [widths], observer=observer)(state)
+    deciding: list[Pass[Any]] = [curves, widths] if measured else [widths]
+    if search is not None:
+        same_kind = ffn is not None or heads is not None
+        deciding.append(SearchWidthsPass(search, same_kind, multiple_of, repair, weighting, seed))
+    decided = Pipeline(passes=deciding, observer=observer)(state)
     if "curves" in state.facts:
         report["curves"] = curve_report(state.groups, state.facts["curves"])
-    if "target" in state.facts:
-        report["target"] = state.facts["target"]
+    for fact in ("target", "search"):
+        if fact in state.facts:
+            report[fact] = state.facts[fact]
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
         return PruneResult(state.facts["dense"], report, (), analysis.refusals)
@@ -297,7 +309,7 @@ def prune(
         began = time.perf_counter()
         batch = state.calibration.batches[0]
         feeds = [batch, cut_arrays(batch, state.facts["ends"])]
-        times = measure_latency(state.facts["sessions"], feeds, budget=0.3, least=3)
+        times = measure_latency(state.facts["sessions"], feeds, budget=0.3 if target is None else 2.0, least=3)
         report["latency"] = {
             "dense_seconds": times.seconds[0],
             "pruned_seconds": times.seconds[1],

@@ -527,6 +527,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     _Fields(pruning, prune).add("target", str, metavar="GOAL")
     _Fields(pruning, prune).add("max_drop", str, metavar="LOSS")
     _Fields(pruning, prune).add("allocate", str, choices=tuple(ALLOCATIONS))
+    _Fields(pruning, prune).add("search", float, metavar="SECONDS")
     cut.add("score", str, choices=tuple(SCORES))
     cut.add("repair", str, choices=tuple(REPAIRS))
     cut.add("ridge", float, metavar="RIDGE")

@@ -282,6 +282,7 @@ def test_version_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
         "allocate-widths",
         "meet-target",
         "limit-drop",
+        "search-widths",
         "prune-groups",
         "verify-model",
     ]

@@ -1,0 +1,96 @@
+"""A run over the segments that leaves the model as it is, and measures what a cut of some groups would do to its outputs.
+
+The cut is not made: the consumers of the groups get repaired weights with zeros in the removed rows
+(`frontend.onnx_patch`), which computes the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.onnx_model import is_float
+from liar_opt.frontend.onnx_patch import patch_consumer
+from liar_opt.frontend.onnx_rules import ConsumerUse
+from liar_opt.frontend.onnx_segments import Extracted, extract
+from liar_opt.passes.base import State
+from liar_opt.passes.groups import ChannelGroup, kept_positions
+from liar_opt.passes.measured import Measured
+from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, load_segment, run_segment
+from liar_opt.runtime.compare import DifferenceMeter
+from liar_opt.runtime.sessions import as_array, element_type
+
+PROBE_BATCHES = 2
+"""Held-back batches on which outputs are compared."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A consumer's weight with zeros in the removed rows, and what is added to its output."""
+
+    uses: tuple[ConsumerUse, ...]
+    weight: NDArray[Any]
+    shift: NDArray[np.float64]
+
+
+class DenseRun(SegmentRun):
+    """Runs over the segments as pruning does; a subclass says in ``prune`` what to do with the moments of each group."""
+
+    def __init__(
+        self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
+    ) -> None:
+        super().__init__(options, state, wide, segments)
+        self.probed = sorted(self.held)[:PROBE_BATCHES] or [0]
+        self.outputs = [t.name for t in self.walk.model.graph.outputs if is_float(t.dtype)]
+        self.dense = self._ends(self._rest(None, self.outputs), self.outputs)
+
+    def repaired(self, group: ChannelGroup, measured: Sequence[Measured], blocks: NDArray[np.int64]) -> list[Patch]:
+        """Repairs the consumers of one group for a set of kept blocks."""
+        patches = []
+        for consumer, item in zip(group.consumers, measured, strict=True):
+            kept = kept_positions(consumer.owners, blocks)
+            repaired = self.repair(item, kept, np.setdiff1d(np.arange(consumer.width), kept), self.options.ridge)
+            use = consumer.uses[0]
+            old = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
+            flat = np.zeros((consumer.width, item.weight.shape[1]), old.dtype)
+            flat[kept] = repaired.weight.astype(old.dtype)
+            weight = np.ascontiguousarray(np.moveaxis(flat.reshape(old.shape), 0, use.weight_axis))
+            patches.append(Patch(consumer.uses, weight, repaired.bias))
+        return patches
+
+    def difference(self, patches: Sequence[Patch], behind: int | None = None) -> float | None:
+        """Returns the relative squared difference of the first output that the patches change at all.
+
+        What a model is for comes first among its outputs, caches come after. None where no output changes.
+
+        Args:
+            patches: the consumers that are changed.
+            behind: position of the last node of the group that they belong to, which lies behind what is alive; None runs
+                the model from its start.
+        """
+        nodes = self.walk.model.graph.nodes
+        made = {t.name for n in nodes[behind or 0 :] for t in n.outputs}
+        outputs = [n for n in self.outputs if n in made]
+        rest = self._rest(None if behind is None else self.alive_at, outputs)
+        for patch in patches:
+            patch_consumer(rest, patch.uses, patch.weight, patch.shift)
+        meter = DifferenceMeter()
+        for index, dense, cut in zip(self.probed, self.dense, self._ends(rest, outputs), strict=True):
+            for name in outputs:
+                meter.add(name, cut[name], dense[name], self.data.row_masks[index])
+        changed = (d.relative_rms**2 for d in meter.result().values() if d.relative_rms > 0)
+        return next(changed, None)
+
+    def _rest(self, first: Any, outputs: list[str]) -> Extracted:
+        """The model from a node, or from its start, to its outputs."""
+        start = 0 if first is None else self.position(first)
+        types = {name: element_type(value) for name, value in self.alive[0].items()}
+        return extract(self.walk, start, len(self.walk.model.graph.nodes), outputs, types)
+
+    def _ends(self, rest: Extracted, outputs: list[str]) -> list[dict[str, NDArray[Any]]]:
+        """Runs it on the probed batches and returns the outputs."""
+        session = load_segment(rest, self.state.device)
+        feeds = ({**self.data.batches[i], **self.alive[i]} for i in self.probed)
+        return [{n: as_array(v) for n, v in run_segment(session, f, outputs, outputs).items()} for f in feeds]
