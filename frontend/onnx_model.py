@@ -6,12 +6,9 @@ no Identity, weights stored the way they are multiplied, every node named. Weigh
 equal folds of equal constants give one constant.
 """
 
-import contextlib
 import itertools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +17,19 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
+from liar_opt.frontend.weight_files import (
+    PLAIN,
+    STUB_LIMIT,
+    completed,
+    element_type,
+    lightened,
+    read_model,
+    stub,
+    write_model,
+)
 from liar_opt.runtime.calibration_data import InputSpec
 from liar_opt.runtime.errors import ModelError
 
@@ -36,30 +43,60 @@ CACHE_SHAPES = "liar_opt.cache_shapes"
 """Key of the metadata that says the new shapes of cache inputs and outputs: JSON, name -> shape."""
 SKELETON_LIMIT = 1024
 """Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
-SHAREABLE = {onnx.TensorProto.DataType.Value(n) for n in ("FLOAT", "FLOAT16", "DOUBLE", "INT64", "INT32", "BOOL")}
-"""Element types whose arrays ONNX Runtime takes from numpy as they are."""
 FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
-EXTERNAL_LIMIT = (1 << 31) - (1 << 20)
-"""Bytes of weights above which the output is written with external data (protobuf's own limit is 2 GiB)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A model as it was given: its proto without the data of large initializers, and that data, mapped where it is long.
+
+    Attributes:
+        proto: the model; what has its data in ``arrays`` is a stub.
+        arrays: the data by initializer; it is never written to.
+        source: the file.
+    """
+
+    proto: onnx.ModelProto
+    arrays: dict[str, np.ndarray]
+    source: Path | None = None
+
+    def model(self) -> "OnnxModel":
+        """Returns the model as a graph; each call makes a new one, weights are shared."""
+        order = {tensor.name: i for i, tensor in enumerate(self.proto.graph.initializer)}
+        metadata = {p.key: p.value for p in self.proto.metadata_props if p.key != CACHE_SHAPES}
+        graph = gs.import_onnx(self.proto)
+        for part in [graph, *graph.subgraphs(recursive=True)]:
+            for tensor in part.tensors().values():
+                if isinstance(tensor, gs.Constant) and tensor.name in self.arrays:
+                    tensor.values, tensor.data_location = self.arrays[tensor.name], None
+        return OnnxModel(graph, self.source, metadata, [], order, self)
+
+    def light(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+        """Returns the proto and the data, as ``OnnxModel.light`` does."""
+        return self.proto, self.arrays
+
+    def complete(self) -> onnx.ModelProto:
+        """Returns a proto of its own, with all data in it."""
+        return completed(self.proto, self.arrays)
 
 
 @dataclass(eq=False)
 class OnnxModel:
-    """A graph with what graphsurgeon does not carry: metadata, the file and the proto (unchanged) that it came from."""
+    """A graph with what graphsurgeon does not carry: metadata, and the model (unchanged) that it came from."""
 
     graph: gs.Graph
     source: Path | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
-    proto: onnx.ModelProto | None = None
+    stored: Stored | None = None
     resized: dict[str, dict[int, int]] = field(default_factory=dict)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str | Path) -> "OnnxModel":
-        """Reads an ONNX file, with its external data.
+        """Reads an ONNX file; its weights stay where they are until they are looked at.
 
         Raises:
             ModelError: the file is missing, not ONNX, truncated, quantised, or its external data cannot be found.
@@ -68,28 +105,24 @@ class OnnxModel:
         if not path.is_file():
             raise ModelError(f"'{path}' is not a file; give the path of an ONNX model")
         try:
-            proto = onnx.load(path, load_external_data=False)
+            proto, arrays = read_model(path)
         except (DecodeError, ValueError, OSError, RuntimeError) as err:
             raise ModelError(f"'{path}' cannot be read as ONNX (truncated or another format); export it again") from err
         if not proto.graph.node or not proto.opset_import:
             raise ModelError(f"'{path}' holds no ONNX graph (truncated or another format); export it again")
-        try:
-            onnx.load_external_data_for_model(proto, str(path.parent))
-        except (onnx.checker.ValidationError, OSError, ValueError) as err:
-            missing = _first_missing_external(proto, path.parent)
-            raise ModelError(
-                f"external data {missing} of '{path}' is missing or truncated; put it beside the model as it was exported"
-            ) from err
-        _check_external_lengths(proto, path)
-        return cls.from_proto(proto, path)
+        return cls._imported(proto, arrays, path)
 
     @classmethod
-    def from_proto(cls, proto: onnx.ModelProto, source: Path | None = None) -> "OnnxModel":
-        """Takes a model from memory; the proto is not used again by the caller.
+    def from_proto(cls, proto: onnx.ModelProto) -> "OnnxModel":
+        """Takes a model from memory, which stays as it is.
 
         Raises:
             ModelError: the graph is quantised, or an initializer holds fewer bytes than its shape needs.
         """
+        return cls._imported(*lightened(proto), None)
+
+    @classmethod
+    def _imported(cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None) -> "OnnxModel":
         name = f"'{source}'" if source else "the model"
         for node in proto.graph.node:
             if node.op_type in QUANTISED or node.op_type.startswith(
@@ -99,14 +132,6 @@ class OnnxModel:
                     f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
                     "prune the float model and quantise the result"
                 )
-        for tensor in proto.graph.initializer:
-            if tensor.HasField("raw_data") and len(tensor.raw_data) != _raw_bytes(tensor):
-                raise ModelError(
-                    f"initializer '{tensor.name}' of {name} has {len(tensor.raw_data)} bytes where its shape "
-                    f"{list(tensor.dims)} needs {_raw_bytes(tensor)}; the file is truncated, export it again"
-                )
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
         if proto.functions:
             proto = onnx.inliner.inline_local_functions(proto)
         notes = []
@@ -119,33 +144,51 @@ class OnnxModel:
             proto.graph.input.extend(kept)
             proto.ir_version = max(proto.ir_version, 4)
             notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
-        order = {tensor.name: i for i, tensor in enumerate(proto.graph.initializer)}
-        metadata = {p.key: p.value for p in proto.metadata_props if p.key != CACHE_SHAPES}
-        return cls(gs.import_onnx(proto), source, metadata, notes, order, proto)
+        model = Stored(proto, arrays, source).model()
+        model.notes += notes
+        return model
 
-    def to_proto(self) -> onnx.ModelProto:
-        """Returns the graph as an ONNX model; weights that were not touched are not copied."""
-        proto: onnx.ModelProto = gs.export_onnx(self.graph, do_type_check=False)
-        # Shapes between input and output may have changed since they were noted; readers infer them.
-        del proto.graph.value_info[:]
-        if self.proto is not None:
+    def light(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+        """Returns the graph as an ONNX model whose large initializers are stubs, and their data by name."""
+        graph = self.graph
+        exporter = gs.exporters.onnx_exporter.OnnxExporter
+        constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant)]
+        sparse = [t for t in constants if isinstance(t._values, gs.ir.tensor.SparseValues)]
+        tensors, arrays = detached_tensors(t for t in constants if not isinstance(t._values, gs.ir.tensor.SparseValues))
+        # Readers may depend on the order of initializers (ONNX Runtime's fusions name theirs by it).
+        tensors.sort(key=lambda t: self.order.get(t.name, len(self.order)))
+        ends = [[exporter.export_value_info_proto(t, False) for t in ends] for ends in (graph.inputs, graph.outputs)]
+        if self.stored is not None:
             # graphsurgeon loses the shape of an output that is listed again, without one, among the inner values.
-            ends = {value.name: value for value in [*self.proto.graph.input, *self.proto.graph.output]}
-            for value in [*proto.graph.input, *proto.graph.output]:
-                if value.name in ends:
-                    value.CopyFrom(ends[value.name])
+            known = {v.name: v for v in [*self.stored.proto.graph.input, *self.stored.proto.graph.output]}
+            for value in itertools.chain(*ends):
+                if value.name in known:
+                    value.CopyFrom(known[value.name])
                 for axis, size in self.resized.get(value.name, {}).items():
                     value.type.tensor_type.shape.dim[axis].dim_value = size
-        # Readers may depend on the order of initializers (ONNX Runtime's fusions name theirs by it).
-        last = len(self.order)
-        initializers = sorted(proto.graph.initializer, key=lambda t: self.order.get(t.name, last))
-        del proto.graph.initializer[:]
-        proto.graph.initializer.extend(initializers)
+        # Shapes between input and output may have changed since they were noted; readers infer them.
+        inner = onnx.helper.make_graph(
+            [exporter.export_node(n) for n in graph.nodes],
+            graph.name,
+            ends[0],
+            ends[1],
+            tensors,
+            graph.doc_string,
+            sparse_initializer=[exporter.export_sparse_tensor_proto(t) for t in sparse],
+        )
+        proto = onnx.helper.make_model(inner, opset_imports=gs.exporters.onnx_exporter.update_import_domains(graph))
+        proto.producer_name, proto.producer_version = graph.producer_name, graph.producer_version
+        if graph.ir_version is not None:
+            proto.ir_version = graph.ir_version
         for key, value in self.metadata.items():
             proto.metadata_props.add(key=key, value=value)
         if self.resized:
             proto.metadata_props.add(key=CACHE_SHAPES, value=json.dumps(self.resized_shapes(proto), sort_keys=True))
-        return proto
+        return proto, arrays
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Returns the graph as an ONNX model."""
+        return completed(*self.light())
 
     def resize(self, tensor: gs.Variable, axis: int, size: int) -> None:
         """Notes that an axis of a graph input or output has another size now."""
@@ -178,25 +221,13 @@ class OnnxModel:
             proto, opset_imports=list(graph.import_domains), ir_version=graph.ir_version or onnx.IR_VERSION
         )
 
-    def detached(self) -> tuple[bytes, dict[str, np.ndarray]]:
-        """Returns the model without the data of its large initializers, and that data; see ``detached_tensors``."""
-        exporter = gs.exporters.onnx_exporter.OnnxExporter
-        graph = self.graph
-        stubs, weights = detached_tensors(self.constants())
-        ends = [[exporter.export_value_info_proto(t, False) for t in tensors] for tensors in (graph.inputs, graph.outputs)]
-        nodes = [exporter.export_node(n) for n in graph.nodes]
-        proto = onnx.helper.make_graph(nodes, graph.name or "graph", ends[0], ends[1], stubs)
-        imports = list(graph.import_domains)
-        model = onnx.helper.make_model(proto, opset_imports=imports, ir_version=graph.ir_version or onnx.IR_VERSION)
-        return model.SerializeToString(), weights
-
     def save(self, path: str | Path) -> None:
-        """Writes the model beside ``path`` first and moves it into place; weights above 2 GiB go to external data.
+        """Writes the model beside ``path`` first and moves it into place, one weight after the other.
 
         Raises:
             OSError: the file cannot be written (the temporary file is removed).
         """
-        save_proto(self.to_proto(), Path(path))
+        write_model(*self.light(), Path(path))
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
@@ -270,42 +301,21 @@ class OnnxModel:
         return before - len(graph.nodes)
 
 
-def detach_weights(proto: onnx.ModelProto) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Returns a model without the data of its large initializers, and that data; see ``detached_tensors``."""
-    graph = proto.graph
-    stubs, weights = detached_tensors(graph.initializer)
-    skeleton = onnx.helper.make_graph(
-        graph.node, graph.name or "graph", graph.input, graph.output, stubs, value_info=graph.value_info
-    )
-    model = onnx.helper.make_model(skeleton, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    return model.SerializeToString(), weights
-
-
-def detached_tensors(
-    tensors: Iterable[onnx.TensorProto | gs.Constant],
-) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:
+def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:
     """Returns initializers without the data of the large ones, and that data by name.
 
     A session takes such data as it lies in memory (``Session(weights=...)``): nothing is serialised or copied.
     """
-    stubs, weights = [], {}
-    for tensor in tensors:
-        if isinstance(tensor, onnx.TensorProto):
-            shape, kind = tuple(tensor.dims), tensor.data_type
+    stubs, arrays = [], {}
+    for constant in constants:
+        values = constant._values
+        # What is no array is small, or of a type that numpy lacks.
+        if isinstance(values, np.ndarray) and values.nbytes > STUB_LIMIT and element_type(values.dtype) in PLAIN:
+            arrays[constant.name] = values
+            stubs.append(stub(constant.name, element_type(values.dtype), values.shape))
         else:
-            shape, kind = tuple(tensor.shape), onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-        small = int(np.prod(shape, dtype=np.int64)) <= SKELETON_LIMIT
-        if small or kind not in SHAREABLE:
-            is_proto = isinstance(tensor, onnx.TensorProto)
-            stubs.append(tensor if is_proto else gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(tensor))
-            continue
-        weights[tensor.name] = np.asarray(
-            onnx.numpy_helper.to_array(tensor) if isinstance(tensor, onnx.TensorProto) else tensor.values
-        )
-        stub = onnx.TensorProto(name=tensor.name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
-        stub.external_data.add(key="location", value="memory")
-        stubs.append(stub)
-    return stubs, weights
+            stubs.append(gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(constant))
+    return stubs, arrays
 
 
 def is_float(dtype: object) -> bool:
@@ -322,93 +332,6 @@ def is_constant(tensor: object) -> bool:
 def present(tensor: object) -> bool:
     """Returns whether an optional input or output is there (an omitted one has no name)."""
     return isinstance(tensor, gs.Constant) or (isinstance(tensor, gs.Variable) and bool(tensor.name))
-
-
-def save_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """Writes a model whole or not at all: to a temporary file in the same folder, then moved into place.
-
-    Raises:
-        OSError: the folder cannot be written or is full; nothing is left behind.
-    """
-    size = sum(len(t.raw_data) for t in proto.graph.initializer)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary, data = Path(name), path.with_name(path.name + ".data")
-    temporary_data = Path(name + ".data")
-    try:
-        if size > EXTERNAL_LIMIT:
-            temporary.write_bytes(_write_external(proto, temporary_data, data.name).SerializeToString())
-            temporary_data.replace(data)
-        else:
-            temporary.write_bytes(proto.SerializeToString())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        for leftover in (temporary, temporary_data):
-            with contextlib.suppress(FileNotFoundError):
-                leftover.unlink()
-
-
-def _write_external(proto: onnx.ModelProto, path: Path, location: str) -> onnx.ModelProto:
-    """Writes the large initializers to ``path`` and returns the model without them; ``proto`` stays as it is."""
-    light = onnx.ModelProto()
-    _copy_fields(proto, light, "graph")
-    _copy_fields(proto.graph, light.graph, "initializer")
-    offset = 0
-    with path.open("wb") as stream:
-        for tensor in proto.graph.initializer:
-            length = len(tensor.raw_data)
-            if length <= SKELETON_LIMIT:
-                light.graph.initializer.append(tensor)
-                continue
-            stub = light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            stub.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (("location", location), ("offset", offset), ("length", length)):
-                stub.external_data.add(key=key, value=str(value))
-            offset += stream.write(tensor.raw_data)
-    return light
-
-
-def _copy_fields(source: Message, target: Message, left_out: str) -> None:
-    for described, value in source.ListFields():
-        if described.name == left_out:
-            continue
-        if hasattr(value, "MergeFrom"):
-            getattr(target, described.name).MergeFrom(value)
-        else:
-            setattr(target, described.name, value)
-
-
-def _first_missing_external(proto: onnx.ModelProto, folder: Path) -> str:
-    for tensor in onnx.external_data_helper._get_all_tensors(proto):
-        entries = {e.key: e.value for e in tensor.external_data}
-        if "location" in entries:
-            file, end = folder / entries["location"], int(entries.get("offset", 0)) + int(entries.get("length", 0))
-            if not file.is_file() or file.stat().st_size < end:
-                return f"'{entries['location']}'"
-    return "file"
-
-
-def _check_external_lengths(proto: onnx.ModelProto, path: Path) -> None:
-    for tensor in proto.graph.initializer:
-        location = next((e.value for e in tensor.external_data if e.key == "location"), None)
-        if location is not None and len(tensor.raw_data) != _raw_bytes(tensor):
-            raise ModelError(
-                f"external data '{location}' of '{path}' ends before initializer '{tensor.name}' does; "
-                "it is truncated, copy it again"
-            )
-
-
-def _raw_bytes(tensor: onnx.TensorProto) -> int:
-    elements = int(np.prod(tensor.dims, dtype=np.int64))
-    name = onnx.TensorProto.DataType.Name(tensor.data_type)
-    if name in ("INT4", "UINT4", "FLOAT4E2M1"):
-        return (elements + 1) // 2
-    if name in ("INT2", "UINT2"):
-        return (elements + 3) // 4
-    return elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _constant_value(node: gs.Node) -> np.ndarray | None:

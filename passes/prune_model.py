@@ -4,6 +4,7 @@
 :data:`SCHEMA`) beside the model, so that a report never needs the code that made it.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -14,8 +15,9 @@ from typing import Any
 
 import onnx
 
-from liar_opt.frontend.onnx_model import OnnxModel, save_proto
+from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary
+from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.axes import AxisAlgebra
@@ -81,16 +83,21 @@ class PruneResult:
     """A pruned model and what was done to it.
 
     Attributes:
-        model: the pruned model, as an ONNX proto.
+        pruned: the pruned model; its weights stay in their files where they are long.
         report: plain data, ready for JSON: options, sizes before and after, groups, refusals, measured differences.
         changes: what the passes did.
         refusals: what did not qualify, and why.
     """
 
-    model: onnx.ModelProto
+    pruned: OnnxModel | Stored
     report: dict[str, Any]
     changes: tuple[Change, ...] = field(default_factory=tuple)
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)
+
+    @functools.cached_property
+    def model(self) -> onnx.ModelProto:
+        """The pruned model as an ONNX proto, with all its weights in memory; made when it is first asked for."""
+        return completed(*self.pruned.light())
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the model, whole or not at all.
@@ -101,13 +108,26 @@ class PruneResult:
         path = Path(path)
         source = self.report["model"]["path"]
         check_output(path, Path(source) if source else None, force)
+        if source:
+            self._check_data(path, Path(source))
+        # Whoever has asked for the proto may have changed it.
+        parts = lightened(self.model) if "model" in vars(self) else self.pruned.light()
         try:
-            save_proto(self.model, path)
+            write_model(*parts, path)
         except OSError as err:
             raise OptionError(
                 f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
             ) from err
         return path
+
+    def _check_data(self, path: Path, source: Path) -> None:
+        data = path.with_name(path.name + ".data")
+        stored = self.pruned if isinstance(self.pruned, Stored) else self.pruned.stored
+        for file in external_files(stored.proto, source) if stored is not None else ():
+            if data.exists() and file.exists() and data.samefile(file):
+                raise OptionError(
+                    f"'{data}' would be written beside '{path}', and holds weights of the input; choose another output"
+                )
 
 
 def check_output(path: Path, source: Path | None, force: bool) -> None:
@@ -127,7 +147,7 @@ def check_output(path: Path, source: Path | None, force: bool) -> None:
 
 
 def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
-    """Takes a model from a path or from memory; a copy of the original is kept for the checks.
+    """Takes a model from a path or from memory; where its weights are is kept for the checks.
 
     Raises:
         ModelError: it cannot be read.
@@ -135,9 +155,7 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
     if isinstance(model, OnnxModel):
         loaded = model
     elif isinstance(model, onnx.ModelProto):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        loaded = OnnxModel.from_proto(copy)
+        loaded = OnnxModel.from_proto(model)
     elif isinstance(model, (str, Path)):
         loaded = OnnxModel.load(model)
     else:
@@ -145,7 +163,7 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
     if not loaded.graph.inputs:
         raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
     state = State(loaded)
-    state.facts["dense"] = loaded.proto if loaded.proto is not None else loaded.to_proto()
+    state.facts["dense"] = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
     state.facts["before"] = _sizes(loaded)
     return state
 
@@ -319,7 +337,7 @@ def prune(
         }
         state.seconds["latency"] = time.perf_counter() - began
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
-    return PruneResult(state.facts["pruned"], report, changes, analysis.refusals)
+    return PruneResult(state.model, report, changes, analysis.refusals)
 
 
 def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:

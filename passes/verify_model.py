@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import OnnxModel, detach_weights, is_constant, is_float
+from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import walk
 from liar_opt.passes.axes import AxisAlgebra
@@ -50,19 +50,19 @@ class VerifyModelPass(Pass[None]):
         Raises:
             CheckError: one failed.
         """
-        dense: onnx.ModelProto = state.facts["dense"]
-        proto = state.facts["pruned"] = state.model.to_proto()
-        _check_interface(dense, proto, state.model.resized)
+        dense: Stored = state.facts["dense"]
+        cut = state.model.light()
+        _check_interface(dense.proto, cut[0], state.model.resized)
         ends = state.facts.get("ends", {})
         _check_format(dense, state.model)
-        pruned = _load(state.model.detached(), state.device, "the pruned model")
-        original = _load(detach_weights(dense), state.device, "the original model")
+        pruned = _load(cut, state.device, "the pruned model")
+        original = _load(dense.light(), state.device, "the original model")
         assert state.calibration is not None
         facts: dict[str, Any] = {}
         batches, masks = state.calibration.batches, state.calibration.row_masks
         reference = masked_reference(dense, state.repairs)
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
-        masked = _load(reference.detached(), state.device, "the masked original")
+        masked = _load(reference.light(), state.device, "the masked original")
         facts["exact_difference"] = require_close(
             pruned.run(cut_arrays(small, ends), arrays=True),
             cut_arrays(masked.run(small, arrays=True), ends),
@@ -87,12 +87,12 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def masked_reference(dense: onnx.ModelProto, repairs: list[ConsumerRepair]) -> OnnxModel:
+def masked_reference(dense: Stored, repairs: list[ConsumerRepair]) -> OnnxModel:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
     Made from the original file by node and input position, without the code that cuts.
     """
-    model = OnnxModel.from_proto(dense)
+    model = dense.model()
     model.normalise()
     nodes = {n.name: n for n in model.graph.nodes}
     analysis = walk(model, AxisAlgebra)
@@ -155,10 +155,10 @@ def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: d
             raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
 
 
-def _check_format(dense: onnx.ModelProto, pruned: OnnxModel) -> None:
+def _check_format(dense: Stored, pruned: OnnxModel) -> None:
     error = _checker_error(pruned.skeleton())
     # Graphs that ONNX Runtime's optimizer wrote may be refused from the start: they are no worse for being smaller.
-    if error is not None and _checker_error(OnnxModel.from_proto(dense).skeleton()) is None:
+    if error is not None and _checker_error(dense.model().skeleton()) is None:
         raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -170,8 +170,8 @@ def _checker_error(proto: onnx.ModelProto) -> Exception | None:
     return None
 
 
-def _load(parts: tuple[bytes, dict[str, Any]], device: Any, what: str) -> Session:
+def _load(parts: tuple[onnx.ModelProto, dict[str, Any]], device: Any, what: str) -> Session:
     try:
-        return Session(parts[0], device, parts[1])
+        return Session(parts[0].SerializeToString(), device, parts[1])
     except Exception as err:
         raise CheckError(f"ONNX Runtime cannot load {what}: {' '.join(str(err).split())[:300]}") from err

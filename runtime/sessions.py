@@ -97,9 +97,9 @@ class Session:
         onnxruntime.set_default_logger_severity(4)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        self._weights = {k: np.ascontiguousarray(v) for k, v in (weights or {}).items()}
+        self._weights = {k: np.require(v, requirements=["C", "ALIGNED"]) for k, v in (weights or {}).items()}
         if self._weights:
-            values = [onnxruntime.OrtValue.ortvalue_from_numpy(v) for v in self._weights.values()]
+            values = [_ort_value(v) for v in self._weights.values()]
             options.add_external_initializers(list(self._weights), values)
         cuda = ["CUDAExecutionProvider"] if device == "cuda" else []
         self.device = device
@@ -138,6 +138,15 @@ class Session:
         self._session.run_with_iobinding(binding)
         results = binding.get_outputs()
         return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
+
+
+def _ort_value(array: NDArray[Any]) -> Any:
+    import onnxruntime
+
+    if array.dtype.kind != "V":
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    # bfloat16 is no type of numpy's own.
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), element_type(array))
 
 
 def element_type(value: Any) -> int:

@@ -10,10 +10,9 @@ import numpy as np
 import onnx
 import oracle
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from liar_opt.frontend import onnx_model
-from liar_opt.frontend.onnx_model import OnnxModel, save_proto
+from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.runtime.errors import ModelError
 
 TEXT = "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"
@@ -207,53 +206,3 @@ def test_a_file_is_written_whole(proto: onnx.ModelProto, tmp_path: Path) -> None
     reference = tmp_path / "reference"
     reference.touch()
     assert path.stat().st_mode == reference.stat().st_mode
-
-
-@pytest.mark.parametrize("external", [False, True])
-def test_a_failure_leaves_nothing(
-    external: bool, proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Path, *arguments: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "out.onnx"
-    path.write_bytes(b"precious")
-    if external:
-        monkeypatch.setattr(onnx_model, "EXTERNAL_LIMIT", 1000)
-        monkeypatch.setattr(Path, "replace", full)
-    else:
-        monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        save_proto(OnnxModel.from_proto(proto).to_proto(), path)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
-    assert path.read_bytes() == b"precious"
-
-
-def test_a_folder_that_is_not_there(proto: onnx.ModelProto, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
-        save_proto(proto, tmp_path / "none" / "out.onnx")
-
-
-def test_large_models_keep_their_weights_beside_them(
-    proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model in memory is the same afterwards: it can be saved again, and run."""
-    monkeypatch.setattr(onnx_model, "EXTERNAL_LIMIT", 1000)
-    feeds = graphs.feeds_of(proto, {"b": 3})
-    wanted = oracle.run(proto, feeds)[0]
-    out = OnnxModel.from_proto(proto).to_proto()
-    for name in ("first.onnx", "second.onnx", "first.onnx"):
-        save_proto(out, tmp_path / name)
-        model = OnnxModel.load(tmp_path / name)
-        np.testing.assert_array_equal(oracle.run(model.to_proto(), feeds)[0], wanted)
-        stored = onnx.load(tmp_path / name, load_external_data=False)
-        large = [t for t in stored.graph.initializer if len(t.raw_data) == 0]
-        assert large
-        assert all(t.data_location == TensorProto.EXTERNAL for t in large)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "first.onnx",
-        "first.onnx.data",
-        "second.onnx",
-        "second.onnx.data",
-    ]
-    np.testing.assert_array_equal(oracle.run(out, feeds)[0], wanted)

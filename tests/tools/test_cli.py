@@ -15,6 +15,7 @@ import onnx
 import pytest
 import zoo
 
+from liar_opt.frontend import weight_files
 from liar_opt.runtime import compare
 from liar_opt.tools import cli
 
@@ -431,7 +432,7 @@ class TestBadModels:
     def test_external_data_missing(self, refuse: Refuse, model: Path, command: list[str]) -> None:
         onnx.save(onnx.load(model), model, save_as_external_data=True, location="weights.bin", size_threshold=0)
         (model.parent / "weights.bin").unlink()
-        refuse(*command, model, needles=("'weights.bin'", "missing or truncated"))
+        refuse(*command, model, needles=("'weights.bin'", "is missing"))
 
     def test_external_data_truncated(self, refuse: Refuse, model: Path, command: list[str]) -> None:
         onnx.save(onnx.load(model), model, save_as_external_data=True, location="weights.bin", size_threshold=0)
@@ -595,13 +596,13 @@ def full(*_: Any, **__: Any) -> int:
 
 
 def test_the_disk_fills_up(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Path.write_bytes
+    write = weight_files._write
 
-    def half(self: Path, data: bytes) -> int:
-        write(self, data[: len(data) // 2])
+    def half(stream: Any, data: bytes) -> int:
+        write(stream, data[: len(data) // 2])
         return full()
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(weight_files, "_write", half)
     refuse(model, "--samples", 4, needles=("model.liar.onnx' cannot be written (No space left",), warned=True)
 
 
@@ -655,13 +656,13 @@ def test_interrupted_in_the_middle(refuse: Refuse, model: Path, monkeypatch: pyt
 
 
 def test_interrupted_while_writing(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Path.write_bytes
+    write = weight_files._write
 
-    def half(self: Path, data: bytes) -> int:
-        write(self, data[: len(data) // 2])
+    def half(stream: Any, data: bytes) -> None:
+        write(stream, data[: len(data) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(weight_files, "_write", half)
     refuse(model, "--samples", 4, needles=("interrupted; nothing was written",), code=130, warned=True)
 
 
