@@ -140,10 +140,10 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
 
 def numpy_type(kind: int) -> np.dtype[Any]:
     """Returns numpy's type for an ONNX element type; bfloat16 is that of ml_dtypes."""
-    if kind == onnx.TensorProto.BFLOAT16:  # older releases of onnx say float32
-        return np.dtype(ml_dtypes.bfloat16)
-    plain: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(kind)
-    return plain
+    # Older releases of onnx say float32 for bfloat16.
+    bfloat16 = kind == onnx.TensorProto.BFLOAT16
+    result: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16 if bfloat16 else onnx.helper.tensor_dtype_to_np_dtype(kind))
+    return result
 
 
 def element_type(dtype: np.dtype[Any]) -> int:
