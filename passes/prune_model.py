@@ -318,7 +318,7 @@ def prune(
     changes = (*decided.changes, *done.changes)
     details = {c.where: c for c in changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
-    report["cache_shapes"] = state.model.resized_shapes(state.facts["pruned"])
+    report["cache_shapes"] = state.model.resized_shapes(state.model.light()[0])
     report["before"]["flops"] = flops
     report["after"] = {**_sizes(state.model), "flops": _flops(state)}
     verification = state.facts["verification"]
