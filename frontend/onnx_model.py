@@ -75,6 +75,10 @@ class Stored:
         """Returns the proto and the data, as ``OnnxModel.light`` does."""
         return self.proto, self.arrays
 
+    def detached(self) -> tuple[bytes, dict[str, np.ndarray]]:
+        """Returns what a ``Session`` takes: the proto as bytes, and the data."""
+        return self.proto.SerializeToString(), self.arrays
+
     def complete(self) -> onnx.ModelProto:
         """Returns a proto of its own, with all data in it."""
         return completed(self.proto, self.arrays)
@@ -185,6 +189,11 @@ class OnnxModel:
         if self.resized:
             proto.metadata_props.add(key=CACHE_SHAPES, value=json.dumps(self.resized_shapes(proto), sort_keys=True))
         return proto, arrays
+
+    def detached(self) -> tuple[bytes, dict[str, np.ndarray]]:
+        """Returns what a ``Session`` takes: the light model as bytes, and the data."""
+        proto, arrays = self.light()
+        return proto.SerializeToString(), arrays
 
     def to_proto(self) -> onnx.ModelProto:
         """Returns the graph as an ONNX model."""

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import count_flops, walk
 from liar_opt.passes.axes import AxisAlgebra
@@ -21,14 +20,14 @@ from liar_opt.runtime.sessions import Session
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def blank_cut(dense: onnx.ModelProto, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[str, dict[int, Any]]]:
+def blank_cut(dense: Stored, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[str, dict[int, Any]]]:
     """Returns a copy of the model with so many blocks left in each group, and what is left of inputs that shrank.
 
     Args:
         dense: the original.
         keep: number of blocks by group name; groups that are not named stay whole.
     """
-    model = OnnxModel.from_proto(dense)
+    model = dense.model()
     model.normalise()
     analysis = walk(model, AxisAlgebra)
     groups = {g.name: g for g in find_groups(analysis).groups}

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from liar_opt.frontend.onnx_model import OnnxModel, detach_weights
+from liar_opt.frontend.onnx_model import Stored
 from liar_opt.passes.allocate_widths import menus_of
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
 from liar_opt.passes.base import Change, Pass, PassResult, State
@@ -135,7 +135,7 @@ class _Search:
         self.options, self.state, self.menus = options, state, menus
         self.limit = parse_drop(options.max_drop)
         self.data = state.calibration
-        self.dense: onnx.ModelProto = state.facts["dense"]
+        self.dense: Stored = state.facts["dense"]
         everything = sum(float(m.costs[-1]) for m in menus)
         least = sum(float(m.costs[0]) for m in menus)
         self.widths = {
@@ -148,13 +148,13 @@ class _Search:
         self.reference: float | None = None
         held = [i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2]
         self.held = held or [len(self.data.batches) - 1]
-        self.original = Session(*_swapped(detach_weights(self.dense), state.device)) if options.metric is None else None
+        self.original = Session(*_swapped(self.dense.detached(), state.device)) if options.metric is None else None
 
     def run(self) -> None:
         """Evaluates a few sparsities, each chosen by what those before it lost."""
         low, high, factor = 0.0, 1.0, 0.5  # 1 - cosine is about half of the relative squared difference
         if self.options.metric is not None:
-            self.reference = self._metric(self.dense, None)
+            self.reference = self._metric(self.dense.complete(), None)
             assert self.reference is not None
         for _ in range(EVALUATIONS):
             inside = [s for s in self.widths if low < s < high]
@@ -182,7 +182,7 @@ class _Search:
 
     def _evaluate(self, sparsity: float) -> float | None:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""
-        trial = State(OnnxModel.from_proto(self.dense), self.data, self.state.device, self.state.progress)
+        trial = State(self.dense.model(), self.data, self.state.device, self.state.progress)
         trial.facts = {k: self.state.facts[k] for k in ("dense", "before") if k in self.state.facts}
         NormaliseGraphPass()(trial)
         FindGroupsPass()(trial)

@@ -51,18 +51,17 @@ class VerifyModelPass(Pass[None]):
             CheckError: one failed.
         """
         dense: Stored = state.facts["dense"]
-        cut = state.model.light()
-        _check_interface(dense.proto, cut[0], state.model.resized)
+        _check_interface(dense.proto, state.model.light()[0], state.model.resized)
         ends = state.facts.get("ends", {})
         _check_format(dense, state.model)
-        pruned = _load(cut, state.device, "the pruned model")
-        original = _load(dense.light(), state.device, "the original model")
+        pruned = _load(state.model.detached(), state.device, "the pruned model")
+        original = _load(dense.detached(), state.device, "the original model")
         assert state.calibration is not None
         facts: dict[str, Any] = {}
         batches, masks = state.calibration.batches, state.calibration.row_masks
         reference = masked_reference(dense, state.repairs)
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
-        masked = _load(reference.light(), state.device, "the masked original")
+        masked = _load(reference.detached(), state.device, "the masked original")
         facts["exact_difference"] = require_close(
             pruned.run(cut_arrays(small, ends), arrays=True),
             cut_arrays(masked.run(small, arrays=True), ends),
@@ -170,8 +169,8 @@ def _checker_error(proto: onnx.ModelProto) -> Exception | None:
     return None
 
 
-def _load(parts: tuple[onnx.ModelProto, dict[str, Any]], device: Any, what: str) -> Session:
+def _load(parts: tuple[bytes, dict[str, Any]], device: Any, what: str) -> Session:
     try:
-        return Session(parts[0].SerializeToString(), device, parts[1])
+        return Session(parts[0], device, parts[1])
     except Exception as err:
         raise CheckError(f"ONNX Runtime cannot load {what}: {' '.join(str(err).split())[:300]}") from err
