@@ -67,7 +67,7 @@ class TwinRun(SegmentRun):
         self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
     ) -> None:
         super().__init__(options, state, wide, segments)
-        model = OnnxModel.from_proto(state.facts["dense"])
+        model = state.facts["dense"].model()
         model.normalise()
         self.twin: GraphWalk = walk(model, AxisAlgebra)
         self.twin_alive: list[dict[str, Any]] = [{} for _ in self.data.batches]

@@ -194,14 +194,14 @@ class _Gauge:
     def __init__(self, kind: Kind, state: State) -> None:
         assert state.calibration is not None
         self.kind = kind
-        self.dense: Stored = state.facts["dense"]
+        self.stored: Stored = state.facts["dense"]
         self.device = state.device
         self.feeds = state.calibration.batches[0]
         self.source = "counted"
         self.session: Any = None
         if kind == "latency":
             self.source = "measured"
-            model, _ = blank_cut(self.dense, {})
+            model, _ = blank_cut(self.stored, {})
             self.digest = hashlib.sha256(model.skeleton().SerializeToString()).hexdigest()
             self.session = session_of(model, self.device)
             self.dense = measure_latency([self.session], self.feeds, budget=TABLE_SECONDS).seconds[0]
@@ -212,7 +212,7 @@ class _Gauge:
 
     def value(self, keep: Mapping[str, int]) -> float:
         """Returns the quantity at widths; seconds are those of the dense model, scaled by a ratio taken in turns."""
-        model, ends = blank_cut(self.dense, keep)
+        model, ends = blank_cut(self.stored, keep)
         if self.kind == "params":
             return model.parameters()
         if self.kind == "size":
@@ -279,7 +279,7 @@ class _Gauge:
             if width == size:
                 seconds.append(0.0)
                 continue
-            model, ends = blank_cut(self.dense, {g.name: width for g in members})
+            model, ends = blank_cut(self.stored, {g.name: width for g in members})
             ratio = self._speedup(model, cut_arrays(dict(self.feeds), ends), TABLE_SECONDS)
             seconds.append(-self.dense * (1.0 - 1.0 / ratio) / len(members))
         # More is never faster: what noise says against it is evened out. The narrowest costs nothing, by convention.
