@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, walk
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, extract, live_tensors, row_mask, stream_of, tap_for
 from liar_opt.passes.axes import AxisAlgebra
