@@ -36,6 +36,8 @@ from liar_opt.runtime.errors import ModelError
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
 QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
+QUANTISED_PREFIXES = ("QLinear", "QGemm", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized")
+QUANTISED_PREFIXES += ("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulBlockQuantized", "MatMulIntegerToFloat")
 STANDARD = {"", "ai.onnx"}
 FOLD_LIMIT = 1 << 20
 """Folding may not write more elements than this, unless the result is no larger than its largest input."""
@@ -130,7 +132,7 @@ class OnnxModel:
         name = f"'{source}'" if source else "the model"
         for node in proto.graph.node:
             if node.op_type in QUANTISED or node.op_type.startswith(
-                ("QLinear", "QGemm", "QAttention", "QMoE", "MatMulNBits")
+                QUANTISED_PREFIXES
             ):
                 raise ModelError(
                     f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "

@@ -29,6 +29,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import liar_opt.frontend.onnx_attention_rules  # noqa: F401 (its import puts its rules into the table)
+import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (likewise)
 from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, RULES, Axes, rule
 from liar_opt.frontend.onnx_values import (
@@ -165,6 +166,7 @@ class GraphWalk:
     unknown: dict[str, list[str]] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
     needed: dict[tuple[str, int], int] = field(default_factory=dict)
+    left: dict[str, list[str]] = field(default_factory=dict)
     flops: int = 0
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
@@ -381,6 +383,10 @@ class GraphWalk:
             sized = any(u.node is node and u.where[:2] == ("input", i) for u in self.size_uses[-16:])
             if known is not None and not sized:
                 self.value_uses.append(ValueUse(node, i, known))
+
+    def leave(self, node: gs.Node, reason: str) -> None:
+        """Says why something inside an operator, which no axis of the graph shows, is not pruned."""
+        self.left.setdefault(reason, []).append(node.name)
 
     def give_up(self, node: gs.Node, reason: str) -> None:
         """Pins all that a node touches; its outputs get the shapes that onnx can infer, pinned."""
@@ -689,7 +695,7 @@ def _fused_matmul(w: GraphWalk, node: gs.Node) -> None:
 
 
 @rule("Gemm")
-@rule("GemmFastGelu", domain=MICROSOFT)
+@rule("GemmFastGelu", "FusedGemm", domain=MICROSOFT)
 def _gemm(w: GraphWalk, node: gs.Node) -> None:
     left, right = w.input_axes(node, 0), w.input_axes(node, 1)
     assert left is not None and right is not None

@@ -118,6 +118,7 @@ def find_groups(walk: GraphWalk) -> Found:
         for size in sorted({g.size for g in left}):
             refusals.append(Refusal(reason, tuple(g.name for g in left if g.size == size), size))
     refusals += [Refusal(f"operator {op} has no rule", tuple(nodes)) for op, nodes in walk.unknown.items()]
+    refusals += [Refusal(reason, tuple(nodes)) for reason, nodes in walk.left.items()]
     walk.model.graph.cleanup(remove_unused_node_outputs=False)
     groups.sort(key=lambda g: (g.end, g.start))
     return Found(tuple(groups), tuple(refusals))
