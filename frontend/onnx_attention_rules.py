@@ -116,11 +116,25 @@ def _cache(
     return total
 
 
+def _refuse(w: GraphWalk, node: gs.Node, reason: str) -> None:
+    """Pins all that an attention touches and says why; what is behind it stays open to the analysis.
+
+    The output has the rows of the query and, but for packed inputs, its width.
+    """
+    w.give_up(node, f"{node.op} {reason}")
+    w.leave(node, f"{node.op} {reason}")
+    query, key = w.input_axes(node, 0), w.input_axes(node, 1)
+    if query is None or key is None or len(query) != len(key) or node.op in ("Attention", "PackedAttention"):
+        return
+    where = f"{node.op} {reason} (node '{node.name}')"
+    w.output(node, (*query[:-1], w.fresh(w.algebra.size(query[-1]), where)))
+
+
 def _refused(w: GraphWalk, node: gs.Node, *reasons: tuple[object, str]) -> bool:
-    """Gives up for the first reason that holds."""
+    """Refuses for the first reason that holds."""
     for holds, reason in reasons:
         if holds:
-            w.give_up(node, f"{node.op} {reason}")
+            _refuse(w, node, reason)
             return True
     return False
 
@@ -340,7 +354,7 @@ def _attention_left_alone(w: GraphWalk, node: gs.Node) -> None:
         "Pag": "reads caches of blocks; prune the model before it is converted for that",
         "Spa": "deals its sparse layouts to the heads in turn",
     }
-    w.give_up(node, f"{node.op} {reasons[node.op[:3]]}")
+    _refuse(w, node, reasons[node.op[:3]])
 
 
 # -- ai.onnx, opset 23 ----------------------------------------------------------------------------------------------

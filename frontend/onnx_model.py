@@ -131,9 +131,7 @@ class OnnxModel:
     def _imported(cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None) -> "OnnxModel":
         name = f"'{source}'" if source else "the model"
         for node in proto.graph.node:
-            if node.op_type in QUANTISED or node.op_type.startswith(
-                QUANTISED_PREFIXES
-            ):
+            if node.op_type in QUANTISED or node.op_type.startswith(QUANTISED_PREFIXES):
                 raise ModelError(
                     f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
                     "prune the float model and quantise the result"

@@ -28,8 +28,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-import liar_opt.frontend.onnx_attention_rules  # noqa: F401 (its import puts its rules into the table)
-import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (likewise)
+import liar_opt.frontend.onnx_attention_rules
+import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (imports of both put their rules into the table)
 from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, RULES, Axes, rule
 from liar_opt.frontend.onnx_values import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import graphs
 import numpy as np
-import onnx
 import pytest
 
 H, K, D, M = 6, 3, 8, 10  # query heads, key heads, width of a head, hidden
@@ -27,9 +26,8 @@ FULL_CACHE, FULL_PRESENT = CACHE.replace(f"{K}, p", f"{H}, p"), PRESENT.replace(
 
 
 def cached(body: str, cache: str = CACHE, present: str = PRESENT, inputs: str = "") -> str:
-    return (
-        f"f (float[b, s, {M}] x, {cache}{inputs}) => (float[b, s, {M}] y, {present}) {{ {PROJECT}  {body}  y = MatMul(c, wo) }}"
-    )
+    ends = f"(float[b, s, {M}] x, {cache}{inputs}) => (float[b, s, {M}] y, {present})"
+    return f"f {ends} {{ {PROJECT}  {body}  y = MatMul(c, wo) }}"
 
 
 GQA = f"c, present_k, present_v = com.microsoft.GroupQueryAttention<{GROUPS}{{}}>(q, k, v, past_k, past_v, last, total{{}})"
@@ -59,8 +57,9 @@ CASES = {
         H,
     ),
     "projections inside, keys and values stacked": (
-        f"f (float[b, s, {M}] x, float[2, b, {H}, p, {D}] past) => (float[b, s, {M}] y, float[2, b, {H}, t, {D}] present) {{"
-        f" c, present = com.microsoft.Attention<num_heads = {H}, unidirectional = 1>(x, w, d, , past)  y = MatMul(c, wo) }}",
+        f"f (float[b, s, {M}] x, float[2, b, {H}, p, {D}] past) => (float[b, s, {M}] y, float[2, b, {H}, t, {D}] present)"
+        f" {{ c, present = com.microsoft.Attention<num_heads = {H}, unidirectional = 1>(x, w, d, , past)"
+        "  y = MatMul(c, wo) }",
         weights(w=(M, 3 * Q), d=(3 * Q,)),
         17,
         H,
@@ -124,7 +123,8 @@ ROTARY = {
     ),
     "flat, a part of the width": (
         17,
-        f"r = com.microsoft.RotaryEmbedding<num_heads = {H}, rotary_embedding_dim = 4, interleaved = 1>(q, positions, cos, sin)",
+        f"r = com.microsoft.RotaryEmbedding<num_heads = {H}, rotary_embedding_dim = 4, interleaved = 1>"
+        "(q, positions, cos, sin)",
         {"cos": (9, 2), "sin": (9, 2)},
     ),
     "opset 23, flat": (
@@ -169,8 +169,9 @@ def test_a_cache_that_is_not_handed_on_holds_the_heads() -> None:
 
 
 def test_keys_that_are_returned_without_having_been_taken_hold_the_heads() -> None:
-    text = f"""f (float[b, s, {M}] x) => (float[b, s, {M}] y, float[b, {H}, s, {D}] present_k, float[b, {H}, s, {D}] present_v) {{
-        {PROJECT}  c, present_k, present_v = com.microsoft.MultiHeadAttention<num_heads = {H}>(q, k, v)  y = MatMul(c, wo) }}"""
+    text = f"""f (float[b, s, {M}] x) => (float[b, s, {M}] y, float[b, {H}, s, {D}] present_k,
+        float[b, {H}, s, {D}] present_v) {{ {PROJECT}
+        c, present_k, present_v = com.microsoft.MultiHeadAttention<num_heads = {H}>(q, k, v)  y = MatMul(c, wo) }}"""
     assert "graph output 'present_k'" in no_heads(text, weights(**FULL))
 
 
@@ -181,12 +182,14 @@ def test_keys_that_are_returned_without_having_been_taken_hold_the_heads() -> No
         (GQA.format("", "").replace("(q, k, v,", "(q, k, ,"), "with a key and no value"),
         (GQA.format("", "").replace(f"num_heads = {H},", "num_heads = 4,"), "no multiple of its key heads"),
         (
-            f"c, present_k, present_v = com.microsoft.MultiHeadAttention<num_heads = {H}>(q, k, v, , , , past_k, past_v, , beams)",
+            f"c, present_k, present_v = com.microsoft.MultiHeadAttention<num_heads = {H}>"
+            "(q, k, v, , , , past_k, past_v, , beams)",
             "cache indirection",
         ),
         ("c, present_k, present_v = Attention(q, k, v, , past_k, past_v)", "without numbers of heads"),
         (
-            f"c, present_k, present_v = com.microsoft.DecoderMaskedMultiHeadAttention<num_heads = {H}>(q, k, v, , , past_k, past_v)",
+            f"c, present_k, present_v = com.microsoft.DecoderMaskedMultiHeadAttention<num_heads = {H}>"
+            "(q, k, v, , , past_k, past_v)",
             "buffers of beam search",
         ),
         (
@@ -197,7 +200,11 @@ def test_keys_that_are_returned_without_having_been_taken_hold_the_heads() -> No
     ],
 )
 def test_what_is_refused_says_why(body: str, reason: str) -> None:
-    more = {"beams": np.zeros((1, 1, 7), np.int32), "rows": np.zeros((1, 2), np.int32), "columns": np.zeros((1, 1), np.int32)}
+    more = {
+        "beams": np.zeros((1, 1, 7), np.int32),
+        "rows": np.zeros((1, 2), np.int32),
+        "columns": np.zeros((1, 1), np.int32),
+    }
     opset = 23 if "Attention(q" in body else 17
     assert reason in no_heads(cached(body), weights(**more), opset)
 
@@ -211,14 +218,10 @@ def test_sizes_that_operators_need_of_caches() -> None:
 
 def test_a_mixture_of_experts_is_named_and_does_not_hide_what_is_behind_it() -> None:
     text = f"""f (float[b, s, {M}] x) => (float[b, s, {M}] y) {{ r = MatMul(x, wr)  p = Reshape(r, rows)
-        e = com.microsoft.MoE<k = 1, activation_type = "relu">(x, p, w1, , w2)  a = MatMul(e, wq)  g = Relu(a)  y = MatMul(g, wo) }}"""
+        e = com.microsoft.MoE<k = 1, activation_type = "relu">(x, p, w1, , w2)
+        a = MatMul(e, wq)  g = Relu(a)  y = MatMul(g, wo) }}"""
     shapes = {"wr": (M, 4), "rows": np.asarray([-1, 4]), "w1": (4, 12, M), "w2": (4, M, 12)}
     proto = graphs.parse(text, {**shapes, "wq": (M, Q), "wo": (Q, M)})
     assert graphs.sizes(proto) == [("ffn", Q)]
     assert "the experts of operator MoE are not pruned" in graphs.reasons(proto)
     graphs.prove(proto, SIZES)
-
-
-def test_every_operator_of_the_standard_has_that_name() -> None:
-    schemas = {s.name for s in onnx.defs.get_all_schemas()}
-    assert {"Attention", "RotaryEmbedding", "RMSNormalization"} <= schemas
