@@ -111,6 +111,8 @@ def _cache(
     if _given(node.outputs, output):
         leading = past[:axis] if past is not None else (w.input_axes(node, 0) or ())[:1]
         w.output(node, (*leading, heads, total, w.fresh(width, where)), output)
+        if shared:
+            w.unspecified.add(node.outputs[output].name)
         if past is not None:
             w.cache(node.inputs[position], node.outputs[output], axis + 1)
     return total

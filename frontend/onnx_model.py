@@ -36,8 +36,10 @@ from liar_opt.runtime.errors import ModelError
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
 QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
-QUANTISED_PREFIXES = ("QLinear", "QGemm", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized")
-QUANTISED_PREFIXES += ("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulBlockQuantized", "MatMulIntegerToFloat")
+QUANTISED_PREFIXES = (
+    *("QLinear", "QGemm", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized"),
+    *("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulBlockQuantized", "MatMulIntegerToFloat"),
+)
 STANDARD = {"", "ai.onnx"}
 FOLD_LIMIT = 1 << 20
 """Folding may not write more elements than this, unless the result is no larger than its largest input."""

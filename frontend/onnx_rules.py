@@ -166,6 +166,7 @@ class GraphWalk:
     unknown: dict[str, list[str]] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
     needed: dict[tuple[str, int], int] = field(default_factory=dict)
+    unspecified: set[str] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
     flops: int = 0
     _tied: dict[int, Axes] = field(default_factory=dict)

@@ -11,7 +11,10 @@ Q, KV = H * D, K * D
 SIZES = {"b": 1, "s": 3, "p": 4, "t": 7}
 
 
-def weights(**more: tuple[int, ...] | np.ndarray | np.generic) -> dict[str, tuple[int, ...] | np.ndarray | np.generic]:
+Values = dict[str, tuple[int, ...] | np.ndarray | np.generic]
+
+
+def weights(**more: tuple[int, ...] | np.ndarray | np.generic) -> Values:
     base = {"wq": (M, Q), "wk": (M, KV), "wv": (M, KV), "wo": (Q, M)}
     lengths = {"last": np.full(1, SIZES["t"] - 1, np.int32), "total": np.asarray(SIZES["t"], np.int32)}
     return {**base, **lengths, **more}
@@ -115,7 +118,7 @@ def test_heads_go_with_all_that_is_theirs(name: str) -> None:
     assert numbers == {n: left // (H // K) if n.startswith("kv") else left for n in numbers}
 
 
-ROTARY = {
+ROTARY: dict[str, tuple[int, str, Values]] = {
     "flat, the number of heads from the tables": (
         17,
         "r = com.microsoft.RotaryEmbedding(q, positions, cos, sin)",
@@ -151,7 +154,7 @@ def test_heads_that_are_turned_may_go(name: str) -> None:
     graphs.prove(proto, SIZES)
 
 
-def no_heads(text: str, values: dict[str, tuple[int, ...] | np.ndarray | np.generic], opset: int = 17) -> str:
+def no_heads(text: str, values: Values, opset: int = 17) -> str:
     proto = graphs.parse(text, values, opset)
     assert graphs.sizes(proto) == []
     return graphs.reasons(proto)
@@ -220,7 +223,7 @@ def test_a_mixture_of_experts_is_named_and_does_not_hide_what_is_behind_it() -> 
     text = f"""f (float[b, s, {M}] x) => (float[b, s, {M}] y) {{ r = MatMul(x, wr)  p = Reshape(r, rows)
         e = com.microsoft.MoE<k = 1, activation_type = "relu">(x, p, w1, , w2)
         a = MatMul(e, wq)  g = Relu(a)  y = MatMul(g, wo) }}"""
-    shapes = {"wr": (M, 4), "rows": np.asarray([-1, 4]), "w1": (4, 12, M), "w2": (4, M, 12)}
+    shapes: Values = {"wr": (M, 4), "rows": np.asarray([-1, 4]), "w1": (4, 12, M), "w2": (4, M, 12)}
     proto = graphs.parse(text, {**shapes, "wq": (M, Q), "wo": (Q, M)})
     assert graphs.sizes(proto) == [("ffn", Q)]
     assert "the experts of operator MoE are not pruned" in graphs.reasons(proto)
