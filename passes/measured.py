@@ -18,7 +18,8 @@ from liar_opt.runtime.solve import sketched
 class Repaired:
     """New weights [u, m] and what to add to the bias [m] of one consumer, with what the report says of them.
 
-    ``explained`` is what the new weights take off the error of the bias alone, where that is known.
+    ``explained`` is what the new weights take off the error of the bias alone, ``gap`` the share of the error that more
+    calibration rows would take off, where these are known.
     """
 
     weight: NDArray[np.float64]
@@ -27,6 +28,7 @@ class Repaired:
     kind: str
     raised: bool = False
     explained: float | None = None
+    gap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

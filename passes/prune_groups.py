@@ -300,6 +300,7 @@ def _details(
         "ridge": repaired.ridge if np.isfinite(repaired.ridge) else None,
         "ridge_raised": repaired.raised,
         "repair": repaired.kind,
+        "calibration_gap": repaired.gap,
         **{f"error_{name}": error for name, error in item.errors(kept, removed, repaired).items()},
     }
 

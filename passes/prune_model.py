@@ -318,6 +318,9 @@ def prune(
     changes = (*decided.changes, *done.changes)
     details = {c.where: c for c in changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
+    gaps = [c["calibration_gap"] for g in report["groups"] for c in g.get("repairs", ())]
+    known = [gap for gap in gaps if gap is not None]
+    report["calibration"]["gap"] = sum(known) / len(known) if known else None
     report["cache_shapes"] = state.model.resized_shapes(state.model.light()[0])
     report["before"]["flops"] = flops
     report["after"] = {**_sizes(state.model), "flops": _flops(state)}

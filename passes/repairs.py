@@ -63,7 +63,8 @@ def repair_of_function(function: RepairFunction) -> Repair:
 def _chosen(consumer: Measured, kept: Channels, removed: Channels, choice: RidgeChoice) -> Repaired:
     statistics = consumer.statistics
     fit = repair_weight(statistics.covariance, statistics.mean, consumer.weight, kept, removed, choice)
-    return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised, fit.explained)
+    gap = None if np.isnan(choice.gap) else choice.gap
+    return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised, fit.explained, gap)
 
 
 def _fixed(kind: RepairKind, ridge: float) -> RidgeChoice:

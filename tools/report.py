@@ -75,6 +75,8 @@ def footnotes(report: Report) -> Iterator[str]:
     rows = max((d["rows"] for d in check["outputs"].values()), default=0)
     random = "random inputs, not your data" if data["synthetic"] else data["source"]
     yield f"(2) {rows:,} rows of the calibration batches: {random}"
+    if data.get("gap") is not None:
+        yield f"calibration: endlessly more samples would take about {100 * data['gap']:.0f} % off the repair's error"
     yield (
         f"exactness: the cut model equals the original with the removed channels masked to {check['exact_difference']:.1e} "
         f"(allowed {TOLERANCES[check['exact_dtype']]:.0e} in {check['exact_dtype']})"

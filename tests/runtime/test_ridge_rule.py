@@ -62,3 +62,16 @@ def test_from_few_tokens_to_many(per_width: float) -> None:
         assert chosen[-1] <= none[-1] * 1.02
     assert np.mean(chosen) < np.mean(none)
     assert np.mean(chosen) <= np.mean(best) * (1.6 if per_width < 2 else 1.25 if per_width < 10 else 1.05)
+
+
+def test_the_gap_says_what_more_rows_would_bring() -> None:
+    """From 5 to 500 tokens a width the error falls by about the share that the gap names."""
+    order = np.random.default_rng(2).permutation(WIDTH)
+    kept, removed = np.sort(order[: WIDTH // 2]), np.sort(order[WIDTH // 2 :])
+    gaps, errors = {}, {}
+    for per_width in (5, 50, 500):
+        found = [REPAIRS["liar"](consumer(seed, per_width * WIDTH), kept, removed, None) for seed in range(6)]
+        gaps[per_width] = float(np.mean([r.gap for r in found if r.gap is not None]))
+        errors[per_width] = float(np.mean([error(kept, r.weight, r.bias) for r in found]))
+    assert gaps[5] > gaps[50] > gaps[500]
+    assert gaps[5] == pytest.approx(1 - errors[500] / errors[5], abs=0.12)
