@@ -11,7 +11,7 @@ name first.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,22 @@ BIAS_INPUTS = {
 """Operators that add a constant vector to what they read: the input positions of that vector."""
 
 
+class Within(NamedTuple):
+    """Indices that stay within each index of another leaf: channels of each head, as many in each.
+
+    Attributes:
+        outer: the leaf that counts the heads.
+        kept: for each of its indices, as analysed, those of the leaf that is cut.
+    """
+
+    outer: int
+    kept: Sequence[Sequence[int]]
+
+
+Cut = Iterable[int] | Within
+"""What stays of a leaf: the same indices everywhere, or others within each index of another leaf."""
+
+
 class CannotFollow(Exception):
     """A size or a number in the graph depends on what is cut, in a way that cannot be rewritten."""
 
@@ -53,7 +69,8 @@ class Rewriter:
         self.walk = walk
         self.algebra = walk.algebra
         self.graph: gs.Graph = walk.model.graph
-        self.kept: dict[int, Mask] = {}
+        self.kept: dict[int, Mask] = {}  # of leaves: [size], or [heads, size] where each head has its own
+        self._heads: dict[int, int] = {}
         self._sources: dict[int, frozenset[int]] = {}
         self._alive: list[gs.Tensor] = []  # what the ids in _sources belong to
         self._names = _fresh_names(self.graph)
@@ -64,7 +81,7 @@ class Rewriter:
         """Returns how many indices of ``factor`` are left."""
         root = self.algebra.find(factor)
         if root in self.kept:
-            return int(self.kept[root].sum())
+            return int(self.kept[root].reshape(-1, self.algebra.size(root))[0].sum())
         refinement = self.algebra.refinement(root)
         if refinement is None:
             return self.algebra.size(root)
@@ -76,14 +93,21 @@ class Rewriter:
         result = np.ones(self.algebra.size(factor), bool)
         present_leaves = set(self.algebra.leaves(factor))
         for leaf, kept in self.kept.items():
-            if leaf in present_leaves:
-                owners = self.algebra.owners(factor, leaf)
-                result &= (owners < 0) | kept[np.maximum(owners, 0)]
+            if leaf not in present_leaves:
+                continue
+            owners = self.algebra.owners(factor, leaf)
+            inside = kept[np.maximum(owners, 0)] if kept.ndim == 1 else None
+            if inside is None:
+                heads = self.algebra.owners(factor, self._heads[leaf])
+                if np.any((owners >= 0) & (heads < 0)):
+                    raise InternalError(f"factor {leaf} is cut by heads, which are not beside it")
+                inside = kept[np.maximum(heads, 0), np.maximum(owners, 0)]
+            result &= (owners < 0) | inside
         return result
 
     # -- cutting ----------------------------------------------------------------------------------------------------
 
-    def cut(self, cuts: dict[int, Iterable[int]]) -> None:
+    def cut(self, cuts: Mapping[int, Cut]) -> None:
         """Removes from every constant what ``cuts`` does not keep, and brings sizes in line.
 
         Args:
@@ -122,7 +146,7 @@ class Rewriter:
             for name, axes in self.walk.model.resized.items()
         }
 
-    def check(self, cuts: dict[int, Iterable[int]]) -> str | None:
+    def check(self, cuts: Mapping[int, Cut]) -> str | None:
         """Returns why ``cuts`` cannot be made, or None; the graph stays as it is, but for dead nodes."""
         roots = self._mark(cuts)
         try:
@@ -135,13 +159,23 @@ class Rewriter:
                 del self.kept[root]
         return None
 
-    def _mark(self, cuts: dict[int, Iterable[int]]) -> set[int]:
+    def _mark(self, cuts: Mapping[int, Cut]) -> set[int]:
         roots = {self.algebra.find(leaf): kept for leaf, kept in cuts.items()}
         for root, kept in roots.items():
             if self.algebra.pinned(root) is not None or self.algebra.refinement(root) is not None or root in self.kept:
                 raise InternalError(f"factor {root} cannot be cut: {self.algebra.pinned(root) or 'refined or cut before'}")
-            mask = np.zeros(self.algebra.size(root), bool)
-            mask[list(kept)] = True
+            size = self.algebra.size(root)
+            if isinstance(kept, Within):
+                outer = self.algebra.find(kept.outer)
+                mask = np.zeros((self.algebra.size(outer), size), bool)
+                for row, indices in zip(mask, kept.kept, strict=True):
+                    row[list(indices)] = True
+                if len(set(mask.sum(axis=1).tolist())) != 1:
+                    raise InternalError(f"factor {root} keeps different numbers within {outer}")
+                self._heads[root] = outer
+            else:
+                mask = np.zeros(size, bool)
+                mask[list(kept)] = True
             self.kept[root] = mask
         return set(roots)
 

@@ -11,7 +11,8 @@ The walk records what a later rewrite has to touch:
 * :class:`ConstantUse`: a constant, where it is used, and the factors of its axes;
 * :class:`ConsumerUse`: a linear contraction of an activation with a constant, where a repair can be folded;
 * :class:`SizeUse`: an attribute or an element of a shape tensor that must equal the size of some factors;
-* :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change.
+* :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change;
+* in :attr:`GraphWalk.mixed`, axes of a product of two activations: attention weights mix what such an axis holds.
 
 An operator without a rule pins every axis that it touches, and is named in :attr:`GraphWalk.unknown`.
 """
@@ -168,6 +169,7 @@ class GraphWalk:
     needed: dict[tuple[str, int], int] = field(default_factory=dict)
     unspecified: set[str] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
+    mixed: list[Factor] = field(default_factory=list)
     flops: int = 0
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
@@ -663,6 +665,7 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
         w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale, output_axis=-2)
     else:
         w.pin([k_left], f"contracted between two activations (node '{node.name}')")
+        w.mixed += [*left[-2:-1], *(() if vector_right else right[-1:])]
     batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
     batch = w.broadcast(batch_left, batch_right) if batch_left or batch_right else ()
     rows = () if vector_left else (left[-2],)
@@ -752,6 +755,7 @@ def _einsum(w: GraphWalk, node: gs.Node) -> None:
         w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
     else:
         w.pin([factors[s] for s in summed], f"summed over by Einsum (node '{node.name}')")
+        w.mixed += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) == 1]
     w.output(node, tuple(factors[letter] for letter in right))
 
 

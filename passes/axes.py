@@ -41,6 +41,9 @@ class AxisAlgebra:
         self._size: list[int] = []
         self._pin: list[str | None] = []
         self._refinement: list[Refinement | None] = []
+        # What was asked of the present state; whatever changes a class or a refinement clears both.
+        self._leaves: dict[Factor, list[Factor]] = {}
+        self._owners: dict[tuple[Factor, Factor], NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -125,14 +128,22 @@ class AxisAlgebra:
         Size one is left out of products; a part of a concatenation counts whatever its size.
         """
         root = self.find(factor)
-        if self._size[root] == 1:
-            return []
-        refinement = self._refinement[root]
-        if refinement is None:
-            return [root]
-        if refinement.kind == "concat":
-            return [leaf for part in refinement.parts for leaf in self.leaves(part) or [self.find(part)]]
-        return [leaf for part in refinement.parts for leaf in self.leaves(part)]
+        if root not in self._leaves:
+            refinement = self._refinement[root]
+            if self._size[root] == 1:
+                found: list[Factor] = []
+            elif refinement is None:
+                found = [root]
+            elif refinement.kind == "concat":
+                found = [leaf for part in refinement.parts for leaf in self.leaves(part) or [self.find(part)]]
+            else:
+                found = [leaf for part in refinement.parts for leaf in self.leaves(part)]
+            self._leaves[root] = found
+        return self._leaves[root]
+
+    def _changed(self) -> None:
+        self._leaves.clear()
+        self._owners.clear()
 
     def same(self, a: Factor, b: Factor) -> bool:
         """Returns whether both are known to be one dimension with one layout."""
@@ -148,6 +159,11 @@ class AxisAlgebra:
             InternalError: ``leaf`` occurs twice in one product, so that a position has two indices.
         """
         root, leaf = self.find(factor), self.find(leaf)
+        if (root, leaf) not in self._owners:
+            self._owners[root, leaf] = self._mapped(root, leaf)
+        return self._owners[root, leaf]
+
+    def _mapped(self, root: Factor, leaf: Factor) -> NDArray[np.int64]:
         if root == leaf:
             return np.arange(self._size[root])
         refinement = self._refinement[root]
@@ -210,6 +226,7 @@ class AxisAlgebra:
         pin_a, pin_b = self._pin[a], self._pin[b]
         child, root = (b, a) if self._refinement[a] is not None or self._refinement[b] is None else (a, b)
         self._parent[child] = root
+        self._changed()
         reason = pin_a if pin_a is not None else pin_b
         if reason is not None:
             self._pin[root] = None
@@ -267,6 +284,7 @@ class AxisAlgebra:
             pin = self._pin[root]
             parts = (self.fresh(outer, pin), self.fresh(size // outer, pin))
             self._refinement[root] = Refinement("product", parts)
+            self._changed()
             return parts
         if refinement.kind == "product":
             sequence = self._flat(root, "product")
@@ -306,6 +324,7 @@ class AxisAlgebra:
         if refinement is None:
             parts = (self.fresh(first, pin), self.fresh(size - first, pin))
             self._refinement[root] = Refinement("concat", parts)
+            self._changed()
             return parts
         if refinement.kind == "concat":
             sequence = self._flat(root, "concat")

@@ -46,6 +46,7 @@ class State:
     progress: Progress = no_progress
     walk: GraphWalk | None = None
     groups: tuple[Any, ...] = ()
+    values: tuple[Any, ...] = ()
     keep: dict[str, int] = field(default_factory=dict)
     repairs: list[Any] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

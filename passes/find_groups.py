@@ -3,26 +3,30 @@
 A leaf factor qualifies when it is not pinned, when every contraction over it that reads data is linear with a constant
 weight (the operator rules pin it otherwise), and when no axis holds it twice. The kind follows from the layout of the
 contracted axis: the leaf alone is a feed-forward width ("ffn"); with other leaves inside it, it counts attention heads
-("heads"), or the heads of one group ("grouped") where another such factor is outside it; with others only outside, it is
-the width of a head ("value"). A width that has one row a sample where others have one a token is a "pooler". The last
-three are reported and left alone.
+("heads"), or the heads of one group ("grouped") where another such factor is outside it; with others only outside, or
+mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
+where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
+
+Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
+Where that is not so (a weight that all heads share) all heads keep the same channels.
 """
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, walk
+from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.groups import KINDS, ChannelGroup, Consumer, Refusal
+from liar_opt.passes.groups import KINDS, VALUES, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
 NOT_PRUNED = {
-    "value": "the width within a head is not pruned yet (each head needs its own index set)",
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
     "pooler": "the hidden layer of a pooler is measured once a sample, too seldom to repair it, and holds little",
 }
@@ -30,10 +34,11 @@ NOT_PRUNED = {
 
 @dataclass(frozen=True)
 class Found:
-    """The groups of a graph in execution order, and what did not qualify."""
+    """The groups of a graph in execution order, and what did not qualify; ``values`` are cut when asked for alone."""
 
     groups: tuple[ChannelGroup, ...]
     refusals: tuple[Refusal, ...]
+    values: tuple[ChannelGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class FindGroupsPass(Pass[None]):
         state.walk = walk(state.model, AxisAlgebra)
         found = find_groups(state.walk)
         state.groups = found.groups
+        state.values = found.values
         return PassResult(state, (), found.refusals)
 
 
@@ -70,48 +76,60 @@ def find_groups(walk: GraphWalk) -> Found:
                 refused[reason, algebra.size(leaf)].append(use.node.name)
             else:
                 consumers[leaf].append(use)
-    touching = _touching(walk)
+    places = _places(walk)
+    constants = _constants(walk)
+    mixed = {leaf for f in walk.mixed for leaf in algebra.leaves(f)}
     rewriter = Rewriter(walk)
     most_rows = max((_rows(walk, u) for uses in consumers.values() for u in uses), default=0)
     # Hierarchical models have stages of fewer rows; a pooler has at most one a sample.
     samples = max((walk.input_sizes(t)[0] for t in walk.model.graph.inputs if t.shape), default=1)
     groups: list[ChannelGroup] = []
+    values: list[ChannelGroup] = []
     others: list[ChannelGroup] = []
     for leaf, uses in consumers.items():
         size = algebra.size(leaf)
-        constant_uses = [u for u in walk.constant_uses if any(leaf in algebra.leaves(f) for f in u.axes)]
+        constant_uses = constants[leaf]
         axes = [f for u in constant_uses for f in u.axes] + [u.width for u in uses]
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        kind = _kind(algebra.leaves(uses[0].width), leaf, set(consumers))
+        leaves = algebra.leaves(uses[0].width)
+        kind = _kind(leaves, leaf, set(consumers), mixed)
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
         if size < LEAST_SIZE:
             continue
-        positions = [order[id(n)] for n in touching[leaf]]
+        positions = [order[id(n)] for n in places[leaf].nodes]
+        outer = None
+        if kind == VALUES:
+            outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
+        inner = leaves[leaves.index(leaf) + 1 :]
         group = ChannelGroup(
-            name=uses[0].node.name,
+            name=uses[0].node.name + (" (values)" if kind == VALUES else ""),
             kind=kind,
             factor=leaf,
             size=size,
-            consumers=_consumers(walk, leaf, uses),
+            consumers=_consumers(walk, leaf, uses, outer),
             parameters=sum(
                 int(np.prod(c.shape, dtype=np.int64)) for c in {id(u.constant): u.constant for u in constant_uses}.values()
             ),
             start=min(positions),
             end=max(order[id(u.node)] for u in uses),
             constants=frozenset(id(u.constant) for u in constant_uses),
+            outer=outer,
+            sets=1 if outer is None else algebra.size(outer),
+            queries=math.prod(algebra.size(i) for i in inner[:-1] if i in consumers) if kind == "heads" else 1,
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
-        if kind in KINDS and shared:
+        cut = kind in (*KINDS, VALUES)
+        if cut and shared:
             refused["its consumer reads other dimensions in the same axis", size].append(group.name)
             continue
-        unfollowed = rewriter.check({leaf: range(1)}) if kind in KINDS else None
+        unfollowed = rewriter.check({leaf: range(1)}) if cut else None
         if unfollowed is not None:
             refused[unfollowed, size].append(group.name)
             continue
-        (groups if kind in KINDS else others).append(group)
+        (groups if kind in KINDS else values if kind == VALUES else others).append(group)
     refusals = [Refusal(reason, tuple(dict.fromkeys(nodes)), size) for (reason, size), nodes in refused.items()]
     for kind, reason in NOT_PRUNED.items():
         left = [g for g in others if g.kind == kind]
@@ -120,8 +138,9 @@ def find_groups(walk: GraphWalk) -> Found:
     refusals += [Refusal(f"operator {op} has no rule", tuple(nodes)) for op, nodes in walk.unknown.items()]
     refusals += [Refusal(reason, tuple(nodes)) for reason, nodes in walk.left.items()]
     walk.model.graph.cleanup(remove_unused_node_outputs=False)
-    groups.sort(key=lambda g: (g.end, g.start))
-    return Found(tuple(groups), tuple(refusals))
+    for found in (groups, values):
+        found.sort(key=lambda g: (g.end, g.start))
+    return Found(tuple(groups), tuple(refusals), tuple(values))
 
 
 def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
@@ -130,33 +149,97 @@ def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
     return int(np.prod([s for i, s in enumerate(sizes) if i != use.activation_axis], dtype=np.int64))
 
 
-def _kind(leaves: list[int], leaf: int, free: set[int]) -> str:
-    if len(leaves) == 1:
-        return "ffn"
+def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int]) -> str:
     if leaves[-1] == leaf:
-        return "value"
+        return VALUES if leaf in mixed or len(leaves) > 1 else "ffn"
     return "heads" if free.isdisjoint(leaves[: leaves.index(leaf)]) else "grouped"
 
 
-def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse]) -> tuple[Consumer, ...]:
+def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int | None) -> tuple[Consumer, ...]:
     by_weight: dict[tuple[int, int], list[ConsumerUse]] = defaultdict(list)
     for use in uses:
         by_weight[id(use.weight), use.weight_axis].append(use)
-    return tuple(Consumer(tuple(u), walk.algebra.owners(u[0].width, leaf)) for u in by_weight.values())
+    result = []
+    for same in by_weight.values():
+        owners = walk.algebra.owners(same[0].width, leaf)
+        if outer is not None:
+            heads = walk.algebra.owners(same[0].width, outer)
+            owners = np.where(owners < 0, -1, heads * walk.algebra.size(leaf) + owners)
+        result.append(Consumer(tuple(same), owners))
+    return tuple(result)
 
 
-def _touching(walk: GraphWalk) -> dict[int, list[Any]]:
-    """Maps each leaf factor to the nodes that have it on an input or output axis."""
-    result: dict[int, list[Any]] = defaultdict(list)
-    leaves: dict[int, list[int]] = {}
+@dataclass
+class _Places:
+    """Where a leaf is: the nodes that touch it and, for each tensor that is no constant, the factors of its axes."""
+
+    nodes: list[Any] = field(default_factory=list)
+    axes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def _places(walk: GraphWalk) -> dict[int, _Places]:
+    result: dict[int, _Places] = defaultdict(_Places)
+    seen: set[str] = set()
     for node in walk.model.graph.nodes:
         found: set[int] = set()
         for tensor in [*node.inputs, *node.outputs]:
-            for factor in walk.axes.get(tensor.name) or ():
-                root = walk.algebra.find(factor)
-                if root not in leaves:
-                    leaves[root] = walk.algebra.leaves(root)
-                found.update(leaves[root])
+            axes = walk.axes.get(tensor.name) or ()
+            leaves = {leaf for factor in axes for leaf in walk.algebra.leaves(factor)}
+            found |= leaves
+            if tensor.name not in seen:
+                seen.add(tensor.name)
+                for leaf in leaves:
+                    result[leaf].axes.append(axes)
         for leaf in found:
-            result[leaf].append(node)
+            result[leaf].nodes.append(node)
     return result
+
+
+def _constants(walk: GraphWalk) -> dict[int, list[ConstantUse]]:
+    """Maps each leaf factor to the uses of constants that have it."""
+    result: dict[int, list[ConstantUse]] = defaultdict(list)
+    for use in walk.constant_uses:
+        for leaf in {leaf for factor in use.axes for leaf in walk.algebra.leaves(factor)}:
+            result[leaf].append(use)
+    return result
+
+
+def _heads_of(
+    walk: GraphWalk, leaf: int, constants: Sequence[tuple[int, ...]], tensors: Sequence[tuple[int, ...]]
+) -> int | None:
+    """Returns the leaf that says, for every index of ``leaf`` wherever it is, in which head it is; None if there is none.
+
+    In a constant it must be on the same axis, to be cut with it; in other tensors it may be on another one.
+    """
+    algebra = walk.algebra
+
+    def beside(axes: tuple[int, ...], elsewhere: bool) -> set[int]:
+        result: set[int] | None = None
+        for factor in axes:
+            if leaf not in algebra.leaves(factor):
+                continue
+            here = algebra.owners(factor, leaf) >= 0
+            found = {
+                other
+                for other in set(algebra.leaves(factor)) - {leaf}
+                if not algebra.repeats(factor, other) and np.all(algebra.owners(factor, other)[here] >= 0)
+            }
+            for factor_ in axes if elsewhere else ():
+                if factor_ != factor:
+                    leaves = set(algebra.leaves(factor_))
+                    found |= {
+                        other
+                        for other in leaves
+                        if not algebra.repeats(factor_, other) and np.all(algebra.owners(factor_, other) >= 0)
+                    }
+            result = found if result is None else result & found
+        return result or set()
+
+    common: set[int] | None = None
+    for elsewhere, many in ((False, constants), (True, tensors)):
+        for axes in dict.fromkeys(many):
+            found = beside(axes, elsewhere)
+            common = found if common is None else common & found
+            if not common:
+                return None
+    return max(common or (), key=lambda o: (algebra.size(o), -o), default=None)

@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.onnx_rewrite import Cut, Within
+
 KINDS = ("ffn", "heads")
-"""Kinds of groups that are pruned; ``value`` (width within a head) and ``pooler`` are found and reported only."""
+"""Kinds of groups that ``sparsity`` prunes; "grouped" (heads within a group) and "pooler" are found and reported only."""
+VALUES = "values"
+"""Kind of the width of values within a head: pruned when asked for. It shares its weights with the layer's heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +45,17 @@ class ChannelGroup:
 
     Attributes:
         name: the first consumer's node, with the kind; unique within a graph.
-        kind: "ffn" (each block one channel), "heads" (a block is all channels of a head), "value" or "pooler".
+        kind: "ffn" (each block one channel), "heads" (a block is all channels of a head), "values" (a block is one
+            channel of a head), "grouped" or "pooler".
         factor: the leaf factor of the axis algebra.
-        size: number of blocks.
+        size: number of blocks; of each head for "values".
         consumers: the weights that contract the dimension.
         parameters: elements of all constants that have the dimension (they shrink in proportion).
         start: position of the first node that touches the dimension, in the graph's order.
         end: position of the last consumer.
+        outer: for "values", the leaf factor that counts the heads, each with an index set of its own; None for one set.
+        sets: number of index sets. Block j of set i has number i * size + j; each set keeps as many.
+        queries: query heads in a block of kind "heads": more than one where they share keys and values.
     """
 
     name: str
@@ -59,11 +67,23 @@ class ChannelGroup:
     start: int
     end: int
     constants: frozenset[int] = field(default_factory=frozenset)
+    outer: int | None = None
+    sets: int = 1
+    queries: int = 1
 
     @property
     def block_width(self) -> int:
         """Channels per block, in the first consumer."""
         return int(np.sum(self.consumers[0].owners == 0))
+
+    def cut(self, blocks: Sequence[int]) -> dict[int, Cut]:
+        """Returns what ``Rewriter.cut`` is to keep of the group's factor when ``blocks`` stay."""
+        if self.outer is None:
+            return {self.factor: [int(b) for b in blocks]}
+        kept = [[int(b) % self.size for b in blocks if int(b) // self.size == i] for i in range(self.sets)]
+        # Heads that went before have no blocks; what is noted for them has no effect.
+        most = max(len(k) for k in kept)
+        return {self.factor: Within(self.outer, [k or list(range(most)) for k in kept])}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The reference is made without any of the code that prunes: the original file, lo
 vector in front of every consumer.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,19 @@ def analyse(path: Path) -> tuple[OnnxModel, GraphWalk, Found]:
 
 
 def random_kept(groups: tuple[ChannelGroup, ...], seed: int) -> Kept:
-    """Draws a kept set for every group: between one block and all but one."""
+    """Draws a kept set for every group: between one block and all but one, of every index set as many."""
     rng = np.random.default_rng(seed)
-    return {g.name + g.kind: sorted(rng.permutation(g.size)[: rng.integers(1, g.size)].tolist()) for g in groups}
+    result = {}
+    for g in groups:
+        count = rng.integers(1, g.size)
+        drawn = [i * g.size + rng.permutation(g.size)[:count] for i in range(g.sets)]
+        result[g.name + g.kind] = sorted(np.concatenate(drawn).tolist())
+    return result
+
+
+def with_values(found: Found) -> Found:
+    """Returns the groups with those that are cut when asked for alone."""
+    return dataclasses.replace(found, groups=(*found.groups, *found.values))
 
 
 def prune(model: OnnxModel, state: GraphWalk, found: Found, kept: Kept) -> onnx.ModelProto:
@@ -44,7 +55,7 @@ def prune_with_ends(model: OnnxModel, state: GraphWalk, found: Found, kept: Kept
     """Cuts the graph without any repair; returns too what is left of inputs and outputs that shrank."""
     rewriter = Rewriter(state)
     for group in found.groups:
-        rewriter.cut({group.factor: kept[group.name + group.kind]})
+        rewriter.cut(group.cut(kept[group.name + group.kind]))
     model.graph.cleanup(remove_unused_node_outputs=False).toposort()
     return model.to_proto(), rewriter.ends()
 
