@@ -165,6 +165,7 @@ class Rewriter:
             if self.algebra.pinned(root) is not None or self.algebra.refinement(root) is not None or root in self.kept:
                 raise InternalError(f"factor {root} cannot be cut: {self.algebra.pinned(root) or 'refined or cut before'}")
             size = self.algebra.size(root)
+            mask: Mask
             if isinstance(kept, Within):
                 outer = self.algebra.find(kept.outer)
                 mask = np.zeros((self.algebra.size(outer), size), bool)

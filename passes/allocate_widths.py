@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Menu
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.groups import KINDS, VALUES, ChannelGroup
 from liar_opt.passes.measure_curves import GroupCurve
 from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -94,6 +94,9 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         sparsity: fraction of all prunable parameters to remove, in [0, 1).
         ffn: fraction of the feed-forward width to remove, in [0, 1).
         heads: fraction of the attention heads (or groups of heads) to remove, in [0, 1).
+        values: fraction of the width of values within each head to remove, in [0, 1), beside any of the others. No part
+            of ``sparsity``: heads hold the same weights, and values narrower than keys are what fused attention kernels and
+            caches of one head size cannot hold.
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
     """
@@ -102,6 +105,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     sparsity: float | None = None
     ffn: float | None = None
     heads: float | None = None
+    values: float | None = None
     multiple_of: int = 8
     allocate: str = "uniform"
 
@@ -113,7 +117,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 unknown.
             ModelError: there is nothing to prune.
         """
-        for option in ("sparsity", "ffn", "heads"):
+        for option in ("sparsity", "ffn", "heads", "values"):
             value = getattr(self, option)
             if value is not None and not 0.0 <= value < 1.0:
                 raise OptionError(f"{option} {value:g} is outside [0, 1); it is the fraction to remove")
@@ -122,27 +126,33 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         if self.multiple_of < 1:
             raise OptionError(f"multiple-of {self.multiple_of} is below 1")
         lookup("allocation", ALLOCATIONS, self.allocate)
-        if not state.groups:
+        if not state.groups and not (self.values and state.values):
             name = f"'{state.model.source}'" if state.model.source else "the model"
             raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
-        for kind in ("ffn", "heads"):
-            if getattr(self, kind) and not any(g.kind == kind for g in state.groups):
+        for kind in (*KINDS, VALUES):
+            if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")
 
+    @property
+    def by_kind(self) -> bool:
+        """Whether kinds have ratios of their own."""
+        return self.sparsity is None and any(r is not None for r in (self.ffn, self.heads, self.values))
+
     def plan(self, state: State) -> dict[str, int]:
-        """Returns the number of blocks that stay, by group name."""
+        """Returns the number of blocks that stay, by group name; of values those of each head."""
         groups: tuple[ChannelGroup, ...] = state.groups
+        values = {g.name: kept_width(g, self.values, 1) for g in state.values} if self.values else {}
         if self.allocate in MEASURED:
-            return self._shared_out(groups, state.facts["curves"])
-        if self.ffn is not None or self.heads is not None:
+            return self._shared_out(groups, state.facts["curves"]) | values
+        if self.by_kind:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
-            return {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups}
+            return {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups} | values
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        return self._uniform(groups, sparsity)
+        return self._uniform(groups, sparsity) | values
 
     def _shared_out(self, groups: tuple[ChannelGroup, ...], curves: Mapping[str, GroupCurve]) -> dict[str, int]:
         keep = {g.name: g.size for g in groups}
-        if self.ffn is None and self.heads is None:
+        if not self.by_kind:
             parts = [(DEFAULT_SPARSITY if self.sparsity is None else self.sparsity, groups)]
         else:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
@@ -173,6 +183,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         return keep
 
     def apply(self, state: State, plan: dict[str, int]) -> PassResult:
-        """Notes the widths."""
+        """Notes the widths; groups of values join the others where they are to be cut."""
+        state.groups = (*state.groups, *(g for g in state.values if g.name in plan))
         state.keep = plan
         return PassResult(state)

@@ -73,6 +73,11 @@ class TwinRun(SegmentRun):
         self.twin_at: str | None = None
         self.aware: dict[str, Moments] = {}
 
+    def again(self, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]) -> None:
+        """Goes over both models a second time."""
+        self.twin_alive, self.twin_at = [{} for _ in self.data.batches], None
+        super().again(wide, segments)
+
     def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
         """Measures the targets, then goes on as usual."""
         aims = [self.aim(u) for g in groups for c in g.consumers for u in c.uses]

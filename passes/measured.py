@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.runtime.moments import Moments, Statistics
+from liar_opt.runtime.moments import FoldName, Moments, Statistics
 from liar_opt.runtime.solve import sketched
 
 
@@ -42,6 +42,7 @@ class Measured:
         target_scale: what the node multiplies x W by.
         aware: of the same input, with the dense model's target beside it (`passes.dense_twin`); None where the repair does
             not ask for it, or there is none.
+        channels: the channels of the moments that this is about; None for all.
     """
 
     weight: NDArray[Any]
@@ -49,6 +50,7 @@ class Measured:
     moments: Moments
     target_scale: float = 1.0
     aware: Moments | None = None
+    channels: NDArray[np.int64] | None = None
 
     @property
     def blocks(self) -> int:
@@ -58,14 +60,28 @@ class Measured:
     @functools.cached_property
     def statistics(self) -> Statistics:
         """Mean and covariance over all rows."""
-        return self.moments.statistics()
+        return self._of("all")
 
     @functools.cached_property
     def folds(self) -> tuple[Statistics, Statistics] | None:
         """The training and the held-back rows, or None where a fold is too small to say anything."""
         if min(self.moments.rows("training"), self.moments.rows("held_back")) < 2:
             return None
-        return self.moments.statistics("training"), self.moments.statistics("held_back")
+        return self._of("training"), self._of("held_back")
+
+    def _of(self, fold: FoldName) -> Statistics:
+        whole = self.moments.statistics(fold)
+        if self.channels is None:
+            return whole
+        return Statistics(whole.count, whole.mean[self.channels], whole.covariance[np.ix_(self.channels, self.channels)])
+
+    def part(self, first: int, count: int) -> "Measured":
+        """Returns what is known of the blocks [first, first + count) alone, numbered from 0."""
+        inside = np.flatnonzero((self.owners >= first) & (self.owners < first + count))
+        channels = inside if self.channels is None else self.channels[inside]
+        return Measured(
+            self.weight[inside], self.owners[inside] - first, self.moments, self.target_scale, channels=channels
+        )
 
     def by_block(self, channels: NDArray[Any]) -> NDArray[np.float64]:
         """Returns the sums over each block of one number a channel, [k]."""

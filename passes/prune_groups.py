@@ -28,7 +28,7 @@ from liar_opt.frontend.onnx_segments import (
     tap_for,
 )
 from liar_opt.passes.base import Change, Pass, PassResult, State
-from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
+from liar_opt.passes.groups import VALUES, ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.registry import (
     AWARE,
     Measured,
@@ -44,6 +44,8 @@ from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, Opt
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, element_type
 
+Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
+"""Groups that span others, and the segments of the rest."""
 WEIGHTINGS = ("stream", "none")
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
@@ -67,7 +69,7 @@ class ConsumerRepair:
 
 
 @dataclass(frozen=True)
-class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
+class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
     """Cut every group to the width allocated to it and fold the repair into its consumers.
 
     With kept U and removed M of a consumer y = x W + b:  W <- W_U + Q W_M,  b <- b + p W_M  (LIAR, arXiv 2407.13331).
@@ -103,26 +105,30 @@ class PruneGroupsPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
             raise InternalError("no calibration data")
         state.analysed()
 
-    def plan(self, state: State) -> tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]:
-        """Returns the groups that span others and the segments of the rest."""
-        groups = tuple(g for g in state.groups if state.keep.get(g.name, g.size) < g.size)
-        return plan_segments(state.analysed(), groups)
+    def plan(self, state: State) -> tuple[Sweep, ...]:
+        """Returns the groups that span others and the segments of the rest; of values after the others."""
+        groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
+        walk = state.analysed()
+        sweeps = [tuple(g for g in groups if (g.kind == VALUES) == values) for values in (False, True)]
+        return tuple(plan_segments(walk, sweep) for sweep in sweeps if sweep)
 
-    def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
+    def apply(self, state: State, plan: tuple[Sweep, ...]) -> PassResult:
         """Measures and cuts segment by segment."""
-        run = self._run(state, plan)
+        run = self._run(state, plan[0] if plan else ((), ()))
         run.over_all()
+        for sweep in plan[1:]:
+            run.again(*sweep)
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
         return PassResult(state, tuple(run.changes))
 
-    def _run(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> "SegmentRun":
+    def _run(self, state: State, sweep: Sweep) -> "SegmentRun":
         if self.repair in AWARE:
             from liar_opt.passes.dense_twin import TwinRun  # it builds on this module
 
-            return TwinRun(self, state, *plan)
-        return SegmentRun(self, state, *plan)
+            return TwinRun(self, state, *sweep)
+        return SegmentRun(self, state, *sweep)
 
 
 class SegmentRun:
@@ -157,6 +163,13 @@ class SegmentRun:
             self.segment(self.wide, len(self.walk.model.graph.nodes))
         for segment in self.segments:
             self.segment(segment.groups, self.position(segment.last) + 1, segment.first)
+
+    def again(self, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]) -> None:
+        """Goes over the model, as it was cut, a second time: for groups that share weights with those before."""
+        self.wide, self.segments = wide, segments
+        self.alive, self.alive_at = [{} for _ in self.data.batches], None
+        self.steps += (len(segments) + bool(wide)) * len(self.data.batches)
+        self.over_all()
 
     def position(self, node: Any) -> int:
         """Returns where a node stands now."""
@@ -228,20 +241,37 @@ class SegmentRun:
     def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
         """Selects, repairs and cuts one group."""
         options = self.options
-        measured = [self.measured(c, moments) for c in group.consumers]
+        consumers = [self.left(c) for c in group.consumers]
+        measured = [self.measured(c, moments) for c in consumers]
         keep = self.state.keep[group.name]
-        blocks = self.score.select(measured, keep, self.rng)
-        if len(blocks) != keep or len(set(blocks.tolist())) != keep:
-            raise InternalError(f"score '{options.score}' kept {len(blocks)} of {keep} blocks")
+        blocks = self.select(group, measured, keep)
         details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rows": measured[0].moments.count}
-        for consumer, item in zip(group.consumers, measured, strict=True):
+        for consumer, item in zip(consumers, measured, strict=True):
             kept = kept_positions(consumer.owners, blocks)
             removed = np.setdiff1d(np.arange(consumer.width), kept)
             repaired: Repaired = self.repair(item, kept, removed, options.ridge)
             self.write(consumer, kept, repaired)
             details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
-        self.rewriter.cut({group.factor: blocks.tolist()})
+        self.rewriter.cut(group.cut(blocks.tolist()))
         self.changes.append(Change("blocks removed", group.name, group.size, keep, details))
+
+    def left(self, consumer: Consumer) -> Consumer:
+        """Returns a consumer without the positions that went with a group before."""
+        mask = self.rewriter.mask(consumer.uses[0].width)
+        return consumer if mask.all() else replace(consumer, owners=consumer.owners[mask])
+
+    def select(self, group: ChannelGroup, measured: Sequence[Measured], keep: int) -> NDArray[np.int64]:
+        """Returns the blocks that stay: ``keep`` of each index set that has any left."""
+        kept = []
+        for first in range(0, group.sets * group.size, group.size):
+            parts = [item.part(first, group.size) for item in measured] if group.sets > 1 else measured
+            if not parts[0].owners.size:
+                continue
+            blocks = self.score.select(parts, keep, self.rng)
+            if len(blocks) != keep or len(set(blocks.tolist())) != keep:
+                raise InternalError(f"score '{self.options.score}' kept {len(blocks)} of {keep} blocks")
+            kept.append(first + blocks)
+        return np.concatenate(kept)
 
     def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
         """Pools the moments of a consumer's uses and lays its weight out as [n, m]."""

@@ -178,6 +178,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     result = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
     report = _report_head(state)
     report["groups"] = [_group(g) for g in state.groups]
+    report["values"] = [_group(g) for g in state.values]
     report["prunable_parameters"] = sum(g.parameters for g in state.groups)
     report["refusals"] = [asdict(r) for r in result.refusals]
     return Inspection(state.model, state.groups, result.refusals, report)
@@ -190,6 +191,7 @@ def prune(
     sparsity: float | None = None,
     ffn: float | None = None,
     heads: float | None = None,
+    values: float | None = None,
     multiple_of: int = 8,
     target: str | None = None,
     max_drop: float | str | None = None,
@@ -222,6 +224,7 @@ def prune(
         sparsity: fraction of all prunable parameters to remove, in [0, 1); 0.3 if nothing is asked for.
         ffn: fraction of the feed-forward width to remove, in [0, 1).
         heads: fraction of the attention heads to remove, in [0, 1).
+        values: fraction of the width of values within each head to remove, in [0, 1); each head keeps its own.
         multiple_of: kept feed-forward widths are multiples of this.
         target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),
             or latency=5ms.
@@ -265,12 +268,16 @@ def prune(
     state.progress = progress
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        allocate = "curves" if ffn is None and heads is None and calibration is not None else "uniform"
+        allocate = (
+            "curves"
+            if ffn is None and heads is None and (values is None or sparsity is not None) and calibration is not None
+            else "uniform"
+        )
     curves = MeasureCurvesPass(score=score, seed=seed)
     cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)
-    forms = (target, max_drop, None if sparsity is ffn is heads is None else "ratios")
+    forms = (target, max_drop, None if sparsity is ffn is heads is values is None else "ratios")
     if sum(form is not None for form in forms) > 1:
-        raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads) exclude each other; give one form")
+        raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads, values) exclude each other; give one form")
     if search is not None and (target is not None or max_drop is not None):
         raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")
     if metric is not None and max_drop is None:
@@ -281,7 +288,7 @@ def prune(
     elif max_drop is not None:
         widths = LimitDropPass(max_drop, metric, multiple_of, allocate, cut)
     else:
-        widths = AllocateWidthsPass(sparsity, ffn, heads, multiple_of, allocate)
+        widths = AllocateWidthsPass(sparsity, ffn, heads, values, multiple_of, allocate)
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
     widths.requires(state)  # before any work that it might stop
     options = CalibrationOptions(
@@ -424,6 +431,8 @@ def _group(group: ChannelGroup) -> dict[str, Any]:
         "kind": group.kind,
         "before": group.size,
         "block_width": group.block_width,
+        "queries_per_block": group.queries,
+        "index_sets": group.sets,
         "parameters": group.parameters,
         "consumers": [u.node.name for c in group.consumers for u in c.uses],
     }

@@ -74,11 +74,17 @@ def cut(proto: onnx.ModelProto, kept: oracle.Kept) -> onnx.ModelProto:
     return oracle.prune(*analyse(proto), kept)
 
 
-def prove(proto: onnx.ModelProto, symbols: Mapping[str, int] | None = None, seeds: int = 4) -> onnx.ModelProto:
-    """Asserts that random cuts equal the masked original, which differs from the dense one; returns the last result."""
+def prove(
+    proto: onnx.ModelProto, symbols: Mapping[str, int] | None = None, seeds: int = 4, values: bool = False
+) -> onnx.ModelProto:
+    """Asserts that random cuts equal the masked original, which differs from the dense one; returns the last result.
+
+    With ``values`` the widths of values are cut as well.
+    """
     assert seeds > 0
     for seed in range(seeds):
         model, state, found = analyse(proto)
+        found = oracle.with_values(found) if values else found
         assert found.groups
         kept = oracle.random_kept(found.groups, seed)
         with tempfile.TemporaryDirectory() as folder:
@@ -86,10 +92,8 @@ def prove(proto: onnx.ModelProto, symbols: Mapping[str, int] | None = None, seed
             onnx.save(proto, path)
             reference = oracle.masked(path, found, kept)
         pruned, ends = oracle.prune_with_ends(model, state, found, kept)
-        feeds, names = feeds_of(proto, symbols, seed), [o.name for o in proto.graph.output]
-        wanted, dense = (
-            list(cut_arrays(dict(zip(names, oracle.run(p, feeds), strict=True)), ends).values()) for p in (reference, proto)
-        )
+        feeds = feeds_of(proto, symbols, seed)
+        wanted, dense = (oracle.run_uncut(p, feeds, ends) for p in (reference, proto))
         assert oracle.difference(oracle.run(pruned, cut_arrays(feeds, ends)), wanted) <= 1e-5
         assert oracle.difference(dense, wanted) > 1e-3
         assert [v.name for v in pruned.graph.output] == [v.name for v in proto.graph.output]

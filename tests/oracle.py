@@ -17,6 +17,7 @@ from liar_opt.frontend.onnx_rules import GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import ChannelGroup, kept_positions
+from liar_opt.passes.prune_groups import cut_arrays
 
 Kept = dict[str, list[int]]
 Ends = dict[str, dict[int, np.ndarray]]
@@ -101,6 +102,12 @@ def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     wanted = {i.name for i in session.get_inputs()}
     return list(session.run(None, {k: v for k, v in feeds.items() if k in wanted}))
+
+
+def run_uncut(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], ends: Ends) -> list[np.ndarray]:
+    """Runs a model that was not cut; its outputs lose what the cut one's lost."""
+    outputs = dict(zip((o.name for o in proto.graph.output), run(proto, feeds), strict=True))
+    return list(cut_arrays(outputs, ends).values())
 
 
 def difference(a: list[np.ndarray], b: list[np.ndarray]) -> float:

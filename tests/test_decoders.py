@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -16,8 +16,10 @@ import oracle
 import pytest
 import zoo_decoders
 
-from liar_opt.frontend.onnx_model import CACHE_SHAPES
+from liar_opt.frontend.onnx_model import CACHE_SHAPES, OnnxModel
+from liar_opt.frontend.onnx_rules import GraphWalk
 from liar_opt.passes.find_groups import Found
+from liar_opt.passes.groups import VALUES
 from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.runtime.compare import TOLERANCES
 
@@ -30,7 +32,7 @@ TOKENS = 16
 
 
 def kinds(found: Found) -> dict[str, int]:
-    return dict(Counter(group.kind for group in found.groups))
+    return dict(Counter(group.kind for group in (*found.groups, *found.values)))
 
 
 def shapes(proto: onnx.ModelProto) -> dict[str, list[int | str]]:
@@ -40,10 +42,6 @@ def shapes(proto: onnx.ModelProto) -> dict[str, list[int | str]]:
     }
 
 
-def by_name(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return dict(zip((o.name for o in proto.graph.output), oracle.run(proto, feeds), strict=True))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_pruned_equals_masked_original(case: zoo_decoders.Case, record_property: Callable[[str, object], None]) -> None:
     built = zoo_decoders.ready(case)
@@ -51,10 +49,30 @@ def test_pruned_equals_masked_original(case: zoo_decoders.Case, record_property:
     model, state, found = oracle.analyse(built.path)
     refused = sorted({f"{r.reason} ({r.size})" for r in found.refusals if "no rule" in r.reason or "follow" in r.reason})
     record_property("zoo", [case.architecture, case.exporter + (" cache" if case.cache else ""), kinds(found), refused])
-    assert kinds(found) == zoo_decoders.BY_NAME[case.architecture].expected
+    expected = zoo_decoders.BY_NAME[case.architecture].expected
+    assert {kind: n for kind, n in kinds(found).items() if kind != VALUES} == expected
+    one_width = case.cache or case.architecture in zoo_decoders.ONE_WIDTH[case.exporter]
+    attentions = (1 if zoo_decoders.BY_NAME[case.architecture].reads == "text" else 3) * zoo_decoders.LAYERS
+    assert len(found.values) == (0 if one_width else attentions)
+    assert {(g.size, g.queries) for g in found.groups if g.kind == "heads"} <= zoo_decoders.BLOCKS
     assert len({g.name for g in found.groups}) == len(found.groups)
-    if not found.groups:
+    if not (found.groups or found.values):
         return
+    worst = cut_and_compare(built, original, (model, state, found), (built.feeds, built.other_feeds))
+    if found.values:
+        model, state, found = oracle.analyse(built.path)
+        worst = max(worst, cut_and_compare(built, original, (model, state, oracle.with_values(found)), (built.feeds,)))
+    record_property("difference", worst)
+
+
+def cut_and_compare(
+    built: zoo_decoders.Built,
+    original: onnx.ModelProto,
+    analysis: tuple[OnnxModel, GraphWalk, Found],
+    batches: Sequence[dict[str, np.ndarray]],
+) -> float:
+    """Cuts and checks the result against the masked original; returns the largest difference."""
+    model, state, found = analysis
     kept = oracle.random_kept(found.groups, 1)
     reference = oracle.masked(built.path, found, kept)
     pruned, ends = oracle.prune_with_ends(model, state, found, kept)
@@ -68,13 +86,12 @@ def test_pruned_equals_masked_original(case: zoo_decoders.Case, record_property:
     noted = {p.key: json.loads(p.value) for p in pruned.metadata_props if p.key == CACHE_SHAPES}
     assert noted == ({CACHE_SHAPES: {name: after[name] for name in ends}} if ends else {})
     worst = 0.0
-    for feeds in (built.feeds, built.other_feeds):
-        wanted = list(cut_arrays(by_name(reference, feeds), ends).values())
-        dense = list(cut_arrays(by_name(original, feeds), ends).values())
+    for feeds in batches if found.groups else ():
+        wanted, dense = (oracle.run_uncut(p, feeds, ends) for p in (reference, original))
         worst = max(worst, oracle.difference(oracle.run(pruned, cut_arrays(feeds, ends)), wanted))
         assert oracle.difference(dense, wanted) > 2 * TOLERANCES["float32"]
-    record_property("difference", worst)
     assert worst <= TOLERANCES["float32"]
+    return worst
 
 
 def generate(proto: onnx.ModelProto, ids: np.ndarray) -> list[int]:

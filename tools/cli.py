@@ -114,7 +114,7 @@ def _prune(options: argparse.Namespace, run: _Run) -> None:
 def _demo(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.tools import demo_assets
 
-    if all(getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "target", "max_drop")):
+    if all(getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "values", "target", "max_drop")):
         options.ffn = DEMO_FFN
     model, output = options.folder / DEMO_MODEL, options.folder / DEMO_MODEL.replace(".onnx", ".liar.onnx")
     options.force = True  # both files are the demo's own
@@ -523,6 +523,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("sparsity", float, metavar="RATIO", more=alone)
     widths.add("ffn", float, metavar="RATIO")
     widths.add("heads", float, metavar="RATIO")
+    widths.add("values", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
     _Fields(pruning, prune).add("target", str, metavar="GOAL")
     _Fields(pruning, prune).add("max_drop", str, metavar="LOSS")

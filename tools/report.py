@@ -40,8 +40,9 @@ def before_after(report: Report) -> Table:
     table.add_row(
         "parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters")
     )
-    prunable = {"all": sum(g["parameters"] for g in report["groups"])}
-    left = {"all": round(sum(g["parameters"] * g["after"] / g["before"] for g in report["groups"]))}
+    counted = [g for g in report["groups"] if g["kind"] != "values"]  # values share their weights with heads
+    prunable = {"all": sum(g["parameters"] for g in counted)}
+    left = {"all": round(sum(g["parameters"] * g["after"] / g["before"] for g in counted))}
     table.add_row("  of them prunable", f"{prunable['all']:,}", f"{left['all']:,}", change(prunable, left, "all"))
     size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
     name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
@@ -102,18 +103,31 @@ def target_met(report: Report) -> str:
 
 
 def groups_found(report: Report, explain: bool = False) -> Table:
-    """The groups of an inspection, in execution order; with ``explain`` who reads them, where the name does not say it."""
+    """The groups of an inspection, in execution order; with ``explain`` who reads them, where the name does not say it.
+
+    Below the sum are the widths of values, which hold weights of the heads and are cut with ``--values`` alone.
+    """
     explain = explain and any(g["consumers"] != [g["name"]] for g in report["groups"])
     columns = ["group", "kind", "count", "block width", "parameters", "share of all"]
     table = _table(*columns, *(["read by"] if explain else []), left={0, 1, 6})
     everything = report["before"]["parameters"]
-    for group in report["groups"]:
-        row = [group["name"], group["kind"], f"{group['before']:,}", str(group["block_width"])]
+    rows = []
+    for group in (*report["groups"], *report.get("values", ())):
+        queries = group.get("queries_per_block", 1)
+        width = f"{group['block_width']}" + (f" ({queries} queries)" if queries > 1 else "")
+        row = [group["name"], group["kind"], f"{group['before']:,}", width]
         row += [f"{group['parameters']:,}", percent(group["parameters"], everything)]
-        table.add_row(*row, *(["\n".join(group["consumers"])] if explain else []))
+        rows.append([*row, *(["\n".join(group["consumers"])] if explain else [])])
+    count = len(report["groups"])
+    for row in rows[:count]:
+        table.add_row(*row)
     prunable = sum(g["parameters"] for g in report["groups"])
     table.add_section()
     table.add_row("all groups", "", "", "", f"{prunable:,}", percent(prunable, everything))
+    if rows[count:]:
+        table.add_section()
+    for row in rows[count:]:
+        table.add_row(*row)
     return table
 
 

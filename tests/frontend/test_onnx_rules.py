@@ -306,7 +306,164 @@ def test_heads(name: str) -> None:
     assert graphs.sizes(proto) == [("heads", 3)]
     graphs.prove(proto, {"b": 2, "s": 5})
     tied = name in ("packed, Split by count", "packed, Reshape and Gather")  # equal parts: the width is that of q and k
-    assert ("the width within a head is not pruned yet" in graphs.reasons(proto)) != tied
+    assert [(g.size, g.sets) for g in graphs.analyse(proto)[2].values] == ([] if tied else [(4, 3)])
+    if not tied:
+        graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+# 2 key-value heads for 6 query heads of 4 channels; {} makes c [b, 6, s, 4] of qt [b, 6, s, 4], k2 and v2 [b, 2, s, 4].
+GROUPED = """f (float[b, s, 10] x) => (float[b, s, 10] y) {{
+    q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)  q4 = Reshape(q, six)  k4 = Reshape(k, two)  v4 = Reshape(v, two)
+    qt = Transpose<perm=[0,2,1,3]>(q4)  k2 = Transpose<perm=[0,2,1,3]>(k4)  v2 = Transpose<perm=[0,2,1,3]>(v4)
+    {}
+    ct = Transpose<perm=[0,2,1,3]>(c)  j = Reshape(ct, join)  y = MatMul(j, wo) }}"""
+GROUPED_SHAPES: Weights = {
+    **{"wq": (10, 24), "wk": (10, 8), "wv": (10, 8), "wo": (24, 10)},
+    **{"six": ints(0, 0, 6, 4), "two": ints(0, 0, 2, 4), "join": ints(0, 0, 24)},
+}
+SCORES = "kt = Transpose<perm=[0,1,3,2]>(kr)  a = MatMul(qt, kt)  p = Softmax(a)  c = MatMul(p, vr)"
+REPEATS: dict[str, tuple[str, Weights]] = {
+    "Expand": (
+        f"""s = Shape<start=2,end=3>(qt)  b = Shape<end=1>(qt)  wide = Concat<axis=0>(b, n23, s, n4)
+            ku = Unsqueeze(k2, two_)  vu = Unsqueeze(v2, two_)  ke = Expand(ku, wide)  ve = Expand(vu, wide)
+            merged = Concat<axis=0>(b, n6, s, n4)  kr = Reshape(ke, merged)  vr = Reshape(ve, merged)  {SCORES}""",
+        {"n23": ints(2, 3), "n4": ints(4), "n6": ints(6), "two_": ints(2)},
+    ),
+    "Tile": (
+        f"""ku = Unsqueeze(k2, two_)  vu = Unsqueeze(v2, two_)  ke = Tile(ku, times)  ve = Tile(vu, times)
+            kr = Reshape(ke, merged)  vr = Reshape(ve, merged)  {SCORES}""",
+        {"times": ints(1, 1, 3, 1, 1), "merged": ints(0, 6, -1, 4), "two_": ints(2)},
+    ),
+    "broadcast": (
+        """q5 = Reshape(qt, five)  ku = Unsqueeze(k2, two_)  vu = Unsqueeze(v2, two_)
+            kt = Transpose<perm=[0,1,2,4,3]>(ku)  a = MatMul(q5, kt)  p = Softmax(a)  c5 = MatMul(p, vu)
+            c = Reshape(c5, merged)""",
+        {"five": ints(0, 2, 3, -1, 4), "merged": ints(0, 6, -1, 4), "two_": ints(2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_query_heads_go_with_the_keys_and_values_that_they_share(name: str) -> None:
+    make, weights = REPEATS[name]
+    proto = graphs.parse(GROUPED.format(make), {**GROUPED_SHAPES, **weights})
+    (group,) = graphs.analyse(proto)[2].groups
+    assert (group.kind, group.size, group.block_width, group.queries) == ("heads", 2, 12, 3)
+    assert [(g.size, g.sets, g.block_width) for g in graphs.analyse(proto)[2].values] == [(4, 2, 3)]
+    graphs.prove(proto, {"b": 2, "s": 5})
+    graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+def test_a_weight_that_all_heads_share_gives_their_values_one_index_set() -> None:
+    make, weights = HEADS["three weights"]
+    text = ATTENTION.format(make).replace("c = MatMul(p, vt)", "vs = Mul(vt, scale)  c = MatMul(p, vs)")
+    proto = graphs.parse(text, {**SHAPES, **weights, "scale": (4,)})
+    assert [(g.size, g.sets, g.block_width) for g in graphs.analyse(proto)[2].values] == [(4, 1, 3)]
+    graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+def test_heads_that_are_added_up_keep_the_same_values() -> None:
+    make, weights = HEADS["three weights"]
+    text = ATTENTION.format(make).replace(
+        "j = Reshape(ct, join)", "h0, h1, h2 = Split<axis=2>(ct, ones)  h = Sum(h0, h1, h2)  j = Reshape(h, join)"
+    )
+    proto = graphs.parse(text, {**SHAPES, **weights, "ones": ints(1, 1, 1), "join": ints(0, 0, 4), "wo": (4, 10)})
+    assert [(g.kind, g.size, g.sets) for g in graphs.analyse(proto)[2].values] == [("values", 4, 1)]
+    graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+def test_one_head_is_no_feed_forward_layer() -> None:
+    make, weights = HEADS["three weights"]
+    proto = graphs.parse(ATTENTION.format(make), {**SHAPES, **weights, "split": ints(0, 0, 1, 12)})
+    _, _, found = graphs.analyse(proto)
+    assert found.groups == ()
+    assert [(g.kind, g.size, g.sets) for g in found.values] == [("values", 12, 1)]
+    graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+# -- caches ----------------------------------------------------------------------------------------------------------
+
+CACHED = """f (float[b, s, 10] x, float[b, 3, past, 4] pk, float[b, 3, past, 4] pv)
+    => (float[b, s, 10] y, float[b, 3, all, 4] nk, float[b, 3, all, 4] nv) {{
+    q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)  q4 = Reshape(q, split)  k4 = Reshape(k, split)  v4 = Reshape(v, split)
+    qt = Transpose<perm=[0,2,1,3]>(q4)  kt = Transpose<perm=[0,2,1,3]>(k4)  vt = Transpose<perm=[0,2,1,3]>(v4)
+    {}
+    kk = Transpose<perm=[0,1,3,2]>(nk)  a = MatMul(qt, kk)  p = Softmax(a)  c = MatMul(p, nv)
+    ct = Transpose<perm=[0,2,1,3]>(c)  j = Reshape(ct, join)  y = MatMul(j, wo) }}"""
+CACHED_SHAPES: Weights = {**SHAPES, "wq": (10, 12), "wk": (10, 12), "wv": (10, 12)}
+GROWN = "nk = Concat<axis=2>(pk, kt)  nv = Concat<axis=2>(pv, vt)"
+
+
+@pytest.mark.parametrize(
+    "grown",
+    [
+        GROWN,
+        "pk1 = Concat<axis=-2>(pk)  nk = Concat<axis=-2>(pk1, kt)  pv1 = Cast<to=1>(pv)  nv = Concat<axis=2>(pv1, vt)",
+        "nk1 = Concat<axis=2>(pk, kt)  nk = Identity(nk1)  nv1 = Concat<axis=2>(pv, vt)  nv = Cast<to=1>(nv1)",
+    ],
+)
+def test_a_cache_loses_the_heads_that_go(grown: str) -> None:
+    proto = graphs.parse(CACHED.format(grown), CACHED_SHAPES)
+    assert graphs.sizes(proto) == [("heads", 3)]
+    _, state, found = graphs.analyse(proto)
+    assert {(c.past, c.present, c.axis) for c in state.caches.values()} == {("pk", "nk", 2), ("pv", "nv", 2)}
+    assert found.values == ()  # caches have one width for all heads
+    pruned = graphs.prove(proto, {"b": 2, "s": 5, "past": 4})
+    sizes = {v.name: v.type.tensor_type.shape.dim[1].dim_value for v in [*pruned.graph.input, *pruned.graph.output][1:]}
+    assert len({sizes[n] for n in ("pk", "pv", "nk", "nv")}) == 1
+    assert sizes["pk"] < 3
+
+
+@pytest.mark.parametrize(
+    "grown",
+    [
+        "nk = Identity(kt)  nv = Add(vt, pv)",  # what comes in is not what comes out, longer
+        "kl = Concat<axis=2>(pk, kt)  nk = Abs(kl)  nv = Concat<axis=2>(pv, vt)",  # changed in between
+        "pk0 = Neg(pk)  nk = Concat<axis=2>(pk0, kt)  nv = Concat<axis=2>(pv, vt)",
+    ],
+)
+def test_other_inputs_and_outputs_keep_their_heads(grown: str) -> None:
+    proto = graphs.parse(CACHED.format(grown), CACHED_SHAPES)
+    assert graphs.sizes(proto) == []
+    assert "axis of graph" in graphs.reasons(proto)
+
+
+# -- indices that pick a run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("v = Gather<axis=2>(p4, last)", ints(-2)),
+        ("v = Gather<axis=2>(p4, last)", ints(6)),
+        (
+            "pt = Transpose<perm=[2,0,1,3]>(p4)  vt = GatherND(pt, last)  v = Transpose<perm=[1,2,0,3]>(vt)",
+            ints(-2).reshape(1, 1),
+        ),
+    ],
+)
+def test_indices_follow_the_heads_before_them(text: str, index: np.ndarray) -> None:
+    """As Falcon packs them: 6 query heads, then a key and a value that all of them share."""
+    proto = graphs.parse(
+        f"""f (float[b, s, 10] x) => (float[b, s, 10] y) {{ p = MatMul(x, w)  p4 = Reshape(p, eight)
+            q = Slice(p4, n0, n6, n2)  {text}  t = Tanh(v)  h = Mul(q, t)  sm = Softmax(h)  j = Reshape(sm, join)
+            y = MatMul(j, wo) }}""",
+        {
+            **{"w": (10, 32), "wo": (24, 10), "last": index, "eight": ints(0, 0, 8, 4), "join": ints(0, 0, -1)},
+            **{"n0": ints(0), "n6": ints(-2), "n2": ints(2)},
+        },
+    )
+    assert graphs.sizes(proto) == [("heads", 6)]
+    graphs.prove(proto, {"b": 2, "s": 5})
+
+
+def test_indices_that_skip_are_a_look_up() -> None:
+    """What is looked up is not cut; the indices themselves may go."""
+    text = """f (float[b, s, 10] x) => (float[b, s, 10] y) { p = MatMul(x, w)  h = Gather<axis=2>(p, odd)  y = MatMul(h, wo) }"""
+    proto = graphs.parse(text, {"w": (10, 12), "odd": ints(1, 3, 5), "wo": (3, 10)})
+    (group,) = graphs.analyse(proto)[2].groups
+    assert group.size == 3
+    assert {tuple(i.dims) for i in graphs.prove(proto, {"b": 2, "s": 5}).graph.initializer} >= {(10, 12)}
 
 
 def test_packed_heads_outermost() -> None:

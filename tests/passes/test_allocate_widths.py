@@ -107,3 +107,39 @@ def test_steps_keep_odd_widths_on_multiples() -> None:
 
 def test_the_default_is_a_sparsity() -> None:
     assert keep(*LAYERS) == keep(*LAYERS, sparsity=0.3)
+
+
+def values_state() -> State:
+    result = state(group("h", "heads", 8, 800), group("f", "ffn", 64, 6400))
+    result.values = (replace(group("h (values)", "values", 10, 400), sets=8),)
+    return result
+
+
+def test_values_are_no_part_of_sparsity() -> None:
+    result = values_state()
+    AllocateWidthsPass(sparsity=0.5)(result)
+    assert result.keep == {"h": 4, "f": 32}
+    assert [g.kind for g in result.groups] == ["heads", "ffn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"values": 0.3}, {"h": 8, "f": 64, "h (values)": 7}),
+        ({"values": 0.3, "heads": 0.5}, {"h": 4, "f": 64, "h (values)": 7}),
+        ({"values": 0.3, "sparsity": 0.5}, {"h": 4, "f": 32, "h (values)": 7}),
+        ({"values": 0.0}, {"h": 8, "f": 64}),
+    ],
+)
+def test_values_go_when_asked_for(options: dict[str, Any], kept: dict[str, int]) -> None:
+    result = values_state()
+    AllocateWidthsPass(**options)(result)
+    assert result.keep == kept
+    assert [g.name for g in result.groups] == list(kept)
+
+
+def test_values_that_are_not_there() -> None:
+    with pytest.raises(ModelError, match="no prunable group of kind 'values'"):
+        keep(*LAYERS, values=0.3)
+    with pytest.raises(OptionError, match=r"values 1 is outside \[0, 1\)"):
+        keep(*LAYERS, values=1.0)

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 from streams import BLOCK, STREAM, WEIGHTS, batches, data, error, pruned
 
+from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.errors import ModelError, OptionError
 
 
@@ -158,3 +159,71 @@ def test_a_shape_that_layers_share_is_computed_anew_behind_the_first() -> None:
     assert [c.after for c in result.changes] == [3, 3]
     onnx.checker.check_model(cut, full_check=True)
     assert error(proto, cut) > 0.0
+
+
+# 2 heads of 6 values on the left of a stream: v = x wv, mixed by weights that x gives, joined and projected.
+MIXED = """f (float[b, s, 6] x0, float[b, 2, past, 6] pv) => (float[b, s, 6] y, float[b, 2, all, 6] nv) {
+    q = MatMul(x0, wq)  v = MatMul(x0, wv)  q4 = Reshape(q, split)  v4 = Reshape(v, split)
+    qt = Transpose<perm=[0,2,1,3]>(q4)  vt = Transpose<perm=[0,2,1,3]>(v4)  nv = Concat<axis=2>(pv, vt)
+    k = Transpose<perm=[0,1,3,2]>(nv)  a = MatMul(qt, k)  p = Softmax(a)  c = MatMul(p, nv)
+    ct = Transpose<perm=[0,2,1,3]>(c)  j = Reshape(ct, join)  z = MatMul(j, wo)  y = Add(x0, z) }"""
+MIXED_WEIGHTS: graphs.Weights = {
+    **{"wq": (6, 12), "wv": (6, 12), "wo": (12, 6)},
+    **{"split": np.asarray([0, 0, 2, 6]), "join": np.asarray([0, 0, 12])},
+}
+
+
+def test_feeds_of_a_cache_are_cut_with_it() -> None:
+    proto = graphs.parse(MIXED, MIXED_WEIGHTS)
+    rng = np.random.default_rng(3)
+    feeds = tuple({**f, "pv": rng.standard_normal((8, 2, 3, 6)).astype(np.float32)} for f in batches(12, 0))
+    result = prune(proto, feeds, heads=0.5, batch_size=8, latency=True, samples=96)
+    assert [(g["kind"], g["before"], g["after"]) for g in result.report["groups"]] == [("heads", 2, 1)]
+    assert result.report["cache_shapes"] == {"pv": ["b", 1, "past", 6], "nv": ["b", 1, "all", 6]}
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    assert {v.name: len(v.type.tensor_type.shape.dim) for v in result.model.graph.input} == {"x0": 3, "pv": 4}
+
+
+ATTENTION = """f (float[b, s, 6] x0) => (float[b, s, 6] x1) {
+    q = MatMul(x0, wq)  k = MatMul(x0, wk)  v = MatMul(x0, wv)
+    q4 = Reshape(q, split)  k4 = Reshape(k, split)  v4 = Reshape(v, split)
+    qt = Transpose<perm=[0,2,1,3]>(q4)  kt = Transpose<perm=[0,2,3,1]>(k4)  vt = Transpose<perm=[0,2,1,3]>(v4)
+    a = MatMul(qt, kt)  p = Softmax(a)  c = MatMul(p, vt)
+    ct = Transpose<perm=[0,2,1,3]>(c)  j = Reshape(ct, join)  z = MatMul(j, wo)  x1 = Add(x0, z) }"""
+ATTENTION_WEIGHTS: graphs.Weights = {
+    **{"wq": (6, 24), "wk": (6, 24), "wv": (6, 24), "wo": (24, 6)},
+    **{"split": np.asarray([0, 0, 4, 6]), "join": np.asarray([0, 0, -1])},
+}
+
+
+@pytest.mark.parametrize("score", ["greedy", "activation-weighted", "random"])
+def test_each_head_keeps_as_many_values_of_its_own(score: str) -> None:
+    proto = graphs.parse(ATTENTION, ATTENTION_WEIGHTS)
+    result = prune(proto, batches(12, 0), values=0.5, batch_size=8, samples=96, score=score, latency=False)
+    (heads, values) = result.report["groups"]
+    assert (heads["kind"], heads["before"], heads["after"]) == ("heads", 4, 4)
+    assert (values["kind"], values["before"], values["after"], values["index_sets"]) == ("values", 6, 3, 4)
+    kept = np.asarray(values["kept"]).reshape(4, 3)
+    assert (kept // 6 == np.arange(4)[:, None]).all()
+    assert len({tuple(row) for row in (kept % 6).tolist()}) > 1
+    assert {i.name: tuple(i.dims) for i in result.model.graph.initializer if i.name in ("wq", "wv", "wo")} == {
+        "wq": (6, 24),
+        "wv": (6, 12),
+        "wo": (12, 6),
+    }
+    assert result.report["verification"]["exact_difference"] < 1e-5
+
+
+def test_values_are_cut_of_the_heads_that_are_left() -> None:
+    proto = graphs.parse(ATTENTION, ATTENTION_WEIGHTS)
+    errors = {}
+    for repair in ("liar", "bias", "none"):
+        result = prune(
+            proto, batches(12, 0), heads=0.5, values=0.34, batch_size=8, samples=96, latency=False, repair=repair
+        )
+        assert [(g["kind"], g["after"]) for g in result.report["groups"]] == [("heads", 2), ("values", 4)]
+        left = set(result.report["groups"][0]["kept"])
+        assert {i // 6 for i in result.report["groups"][1]["kept"]} == left
+        assert result.report["verification"]["exact_difference"] < 1e-5
+        errors[repair] = error(proto, result.model)
+    assert errors["liar"] < errors["bias"] < errors["none"]
