@@ -380,12 +380,16 @@ def _replace(old: gs.Tensor, new: gs.Tensor) -> None:
                 consumer.inputs[position] = new
 
 
-def _is_table(tensor: gs.Tensor) -> bool:
-    """Returns whether rows of a large constant are looked up."""
-    large = is_constant(tensor) and int(np.prod(tensor.shape, dtype=np.int64)) > SKELETON_LIMIT
-    return large and any(
-        n.op == "Gather" and n.inputs[0] is tensor and not is_constant(n.inputs[1]) for n in tensor.outputs
-    )
+def _is_looked_up(tensor: gs.Tensor) -> bool:
+    """Returns whether rows of a tensor are looked up."""
+    return any(n.op == "Gather" and n.inputs[0] is tensor and not is_constant(n.inputs[1]) for n in tensor.outputs)
+
+
+def _shares_table(node: gs.Node) -> bool:
+    """Returns whether a node makes, of embeddings, the weight of the head, or the other way round."""
+    large = [t for t in node.inputs if is_constant(t) and int(np.prod(t.shape, dtype=np.int64)) > SKELETON_LIMIT]
+    made = any(_is_looked_up(t) for t in node.outputs)
+    return any(_is_looked_up(t) or (made and len(t.outputs) > 1) for t in large)
 
 
 def _fold(
@@ -397,8 +401,8 @@ def _fold(
         return
     if any(id(t) in outputs for t in node.outputs) or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
         return
-    if any(_is_table(t) for t in node.inputs):
-        return  # embeddings tied to the head: folded, the table would be stored twice
+    if _shares_table(node):
+        return  # folded, the table would be stored twice
     attributes = tuple(sorted((k, repr(v)) for k, v in node.attrs.items() if not hasattr(v, "values")))
     key: tuple[object, ...] = (node.op, attributes, tuple(id(t) for t in node.inputs))
     if any(hasattr(v, "values") for v in node.attrs.values()):

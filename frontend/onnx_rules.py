@@ -611,8 +611,11 @@ def vocabulary(model: OnnxModel) -> int | None:
             source = node.inputs[ids]
             while source.inputs and source.inputs[0].op in ("Cast", "Identity"):
                 source = source.inputs[0].inputs[0]
-            if is_constant(node.inputs[table]) and source.name in inputs and len(node.inputs[table].shape) == 2:
-                sizes.append(int(node.inputs[table].shape[0]))
+            rows, axis = node.inputs[table], 0
+            if rows.inputs and rows.inputs[0].op == "Transpose":  # the weight of the head, turned round
+                rows, axis = rows.inputs[0].inputs[0], 1
+            if is_constant(rows) and source.name in inputs and len(rows.shape) == 2:
+                sizes.append(int(rows.shape[axis]))
     return max(sizes, default=None)
 
 

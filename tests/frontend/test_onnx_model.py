@@ -13,6 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.onnx_rules import vocabulary
 from liar_opt.runtime.errors import ModelError
 
 TEXT = "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"
@@ -187,6 +188,14 @@ def test_a_table_that_is_also_multiplied_is_stored_once() -> None:
         y = MatMul(x, t) }"""
     _, out = normalised(text, {"w": (120, 11)})
     assert [tuple(i.dims) for i in out.graph.initializer] == [(120, 11)]
+
+
+def test_a_weight_of_the_head_whose_columns_are_looked_up_is_stored_once() -> None:
+    text = """f (int64[b, 5] ids) => (float[b, 5, 120] y) { t = Transpose<perm=[1,0]>(w)  x = Gather(t, ids)
+        y = MatMul(x, w) }"""
+    _, out = normalised(text, {"w": (11, 120)})
+    assert [tuple(i.dims) for i in out.graph.initializer] == [(11, 120)]
+    assert vocabulary(OnnxModel.from_proto(out)) == 120
 
 
 def test_what_is_a_graph_output_is_not_folded_away() -> None:
