@@ -30,8 +30,8 @@ from liar_opt.frontend.weight_files import (
     stub,
     write_model,
 )
-from liar_opt.runtime.calibration_data import InputSpec
 from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.signatures import InputSpec
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 

@@ -8,8 +8,6 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
-import re
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import onnx
 
+from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary
 from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
@@ -31,15 +30,17 @@ from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
 from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
-from liar_opt.passes.registry import RepairFunction, ScoreFunction
+from liar_opt.passes.registry import RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.search_widths import SearchWidthsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
-from liar_opt.runtime.sessions import resolve_provider
+from liar_opt.runtime.self_calibration import SELF, write_calibration
+from liar_opt.runtime.sessions import Session, resolve_provider
 
 SCHEMA = 1
+PACKINGS = ("auto", "on", "off")
 PASSES: tuple[type[Pass[Any]], ...] = (
     NormaliseGraphPass,
     FindGroupsPass,
@@ -68,6 +69,7 @@ class CalibrationOptions:
     sequence_length: int | None = None
     mask_input: str | None = None
     seed: int = 0
+    packing: str = "auto"
 
 
 @dataclass(eq=False)
@@ -170,30 +172,12 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
     return state
 
 
-def is_module_source(model: Any) -> bool:
-    """Returns whether a model is a torch module, the folder of a checkpoint, or a hub name, and no ONNX file."""
-    if isinstance(model, (str, Path)):
-        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None and Path(model).suffix != ".onnx"
-        return Path(model).is_dir() or (named and not Path(model).exists())
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(model, torch.nn.Module)
-
-
-def inspect(model: Any, *, example: Any = None, allow_pickle: bool = False) -> Inspection:
+def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     """Finds the channel groups of a model; changes and measures nothing.
-
-    Args:
-        model: as for :func:`prune`.
-        example: a batch to trace a torch module with, if nothing else says what it takes.
-        allow_pickle: whether the weights of a checkpoint may be read from pickle files.
 
     Raises:
         ModelError: the model cannot be read.
     """
-    if is_module_source(model):
-        from liar_opt.passes.prune_module import inspect_module
-
-        return inspect_module(model, example=example, allow_pickle=allow_pickle)
     state = load_state(model)
     result = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
     report = _report_head(state)
@@ -205,7 +189,7 @@ def inspect(model: Any, *, example: Any = None, allow_pickle: bool = False) -> I
 
 
 def prune(
-    model: Any,
+    model: str | Path | onnx.ModelProto,
     calibration: Any = None,
     *,
     sparsity: float | None = None,
@@ -228,11 +212,7 @@ def prune(
     batch_size: int = 32,
     sequence_length: int | None = None,
     mask_input: str | None = None,
-    example: Any = None,
-    checkpoint: bool | None = None,
-    uniform: bool | None = None,
-    new_bias: bool | None = None,
-    allow_pickle: bool = False,
+    packing: str = "auto",
     provider: str = "auto",
     seed: int = 0,
     latency: bool = True,
@@ -243,10 +223,9 @@ def prune(
     """Makes a trained transformer smaller: removes channels and heads, repairs the rest by least squares.
 
     Args:
-        model: path of an ONNX file, a model in memory, a torch module, the folder of a transformers checkpoint or its hub
-            name; it is not changed.
-        calibration: a path (.txt, .jsonl, .csv, .npz, folder of .npy, saved dataset), a dataset name, texts, feeds, or
-            None for synthetic inputs.
+        model: path of an ONNX file, or a model in memory; it is not changed.
+        calibration: a path (.txt, .jsonl, .csv, .npz, folder of .npy, saved dataset), a dataset name, texts, feeds,
+            "self" (a decoder writes its own text), or None for synthetic inputs.
         sparsity: fraction of all prunable parameters to remove, in [0, 1); 0.3 if nothing is asked for.
         ffn: fraction of the feed-forward width to remove, in [0, 1).
         heads: fraction of the attention heads to remove, in [0, 1).
@@ -274,11 +253,8 @@ def prune(
         batch_size: samples a batch.
         sequence_length: tokens of a sample at most.
         mask_input: the input that is zero at padding; found by itself if None.
-        example: a batch to trace a torch module with, if nothing else says what it takes.
-        checkpoint: whether a pruned module must be one that stock transformers loads; true for its models if None.
-        uniform: layers keep the same width; if None as a checkpoint needs it.
-        new_bias: layers without a bias may get one for the repair; if None unless a checkpoint has no place for it.
-        allow_pickle: read weights from pickle files, which can run code.
+        packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which
+            does so where the model is causal.
         provider: "auto", "cpu" or "cuda".
         seed: for all that is drawn.
         latency: whether to time the dense and the pruned model.
@@ -294,19 +270,19 @@ def prune(
         OptionError: an option or the calibration data does not fit.
         CheckError: the result failed a check.
     """
-    if is_module_source(model):
-        from liar_opt.passes.prune_module import prune_module
-
-        return prune_module(**locals())
     start = time.perf_counter()
+    lookup("packing", dict.fromkeys(PACKINGS), packing)
     state = load_state(model)
     state.progress = progress
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        asked = ffn is not None or heads is not None or (values is not None and sparsity is None)
-        allocate = "uniform" if asked or uniform or calibration is None else "curves"
+        allocate = (
+            "curves"
+            if ffn is None and heads is None and (values is None or sparsity is not None) and calibration is not None
+            else "uniform"
+        )
     curves = MeasureCurvesPass(score=score, seed=seed)
-    cut = PruneGroupsPass(score, repair, ridge, seed, weighting, new_bias=new_bias is not False)
+    cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)
     forms = (target, max_drop, None if sparsity is ffn is heads is values is None else "ratios")
     if sum(form is not None for form in forms) > 1:
         raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads, values) exclude each other; give one form")
@@ -320,11 +296,11 @@ def prune(
     elif max_drop is not None:
         widths = LimitDropPass(max_drop, metric, multiple_of, allocate, cut)
     else:
-        widths = AllocateWidthsPass(sparsity, ffn, heads, values, multiple_of, allocate, bool(uniform))
+        widths = AllocateWidthsPass(sparsity, ffn, heads, values, multiple_of, allocate)
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
     widths.requires(state)  # before any work that it might stop
     options = CalibrationOptions(
-        calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed
+        calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed, packing
     )
     report = _report_head(state)
     report["options"] = _options([widths, cut], options, provider)
@@ -384,11 +360,28 @@ def prune(
 
 def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:
     began = time.perf_counter()
-    fields = {k: v for k, v in vars(options).items() if k != "source"}
-    inputs, words = state.analysed().input_specs(), vocabulary(state.model)
-    state.calibration = load_calibration(options.source, inputs, vocabulary=words, **fields)
+    state.calibration = _calibrate(state, options)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
+
+
+def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
+    fields = {k: v for k, v in vars(options).items() if k not in ("source", "packing")}
+    fields |= {"vocabulary": vocabulary(state.model), "positions": positions(state.model)}
+    inputs = state.analysed().input_specs()
+    if isinstance(options.source, str) and options.source == SELF:
+        written = {k: v for k, v in fields.items() if k not in ("text_column", "mask_input")}
+        return write_calibration(lambda: _dense_session(state), inputs, **written)
+    packing = is_causal(state.model) if options.packing == "auto" else options.packing == "on"
+    return load_calibration(options.source, inputs, packing=packing, **fields)
+
+
+def _dense_session(state: State) -> Session:
+    model, weights = state.facts["dense"].detached()
+    try:
+        return Session(model, state.device, weights)
+    except Exception as err:
+        raise ModelError(f"ONNX Runtime cannot load the model: {' '.join(str(err).split())[:300]}") from err
 
 
 def _flops(state: State) -> int | None:
@@ -409,7 +402,7 @@ def _report_head(state: State) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "model": {
             "path": str(source) if source else None,
-            "sha256": _sha256(source) if source is not None and source.is_file() else None,
+            "sha256": _sha256(source) if source else None,
             "opset": state.model.opset,
             "notes": list(state.model.notes),
         },

@@ -8,6 +8,9 @@ for each feed a row mask that tells the real rows from padding. Three rules hold
 - A static batch axis is filled up by repeating samples. A repeat is a valid input, and its rows are masked out.
 - Batch (or row) order is shuffled with the seed, so that a held-back part is not all short texts or one class.
 
+For causal models texts are packed instead (`packing`): written behind each other and cut into full windows. Inputs
+that neither texts nor feeds fill, such as an empty key-value cache, are made here.
+
 Only the rows that were drawn are read and checked: ``.npy`` files and stored ``.npz`` members are memory-mapped,
 compressed members are read block by block, text files line by line (reservoir sampling, Vitter's algorithm R).
 """
@@ -20,7 +23,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -29,6 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.packing import pack, packed_rows
+from liar_opt.runtime.signatures import STATE_ROLES, InputSpec, Signature, cast, describe, is_float, names, one_line
+from liar_opt.runtime.text_tokenizer import TextTokenizer, load_tokenizer
 
 Array = NDArray[Any]
 Source = str | Path | Mapping[str, Any] | Iterable[str] | Iterable[Mapping[str, Any]] | None
@@ -38,37 +44,11 @@ _TEXT_SUFFIXES = (".txt", ".jsonl", ".csv")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".npz", ".npy")
 _ACCEPTED = "a .txt, .jsonl, .csv or .npz file, a folder of .npy files, or a `datasets` folder or name"
 _TEXT_COLUMNS = ("text", "sentence")
-_MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
-_PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
-_TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "spm.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-)
 _LONGEST = 512  # tokens of a text when neither the graph nor the tokenizer says less
 _SYNTHETIC_SEQUENCE = 64  # noise needs no more, and position tables are rarely shorter
 _SYNTHETIC_VOCABULARY = 64  # below the embedding table of every model that we know
 _COLUMN_PROBE = 20  # rows looked at to tell which columns hold text
 _BLOCK_BYTES = 1 << 22  # read at once from a compressed array
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One graph input.
-
-    Attributes:
-        name: The input's name in the graph.
-        dtype: Its element type.
-        shape: One entry an axis: an int is static, a str a symbolic dimension, None unknown. Axis 0 is the batch.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -107,6 +87,8 @@ def load_calibration(
     mask_input: str | None = None,
     seed: int = 0,
     vocabulary: int | None = None,
+    positions: int | None = None,
+    packing: bool = False,
 ) -> CalibrationData:
     """Turn any accepted source into batches for the graph.
 
@@ -118,12 +100,15 @@ def load_calibration(
         tokenizer: Folder with a Hugging Face tokenizer, or its tokenizer.json; needed for texts.
         text_column: Column that holds the text; default: the only text column, or ``text``, or ``sentence``.
         samples: At most this many samples; more are drawn at random without replacement (an iterable that is not a
-            list is read from its start, since it may never end).
-        batch_size: Samples a batch, where the graph's batch axis is not static.
+            list is read from its start, since it may never end). With packing, so many texts and so many windows.
+        batch_size: Samples a batch, where the graph's batch axis is not static. With packing, fewer where there would be
+            more than 4,096 tokens in a batch or fewer than ten batches.
         sequence_length: Cut texts to this many tokens; length of synthetic inputs. Feeds of arrays stay as they are.
         mask_input: Name of the input that marks real tokens; default: found by name.
         seed: Seed of every random choice.
         vocabulary: Rows of the embedding table, when known: token ids must be smaller.
+        positions: Tokens that the model has positions for, when known.
+        packing: Write texts behind each other and cut them into windows: for causal models.
 
     Returns:
         The batches, their row masks and what there is to say about them.
@@ -131,11 +116,9 @@ def load_calibration(
     Raises:
         OptionError: The source or an option does not fit; one sentence that says what was found and the way out.
     """
-    for option, value in (("samples", samples), ("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if value is not None and value < 1:
-            raise OptionError(f"'{option}' is {value}; it must be at least 1.")
+    check_options(samples=samples, batch_size=batch_size, sequence_length=sequence_length, positions=positions)
     job = _Job(
-        signature=_Signature.read(inputs, mask_input),
+        signature=Signature.read(inputs, mask_input),
         tokenizer=tokenizer,
         text_column=text_column,
         samples=samples,
@@ -143,6 +126,8 @@ def load_calibration(
         sequence_length=sequence_length,
         seed=seed,
         vocabulary=vocabulary,
+        positions=positions,
+        packing=packing,
         rng=np.random.default_rng(seed),
     )
     if source is None:
@@ -151,96 +136,29 @@ def load_calibration(
     return _batch_texts(drawn, job) if isinstance(drawn, _Texts) else _batch_feeds(drawn, job)
 
 
-# What the graph takes -------------------------------------------------------------------------------------------------
+def check_options(*, samples: int, batch_size: int, sequence_length: int | None, positions: int | None) -> None:
+    """Checks what can be checked without the data.
 
-
-@dataclass(frozen=True)
-class _Signature:
-    """The graph's inputs and what each of them is for.
-
-    Attributes:
-        inputs: By name, in graph order.
-        roles: ``ids``, ``mask``, ``type`` or ``position`` by input name; inputs of another purpose are absent.
-        ids: First input with the role ``ids``, if any.
-        mask: The input that marks real tokens, if any.
-        shared: Inputs without a batch axis of their own (scalars, [1, s] beside [b, s]): the same for every sample.
-        batch: The static batch size, if any.
+    Raises:
+        OptionError: A count below 1, or more tokens than the model has positions for.
     """
-
-    inputs: dict[str, InputSpec]
-    roles: dict[str, str]
-    ids: str | None
-    mask: str | None
-    shared: frozenset[str]
-    batch: int | None
-
-    @classmethod
-    def read(cls, inputs: Sequence[InputSpec], mask_input: str | None) -> _Signature:
-        if not inputs:
-            raise OptionError("the model has no inputs; nothing can be calibrated.")
-        specs = {spec.name: spec for spec in inputs}
-        if mask_input is not None and mask_input not in specs:
-            raise OptionError(f"mask input '{mask_input}' is no input of the model; it has {_names(specs)}.")
-        roles = _roles(inputs, mask_input)
-        masks = [name for name, role in roles.items() if role == "mask"]
-        mask = mask_input or next((name for name in _MASK_NAMES if name in masks), masks[0] if masks else None)
-        leading = {spec.shape[0] for spec in inputs if spec.shape}
-        shared = frozenset(spec.name for spec in inputs if not spec.shape or (spec.shape[0] == 1 and leading != {1}))
-        static = {size: name for name, size in _leading_ints(specs, shared)}
-        if len(static) > 1:
-            raise OptionError(
-                f"inputs {_names(static.values())} have different static batch sizes {sorted(static)}; "
-                "export the model with one batch size, or with a dynamic batch axis."
-            )
-        ids = next((name for name, role in roles.items() if role == "ids"), None)
-        return cls(specs, roles, ids, mask, shared, next(iter(static), None))
-
-    def real_rows(self, batch: Mapping[str, Array], additive: bool) -> NDArray[np.bool_]:
-        """Which rows of a batch its mask input calls real: [b, s], or all of [b] when no token axis is known."""
-        first = batch[next(name for name in batch if name not in self.shared)]
-        tokens = batch[self.ids] if self.ids else None
-        mask = batch[self.mask] if self.mask and self.mask not in self.shared else None
-        if mask is not None and mask.ndim == 2 and (tokens is None or tokens.shape == mask.shape):
-            real: NDArray[np.bool_] = (mask >= 0) if additive else (mask != 0)
-            return real
-        return np.ones(first.shape[:1] if tokens is None else tokens.shape, dtype=np.bool_)
+    for option, value in (("samples", samples), ("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value is not None and value < 1:
+            raise OptionError(f"'{option}' is {value}; it must be at least 1.")
+    if sequence_length is not None and positions is not None and sequence_length > positions:
+        raise OptionError(
+            f"'sequence_length' is {sequence_length}, and the model has positions for {positions} tokens; give less."
+        )
 
 
-def _leading_ints(specs: Mapping[str, InputSpec], shared: frozenset[str]) -> Iterator[tuple[str, int]]:
-    for name, spec in specs.items():
-        if name not in shared and isinstance(spec.shape[0], int):
-            yield name, spec.shape[0]
-
-
-def _roles(inputs: Sequence[InputSpec], mask_input: str | None) -> dict[str, str]:
-    """What each input is for, by its name; inputs with a name that says nothing, by their order: ids, mask, type."""
-    roles: dict[str, str] = {}
-    nameless: list[str] = []
-    for spec in inputs:
-        name = spec.name.lower()
-        tokens = len(spec.shape) == 2 and spec.dtype.kind in "biu"
-        if spec.name == mask_input:
-            roles[spec.name] = "mask"
-        elif re.search(r"type_?ids?|segment", name):
-            roles[spec.name] = "type"
-        elif re.search(r"position|pos_?ids?", name):
-            roles[spec.name] = "position"
-        elif "mask" in name and "masked" not in name:
-            roles[spec.name] = "mask"
-        elif tokens and spec.dtype.kind != "b" and re.search(r"(ids?|tokens?)([._:]\d+)?$", name):
-            roles[spec.name] = "ids"
-        elif tokens and re.fullmatch(r"onnx::.*|[\W_\d]*(inputs?|args?|in|x|tensor|data)?[\W_\d]*", name):
-            nameless.append(spec.name)
-    free = [role for role in ("ids", "mask", "type") if role not in roles.values()]
-    roles |= dict(zip(nameless, free, strict=False))
-    return {spec.name: roles[spec.name] for spec in inputs if spec.name in roles}
+# The options ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Job:
     """The options of one call, checked."""
 
-    signature: _Signature
+    signature: Signature
     tokenizer: str | Path | None
     text_column: str | None
     samples: int
@@ -248,6 +166,8 @@ class _Job:
     sequence_length: int | None
     seed: int
     vocabulary: int | None
+    positions: int | None
+    packing: bool
     rng: np.random.Generator
 
     def drawn(self, count: int, total: int, what: str) -> str:
@@ -278,19 +198,6 @@ def _finish(
         warnings=tuple(warnings),
         synthetic=False,
     )
-
-
-def _names(names: Iterable[object]) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "none"
-
-
-def _describe(spec: InputSpec) -> str:
-    return f"'{spec.name}' ({spec.dtype} [{', '.join('?' if dim is None else str(dim) for dim in spec.shape)}])"
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(". ")
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -353,7 +260,7 @@ def _draw_from_path(source: str | Path, job: _Job) -> _Texts | _Feeds:
     if suffix == ".npy":
         if len(job.signature.inputs) > 1:
             raise OptionError(
-                f"calibration file '{path}' is one array, and the model has the inputs {_names(job.signature.inputs)};"
+                f"calibration file '{path}' is one array, and the model has the inputs {names(job.signature.inputs)};"
                 " give an .npz file, or a folder, with one array for each."
             )
         return _Feeds([(f"calibration file '{path}'", {next(iter(job.signature.inputs)): _npy_column(path)})], path.name)
@@ -363,7 +270,7 @@ def _draw_from_path(source: str | Path, job: _Job) -> _Texts | _Feeds:
     except UnicodeDecodeError as err:
         raise OptionError(f"calibration file '{path}' is not UTF-8 text; save it as such or give {_ACCEPTED}.") from err
     except OSError as err:
-        raise OptionError(f"calibration file '{path}' cannot be read ({_one_line(err)}); give {_ACCEPTED}.") from err
+        raise OptionError(f"calibration file '{path}' cannot be read ({one_line(err)}); give {_ACCEPTED}.") from err
 
 
 def _draw_from_folder(folder: Path, job: _Job) -> _Texts | _Feeds:
@@ -374,14 +281,14 @@ def _draw_from_folder(folder: Path, job: _Job) -> _Texts | _Feeds:
             dataset = datasets.load_from_disk(str(folder))
         except Exception as err:  # the library raises errors of its many formats
             raise OptionError(
-                f"dataset folder '{folder}' cannot be loaded ({_one_line(err)}); write it again with save_to_disk."
+                f"dataset folder '{folder}' cannot be loaded ({one_line(err)}); write it again with save_to_disk."
             ) from err
         return _draw_from_dataset(dataset, f"dataset folder '{folder}'", folder.name, job)
     files = sorted(folder.glob("*.npy"))
     if not files:
         raise OptionError(
             f"calibration folder '{folder}' holds neither .npy files nor a saved dataset; put an .npy file for each of "
-            f"the inputs {_names(job.signature.inputs)} into it."
+            f"the inputs {names(job.signature.inputs)} into it."
         )
     columns = {file.name[: -len(".npy")]: file for file in files}
     known = {name: _npy_column(file) for name, file in columns.items()}
@@ -404,7 +311,7 @@ def _draw_from_hub(name: str, job: _Job) -> _Texts | _Feeds:
         dataset = datasets.load_dataset(path, *parts, split=split)
     except Exception as err:  # network, permission, unknown name, config or split: the library has a class for each
         raise OptionError(
-            f"calibration '{name}' is no file here, and no dataset of that name could be loaded ({_one_line(err)}); "
+            f"calibration '{name}' is no file here, and no dataset of that name could be loaded ({one_line(err)}); "
             "check the spelling (name[:config][:split]) and the network, or give a file."
         ) from err
     return _draw_from_dataset(dataset, f"dataset '{name}'", f"dataset {name}", job)
@@ -434,7 +341,7 @@ def _draw_from_dataset(dataset: Any, where: str, label: str, job: _Job) -> _Text
     strings = [name for name in columns if getattr(dataset.features[name], "dtype", "") in ("string", "large_string")]
     column = _text_column(columns, strings, job.text_column, where)
     if column not in strings:
-        raise OptionError(f"column '{column}' of {where} does not hold text; its text columns are {_names(strings)}.")
+        raise OptionError(f"column '{column}' of {where} does not hold text; its text columns are {names(strings)}.")
     texts = [row[column] for row in dataset.select_columns([column]).select(rows)]
     texts = [text for text in texts if text and text.strip()]
     if not texts:
@@ -468,7 +375,7 @@ def _draw_from_python(source: object, job: _Job) -> _Texts | _Feeds:
         if not isinstance(item, Mapping):
             raise OptionError(
                 f"item {number} of the calibration data is of type '{type(item).__name__}'; give texts, or dicts of "
-                f"arrays named {_names(job.signature.inputs)}."
+                f"arrays named {names(job.signature.inputs)}."
             )
         # what the graph does not take (labels, strings) is not converted, only named
         feed = {
@@ -509,13 +416,15 @@ def _require_tokenizer(job: _Job, where: str) -> None:
     taken: set[str] = set()
     for spec in signature.inputs.values():
         role = signature.roles.get(spec.name, "")
+        if role in STATE_ROLES:
+            continue
         usable = role == "mask" or spec.dtype.kind in "iu"
         alone = spec.name == signature.mask if role == "mask" else role not in taken
         shared = spec.name in signature.shared and role != "position"
         if not role or len(spec.shape) != 2 or not usable or not alone or shared:
             raise OptionError(
-                f"model input {_describe(spec)} cannot be filled from the texts of {where}; give an .npz file with one "
-                f"array for each of {_names(signature.inputs)} instead."
+                f"model input {describe(spec)} cannot be filled from the texts of {where}; give an .npz file with one "
+                f"array for each of {names(signature.inputs)} instead."
             )
         taken.add(role)
     if signature.ids is None:
@@ -576,7 +485,7 @@ def _jsonl_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[int, dict[st
             row = json.loads(line)
         except (ValueError, RecursionError) as err:
             raise OptionError(
-                f"line {number} of calibration file '{path}' is no JSON ({_one_line(err)}); each must be an object."
+                f"line {number} of calibration file '{path}' is no JSON ({one_line(err)}); each must be an object."
             ) from err
         if not isinstance(row, dict):
             raise OptionError(
@@ -592,7 +501,7 @@ def _csv_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[int, dict[str,
             yield reader.line_num, {name: value for name, value in row.items() if isinstance(name, str)}
     except csv.Error as err:
         raise OptionError(
-            f"line {reader.line_num + 1} of calibration file '{path}' is no CSV ({_one_line(err)}); quote or cut it."
+            f"line {reader.line_num + 1} of calibration file '{path}' is no CSV ({one_line(err)}); quote or cut it."
         ) from err
 
 
@@ -607,7 +516,7 @@ def _column_texts(rows: Iterator[tuple[int, dict[str, Any]]], path: Path, text_c
     for number, row in itertools.chain(head, rows):
         text = row.get(column)
         if column not in row:
-            raise OptionError(f"line {number} of {where} lacks the column '{column}'; it has {_names(row)}.")
+            raise OptionError(f"line {number} of {where} lacks the column '{column}'; it has {names(row)}.")
         if text is None:
             continue
         if not isinstance(text, str):
@@ -631,7 +540,7 @@ def _is_text(value: object) -> bool:
 def _text_column(columns: Sequence[str], strings: Sequence[str], wanted: str | None, where: str) -> str:
     if wanted is not None:
         if wanted not in columns:
-            raise OptionError(f"{where} has no column '{wanted}'; its columns are {_names(columns)}.")
+            raise OptionError(f"{where} has no column '{wanted}'; its columns are {names(columns)}.")
         return wanted
     if len(columns) == 1:
         return columns[0]
@@ -640,120 +549,22 @@ def _text_column(columns: Sequence[str], strings: Sequence[str], wanted: str | N
     for name in _TEXT_COLUMNS:
         if name in columns:
             return name
-    raise OptionError(f"{where} does not say which column is text; name one of {_names(columns)} as the text column.")
+    raise OptionError(f"{where} does not say which column is text; name one of {names(columns)} as the text column.")
 
 
-@dataclass(frozen=True)
-class _Tokenizer:
-    """What is needed of a tokenizer, whichever library reads it.
+def _longest_text(tokenizer: TextTokenizer, static: int | None, job: _Job) -> int:
+    """Tokens at which texts are cut: what the user says, else the least of what graph and tokenizer say and 512.
 
-    Attributes:
-        encode: Texts and a longest length to (token ids, type ids) a text.
-        specials: Tokens that it adds to every text.
-        size: Its vocabulary, added tokens included.
-        pad: Id that pads, if it has one.
-        pads_left: Pads come before the text.
-        limit: Longest text that the model behind it takes, when stated.
-        cut: Length at which its own file cuts texts, when stated.
+    Raises:
+        OptionError: The user asks for more than the graph or the tokenizer takes, or for nothing but special tokens.
     """
-
-    encode: Callable[[list[str], int], list[tuple[list[int], list[int]]]]
-    specials: int
-    size: int
-    pad: int | None
-    pads_left: bool
-    limit: int | None
-    cut: int | None
-
-
-def _load_tokenizer(where: str | Path) -> _Tokenizer:
-    path = Path(where)
-    hint = "pass the folder that the tokenizer's save_pretrained wrote"
-    if not path.exists():
-        raise OptionError(f"tokenizer '{where}' does not exist; {hint}.")
-    folder = path if path.is_dir() else path.parent
-    fast = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        if fast.is_file():
-            return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            return _slow_tokenizer(folder)
-    except Exception as err:  # `tokenizers` raises bare Exception
-        raise OptionError(f"tokenizer '{where}' cannot be loaded ({_one_line(err)}); {hint}.") from err
-    raise OptionError(f"tokenizer folder '{where}' holds no tokenizer files (tokenizer.json, ...); {hint}.")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
-
-
-def _sane_limit(value: object) -> int | None:
-    """A length in tokens; transformers writes 1e30 for "none"."""
-    return int(value) if isinstance(value, int | float) and 0 < value < 1_000_000 else None
-
-
-def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> _Tokenizer:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
-    named = config.get("pad_token") or _json_object(file.parent / "special_tokens_map.json").get("pad_token")
-    if isinstance(named, dict):
-        named = named.get("content")
-    pad = tokenizer.token_to_id(named) if isinstance(named, str) else padding.get("pad_id")
-    if pad is None:
-        ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
-        pad = next((found for found in ids if found is not None), None)
-    tokenizer.no_padding()
-
-    def encode(texts: list[str], longest: int) -> list[tuple[list[int], list[int]]]:
-        tokenizer.enable_truncation(longest)
-        return [(found.ids, found.type_ids) for found in tokenizer.encode_batch(texts)]
-
-    return _Tokenizer(
-        encode=encode,
-        specials=tokenizer.num_special_tokens_to_add(False),
-        size=tokenizer.get_vocab_size(with_added_tokens=True),
-        pad=pad,
-        pads_left=(config.get("padding_side") or str(padding.get("direction", "")).lower()) == "left",
-        limit=_sane_limit(config.get("model_max_length")),
-        cut=_sane_limit(truncation.get("max_length")),
-    )
-
-
-def _slow_tokenizer(folder: Path) -> _Tokenizer:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("its vocabulary is empty")
-
-    def encode(texts: list[str], longest: int) -> list[tuple[list[int], list[int]]]:
-        found = tokenizer(texts, truncation=True, max_length=longest, padding=False, return_token_type_ids=True)
-        return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
-
-    return _Tokenizer(
-        encode=encode,
-        specials=tokenizer.num_special_tokens_to_add(),
-        size=len(tokenizer),
-        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        pads_left=tokenizer.padding_side == "left",
-        limit=_sane_limit(tokenizer.model_max_length),
-        cut=None,
-    )
-
-
-def _longest_text(tokenizer: _Tokenizer, static: int | None, job: _Job, warnings: list[str]) -> int:
-    """Tokens at which texts are cut: what the user says, else the least of what graph and tokenizer say and 512."""
     longest = job.sequence_length or min(tokenizer.cut or _LONGEST, _LONGEST)
-    for limit, owner in ((tokenizer.limit, "the tokenizer"), (static, "the model")):
+    for limit, owner in ((tokenizer.limit, "the tokenizer"), (static, "the model"), (job.positions, "the model")):
         if limit is not None and longest > limit:
             if job.sequence_length is not None:
-                asked = f"'sequence_length' is {job.sequence_length}"
-                warnings.append(f"{asked}, and {owner} takes {limit} tokens: texts are cut there.")
+                raise OptionError(
+                    f"'sequence_length' is {job.sequence_length}, and {owner} takes {limit} tokens; give at most that."
+                )
             longest = limit
     if longest <= tokenizer.specials:
         raise OptionError(
@@ -768,23 +579,27 @@ def _batch_texts(drawn: _Texts, job: _Job) -> CalibrationData:
     signature = job.signature
     warnings: list[str] = []
     assert job.tokenizer is not None  # _require_tokenizer
-    tokenizer = _load_tokenizer(job.tokenizer)
-    static = _static_sequence(signature)
-    longest = _longest_text(tokenizer, static, job, warnings)
+    tokenizer = load_tokenizer(job.tokenizer)
+    static = signature.length()
+    longest = _longest_text(tokenizer, static, job)
     # lone surrogates (JSON allows them) are not text for a tokenizer
     texts = [text.strip().encode("utf-8", "replace").decode() for text in drawn.texts]
-    encoded = [pair for pair in tokenizer.encode(texts, longest) if pair[0]]
+    encoded = [pair for pair in tokenizer.encode(texts, None if job.packing else longest) if pair[0]]
     if not encoded:
         raise OptionError(f"tokenizer '{job.tokenizer}' finds no token in the texts; is it the model's?")
     if len(encoded) < len(texts):
         warnings.append(f"{len(texts) - len(encoded)} texts have no token and were left out.")
     _check_vocabulary(max(max(ids) for ids, _ in encoded), tokenizer, job, warnings)
+    said = f"at most {longest} tokens each"
+    size = signature.batch or job.batch_size
+    if job.packing:
+        encoded, said = _packed(encoded, longest, tokenizer, job, warnings)
+        size = signature.batch or packed_rows(len(encoded), longest, job.batch_size)
 
     lengths = np.array([len(ids) for ids, _ in encoded])
     ascending = np.argsort(lengths, kind="stable")
-    size = signature.batch or job.batch_size
     # without a mask input the attention sees padding: one length a batch where the graph leaves that free
-    equal = signature.mask is None and signature.batch is None and static is None
+    equal = (signature.mask is None or job.packing) and signature.batch is None and static is None
     cuts = np.flatnonzero(np.diff(lengths[ascending])) + 1 if equal else np.array([], dtype=np.int64)
     parts = np.split(ascending, cuts)
     chunks = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
@@ -796,11 +611,26 @@ def _batch_texts(drawn: _Texts, job: _Job) -> CalibrationData:
         batch, real = _pad([encoded[row] for row in rows], static or int(lengths[chunk].max()), tokenizer, signature)
         batches.append(batch)
         masks.append(real & (np.arange(len(rows)) < len(chunk))[:, None])
-    data = _finish(batches, masks, len(encoded), f"{drawn.source}, at most {longest} tokens each", warnings)
-    return replace(data, warnings=data.warnings + tuple(_mask_warnings(signature, masks)))
+    data = _finish(batches, masks, len(encoded), f"{drawn.source}, {said}", warnings)
+    # a causal model's real tokens never see the padding behind them
+    return data if job.packing else replace(data, warnings=data.warnings + tuple(_mask_warnings(signature, masks)))
 
 
-def _mask_warnings(signature: _Signature, masks: Sequence[NDArray[np.bool_]]) -> Iterator[str]:
+def _packed(
+    encoded: list[tuple[list[int], list[int]]], window: int, tokenizer: TextTokenizer, job: _Job, warnings: list[str]
+) -> tuple[list[tuple[list[int], list[int]]], str]:
+    """Windows in place of texts, `samples` of them at most, and what the report says of them."""
+    separator = None if tokenizer.specials else tokenizer.separator
+    if separator is None and not tokenizer.specials and len(encoded) > 1:
+        warnings.append(f"tokenizer '{job.tokenizer}' names no end token: texts are joined without one.")
+    full, tail = pack([encoded[index][0] for index in job.rng.permutation(len(encoded))], window, separator)
+    windows = [*full, tail] if len(tail) else [*full]
+    rows = job.pick(len(windows))
+    drawn = job.drawn(len(rows), len(windows), "windows")
+    return [(windows[row].tolist(), [0] * len(windows[row])) for row in rows], f"packed into {drawn} of {window} tokens"
+
+
+def _mask_warnings(signature: Signature, masks: Sequence[NDArray[np.bool_]]) -> Iterator[str]:
     if all(mask.all() for mask in masks):
         return
     if signature.mask is None:
@@ -814,18 +644,7 @@ def _mask_warnings(signature: _Signature, masks: Sequence[NDArray[np.bool_]]) ->
         yield f"mask input '{signature.mask}' is filled with 1 for a real token and 0 for padding; is that its meaning?"
 
 
-def _static_sequence(signature: _Signature) -> int | None:
-    static = {spec.shape[1]: name for name, spec in signature.inputs.items() if isinstance(spec.shape[1], int)}
-    if len(static) > 1:
-        raise OptionError(
-            f"inputs {_names(static.values())} have different static lengths {sorted(map(str, static))}; give an .npz "
-            "file with arrays of these shapes."
-        )
-    found = next(iter(static), None)
-    return found if isinstance(found, int) else None
-
-
-def _check_vocabulary(largest: int, tokenizer: _Tokenizer, job: _Job, warnings: list[str]) -> None:
+def _check_vocabulary(largest: int, tokenizer: TextTokenizer, job: _Job, warnings: list[str]) -> None:
     if job.vocabulary is None:
         return
     if largest >= job.vocabulary:
@@ -841,7 +660,7 @@ def _check_vocabulary(largest: int, tokenizer: _Tokenizer, job: _Job, warnings: 
 
 
 def _pad(
-    encoded: Sequence[tuple[list[int], list[int]]], length: int, tokenizer: _Tokenizer, signature: _Signature
+    encoded: Sequence[tuple[list[int], list[int]]], length: int, tokenizer: TextTokenizer, signature: Signature
 ) -> tuple[dict[str, Array], NDArray[np.bool_]]:
     """Feed of one batch, and its real tokens [b, s]."""
     shape = (len(encoded), length)
@@ -851,15 +670,7 @@ def _pad(
     for row, (tokens, kinds) in enumerate(encoded):
         place = slice(length - len(tokens), length) if tokenizer.pads_left else slice(0, len(tokens))
         ids[row, place], types[row, place], real[row, place] = tokens, kinds, True
-    positions = np.broadcast_to(np.arange(length), shape)
-    if tokenizer.pads_left:
-        positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
-    values: dict[str, Array] = {"ids": ids, "type": types, "mask": real, "position": positions}
-    feed: dict[str, Array] = {}
-    for spec in signature.inputs.values():
-        value = values[signature.roles[spec.name]]
-        feed[spec.name] = _cast(value[:1] if spec.name in signature.shared else value, spec, "the tokenizer")
-    return feed, real
+    return signature.feed(ids, real, types, pad=tokenizer.pad or 0), real
 
 
 # Arrays ---------------------------------------------------------------------------------------------------------------
@@ -913,7 +724,7 @@ class _Compressed:
 
 
 def _unreadable(path: Path, err: BaseException) -> OptionError:
-    return OptionError(f"calibration file '{path}' cannot be read ({_one_line(err)}); write it again with numpy.")
+    return OptionError(f"calibration file '{path}' cannot be read ({one_line(err)}); write it again with numpy.")
 
 
 def _pickled(path: Path, name: str) -> OptionError:
@@ -981,7 +792,7 @@ def _batch_feeds(drawn: _Feeds, job: _Job) -> CalibrationData:
     unknown = dict.fromkeys(name for _, feed in drawn.feeds for name in feed if name not in signature.inputs)
     counts = [_check_feed(label, feed, signature) for label, feed in drawn.feeds]
     if unknown:
-        warnings.append(f"arrays that are no inputs of the model were ignored: {_names(unknown)}.")
+        warnings.append(f"arrays that are no inputs of the model were ignored: {names(unknown)}.")
     total = sum(counts)
     if total == 0:
         raise OptionError(f"{drawn.feeds[0][0]} is empty: its arrays have no samples; give at least one.")
@@ -994,7 +805,9 @@ def _batch_feeds(drawn: _Feeds, job: _Job) -> CalibrationData:
         start += count
         if not len(inside):
             continue
-        taken = {name: _take(feed[name], inside, spec, label, job) for name, spec in signature.inputs.items()}
+        made = signature.made(feed)
+        given = {name: spec for name, spec in signature.inputs.items() if name not in made}
+        taken = {name: _take(feed[name], inside, spec, label, job) for name, spec in given.items()}
         _check_symbols(taken, signature, label)
         key = tuple(value.tobytes() if name in signature.shared else value.shape[1:] for name, value in taken.items())
         groups.setdefault(key, []).append(taken)
@@ -1004,7 +817,7 @@ def _batch_feeds(drawn: _Feeds, job: _Job) -> CalibrationData:
     return _finish(batches, masks, len(rows), f"{drawn.label}, {said}", warnings)
 
 
-def _check_feed(where: str, feed: Mapping[str, _Column], signature: _Signature) -> int:
+def _check_feed(where: str, feed: Mapping[str, _Column], signature: Signature) -> int:
     """Check names, ranks and shapes, without reading the arrays.
 
     Returns:
@@ -1013,17 +826,20 @@ def _check_feed(where: str, feed: Mapping[str, _Column], signature: _Signature) 
     Raises:
         OptionError: They do not fit the graph's inputs.
     """
-    missing = [name for name in signature.inputs if name not in feed]
+    made = signature.made(feed)
+    missing = [name for name in signature.inputs if name not in feed and name not in made]
     if missing:
         unknown = [name for name in feed if name not in signature.inputs]
         raise OptionError(
-            f"{where} lacks the inputs {_names(missing)} (unknown in it: {_names(unknown)}); it needs an array for "
-            f"each of {_names(signature.inputs)}."
+            f"{where} lacks the inputs {names(missing)} (unknown in it: {names(unknown)}); it needs an array for "
+            f"each of {names(signature.inputs)}."
         )
     counts: dict[str, int] = {}
     for name, spec in signature.inputs.items():
+        if name in made:
+            continue
         shape = feed[name].shape
-        need = f"model input {_describe(spec)} needs"
+        need = f"model input {describe(spec)} needs"
         if feed[name].dtype.kind in "OUSM":
             raise OptionError(f"array '{name}' of {where} is of type '{feed[name].dtype}'; {need} numbers of one shape.")
         if len(shape) != len(spec.shape):
@@ -1043,7 +859,7 @@ def _take(column: _Column, rows: NDArray[np.int64], spec: InputSpec, where: str,
     signature = job.signature
     whole = spec.name in signature.shared
     values = column.take(np.arange(column.shape[0]) if whole and column.shape else rows)
-    values = _cast(values, spec, where)
+    values = cast(values, spec, where)
     if signature.roles.get(spec.name) == "ids" and values.size:
         low, high = int(values.min()), int(values.max())
         if low < 0 or (job.vocabulary is not None and high >= job.vocabulary):
@@ -1054,49 +870,7 @@ def _take(column: _Column, rows: NDArray[np.int64], spec: InputSpec, where: str,
     return values
 
 
-def _is_float(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind == "f" or "float" in dtype.name  # bfloat16 and the float8 types of ml_dtypes are of kind V
-
-
-def _cast(values: Array, spec: InputSpec, where: str) -> Array:
-    """Values in the dtype of the input, when nothing is lost (floats may be rounded, not overflow).
-
-    Raises:
-        OptionError: Another kind of numbers, numbers out of range, NaN or Inf.
-    """
-    have, need = values.dtype, spec.dtype
-    what = f"array '{spec.name}' of {where}"
-    if _is_float(have):
-        if not _is_float(need):
-            raise OptionError(f"{what} is of type '{have}'; model input {_describe(spec)} needs whole numbers.")
-        bad = ~np.isfinite(values)
-        if bad.any():
-            first = [int(axis[0]) for axis in np.nonzero(bad)]
-            found = f"{int(bad.sum())} NaN or Inf values (the first at {first})"
-            raise OptionError(f"{what} has {found}; remove those samples.")
-    elif have.kind not in "biu":
-        raise OptionError(f"{what} is of type '{have}'; model input {_describe(spec)} needs numbers.")
-    if have == need:
-        return np.ascontiguousarray(values) if values.ndim else values
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = values.astype(need)
-    if _is_float(have):
-        kept = bool(np.isfinite(cast).all())
-    elif have.kind == "b" or not values.size:
-        kept = True
-    elif need.kind == "b":
-        kept = bool(np.isin(values, (0, 1)).all())
-    elif need.kind in "iu":
-        limits = np.iinfo(need)
-        kept = limits.min <= int(values.min()) and int(values.max()) <= limits.max
-    else:
-        kept = bool((cast.astype(np.float64) == values).all())
-    if not kept:
-        raise OptionError(f"{what} ('{have}') has values that model input {_describe(spec)} cannot hold.")
-    return cast
-
-
-def _check_symbols(taken: Mapping[str, Array], signature: _Signature, where: str) -> None:
+def _check_symbols(taken: Mapping[str, Array], signature: Signature, where: str) -> None:
     """Axes with one symbol must have one size."""
     sizes: dict[str, tuple[int, str]] = {}
     for name, value in taken.items():
@@ -1111,7 +885,7 @@ def _check_symbols(taken: Mapping[str, Array], signature: _Signature, where: str
                 )
 
 
-def _stack(group: Sequence[Mapping[str, Array]], signature: _Signature) -> dict[str, Array]:
+def _stack(group: Sequence[Mapping[str, Array]], signature: Signature) -> dict[str, Array]:
     return {
         name: first if name in signature.shared or len(group) == 1 else np.concatenate([feed[name] for feed in group])
         for name, first in group[0].items()
@@ -1124,7 +898,7 @@ def _batch_rows(groups: Sequence[Mapping[str, Array]], job: _Job) -> tuple[list[
     size = signature.batch or job.batch_size
     # a mask that is added to the scores is 0 where the token is real; batches without padding do not show it
     mask = signature.mask
-    additive = mask is not None and any(_is_float(g[mask].dtype) and bool((g[mask] < 0).any()) for g in groups)
+    additive = mask is not None and any(is_float(g[mask].dtype) and bool((g[mask] < 0).any()) for g in groups)
     batches: list[dict[str, Array]] = []
     masks: list[NDArray[np.bool_]] = []
     for group in groups:
@@ -1136,13 +910,13 @@ def _batch_rows(groups: Sequence[Mapping[str, Array]], job: _Job) -> tuple[list[
             batch = {name: value if name in signature.shared else value[rows] for name, value in group.items()}
             real = signature.real_rows(batch, additive)
             fresh = np.arange(len(rows)) < len(chunk)
-            batches.append(batch)
+            batches.append(signature.completed(batch, real))
             masks.append(real & fresh.reshape(-1, *(1,) * (real.ndim - 1)))
     shuffled = job.rng.permutation(len(batches))
     return [batches[index] for index in shuffled], [masks[index] for index in shuffled]
 
 
-def _check_masks(masks: Sequence[NDArray[np.bool_]], signature: _Signature, drawn: _Feeds, warnings: list[str]) -> None:
+def _check_masks(masks: Sequence[NDArray[np.bool_]], signature: Signature, drawn: _Feeds, warnings: list[str]) -> None:
     if signature.mask is None:
         return
     if not any(mask.any() for mask in masks):
@@ -1167,7 +941,8 @@ def _synthesise(job: _Job) -> CalibrationData:
     signature = job.signature
     sizes: dict[str, int] = {}
     group: dict[str, Array] = {}
-    for spec in signature.inputs.values():
+    made = signature.made(name for name in signature.inputs if signature.roles.get(name) not in STATE_ROLES)
+    for spec in (spec for name, spec in signature.inputs.items() if name not in made):
         shape = _synthetic_shape(spec, job, sizes)
         group[spec.name] = _synthetic_values(spec, shape, job)
     batches, masks = _batch_rows([group], job)
@@ -1198,11 +973,11 @@ def _synthetic_shape(spec: InputSpec, job: _Job, sizes: dict[str, int]) -> tuple
 
 
 def _synthetic_size(spec: InputSpec, axis: int, job: _Job) -> int:
-    if _is_float(spec.dtype) and len(spec.shape) == 4:
+    if is_float(spec.dtype) and len(spec.shape) == 4:
         return 3 if axis == 1 else 224  # an image
     if job.sequence_length is not None:
         return job.sequence_length
-    if _is_float(spec.dtype) and len(spec.shape) == 2 and spec.name not in job.signature.roles:
+    if is_float(spec.dtype) and len(spec.shape) == 2 and spec.name not in job.signature.roles:
         return 16000  # a second of sound
     static = [s.shape[1] for s in job.signature.inputs.values() if len(s.shape) == 2 and s.name in job.signature.roles]
     return next((dim for dim in static if isinstance(dim, int)), _SYNTHETIC_SEQUENCE)
@@ -1216,6 +991,6 @@ def _synthetic_values(spec: InputSpec, shape: tuple[int, ...], job: _Job) -> Arr
         return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape).astype(spec.dtype)
     if role == "ids":
         return job.rng.integers(job.vocabulary or _SYNTHETIC_VOCABULARY, size=shape).astype(spec.dtype)
-    if role is None and _is_float(spec.dtype):
+    if role is None and is_float(spec.dtype):
         return np.asarray(job.rng.standard_normal(shape, dtype=np.float32), dtype=np.float32).astype(spec.dtype)
     return np.zeros(shape, dtype=spec.dtype)

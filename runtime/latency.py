@@ -3,18 +3,11 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-
-class Runs(Protocol):
-    """What can be timed: a session, or something with its face."""
-
-    inputs: list[str]
-
-    def run(self, feeds: Mapping[str, Any]) -> Any:
-        """Runs once."""
+from liar_opt.runtime.sessions import Session
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Latency:
 
 
 def measure_latency(
-    sessions: Sequence[Runs],
+    sessions: Sequence[Session],
     feeds: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     budget: float = 2.0,
     least: int = 5,

@@ -466,7 +466,7 @@ DESCRIPTION = {
 }
 CALIBRATION = (
     "a .txt, .jsonl or .csv file, an .npz file or a folder of .npy files with the graph's input names, a saved dataset, or "
-    "the name of one (name[:config][:split]); without it, random inputs"
+    "the name of one (name[:config][:split]); 'self' lets a decoder write its own text; without it, random inputs"
 )
 EXIT_CODES = (
     "exit codes: 0 done, 1 a check failed and nothing was written, 2 wrong use or unusable input, 3 a bug, 130 interrupted"
@@ -536,7 +536,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
-    from liar_opt.passes.prune_model import prune
+    from liar_opt.passes.prune_model import PACKINGS, prune
     from liar_opt.runtime.sessions import PROVIDERS
 
     calibration = _Fields(parser.add_argument_group("calibration"), prune)
@@ -549,6 +549,7 @@ def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
     calibration.add("sequence_length", int, metavar="N")
     if command == "prune":
         calibration.add("mask_input", str, metavar="NAME")
+        calibration.add("packing", str, choices=PACKINGS)
     calibration.add("provider", str, choices=PROVIDERS)
     calibration.add("seed", _seed, metavar="N")
 

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from words import CLS, PAD, SEP, SPECIALS, UNK, WORDS, plain_tokenizer, save_tokenizer
 
 from liar_opt.runtime import calibration_data
-from liar_opt.runtime.calibration_data import CalibrationData, InputSpec, load_calibration
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import OptionError
-
-WORDS = re.findall(r"\w+", "the cat sat on a mat while rain fell over london and nobody said one more word about it today")
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-PAD, UNK, CLS, SEP = 3, 2, 1, 0  # the pad is not 0, so that a forgotten pad id shows
+from liar_opt.runtime.signatures import InputSpec
 
 
 def spec(name: str, shape: tuple[int | str | None, ...] = ("b", "s"), dtype: str = "int64") -> InputSpec:
@@ -30,26 +28,6 @@ def spec(name: str, shape: tuple[int | str | None, ...] = ("b", "s"), dtype: str
 
 BERT = [spec("input_ids"), spec("attention_mask"), spec("token_type_ids")]
 IMAGE = [spec("pixel_values", ("b", 3, 5, 7), "float32")]
-
-
-def save_tokenizer(folder: Path, *, left: bool = False, pad: bool = True, limit: int | None = None) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    order = ["[SEP]", "[CLS]", "[UNK]", "[PAD]" if pad else "[OTHER]", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(dict.fromkeys(order))}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment, unused-ignore]
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment, unused-ignore]
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {"padding_side": "left" if left else "right"}
-    if pad:
-        config["pad_token"] = {"content": "[PAD]"}
-    if limit:
-        config["model_max_length"] = limit
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture
@@ -289,10 +267,10 @@ def test_where_texts_are_cut(tmp_path: Path, tokenizer: Path) -> None:
     assert length(tokenizer, sequence_length=700) == 700
     limited = save_tokenizer(tmp_path / "limited", limit=40)
     assert length(limited) == 40
-    data = load_calibration(long, BERT, tokenizer=limited, sequence_length=50)
-    assert data.batches[0]["input_ids"].shape == (1, 40)
-    assert "'sequence_length' is 50" in data.warnings[0]
-    assert "at most 40 tokens" in data.source
+    assert "at most 40 tokens" in load_calibration(long, BERT, tokenizer=limited).source
+    refuse("'sequence_length' is 50", "the tokenizer takes 40", source=long, tokenizer=limited, sequence_length=50)
+    refuse("'sequence_length' is 38", "positions for 37", source=long, tokenizer=limited, sequence_length=38, positions=37)
+    assert length(limited, positions=37) == 37
     static = [spec("input_ids", ("b", 30)), spec("attention_mask", ("b", 30))]
     assert length(limited, static) == 30
     shorter = load_calibration(long, static, tokenizer=limited, sequence_length=10)
@@ -445,8 +423,8 @@ def test_tokenizer_that_disagrees_with_the_model(tokenizer: Path) -> None:
     extra = [*BERT, spec("labels")]
     refuse("'labels' (int64 [b, s])", source=["the"], inputs=extra, tokenizer=tokenizer)
     refuse("'pixel_values'", source=["the"], inputs=IMAGE, tokenizer=tokenizer)
-    both = [*BERT, spec("decoder_input_ids")]
-    refuse("'decoder_input_ids'", source=["the"], inputs=both, tokenizer=tokenizer)
+    both = [*BERT, spec("other_ids")]
+    refuse("'other_ids'", source=["the"], inputs=both, tokenizer=tokenizer)
     square = [spec("input_ids"), spec("attention_mask", ("b", 1, "s", "s"))]
     refuse("'attention_mask' (int64 [b, 1, s, s])", source=["the"], inputs=square, tokenizer=tokenizer)
     refuse("no token id input", source=["the"], inputs=[spec("attention_mask")], tokenizer=tokenizer)
@@ -841,3 +819,115 @@ def test_import_is_light() -> None:
     code = "import sys, liar_opt.runtime.calibration_data; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(torch|transformers|datasets|tokenizers|onnxruntime)\b", out)
+
+
+# Packing --------------------------------------------------------------------------------------------------------------
+
+GPT = [spec("input_ids"), spec("attention_mask")]
+PAST = [spec(f"past_key_values.0.{part}", ("b", 3, "p", 8), "float32") for part in ("key", "value")]
+
+
+def stream(data: CalibrationData) -> list[tuple[int, ...]]:
+    """The windows of all batches, sorted."""
+    return sorted(tuple(row.tolist()) for batch in data.batches for row in batch["input_ids"])
+
+
+def test_packed_windows_hold_every_token_once(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer(tmp_path / "plain")
+    given = texts(31, longest=17)
+    data = load_calibration(given, GPT, tokenizer=tokenizer, sequence_length=8, packing=True, batch_size=4)
+    assert set(data.row_masks) == {None}
+    assert all((batch["attention_mask"] == 1).all() for batch in data.batches)
+    words = [encode(text)[1:-1] for text in given]
+    windows = stream(data)
+    assert {len(window) for window in windows} <= {8, sum(map(len, windows)) % 8}
+    assert sum(map(len, windows)) == data.tokens == sum(map(len, words)) + len(given) - 1
+    assert sorted(token for window in windows for token in window if token != SEP) == sorted(sum(words, ()))
+    # pieces between separators that do not touch the edge of a window are whole texts
+    inner = {tuple(piece) for window in windows for piece in _pieces(window)[1:-1]}
+    assert inner and inner <= set(words)
+    assert data.samples == len(windows)
+    assert "packed into" in data.source and "of 8 tokens" in data.source
+
+
+def _pieces(window: tuple[int, ...]) -> list[list[int]]:
+    pieces: list[list[int]] = [[]]
+    for token in window:
+        if token == SEP:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return pieces
+
+
+def test_texts_with_special_tokens_of_their_own_get_no_separator(tokenizer: Path) -> None:
+    data = load_calibration(texts(9), GPT, tokenizer=tokenizer, sequence_length=6, packing=True)
+    joined = [token for window in stream(data) for token in window]
+    assert joined.count(SEP) == joined.count(CLS) == 9
+    assert data.warnings == ()
+
+
+def test_a_tokenizer_without_an_end_token_joins_texts_with_a_warning(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer(tmp_path / "endless", end=None)
+    data = load_calibration(texts(9), GPT, tokenizer=tokenizer, sequence_length=6, packing=True)
+    assert "names no end token" in data.warnings[0]
+    assert load_calibration(["the cat"], GPT, tokenizer=tokenizer, packing=True).warnings == ()
+
+
+def test_packed_samples_are_windows_and_seeded(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer(tmp_path / "plain")
+
+    def windows(**options: Any) -> list[tuple[int, ...]]:
+        data = load_calibration(texts(40, longest=17), GPT, tokenizer=tokenizer, sequence_length=5, packing=True, **options)
+        return [tuple(row.tolist()) for batch in data.batches for row in batch["input_ids"]]
+
+    assert len(windows(samples=40)) == 40
+    assert windows(samples=40) == windows(samples=40)
+    assert windows(samples=40) != windows(samples=40, seed=1)
+
+
+def test_packed_batches_leave_some_to_hold_back_and_are_small(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer(tmp_path / "plain")
+    given = ["the cat sat on a mat while rain fell over london " * 30] * 20
+    data = load_calibration(given, GPT, tokenizer=tokenizer, sequence_length=100, packing=True)
+    sizes = [len(batch["input_ids"]) for batch in data.batches]
+    assert len(sizes) >= 10 and max(sizes) > 1
+    long = load_calibration(given, GPT, tokenizer=tokenizer, sequence_length=3000, packing=True)
+    assert {len(batch["input_ids"]) for batch in long.batches} == {1}
+
+
+def test_packed_windows_of_a_static_length_are_filled_up_and_masked(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer(tmp_path / "plain")
+    inputs = [spec(name, (2, 7)) for name in ("input_ids", "attention_mask")]
+    given = texts(11)
+    data = load_calibration(given, inputs, tokenizer=tokenizer, packing=True)
+    assert {batch["input_ids"].shape for batch in data.batches} == {(2, 7)}
+    assert data.tokens == sum(len(encode(text)) - 2 for text in given) + len(given) - 1
+
+
+def test_decoder_state_is_made_for_texts_and_for_arrays(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer(tmp_path / "plain")
+    inputs = [*GPT, spec("position_ids"), *PAST, spec("cache_position", ("s",)), spec("num_logits_to_keep", ())]
+    ids = np.arange(1, 13).reshape(2, 6)
+    from_texts = load_calibration(
+        ["the cat sat on a mat " * 4], inputs, tokenizer=tokenizer, sequence_length=6, packing=True
+    )
+    from_arrays = load_calibration({"input_ids": ids, "attention_mask": np.ones_like(ids)}, inputs)
+    for data in (from_texts, from_arrays):
+        for batch in data.batches:
+            rows = len(batch["input_ids"])
+            assert list(batch) == [item.name for item in inputs]
+            assert batch["past_key_values.0.key"].shape == (rows, 3, 0, 8)
+            assert batch["past_key_values.0.key"].dtype == np.float32
+            assert batch["position_ids"].tolist() == [list(range(6))] * rows
+            assert batch["cache_position"].tolist() == list(range(6))
+            assert batch["num_logits_to_keep"] == 0
+    assert load_calibration(None, inputs, samples=3, vocabulary=9).batches[0]["past_key_values.0.value"].size == 0
+
+
+def test_positions_bound_the_sequence_length(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer(tmp_path / "plain")
+    long = ["the cat sat " * 40]
+    refuse("is 65", "positions for 64", source=long, inputs=GPT, tokenizer=tokenizer, sequence_length=65, positions=64)
+    data = load_calibration(long, GPT, tokenizer=tokenizer, positions=64, packing=True)
+    assert max(batch["input_ids"].shape[1] for batch in data.batches) == 64

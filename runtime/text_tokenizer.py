@@ -1,0 +1,155 @@
+"""Tokenizers: what calibration needs of one, whichever library reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.signatures import one_line
+
+PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer.
+
+    Attributes:
+        encode: Texts and a longest length (None: they are not cut) to (token ids, type ids) a text.
+        specials: Tokens that it adds to every text.
+        size: Its vocabulary, added tokens included.
+        pad: Id that pads, if it has one.
+        pads_left: Pads come before the text.
+        limit: Longest text that the model behind it takes, when stated.
+        cut: Length at which its own file cuts texts, when stated.
+        separator: Id of its end token, else of its begin token, if it has one.
+        special: Ids of all special tokens.
+    """
+
+    encode: Callable[[list[str], int | None], list[tuple[list[int], list[int]]]]
+    specials: int
+    size: int
+    pad: int | None
+    pads_left: bool
+    limit: int | None
+    cut: int | None
+    separator: int | None
+    special: frozenset[int]
+
+
+def load_tokenizer(where: str | Path) -> TextTokenizer:
+    """Reads a tokenizer from its folder, or from its tokenizer.json.
+
+    Raises:
+        OptionError: There is none, or it cannot be read.
+    """
+    path = Path(where)
+    hint = "pass the folder that the tokenizer's save_pretrained wrote"
+    if not path.exists():
+        raise OptionError(f"tokenizer '{where}' does not exist; {hint}.")
+    folder = path if path.is_dir() else path.parent
+    fast = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if fast.is_file():
+            return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return _slow_tokenizer(folder)
+    except Exception as err:  # `tokenizers` raises bare Exception
+        raise OptionError(f"tokenizer '{where}' cannot be loaded ({one_line(err)}); {hint}.") from err
+    raise OptionError(f"tokenizer folder '{where}' holds no tokenizer files (tokenizer.json, ...); {hint}.")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def _sane_limit(value: object) -> int | None:
+    """A length in tokens; transformers writes 1e30 for "none"."""
+    return int(value) if isinstance(value, int | float) and 0 < value < 1_000_000 else None
+
+
+def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+    mapped = _json_object(file.parent / "special_tokens_map.json")
+
+    def named(role: str) -> int | None:
+        name = config.get(role) or mapped.get(role)
+        if isinstance(name, dict):
+            name = name.get("content")
+        found: int | None = tokenizer.token_to_id(name) if isinstance(name, str) else None
+        return found
+
+    pad = named("pad_token")
+    if pad is None:
+        pad = padding.get("pad_id")
+    if pad is None:
+        ids = (tokenizer.token_to_id(token) for token in PAD_TOKENS)
+        pad = next((found for found in ids if found is not None), None)
+    tokenizer.no_padding()
+    sample = tokenizer.encode("a")
+
+    def encode(texts: list[str], longest: int | None) -> list[tuple[list[int], list[int]]]:
+        if longest is None:
+            tokenizer.no_truncation()
+        else:
+            tokenizer.enable_truncation(longest)
+        return [(found.ids, found.type_ids) for found in tokenizer.encode_batch(texts)]
+
+    return TextTokenizer(
+        encode=encode,
+        specials=tokenizer.num_special_tokens_to_add(False),
+        size=tokenizer.get_vocab_size(with_added_tokens=True),
+        pad=pad,
+        pads_left=(config.get("padding_side") or str(padding.get("direction", "")).lower()) == "left",
+        limit=_sane_limit(config.get("model_max_length")),
+        cut=_sane_limit(truncation.get("max_length")),
+        separator=next((i for i in map(named, ("eos_token", "bos_token")) if i is not None), None),
+        special=frozenset(
+            {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+            | {i for i, added in zip(sample.ids, sample.special_tokens_mask, strict=True) if added}
+        ),
+    )
+
+
+def _slow_tokenizer(folder: Path) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("its vocabulary is empty")
+
+    def encode(texts: list[str], longest: int | None) -> list[tuple[list[int], list[int]]]:
+        cut = longest is not None
+        found = tokenizer(texts, truncation=cut, max_length=longest, padding=False, return_token_type_ids=True)
+        return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
+
+    return TextTokenizer(
+        encode=encode,
+        specials=tokenizer.num_special_tokens_to_add(),
+        size=len(tokenizer),
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pads_left=tokenizer.padding_side == "left",
+        limit=_sane_limit(tokenizer.model_max_length),
+        cut=None,
+        separator=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id,
+        special=frozenset(tokenizer.all_special_ids),
+    )

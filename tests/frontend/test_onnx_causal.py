@@ -1,0 +1,97 @@
+"""Causal or not, and how many positions: by structure, held against what the models compute."""
+
+import numpy as np
+import onnx
+import pytest
+import zoo
+import zoo_decoders
+
+from liar_opt.frontend.onnx_causal import is_causal, positions
+from liar_opt.frontend.onnx_model import OnnxModel
+
+DECODERS = [
+    zoo_decoders.Case("llama", "dynamo"),
+    zoo_decoders.Case("gpt2", "torchscript"),
+    zoo_decoders.Case("opt", "torchscript"),
+    zoo_decoders.Case("gpt2", "dynamo", cache=True),
+    zoo_decoders.Case("mistral", "dynamo"),
+]
+ENCODERS = [case for case in zoo.cases(fast=True) if case.architecture != "vit"]
+PAIRS = [zoo_decoders.Case("bart", "dynamo")]
+
+
+def normalised(path: object) -> OnnxModel:
+    model = OnnxModel.load(str(path))
+    model.normalise()
+    return model
+
+
+def sees_what_is_behind(path: object, feeds: dict[str, np.ndarray]) -> bool:
+    """Whether an output changes at a token when the token behind it does."""
+    changed = {**feeds, "input_ids": feeds["input_ids"].copy()}
+    changed["input_ids"][:, -1] = np.where(changed["input_ids"][:, -1] == 5, 6, 5)
+    before, after = (zoo.run(path, feed) for feed in (feeds, changed))  # type: ignore[arg-type]
+    name = next(iter(before))
+    return bool(np.abs(before[name][:, :-1] - after[name][:, :-1]).max() > 1e-5)
+
+
+@pytest.mark.parametrize("case", DECODERS, ids=lambda case: case.name)
+def test_decoders_are_causal(case: zoo_decoders.Case) -> None:
+    built = zoo_decoders.ready(case)
+    feeds = {**built.feeds, "attention_mask": np.ones_like(built.feeds["attention_mask"])}
+    assert not sees_what_is_behind(built.path, feeds)
+    assert is_causal(normalised(built.path))
+
+
+@pytest.mark.parametrize("case", ENCODERS, ids=lambda case: case.name)
+def test_encoders_are_not(case: zoo.Case) -> None:
+    assert not is_causal(normalised(zoo.ready(case).path))
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_encoder_decoders_are_not(case: zoo_decoders.Case) -> None:
+    assert not is_causal(normalised(zoo_decoders.ready(case).path))
+
+
+def test_the_oracle_can_fail() -> None:
+    built = zoo.ready(next(case for case in ENCODERS if case.architecture == "bert"))
+    assert built.mask is not None
+    assert sees_what_is_behind(built.path, {**built.feeds, built.mask: np.ones_like(built.feeds[built.mask])})
+
+
+def test_positions_of_learned_tables() -> None:
+    assert positions(normalised(zoo_decoders.ready(DECODERS[1]).path)) == zoo_decoders.POSITIONS
+    assert positions(normalised(zoo_decoders.ready(DECODERS[3]).path)) == zoo_decoders.POSITIONS
+    bert = next(case for case in ENCODERS if case.architecture == "bert")
+    assert positions(normalised(zoo.ready(bert).path)) == zoo.POSITIONS
+    assert positions(normalised(zoo_decoders.ready(DECODERS[0]).path)) is None  # rotary: nothing in the graph ends
+
+
+def attention(node: str, *more: str) -> OnnxModel:
+    text = f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (int64[b, s] input_ids, float[b, s, 24] x) => (float[b, s, n] y) <{", ".join(more)}> {{ {node} }}"""
+    return OnnxModel.from_proto(onnx.parser.parse_model(text))
+
+
+def test_operators_that_say_so() -> None:
+    grouped = attention(
+        "y = com.microsoft.GroupQueryAttention <num_heads = 3, kv_num_heads = 1>(x, x, x, , , , , cosine, sine)",
+        "float[9, 4] cosine = {" + ", ".join(["0"] * 36) + "}",
+        "float[9, 4] sine = {" + ", ".join(["0"] * 36) + "}",
+    )
+    assert is_causal(grouped) and positions(grouped) == 9
+    plain = "y = com.microsoft.MultiHeadAttention <num_heads = 3{}>(x, x, x)"
+    assert is_causal(attention(plain.format(", unidirectional = 1")))
+    assert not is_causal(attention(plain.format(", unidirectional = 0")))
+
+
+@pytest.mark.parametrize(
+    ("mask", "causal"),
+    [
+        ("bool[1, 3, 3] m = {1, 0, 0, 1, 1, 0, 1, 1, 1}", True),
+        ("bool[1, 3, 3] m = {1, 1, 0, 1, 1, 0, 1, 1, 1}", False),
+        ("bool[1, 3, 3] m = {1, 1, 1, 1, 1, 1, 1, 1, 1}", False),
+    ],
+)
+def test_a_constant_triangle(mask: str, causal: bool) -> None:
+    assert is_causal(attention("y = Where(m, x, x)", mask)) == causal

@@ -1,0 +1,80 @@
+"""A decoder from texts, and from what it writes itself: packed windows, an empty cache, and what the report says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import words
+import zoo_decoders
+
+from liar_opt.passes.prune_model import PruneResult, prune
+from liar_opt.runtime.errors import OptionError
+from liar_opt.tools.cli import main
+
+CACHED = zoo_decoders.Case("llama", "torchscript", cache=True)
+LEARNED = zoo_decoders.Case("gpt2", "torchscript")
+TEXTS = ["the cat sat on a mat while rain fell over london", "nobody said one more word about it today"] * 40
+
+
+def pruned(calibration: Any, tokenizer: Path | None = None, **options: Any) -> PruneResult:
+    path = zoo_decoders.ready(CACHED).path
+    given: dict[str, Any] = {"sequence_length": 8, "batch_size": 4, "latency": False, "sparsity": 0.3, "multiple_of": 4}
+    return prune(path, calibration, tokenizer=tokenizer, **{**given, **options})
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return words.plain_tokenizer(tmp_path / "tokenizer")
+
+
+def test_texts_are_packed_where_the_model_is_causal(tokenizer: Path) -> None:
+    report = pruned(TEXTS, tokenizer).report
+    tokens = sum(len(text.split()) for text in TEXTS) + len(TEXTS) - 1
+    assert report["calibration"]["tokens"] == tokens
+    assert "of 8 tokens" in report["calibration"]["source"]
+    assert report["options"]["calibration"]["packing"] == "auto"
+    assert report["after"]["parameters"] < report["before"]["parameters"]
+    assert report["verification"]["exact_difference"] < 1e-4
+
+
+def test_packing_can_be_turned_off(tokenizer: Path) -> None:
+    report = pruned(TEXTS, tokenizer, packing="off").report
+    assert "at most 8 tokens each" in report["calibration"]["source"]
+    with pytest.raises(OptionError, match="packing 'sometimes' is unknown"):
+        pruned(TEXTS, tokenizer, packing="sometimes")
+
+
+def test_calibration_self(tokenizer: Path) -> None:
+    report = pruned("self", tokenizer, samples=24).report
+    assert report["calibration"]["tokens"] == 24 * 8
+    assert (
+        "24 windows of 8 tokens, written by the model itself through its cache with seed 0"
+        in report["calibration"]["source"]
+    )
+    assert not report["calibration"]["synthetic"]
+    assert report["after"]["parameters"] < report["before"]["parameters"]
+    again = pruned("self", tokenizer, samples=24)
+    assert again.report["groups"] == report["groups"]
+
+
+def test_more_tokens_than_positions(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = zoo_decoders.ready(LEARNED).path, tmp_path / "out.onnx"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    for calibration in (str(text), "self"):
+        code = main(
+            [
+                str(path),
+                "-o",
+                str(out),
+                "--calibration",
+                calibration,
+                "--tokenizer",
+                str(tokenizer),
+                "--sequence-length",
+                "42",
+            ]
+        )
+        error = capsys.readouterr().err
+        assert code == 2 and not out.exists()
+        assert "'sequence_length' is 42" in error and f"positions for {zoo_decoders.POSITIONS} tokens" in error
