@@ -177,7 +177,7 @@ def prove(family: str, precision: str, folder: Path, seed: int) -> Row:
 
 
 def beside_genai(whole: Path, source: Path, prompt: np.ndarray, wanted: list[int]) -> str:
-    """Returns whether GenAI makes the tokens ``wanted`` of a cut graph; where it cannot, whether it can of the whole one."""
+    """Returns whether GenAI makes the tokens ``wanted`` of a cut graph; if not at all, whether it can of the whole one."""
     try:
         made = generated_by_genai(whole, prompt)
     except Exception as err:
