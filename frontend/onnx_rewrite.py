@@ -31,6 +31,7 @@ BIAS_INPUTS = {
     (MICROSOFT, "BiasAdd"): (1,),
     (MICROSOFT, "SkipLayerNormalization"): (4,),
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): (3,),
+    ("aten", "add"): (0, 1),
 }
 """Operators that add a constant vector to what they read: the input positions of that vector."""
 
@@ -493,6 +494,10 @@ class Rewriter:
             if old.ndim < 1 or old.size < delta.size:
                 for use in uses:  # a scalar has become a vector
                     self._follow(use.node, use.bias[1], constant, use)
+
+    def has_bias(self, use: ConsumerUse) -> bool:
+        """Returns whether a constant bias is added behind a contraction already."""
+        return self._bias_place(use) is not None
 
     def _bias_place(self, use: ConsumerUse) -> tuple[gs.Node, int, float] | None:
         """Returns (node, input position, scale) of the constant bias behind a contraction, or None."""

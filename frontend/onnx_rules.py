@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from liar_opt.passes.axes import AxisAlgebra, Factor
 
 COPIES = ("Cast", "Identity")
+LOOK_UPS = ("Gather", "GatherND")
 VALUE_LIMIT = 4096
 """Tensors with more elements than this are data, not shape arithmetic."""
 
@@ -174,6 +175,7 @@ class GraphWalk:
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
+    _unforeseen: list[int] = field(default_factory=list)
 
     @functools.cached_property
     def inferred(self) -> dict[str, tuple[int, ...]]:
@@ -273,6 +275,11 @@ class GraphWalk:
     def fresh(self, size: int, pin: str | None = None) -> Factor:
         """Returns a new factor."""
         return self.algebra.fresh(size, pin)
+
+    def unforeseen(self) -> int:
+        """Returns a probe size for an axis whose length depends on the data."""
+        self._unforeseen.append(next(primes(max([4, *self._dynamic, *self._unforeseen]) + 1)))
+        return self._unforeseen[-1]
 
     def size_use(
         self, node: gs.Node, where: tuple[str, int | str, int], *factors: Factor, watched: tuple[Factor, ...] = ()
@@ -667,6 +674,11 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
     elif w.constant(node, 0) is not None and len(left) == 2 and not vector_right:
         w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale, output_axis=-2)
     else:
+        looked_up = any(t.inputs and t.inputs[0].op in LOOK_UPS and is_constant(t.inputs[0].inputs[0]) for t in node.inputs)
+        if looked_up and w.algebra.pinned(k_left) is None:
+            w.left.setdefault("weights are looked up for each token, as those of experts: their width stays", []).append(
+                node.name
+            )
         w.pin([k_left], f"contracted between two activations (node '{node.name}')")
         w.mixed += [*left[-2:-1], *(() if vector_right else right[-1:])]
     batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
@@ -1045,6 +1057,69 @@ def _gather_nd(w: GraphWalk, node: gs.Node) -> None:
     w.pin(axes[: batch + depth], f"looked up by GatherND (node '{node.name}')")
     w.pin(indices[-1:], f"looked up by GatherND (node '{node.name}')")
     w.output(node, (*indices[:-1], *axes[batch + depth :]))
+
+
+@rule("NonZero")
+def _non_zero(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    where = f"looked for what is not zero (node '{node.name}')"
+    w.pin(axes, where)
+    w.output(node, (w.fresh(len(axes), where), w.fresh(w.unforeseen(), where)))
+
+
+@rule("Compress")
+def _compress(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    where = f"picked from by Compress (node '{node.name}')"
+    picked = w.fresh(w.unforeseen(), where)
+    if "axis" not in node.attrs:
+        w.pin(axes, where)
+        w.output(node, (picked,))
+        return
+    axis = int(node.attrs["axis"]) % len(axes)
+    w.pin([axes[axis]], where)
+    w.output(node, (*axes[:axis], picked, *axes[axis + 1 :]))
+
+
+@rule("ScatterND")
+def _scatter_nd(w: GraphWalk, node: gs.Node) -> None:
+    data, indices, updates = (w.input_axes(node, i) for i in range(3))
+    assert data is not None and indices is not None and updates is not None
+    depth = w.algebra.size(indices[-1])
+    where = f"written to by ScatterND (node '{node.name}')"
+    w.pin([*data[:depth], *indices, *updates[: len(indices) - 1]], where)
+    for a, b in zip(data[depth:], updates[len(indices) - 1 :], strict=True):
+        w.unify(a, b)
+    w.output(node, data)
+
+
+@rule("ScatterElements", "Scatter")
+def _scatter_elements(w: GraphWalk, node: gs.Node) -> None:
+    data, indices, updates = (w.input_axes(node, i) for i in range(3))
+    assert data is not None and indices is not None and updates is not None
+    axis = int(node.attrs.get("axis", 0)) % len(data)
+    where = f"written to by {node.op} (node '{node.name}')"
+    for i, factors in enumerate(zip(data, indices, updates, strict=True)):
+        if i == axis or len({w.algebra.size(f) for f in factors}) > 1:
+            w.pin(factors, where)
+            continue
+        w.unify(factors[0], factors[1])
+        w.unify(factors[0], factors[2])
+    w.output(node, data)
+
+
+@rule("OneHot")
+def _one_hot(w: GraphWalk, node: gs.Node) -> None:
+    axes, depth = w.input_axes(node, 0), w.value(node, 1)
+    assert axes is not None
+    if depth is None:
+        w.give_up(node, "OneHot of a depth that is not known")
+        return
+    axis = int(node.attrs.get("axis", -1)) % (len(axes) + 1)
+    classes = w.fresh(int(np.asarray(depth).reshape(-1)[0]), f"made by OneHot (node '{node.name}')")
+    w.output(node, (*axes[:axis], classes, *axes[axis:]))
 
 
 @rule("Pad")

@@ -99,6 +99,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             caches of one head size cannot hold.
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
+        uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
     """
 
     name: ClassVar[str] = "allocate-widths"
@@ -108,6 +109,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     values: float | None = None
     multiple_of: int = 8
     allocate: str = "uniform"
+    uniform: bool = False
 
     def requires(self, state: State) -> None:
         """Checks the options.
@@ -126,6 +128,8 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         if self.multiple_of < 1:
             raise OptionError(f"multiple-of {self.multiple_of} is below 1")
         lookup("allocation", ALLOCATIONS, self.allocate)
+        if self.uniform and self.allocate in MEASURED:
+            raise OptionError(f"uniform widths and allocation '{self.allocate}' exclude each other; give one of them")
         if not state.groups and not (self.values and state.values):
             name = f"'{state.model.source}'" if state.model.source else "the model"
             raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
@@ -170,6 +174,8 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
 
     def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float) -> dict[str, int]:
         keep = {g.name: kept_width(g, sparsity, self.multiple_of) for g in groups}
+        if self.uniform:
+            return keep
         goal = sparsity * sum(g.parameters for g in groups)
         # Rounding moves all layers at once; single steps bring the sum to the goal.
         for group in sorted(groups, key=lambda g: -g.parameters):

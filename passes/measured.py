@@ -43,6 +43,7 @@ class Measured:
         aware: of the same input, with the dense model's target beside it (`passes.dense_twin`); None where the repair does
             not ask for it, or there is none.
         channels: the channels of the moments that this is about; None for all.
+        centred: whether the repair may change a bias; without, moments are about zero: min E|x W - x_U W'|^2.
     """
 
     weight: NDArray[Any]
@@ -51,6 +52,7 @@ class Measured:
     target_scale: float = 1.0
     aware: Moments | None = None
     channels: NDArray[np.int64] | None = None
+    centred: bool = True
 
     @property
     def blocks(self) -> int:
@@ -71,6 +73,8 @@ class Measured:
 
     def _of(self, fold: FoldName) -> Statistics:
         whole = self.moments.statistics(fold)
+        if not self.centred:  # moments about zero: then a mean of zero keeps every bias as it is
+            whole = Statistics(whole.count, np.zeros_like(whole.mean), whole.uncentred)
         if self.channels is None:
             return whole
         return Statistics(whole.count, whole.mean[self.channels], whole.covariance[np.ix_(self.channels, self.channels)])
@@ -79,9 +83,8 @@ class Measured:
         """Returns what is known of the blocks [first, first + count) alone, numbered from 0."""
         inside = np.flatnonzero((self.owners >= first) & (self.owners < first + count))
         channels = inside if self.channels is None else self.channels[inside]
-        return Measured(
-            self.weight[inside], self.owners[inside] - first, self.moments, self.target_scale, channels=channels
-        )
+        owners, scale = self.owners[inside] - first, self.target_scale
+        return Measured(self.weight[inside], owners, self.moments, scale, channels=channels, centred=self.centred)
 
     def by_block(self, channels: NDArray[Any]) -> NDArray[np.float64]:
         """Returns the sums over each block of one number a channel, [k]."""

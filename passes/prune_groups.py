@@ -81,6 +81,8 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
         seed: for all that is drawn.
         weighting: "none" counts every row alike; "stream" weights it by the inverse variance of the residual stream there,
             as the normalisation behind it will.
+        new_bias: whether a consumer without a bias may get one; if not, it is repaired without one (the problem is solved
+            with moments about zero).
     """
 
     name: ClassVar[str] = "prune-groups"
@@ -89,6 +91,7 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
     ridge: float | None = None
     seed: int = 0
     weighting: str = "none"
+    new_bias: bool = True
 
     def requires(self, state: State) -> None:
         """Checks the options and that there is something to measure on.
@@ -282,7 +285,9 @@ class SegmentRun:
             pooled = own if pooled is None else pooled.merge(own)
         assert pooled is not None
         weight = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
-        return Measured(weight.reshape(consumer.width, -1).astype(np.float64), consumer.owners, pooled, use.scale)
+        centred = self.options.new_bias or all(self.rewriter.has_bias(u) for u in consumer.uses)
+        values = weight.reshape(consumer.width, -1).astype(np.float64)
+        return Measured(values, consumer.owners, pooled, use.scale, centred=centred)
 
     def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired) -> None:
         """Writes the repaired rows and the bias; the cut removes the other rows."""

@@ -8,6 +8,8 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
+import re
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -172,12 +174,30 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
     return state
 
 
-def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
+def is_module_source(model: Any) -> bool:
+    """Returns whether a model is a torch module, the folder of a checkpoint, or a hub name, and no ONNX file."""
+    if isinstance(model, (str, Path)):
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None and Path(model).suffix != ".onnx"
+        return Path(model).is_dir() or (named and not Path(model).exists())
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+def inspect(model: Any, *, example: Any = None, allow_pickle: bool = False) -> Inspection:
     """Finds the channel groups of a model; changes and measures nothing.
+
+    Args:
+        model: as for :func:`prune`.
+        example: a batch to trace a torch module with, if nothing else says what it takes.
+        allow_pickle: whether the weights of a checkpoint may be read from pickle files.
 
     Raises:
         ModelError: the model cannot be read.
     """
+    if is_module_source(model):
+        from liar_opt.passes.prune_module import inspect_module
+
+        return inspect_module(model, example=example, allow_pickle=allow_pickle)
     state = load_state(model)
     result = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
     report = _report_head(state)
@@ -189,7 +209,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
 
 
 def prune(
-    model: str | Path | onnx.ModelProto,
+    model: Any,
     calibration: Any = None,
     *,
     sparsity: float | None = None,
@@ -212,6 +232,11 @@ def prune(
     batch_size: int = 32,
     sequence_length: int | None = None,
     mask_input: str | None = None,
+    example: Any = None,
+    checkpoint: bool | None = None,
+    uniform: bool | None = None,
+    new_bias: bool | None = None,
+    allow_pickle: bool = False,
     packing: str = "auto",
     provider: str = "auto",
     seed: int = 0,
@@ -223,7 +248,8 @@ def prune(
     """Makes a trained transformer smaller: removes channels and heads, repairs the rest by least squares.
 
     Args:
-        model: path of an ONNX file, or a model in memory; it is not changed.
+        model: path of an ONNX file, a model in memory, a torch module, the folder of a transformers checkpoint or its hub
+            name; it is not changed.
         calibration: a path (.txt, .jsonl, .csv, .npz, folder of .npy, saved dataset), a dataset name, texts, feeds,
             "self" (a decoder writes its own text), or None for synthetic inputs.
         sparsity: fraction of all prunable parameters to remove, in [0, 1); 0.3 if nothing is asked for.
@@ -253,6 +279,11 @@ def prune(
         batch_size: samples a batch.
         sequence_length: tokens of a sample at most.
         mask_input: the input that is zero at padding; found by itself if None.
+        example: a batch to trace a torch module with, if nothing else says what it takes.
+        checkpoint: whether a pruned module must be one that stock transformers loads; true for its models if None.
+        uniform: layers keep the same width; if None as a checkpoint needs it.
+        new_bias: layers without a bias may get one for the repair; if None unless a checkpoint has no place for it.
+        allow_pickle: read weights from pickle files, which can run code.
         packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which
             does so where the model is causal.
         provider: "auto", "cpu" or "cuda".
@@ -270,19 +301,20 @@ def prune(
         OptionError: an option or the calibration data does not fit.
         CheckError: the result failed a check.
     """
+    if is_module_source(model):
+        from liar_opt.passes.prune_module import prune_module
+
+        return prune_module(**locals())
     start = time.perf_counter()
     lookup("packing", dict.fromkeys(PACKINGS), packing)
     state = load_state(model)
     state.progress = progress
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        allocate = (
-            "curves"
-            if ffn is None and heads is None and (values is None or sparsity is not None) and calibration is not None
-            else "uniform"
-        )
+        asked = ffn is not None or heads is not None or (values is not None and sparsity is None)
+        allocate = "uniform" if asked or uniform or calibration is None else "curves"
     curves = MeasureCurvesPass(score=score, seed=seed)
-    cut = PruneGroupsPass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting)
+    cut = PruneGroupsPass(score, repair, ridge, seed, weighting, new_bias=new_bias is not False)
     forms = (target, max_drop, None if sparsity is ffn is heads is values is None else "ratios")
     if sum(form is not None for form in forms) > 1:
         raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads, values) exclude each other; give one form")
@@ -296,7 +328,7 @@ def prune(
     elif max_drop is not None:
         widths = LimitDropPass(max_drop, metric, multiple_of, allocate, cut)
     else:
-        widths = AllocateWidthsPass(sparsity, ffn, heads, values, multiple_of, allocate)
+        widths = AllocateWidthsPass(sparsity, ffn, heads, values, multiple_of, allocate, bool(uniform))
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
     widths.requires(state)  # before any work that it might stop
     options = CalibrationOptions(
@@ -402,7 +434,7 @@ def _report_head(state: State) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "model": {
             "path": str(source) if source else None,
-            "sha256": _sha256(source) if source else None,
+            "sha256": _sha256(source) if source is not None and source.is_file() else None,
             "opset": state.model.opset,
             "notes": list(state.model.notes),
         },

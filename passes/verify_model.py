@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
 from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import walk
+from liar_opt.frontend.onnx_rules import GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays
@@ -95,8 +95,13 @@ def masked_reference(dense: Stored, repairs: list[ConsumerRepair]) -> OnnxModel:
     """
     model = dense.model()
     model.normalise()
-    nodes = {n.name: n for n in model.graph.nodes}
-    analysis = walk(model, AxisAlgebra)
+    mask_model(walk(model, AxisAlgebra), repairs)
+    return model
+
+
+def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
+    """Writes the repaired weights into an analysed original, zeros in the removed rows, and the new biases."""
+    nodes = {n.name: n for n in analysis.model.graph.nodes}
     rewriter = Rewriter(analysis)
     by_place = {(u.node.name, u.weight_position): u for u in analysis.consumers}
     for repair in repairs:
@@ -114,7 +119,6 @@ def masked_reference(dense: Stored, repairs: list[ConsumerRepair]) -> OnnxModel:
             left = [i for k, i in enumerate(repair.index) if k != axis]
             bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
             rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], bias.reshape(-1))
-    return model
 
 
 def _first_rows(value: np.ndarray, batch: dict[str, np.ndarray], state: State, rows: int = 4) -> np.ndarray:

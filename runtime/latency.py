@@ -3,11 +3,18 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from liar_opt.runtime.sessions import Session
+
+class Runs(Protocol):
+    """What can be timed: a session, or something with its face."""
+
+    inputs: list[str]
+
+    def run(self, feeds: Mapping[str, Any]) -> Any:
+        """Runs once."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Latency:
 
 
 def measure_latency(
-    sessions: Sequence[Session],
+    sessions: Sequence[Runs],
     feeds: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     budget: float = 2.0,
     least: int = 5,

@@ -24,6 +24,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what was found in the zoos."""
+    _onnx_zoo(terminalreporter)
+    _fx_zoo(terminalreporter)
+
+
+def _fx_zoo(terminalreporter: Any) -> None:
+    """Prints the architectures of the FX zoo: groups, both differences to the masked original, attributes changed."""
+    rows = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            facts = dict(report.user_properties)
+            if "fx" in facts and report.when == "call":
+                rows.append((*facts["fx"], "" if outcome == "passed" else "FAILED"))
+    if not rows:
+        return
+    terminalreporter.section("torch modules: pruned without repair == masked original")
+    write = terminalreporter.write_line
+    write(f"{'architecture':<14} {'groups':<16} {'traced graph':>12} {'module':>9}  attributes set in the module")
+    for name, found, graph, module, attributes, failed in sorted(rows):
+        groups = " ".join(f"{n} {kind}" for kind, n in sorted(found.items()))
+        write(f"{name:<14} {groups:<16} {graph:>12.1e} {module:>9.1e}  {', '.join(attributes) or '-'} {failed}".rstrip())
+
+
+def _onnx_zoo(terminalreporter: Any) -> None:
     """Prints architectures x exporters: groups found by kind, the largest difference to the masked original, refusals."""
     rows: dict[tuple[str, str], list[tuple[dict[str, int], list[str], float, str]]] = defaultdict(list)
     for outcome in ("passed", "failed"):

@@ -428,6 +428,62 @@ def test_other_inputs_and_outputs_keep_their_heads(grown: str) -> None:
     assert "axis of graph" in graphs.reasons(proto)
 
 
+# -- experts ---------------------------------------------------------------------------------------------------------
+
+# Rows of the tokens that are routed to expert {0} are looked up, go through its layer and are added back.
+EXPERT = """m{0} = Equal(choice, n{0})  z{0} = NonZero(m{0})  r{0} = Gather(z{0}, zero)  x{0} = Gather(flat, r{0})
+    g{0} = MatMul(x{0}, wg{0})  u{0} = MatMul(x{0}, wu{0})  a{0} = Sigmoid(g{0})  h{0} = Mul(a{0}, u{0})
+    d{0} = MatMul(h{0}, wd{0})  c{0} = Unsqueeze(r{0}, last)"""
+ROUTED = f"""flat = Reshape(x, rows)  logits = MatMul(flat, router)
+    p = Softmax(logits)  best, choice = TopK(p, one)  zeros = Mul(flat, nothing)
+    {EXPERT.format(0)}  y0 = ScatterND<reduction="add">(zeros, c0, d0)
+    {EXPERT.format(1)}"""
+EXPERT_WEIGHTS: Weights = {
+    **{"rows": ints(-1, 6), "router": (6, 2), "one": ints(1), "zero": np.asarray(0), "last": ints(-1)},
+    **{"nothing": np.zeros(1, np.float32), "n0": np.asarray(0), "n1": np.asarray(1)},
+    **{"wg0": (6, 11), "wu0": (6, 11), "wd0": (11, 6), "wg1": (6, 13), "wu1": (6, 13), "wd1": (13, 6)},
+}
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        'y1 = ScatterND<reduction="add">(y0, c1, d1)',
+        's1 = Shape(d1)  w1 = Expand(c1, s1)  y1 = ScatterElements<axis=0, reduction="add">(y0, w1, d1)',
+    ],
+)
+def test_each_expert_is_a_feed_forward_layer_of_its_own(back: str) -> None:
+    text = f"f (float[b, s, 6] x) => (float[b, s, 6] y) {{ {ROUTED}  {back}  sx = Shape(x)  y = Reshape(y1, sx) }}"
+    proto = graphs.parse(text, EXPERT_WEIGHTS)
+    assert graphs.sizes(proto) == [("ffn", 11), ("ffn", 13)]
+    graphs.prove(proto, {"b": 3, "s": 5})
+
+
+def test_weights_that_are_looked_up_are_refused_by_name() -> None:
+    text = """f (float[b, 6] x) => (float[b, 6, 1] y) { logits = MatMul(x, router)  best, choice = TopK(logits, one)
+        flat = Reshape(choice, rows)  x3 = Unsqueeze(x, last)  w1 = Gather(up, flat)  u = MatMul(w1, x3)  h = Relu(u)
+        w2 = Gather(down, flat)  y = MatMul(w2, h) }"""
+    weights: Weights = {
+        "router": (6, 3),
+        "one": ints(1),
+        "rows": ints(-1),
+        "last": ints(-1),
+        "up": (3, 11, 6),
+        "down": (3, 6, 11),
+    }
+    proto = graphs.parse(text, weights)
+    assert graphs.sizes(proto) == []
+    assert "weights are looked up for each token, as those of experts: their width stays" in graphs.reasons(proto)
+
+
+@pytest.mark.parametrize(("axis", "size"), [(0, 11), (1, None)])
+def test_what_is_compressed_keeps_its_axis(axis: int, size: int | None) -> None:
+    text = f"""f (float[b, 6] x, bool[{"b" if axis == 0 else 11}] keep) => (float[n, 6] y) {{ u = MatMul(x, w1)  h = Relu(u)
+        c = Compress<axis={axis}>(h, keep)  y = MatMul(c, w2) }}"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 6)})
+    assert graphs.sizes(proto) == ([("ffn", size)] if size else [])
+
+
 # -- indices that pick a run -----------------------------------------------------------------------------------------
 
 

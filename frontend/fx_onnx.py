@@ -1,0 +1,53 @@
+"""A torch module as an ONNX model, through the exporter of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from liar_opt.frontend.hf_checkpoint import without_cache
+from liar_opt.runtime.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def export_onnx(
+    module: torch.nn.Module, feeds: Mapping[str, torch.Tensor], symbolic: Mapping[str, list[int]]
+) -> onnx.ModelProto:
+    """Exports a module.
+
+    Args:
+        module: what to export.
+        feeds: example inputs by argument name; the graph's inputs have these names.
+        symbolic: the axes of each input that are to be symbolic.
+
+    Raises:
+        ModelError: the exporter refuses it.
+    """
+    import torch
+
+    shapes: dict[str, Any] = {k: {axis: torch.export.Dim.AUTO for axis in symbolic.get(k, [])} for k in feeds}
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    try:
+        registration.setLevel(logging.ERROR)
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_cache(module):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module, (), kwargs=dict(feeds), input_names=list(feeds), dynamic_shapes=shapes, dynamo=True, verbose=False
+            )
+    except Exception as err:  # the exporter fails in many ways
+        raise ModelError(f"torch.onnx cannot export {type(module).__name__}: {' '.join(str(err).split())[:300]}") from err
+    finally:
+        registration.setLevel(level)
+    assert program is not None
+    proto = program.model_proto
+    assert isinstance(proto, onnx.ModelProto)
+    return proto

@@ -1,0 +1,478 @@
+"""A cut graph back into torch, in two forms.
+
+:func:`cut_program` gives the traced graph: the exported program with smaller parameters and other sizes, traced again so
+that it saves, loads, compiles and exports. :func:`cut_module` gives the module as it was written: its parameters are
+replaced where they are, and the attributes that its forward code reads are set right.
+
+Which attributes those are is not known by name. The trace says which numbers of which operators had to change, and in
+whose forward they were written; an integer attribute of that module, of one around it, or of a configuration that they
+hold, with the value that such a number had, may be its source. The smallest set of such attributes is searched with which
+the module computes what the cut graph computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from liar_opt.frontend.fx_module import Call, Executor, FxModel, FxWalk, Sym, arguments_of, to_torch
+from liar_opt.frontend.hf_checkpoint import FieldChange, without_cache
+from liar_opt.frontend.onnx_model import is_constant, present
+from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.runtime.compare import relative_difference
+from liar_opt.runtime.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+LAYER_SIZES: dict[str, dict[str, tuple[str, ...]]] = {
+    "Linear": {"weight": ("out_features", "in_features")},
+    "Conv1D": {"weight": ("nx", "nf")},
+    "Conv1d": {"weight": ("out_channels", "in_channels")},
+    "Conv2d": {"weight": ("out_channels", "in_channels")},
+    "Embedding": {"weight": ("num_embeddings", "embedding_dim")},
+}
+"""Attributes of layers that repeat the sizes of a parameter's axes: torch's own and transformers' Conv1D."""
+MOST_TOGETHER = 3
+"""Attributes changed together where the larger sets do not do."""
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """An attribute that was set: ``where`` is the qualified name of the module, with the path to a configuration."""
+
+    where: str
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    owner: Any
+    where: str
+    name: str
+    before: int
+    after: int
+
+    def apply(self) -> None:
+        setattr(self.owner, self.name, self.after)
+
+    def undo(self) -> None:
+        setattr(self.owner, self.name, self.before)
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """Settings that belong together: one attribute of all modules of a class, or of one configuration.
+
+    ``distance`` is how far from the code that reads it the attribute is: 0 its own module, then those around it, then
+    configurations.
+    """
+
+    settings: tuple[_Setting, ...]
+    distance: int
+
+    def apply(self) -> None:
+        for setting in self.settings:
+            setting.apply()
+
+    def undo(self) -> None:
+        for setting in self.settings:
+            setting.undo()
+
+
+def changed_parameters(model: FxModel) -> dict[str, np.ndarray]:
+    """Returns the constants that were cut, repaired or added, by name; a new bias has the name that torch would give it.
+
+    Raises:
+        ModelError: uses of one parameter were cut apart, which a module cannot hold.
+    """
+    original = model.originals
+    result: dict[str, np.ndarray] = {}
+    for node in model.graph.nodes:
+        call = model.calls.get(node.name)
+        for position, tensor in enumerate(node.inputs):
+            if not is_constant(tensor):
+                continue
+            name = tensor.name
+            before = call.inputs[position] if call is not None and position < len(call.inputs) else ""
+            if name not in original and before in original:
+                raise ModelError(
+                    f"parameter '{before}' is shared by operators that were cut apart (node '{node.name}'); a module "
+                    "cannot hold both parts, use --format onnx"
+                )
+            if name in original and tensor.values is original[name]:
+                continue
+            known = result.setdefault(bias_name(name), tensor.values)
+            if known is not tensor.values and not np.array_equal(known, tensor.values):
+                raise ModelError(f"parameter '{name}' was cut in two ways; a module cannot hold both, use --format onnx")
+    # The same parameter may be read elsewhere as it was.
+    for node in model.graph.nodes:
+        for tensor in node.inputs:
+            if is_constant(tensor) and tensor.name in result and tensor.values is not result[tensor.name]:
+                if not np.array_equal(tensor.values, result[tensor.name]):
+                    raise ModelError(
+                        f"parameter '{tensor.name}' is read as a whole by node '{node.name}' and cut elsewhere; a module "
+                        "cannot hold both, use --format onnx"
+                    )
+    return result
+
+
+def bias_name(name: str) -> str:
+    """Returns ``layer.bias`` for ``layer.weight_bias``, as the rewriter calls a new bias; other names as they are."""
+    return f"{name.removesuffix('.weight_bias')}.bias" if name.endswith(".weight_bias") else name
+
+
+def planned_shapes(walk: FxWalk, keep: Mapping[int, int]) -> tuple[dict[str, tuple[int, ...]], set[tuple[int, int]]]:
+    """Returns what a cut will give, before anything is cut.
+
+    Args:
+        walk: the analysis.
+        keep: how many indices of a leaf factor stay.
+
+    Returns:
+        The shapes of the constants by name, and (before, after) for every dimension that changes.
+    """
+    assert isinstance(walk.model, FxModel)
+    rewriter = Rewriter(walk)
+    rewriter.kept = {walk.algebra.find(f): np.arange(walk.algebra.size(f)) < n for f, n in keep.items()}
+    shapes = {u.constant.name: tuple(rewriter.size(f) for f in u.axes) for u in walk.constant_uses}
+    factors = {f for axes in walk.axes.values() for f in axes or ()} | {f for u in walk.constant_uses for f in u.axes}
+    sizes = {(walk.algebra.size(f), rewriter.size(f)) for f in factors}
+    return shapes, {(a, b) for a, b in sizes if a != b}
+
+
+def planned_state(walk: FxWalk, keep: Mapping[int, int]) -> tuple[dict[str, tuple[int, ...]], set[tuple[int, int]]]:
+    """As :func:`planned_shapes`, of all tensors in the module's state; a parameter with two names has two shapes."""
+    assert isinstance(walk.model, FxModel) and walk.model.module is not None
+    planned, sizes = planned_shapes(walk, keep)
+    module = walk.model.module
+    stored = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    by_tensor = {id(t): planned[n] for n, t in stored if n in planned}
+    shapes = {n: by_tensor.get(id(t), tuple(t.shape)) for n, t in stored}
+    return {n: shapes[n] for n in module.state_dict() if n in shapes}, sizes
+
+
+def changed_numbers(model: FxModel) -> Iterator[tuple[Call, int, int]]:
+    """Yields (call, number as traced, number now) for every number that was changed."""
+    for node in model.graph.nodes:
+        call = model.calls.get(node.name)
+        if call is None:
+            continue
+        for name, before in call.attributes.items():
+            yield from ((call, a, b) for a, b in _pairs(before, node.attrs[name]) if a != b)
+
+
+def _pairs(before: Any, after: Any) -> Iterator[tuple[int, int]]:
+    if isinstance(before, list):
+        for a, b in zip(before, after, strict=True):
+            yield from _pairs(a, b)
+    elif isinstance(before, int) and not isinstance(before, bool):
+        yield int(before), int(after)
+
+
+# -- the traced graph -------------------------------------------------------------------------------------------------
+
+
+def cut_graph_module(model: FxModel) -> torch.fx.GraphModule:
+    """Returns the traced graph with what was cut: a GraphModule that is called like the module."""
+    import torch
+
+    assert model.program is not None
+    module = model.program.module(check_guards=False)
+    graph = module.graph
+    nodes = {n.name: n for n in graph.nodes}
+    stored: dict[str, Any] = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+    for name, value in changed_parameters(model).items():
+        _set_tensor(module, name, to_torch(np.array(value)))
+    for node in model.graph.nodes:
+        call = model.calls.get(node.name)
+        if call is None:
+            _insert_addition(graph, node, nodes, stored)
+            continue
+        target = nodes[node.name]
+        if tuple(t.name for t in node.inputs) == call.inputs and node.attrs == dict(call.attributes):
+            continue
+        with graph.inserting_before(target):
+            inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
+            positional, keywords = arguments_of(call, inputs, node.attrs, lambda a, b: _fx_number(graph, a, b, nodes))
+        target.target, target.args, target.kwargs = call.target, tuple(positional), keywords
+    graph.lint()
+    module.recompile()
+    assert isinstance(module, torch.fx.GraphModule)
+    return module
+
+
+def cut_program(model: FxModel, feeds: Mapping[str, torch.Tensor]) -> ExportedProgram:
+    """Returns the traced graph with what was cut, as an exported program with the same symbolic axes."""
+    import torch
+
+    shapes: dict[str, Any] = {}
+    for spec in model.signature:
+        shapes[spec.name] = {i: torch.export.Dim.AUTO for i, d in enumerate(spec.shape) if isinstance(d, str)}
+    arguments = {k: feeds[k] for k in (s.name for s in model.signature)}
+    module = cut_graph_module(model)
+    with torch.no_grad():
+        return torch.export.export(module, (), arguments, dynamic_shapes=shapes, strict=False)
+
+
+def _fx_value(graph: Any, tensor: gs.Tensor, nodes: dict[str, Any], stored: dict[str, Any]) -> Any:
+    if is_constant(tensor):
+        name = bias_name(tensor.name)
+        if name not in stored:
+            stored[name] = graph.get_attr(name)
+            return stored[name]
+        # Attributes are read at their first use in the graph; a second one may stand before it.
+        return graph.get_attr(name)
+    if not present(tensor):
+        return None
+    name, _, index = tensor.name.partition(".")
+    if index:
+        import operator
+
+        return graph.call_function(operator.getitem, (nodes[name], int(index)))
+    return nodes[name]
+
+
+def _fx_number(graph: Any, before: int, after: int, nodes: Mapping[str, Any]) -> Any:
+    """Returns what an int becomes: a number, the node that computed it, or that node scaled as the cut scaled it."""
+    import operator
+
+    if not isinstance(before, Sym):
+        return int(after)
+    node = nodes[before.node]
+    ratio = Fraction(int(after), int(before))
+    if ratio == 1:
+        return node
+    scaled = graph.call_function(operator.mul, (node, ratio.numerator))
+    return graph.call_function(operator.floordiv, (scaled, ratio.denominator))
+
+
+def _insert_addition(graph: Any, node: gs.Node, nodes: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Adds a new bias behind a product: gs "Add" (product, bias) whose output has the product's old name."""
+    import torch
+
+    product = nodes[node.outputs[0].name]
+    with graph.inserting_after(product):
+        bias = graph.get_attr(bias_name(node.inputs[1].name))
+    with graph.inserting_after(bias):
+        addition = graph.call_function(torch.ops.aten.add.Tensor, (product, bias))
+    product.replace_all_uses_with(addition, delete_user_cb=lambda user: user is not addition)
+    nodes[node.outputs[0].name] = addition
+
+
+# -- the module -------------------------------------------------------------------------------------------------------
+
+
+def cut_module(
+    model: FxModel, feeds: Mapping[str, torch.Tensor], tolerance: float, fields: Sequence[FieldChange] = ()
+) -> tuple[torch.nn.Module, tuple[AttributeChange, ...]]:
+    """Returns a copy of the module with its parameters cut and the attributes that its code reads set right.
+
+    Args:
+        model: the cut graph.
+        feeds: inputs on which the copy must compute what the graph computes.
+        tolerance: largest difference, relative to the largest magnitude of each output.
+        fields: what the module's configuration must say for a checkpoint; the rest is searched after it.
+
+    Returns:
+        The module and the attributes that were changed, those of layers that hold a parameter left out.
+
+    Raises:
+        ModelError: no set of attributes makes it compute the same.
+    """
+    assert model.module is not None
+    changes = changed_parameters(model)
+    module = _copy_without(model.module, set(changes))
+    for name, value in changes.items():
+        _set_tensor(module, name, to_torch(np.array(value), _device(model.module)))
+    _set_layer_sizes(model.module, module, changes)
+    outputs = Executor(model, _device(model.module)).run(feeds)
+    expected = [outputs.get(name) for name in model.results]
+    arguments = {s.name: feeds[s.name] for s in model.signature}
+
+    def difference() -> float:
+        return _difference(module, arguments, expected)
+
+    stated = [AttributeChange("config" + "".join(f".{p}" for p in c.path), c.name, c.before, c.after) for c in fields]
+    for change in fields:
+        change.apply(module.config)
+    found = _search(_moves(module, changed_numbers(model)), lambda: difference() <= tolerance)
+    if found is None:
+        numbers = sorted({(c.path, a, b) for c, a, b in changed_numbers(model)})
+        shown = "; ".join(f"{a} is {b} now in '{path}'" for path, a, b in numbers[:3])
+        raise ModelError(
+            f"no attributes of {type(module).__name__} were found that make its code fit the cut weights ({shown}); use "
+            "the traced graph (result.graph_module, result.program) or --format onnx"
+        )
+    done = [AttributeChange(s.where, s.name, s.before, s.after) for move in found for s in move.settings]
+    return module, (*stated, *done)
+
+
+def _device(module: torch.nn.Module) -> Any:
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return "cpu" if tensor is None else tensor.device
+
+
+def _copy_without(module: torch.nn.Module, names: set[str]) -> torch.nn.Module:
+    """Returns a deep copy; the data of the parameters ``names`` is not copied (it will be replaced)."""
+    memo = {id(p): p for n, p in module.named_parameters(remove_duplicate=False) if n in names}
+    return copy.deepcopy(module, memo)
+
+
+def _set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replaces a parameter or buffer under all its names; a new one is registered."""
+    import torch
+
+    path, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(path)
+    old = getattr(owner, attribute, None)
+    new: Any = value
+    if attribute not in owner._buffers:
+        grad = old.requires_grad if isinstance(old, torch.Tensor) else value.is_floating_point()
+        new = torch.nn.Parameter(value, requires_grad=bool(grad))
+    places = [(owner, attribute)]
+    if isinstance(old, torch.Tensor):
+        places += [
+            (m, k) for m in module.modules() for store in (m._parameters, m._buffers) for k, v in store.items() if v is old
+        ]
+    for place, key in places:
+        if key in place._buffers:
+            place._buffers[key] = new
+        else:
+            place._parameters.pop(key, None)
+            place.register_parameter(key, new)
+
+
+def _set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mapping[str, np.ndarray]) -> None:
+    for name in changes:
+        path, _, attribute = name.rpartition(".")
+        owner = new.get_submodule(path)
+        known = (LAYER_SIZES[c.__name__] for c in type(owner).__mro__ if c.__name__ in LAYER_SIZES)
+        names = next(known, {}).get(attribute, ())
+        for axis, size in enumerate(names):
+            setattr(owner, size, int(changes[name].shape[axis]))
+
+
+def _difference(module: torch.nn.Module, arguments: Mapping[str, Any], expected: Sequence[torch.Tensor | None]) -> float:
+    """Returns how far the module's outputs are from what is expected; infinity where it fails or gives other shapes."""
+    import torch
+
+    try:
+        with torch.no_grad(), without_cache(module):
+            result = module(**arguments)
+    except Exception:  # wrong sizes fail in any way that the module's code likes
+        return float("inf")
+    actual = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
+    if len(actual) != len(expected):
+        return float("inf")
+    return max(
+        (relative_difference(_array(a), _array(e)) for a, e in zip(actual, expected, strict=True) if e is not None),
+        default=float("inf"),
+    )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
+    plain = tensor.detach().cpu()
+    return np.asarray((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy())
+
+
+# -- attributes -------------------------------------------------------------------------------------------------------
+
+
+def _moves(module: torch.nn.Module, numbers: Iterable[tuple[Call, int, int]]) -> list[_Move]:
+    """Returns what may be set: attributes whose value is a number that changed, by class and name; the nearest first."""
+    known = dict(module.named_modules())
+    wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for call, before, after in numbers:
+        if call.path in known:
+            wanted[call.path].add((before, after))
+    found: dict[tuple[object, ...], dict[tuple[int, str], _Setting]] = defaultdict(dict)
+    distances: dict[tuple[object, ...], int] = {}
+    for path, pairs in wanted.items():
+        around = [path.rsplit(".", k)[0] if k else path for k in range(path.count(".") + 1)]
+        around += [""] if path else []
+        for step, outer in enumerate(around):
+            for distance, owner, where in _owners(known[outer], outer, step):
+                for before, after in pairs:
+                    for name, value in list(vars(owner).items()):
+                        if type(value) is not int or value != before or name.startswith("_"):
+                            continue
+                        alone = distance >= 1000
+                        key = (id(owner) if alone else type(owner), name, before, after)
+                        setting = _Setting(owner, where, name, before, after)
+                        found[key][id(owner), name] = setting
+                        distances[key] = min(distance, distances.get(key, distance))
+    moves = [_Move(tuple(settings.values()), distances[key]) for key, settings in found.items()]
+    return sorted(moves, key=lambda m: m.distance)
+
+
+def _owners(module: torch.nn.Module, path: str, step: int) -> Iterator[tuple[int, Any, str]]:
+    """Yields the module itself and the configurations that it holds: plain objects with integers in them."""
+    import torch
+
+    yield step, module, path
+    for name, value in vars(module).items():
+        plain = not isinstance(value, (torch.nn.Module, torch.Tensor, type)) and hasattr(value, "__dict__")
+        if plain and not name.startswith("_") and not callable(value):
+            yield 1000 + step, value, f"{path}.{name}" if path else name
+
+
+def _search(moves: Sequence[_Move], works: Callable[[], bool]) -> tuple[_Move, ...] | None:
+    """Returns a smallest set of moves that works, applied; None (nothing applied) where none does."""
+    if works():
+        return ()
+    for distance in sorted({m.distance for m in moves}):
+        near = [m for m in moves if m.distance <= distance]
+        chosen = _compatible(near)
+        for move in chosen:
+            move.apply()
+        if works():
+            return _thinned(chosen, works)
+        for move in chosen:
+            move.undo()
+    for count in range(1, MOST_TOGETHER + 1):
+        for subset in itertools.combinations(moves, count):
+            for move in subset:
+                move.apply()
+            if works():
+                return subset
+            for move in reversed(subset):
+                move.undo()
+    return None
+
+
+def _compatible(moves: Sequence[_Move]) -> list[_Move]:
+    """Returns the moves, without those that would set an attribute that an earlier one sets to something else."""
+    taken: set[tuple[int, str]] = set()
+    result = []
+    for move in moves:
+        places = {(id(s.owner), s.name) for s in move.settings}
+        if taken.isdisjoint(places):
+            taken |= places
+            result.append(move)
+    return result
+
+
+def _thinned(moves: Sequence[_Move], works: Callable[[], bool]) -> tuple[_Move, ...]:
+    """Takes back every move without which it still works, the farthest first."""
+    needed = list(moves)
+    for move in reversed(moves):
+        move.undo()
+        if works():
+            needed.remove(move)
+        else:
+            move.apply()
+    return tuple(needed)

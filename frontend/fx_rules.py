@@ -1,0 +1,602 @@
+"""The ATen operator table of the axis algebra.
+
+The rules say the same things as those of :mod:`liar_opt.frontend.onnx_rules`, of the operators that ``torch.export``
+writes: which factors are equal, how axes are split, merged, cut and joined, which are pinned; where constants, linear
+contractions and sizes are. Tensors are a node's inputs in the order of the operator's schema, all other arguments are its
+attributes. A size that the program computes from its inputs (``Sym``) is recorded like any other: it is scaled if it has
+to change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from liar_opt.frontend.fx_module import DOMAIN
+from liar_opt.frontend.onnx_model import present
+from liar_opt.frontend.onnx_rule_table import Axes, rule
+from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.onnx_values import resolve_reshape
+from liar_opt.passes.axes import Factor
+
+_FOREVER = 1 << 62
+"""Slices end at about this number where they go to the end."""
+
+
+def _axes(w: GraphWalk, node: gs.Node, position: int = 0) -> Axes:
+    axes = w.input_axes(node, position)
+    assert axes is not None
+    return axes
+
+
+def _dims(node: gs.Node, name: str, rank: int) -> list[int]:
+    """Returns the axes named by an attribute (all of them where it is None or empty), none of them negative."""
+    value = node.attrs.get(name)
+    chosen = [value] if isinstance(value, int) else list(value or range(rank))
+    return [int(d) % max(rank, 1) for d in chosen]
+
+
+def _where(node: gs.Node, what: str) -> str:
+    return f"{what} (node '{node.name}')"
+
+
+# -- pointwise --------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    *("__and__ __or__ __xor__ _to_copy abs acos add alias asin atan atan2 bitwise_and bitwise_not bitwise_or").split(),
+    *("bitwise_xor ceil celu clamp clamp_max clamp_min clone contiguous copy cos cosh detach detach_ div").split(),
+    *("dropout elu eq erf erfc exp expm1 feature_dropout floor floor_divide fmod ge gelu gt hardsigmoid").split(),
+    *("hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2").split(),
+    *("log_sigmoid logical_and logical_not logical_or logical_xor lt masked_fill maximum minimum mish mul").split(),
+    *("nan_to_num native_dropout ne neg pow prelu reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid").split(),
+    *("sign silu sin sinh softplus softsign sqrt square sub tan tanh threshold to trunc where xlogy").split(),
+    domain=DOMAIN,
+)
+def _pointwise(w: GraphWalk, node: gs.Node) -> None:
+    operands = [a for i in range(len(node.inputs)) if (a := w.input_axes(node, i)) is not None]
+    axes = w.broadcast(*operands)
+    for i in range(len(node.outputs)):
+        w.output(node, axes, i)
+
+
+@rule("type_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", domain=DOMAIN)
+def _like_first(w: GraphWalk, node: gs.Node) -> None:
+    w.output(node, w.input_axes(node, 0))
+
+
+@rule("max", "min", domain=DOMAIN)
+def _extremum(w: GraphWalk, node: gs.Node) -> None:
+    """Of two tensors, along an axis, or of everything."""
+    if "dim" in node.attrs:
+        _reduce(w, node)
+    elif len(node.inputs) > 1:
+        _pointwise(w, node)
+    else:
+        w.pin(w.input_axes(node, 0), _where(node, f"{node.op} runs over it"))
+        w.output(node, ())
+
+
+# -- contractions -----------------------------------------------------------------------------------------------------
+
+
+@rule("linear", domain=DOMAIN)
+def _linear(w: GraphWalk, node: gs.Node) -> None:
+    x, weight = _axes(w, node, 0), _axes(w, node, 1)
+    w.unify(x[-1], weight[-1])
+    if w.constant(node, 1) is not None and len(weight) == 2:
+        w.consumer(node, 0, -1, 1, 1, bias=("input", 2))
+    else:
+        w.pin([x[-1]], _where(node, "contracted between two activations"))
+    bias = w.input_axes(node, 2)
+    if bias is not None:
+        w.broadcast(weight[:-1], bias)
+    w.count(*x, *weight[:-1])
+    w.output(node, (*x[:-1], *weight[:-1]))
+
+
+def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[Any, int] = ("after", 0)) -> Axes:
+    """The product of two inputs as ``torch.matmul`` defines it."""
+    a, b = _axes(w, node, left), _axes(w, node, right)
+    inner = b[0] if len(b) == 1 else b[-2]
+    w.unify(a[-1], inner)
+    scale = float(node.attrs.get("alpha", 1.0))
+    scales = {"scale": scale, "bias_scale": float(node.attrs.get("beta", 1.0))}
+    if w.constant(node, right) is not None and len(b) == 2:
+        w.consumer(node, left, -1, right, 0, bias=bias, **scales)
+    elif w.constant(node, left) is not None and len(a) == 2 and len(b) > 1 and bias[0] == "after":
+        w.consumer(node, right, -2, left, 1, output_axis=-2, scale=scale)
+    else:
+        w.pin([a[-1]], _where(node, "contracted between two activations"))
+    batch = w.broadcast(a[:-2], b[:-2]) if a[:-2] or b[:-2] else ()
+    result = (*batch, *(a[-2:-1] if len(a) > 1 else ()), *(b[-1:] if len(b) > 1 else ()))
+    w.count(a[-1], *result)
+    return result
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", domain=DOMAIN)
+def _matmul(w: GraphWalk, node: gs.Node) -> None:
+    w.output(node, _product(w, node, 0, 1))
+
+
+@rule("addmm", "baddbmm", domain=DOMAIN)
+def _addmm(w: GraphWalk, node: gs.Node) -> None:
+    axes = _product(w, node, 1, 2, ("input", 0))
+    w.output(node, w.broadcast(axes, _axes(w, node, 0)))
+
+
+@rule("einsum", domain=DOMAIN)
+def _einsum(w: GraphWalk, node: gs.Node) -> None:
+    equation = str(node.attrs["equation"]).replace(" ", "")
+    operands = [_axes(w, node, i) for i in range(len(node.inputs))]
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    plain = arrow and "." not in equation and all(len(set(t)) == len(t) for t in [*terms, right])
+    if not plain or [len(t) for t in terms] != [len(a) for a in operands]:
+        w.give_up(node, f"einsum '{equation}'")
+        return
+    factors: dict[str, Factor] = {}
+    for term, axes in zip(terms, operands, strict=True):
+        for letter, factor in zip(term, axes, strict=True):
+            if letter in factors:
+                w.unify(factors[letter], factor)
+            factors.setdefault(letter, factor)
+    summed = [letter for letter in factors if letter not in right]
+    linear = len(terms) == 2 and len(summed) == 1 and all(summed[0] in t for t in terms)
+    weight = next((i for i in (1, 0) if linear and w.constant(node, i) is not None and len(terms[i]) == 2), None)
+    column = "" if weight is None else terms[weight].replace(summed[0], "")
+    if weight is not None and right.endswith(column) and column not in terms[1 - weight]:
+        w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
+    else:
+        w.pin([factors[s] for s in summed], _where(node, "summed over by einsum"))
+    w.count(*factors.values())
+    w.output(node, tuple(factors[letter] for letter in right))
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", domain=DOMAIN)
+def _convolution(w: GraphWalk, node: gs.Node) -> None:
+    x, weight, bias = _axes(w, node, 0), _axes(w, node, 1), w.input_axes(node, 2)
+    kernel, spatial = w.shape(weight)[2:], w.inferred[node.outputs[0].name][2:]
+    if len(x) != len(weight) or node.attrs.get("transposed", False):
+        w.give_up(node, "convolution without a batch, or transposed")
+        return
+    if int(node.attrs.get("groups", 1)) == 1:
+        w.unify(x[1], weight[1])
+        if w.constant(node, 1) is None or any(k != 1 for k in kernel):
+            w.pin([x[1]], _where(node, "input channels of a convolution that is no matrix product"))
+        else:
+            w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x))
+    else:
+        w.pin([x[1], *weight], _where(node, "grouped convolution"))
+    if bias is not None:
+        w.unify(weight[0], bias[0])
+    slid = _where(node, "slid over by a convolution")
+    w.pin(x[2:], slid)
+    w.flops += 2 * math.prod([*w.shape((x[0], *weight)), *spatial])
+    w.output(node, (x[0], weight[0], *(w.fresh(s, slid) for s in spatial)))
+
+
+@rule("scaled_dot_product_attention", domain=DOMAIN)
+def _attention(w: GraphWalk, node: gs.Node) -> None:
+    """Queries [.., h, s, e], keys [.., k, t, e], values [.., k, t, v]; h is a multiple of k with ``enable_gqa``."""
+    query, key, value, mask = _axes(w, node, 0), _axes(w, node, 1), _axes(w, node, 2), w.input_axes(node, 3)
+    where = _where(node, f"inside {node.op}")
+    w.unify(key[-2], value[-2])
+    w.unify(query[-1], key[-1])
+    w.pin([query[-1], query[-2], key[-2]], where)
+    batch = w.broadcast(query[:-3], key[:-3], value[:-3])
+    heads: Axes = ()
+    if len(query) > 2:
+        heads, groups = query[-3:-2], key[-3]
+        w.unify(groups, value[-3])
+        sizes = w.algebra.size(heads[0]), w.algebra.size(groups)
+        if sizes[0] != sizes[1] and sizes[1] > 1 and sizes[0] % sizes[1] == 0:
+            parts = w.algebra.split(heads[0], [sizes[1], sizes[0] // sizes[1]])
+            w.unify(parts[0], groups)
+            w.pin(parts[1:], _where(node, f"heads of one group inside {node.op}"))
+        else:
+            heads = w.broadcast(heads, (groups,))
+    if mask is not None:
+        w.pin(mask[-2:], where)
+        w.broadcast((*batch, *heads), mask[:-2])
+    w.count(*query, key[-2])
+    w.count(*query[:-1], key[-2], value[-1])
+    w.output(node, (*batch, *heads, query[-2], value[-1]))
+
+
+# -- layout -----------------------------------------------------------------------------------------------------------
+
+
+def _sized(w: GraphWalk, node: gs.Node, name: str, factors: Sequence[Factor]) -> None:
+    """Records that the elements of an attribute are the sizes of ``factors``; -1 says so by itself."""
+    for i, (number, factor) in enumerate(zip(node.attrs[name], factors, strict=True)):
+        if int(number) != -1:
+            w.size_use(node, ("attribute", name, i), factor)
+
+
+@rule("view", "_unsafe_view", "reshape", "view_copy", domain=DOMAIN)
+def _view(w: GraphWalk, node: gs.Node) -> None:
+    name = "shape" if "shape" in node.attrs else "size"
+    axes = _axes(w, node)
+    if name not in node.attrs:
+        w.give_up(node, "view as another type")
+        return
+    sizes = resolve_reshape([int(s) for s in node.attrs[name]], w.shape(axes), True)
+    if sizes is None or 0 in sizes:
+        w.give_up(node, "view that does not fit")
+        return
+    result = tuple(w.algebra.split(w.algebra.merge(axes), sizes))
+    _sized(w, node, name, result)
+    w.output(node, result)
+
+
+@rule("flatten", domain=DOMAIN)
+def _flatten(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    rank = max(len(axes), 1)
+    start, end = int(node.attrs["start_dim"]) % rank, int(node.attrs["end_dim"]) % rank
+    w.output(node, (*axes[:start], w.algebra.merge(axes[start : end + 1]), *axes[end + 1 :]))
+
+
+@rule("unflatten", domain=DOMAIN)
+def _unflatten(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    sizes = resolve_reshape([int(s) for s in node.attrs["sizes"]], [w.algebra.size(axes[dim])], True)
+    if sizes is None:
+        w.give_up(node, "unflatten that does not fit")
+        return
+    parts = w.algebra.split(axes[dim], sizes)
+    _sized(w, node, "sizes", parts)
+    w.output(node, (*axes[:dim], *parts, *axes[dim + 1 :]))
+
+
+@rule("permute", domain=DOMAIN)
+def _permute(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    w.output(node, tuple(axes[d] for d in _dims(node, "dims", len(axes))))
+
+
+@rule("transpose", "t", "numpy_T", "mT", domain=DOMAIN)
+def _transpose(w: GraphWalk, node: gs.Node) -> None:
+    axes = list(_axes(w, node))
+    if "dim0" in node.attrs:
+        a, b = int(node.attrs["dim0"]) % len(axes), int(node.attrs["dim1"]) % len(axes)
+        axes[a], axes[b] = axes[b], axes[a]
+    elif node.op == "mT":
+        axes[-2:] = axes[-2:][::-1]
+    else:
+        axes = axes[::-1]
+    w.output(node, tuple(axes))
+
+
+@rule("squeeze", domain=DOMAIN)
+def _squeeze(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    chosen = set(_dims(node, "dim", len(axes)))
+    w.output(node, tuple(f for i, f in enumerate(axes) if i not in chosen or w.algebra.size(f) != 1))
+
+
+@rule("unsqueeze", domain=DOMAIN)
+def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % (len(axes) + 1)
+    w.output(node, (*axes[:dim], w.fresh(1), *axes[dim:]))
+
+
+@rule("cat", "concat", domain=DOMAIN)
+def _cat(w: GraphWalk, node: gs.Node) -> None:
+    operands = [_axes(w, node, i) for i in range(len(node.inputs))]
+    dim = int(node.attrs["dim"]) % len(operands[0])
+    result = list(operands[0])
+    for other in operands[1:]:
+        for i, factor in enumerate(other):
+            if i != dim:
+                w.unify(result[i], factor)
+    result[dim] = w.algebra.join([a[dim] for a in operands])
+    w.output(node, tuple(result))
+
+
+@rule("stack", domain=DOMAIN)
+def _stack(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.broadcast(*(_axes(w, node, i) for i in range(len(node.inputs))))
+    dim = int(node.attrs["dim"]) % (len(axes) + 1)
+    w.output(node, (*axes[:dim], w.fresh(len(node.inputs), _where(node, "stacked")), *axes[dim:]))
+
+
+def _pieces(w: GraphWalk, node: gs.Node, axes: Axes, dim: int, sizes: Sequence[int]) -> list[Factor]:
+    pieces = w.algebra.cut(axes[dim], [int(s) for s in sizes])
+    for i, piece in enumerate(pieces):
+        w.output(node, (*axes[:dim], piece, *axes[dim + 1 :]), i)
+    return pieces
+
+
+@rule("split_with_sizes", "split", "chunk", "split_with_sizes_copy", domain=DOMAIN)
+def _split(w: GraphWalk, node: gs.Node) -> None:
+    """By a list of sizes, by one size, or by a count; by size and by count the parts must stay equal."""
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    sizes = [w.inferred[t.name][dim] if present(t) else 0 for t in node.outputs]
+    pieces = _pieces(w, node, axes, dim, sizes)
+    if "split_sizes" in node.attrs:
+        _sized(w, node, "split_sizes", pieces)
+        return
+    for piece, size in zip(pieces, sizes, strict=True):
+        if size != sizes[0]:
+            w.pin(pieces, _where(node, "split into unequal parts"))
+            break
+        w.unify(pieces[0], piece)
+    name = next((k for k in ("split_size", "size") if k in node.attrs), None)
+    if name is not None:
+        w.size_use(node, ("attribute", name, -1), pieces[0])
+
+
+@rule("unbind", domain=DOMAIN)
+def _unbind(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    w.pin([axes[dim]], _where(node, "taken apart by unbind"))
+    for i in range(len(node.outputs)):
+        w.output(node, (*axes[:dim], *axes[dim + 1 :]), i)
+
+
+@rule("select", domain=DOMAIN)
+def _select(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    w.pin([axes[dim]], _where(node, "one index is selected"))
+    w.output(node, (*axes[:dim], *axes[dim + 1 :]))
+
+
+@rule("slice", "narrow", domain=DOMAIN)
+def _slice(w: GraphWalk, node: gs.Node) -> None:
+    axes = list(_axes(w, node))
+    dim = int(node.attrs["dim"]) % len(axes)
+    size, given = w.algebra.size(axes[dim]), node.attrs
+    first = int(given.get("start") or 0)
+    narrow = node.op == "narrow"
+    last = first + int(given["length"]) if narrow else int(_FOREVER if given.get("end") is None else given["end"])
+    start, stop, step = slice(first, last, int(given.get("step", 1))).indices(size)
+    if (start, stop, step) == (0, size, 1):
+        if last != size or isinstance(given.get("end"), bool):
+            w.output(node, tuple(axes))
+            return
+        w.size_use(node, ("attribute", "length" if narrow else "end", -1), axes[dim])
+        w.output(node, tuple(axes))
+        return
+    if step != 1 or stop <= start:
+        where = _where(node, "sliced with a step")
+        w.pin([axes[dim]], where)
+        axes[dim] = w.fresh(max(0, len(range(start, stop, step))), where)
+        w.output(node, tuple(axes))
+        return
+    pieces = w.algebra.cut(axes[dim], [s for s in (start, stop - start, size - stop) if s])
+    before, piece = (pieces[:1], pieces[1]) if start else ([], pieces[0])
+    axes[dim] = piece
+    if start:
+        w.size_use(node, ("attribute", "start", -1), *before, watched=tuple(pieces) if first < 0 else ())
+    if narrow:
+        w.size_use(node, ("attribute", "length", -1), piece)
+    elif stop < size:
+        w.size_use(node, ("attribute", "end", -1), *before, piece, watched=tuple(pieces) if last < 0 else ())
+    elif last == size:
+        w.size_use(node, ("attribute", "end", -1), *before, piece)
+    w.output(node, tuple(axes))
+
+
+@rule("expand", domain=DOMAIN)
+def _expand(w: GraphWalk, node: gs.Node) -> None:
+    axes, sizes = _axes(w, node), [int(s) for s in node.attrs["size"]]
+    result: list[Factor] = []
+    for i, size in enumerate(sizes):
+        place = i - (len(sizes) - len(axes))
+        factor = axes[place] if place >= 0 else None
+        if factor is None or (w.algebra.size(factor) == 1 and size not in (1, -1)):
+            factor = w.fresh(size)
+        result.append(factor)
+    _sized(w, node, "size", result)
+    w.output(node, tuple(result))
+
+
+@rule("repeat", "tile", domain=DOMAIN)
+def _repeat(w: GraphWalk, node: gs.Node) -> None:
+    axes = list(_axes(w, node))
+    name = "repeats" if "repeats" in node.attrs else "dims"
+    counts = [int(c) for c in node.attrs[name]]
+    counts = [1] * (len(axes) - len(counts)) + counts
+    axes = [*(w.fresh(1) for _ in range(len(counts) - len(axes))), *axes]
+    offset = len(counts) - len(node.attrs[name])
+    for i, count in enumerate(counts):
+        if count != 1:
+            outer = w.fresh(count)
+            w.size_use(node, ("attribute", name, i - offset), outer)
+            axes[i] = w.algebra.merge([outer, axes[i]])
+    w.output(node, tuple(axes))
+
+
+@rule("repeat_interleave", domain=DOMAIN)
+def _repeat_interleave(w: GraphWalk, node: gs.Node) -> None:
+    axes, dim, count = list(_axes(w, node)), node.attrs.get("dim"), node.attrs.get("repeats")
+    if dim is None or not isinstance(count, int):
+        w.give_up(node, "repeat_interleave by counts that are not known")
+        return
+    inner = w.fresh(int(count))
+    w.size_use(node, ("attribute", "repeats", -1), inner)
+    axes[int(dim) % len(axes)] = w.algebra.merge([axes[int(dim) % len(axes)], inner])
+    w.output(node, tuple(axes))
+
+
+@rule("pad", "constant_pad_nd", domain=DOMAIN)
+def _pad(w: GraphWalk, node: gs.Node) -> None:
+    axes, pads = list(_axes(w, node)), [int(p) for p in node.attrs["pad"]]
+    where = _where(node, "padded")
+    for i in range(len(pads) // 2):
+        extra = pads[2 * i] + pads[2 * i + 1]
+        if pads[2 * i] or pads[2 * i + 1]:
+            place = len(axes) - 1 - i
+            w.pin([axes[place]], where)
+            axes[place] = w.fresh(w.algebra.size(axes[place]) + extra, where)
+    w.output(node, tuple(axes))
+
+
+@rule("roll", "flip", domain=DOMAIN)
+def _moved_along(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    w.pin([axes[d] for d in _dims(node, "dims", len(axes))], _where(node, f"{node.op} runs along it"))
+    w.output(node, axes)
+
+
+# -- lookups ----------------------------------------------------------------------------------------------------------
+
+
+@rule("embedding", domain=DOMAIN)
+def _embedding(w: GraphWalk, node: gs.Node) -> None:
+    weight, indices = _axes(w, node, 0), _axes(w, node, 1)
+    w.pin(weight[:1], _where(node, "looked up by embedding"))
+    w.output(node, (*indices, *weight[1:]))
+
+
+@rule("index", domain=DOMAIN)
+def _index(w: GraphWalk, node: gs.Node) -> None:
+    """x[i, :, j]: indexed axes are replaced by those of the indices, in place where they are neighbours, else in front."""
+    axes = _axes(w, node)
+    given = [i for i in range(1, len(node.inputs)) if present(node.inputs[i])]
+    indices = [_axes(w, node, i) for i in given]
+    if any(_is_mask(node.inputs[i]) for i in given):
+        w.give_up(node, "indexed by a mask")
+        return
+    looked = [i - 1 for i in given]
+    w.pin([axes[i] for i in looked], _where(node, "looked up by index"))
+    found = w.broadcast(*indices)
+    together = looked == list(range(looked[0], looked[0] + len(looked)))
+    front = looked[0] if together else 0
+    rest = [f for i, f in enumerate(axes) if i not in looked]
+    w.output(node, (*rest[:front], *found, *rest[front:]))
+
+
+def _is_mask(tensor: gs.Tensor) -> bool:
+    return str(tensor.dtype) == "bool"
+
+
+@rule("gather", domain=DOMAIN)
+def _gather(w: GraphWalk, node: gs.Node) -> None:
+    axes, indices = _axes(w, node, 0), _axes(w, node, 1)
+    dim = int(node.attrs["dim"]) % len(axes)
+    where = _where(node, "looked up by gather")
+    w.pin([axes[dim], indices[dim]], where)
+    for i, (a, b) in enumerate(zip(axes, indices, strict=True)):
+        if i == dim:
+            continue
+        if w.algebra.size(a) == w.algebra.size(b):
+            w.unify(a, b)
+        else:
+            w.pin([a, b], where)
+    w.output(node, indices)
+
+
+@rule("index_select", domain=DOMAIN)
+def _index_select(w: GraphWalk, node: gs.Node) -> None:
+    axes, indices = _axes(w, node, 0), _axes(w, node, 1)
+    dim = int(node.attrs["dim"]) % len(axes)
+    w.pin([axes[dim]], _where(node, "looked up by index_select"))
+    w.output(node, (*axes[:dim], *indices, *axes[dim + 1 :]))
+
+
+# -- made from sizes --------------------------------------------------------------------------------------------------
+
+
+@rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty", domain=DOMAIN)
+def _filled(w: GraphWalk, node: gs.Node) -> None:
+    result = tuple(w.fresh(int(s)) for s in node.attrs["size"])
+    _sized(w, node, "size", result)
+    w.output(node, result)
+
+
+@rule("arange", "scalar_tensor", "linspace", domain=DOMAIN)
+def _counted(w: GraphWalk, node: gs.Node) -> None:
+    w.output(node, tuple(w.fresh(s, _where(node, "counted through")) for s in w.inferred[node.outputs[0].name]))
+
+
+@rule("triu", "tril", domain=DOMAIN)
+def _triangle(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    w.pin(axes[-2:], _where(node, "a triangle of it is taken"))
+    w.output(node, axes)
+
+
+# -- what needs the whole axis ----------------------------------------------------------------------------------------
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "_safe_softmax", "glu", "sort", domain=DOMAIN)
+def _along_axis(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % max(len(axes), 1)
+    where = _where(node, f"{node.op} runs over it")
+    w.pin(axes[dim : dim + 1], where)
+    if node.op == "glu":
+        axes = (*axes[:dim], w.fresh(w.algebra.size(axes[dim]) // 2, where), *axes[dim + 1 :])
+    for i in range(len(node.outputs)):
+        w.output(node, axes, i)
+
+
+@rule("topk", "diff", domain=DOMAIN)
+def _shorter_axis(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    where = _where(node, f"{node.op} runs over it")
+    w.pin([axes[dim]], where)
+    for i, tensor in enumerate(node.outputs):
+        if present(tensor):
+            size = w.inferred[tensor.name][dim]
+            w.output(node, (*axes[:dim], w.fresh(size, where), *axes[dim + 1 :]), i)
+
+
+@rule(
+    *("all amax amin any argmax argmin logsumexp mean norm linalg_vector_norm prod std sum var var_mean").split(),
+    domain=DOMAIN,
+)
+def _reduce(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    gone = set(_dims(node, "dim", len(axes)))
+    w.pin([axes[d] for d in gone if d < len(axes)], _where(node, f"{node.op} runs over it"))
+    keep = bool(node.attrs.get("keepdim", False))
+    result = tuple(w.fresh(1) if i in gone else f for i, f in enumerate(axes) if keep or i not in gone)
+    for i in range(len(node.outputs)):
+        w.output(node, result, i)
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm", domain=DOMAIN)
+def _layer_norm(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    first = len(axes) - len(node.attrs["normalized_shape"])
+    w.pin(axes[first:], _where(node, f"{node.op} runs over it"))
+    for i in range(1, len(node.inputs)):
+        extra = w.input_axes(node, i)
+        if extra is not None:
+            w.broadcast(axes[first:], extra)
+    w.output(node, axes)
+    for i in range(1, len(node.outputs)):
+        w.output(node, (*axes[:first], *(w.fresh(1) for _ in axes[first:])), i)
+
+
+@rule("group_norm", "batch_norm", "instance_norm", domain=DOMAIN)
+def _channel_norm(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    where = _where(node, f"{node.op} runs over it")
+    w.pin(axes[1:], where)
+    for i in range(1, len(node.inputs)):
+        w.pin(w.input_axes(node, i), where)
+    w.output(node, axes)
+
+
+@rule(*(f"{kind}_pool{n}d" for kind in ("adaptive_avg", "avg", "max") for n in (1, 2)), domain=DOMAIN)
+def _pool(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    spatial = int(node.op[-2])
+    where = _where(node, f"{node.op} runs over it")
+    w.pin(axes[-spatial:], where)
+    sizes = w.inferred[node.outputs[0].name][-spatial:]
+    w.output(node, (*axes[:-spatial], *(w.fresh(s, where) for s in sizes)))

@@ -1,0 +1,378 @@
+"""Checkpoints of transformers: a folder in, a module; a pruned module, a folder that stock ``transformers`` loads."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liar_opt.runtime.errors import CheckError, ModelError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+EXAMPLE_TOKENS = 61
+MOST_TOGETHER = 3
+"""Fields changed together where the fewer do not bring the shapes nearer."""
+BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def is_stock(module: torch.nn.Module) -> bool:
+    """Returns whether a module is a model of transformers, with a configuration."""
+    return hasattr(module, "config") and hasattr(module, "save_pretrained") and hasattr(module.config, "to_dict")
+
+
+@contextlib.contextmanager
+def without_cache(module: torch.nn.Module) -> Iterator[None]:
+    """Switches off the cache of past keys, which is no tensor, in all configurations that a module and its parts hold."""
+    found: list[Any] = [getattr(m, "config", None) for m in module.modules()]
+    configs = {id(c): c for c in found if getattr(c, "use_cache", False)}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def checkpoint_folder(path: str | Path, allow_pickle: bool) -> Path:
+    """Returns the folder of a checkpoint; a hub name is downloaded into the hub's cache.
+
+    Raises:
+        ModelError: there is no configuration, or no weights, or weights in pickle files alone.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _download(str(path), allow_pickle)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"folder '{path}' has no config.json; give the folder of a transformers checkpoint, or an ONNX file"
+        )
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if any(True for p in PICKLES for _ in folder.glob(p)):
+        if not allow_pickle:
+            raise ModelError(
+                f"the weights in '{path}' are pickle files, which can run code when they are read; convert them to "
+                "safetensors, or give --allow-pickle if you trust them"
+            )
+        return folder
+    raise ModelError(f"folder '{path}' has no weights (*.safetensors); download them, or give another folder")
+
+
+def _download(name: str, allow_pickle: bool) -> Path:
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json", *(PICKLES if allow_pickle else ())]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as err:  # no network, no such name, no permission: the hub has many classes for it
+        reason = " ".join(str(err).split())[:200]
+        raise ModelError(f"'{name}' is neither a file nor a folder, and cannot be fetched from the hub ({reason})") from err
+
+
+def load_module(folder: Path, allow_pickle: bool) -> torch.nn.Module:
+    """Loads a checkpoint as the class that its configuration names.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    import transformers
+
+    name = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None])[0]
+    model_class = getattr(transformers, name, None) if name else None
+    model_class = model_class or transformers.AutoModel
+    try:
+        with quiet_loading():
+            model: Any = model_class.from_pretrained(folder, use_safetensors=None if allow_pickle else True, dtype="auto")
+    except Exception as err:
+        raise ModelError(f"transformers cannot load '{folder}': {' '.join(str(err).split())[:300]}") from err
+    module: torch.nn.Module = model.eval()
+    return module
+
+
+def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """Returns inputs of a transformers model, made from its configuration; None where that does not say them."""
+    import inspect
+
+    import torch
+
+    if not is_stock(module):
+        return None
+    config: Any = module.config
+    accepted = inspect.signature(module.forward).parameters
+    if "input_ids" in accepted:
+        ids = torch.ones(2, EXAMPLE_TOKENS, dtype=torch.int64)
+        return {k: ids for k in ("input_ids", "attention_mask", "decoder_input_ids") if k in accepted}
+    if "pixel_values" in accepted and isinstance(getattr(config, "image_size", None), (int, list, tuple)):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
+    return None
+
+
+# -- what a configuration says ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FieldChange:
+    """One field of a configuration: ``path`` leads from the outermost to the one that has it."""
+
+    path: tuple[str, ...]
+    name: str
+    before: Any
+    after: Any
+
+    def apply(self, config: Any) -> None:
+        """Sets the field."""
+        for part in self.path:
+            config = getattr(config, part)
+        setattr(config, self.name, self.after)
+
+    def __str__(self) -> str:
+        return f"{'.'.join((*self.path, self.name))} {self.before} -> {self.after}"
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def express(
+    module: torch.nn.Module, wanted: Shapes, sizes: Iterable[tuple[int, int]], head_widths: Iterable[int]
+) -> tuple[FieldChange, ...] | None:
+    """Finds the fields of a configuration with which the model's class makes tensors of the wanted shapes.
+
+    Candidates are the integers in the configuration that equal a size that changes, ratios to one, fields that are None,
+    and ``head_dim``, which is derived from the others where it is not said. They are tried by making the model without
+    memory (on the meta device); fields are added while they bring more tensors to their shape.
+
+    Args:
+        module: the model, as it was.
+        wanted: the shapes of all its tensors, as they will be.
+        sizes: (before, after) of every dimension that changes.
+        head_widths: widths of heads, which do not change.
+
+    Returns:
+        The changes, or None where no set of fields says these widths.
+    """
+    pairs = sorted(set(sizes))
+    candidates = list(_candidates(module.config, pairs, sorted(set(head_widths))))
+    chosen: tuple[FieldChange, ...] = ()
+    missing = _missing(module, chosen, wanted)
+    while missing:
+        better = None
+        for count in range(1, MOST_TOGETHER + 1):
+            for subset in itertools.combinations(candidates, count):
+                places = [(c.path, c.name) for c in (*chosen, *subset)]
+                if len(set(places)) < len(places):
+                    continue
+                left = _missing(module, (*chosen, *subset), wanted)
+                if left < missing and (better is None or left < better[0]):
+                    better = (left, (*chosen, *subset))
+                if left == 0:
+                    break
+            if better is not None:
+                break
+        if better is None:
+            return None
+        missing, chosen = better
+    return chosen
+
+
+def _candidates(
+    config: Any, pairs: Sequence[tuple[int, int]], head_widths: Sequence[int], path: tuple[str, ...] = ()
+) -> Iterator[FieldChange]:
+    fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+    numbers = {k: v for k, v in fields.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    for name, value in numbers.items():
+        yield from (FieldChange(path, name, value, after) for before, after in pairs if value == before)
+    if fields.get("head_dim") is None:
+        yield from (FieldChange(path, "head_dim", None, width) for width in head_widths)
+    for name, value in numbers.items():
+        if "ratio" in name and value:
+            for other in {v for k, v in numbers.items() if k != name and isinstance(v, int)}:
+                for before, after in pairs:
+                    if value * other == before:
+                        yield FieldChange(path, name, value, after / other)
+    for name, value in fields.items():
+        if value is None and name in type(config).__init__.__code__.co_names + tuple(_own_fields(type(config))):
+            if name.endswith(("_id", "_ids", "_type", "_dtype")) or name == "head_dim":
+                continue
+            yield from (FieldChange(path, name, None, after) for _, after in pairs)
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from _candidates(value, pairs, head_widths, (*path, name))
+
+
+def _own_fields(config_class: type) -> list[str]:
+    """Returns the fields that an architecture's own configuration class declares, those of all models left out."""
+    from transformers import PretrainedConfig
+
+    inherited = set(getattr(PretrainedConfig, "__annotations__", {}))
+    names: list[str] = []
+    for base in config_class.__mro__:
+        if base is PretrainedConfig:
+            break
+        names += [n for n in getattr(base, "__annotations__", {}) if n not in inherited]
+    return names
+
+
+def _missing(module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Shapes) -> int:
+    """Returns how many tensors of the model that a changed configuration makes have other shapes than are wanted."""
+    import torch
+
+    module_class: Any = type(module)
+    try:
+        config = changed_config(module.config, changes)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = module_class(config)
+    except Exception:  # a configuration may refuse values in any way
+        return len(wanted) + 1
+    shapes = {k: tuple(v.shape) for k, v in made.state_dict().items()}
+    return len(shapes.keys() ^ wanted.keys()) + sum(shapes[k] != s for k, s in wanted.items() if k in shapes)
+
+
+def changed_config(config: Any, changes: Sequence[FieldChange]) -> Any:
+    """Returns a copy of a configuration with some fields changed."""
+    result = copy.deepcopy(config)
+    for change in changes:
+        change.apply(result)
+    return result
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    module: torch.nn.Module,
+    path: Path,
+    source: Path | None,
+    changes: Sequence[FieldChange] | None,
+    example: Mapping[str, torch.Tensor],
+    *,
+    force: bool = False,
+) -> Path:
+    """Writes a checkpoint folder, whole or not at all, after loading it as anybody would.
+
+    Args:
+        module: the pruned model.
+        path: the folder.
+        source: the folder of the original; its tokenizer and what else belongs to the model is copied.
+        changes: what its configuration must say.
+        example: inputs on which the loaded checkpoint must give what the module gives.
+        force: replace a folder that exists.
+
+    Raises:
+        OptionError: the folder exists or cannot be written, or the configuration cannot say the widths.
+        CheckError: what was loaded again is not what was saved.
+    """
+    if not is_stock(module):
+        raise OptionError(
+            f"{type(module).__name__} is no model of transformers and has no checkpoint folder; give a path that ends in "
+            ".pt2 (exported program) or .onnx"
+        )
+    if changes is None:
+        raise OptionError(inexpressible(module, "these widths"))
+    if source is not None and path.exists() and path.samefile(source):
+        raise OptionError(f"output '{path}' is the input; choose another path, inputs are never written to")
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"output '{path}' is a file; give the path of a folder, or one that ends in .onnx")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise OptionError(f"output folder '{path}' exists; give --force to replace it or choose another path")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"folder '{path.absolute().parent}' of output '{path}' does not exist; make it first")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise OptionError(f"folder '{path}' is no checkpoint and is not replaced; choose another path")
+    writer: Any = module
+    temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        with quiet_loading():
+            writer.save_pretrained(temporary)
+        if source is not None:
+            _copy_beside(source, temporary)
+        _check_loads(module, temporary, example)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except OSError as err:
+        raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def inexpressible(module: torch.nn.Module, what: str) -> str:
+    """Returns the sentence for widths that a configuration has no field for."""
+    config: Any = module.config
+    fields = [
+        k for k in ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size") if hasattr(config, k)
+    ]
+    lacks = "" if hasattr(config, "head_dim") else " has no field 'head_dim' and"
+    return (
+        f"the configuration of {type(module).__name__} ({config.model_type}){lacks} cannot say {what} "
+        f"(fields {', '.join(fields)}); write ONNX with --format onnx, or prune what it can say (--ffn)"
+    )
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    """Copies what belongs to a model beside its weights: tokenizer, generation config, modules of sentence-transformers."""
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir() and re.match(r"\d+_", entry.name):
+            shutil.copytree(entry, target / entry.name)
+        elif entry.is_file() and entry.suffix in BESIDE and not entry.name.endswith(".index.json"):
+            if not (target / entry.name).exists():
+                shutil.copy(entry, target / entry.name)
+
+
+def _check_loads(module: torch.nn.Module, folder: Path, example: Mapping[str, torch.Tensor]) -> None:
+    import torch
+
+    model_class: Any = type(module)
+    device = next((p.device for p in module.parameters()), "cpu")
+    with quiet_loading():
+        loaded, info = model_class.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    loaded = loaded.eval().to(device)
+    wrong = {k: v for k, v in info.items() if v}
+    if wrong:
+        raise CheckError(f"the checkpoint does not load as it was saved ({str(wrong)[:200]}); nothing was written")
+    was = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), without_cache(module), without_cache(loaded):
+            pairs = [torch.utils._pytree.tree_leaves(m(**example)) for m in (loaded, module)]
+    finally:
+        module.train(was)
+    for a, b in zip(*pairs, strict=True):
+        if isinstance(a, torch.Tensor) and not torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            worst = float((a.float() - b.float()).abs().max())
+            raise OptionError(f"{inexpressible(module, 'these widths')}: the loaded checkpoint differs by {worst:.1e}")
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps the progress bars and the chatter of transformers off the terminal."""
+    from transformers.utils import logging as loading
+
+    verbosity, bars = loading.get_verbosity(), loading.is_progress_bar_enabled()
+    loading.set_verbosity_error()
+    loading.disable_progress_bar()
+    try:
+        yield
+    finally:
+        loading.set_verbosity(verbosity)
+        if bars:
+            loading.enable_progress_bar()

@@ -1,0 +1,682 @@
+"""Prune a torch module: the same analysis, selection, repair and checks as for ONNX graphs, on the traced module.
+
+:func:`prune_module` traces, finds the groups, measures in torch, cuts, and gives the module back with smaller weights
+(:attr:`ModuleResult.module`), the traced graph (:attr:`ModuleResult.program`), and for transformers models a checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from inspect import signature as inspect_signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from liar_opt.frontend.fx_module import (
+    Executor,
+    FxModel,
+    FxWalk,
+    analyse,
+    example_from,
+    lower,
+    precision,
+    to_torch,
+    trace,
+)
+from liar_opt.frontend.fx_onnx import export_onnx
+from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, cut_program, planned_state
+from liar_opt.frontend.hf_checkpoint import (
+    FieldChange,
+    checkpoint_folder,
+    example_inputs,
+    express,
+    inexpressible,
+    is_stock,
+    load_module,
+    save_checkpoint,
+    without_cache,
+)
+from liar_opt.frontend.onnx_causal import is_causal
+from liar_opt.frontend.onnx_model import is_constant, present
+from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, live_tensors, row_mask
+from liar_opt.frontend.weight_files import lightened, write_model
+from liar_opt.passes.allocate_widths import AllocateWidthsPass
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
+from liar_opt.passes.find_groups import FindGroupsPass, find_groups
+from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun
+from liar_opt.passes.prune_model import (
+    PACKINGS,
+    CalibrationOptions,
+    Inspection,
+    PruneResult,
+    _calibration_report,
+    _group,
+    _options,
+    _pruned_group,
+    _report_head,
+    _sizes,
+    check_output,
+)
+from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
+from liar_opt.passes.verify_model import mask_model
+from liar_opt.runtime.calibration_data import load_calibration
+from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, require_close
+from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.self_calibration import SELF
+from liar_opt.runtime.sessions import PROVIDERS
+from liar_opt.runtime.torch_backend import batch_moments, real_rows, stream_gain
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream; export to ONNX to prune it"
+LABELS = {"labels", "label", "return_loss"}
+"""Arguments that are for training."""
+
+
+@dataclass(frozen=True)
+class FindModuleGroupsPass(FindGroupsPass):
+    """Analyse the traced module and list its channel groups."""
+
+    def apply(self, state: State, plan: None) -> PassResult:
+        """Adds the analysis and the groups to the state."""
+        assert isinstance(state.model, FxModel)
+        state.walk = analyse(state.model, AxisAlgebra())
+        found = find_groups(state.walk)
+        rigid = [g for g in found.groups if _rigid(state.walk, g)]
+        state.groups = tuple(g for g in found.groups if g not in rigid)
+        refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
+        return PassResult(state, (), (*found.refusals, *refusals))
+
+
+def _rigid(walk: FxWalk, group: ChannelGroup) -> bool:
+    """Returns whether a group's weights belong to a layer of torch whose width is that of the stream."""
+    import torch
+
+    module = _module(walk)
+    names = {u.constant.name for u in walk.constant_uses if id(u.constant) in group.constants}
+    owners = [module.get_submodule(n.rpartition(".")[0]) for n in names if n in dict(module.named_parameters())]
+    return any(isinstance(o, torch.nn.MultiheadAttention) for o in owners)
+
+
+def _module(walk: FxWalk) -> torch.nn.Module:
+    assert isinstance(walk.model, FxModel) and walk.model.module is not None
+    return walk.model.module
+
+
+@dataclass(frozen=True)
+class ExpressWidthsPass(Pass[tuple[str, ...]]):
+    """Leave alone what the configuration of a transformers model has no field for.
+
+    Attributes:
+        heads_asked: whether heads were asked for by name; then it is an error that there is no field.
+    """
+
+    name: ClassVar[str] = "express-widths"
+    heads_asked: bool = False
+
+    def requires(self, state: State) -> None:
+        """Checks that there is a configuration.
+
+        Raises:
+            OptionError: the module is no model of transformers.
+        """
+        module = _fx(state).module
+        assert module is not None
+        if not is_stock(module):
+            raise OptionError(
+                f"{type(module).__name__} is no model of transformers: it has no checkpoint; leave checkpoint out"
+            )
+
+    def plan(self, state: State) -> tuple[str, ...]:
+        """Returns the kinds of groups that the configuration cannot say, tried at the largest width below their own."""
+        state.keep = {g.name: g.size - 1 for g in state.groups}
+        kinds = sorted({g.kind for g in state.groups})
+        return tuple(k for k in kinds if _fields(state, [g for g in state.groups if g.kind == k]) is None)
+
+    def apply(self, state: State, plan: tuple[str, ...]) -> PassResult:
+        """Drops those groups.
+
+        Raises:
+            OptionError: heads were asked for.
+        """
+        module = _fx(state).module
+        assert module is not None
+        refusals = []
+        for kind in plan:
+            reason = inexpressible(module, {"heads": "another number of heads"}.get(kind, "another feed-forward width"))
+            if kind == "heads" and self.heads_asked:
+                raise OptionError(reason)
+            refusals.append(Refusal(reason, tuple(g.name for g in state.groups if g.kind == kind)))
+            state.model.notes.append(f"{kind} are left alone: {reason}")
+        state.groups = tuple(g for g in state.groups if g.kind not in plan)
+        return PassResult(state, (), tuple(refusals))
+
+
+def _fields(state: State, groups: Iterable[ChannelGroup]) -> tuple[FieldChange, ...] | None:
+    """Returns what the configuration must say for the widths that ``groups`` will have."""
+    walk, module = state.walk, _fx(state).module
+    assert isinstance(walk, FxWalk) and module is not None
+    groups = list(groups)
+    shapes, sizes = planned_state(walk, {g.factor: state.keep[g.name] for g in groups})
+    return express(module, shapes, sizes, {g.block_width for g in groups if g.kind == "heads"})
+
+
+@dataclass(frozen=True)
+class PruneModulePass(PruneGroupsPass):
+    """Cut every group of a traced module, measured in torch, and fold the repair into its consumers."""
+
+    def requires(self, state: State) -> None:
+        """Checks the options.
+
+        Raises:
+            OptionError: as for ONNX graphs, or a repair that asks for the dense model beside the cut one.
+        """
+        super().requires(state)
+        if self.repair in AWARE:
+            raise OptionError(f"repair '{self.repair}' works on ONNX files alone; export the module, or give repair 'liar'")
+
+    def _run(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> SegmentRun:
+        return _TorchRun(self, state, *plan)
+
+
+class _TorchRun(SegmentRun):
+    """The loop's state; segments of the traced graph run in torch."""
+
+    def __init__(
+        self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
+    ) -> None:
+        super().__init__(options, state, wide, segments)
+        assert isinstance(state.model, FxModel)
+        self.executor = Executor(state.model, device_of(state.model))
+
+    def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[tuple[str, int], Moments]:
+        """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
+        start = 0 if self.alive_at is None else self.position(self.alive_at)
+        names = [] if first is None else live_tensors(self.walk, self.position(first))
+        made = [n for n in names if n not in self.alive[0]]
+        wanted = {*made, *(t.tensor for t in taps)}
+        wanted.update(term for t in taps if t.stream is not None for term in t.stream.terms)
+        nodes = _needed(self.walk.model.graph.nodes[start:stop], wanted)
+        result = {(t.tensor, t.axis): Moments(t.width) for t in taps}
+        for index, feeds in enumerate(self.data.batches):
+            inputs = {**feeds, **self.alive[index]}
+            try:
+                values = {**inputs, **self.executor.run(inputs, nodes, sorted(wanted))}
+            except (RuntimeError, IndexError, ValueError) as err:
+                raise ModelError(
+                    f"torch fails on the calibration data ({' '.join(str(err).split())[:300]}); is its sequence length or "
+                    "a token id beyond what the model was made for?"
+                ) from err
+            for tap in taps:
+                self._add(result[tap.tensor, tap.axis], tap, values, index)
+            if first is not None:
+                self.alive[index] = {n: values[n] for n in names}
+            self.tick()
+        if first is not None:
+            self.alive_at = first
+        self.executor.forget()
+        return result
+
+    def _add(self, moments: Moments, tap: Tap, values: Mapping[str, Any], index: int) -> None:
+        mask = self.data.row_masks[index]
+        rows = None if mask is None or tap.layout == "all" else row_mask(mask, tap.layout, tap.repeat)
+        x = real_rows(values[tap.tensor], tap.axis, rows)
+        gain = None
+        if tap.stream is not None:
+            terms = [real_rows(values[t], -1, rows) for t in tap.stream.terms]
+            gain = stream_gain(x, terms, tap.stream.weight, tap.stream.offset, tap.stream.projection, VARIANCE_FLOOR)
+        batch = batch_moments(x, tap.bounds, gain)
+        try:
+            moments.add_block_rows(batch.count, batch.total, batch.second, tap.bounds, index in self.held, batch.rows)
+        except OptionError as err:
+            raise ModelError(
+                f"activation '{tap.tensor}' has NaN or Inf on the calibration data; check the module on that data "
+                "(float16 may overflow)"
+            ) from err
+
+
+def _needed(nodes: Sequence[gs.Node], wanted: Iterable[str]) -> list[gs.Node]:
+    """Returns the nodes that ``wanted`` needs, in order."""
+    needed, result = set(wanted), []
+    for node in reversed(nodes):
+        if any(t.name in needed for t in node.outputs):
+            result.append(node)
+            needed.update(t.name for t in node.inputs if present(t) and not is_constant(t))
+    return result[::-1]
+
+
+@dataclass(frozen=True)
+class VerifyModulePass(Pass[None]):
+    """Check the cut module against the original: both forms compute what the masked original computes.
+
+    Attributes:
+        batches: calibration batches on which the output difference is measured.
+    """
+
+    name: ClassVar[str] = "verify-module"
+    batches: int = 2
+
+    def plan(self, state: State) -> None:
+        """Plans nothing."""
+
+    def apply(self, state: State, plan: None) -> PassResult:
+        """Runs the checks; the measured differences and the module go to ``State.facts``.
+
+        Raises:
+            CheckError: the cut graph differs from the masked original.
+            ModelError: the module's own code cannot be made to fit.
+        """
+        model, data = state.model, state.calibration
+        assert isinstance(model, FxModel) and model.program is not None and model.module is not None and data is not None
+        device = device_of(model)
+        dtype = precision(model)
+        original = lower(model.program, model.module)
+        reference = lower(model.program, model.module)
+        mask_model(analyse(reference, AxisAlgebra()), state.repairs)
+        example: dict[str, Any] = state.facts["example"]
+        facts: dict[str, Any] = {"exact_dtype": dtype}
+        cut = Executor(model, device)
+        facts["exact_difference"] = require_close(
+            _arrays(cut.run(example)),
+            _arrays(Executor(reference, device).run(example)),
+            dtype,
+            "cut against masked original",
+        )
+        module, attributes = cut_module(model, example, TOLERANCES[dtype], state.facts["fields"] or ())
+        state.facts["module"], state.facts["attributes"] = module, attributes
+        held = [i for i in range(len(data.batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(data.batches) - 1]
+        dense, meter = Executor(original, device), DifferenceMeter()
+        names = state.facts["outputs"]
+        for done, i in enumerate(held[: self.batches]):
+            x, y = _arrays(cut.run(data.batches[i])), _arrays(dense.run(data.batches[i]))
+            for name, value in y.items():
+                meter.add(names.get(name, name), x[name], value, data.row_masks[i])
+            state.progress("verify", done + 1, len(held[: self.batches]))
+        facts["outputs"] = meter.result()
+        facts["attributes"] = attributes
+        state.facts["verification"] = facts
+        return PassResult(state)
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    import torch
+
+    return {k: (v.float() if v.dtype == torch.bfloat16 else v).detach().cpu().numpy() for k, v in tensors.items()}
+
+
+def device_of(model: FxModel) -> Any:
+    """Returns the device of the module's parameters."""
+    assert model.module is not None
+    return next((p.device for p in model.module.parameters()), "cpu")
+
+
+# -- the whole job ----------------------------------------------------------------------------------------------------
+
+
+class ModuleResult(PruneResult):
+    """A pruned module and what was done to it.
+
+    Attributes:
+        module: the module, smaller; called as before.
+        report: plain data, as for ONNX files; ``verification.attributes`` names the attributes that were changed.
+        changes: what the passes did.
+        refusals: what did not qualify, and why.
+        groups: what could be pruned, in execution order.
+        fields: what the configuration says of the new widths; None where it cannot.
+        folder: where the checkpoint came from, if it did.
+    """
+
+    def __init__(self, state: State, report: dict[str, Any], changes: tuple[Change, ...], refusals: tuple[Refusal, ...]):
+        assert isinstance(state.model, FxModel)
+        assert state.model.module is not None
+        self.module: torch.nn.Module = state.facts.get("module", state.model.module)
+        self.report, self.changes, self.refusals = report, changes, refusals
+        self.groups: tuple[ChannelGroup, ...] = state.groups
+        self.fields: tuple[FieldChange, ...] | None = state.facts["fields"]
+        self.folder: Path | None = state.facts["folder"]
+        self._model, self._example = state.model, state.facts["example"]
+
+    @functools.cached_property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The traced graph, cut: a ``torch.fx.GraphModule`` that is called with the module's arguments by name."""
+        return cut_graph_module(self._model)
+
+    @functools.cached_property
+    def program(self) -> ExportedProgram:
+        """The traced graph, cut: what ``torch.export.save`` writes."""
+        return cut_program(self._model, self._example)
+
+    @functools.cached_property
+    def model(self) -> onnx.ModelProto:
+        """The pruned module, exported to ONNX."""
+        symbolic = {s.name: [i for i, d in enumerate(s.shape) if isinstance(d, str)] for s in self._model.signature}
+        return export_onnx(self.module, self._example, symbolic)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the module, whole or not at all: ``.onnx`` and ``.pt2`` files, or a transformers checkpoint folder.
+
+        Raises:
+            OptionError: the path exists (without ``force``) or cannot be written, or the configuration of the model cannot
+                say its widths.
+        """
+        path = Path(path)
+        if path.suffix == ".onnx":
+            check_output(path, None, force)
+            try:
+                write_model(*lightened(self.model), path)
+            except OSError as err:
+                raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
+            return path
+        if path.suffix == ".pt2":
+            import torch
+
+            check_output(path, None, force)
+            torch.export.save(self.program, path)
+            return path
+        return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force)
+
+
+def prune_module(
+    model: torch.nn.Module | str | Path,
+    calibration: Any = None,
+    *,
+    values: float | None = None,
+    target: str | None = None,
+    max_drop: float | str | None = None,
+    metric: Any = None,
+    allocate: str | None = None,
+    search: float | None = None,
+    example: Mapping[str, Any] | None = None,
+    checkpoint: bool | None = None,
+    uniform: bool | None = None,
+    new_bias: bool | None = None,
+    allow_pickle: bool = False,
+    sparsity: float | None = None,
+    ffn: float | None = None,
+    heads: float | None = None,
+    multiple_of: int = 8,
+    score: str | ScoreFunction = "greedy",
+    repair: str | RepairFunction = "liar",
+    ridge: float | None = None,
+    weighting: str = "none",
+    seed: int = 0,
+    latency: bool = True,
+    dry_run: bool = False,
+    provider: str = "auto",
+    progress: Progress = no_progress,
+    observer: Observer | None = None,
+    tokenizer: str | Path | None = None,
+    text_column: str | None = None,
+    samples: int = 512,
+    batch_size: int = 32,
+    sequence_length: int | None = None,
+    mask_input: str | None = None,
+    packing: str = "auto",
+) -> ModuleResult:
+    """Makes a torch module smaller; :func:`liar_opt.prune` calls this for modules and for folders of checkpoints.
+
+    Args:
+        model: a module (it is not changed), a folder with a transformers checkpoint, or a hub name.
+        calibration: as for ONNX files; dicts have the names of the module's arguments.
+        values: see target.
+        target: for ONNX files alone, for now; so are values, max_drop, metric and search.
+        max_drop: see target.
+        metric: see target.
+        allocate: "uniform" alone.
+        search: see target.
+        example: a batch to trace the module with; made from the calibration data or the configuration if None.
+        checkpoint: whether the result must be one that stock transformers loads; None is true for transformers models.
+        uniform: one width for all layers; None is what a checkpoint needs.
+        new_bias: whether layers without a bias may get one; None is what a checkpoint allows.
+        allow_pickle: whether weights may be read from pickle files, which can run code.
+        sparsity: see ``prune``; so for all others.
+        ffn: see ``prune``.
+        heads: see ``prune``.
+        multiple_of: see ``prune``.
+        score: see ``prune``.
+        repair: see ``prune``.
+        ridge: see ``prune``.
+        weighting: see ``prune``.
+        seed: see ``prune``.
+        latency: see ``prune``.
+        dry_run: see ``prune``.
+        provider: where a checkpoint runs; a module stays where it is.
+        progress: see ``prune``.
+        observer: see ``prune``.
+        tokenizer: see ``prune``; a checkpoint's own if None.
+        text_column: see ``prune``.
+        samples: see ``prune``.
+        batch_size: see ``prune``.
+        sequence_length: see ``prune``.
+        mask_input: see ``prune``.
+        packing: see ``prune``.
+
+    Raises:
+        ModelError: the module cannot be traced or has nothing to prune.
+        OptionError: an option or the calibration data does not fit.
+        CheckError: the result failed a check.
+    """
+    start = time.perf_counter()
+    unknown: dict[str, Any] = {"values": values, "target": target, "max-drop": max_drop, "metric": metric, "search": search}
+    unknown["allocate"] = None if allocate == "uniform" else allocate
+    lookup("packing", dict.fromkeys(PACKINGS), packing)
+    unknown["calibration 'self'"] = True if isinstance(calibration, str) and calibration == SELF else None
+    for option, value in unknown.items():
+        if value is not None:
+            raise OptionError(f"{option} works on ONNX files alone; export the module and prune the file, or give ratios")
+    state = _load(model, calibration, example, allow_pickle, provider)
+    state.progress = progress
+    checkpoint = state.facts["stock"] if checkpoint is None else checkpoint
+    uniform = checkpoint if uniform is None else uniform
+    new_bias = not checkpoint if new_bias is None else new_bias
+    tokenizer = state.facts["folder"] if tokenizer is None else tokenizer
+    options = CalibrationOptions(
+        calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed, packing
+    )
+    widths = AllocateWidthsPass(sparsity, ffn, heads, multiple_of=multiple_of, uniform=uniform)
+    cut = PruneModulePass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting, new_bias=new_bias)
+    express_widths = [ExpressWidthsPass(heads is not None)] if checkpoint else []
+    passes: list[Pass[Any]] = [FindModuleGroupsPass(), *express_widths, widths]
+    analysis = Pipeline(passes=passes, observer=observer)(state)
+    if checkpoint:
+        state.facts["fields"] = _fields(state, state.groups)
+    report = _report_head(state)
+    report["options"] = _options([widths, cut], options, "torch")
+    report["seed"], report["device"] = seed, str(device_of(_fx(state)))
+    report["refusals"] = [asdict(r) for r in analysis.refusals]
+    if dry_run:
+        report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
+        return ModuleResult(state, report, (), analysis.refusals)
+    began = time.perf_counter()
+    fields = {k: v for k, v in vars(options).items() if k not in ("source", "packing")}
+    fields["packing"] = is_causal(_fx(state)) if packing == "auto" else packing == "on"
+    state.calibration = load_calibration(options.source, state.model.inputs(), vocabulary=vocabulary(_fx(state)), **fields)
+    state.seconds["load-calibration"] = time.perf_counter() - began
+    report["calibration"] = _calibration_report(state.calibration)
+    done = Pipeline(passes=[cut, VerifyModulePass()], observer=observer)(state)
+    details = {c.where: c for c in done.changes}
+    report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
+    report["after"] = _sizes(state.model)
+    verification = state.facts["verification"]
+    report["verification"] = {
+        **verification,
+        "outputs": {k: asdict(v) for k, v in verification["outputs"].items()},
+        "attributes": [asdict(a) for a in verification["attributes"]],
+    }
+    if latency:
+        began = time.perf_counter()
+        report["latency"] = _latency(state)
+        state.seconds["latency"] = time.perf_counter() - began
+    report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
+    return ModuleResult(state, report, done.changes, analysis.refusals)
+
+
+def inspect_module(
+    model: torch.nn.Module | str | Path, *, example: Mapping[str, Any] | None = None, allow_pickle: bool = False
+) -> Inspection:
+    """Finds the channel groups of a module; :func:`liar_opt.inspect` calls this.
+
+    Raises:
+        ModelError: it cannot be loaded or traced.
+        OptionError: nothing says what its inputs are.
+    """
+    state = _load(model, None, example, allow_pickle)
+    result = Pipeline(passes=[FindModuleGroupsPass()])(state)
+    report = _report_head(state)
+    report["groups"] = [_group(g) for g in state.groups]
+    report["prunable_parameters"] = sum(g.parameters for g in state.groups)
+    report["refusals"] = [asdict(r) for r in result.refusals]
+    return Inspection(state.model, state.groups, result.refusals, report)
+
+
+def _device(provider: str) -> str:
+    """Returns the torch device that a provider means here.
+
+    Raises:
+        OptionError: unknown, or "cuda" where torch has no device.
+    """
+    import torch
+
+    if provider not in PROVIDERS:
+        raise OptionError(f"provider '{provider}' is unknown; choose one of {', '.join(PROVIDERS)}")
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise OptionError("provider 'cuda' needs a CUDA device and a torch that was built for it; use provider 'cpu'")
+    return "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _fx(state: State) -> FxModel:
+    assert isinstance(state.model, FxModel)
+    return state.model
+
+
+def _load(
+    model: torch.nn.Module | str | Path,
+    calibration: Any,
+    example: Mapping[str, Any] | None,
+    allow_pickle: bool,
+    provider: str = "cpu",
+) -> State:
+    """Takes a module from memory or from a checkpoint, traces it and lowers it."""
+    folder = None
+    if isinstance(model, (str, Path)):
+        folder = checkpoint_folder(model, allow_pickle)
+        module = load_module(folder, allow_pickle).to(_device(provider))
+    else:
+        module = model
+    training = module.training
+    module.eval()
+    try:
+        with without_cache(module):
+            feeds = _example(module, calibration, example)
+            lowered = lower(trace(module, feeds), module, folder)
+            names = _output_names(module, feeds, lowered)
+    finally:
+        module.train(training)
+    state = State(lowered)
+    state.facts |= {
+        "example": feeds,
+        "folder": folder,
+        "stock": is_stock(module),
+        "fields": None,
+        "outputs": names,
+        "before": _sizes(lowered),
+    }
+    return state
+
+
+def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+    """Returns a batch to trace: what the user gave, the first batch of the calibration data, or what a config says.
+
+    Raises:
+        OptionError: nothing says what the module's inputs are.
+    """
+    device = next((p.device for p in module.parameters()), "cpu")
+    taken = {int(s) for p in module.parameters() for s in p.shape}
+    batch = example
+    if batch is None and isinstance(calibration, Mapping):
+        batch = calibration
+    if batch is None and isinstance(calibration, Iterable) and not isinstance(calibration, (str, bytes, Path, Iterator)):
+        first = next(iter(calibration), None)
+        batch = first if isinstance(first, Mapping) else None
+    if batch is None:
+        batch = example_inputs(module)
+    if batch is None:
+        raise OptionError(
+            f"nothing says what the inputs of {type(module).__name__} are; give example={{'name of an argument': tensor}}"
+        )
+    accepted = inspect_signature(module.forward).parameters
+    named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
+    if not named:
+        raise OptionError(
+            f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "
+            f"{', '.join(accepted)}"
+        )
+    return example_from(named, taken, device)
+
+
+def _output_names(module: torch.nn.Module, arguments: Mapping[str, Any], model: FxModel) -> dict[str, str]:
+    """Maps tensors of the traced graph to the names of the module's outputs."""
+    import torch
+
+    with torch.no_grad():
+        leaves, _ = torch.utils._pytree.tree_flatten_with_path(module(**arguments))
+    names = [
+        ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path) or "output"
+        for path, value in leaves
+        if isinstance(value, torch.Tensor)
+    ]
+    return dict(zip(model.results, names, strict=False))
+
+
+def vocabulary(model: FxModel) -> int | None:
+    """Returns the number of rows of the table that token ids look up: the largest of those read by an input."""
+    inputs = {t.name for t in model.graph.inputs}
+    sizes = [
+        int(node.inputs[0].shape[0])
+        for node in model.graph.nodes
+        if node.op == "embedding" and is_constant(node.inputs[0]) and node.inputs[1].name in inputs
+    ]
+    return max(sizes, default=None)
+
+
+class _Runner:
+    """A module behind the face of a session, for timing."""
+
+    def __init__(self, module: torch.nn.Module, feeds: Mapping[str, Any], device: Any) -> None:
+        self.inputs = list(feeds)
+        self.module, self.arguments = module, {k: to_torch(v, device) for k, v in feeds.items()}
+
+    def run(self, feeds: Mapping[str, Any]) -> None:
+        import torch
+
+        with torch.no_grad():
+            self.module(**self.arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _latency(state: State) -> dict[str, Any]:
+    model, data = _fx(state), state.calibration
+    assert data is not None and model.module is not None
+    feeds = {k: v for k, v in data.batches[0].items() if k in {s.name for s in model.signature}}
+    runners = [_Runner(m, feeds, device_of(model)) for m in (model.module, state.facts["module"])]
+    measured = measure_latency(runners, feeds, budget=0.3, least=3)
+    return {
+        "dense_seconds": measured.seconds[0],
+        "pruned_seconds": measured.seconds[1],
+        "speedup": measured.speedup,
+        "runs": measured.runs,
+        "batch": measured.batch,
+    }

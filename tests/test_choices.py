@@ -1,0 +1,32 @@
+"""The choices beyond the default on exported models: one architecture, exporter and kind of fused operator each."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import zoo
+
+from liar_opt import prune
+
+CASES = zoo.cases(fast=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def test_curves_a_search_and_a_dense_target(case: zoo.Case) -> None:
+    """Tied groups, caches, float16, fused attention: measured, searched, fitted to the dense twin, and exact."""
+    feeds = [zoo.feeds_of(case, seed=seed) for seed in range(10)]
+    result = prune(
+        zoo.ready(case).path, feeds, sparsity=0.4, multiple_of=4, search=0.5, repair="residual", seed=3, latency=False
+    )
+    report = result.report
+    assert len(report["curves"]) == len(report["groups"])
+    for group in report["groups"]:
+        points = report["curves"][group["name"]]["points"]
+        assert points[0][0] == 0 and points[-1] == [group["before"], 0.0]
+        assert all(a[1] >= b[1] >= 0 for a, b in itertools.pairwise(points))
+    assert report["search"]["found"] <= report["search"]["start"]
+    prunable = sum(g["parameters"] for g in report["groups"])
+    removed = sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in report["groups"])
+    largest = max(g["parameters"] / g["before"] * (4 if g["kind"] == "ffn" else 1) for g in report["groups"])
+    assert abs(removed - 0.4 * prunable) <= largest + 1

@@ -1,0 +1,98 @@
+"""The oracle of the FX frontend: pruned with repair off, both forms of a module compute what the masked original does.
+
+The reference is made without any of the code that prunes: the original module, its consumers' inputs multiplied by 0 or 1
+in a forward hook.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo_fx
+
+from liar_opt.frontend.hf_checkpoint import quiet_loading, without_cache
+from liar_opt.passes.groups import kept_positions
+from liar_opt.passes.prune_module import ModuleResult, prune_module
+
+RTOL = 1e-4
+RATIOS = {"ffn": 0.5, "heads": 0.4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(module: Callable[..., Any], arrays: dict[str, Any]) -> list[torch.Tensor]:
+    """Returns the tensors among the outputs, the cache of past keys switched off."""
+    held = without_cache(module) if isinstance(module, torch.nn.Module) else contextlib.nullcontext()
+    with torch.no_grad(), held:
+        output = module(**zoo_fx.tensors(arrays))
+    return [v for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, torch.Tensor)]
+
+
+def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Returns the largest difference, relative to the largest magnitude of each output."""
+    assert len(actual) == len(expected)
+    return max(float((a - e).abs().max() / e.abs().max().clamp_min(1e-9)) for a, e in zip(actual, expected, strict=True))
+
+
+def masked(module: torch.nn.Module, result: ModuleResult, arrays: dict[str, Any]) -> list[torch.Tensor]:
+    """Runs the original with the removed channels of every consumer's input multiplied by zero."""
+    kept = {c.where: c.details["kept"] for c in result.changes}
+    hooks = []
+    for group in (g for g in result.groups if g.name in kept):
+        for consumer in group.consumers:
+            keep = torch.zeros(consumer.width)
+            keep[kept_positions(consumer.owners, kept[group.name])] = 1
+            (name,) = {u.weight.name for u in consumer.uses}
+            owner = module.get_submodule(name.rpartition(".")[0])
+
+            def mask(_: Any, inputs: tuple[torch.Tensor, ...], keep: torch.Tensor = keep) -> tuple[torch.Tensor, ...]:
+                return (inputs[0] * keep, *inputs[1:])
+
+            hooks.append(owner.register_forward_pre_hook(mask))
+    try:
+        return run(module, arrays)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("name", sorted(zoo_fx.MODELS))
+def test_both_forms_equal_the_masked_original(name: str, record_property: Callable[[str, object], None]) -> None:
+    module, arrays = zoo_fx.build(name), zoo_fx.feeds(name)
+    expected = zoo_fx.MODELS[name].groups
+    asked: dict[str, Any] = {kind: RATIOS[kind] for kind in expected}
+    before = run(module, arrays)
+    result = prune_module(
+        module,
+        [arrays],
+        **asked,
+        repair="none",
+        score="random",
+        multiple_of=1,
+        checkpoint=False,
+        latency=False,
+    )
+    found: dict[str, int] = {}
+    for group in result.groups:
+        found[group.kind] = found.get(group.kind, 0) + 1
+    attributes = sorted({a["name"] for a in result.report["verification"]["attributes"]})
+    reference = masked(module, result, arrays)
+    graph = difference(run(result.graph_module, arrays), reference)
+    same = difference(run(result.module, arrays), reference)
+    record_property("fx", (name, found, graph, same, attributes))
+    assert found == expected
+    assert graph <= RTOL and same <= RTOL
+    assert difference(reference, before) > 10 * RTOL, "the mask changes nothing: the oracle cannot fail"
+    assert difference(run(module, arrays), before) == 0.0, "the original was changed"
+    assert sum(p.numel() for p in result.module.parameters()) < sum(p.numel() for p in module.parameters())
