@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.moments import CrossStatistics, FoldName, Statistics
 from liar_opt.runtime.scaling import scale_blocks
 from liar_opt.runtime.solve import (
     RepairKind,
@@ -100,11 +101,22 @@ def dense(consumer: Measured, kept: Channels, removed: Channels, ridge: float | 
     local, aware = liar(consumer, kept, removed, ridge), consumer.aware
     if aware is None:
         return local
+
+    def fold(name: FoldName) -> tuple[Statistics, CrossStatistics]:
+        rows, cross = aware.statistics(name), aware.cross_statistics(name)
+        if consumer.centred:
+            return rows, cross
+        # Moments about zero: then the fit has no bias.
+        zero, square = np.zeros_like(rows.mean), cross.target_variance + float(cross.target_mean @ cross.target_mean)
+        about = CrossStatistics(
+            cross.covariance + np.outer(rows.mean, cross.target_mean), np.zeros_like(cross.target_mean), square
+        )
+        return Statistics(rows.count, zero, rows.uncentred), about
+
     used = DEFAULT_RIDGE if ridge is None else ridge
     if ridge is None and min(aware.rows("training"), aware.rows("held_back")) >= 2:
-        folds = [(aware.statistics(f), aware.cross_statistics(f)) for f in ("training", "held_back")]
-        used = choose_dense_ridge(folds[0], folds[1], kept, local.weight)
-    fit = fit_dense_target(aware.statistics(), aware.cross_statistics(), kept, local.weight, used)
+        used = choose_dense_ridge(fold("training"), fold("held_back"), kept, local.weight)
+    fit = fit_dense_target(*fold("all"), kept, local.weight, used)
     return Repaired(fit.weight, fit.bias, fit.ridge_used, "dense", fit.raised)
 
 

@@ -69,7 +69,8 @@ class SearchWidthsPass(Pass[list[int]]):
 
     def plan(self, state: State) -> list[int]:
         """Returns the positions of the groups that may exchange: those that are wider than one step."""
-        return [i for i, g in enumerate(state.groups) if g.size > step_of(g, self.multiple_of)]
+        measured = state.facts["curves"]
+        return [i for i, g in enumerate(state.groups) if g.name in measured and g.size > step_of(g, self.multiple_of)]
 
     def apply(self, state: State, plan: list[int]) -> PassResult:
         """Makes the variants and searches; the widths are those of the least error that was measured."""

@@ -30,3 +30,15 @@ def test_curves_a_search_and_a_dense_target(case: zoo.Case) -> None:
     removed = sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in report["groups"])
     largest = max(g["parameters"] / g["before"] * (4 if g["kind"] == "ffn" else 1) for g in report["groups"])
     assert abs(removed - 0.4 * prunable) <= largest + 1
+
+
+def test_values_within_heads_beside_the_rest() -> None:
+    """Values are cut in a second sweep, in which the dense twin runs along again; the search leaves them alone."""
+    case = CASES[0]
+    feeds = [zoo.feeds_of(case, seed=seed) for seed in range(6)]
+    result = prune(
+        zoo.ready(case).path, feeds, sparsity=0.3, values=0.5, search=0.2, repair="residual", multiple_of=4, latency=False
+    )
+    halves = [g["after"] / g["before"] for g in result.report["groups"] if g["kind"] == "values"]
+    assert halves and set(halves) == {0.5}
+    assert {r["repair"] for g in result.report["groups"] for r in g.get("repairs", ())} <= {"dense", "repair", "bias"}

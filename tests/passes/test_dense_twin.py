@@ -85,3 +85,11 @@ def test_the_first_layer_is_as_without() -> None:
     local, aware = (weights(pruned(proto, 0.5, data(feeds), repair=r, ridge=1e-6)[0]) for r in ("liar", "residual"))
     for name, value in local.items():
         np.testing.assert_allclose(aware[name], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("repair", AWARE)
+def test_without_new_biases_there_are_none(repair: str) -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    cut, _, _ = pruned(proto, 0.5, repair=repair, new_bias=False)
+    assert weights(cut).keys() == weights(proto).keys()
+    assert error(proto, cut) < error(proto, pruned(proto, 0.5, repair="none")[0])
