@@ -9,7 +9,7 @@ equal folds of equal constants give one constant.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from liar_opt.frontend.weight_files import (
     stub,
     write_model,
 )
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.signatures import InputSpec
 
@@ -58,11 +59,13 @@ class Stored:
         proto: the model; what has its data in ``arrays`` is a stub.
         arrays: the data by initializer; it is never written to.
         source: the file.
+        store: where new weights go that need not be in memory; None keeps them.
     """
 
     proto: onnx.ModelProto
     arrays: dict[str, np.ndarray]
     source: Path | None = None
+    store: ArrayStore | None = None
 
     def model(self) -> "OnnxModel":
         """Returns the model as a graph; each call makes a new one, weights are shared."""
@@ -73,7 +76,7 @@ class Stored:
             for tensor in part.tensors().values():
                 if isinstance(tensor, gs.Constant) and tensor.name in self.arrays:
                     tensor.values, tensor.data_location = self.arrays[tensor.name], None
-        return OnnxModel(graph, self.source, metadata, [], order, self)
+        return OnnxModel(graph, self.source, metadata, [], order, self, store=self.store)
 
     def light(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
         """Returns the proto and the data, as ``OnnxModel.light`` does."""
@@ -99,6 +102,7 @@ class OnnxModel:
     order: dict[str, int] = field(default_factory=dict)
     stored: Stored | None = None
     resized: dict[str, dict[int, int]] = field(default_factory=dict)
+    store: ArrayStore | None = None
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -277,6 +281,16 @@ class OnnxModel:
 
     # -- normal form ------------------------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Moves weights that are new to the store, if there is one."""
+        for constant in self.constants() if self.store is not None else ():
+            if isinstance(constant._values, np.ndarray):
+                constant.values = self.settled(constant.values)
+
+    def settled(self, value: np.ndarray) -> np.ndarray:
+        """Returns an array as it is in the store; what is mapped already (read-only) stays where it is."""
+        return self.store.put(value) if self.store is not None and value.flags.writeable else value
+
     def normalise(self) -> int:
         """Brings the graph to the form that the analysis expects; returns the number of nodes removed.
 
@@ -306,7 +320,7 @@ class OnnxModel:
                 node.outputs.clear()
                 node.inputs.clear()
                 continue
-            _fold(node, folded, outputs, names)
+            _fold(node, folded, outputs, names, self.settled)
         graph.cleanup(remove_unused_node_outputs=False)
         graph.toposort()
         return before - len(graph.nodes)
@@ -393,7 +407,11 @@ def _shares_table(node: gs.Node) -> bool:
 
 
 def _fold(
-    node: gs.Node, folded: dict[tuple[object, ...], list[gs.Constant]], outputs: set[int], names: Iterator[str]
+    node: gs.Node,
+    folded: dict[tuple[object, ...], list[gs.Constant]],
+    outputs: set[int],
+    names: Iterator[str],
+    keep: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     if node.domain not in (None, *STANDARD) or not node.inputs or not node.outputs:
         return
@@ -419,7 +437,7 @@ def _fold(
             return
         # The constants stay alive through the key's owner list, so that ids are not reused.
         results = [
-            gs.Constant(t.name or next(names), np.ascontiguousarray(v).reshape(v.shape))
+            gs.Constant(t.name or next(names), keep(np.ascontiguousarray(v).reshape(v.shape)))
             for t, v in zip(node.outputs, values, strict=False)
         ]
         folded[key] = results

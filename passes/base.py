@@ -16,6 +16,7 @@ from liar_opt.frontend.onnx_rules import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError, LiarOptError
+from liar_opt.runtime.memory import Memory
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, the steps done and the steps in all."""
@@ -51,6 +52,7 @@ class State:
     repairs: list[Any] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: Memory = field(default_factory=lambda: Memory.of(None))
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

@@ -93,6 +93,6 @@ class DenseRun(SegmentRun):
         """Runs it on the probed batches and returns the outputs."""
         if not outputs:
             return [{} for _ in self.probed]
-        session = load_segment(rest, self.state.device)
+        session = load_segment(rest, self.state.device, self.memory.tight)
         feeds = ({**self.data.batches[i], **self.alive[i]} for i in self.probed)
         return [{n: as_array(v) for n, v in run_segment(session, f, outputs, outputs).items()} for f in feeds]

@@ -147,7 +147,7 @@ class TwinRun(SegmentRun):
         start = 0 if self.alive_at is None else self.position(self.alive_at)
         types = {name: element_type(value) for name, value in self.alive[0].items()}
         fresh = [n for n in wanted if n not in self.alive[0]]
-        session = load_segment(extract(self.walk, start, stop, fresh, types), self.state.device)
+        session = load_segment(extract(self.walk, start, stop, fresh, types), self.state.device, self.memory.tight)
         for index, feeds in enumerate(self.data.batches):
             feeds = cut_arrays(feeds, self.rewriter.ends())
             values = run_segment(session, {**feeds, **self.alive[index]}, fresh, fresh)
@@ -162,7 +162,9 @@ class TwinRun(SegmentRun):
         names = [] if first is None else live_tensors(self.twin, place[first.name])
         types = {name: element_type(value) for name, value in self.twin_alive[0].items()}
         fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in self.twin_alive[0]]
-        session = load_segment(extract(self.twin, start, place[last.name] + 1, fresh, types), self.state.device)
+        session = load_segment(
+            extract(self.twin, start, place[last.name] + 1, fresh, types), self.state.device, self.memory.tight
+        )
         for index, feeds in enumerate(self.data.batches):
             alive = self.twin_alive[index]
             values = {**alive, **run_segment(session, {**feeds, **alive}, fresh, [n for n in fresh if n in wanted])}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
 from liar_opt.frontend.onnx_segments import (
@@ -29,6 +30,7 @@ from liar_opt.frontend.onnx_segments import (
 )
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.groups import VALUES, ChannelGroup, Consumer, kept_positions
+from liar_opt.passes.plan_memory import Need, Parts, measure_together
 from liar_opt.passes.registry import (
     AWARE,
     Measured,
@@ -39,10 +41,12 @@ from liar_opt.passes.registry import (
     repair_named,
     score_named,
 )
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, OptionError
+from liar_opt.runtime.memory import anonymous
 from liar_opt.runtime.moments import Moments
-from liar_opt.runtime.sessions import Session, element_type
+from liar_opt.runtime.sessions import Session, as_array, element_type
 
 Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
 """Groups that span others, and the segments of the rest."""
@@ -150,6 +154,7 @@ class SegmentRun:
         self.walk: GraphWalk = state.analysed()
         self.rewriter = Rewriter(self.walk)
         self.data: CalibrationData = state.calibration
+        self.memory = state.memory
         self.batch = _probe_batch(self.walk, self.data)
         self.alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
         self.alive_at: Any = None
@@ -200,9 +205,37 @@ class SegmentRun:
                 if self.options.weighting == "stream":
                     tap = replace(tap, stream=stream_of(self.walk, use, self.options.seed))
                 taps[tap.tensor, tap.axis] = tap
-        moments = self.measure(list(taps.values()), stop, first)
-        for group in groups:
+        parts = self.parts(groups, taps, first)
+        moments: dict[tuple[str, int], Moments] = {}
+        for part in parts.groups:
+            keys = {k for i in part for k in _keys(groups[i])} - moments.keys()
+            new = self.measure([tap for key, tap in taps.items() if key in keys], stop, first)
+            if parts.on_disk:
+                for own in new.values():
+                    own.store(self.memory.store)
+            moments.update(new)
+        for i, group in enumerate(groups):
             self.prune(group, moments)
+            for key in _keys(group) - {k for other in groups[i + 1 :] for k in _keys(other)}:
+                moments.pop(key, None)
+            self.state.model.settle()
+
+    def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap], first: Any) -> Parts:
+        """Returns which groups are measured together, so that their moments stay under the limit."""
+        elements = {g.name: sum(int(np.prod(c.uses[0].weight.shape)) for c in g.consumers) for g in groups}
+        needs = [Need(g.name, tuple(taps[k].width for k in _keys(g)), elements[g.name]) for g in groups]
+        rows = max(int(np.prod(next(iter(feeds.values())).shape[:2])) for feeds in self.data.batches)
+        activations = 4 * rows * (sum(t.width for t in taps.values()) + 3 * max(t.width for t in taps.values()))
+        weights = 0
+        if not self.memory.tight:
+            start = 0 if self.alive_at is None else self.position(self.alive_at)
+            stop = max(self.position(u.node) for g in groups for c in g.consumers for u in c.uses)
+            nodes = self.walk.model.graph.nodes[start : stop + 1]
+            weights = sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
+        parts = measure_together(needs, (anonymous() or 0) + weights + activations, self.memory.limit)
+        self.memory.estimated = max(self.memory.estimated, parts.need)
+        self.steps += (len(parts.groups) - 1) * len(self.data.batches)
+        return parts
 
     def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[tuple[str, int], Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
@@ -210,9 +243,11 @@ class SegmentRun:
         names = [] if first is None else live_tensors(self.walk, self.position(first))
         made = [n for n in names if n not in self.alive[0]]
         types = {name: element_type(value) for name, value in self.alive[0].items()}
-        session = load_segment(extract(self.walk, start, stop, made, types, taps), self.state.device)
+        extracted = extract(self.walk, start, stop, made, types, taps)
+        session = load_segment(extracted, self.state.device, self.memory.tight)
         sums = [o for t in taps for o in t.outputs]
         result = {(t.tensor, t.axis): Moments(t.width) for t in taps}
+        stream, in_memory = ArrayStore(self.memory.store.folder), True
         for index, feeds in enumerate(self.data.batches):
             mask = self.data.row_masks[index]
             rows = {}
@@ -234,6 +269,11 @@ class SegmentRun:
                     ) from err
             if first is not None:
                 self.alive[index] = {n: values[n] if n in values else self.alive[index][n] for n in names}
+                if not index:
+                    size = sum(as_array(v).nbytes for v in self.alive[0].values()) * len(self.alive)
+                    in_memory = self.memory.keep(size)
+                for name in () if in_memory else made:
+                    self.alive[index][name] = stream.put(as_array(values[name]))
             self.tick()
         if first is not None:
             self.alive_at = first
@@ -307,6 +347,8 @@ class SegmentRun:
         if np.any(repaired.bias):
             self.rewriter.add_bias(consumer.uses, repaired.bias)
         cut = np.take(value, kept, use.weight_axis)
+        if self.memory.tight:
+            cut = self.memory.store.put(cut)
         left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
         left[use.weight_axis] = left[use.weight_axis][kept]
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, repaired.bias))
@@ -326,6 +368,10 @@ def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[n
     return result
 
 
+def _keys(group: ChannelGroup) -> set[tuple[str, int]]:
+    return {(u.activation.name, u.activation_axis) for c in group.consumers for u in c.uses}
+
+
 def _details(
     consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
 ) -> dict[str, Any]:
@@ -340,14 +386,14 @@ def _details(
     }
 
 
-def load_segment(segment: Extracted, device: Any) -> Session:
-    """Loads a segment.
+def load_segment(segment: Extracted, device: Any, lean: bool) -> Session:
+    """Loads a segment; ``lean`` as ``Session``.
 
     Raises:
         ModelError: ONNX Runtime cannot.
     """
     try:
-        return Session(segment.serialise(), device, segment.weights)
+        return Session(segment.serialise(), device, segment.weights, lean)
     except Exception as err:
         raise ModelError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
 

@@ -38,6 +38,7 @@ from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session, resolve_provider
 
@@ -152,7 +153,7 @@ def check_output(path: Path, source: Path | None, force: bool) -> None:
         raise OptionError(f"folder '{path.parent}' of output '{path}' does not exist; make it first")
 
 
-def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
+def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | str | None = None) -> State:
     """Takes a model from a path or from memory; where its weights are is kept for the checks.
 
     Raises:
@@ -168,8 +169,12 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel) -> State:
         raise OptionError(f"a model is a path or an onnx.ModelProto, not {type(model).__name__}")
     if not loaded.graph.inputs:
         raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
-    state = State(loaded)
-    state.facts["dense"] = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
+    state = State(loaded, memory=Memory.of(memory))
+    state.memory.model = loaded.weight_bytes()
+    stored = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
+    if state.memory.tight:
+        loaded.store = state.memory.store
+    state.facts["dense"] = replace(stored, store=loaded.store)
     state.facts["before"] = _sizes(loaded)
     return state
 
@@ -239,6 +244,7 @@ def prune(
     allow_pickle: bool = False,
     packing: str = "auto",
     provider: str = "auto",
+    memory: int | str | None = None,
     seed: int = 0,
     latency: bool = True,
     dry_run: bool = False,
@@ -287,6 +293,8 @@ def prune(
         packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which
             does so where the model is causal.
         provider: "auto", "cpu" or "cuda".
+        memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
+            None.
         seed: for all that is drawn.
         latency: whether to time the dense and the pruned model.
         dry_run: stop after the widths are decided; the result holds the unpruned model.
@@ -306,8 +314,9 @@ def prune(
 
         return prune_module(**locals())
     start = time.perf_counter()
+    watch = MemoryWatch()
     lookup("packing", dict.fromkeys(PACKINGS), packing)
-    state = load_state(model)
+    state = load_state(model, memory)
     state.progress = progress
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
@@ -373,7 +382,11 @@ def prune(
     report["after"] = {**_sizes(state.model), "flops": _flops(state)}
     verification = state.facts["verification"]
     report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
-    if latency:
+    if latency and state.memory.tight:
+        report["model"]["notes"].append(
+            f"latency was not measured: the models are too large for the memory of {show_size(state.memory.limit)}"
+        )
+    elif latency:
         began = time.perf_counter()
         batch = state.calibration.batches[0]
         feeds = [batch, cut_arrays(batch, state.facts["ends"])]
@@ -386,6 +399,13 @@ def prune(
             "batch": times.batch,
         }
         state.seconds["latency"] = time.perf_counter() - began
+    report["memory"] = {
+        "limit": state.memory.limit,
+        "estimated_peak": state.memory.estimated,
+        "anonymous_peak": watch.anonymous,
+        "resident_peak": watch.resident,
+        "on_disk": state.memory.store.bytes,
+    }
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
     return PruneResult(state.model, report, changes, analysis.refusals)
 

@@ -54,8 +54,8 @@ class VerifyModelPass(Pass[None]):
         _check_interface(dense.proto, state.model.light()[0], state.model.resized)
         ends = state.facts.get("ends", {})
         _check_format(dense, state.model)
-        pruned = _load(state.model.detached(), state.device, "the pruned model")
-        original = _load(dense.detached(), state.device, "the original model")
+        lean = state.memory.tight
+        pruned = _load(state.model.detached(), state.device, "the pruned model", lean)
         assert state.calibration is not None
         facts: dict[str, Any] = {}
         batches, masks = state.calibration.batches, state.calibration.row_masks
@@ -63,7 +63,7 @@ class VerifyModelPass(Pass[None]):
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
         whole = [o for o in original.outputs if o not in state.analysed().unspecified]
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
-        masked = _load(reference.detached(), state.device, "the masked original")
+        masked = _load(reference.detached(), state.device, "the masked original", lean)
         facts["exact_difference"] = require_close(
             pruned.run(cut_arrays(small, ends), arrays=True),
             cut_arrays(masked.run(small, whole, arrays=True), ends),
@@ -71,6 +71,8 @@ class VerifyModelPass(Pass[None]):
             "cut against masked original",
         )
         facts["exact_dtype"] = _precision(state.model)
+        del masked, reference
+        original = _load(dense.detached(), state.device, "the original model", lean)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
         meter = DifferenceMeter()
         for done, i in enumerate(held[: self.batches]):
@@ -109,8 +111,9 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
         old = places[0][0].inputs[places[0][1]]
         if not is_constant(old) or any(i.size and i[-1] >= n for i, n in zip(repair.index, old.shape, strict=True)):
             raise CheckError(f"consumer '{repair.uses[0].node.name}' of the original was not found again")
-        full = np.zeros_like(old.values)
+        full = np.zeros(old.shape, old.dtype)
         full[np.ix_(*repair.index)] = repair.weight
+        full = model.settled(full)
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
             axis = repair.uses[0].weight_axis
@@ -175,8 +178,8 @@ def _checker_error(proto: onnx.ModelProto) -> Exception | None:
     return None
 
 
-def _load(parts: tuple[bytes, dict[str, Any]], device: Any, what: str) -> Session:
+def _load(parts: tuple[bytes, dict[str, Any]], device: Any, what: str, lean: bool) -> Session:
     try:
-        return Session(parts[0], device, parts[1])
+        return Session(parts[0], device, parts[1], lean)
     except Exception as err:
         raise CheckError(f"ONNX Runtime cannot load {what}: {' '.join(str(err).split())[:300]}") from err

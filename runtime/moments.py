@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import InternalError, OptionError
 
 Array = NDArray[np.float64]
@@ -265,6 +266,11 @@ class Moments:
         target_mean = sums.target_total / sums.count
         variance = sums.target_square / sums.count - float(target_mean @ target_mean)
         return CrossStatistics(sums.cross / sums.count - np.outer(mean, target_mean), target_mean, max(variance, 0.0))
+
+    def store(self, place: ArrayStore) -> None:
+        """Moves the second moments to disk; nothing is added to them afterwards."""
+        for fold in self._folds.values():
+            fold.second = place.put(fold.second)
 
     def rows(self, fold: FoldName = "all") -> int:
         """Return the number of rows in one fold, or in both together."""

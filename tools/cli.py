@@ -551,6 +551,7 @@ def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
         calibration.add("mask_input", str, metavar="NAME")
         calibration.add("packing", str, choices=PACKINGS)
     calibration.add("provider", str, choices=PROVIDERS)
+    calibration.add("memory", str, metavar="SIZE")
     calibration.add("seed", _seed, metavar="N")
 
 

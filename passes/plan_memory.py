@@ -1,0 +1,101 @@
+"""How much memory a segment takes, and how its groups are measured so that they stay under the limit.
+
+What is anonymous at a time is: what the process has already, a copy of the segment's weights (ONNX Runtime packs them;
+none where the limit is tight), the activations of one batch, and
+
+    measuring    2 folds x 8 n^2 for the moments of each activation of width n, and 4 n^2 for what one batch adds
+    solving      the moments of one group, and SOLVING x 8 n^2 for its widest: covariances, factors, the downdated inverse
+
+Groups of one segment whose moments do not fit together are measured one after the other, each by a run of the segment,
+and their moments wait on disk: the results are the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.memory import show_size
+
+FOLDS = 16
+"""Bytes of the moments of both folds, for each entry of X^T X."""
+BATCH = 4
+"""Bytes of one batch's X^T X, for each entry."""
+SOLVING = 40
+"""Bytes that selection and repair need, for each entry of the covariance, beside the moments."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one group needs.
+
+    Attributes:
+        name: the group.
+        widths: of each activation that is measured.
+        weights: elements of its consumers' weights; they are solved for in float64.
+    """
+
+    name: str
+    widths: tuple[int, ...]
+    weights: int
+
+    @property
+    def moments(self) -> int:
+        """Bytes of its moments."""
+        return sum(FOLDS * w * w for w in self.widths)
+
+    @property
+    def measuring(self) -> int:
+        """Bytes while it is measured."""
+        return self.moments + sum(BATCH * w * w for w in self.widths)
+
+    @property
+    def solving(self) -> int:
+        """Bytes while it is solved, beside its moments."""
+        return SOLVING * max(self.widths) ** 2 + 24 * self.weights
+
+
+class Parts(NamedTuple):
+    """How the groups of a segment are measured.
+
+    Attributes:
+        groups: positions of those that are measured together, for each run of the segment.
+        on_disk: whether moments go to disk until they are solved.
+        need: the largest need, in bytes.
+    """
+
+    groups: list[list[int]]
+    on_disk: bool
+    need: int
+
+
+def measure_together(needs: Sequence[Need], fixed: int, limit: int) -> Parts:
+    """Returns which groups are measured together.
+
+    Args:
+        needs: of the groups, in order.
+        fixed: bytes that are needed whatever is measured.
+        limit: bytes that may be used.
+
+    Raises:
+        OptionError: one group alone does not fit; the least that would do is said.
+    """
+    whole = max(sum(n.measuring for n in needs), sum(n.moments for n in needs) + max((n.solving for n in needs), default=0))
+    if fixed + whole <= limit:
+        return Parts([list(range(len(needs)))], False, fixed + whole)
+    least, worst = max((fixed + max(n.measuring, n.solving), -i) for i, n in enumerate(needs))
+    if least > limit:
+        need = needs[-worst]
+        raise OptionError(
+            f"memory {show_size(limit)} is too small for the moments of group '{need.name}' (width {max(need.widths)}); "
+            f"give at least {show_size(least)}, or a smaller batch size"
+        )
+    parts: list[list[int]] = []
+    room = 0
+    for i, need in enumerate(needs):
+        if not parts or need.measuring > room:
+            parts.append([])
+            room = limit - fixed
+        parts[-1].append(i)
+        room -= need.measuring
+    return Parts(parts, True, least)

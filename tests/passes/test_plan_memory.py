@@ -1,0 +1,96 @@
+# ruff: noqa: E501 - graphs in ONNX text read best on one line
+"""A limit on memory changes how groups are measured, not what comes out."""
+
+from __future__ import annotations
+
+import graphs
+import numpy as np
+import onnx
+import pytest
+import streams
+from onnx import numpy_helper
+
+from liar_opt.passes import prune_groups
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.plan_memory import Need, Parts, measure_together
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_model import load_state
+from liar_opt.passes.verify_model import VerifyModelPass
+from liar_opt.runtime import array_store
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.memory import parse_size
+
+NEEDS = [Need("a", (100,), 500), Need("b", (200,), 500), Need("c", (100, 50), 500)]
+
+
+def test_all_together_where_they_fit() -> None:
+    parts = measure_together(NEEDS, 1000, 10**8)
+    assert parts.groups == [[0, 1, 2]]
+    assert not parts.on_disk
+    assert 1000 + sum(n.moments for n in NEEDS) < parts.need < 10**8
+
+
+def test_apart_where_they_do_not() -> None:
+    needs = [*NEEDS, *NEEDS, *NEEDS]
+    limit = 1000 + NEEDS[1].solving
+    parts = measure_together(needs, 1000, limit)
+    assert [i for part in parts.groups for i in part] == list(range(9))
+    assert parts.on_disk
+    assert len(parts.groups) > 1
+    assert parts.need <= limit < measure_together(needs, 1000, 10**8).need
+    for part in parts.groups:
+        assert 1000 + sum(needs[i].measuring for i in part) <= limit
+
+
+def test_the_least_that_would_do_is_said_and_does() -> None:
+    with pytest.raises(OptionError, match=r"group 'b' \(width 200\); give at least ([0-9.]+MB)") as caught:
+        measure_together(NEEDS, 1000, 1000)
+    least = str(caught.value).split("at least ")[1].split(",")[0]
+    measure_together(NEEDS, 1000, parse_size(least))
+
+
+PARALLEL = "f (float[b, s, 6] x0) => (float[b, s, 6] y) { n = Tanh(x0)  u = MatMul(n, w1)  h = Relu(u)  z = MatMul(h, w2)  t = MatMul(n, w3)  k = Relu(t)  p = MatMul(k, w4)  a = Add(z, p)  y = Add(x0, a) }"
+WEIGHTS: graphs.Weights = {"w1": (6, 47), "w2": (47, 6), "w3": (6, 53), "w4": (53, 6)}
+
+
+def cut(limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[onnx.ModelProto, int, list[Parts]]:
+    monkeypatch.setattr(prune_groups, "anonymous", lambda: 0)
+    state = load_state(graphs.parse(PARALLEL, WEIGHTS), limit)
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    state.calibration = streams.data(streams.batches(20, 0))
+    state.keep = {g.name: g.size // 2 for g in state.groups}
+    seen: list[Parts] = []
+    parts = prune_groups.SegmentRun.parts
+
+    def noted(*arguments: object) -> Parts:
+        seen.append(parts(*arguments))  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr(prune_groups.SegmentRun, "parts", noted)
+    PruneGroupsPass()(state)
+    VerifyModelPass()(state)
+    monkeypatch.undo()
+    return state.model.to_proto(), state.memory.store.bytes, seen
+
+
+def test_groups_measured_apart_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two feed-forward layers side by side are one segment; their moments wait on disk."""
+    put = array_store.ArrayStore.put
+    monkeypatch.setattr(array_store.ArrayStore, "put", lambda self, array, least=0: put(self, array, 0))
+    free, nothing, together = cut(10**9, monkeypatch)
+    monkeypatch.setattr(array_store.ArrayStore, "put", lambda self, array, least=0: put(self, array, 0))
+    limited, stored, apart = cut(180_000, monkeypatch)
+    assert ([p.on_disk for p in together], nothing) == ([False], 0)
+    assert [p.on_disk for p in apart] == [True]
+    assert stored > 0
+    assert [n.name for n in free.graph.node] == [n.name for n in limited.graph.node]
+    for a, b in zip(free.graph.initializer, limited.graph.initializer, strict=True):
+        assert a.name == b.name
+        np.testing.assert_allclose(numpy_helper.to_array(a), numpy_helper.to_array(b), rtol=1e-4, atol=1e-5)
+
+
+def test_too_little_for_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="memory 50KB is too small for the moments of group 'MatMul_"):
+        cut(50_000, monkeypatch)
