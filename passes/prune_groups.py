@@ -207,12 +207,13 @@ class SegmentRun:
                 taps[tap.tensor, tap.axis] = tap
         parts = self.parts(groups, taps, first)
         moments: dict[tuple[str, int], Moments] = {}
+        waiting = ArrayStore(self.memory.store.folder)
         for part in parts.groups:
             keys = {k for i in part for k in _keys(groups[i])} - moments.keys()
             new = self.measure([tap for key, tap in taps.items() if key in keys], stop, first)
             if parts.on_disk:
                 for own in new.values():
-                    own.store(self.memory.store)
+                    own.store(waiting)
             moments.update(new)
         for i, group in enumerate(groups):
             self.prune(group, moments)

@@ -61,7 +61,7 @@ class VerifyModelPass(Pass[None]):
         batches, masks = state.calibration.batches, state.calibration.row_masks
         reference = masked_reference(dense, state.repairs)
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
-        whole = [o for o in original.outputs if o not in state.analysed().unspecified]
+        whole = [o for o in pruned.outputs if o not in state.analysed().unspecified]
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
         masked = _load(reference.detached(), state.device, "the masked original", lean)
         facts["exact_difference"] = require_close(

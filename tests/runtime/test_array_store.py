@@ -14,7 +14,7 @@ from liar_opt.runtime.errors import OptionError
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.bool_, np.int64, np.float16, ml_dtypes.bfloat16])
 def test_what_comes_back(dtype: type, tmp_path: Path) -> None:
     store = ArrayStore(tmp_path)
-    arrays = [np.random.default_rng(i).standard_normal((3, 7, i + 1)).astype(dtype) for i in range(4)]
+    arrays: list[np.ndarray] = [np.random.default_rng(i).standard_normal((3, 7, i + 1)).astype(dtype) for i in range(4)]
     back = [store.put(a, 0) for a in [*arrays, arrays[0].T]]
     for a, b in zip([*arrays, arrays[0].T], back, strict=True):
         assert a.dtype == b.dtype
