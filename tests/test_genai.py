@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import decoding
@@ -10,6 +11,9 @@ import onnx
 import oracle
 import pytest
 import zoo_genai
+
+import liar_opt
+from liar_opt.frontend.onnx_model import CACHE_SHAPES
 
 PROMPT = np.random.default_rng(5).integers(4, zoo_genai.VOCABULARY, (1, 7))
 
@@ -39,3 +43,65 @@ def test_the_check_of_generation_can_fail(tmp_path: Path) -> None:
     weight.CopyFrom(onnx.numpy_helper.from_array(value, weight.name))
     with pytest.raises(AssertionError):
         decoding.prove_generation(proto, pruned, reference, PROMPT, 1e-4)
+
+
+def feeds_of(proto: onnx.ModelProto, padding: int = 3) -> list[dict[str, np.ndarray]]:
+    """Draws token ids, of which the last of every second row are padding, and empty caches."""
+    batches, rows, length = 6, 2, 11
+    rng = np.random.default_rng(1)
+    empty = decoding.Decoder(proto, capacity=SLIDING).empty(rows)
+    mask = np.ones((rows, length), np.int64)
+    mask[1::2, length - padding :] = 0
+    names = {i.name for i in proto.graph.input}
+    positions = np.tile(np.arange(length), (rows, 1))
+    result = []
+    for _ in range(batches):
+        feeds = {"input_ids": rng.integers(4, zoo_genai.VOCABULARY, (rows, length)), "position_ids": positions}
+        result.append({n: v for n, v in (feeds | {"attention_mask": mask} | empty).items() if n in names})
+    return result
+
+
+SLIDING = zoo_genai.SHAPES["gemma2"].window
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opset 23", "gpt2"])
+def test_the_whole_job(name: str, tmp_path: Path) -> None:
+    shape = zoo_genai.SHAPES[name]
+    proto = zoo_genai.decoder(shape)
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    padding = 0 if shape.sliding else 3  # a sliding cache takes no batch of different lengths
+    result = liar_opt.prune(path, feeds_of(proto, padding), heads=0.34, ffn=0.4, latency=False)
+    left = round(shape.groups * 0.66)
+    assert [(g["kind"], g["after"]) for g in result.report["groups"]] == [("heads", left), ("ffn", 24)] * shape.layers
+    masked = "attention_mask" in {i.name for i in proto.graph.input}
+    assert result.report["calibration"]["tokens"] == 6 * (11 + (11 - padding if masked else 11))
+    result.save(tmp_path / "pruned.onnx")
+    pruned = onnx.load(tmp_path / "pruned.onnx")
+    caches = {c: s for c, s in result.report["cache_shapes"].items() if c.startswith("past")}
+    assert {c: s[1] for c, s in caches.items()} == {
+        f"past_key_values.{i}.{n}": left for i in range(shape.layers) for n in ("key", "value")
+    }
+    assert json.loads({p.key: p.value for p in pruned.metadata_props}[CACHE_SHAPES]) == result.report["cache_shapes"]
+    assert decoding.Decoder(pruned).generate(PROMPT)[0].shape == (1, decoding.STEPS)
+
+
+def test_texts_need_no_cache_and_no_length(tmp_path: Path) -> None:
+    """Token ids alone: masks, caches of the sizes that operators need, and lengths are made."""
+    path = tmp_path / "model.onnx"
+    onnx.save(zoo_genai.decoder(zoo_genai.SHAPES["gemma2"]), path)
+    ids = np.random.default_rng(2).integers(4, zoo_genai.VOCABULARY, (12, 10))
+    whole = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    result = liar_opt.prune(path, whole, heads=0.34, batch_size=3, latency=False)
+    assert {g["after"] for g in result.report["groups"] if g["kind"] == "heads"} == {2}
+    assert result.report["calibration"]["tokens"] == ids.size
+
+
+def test_rows_of_padding_are_not_measured(tmp_path: Path) -> None:
+    proto = zoo_genai.decoder(zoo_genai.SHAPES["llama"])
+    feeds = feeds_of(proto)
+    other = [{**f, "input_ids": np.where(f["attention_mask"] == 1, f["input_ids"], 5)} for f in feeds]
+    first, second = (liar_opt.prune(proto, f, ffn=0.3, latency=False) for f in (feeds, other))
+    assert {c.details["rows"] for c in first.changes} == {6 * (11 + 8)}
+    for a, b in zip(first.model.graph.initializer, second.model.graph.initializer, strict=True):
+        assert a == b
