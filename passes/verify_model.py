@@ -113,7 +113,7 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
             raise CheckError(f"consumer '{repair.uses[0].node.name}' of the original was not found again")
         full = np.zeros(old.shape, old.dtype)
         full[np.ix_(*repair.index)] = repair.weight
-        full = model.settled(full)
+        full = analysis.model.settled(full)
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
             axis = repair.uses[0].weight_axis
