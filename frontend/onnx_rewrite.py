@@ -118,7 +118,9 @@ class Rewriter:
             CannotFollow: a number that depends on a size is written in a way that cannot be followed; nothing changed.
             InternalError: a leaf is pinned, refined or was cut before.
         """
-        before = {id(u): [self.mask(f) for f in u.axes] for u in self.walk.constant_uses}
+        wanted = {self.algebra.find(leaf) for leaf in cuts}
+        touched = [u for u in self.walk.constant_uses if any(self._changed(f, wanted) for f in u.axes)]
+        before = {id(u): [self.mask(f) for f in u.axes] for u in touched}
         roots = self._mark(cuts)
         try:
             numbers = self._followed_sizes(roots)
@@ -127,7 +129,7 @@ class Rewriter:
             for root in roots:
                 del self.kept[root]
             raise
-        self._slice_constants(before, roots)
+        self._slice_constants(touched, before)
         for tensor in (*self.graph.inputs, *self.graph.outputs):
             for axis, factor in enumerate(self.walk.axes.get(tensor.name) or ()):
                 if self._changed(factor, roots):
@@ -184,11 +186,9 @@ class Rewriter:
     def _changed(self, factor: int, roots: set[int]) -> bool:
         return not roots.isdisjoint(self.algebra.leaves(factor))
 
-    def _slice_constants(self, before: dict[int, list[Mask]], roots: set[int]) -> None:
+    def _slice_constants(self, touched: Sequence[ConstantUse], before: dict[int, list[Mask]]) -> None:
         pending: dict[int, list[tuple[gs.Node, int, tuple[bytes, ...], list[Mask]]]] = defaultdict(list)
-        for use in self.walk.constant_uses:
-            if not any(self._changed(f, roots) for f in use.axes):
-                continue
+        for use in touched:
             masks = [self.mask(f)[old] for f, old in zip(use.axes, before[id(use)], strict=True)]
             constant = use.node.inputs[use.position]
             if list(constant.shape) != [len(m) for m in masks]:

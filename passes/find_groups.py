@@ -104,6 +104,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if kind == VALUES:
             outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
         inner = leaves[leaves.index(leaf) + 1 :]
+        width = next((i for i, other in enumerate(inner) if other in mixed), len(inner) - 1)
         group = ChannelGroup(
             name=uses[0].node.name + (" (values)" if kind == VALUES else ""),
             kind=kind,
@@ -118,7 +119,7 @@ def find_groups(walk: GraphWalk) -> Found:
             constants=frozenset(id(u.constant) for u in constant_uses),
             outer=outer,
             sets=1 if outer is None else algebra.size(outer),
-            queries=math.prod(algebra.size(i) for i in inner[:-1] if i in consumers) if kind == "heads" else 1,
+            queries=math.prod(algebra.size(i) for i in inner[:width]) if kind == "heads" else 1,
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
         cut = kind in (*KINDS, VALUES)

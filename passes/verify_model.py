@@ -51,7 +51,9 @@ class VerifyModelPass(Pass[None]):
             CheckError: one failed.
         """
         dense: Stored = state.facts["dense"]
-        _check_interface(dense.proto, state.model.light()[0], state.model.resized)
+        caches = {name for cache in state.analysed().caches.values() for name in (cache.past, cache.present)}
+        resized = {name: axes for name, axes in state.model.resized.items() if name in caches}
+        _check_interface(dense.proto, state.model.light()[0], resized)
         ends = state.facts.get("ends", {})
         _check_format(dense, state.model)
         lean = state.memory.tight

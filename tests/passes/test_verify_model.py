@@ -75,6 +75,13 @@ def test_another_interface_is_caught() -> None:
         VerifyModelPass()(state)
 
 
+def test_a_shape_that_is_no_cache_may_not_change() -> None:
+    state = cut()
+    state.model.resize(state.model.graph.outputs[0], 2, 4)
+    with pytest.raises(CheckError, match="the outputs changed"):
+        VerifyModelPass()(state)
+
+
 def test_what_onnx_runtime_cannot_load_is_caught() -> None:
     state = cut()
     next(n for n in state.model.graph.nodes if n.op == "Tanh").op = "Tanhh"
