@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,24 @@ import numpy as np
 import onnx
 from tokenizers import Tokenizer
 
+from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.packing import pack
 from liar_opt.runtime.perplexity import Perplexity, perplexity
+from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session
-from liar_opt.tools.dev.smollm2 import Text, draw, ensure
+from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.tools.dev.smollm2 import TEXTS, Text, draw, ensure
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 EVALUATION_ROWS = 1024
 """Tokens of an evaluation batch: the logits of each are 200 kB."""
-BASE: dict[str, Any] = {"score": "greedy", "repair": "liar", "weighting": "stream", "calibration": "brown"}
-TABLES: dict[str, list[dict[str, Any]]] = {
-    "repair": [{"repair": r} for r in ("none", "bias", "liar")],
-    "selection": [{"score": s} for s in ("magnitude", "activation-weighted", "greedy")],
-    "weighting": [{"weighting": w} for w in ("none", "stream")],
-    "calibration": [{"calibration": c} for c in ("brown", "self")],
+BASE: dict[str, Any] = {"score": "greedy", "repair": "liar", "weighting": "none", "calibration": "brown"}
+TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "repair": [("no repair", {"repair": "none"}), ("bias only", {"repair": "bias"}), ("LIAR", {"repair": "liar"})],
+    "selection": [(s, {"score": s}) for s in ("magnitude", "activation-weighted", "greedy")],
+    "weighting": [(w, {"weighting": w}) for w in ("none", "stream")],
+    "calibration": [("text", {"calibration": "brown"}), (SELF, {"calibration": SELF})],
 }
 
 
@@ -68,9 +71,8 @@ def feed(ids: np.ndarray) -> dict[str, np.ndarray]:
 def cell(work: "Workplace", ratio: float, choice: Mapping[str, Any]) -> dict[str, Any]:
     """Prunes once and measures; `choice` is the calibration and options of `prune`."""
     given = dict(choice)
-    source = given.pop("calibration")
+    ids = work.calibration(given.pop("calibration"))
     began = time.perf_counter()
-    ids = windows(source, work.options.calibration_tokens, work.options.window, work.options.seed, work.tokenizer)
     extra = given.pop("allocation", {"sparsity": ratio, "allocate": "uniform"})
     result = prune(
         work.model,
@@ -109,6 +111,27 @@ class Workplace:
         self.held = windows(options.held_out, options.evaluation_tokens, options.window, options.seed, self.tokenizer)
         self.cells: dict[str, Any] = json.loads(options.cells.read_text("utf-8")) if options.cells.is_file() else {}
 
+    def calibration(self, source: str) -> np.ndarray:
+        """Calibration windows [n, s]: of a corpus, or ("self") of the dense model, which writes them once."""
+        o = self.options
+        if source != SELF:
+            return windows(source, o.calibration_tokens, o.window, o.seed, self.tokenizer)  # type: ignore[arg-type]
+        path = o.folder / f"self-{o.calibration_tokens}-{o.window}-{o.seed}.npy"
+        if not path.is_file():
+            began = time.perf_counter()
+            model, _ = ensure(o.folder, past=True)
+            data = write_calibration(
+                lambda: Session(model.read_bytes()),
+                OnnxModel.load(model).inputs(),
+                tokenizer=self.tokenizer,
+                samples=o.calibration_tokens // o.window,
+                sequence_length=o.window,
+                seed=o.seed,
+            )
+            np.save(path, np.concatenate([batch["input_ids"] for batch in data.batches]))
+            say(f"{data.source}: {time.perf_counter() - began:.0f} s")
+        return np.asarray(np.load(path))
+
     def cached(self, key: Mapping[str, Any], make: Any) -> dict[str, Any]:
         """Looks a cell up by what makes it, or makes and keeps it."""
         o = self.options
@@ -130,6 +153,32 @@ class Workplace:
         return found
 
 
+def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) -> Iterator[str]:
+    """Measures what is missing and writes the tables, a row as soon as it is there."""
+    o = work.options
+    dense = work.cached({"dense": True}, lambda: {"perplexity": measure(onnx.load(work.model), work.held).value})
+    yield (
+        f"`python tools/dev/benchmark_decoder.py --calibration-tokens {o.calibration_tokens} --evaluation-tokens "
+        f"{o.evaluation_tokens} --window {o.window} --held-out {o.held_out} --seed {o.seed}`\n\n"
+        f"Perplexity of SmolLM2-135M-Instruct (4-bit weights, dequantised) on {o.evaluation_tokens:,} tokens of {o.held_out}, "
+        f"windows of {o.window}; calibrated on {o.calibration_tokens:,} tokens of Brown unless said otherwise; seed {o.seed}. "
+        f"Dense: {dense['perplexity']:.2f}.\n"
+    )
+    for name in tables:
+        choices = TABLES[name]
+        heads = [label for label, _ in choices]
+        yield f"\n### {name}\n\n| removed | {' | '.join(heads)} | commit |\n|---|{'---:|' * len(heads)}---|\n"
+        for ratio in ratios:
+            cells = [
+                work.cached({"ratio": ratio, **BASE, **c}, lambda c=c, r=ratio: cell(work, r, {**BASE, **c}))
+                for _, c in choices
+            ]
+            best = min(found["perplexity"] for found in cells)
+            values = (f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in (found["perplexity"] for found in cells))
+            commits = dict.fromkeys(found["commit"] for found in cells)
+            yield f"| {100 * ratio:.0f} % | {' | '.join(values)} | {', '.join(commits)} |\n"
+
+
 def commit() -> str:
     """Of this checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -139,3 +188,25 @@ def commit() -> str:
 def say(text: str) -> None:
     """Progress, to stderr."""
     print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description="measure liar-opt on SmolLM2-135M")
+    parser.add_argument("--only", choices=tuple(TABLES), action="append", help="this table alone (may be repeated)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--evaluation-tokens", type=int, default=8192)
+    parser.add_argument("--window", type=int, default=128, help="tokens of a window, for both")
+    parser.add_argument("--held-out", choices=[text for text in TEXTS if text != "brown"], default="wikipedia")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=cache_folder() / "smollm2", help="where the model is, or is made")
+    parser.add_argument("--cells", type=Path, default=cache_folder() / "smollm2-cells.json", help="finished cells")
+    options = parser.parse_args()
+    for text in markdown(Workplace(options), options.only or tuple(TABLES), options.ratios):
+        print(text, end="", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
