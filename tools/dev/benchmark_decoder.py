@@ -18,7 +18,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class Workplace:
             say(f"{data.source}: {time.perf_counter() - began:.0f} s")
         return np.asarray(np.load(path))
 
-    def cached(self, key: Mapping[str, Any], make: Any) -> dict[str, Any]:
+    def cached(self, key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Looks a cell up by what makes it, or makes and keeps it."""
         o = self.options
         name = json.dumps(
@@ -160,8 +161,9 @@ def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) 
     yield (
         f"`python tools/dev/benchmark_decoder.py --calibration-tokens {o.calibration_tokens} --evaluation-tokens "
         f"{o.evaluation_tokens} --window {o.window} --held-out {o.held_out} --seed {o.seed}`\n\n"
-        f"Perplexity of SmolLM2-135M-Instruct (4-bit weights, dequantised) on {o.evaluation_tokens:,} tokens of {o.held_out}, "
-        f"windows of {o.window}; calibrated on {o.calibration_tokens:,} tokens of Brown unless said otherwise; seed {o.seed}. "
+        f"Perplexity of SmolLM2-135M-Instruct (4-bit weights, dequantised) on {o.evaluation_tokens:,} tokens of "
+        f"{o.held_out}, windows of {o.window}; calibrated on {o.calibration_tokens:,} tokens of Brown unless said "
+        f"otherwise; seed {o.seed}. "
         f"Dense: {dense['perplexity']:.2f}.\n"
     )
     for name in tables:
@@ -169,10 +171,10 @@ def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) 
         heads = [label for label, _ in choices]
         yield f"\n### {name}\n\n| removed | {' | '.join(heads)} | commit |\n|---|{'---:|' * len(heads)}---|\n"
         for ratio in ratios:
-            cells = [
-                work.cached({"ratio": ratio, **BASE, **c}, lambda c=c, r=ratio: cell(work, r, {**BASE, **c}))
-                for _, c in choices
-            ]
+            cells = []
+            for _, choice in choices:
+                whole = {**BASE, **choice}
+                cells.append(work.cached({"ratio": ratio, **whole}, partial(cell, work, ratio, whole)))
             best = min(found["perplexity"] for found in cells)
             values = (f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in (found["perplexity"] for found in cells))
             commits = dict.fromkeys(found["commit"] for found in cells)
