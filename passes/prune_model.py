@@ -316,9 +316,12 @@ def prune(
         CheckError: the result failed a check.
     """
     if is_module_source(model):
+        given = {name: value for name, value in locals().items() if name != "memory"}
+        if memory is not None:
+            raise OptionError("memory works on ONNX files alone; leave it out for a torch module or a checkpoint")
         from liar_opt.passes.prune_module import prune_module
 
-        return prune_module(**locals())
+        return prune_module(**given)
     require_labels(score, loss, labelled, torch_module=False)
     start = time.perf_counter()
     watch = MemoryWatch()
