@@ -114,15 +114,7 @@ class OnnxModel:
             ModelError: the file is missing, not ONNX, truncated, quantised, or its external data cannot be found.
         """
         path = Path(path)
-        if not path.is_file():
-            raise ModelError(f"'{path}' is not a file; give the path of an ONNX model")
-        try:
-            proto, arrays = read_model(path)
-        except (DecodeError, ValueError, OSError, RuntimeError) as err:
-            raise ModelError(f"'{path}' cannot be read as ONNX (truncated or another format); export it again") from err
-        if not proto.graph.node or not proto.opset_import:
-            raise ModelError(f"'{path}' holds no ONNX graph (truncated or another format); export it again")
-        return cls._imported(proto, arrays, path)
+        return cls._imported(*read_graph(path), path)
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto) -> "OnnxModel":
@@ -136,12 +128,12 @@ class OnnxModel:
     @classmethod
     def _imported(cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None) -> "OnnxModel":
         name = f"'{source}'" if source else "the model"
-        for node in proto.graph.node:
-            if node.op_type in QUANTISED or node.op_type.startswith(QUANTISED_PREFIXES):
-                raise ModelError(
-                    f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
-                    "prune the float model and quantise the result"
-                )
+        node = quantised_node(proto)
+        if node is not None:
+            raise ModelError(
+                f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
+                "prune the float model and quantise the result"
+            )
         if proto.functions:
             proto = onnx.inliner.inline_local_functions(proto)
         notes = []
@@ -324,6 +316,28 @@ class OnnxModel:
         graph.cleanup(remove_unused_node_outputs=False)
         graph.toposort()
         return before - len(graph.nodes)
+
+
+def read_graph(path: Path) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Reads an ONNX file: the proto, and the weights, which stay where they are.
+
+    Raises:
+        ModelError: the file is missing, not ONNX, truncated, or its external data cannot be found.
+    """
+    if not path.is_file():
+        raise ModelError(f"'{path}' is not a file; give the path of an ONNX model")
+    try:
+        proto, arrays = read_model(path)
+    except (DecodeError, ValueError, OSError, RuntimeError) as err:
+        raise ModelError(f"'{path}' cannot be read as ONNX (truncated or another format); export it again") from err
+    if not proto.graph.node or not proto.opset_import:
+        raise ModelError(f"'{path}' holds no ONNX graph (truncated or another format); export it again")
+    return proto, arrays
+
+
+def quantised_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
+    """Returns the first node that quantises, or reads what is quantised."""
+    return next((n for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith(QUANTISED_PREFIXES)), None)
 
 
 def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:

@@ -26,7 +26,6 @@ from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass
-from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass, Metric
 from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
@@ -244,8 +243,6 @@ def prune(
     new_bias: bool | None = None,
     allow_pickle: bool = False,
     packing: str = "auto",
-    loss: Loss | None = None,
-    labelled: Labelled | None = None,
     provider: str = "auto",
     memory: int | str | None = None,
     seed: int = 0,
@@ -295,9 +292,6 @@ def prune(
         allow_pickle: read weights from pickle files, which can run code.
         packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which
             does so where the model is causal.
-        loss: for the scores that need gradients (torch modules alone): takes the outputs by name and the labels, and
-            returns a scalar tensor.
-        labelled: pairs of the module's arguments, a batch by name, and the labels that the loss takes.
         provider: "auto", "cpu" or "cuda".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.
@@ -316,13 +310,9 @@ def prune(
         CheckError: the result failed a check.
     """
     if is_module_source(model):
-        given = {name: value for name, value in locals().items() if name != "memory"}
-        if memory is not None:
-            raise OptionError("memory works on ONNX files alone; leave it out for a torch module or a checkpoint")
         from liar_opt.passes.prune_module import prune_module
 
-        return prune_module(**given)
-    require_labels(score, loss, labelled, torch_module=False)
+        return prune_module(**locals())
     start = time.perf_counter()
     watch = MemoryWatch()
     lookup("packing", dict.fromkeys(PACKINGS), packing)

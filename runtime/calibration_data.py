@@ -203,16 +203,22 @@ def _finish(
 # Sources --------------------------------------------------------------------------------------------------------------
 
 
-class _Column(Protocol):
+class Column(Protocol):
     """An array of which rows can be taken without reading the rest."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array; rows are along the first axis."""
+        ...
 
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[Any]:
+        """Of its elements."""
+        ...
 
-    def take(self, rows: NDArray[np.int64]) -> Array: ...
+    def take(self, rows: NDArray[np.int64]) -> Array:
+        """Returns rows as an array in memory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,7 @@ class _Feeds:
         first_only: The source may not end: what there is was read from its start.
     """
 
-    feeds: list[tuple[str, Mapping[str, _Column]]]
+    feeds: list[tuple[str, Mapping[str, Column]]]
     label: str
     first_only: bool = False
 
@@ -245,7 +251,7 @@ def _draw_from_path(source: str | Path, job: _Job) -> _Texts | _Feeds:
     except (OSError, ValueError):  # too long for a file name, or a NUL in it
         is_folder = is_file = False
     if not is_folder and not is_file:
-        if isinstance(source, str) and _may_be_hub_name(source):
+        if isinstance(source, str) and may_be_hub_name(source):
             return _draw_from_hub(source, job)
         raise OptionError(f"calibration file '{source}' does not exist; give {_ACCEPTED}.")
     if is_folder:
@@ -256,14 +262,14 @@ def _draw_from_path(source: str | Path, job: _Job) -> _Texts | _Feeds:
     if path.stat().st_size == 0:
         raise OptionError(f"calibration file '{path}' is empty; give one with samples in it.")
     if suffix == ".npz":
-        return _Feeds([(f"calibration file '{path}'", _npz_columns(path))], path.name)
+        return _Feeds([(f"calibration file '{path}'", npz_columns(path))], path.name)
     if suffix == ".npy":
         if len(job.signature.inputs) > 1:
             raise OptionError(
                 f"calibration file '{path}' is one array, and the model has the inputs {names(job.signature.inputs)};"
                 " give an .npz file, or a folder, with one array for each."
             )
-        return _Feeds([(f"calibration file '{path}'", {next(iter(job.signature.inputs)): _npy_column(path)})], path.name)
+        return _Feeds([(f"calibration file '{path}'", {next(iter(job.signature.inputs)): npy_column(path)})], path.name)
     _require_tokenizer(job, f"calibration file '{path}'")
     try:
         return _draw_texts(_file_texts(path, suffix, job.text_column), f"calibration file '{path}'", path.name, job)
@@ -291,11 +297,12 @@ def _draw_from_folder(folder: Path, job: _Job) -> _Texts | _Feeds:
             f"the inputs {names(job.signature.inputs)} into it."
         )
     columns = {file.name[: -len(".npy")]: file for file in files}
-    known = {name: _npy_column(file) for name, file in columns.items()}
+    known = {name: npy_column(file) for name, file in columns.items()}
     return _Feeds([(f"calibration folder '{folder}'", known)], folder.name)
 
 
-def _may_be_hub_name(name: str) -> bool:
+def may_be_hub_name(name: str) -> bool:
+    """Returns whether a name could be that of a dataset, ``name[:config][:split]``, and is not a misspelt file."""
     if len(name) > 200 or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}", name):
         return False
     # without an owner a suffix means a file name
@@ -332,7 +339,7 @@ def _draw_from_dataset(dataset: Any, where: str, label: str, job: _Job) -> _Text
     inputs = job.signature.inputs
     if job.text_column is None and set(inputs) <= set(columns):
         picked = dataset.select_columns(list(inputs)).with_format(None).select(rows)
-        feeds = [{name: _InMemory(np.asarray(row[name])[None]) for name in inputs} for row in picked]
+        feeds = [{name: InMemory(np.asarray(row[name])[None]) for name in inputs} for row in picked]
         return _Feeds(
             [(f"row {row} of {where}", feed) for row, feed in zip(rows.tolist(), feeds, strict=True)],
             f"{label}, {job.drawn(len(rows), total, 'rows')}" if len(rows) < total else label,
@@ -369,7 +376,7 @@ def _draw_from_python(source: object, job: _Job) -> _Texts | _Feeds:
     if isinstance(first, str):
         _require_tokenizer(job, "the calibration data")
         return _draw_texts(_checked_texts(items), "the calibration data", "texts from Python", job, ends=ends)
-    feeds: list[tuple[str, Mapping[str, _Column]]] = []
+    feeds: list[tuple[str, Mapping[str, Column]]] = []
     seen = 0
     for number, item in enumerate(items):
         if not isinstance(item, Mapping):
@@ -379,7 +386,7 @@ def _draw_from_python(source: object, job: _Job) -> _Texts | _Feeds:
             )
         # what the graph does not take (labels, strings) is not converted, only named
         feed = {
-            str(key): _InMemory(_to_numpy(value) if key in job.signature.inputs else np.empty(0))
+            str(key): InMemory(_to_numpy(value) if key in job.signature.inputs else np.empty(0))
             for key, value in item.items()
         }
         feeds.append((f"item {number} of the calibration data", feed))
@@ -462,47 +469,51 @@ def _checked_texts(items: Iterable[object]) -> Iterator[str]:
 
 def _file_texts(path: Path, suffix: str, text_column: str | None) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as stream:
-        lines = _without_nul(stream, path)
+        where = f"calibration file '{path}'"
         if suffix == ".txt":
-            yield from lines
+            yield from _without_nul(stream, where)
         else:
-            rows = _jsonl_rows(lines, path) if suffix == ".jsonl" else _csv_rows(lines, path)
+            rows = (jsonl_rows if suffix == ".jsonl" else csv_rows)(stream, where)
             yield from _column_texts(rows, path, text_column)
 
 
-def _without_nul(lines: Iterable[str], path: Path) -> Iterator[str]:
+def _without_nul(lines: Iterable[str], where: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if "\0" in line:
-            raise OptionError(f"calibration file '{path}' holds binary data (line {number}); give {_ACCEPTED}.")
+            raise OptionError(f"{where} holds binary data (line {number}); give {_ACCEPTED}.")
         yield line
 
 
-def _jsonl_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
+def jsonl_rows(lines: Iterable[str], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the objects of a .jsonl file, each with the number of its line.
+
+    Raises:
+        OptionError: A line is no JSON object.
+    """
+    for number, line in enumerate(_without_nul(lines, where), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as err:
-            raise OptionError(
-                f"line {number} of calibration file '{path}' is no JSON ({one_line(err)}); each must be an object."
-            ) from err
+            raise OptionError(f"line {number} of {where} is no JSON ({one_line(err)}); each must be an object.") from err
         if not isinstance(row, dict):
-            raise OptionError(
-                f"line {number} of calibration file '{path}' is a JSON {type(row).__name__}; each must be an object."
-            )
+            raise OptionError(f"line {number} of {where} is a JSON {type(row).__name__}; each must be an object.")
         yield number, row
 
 
-def _csv_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(lines)
+def csv_rows(lines: Iterable[str], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the rows of a .csv file, each with the number of its last line.
+
+    Raises:
+        OptionError: It is no CSV.
+    """
+    reader = csv.DictReader(_without_nul(lines, where))
     try:
         for row in reader:
             yield reader.line_num, {name: value for name, value in row.items() if isinstance(name, str)}
     except csv.Error as err:
-        raise OptionError(
-            f"line {reader.line_num + 1} of calibration file '{path}' is no CSV ({one_line(err)}); quote or cut it."
-        ) from err
+        raise OptionError(f"line {reader.line_num + 1} of {where} is no CSV ({one_line(err)}); quote or cut it.") from err
 
 
 def _column_texts(rows: Iterator[tuple[int, dict[str, Any]]], path: Path, text_column: str | None) -> Iterator[str]:
@@ -608,7 +619,7 @@ def _batch_texts(drawn: _Texts, job: _Job) -> CalibrationData:
     for index in job.rng.permutation(len(chunks)):
         chunk = chunks[index]
         rows = np.resize(chunk, signature.batch) if signature.batch else chunk
-        batch, real = _pad([encoded[row] for row in rows], static or int(lengths[chunk].max()), tokenizer, signature)
+        batch, real = pad_texts([encoded[row] for row in rows], static or int(lengths[chunk].max()), tokenizer, signature)
         batches.append(batch)
         masks.append(real & (np.arange(len(rows)) < len(chunk))[:, None])
     data = _finish(batches, masks, len(encoded), f"{drawn.source}, {said}", warnings)
@@ -659,7 +670,7 @@ def _check_vocabulary(largest: int, tokenizer: TextTokenizer, job: _Job, warning
         )
 
 
-def _pad(
+def pad_texts(
     encoded: Sequence[tuple[list[int], list[int]]], length: int, tokenizer: TextTokenizer, signature: Signature
 ) -> tuple[dict[str, Array], NDArray[np.bool_]]:
     """Feed of one batch, and its real tokens [b, s]."""
@@ -677,20 +688,23 @@ def _pad(
 
 
 @dataclass(frozen=True)
-class _InMemory:
-    """An array in memory, or memory-mapped."""
+class InMemory:
+    """An array in memory, or memory-mapped, as a :class:`Column`."""
 
     values: Array
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the whole array."""
         return self.values.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Of its elements."""
         return self.values.dtype
 
     def take(self, rows: NDArray[np.int64]) -> Array:
+        """Returns rows as an array in memory."""
         return np.asarray(self.values[rows] if self.values.ndim else self.values)
 
 
@@ -731,21 +745,26 @@ def _pickled(path: Path, name: str) -> OptionError:
     return OptionError(f"array '{name}' of calibration file '{path}' holds Python objects; save an array of numbers.")
 
 
-def _npy_column(path: Path) -> _InMemory:
+def npy_column(path: Path) -> InMemory:
+    """Returns an .npy file as a column, memory-mapped.
+
+    Raises:
+        OptionError: It cannot be read.
+    """
     try:
         with path.open("rb") as stream:
             shape, _, dtype = _read_npy_header(stream)
         if dtype.hasobject:
             raise _pickled(path, path.stem)
         # an array without elements cannot be mapped
-        return _InMemory(np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False))
+        return InMemory(np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False))
     except (OSError, EOFError, ValueError) as err:
         raise _unreadable(path, err) from err
 
 
-def _npz_columns(path: Path) -> dict[str, _Column]:
+def npz_columns(path: Path) -> dict[str, Column]:
     """Columns of an .npz file by name, with nothing read but the headers (and what is small)."""
-    columns: dict[str, _Column] = {}
+    columns: dict[str, Column] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
@@ -757,12 +776,12 @@ def _npz_columns(path: Path) -> dict[str, _Column]:
                     raise _pickled(path, name)
                 if member.file_size <= _BLOCK_BYTES or not shape or (fortran and member.compress_type):
                     with archive.open(member) as stream:
-                        columns[name] = _InMemory(np.lib.format.read_array(stream, allow_pickle=False))
+                        columns[name] = InMemory(np.lib.format.read_array(stream, allow_pickle=False))
                 elif member.compress_type:
                     columns[name] = _Compressed(path, member.filename, shape, dtype)
                 else:
                     offset = _data_offset(path, member) + header
-                    columns[name] = _InMemory(np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C"))
+                    columns[name] = InMemory(np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C"))
     except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as err:
         raise _unreadable(path, err) from err
     return columns
@@ -817,7 +836,7 @@ def _batch_feeds(drawn: _Feeds, job: _Job) -> CalibrationData:
     return _finish(batches, masks, len(rows), f"{drawn.label}, {said}", warnings)
 
 
-def _check_feed(where: str, feed: Mapping[str, _Column], signature: Signature) -> int:
+def _check_feed(where: str, feed: Mapping[str, Column], signature: Signature) -> int:
     """Check names, ranks and shapes, without reading the arrays.
 
     Returns:
@@ -855,7 +874,7 @@ def _check_feed(where: str, feed: Mapping[str, _Column], signature: Signature) -
     return next(iter(counts.values()))
 
 
-def _take(column: _Column, rows: NDArray[np.int64], spec: InputSpec, where: str, job: _Job) -> Array:
+def _take(column: Column, rows: NDArray[np.int64], spec: InputSpec, where: str, job: _Job) -> Array:
     signature = job.signature
     whole = spec.name in signature.shared
     values = column.take(np.arange(column.shape[0]) if whole and column.shape else rows)

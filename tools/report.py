@@ -35,7 +35,7 @@ def make_console(stream: IO[str], width: int | None = None) -> Console:
 
 def before_after(report: Report) -> Table:
     """The table of a finished run: sizes, cost and what the outputs lost."""
-    table = _table("", "dense", "pruned", "change")
+    table = make_table("", "dense", "pruned", "change")
     before, after = report["before"], report["after"]
     table.add_row(
         "parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters")
@@ -109,7 +109,7 @@ def groups_found(report: Report, explain: bool = False) -> Table:
     """
     explain = explain and any(g["consumers"] != [g["name"]] for g in report["groups"])
     columns = ["group", "kind", "count", "block width", "parameters", "share of all"]
-    table = _table(*columns, *(["read by"] if explain else []), left={0, 1, 6})
+    table = make_table(*columns, *(["read by"] if explain else []), left={0, 1, 6})
     everything = report["before"]["parameters"]
     rows = []
     for group in (*report["groups"], *report.get("values", ())):
@@ -142,7 +142,7 @@ def groups_pruned(report: Report) -> Table:
         "kept",
         *(["error: none", "error: bias", "error: repair", "ridge"] if errors else []),
     ]
-    table = _table(*columns, left={0, 1})
+    table = make_table(*columns, left={0, 1})
     for group in report["groups"]:
         head = [group["name"], group["kind"], f"{group['before']:,}", f"{group['after']:,}"]
         head.append(percent(group["after"], group["before"]))
@@ -161,7 +161,7 @@ def _errors(repair: Mapping[str, Any] | None, shown: bool) -> list[str]:
 
 def refusals(report: Report, explain: bool = False) -> RenderableType:
     """What does not qualify, and why; all nodes with ``explain``."""
-    table = _table("not pruned, because", "width", "read by", left={0, 2})
+    table = make_table("not pruned, because", "width", "read by", left={0, 2})
     for refusal in report["refusals"]:
         nodes = list(refusal["nodes"])
         shown = (
@@ -181,7 +181,7 @@ def refusals_counted(report: Report) -> str:
 
 def seconds(measured: Mapping[str, float]) -> Table:
     """Where the time went."""
-    table = _table("pass", "seconds", left={0})
+    table = make_table("pass", "seconds", left={0})
     for name, value in measured.items():
         if name != "total":
             table.add_row(name, f"{value:.2f}")
@@ -216,7 +216,8 @@ def milliseconds(value: float) -> str:
     return f"{1000 * value:.2f} ms"
 
 
-def _table(*columns: str, left: Set[int] = frozenset({0})) -> Table:
+def make_table(*columns: str, left: Set[int] = frozenset({0})) -> Table:
+    """Returns an empty table in the style of all; ``left`` are the columns that are aligned so."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in left else "right", overflow="fold", no_wrap=index not in left)

@@ -481,7 +481,7 @@ def test_large_npz_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     images = np.random.default_rng(0).standard_normal((53, 3, 5, 7)).astype(np.float32)
     file = tmp_path / "images.npz"
     (np.savez_compressed if compressed else np.savez)(file, labels=np.arange(53), pixel_values=images)
-    column = calibration_data._npz_columns(file)["pixel_values"]
+    column = calibration_data.npz_columns(file)["pixel_values"]
     assert isinstance(column, calibration_data._Compressed) == compressed
     data = load_calibration(file, IMAGE, samples=20, batch_size=7)
     given = {row.tobytes() for row in images}
@@ -498,9 +498,9 @@ def test_stored_arrays_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.Mon
     images = np.random.default_rng(0).standard_normal((53, 3, 5, 7)).astype(np.float32)
     np.savez(tmp_path / "a.npz", pixel_values=images, turned=np.asfortranarray(images))
     np.save(tmp_path / "pixel_values.npy", images)
-    columns = calibration_data._npz_columns(tmp_path / "a.npz")
-    for column in (*columns.values(), calibration_data._npy_column(tmp_path / "pixel_values.npy")):
-        assert isinstance(column, calibration_data._InMemory)
+    columns = calibration_data.npz_columns(tmp_path / "a.npz")
+    for column in (*columns.values(), calibration_data.npy_column(tmp_path / "pixel_values.npy")):
+        assert isinstance(column, calibration_data.InMemory)
         assert isinstance(column.values, np.memmap)
         assert np.array_equal(column.values, images)
     assert load_calibration(tmp_path / "pixel_values.npy", IMAGE).samples == 53
