@@ -73,6 +73,20 @@ class OutputDifference:
     rows: int
 
 
+def output_rows(output: Array, mask: NDArray[np.bool_] | None) -> Array:
+    """Returns the rows of an output that are real, [rows, width]: its last axis is the width.
+
+    Args:
+        output: of rank 1 or more.
+        mask: [b, s] or [b], true where a row is real; where its shape does not fit, all rows are.
+    """
+    if mask is not None and output.ndim > mask.ndim and output.shape[: mask.ndim] == mask.shape:
+        output = output[mask]
+    elif mask is not None and output.ndim > 1 and output.shape[0] == mask.shape[0]:
+        output = output[mask if mask.ndim == 1 else mask.any(axis=1)]
+    return output.reshape(-1, output.shape[-1])
+
+
 class DifferenceMeter:
     """Adds up output differences over batches."""
 
@@ -86,13 +100,7 @@ class DifferenceMeter:
         """Adds one batch of one output; ``mask`` [b, s] or [b] says which rows are real, where its shape fits."""
         if (reference.dtype.kind != "f" and reference.dtype.name != "bfloat16") or reference.ndim == 0:
             return
-        x, y = actual.astype(np.float64), reference.astype(np.float64)
-        if mask is not None and y.ndim > mask.ndim and y.shape[: mask.ndim] == mask.shape:
-            x, y = x[mask], y[mask]
-        elif mask is not None and y.ndim > 1 and y.shape[0] == mask.shape[0]:
-            real = mask if mask.ndim == 1 else mask.any(axis=1)
-            x, y = x[real], y[real]
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        x, y = (output_rows(a, mask).astype(np.float64) for a in (actual, reference))
         lengths = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
         norms = lengths[0] * lengths[1]
         equal = np.where(lengths[0] == lengths[1], 1.0, 0.0)  # where a row is all zero: are both?
