@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
+import words
 import zoo
+import zoo_decoders
 
 from liar_opt import prune
 
@@ -42,3 +46,25 @@ def test_values_within_heads_beside_the_rest() -> None:
     halves = [g["after"] / g["before"] for g in result.report["groups"] if g["kind"] == "values"]
     assert halves and set(halves) == {0.5}
     assert {r["repair"] for g in result.report["groups"] for r in g.get("repairs", ())} <= {"dense", "repair", "bias"}
+
+
+def test_a_decoder_with_a_cache(tmp_path: Path) -> None:
+    """Grouped heads and caches that lose them: curves, a search and a dense twin over the same feeds."""
+    texts = ["the cat sat on a mat while rain fell over london", "nobody said one more word about it today"] * 40
+    path = zoo_decoders.ready(zoo_decoders.Case("llama", "torchscript", cache=True)).path
+    tokenizer = words.plain_tokenizer(tmp_path / "tokenizer")
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "sequence_length": 8,
+        "batch_size": 4,
+        "multiple_of": 4,
+        "latency": False,
+    }
+    report = prune(path, texts, sparsity=0.4, search=0.5, repair="residual", **options).report
+    assert report["search"]["found"] <= report["search"]["start"]
+    assert {g["kind"] for g in report["groups"]} == {"ffn", "heads"}
+    assert report["verification"]["exact_difference"] < 1e-4
+    limited = prune(path, texts, max_drop="5%", **options).report
+    assert 0 <= limited["target"]["found"] <= 0.05 and limited["verification"]["exact_difference"] < 1e-4
+    smaller = prune(path, texts, target="params=0.85x", **options).report
+    assert smaller["after"]["parameters"] / smaller["before"]["parameters"] == pytest.approx(0.85, abs=0.03)
