@@ -53,6 +53,7 @@ class State:
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: Memory = field(default_factory=lambda: Memory.of(None))
+    checkpoint: Any = None
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

@@ -29,6 +29,7 @@ from liar_opt.frontend.onnx_segments import (
     tap_for,
 )
 from liar_opt.passes.base import Change, Pass, PassResult, State
+from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
 from liar_opt.passes.groups import VALUES, ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.plan_memory import Need, Parts, measure_together
 from liar_opt.passes.registry import (
@@ -135,7 +136,9 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
             from liar_opt.passes.dense_twin import TwinRun  # it builds on this module
 
             return TwinRun(self, state, *sweep)
-        return SegmentRun(self, state, *sweep)
+        run = SegmentRun(self, state, *sweep)
+        run.checkpoint = state.checkpoint
+        return run
 
 
 class SegmentRun:
@@ -160,17 +163,52 @@ class SegmentRun:
         self.alive_at: Any = None
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
+        self.checkpoint: Checkpoint | None = None
+        self.number = 0
+        self.kept: list[KeptGroup] = []
+        self.written: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self.rng = np.random.default_rng(options.seed)
         self.steps, self.step = (len(segments) + bool(wide)) * len(self.data.batches), 0
         held = {i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2}
         self.held = held or ({len(self.data.batches) - 1} if len(self.data.batches) > 1 else set())
 
     def over_all(self) -> None:
-        """Goes over the groups that span others, then over the segments."""
-        if self.wide:
-            self.segment(self.wide, len(self.walk.model.graph.nodes))
-        for segment in self.segments:
-            self.segment(segment.groups, self.position(segment.last) + 1, segment.first)
+        """Goes over the groups that span others, then over the segments; what an earlier run finished is made again."""
+        for segment in (*((None,) if self.wide else ()), *self.segments):
+            groups, first = (self.wide, None) if segment is None else (segment.groups, segment.first)
+            self.number += 1
+            if self.checkpoint is not None and self.number <= self.checkpoint.done:
+                self.replay(self.checkpoint, groups, first)
+                continue
+            stop = len(self.walk.model.graph.nodes) if segment is None else self.position(segment.last) + 1
+            self.segment(groups, stop, first)
+            if self.checkpoint is not None:
+                finished = Finished(self.kept, dict(self.rng.bit_generator.state))
+                alive = ({n: as_array(v) for n, v in values.items()} for values in self.alive)
+                self.checkpoint.save(self.number, finished, alive)
+                self.kept = []
+
+    def replay(self, checkpoint: Checkpoint, groups: Sequence[ChannelGroup], first: Any) -> None:
+        """Cuts the groups of a finished segment as it was done, and goes on behind it."""
+        finished = checkpoint.load(self.number)
+        for group, kept in zip(groups, finished.groups, strict=True):
+            if group.name != kept.name:
+                raise InternalError(f"group '{kept.name}' of the resume folder is '{group.name}' now")
+            blocks = np.asarray(kept.blocks, np.int64)
+            for consumer, (weight, bias) in zip([self.left(c) for c in group.consumers], kept.consumers, strict=True):
+                self.write(consumer, kept_positions(consumer.owners, blocks), Repaired(weight, bias, np.inf, "resumed"))
+            self.cut(group, blocks, kept.details)
+        self.kept = []
+        self.state.model.settle()
+        self.rng.bit_generator.state = finished.generator
+        self.alive_at = first if first is not None else self.alive_at
+        self.step += len(self.data.batches)
+        if self.number == checkpoint.done:
+            stream = ArrayStore(self.memory.store.folder)
+            for index, values in enumerate(checkpoint.alive()):
+                size = sum(v.nbytes for v in values.values()) * len(self.alive)
+                keep = self.memory.keep(size)
+                self.alive[index] = {n: v if keep else stream.put(v) for n, v in values.items()}
 
     def again(self, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]) -> None:
         """Goes over the model, as it was cut, a second time: for groups that share weights with those before."""
@@ -296,8 +334,15 @@ class SegmentRun:
             repaired: Repaired = self.repair(item, kept, removed, options.ridge)
             self.write(consumer, kept, repaired)
             details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
+        self.cut(group, blocks, details)
+
+    def cut(self, group: ChannelGroup, blocks: NDArray[np.int64], details: dict[str, Any]) -> None:
+        """Removes the other blocks, and notes it."""
         self.rewriter.cut(group.cut(blocks.tolist()))
-        self.changes.append(Change("blocks removed", group.name, group.size, keep, details))
+        self.changes.append(Change("blocks removed", group.name, group.size, self.state.keep[group.name], details))
+        if self.checkpoint is not None:
+            self.kept.append(KeptGroup(group.name, blocks.tolist(), details, self.written))
+            self.written = []
 
     def left(self, consumer: Consumer) -> Consumer:
         """Returns a consumer without the positions that went with a group before."""
@@ -338,6 +383,9 @@ class SegmentRun:
         shape = full.shape
         flat = full.reshape(consumer.width, -1)
         flat[kept] = repaired.weight.astype(old.dtype)
+        if self.checkpoint is not None:
+            plain = old.dtype if old.dtype.kind != "V" else np.float32  # numpy's files know no bfloat16
+            self.written.append((flat[kept].astype(plain), repaired.bias))
         if not np.isfinite(flat[kept]).all():
             raise ModelError(
                 f"the repaired weight of node '{use.node.name}' overflows {old.dtype}; use repair 'bias' or float32"

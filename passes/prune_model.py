@@ -25,6 +25,7 @@ from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
+from liar_opt.passes.checkpoint import Checkpoint, digest_of
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass, Metric
@@ -32,7 +33,7 @@ from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
 from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
-from liar_opt.passes.registry import RepairFunction, ScoreFunction, lookup
+from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.search_widths import SearchWidthsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
@@ -245,6 +246,7 @@ def prune(
     packing: str = "auto",
     provider: str = "auto",
     memory: int | str | None = None,
+    resume: str | Path | None = None,
     seed: int = 0,
     latency: bool = True,
     dry_run: bool = False,
@@ -295,6 +297,8 @@ def prune(
         provider: "auto", "cpu" or "cuda".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.
+        resume: a folder in which finished segments are kept: a run that was interrupted goes on from the last one. It is
+            made where it is not there, and removed when the run is done.
         seed: for all that is drawn.
         latency: whether to time the dense and the pruned model.
         dry_run: stop after the widths are decided; the result holds the unpruned model.
@@ -329,6 +333,8 @@ def prune(
         raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads, values) exclude each other; give one form")
     if search is not None and (target is not None or max_drop is not None):
         raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")
+    if resume is not None and (max_drop is not None or repair in AWARE):
+        raise OptionError("resume works with ratios or a target, and with repairs that do not look at the dense model")
     if metric is not None and max_drop is None:
         raise OptionError("a metric needs max-drop, the largest loss that is allowed")
     widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
@@ -349,27 +355,38 @@ def prune(
     report["device"] = state.device
     report["refusals"] = [asdict(r) for r in analysis.refusals]
     measured = allocate in MEASURED or max_drop is not None or search is not None
-    if measured or target is not None:
+    early = measured or target is not None or resume is not None
+    if early:
         _load_calibration(state, options, report)
+    if resume is not None:
+        state.checkpoint = Checkpoint.open(Path(resume), _identity(state, report, search))
     flops = _flops(state)
     deciding: list[Pass[Any]] = [curves, widths] if measured else [widths]
     if search is not None:
         same_kind = ffn is not None or heads is not None
         deciding.append(SearchWidthsPass(search, same_kind, multiple_of, repair, weighting, seed))
-    decided = Pipeline(passes=deciding, observer=observer)(state)
+    resumed = state.checkpoint is not None and state.checkpoint.decided is not None
+    if resumed:
+        state.keep = {name: int(keep) for name, keep in state.checkpoint.decided["keep"].items()}
+        report.update(state.checkpoint.decided["report"])
+    decided = Pipeline(passes=[] if resumed else deciding, observer=observer)(state)
     if "curves" in state.facts:
         report["curves"] = curve_report(state.groups, state.facts["curves"])
     for fact in ("target", "search"):
         if fact in state.facts:
             report[fact] = state.facts[fact]
+    if state.checkpoint is not None and not resumed:
+        said = {fact: report[fact] for fact in ("curves", "target", "search") if fact in report}
+        state.checkpoint.decide({"keep": {name: int(keep) for name, keep in state.keep.items()}, "report": said})
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
         return PruneResult(state.facts["dense"], report, (), analysis.refusals)
-    if not measured and target is None:
+    if not early:
         _load_calibration(state, options, report)
         flops = _flops(state)
     assert state.calibration is not None
     rest: list[Pass[Any]] = [VerifyModelPass()] if max_drop is not None else [cut, VerifyModelPass()]
+    report["resumed"] = state.checkpoint.done if state.checkpoint is not None else 0
     done = Pipeline(passes=rest, observer=observer)(state)
     changes = (*decided.changes, *done.changes)
     details = {c.where: c for c in changes}
@@ -407,7 +424,27 @@ def prune(
         "on_disk": state.memory.store.bytes,
     }
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
+    if state.checkpoint is not None:
+        state.checkpoint.remove()
     return PruneResult(state.model, report, changes, analysis.refusals)
+
+
+def _identity(state: State, report: dict[str, Any], search: float | None) -> dict[str, Any]:
+    """Returns what must be the same for an interrupted run to go on."""
+    assert state.calibration is not None
+    options = {name: dict(values) for name, values in report["options"].items() if isinstance(values, dict)}
+    for place in ("source", "tokenizer"):  # what was read from there is compared
+        options["calibration"].pop(place, None)
+    return {
+        "model": digest_of(state.facts["dense"]),
+        "seed": report["seed"],
+        "search": search,
+        **options,
+        "calibration data": digest_of(state.calibration),
+        "device": state.device,
+        "lean sessions": state.memory.tight,
+        "liar-opt": report["liar_opt"],
+    }
 
 
 def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:

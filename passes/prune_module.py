@@ -424,6 +424,8 @@ def prune_module(
     sequence_length: int | None = None,
     mask_input: str | None = None,
     packing: str = "auto",
+    memory: int | str | None = None,
+    resume: str | Path | None = None,
 ) -> ModuleResult:
     """Makes a torch module smaller; :func:`liar_opt.prune` calls this for modules and for folders of checkpoints.
 
@@ -431,7 +433,7 @@ def prune_module(
         model: a module (it is not changed), a folder with a transformers checkpoint, or a hub name.
         calibration: as for ONNX files; dicts have the names of the module's arguments.
         values: see target.
-        target: for ONNX files alone, for now; so are values, max_drop, metric and search.
+        target: for ONNX files alone, for now; so are values, max_drop, metric, search, memory and resume.
         max_drop: see target.
         metric: see target.
         allocate: "uniform" alone.
@@ -462,6 +464,8 @@ def prune_module(
         sequence_length: see ``prune``.
         mask_input: see ``prune``.
         packing: see ``prune``.
+        memory: see target.
+        resume: see target.
 
     Raises:
         ModelError: the module cannot be traced or has nothing to prune.
@@ -470,6 +474,7 @@ def prune_module(
     """
     start = time.perf_counter()
     unknown: dict[str, Any] = {"values": values, "target": target, "max-drop": max_drop, "metric": metric, "search": search}
+    unknown |= {"memory": memory, "resume": resume}
     unknown["allocate"] = None if allocate == "uniform" else allocate
     lookup("packing", dict.fromkeys(PACKINGS), packing)
     unknown["calibration 'self'"] = True if isinstance(calibration, str) and calibration == SELF else None

@@ -31,6 +31,8 @@ DEMO_MODEL = "all-MiniLM-L6-v2.onnx"
 DEMO_FFN = 0.5
 DEMO_SENTENCES = 1024
 PLAIN_PROGRESS_SECONDS = 10.0
+BESIDE_OUTPUT = Path("?")
+"""Stands for the folder that ``--resume`` takes by itself."""
 ENVIRONMENT = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -213,6 +215,8 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
             )
         progress(stage, done, total)
 
+    if getattr(options, "resume", None) == BESIDE_OUTPUT:
+        options.resume = output.with_name(output.name + ".resume")
     names = introspection.signature(prune).parameters
     chosen = {k: v for k, v in vars(options).items() if k in names and k not in ("model", "calibration")}
     with _progress(options.quiet) as progress:
@@ -580,6 +584,9 @@ def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
         calibration.add("packing", str, choices=PACKINGS)
     calibration.add("provider", str, choices=PROVIDERS)
     calibration.add("memory", str, metavar="SIZE")
+    if command == "prune":
+        more = "without FOLDER, beside the output"
+        calibration.add("resume", Path, metavar="FOLDER", nargs="?", const=BESIDE_OUTPUT, more=more)
     calibration.add("seed", _seed, metavar="N")
 
 

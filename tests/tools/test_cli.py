@@ -655,6 +655,29 @@ def test_interrupted_in_the_middle(refuse: Refuse, model: Path, monkeypatch: pyt
     refuse(model, "--samples", 8, needles=("interrupted; nothing was written",), code=130, warned=True)
 
 
+def test_interrupted_and_resumed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(self: Any, name: str, done: int, total: int) -> None:
+        if name == "verify":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._PlainProgress, "__call__", interrupt)
+    assert run(model, "--samples", 8, "--resume") == 130
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.liar.onnx.resume", "model.onnx"]
+    monkeypatch.undo()
+    assert run(model, "--samples", 8, "--resume", "--ffn", 0.25) == 2
+    assert "model.liar.onnx.resume' is of another run: 'allocate-widths ffn' was not given" in capsys.readouterr().err
+    assert run(model, "--samples", 8, "--resume", "--report", tmp_path / "r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["resumed"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.liar.onnx", "model.onnx", "r.json"]
+
+
+def test_memory_that_is_none(refuse: Refuse, model: Path) -> None:
+    refuse(model, "--memory", "much", needles=("memory 'much' is no size", "2GB"))
+    refuse(model, "--memory", "10KB", "--samples", 4, needles=("memory 10KB is too small", "give at least"), warned=True)
+
+
 def test_interrupted_while_writing(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = weight_files._write
 

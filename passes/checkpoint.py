@@ -1,0 +1,198 @@
+"""A run that was interrupted goes on: what each segment came to is kept in a folder until the run is done.
+
+The folder holds ``run.json`` (which model, data and options it belongs to, and the widths that were decided) and a folder
+for each finished segment: the kept blocks, the new weights and biases, the state of the random numbers, and what is alive
+behind it. A segment's folder appears whole or not at all. Cuts are made again from these, by the code that made them the
+first time, so that the result is the same to the last bit; nothing is measured again.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.onnx_model import Stored
+from liar_opt.frontend.weight_files import as_bytes
+from liar_opt.runtime.calibration_data import CalibrationData
+from liar_opt.runtime.errors import OptionError
+
+RUN = "run.json"
+STEP = "segment-"
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True, eq=False)
+class KeptGroup:
+    """What one group came to: its name, the kept blocks, the report's details, and (weight, bias) of each consumer."""
+
+    name: str
+    blocks: list[int]
+    details: dict[str, Any]
+    consumers: list[tuple[NDArray[Any], NDArray[Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """One finished segment: its groups, and the state of the random numbers behind it."""
+
+    groups: list[KeptGroup]
+    generator: dict[str, Any]
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """The folder of one run.
+
+    Attributes:
+        folder: where it is.
+        done: number of finished segments.
+        decided: what was decided before the first segment, in plain data; None where nothing was.
+    """
+
+    folder: Path
+    done: int = 0
+    decided: dict[str, Any] | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path, identity: dict[str, Any]) -> "Checkpoint":
+        """Takes up the folder of an earlier run, or begins one.
+
+        Args:
+            folder: the folder.
+            identity: plain data that must be the same for a run to go on.
+
+        Raises:
+            OptionError: it holds another run or other files, or cannot be made.
+        """
+        identity = json.loads(json.dumps(identity))
+        run = folder / RUN
+        if folder.exists() and not folder.is_dir():
+            raise OptionError(f"resume '{folder}' is a file; give a folder")
+        if not run.is_file():
+            if folder.is_dir() and any(not p.name.endswith(UNFINISHED) for p in folder.iterdir()):
+                raise OptionError(f"resume folder '{folder}' holds other files; give a new one, or that of an earlier run")
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as err:
+                raise OptionError(f"resume folder '{folder}' cannot be made ({err.strerror or err}); give another") from err
+            checkpoint = cls(folder, identity=identity)
+            checkpoint._write_run()
+            return checkpoint
+        try:
+            stored = json.loads(run.read_text(encoding="utf-8"))
+            before = stored["identity"]
+        except (ValueError, KeyError, TypeError, OSError) as err:
+            raise OptionError(f"'{run}' cannot be read; remove the folder and begin again") from err
+        for name, old, new in _differences(before, identity):
+            raise OptionError(
+                f"resume folder '{folder}' is of another run: {name} was {_shown(old)}, now it is {_shown(new)}; "
+                "give the same, or another folder"
+            )
+        done = 0
+        while (folder / f"{STEP}{done + 1}").is_dir():
+            done += 1
+        return cls(folder, done, stored["decided"], identity)
+
+    def decide(self, decided: Mapping[str, Any]) -> None:
+        """Notes what was decided before the first segment."""
+        self.decided = dict(decided)
+        self._write_run()
+
+    def save(self, number: int, finished: Finished, alive: Iterable[Mapping[str, NDArray[Any]]]) -> None:
+        """Keeps a finished segment, whole or not at all, and forgets what was alive before it.
+
+        Raises:
+            OptionError: the disk is full.
+        """
+        place = self.folder / f"{STEP}{number}"
+        temporary = self.folder / f"{STEP}{number}{UNFINISHED}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            plain = {
+                "generator": finished.generator,
+                "groups": [{"name": g.name, "blocks": g.blocks, "details": g.details} for g in finished.groups],
+            }
+            (temporary / "groups.json").write_text(json.dumps(plain), encoding="utf-8")
+            for i, group in enumerate(finished.groups):
+                for j, pair in enumerate(group.consumers):
+                    np.savez(temporary / f"weights-{i}-{j}.npz", weight=pair[0], bias=pair[1])
+            for i, values in enumerate(alive):
+                named: dict[str, Any] = {f"v{k}": v for k, v in enumerate(values.values())}
+                np.savez(temporary / f"alive-{i}.npz", names=np.asarray(list(values), dtype=np.str_), **named)
+            temporary.rename(place)
+        except OSError as err:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OptionError(
+                f"resume folder '{self.folder}' cannot take a segment ({err.strerror or err}); free space and go on"
+            ) from err
+        self.done = number
+        for old in (self.folder / f"{STEP}{number - 1}").glob("alive-*.npz"):
+            old.unlink(missing_ok=True)
+
+    def load(self, number: int) -> Finished:
+        """Returns a finished segment."""
+        place = self.folder / f"{STEP}{number}"
+        plain = json.loads((place / "groups.json").read_text(encoding="utf-8"))
+        groups = []
+        for i, group in enumerate(plain["groups"]):
+            pairs = []
+            for j in range(len(group["details"]["consumers"])):
+                with np.load(place / f"weights-{i}-{j}.npz") as file:
+                    pairs.append((file["weight"], file["bias"]))
+            groups.append(KeptGroup(group["name"], group["blocks"], group["details"], pairs))
+        return Finished(groups, plain["generator"])
+
+    def alive(self) -> list[dict[str, NDArray[Any]]]:
+        """Returns what is alive behind the last finished segment, for each batch."""
+        place = self.folder / f"{STEP}{self.done}"
+        result: list[dict[str, NDArray[Any]]] = []
+        while (file := place / f"alive-{len(result)}.npz").is_file():
+            with np.load(file) as values:
+                result.append({str(name): values[f"v{k}"] for k, name in enumerate(values["names"])})
+        return result
+
+    def remove(self) -> None:
+        """Removes the folder: the run is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write_run(self) -> None:
+        temporary = self.folder / f"{RUN}{UNFINISHED}"
+        temporary.write_text(json.dumps({"identity": self.identity, "decided": self.decided}), encoding="utf-8")
+        temporary.replace(self.folder / RUN)
+
+
+def digest_of(thing: Stored | CalibrationData) -> str:
+    """Returns the SHA-256 of a model with all its weights, or of calibration data."""
+    digest = hashlib.sha256()
+    if isinstance(thing, Stored):
+        digest.update(thing.proto.SerializeToString(deterministic=True))
+        for name, array in thing.arrays.items():
+            digest.update(name.encode())
+            digest.update(as_bytes(array))
+        return digest.hexdigest()
+    for batch, mask in zip(thing.batches, thing.row_masks, strict=True):
+        for name, array in [*sorted(batch.items()), *([] if mask is None else [("", mask)])]:
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(as_bytes(array))
+    return digest.hexdigest()
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key), new.get(key), f"{name} {key}".strip())
+    elif old != new:
+        yield f"'{name}'", old, new
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else f"{value}"
+    return text if len(text) <= 40 else f"{text[:12]}..."
