@@ -416,7 +416,7 @@ class TestBadModels:
         refuse(*command, tmp_path / "folder" / "model.onnx", needles=("model.onnx' is not a file",))
 
     def test_a_folder(self, refuse: Refuse, tmp_path: Path, command: list[str]) -> None:
-        refuse(*command, tmp_path, needles=("is not a file",))
+        refuse(*command, tmp_path, needles=("has no config.json",))
 
     @pytest.mark.parametrize("content", [b"", b"hello, world", b"\x80\x04pickle" * 99, b"PK\x03\x04" + bytes(99)])
     def test_not_onnx(self, refuse: Refuse, tmp_path: Path, command: list[str], content: bytes) -> None:
