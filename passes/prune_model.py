@@ -313,10 +313,11 @@ def prune(
         OptionError: an option or the calibration data does not fit.
         CheckError: the result failed a check.
     """
+    arguments = dict(locals())
     if is_module_source(model):
         from liar_opt.passes.prune_module import prune_module
 
-        return prune_module(**locals())
+        return prune_module(**arguments)
     start = time.perf_counter()
     watch = MemoryWatch()
     lookup("packing", dict.fromkeys(PACKINGS), packing)
