@@ -131,9 +131,9 @@ def _in_stream_units(item: Measured, weighted: bool) -> Problem:
 
 
 def curve_report(groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve]) -> dict[str, Any]:
-    """Returns the curves as plain data, by group name."""
+    """Returns the curves as plain data, by group name: [blocks kept, relative squared difference of the output]."""
+    found = ((g, curves[g.name]) for g in groups if g.name in curves)
     return {
-        g.name: {"kind": g.kind, "size": g.size, "points": [list(p) for p in curves[g.name].points()]}
-        for g in groups
-        if g.name in curves
+        g.name: {"kind": g.kind, "size": g.size, "worth": c.worth, "points": [list(p) for p in c.points()]}
+        for g, c in found
     }
