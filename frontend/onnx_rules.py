@@ -172,6 +172,8 @@ class GraphWalk:
     left: dict[str, list[str]] = field(default_factory=dict)
     mixed: list[Factor] = field(default_factory=list)
     flops: int = 0
+    apart: set[frozenset[int]] = field(default_factory=set)
+    merging: bool = True
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -255,7 +257,7 @@ class GraphWalk:
 
     def equate(self, a: int, b: int) -> None:
         """Starts the walk again where two sizes must be equal and are so if symbolic dimensions are chosen well."""
-        if a == b or self._dynamic.isdisjoint((a, b)):
+        if a == b or self._dynamic.isdisjoint((a, b)) or frozenset((a, b)) in self.apart or not self.merging:
             return
         if {a, b} <= self._dynamic | {x + y for x in self._dynamic for y in self._dynamic}:
             raise MergeSymbols(a, b)
@@ -441,7 +443,7 @@ class GraphWalk:
             results = evaluate(node.op, inputs, node.attrs)
         if results is None or len(results) < len(node.outputs) or any(r.size > VALUE_LIMIT for r in results):
             return False
-        if any(is_float(r.dtype) and r.size > 1 for r in results):
+        if node.op in ("ConstantOfShape", "Expand") and any(is_float(r.dtype) and r.size > 1 for r in results):
             return False  # data: zeros as a position bias, say
         for tensor, result in zip(node.outputs, results, strict=False):
             if present(tensor):
@@ -524,13 +526,16 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
     Returns:
         The walk, run to its end.
     """
-    symbols = Symbols(probe_symbols(model))
+    symbols, apart = Symbols(probe_symbols(model)), set[frozenset[int]]()
     while True:
-        state = GraphWalk(model, algebra(), symbols.sizes())
+        state = GraphWalk(model, algebra(), symbols.sizes(), apart=apart)
         try:
             state.run()
         except MergeSymbols as merge:
-            symbols = symbols.merged(*merge.sizes)
+            merged = symbols.merged(*merge.sizes)
+            if merged is None:
+                apart.add(frozenset(merge.sizes))
+            symbols = merged or symbols
             continue
         break
     if symbols.free:
@@ -549,23 +554,19 @@ class Symbols:
         """Returns the size of every symbol."""
         return {**self.free, **{k: self.free[a] + self.free[b] for k, (a, b) in self.sums.items()}}
 
-    def merged(self, first: int, second: int) -> Symbols:
-        """Returns the symbols with two sizes made one, of which one at least is that of a free symbol.
-
-        Raises:
-            InternalError: neither is, or a sum of the symbol itself is asked for.
-        """
+    def merged(self, first: int, second: int) -> Symbols | None:
+        """Returns the symbols with two sizes made one; None where neither is that of a free symbol that may become it."""
         free = set(self.free.values())
         kept, gone = (first, second) if second in free else (second, first)
         if gone not in free:
-            raise InternalError(f"sizes {first} and {second} cannot be merged")
+            return None
         if kept in free:
             return Symbols({k: kept if v == gone else v for k, v in self.free.items()}, self.sums)
         names = [k for k, v in self.free.items() if v != gone]
         parts = next(((a, b) for a in names for b in names if self.free[a] + self.free[b] == kept), None)
         moved = {k for k, v in self.free.items() if v == gone}
         if parts is None or any(moved.intersection(pair) for pair in self.sums.values()):
-            raise InternalError(f"sizes {first} and {second} cannot be merged")
+            return None
         return Symbols({k: self.free[k] for k in names}, {**self.sums, **dict.fromkeys(moved, parts)})
 
     def renamed(self) -> Symbols:
@@ -577,7 +578,7 @@ class Symbols:
 
 def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], AxisAlgebra]) -> None:
     """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes."""
-    other = GraphWalk(state.model, algebra(), symbols.renamed().sizes())
+    other = GraphWalk(state.model, algebra(), symbols.renamed().sizes(), merging=False)
     other.run()
     sizes = {(id(u.node), u.where): u.value for u in other.size_uses}
     values = {(id(u.node), u.position): u.value for u in other.value_uses}

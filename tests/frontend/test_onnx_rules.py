@@ -428,6 +428,27 @@ def test_other_inputs_and_outputs_keep_their_heads(grown: str) -> None:
     assert "axis of graph" in graphs.reasons(proto)
 
 
+def test_a_mask_covers_what_is_in_the_cache_and_what_is_new() -> None:
+    """Its length is a symbol of its own in the file; scores have past + s columns."""
+    text = CACHED.format(GROWN).replace("float[b, s, 10] x,", "float[b, s, 10] x, float[b, 1, 1, all] mask,")
+    text = text.replace("p = Softmax(a)", "m = Add(a, mask)  sh = Shape(m)  r = Reshape(m, sh)  p = Softmax(r)")
+    proto = graphs.parse(text, CACHED_SHAPES)
+    assert graphs.sizes(proto) == [("heads", 3)]
+    _, state, _ = graphs.analyse(proto)
+    assert state.symbols["all"] == state.symbols["past"] + state.symbols["s"]
+    graphs.prove(proto, {"b": 2, "s": 5, "past": 4, "all": 9})
+
+
+def test_sizes_that_no_choice_of_symbols_reconciles_are_pinned() -> None:
+    """n + m is equated with s, then with t, then n + m + n with s: the last cannot be."""
+    text = """f (float[b, 1, n] p, float[b, 1, m] q, float[b, s, 1] r, float[b, t, 1, 1] u) => (float[b, 1, s] y, float[b, 1, s] z) {
+        rt = Transpose<perm=[0,2,1]>(r)  u3 = Squeeze(u, three)  ut = Transpose<perm=[0,2,1]>(u3)
+        pq = Concat<axis=2>(p, q)  a = Add(pq, rt)  y = Add(a, ut)  ppp = Concat<axis=2>(p, q, p)  z = Add(ppp, rt) }"""
+    _, state, found = graphs.analyse(graphs.parse(text, {"three": ints(3)}))
+    assert state.symbols["s"] == state.symbols["t"] == state.symbols["n"] + state.symbols["m"]
+    assert not found.groups
+
+
 # -- experts ---------------------------------------------------------------------------------------------------------
 
 # Rows of the tokens that are routed to expert {0} are looked up, go through its layer and are added back.
