@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -544,6 +544,28 @@ class Executor:
 
         nodes = self.model.graph.nodes if nodes is None else nodes
         names = [t.name for t in self.model.graph.outputs] if wanted is None else list(wanted)
+        with torch.no_grad():
+            return self._run(feeds, nodes, names, frozenset())
+
+    def run_watched(
+        self, feeds: Mapping[str, Any], watched: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Runs the module with gradients from the watched tensors on; returns its outputs and those tensors.
+
+        Args:
+            feeds: inputs of the module.
+            watched: tensors that keep their ``grad`` when a loss of the outputs is differentiated.
+        """
+        import torch
+
+        outputs = [t.name for t in self.model.graph.outputs]
+        with torch.enable_grad():
+            values = self._run(feeds, self.model.graph.nodes, [*outputs, *watched], frozenset(watched))
+        return {n: values[n] for n in outputs if n in values}, {n: values[n] for n in watched}
+
+    def _run(
+        self, feeds: Mapping[str, Any], nodes: Sequence[gs.Node], names: Sequence[str], watched: frozenset[str]
+    ) -> dict[str, torch.Tensor]:
         values = {k: self._fed(v) for k, v in feeds.items() if v is not None}
         symbols = {s: values[name].shape[axis] for s, (name, axis) in self.model.symbols.items() if name in values}
         last: dict[str, int] = {}
@@ -554,11 +576,13 @@ class Executor:
         for name, index in last.items():
             if name not in names:
                 dead.setdefault(index, []).append(name)
-        with torch.no_grad():
-            for index, node in enumerate(nodes):
-                self._step(node, values, symbols)
-                for name in dead.get(index, ()):
-                    values.pop(name, None)
+        for index, node in enumerate(nodes):
+            self._step(node, values, symbols)
+            for name in watched.intersection(t.name for t in node.outputs):
+                # The first of them are leaves; what is behind those has a gradient function.
+                values[name].retain_grad() if values[name].requires_grad else values[name].requires_grad_(True)
+            for name in dead.get(index, ()):
+                values.pop(name, None)
         return {n: values[n] for n in names if n in values}
 
     def _fed(self, value: Any) -> torch.Tensor:

@@ -43,6 +43,8 @@ class Measured:
         aware: of the same input, with the dense model's target beside it (`passes.dense_twin`); None where the repair does
             not ask for it, or there is none.
         channels: the channels of the moments that this is about; None for all.
+        gradients: of a loss with respect to a mask on each block of the group, [samples, blocks]; None where the score does
+            not ask for them (`passes.gradient_scores`).
         centred: whether the repair may change a bias; without, moments are about zero: min E|x W - x_U W'|^2.
     """
 
@@ -53,6 +55,7 @@ class Measured:
     aware: Moments | None = None
     channels: NDArray[np.int64] | None = None
     centred: bool = True
+    gradients: NDArray[np.float64] | None = None
 
     @property
     def blocks(self) -> int:

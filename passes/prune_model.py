@@ -27,6 +27,7 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
 from liar_opt.passes.checkpoint import Checkpoint, digest_of
 from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass, Metric
 from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
@@ -244,6 +245,8 @@ def prune(
     new_bias: bool | None = None,
     allow_pickle: bool = False,
     packing: str = "auto",
+    loss: Loss | None = None,
+    labelled: Labelled | None = None,
     provider: str = "auto",
     memory: int | str | None = None,
     resume: str | Path | None = None,
@@ -294,6 +297,9 @@ def prune(
         allow_pickle: read weights from pickle files, which can run code.
         packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which
             does so where the model is causal.
+        loss: for the scores that need gradients (torch modules alone): takes the outputs by name and the labels, and
+            returns a scalar tensor.
+        labelled: pairs of the module's arguments, a batch by name, and the labels that the loss takes.
         provider: "auto", "cpu" or "cuda".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.
@@ -318,6 +324,7 @@ def prune(
         from liar_opt.passes.prune_module import prune_module
 
         return prune_module(**arguments)
+    require_labels(score, loss, labelled, torch_module=False)
     start = time.perf_counter()
     watch = MemoryWatch()
     lookup("packing", dict.fromkeys(PACKINGS), packing)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import signature as inspect_signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,7 +50,9 @@ from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups
-from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.gradient_scores import Labelled, Loss, mask_gradients, require_labels
+from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
+from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun
 from liar_opt.passes.prune_model import (
     PACKINGS,
@@ -228,6 +230,13 @@ class _TorchRun(SegmentRun):
             self.alive_at = first
         self.executor.forget()
         return result
+
+    def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
+        """Adds the gradients of the consumer's group, where there are any."""
+        item = super().measured(consumer, moments)
+        found: dict[str, Any] = self.state.facts.get("gradients", {})
+        own = (g for g in self.state.groups if any(consumer.uses == c.uses for c in g.consumers))
+        return replace(item, gradients=next((found[g.name] for g in own if g.name in found), None))
 
     def _add(self, moments: Moments, tap: Tap, values: Mapping[str, Any], index: int) -> None:
         mask = self.data.row_masks[index]
@@ -426,6 +435,8 @@ def prune_module(
     packing: str = "auto",
     memory: int | str | None = None,
     resume: str | Path | None = None,
+    loss: Loss | None = None,
+    labelled: Labelled | None = None,
 ) -> ModuleResult:
     """Makes a torch module smaller; :func:`liar_opt.prune` calls this for modules and for folders of checkpoints.
 
@@ -466,12 +477,15 @@ def prune_module(
         packing: see ``prune``.
         memory: see target.
         resume: see target.
+        loss: see ``prune``.
+        labelled: see ``prune``.
 
     Raises:
         ModelError: the module cannot be traced or has nothing to prune.
         OptionError: an option or the calibration data does not fit.
         CheckError: the result failed a check.
     """
+    require_labels(score, loss, labelled, torch_module=True)
     start = time.perf_counter()
     unknown: dict[str, Any] = {"values": values, "target": target, "max-drop": max_drop, "metric": metric, "search": search}
     unknown |= {"memory": memory, "resume": resume}
@@ -510,6 +524,8 @@ def prune_module(
     state.calibration = load_calibration(options.source, state.model.inputs(), vocabulary=vocabulary(_fx(state)), **fields)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
+    if loss is not None and labelled is not None:
+        state.facts["gradients"] = _gradients(state, labelled, loss)
     done = Pipeline(passes=[cut, VerifyModulePass()], observer=observer)(state)
     details = {c.where: c for c in done.changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
@@ -526,6 +542,19 @@ def prune_module(
         state.seconds["latency"] = time.perf_counter() - began
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
     return ModuleResult(state, report, done.changes, analysis.refusals)
+
+
+def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:
+    """Runs the labelled batches through the dense module; outputs have the names that the module gives them."""
+    model = _fx(state)
+    names = state.facts["outputs"]
+    groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
+
+    @functools.wraps(loss)
+    def named(outputs: Mapping[str, Any], labels: Any) -> Any:
+        return loss({names.get(n, n): v for n, v in outputs.items()}, labels)
+
+    return mask_gradients(Executor(model, device_of(model)), groups, labelled, named)
 
 
 def inspect_module(

@@ -15,6 +15,7 @@ W_j their rows in the consumers, variances and means over all calibration rows:
                                                                             Greedy Output Approximation (arXiv 2407.19126)
     greedy                 removal by the least residual after repair       OBS, SlimGPT, OSSCAR; see `runtime.solve`
     swaps                  greedy, then local search by swaps               OSSCAR; see `runtime.local_search`
+    fisher, taylor, snip   from gradients of a loss on labelled batches             see `passes.gradient_scores`
 
 Several consumers of one group count together: squares add up under the root, plain sums add up.
 """
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.passes.gradient_scores import GRADIENT_SCORES, gradient_values
 from liar_opt.passes.measured import Measured
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.local_search import swap_blocks
@@ -182,6 +184,16 @@ def swaps(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) ->
     return swap_blocks(problems, select_greedy(problems, keep, SELECTION_RIDGE).kept_blocks, SELECTION_RIDGE).kept_blocks
 
 
+def _of_gradients(name: str) -> Values:
+    def values(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
+        gradients = consumers[0].gradients
+        if gradients is None:
+            raise OptionError(f"score '{name}' needs gradients: give a torch module, labelled batches and a loss")
+        return gradient_values(name, gradients)
+
+    return values
+
+
 SCORES: dict[str, Score] = {
     "greedy": Score(removal_errors, greedy),
     "swaps": Score(removal_errors, swaps),
@@ -193,4 +205,5 @@ SCORES: dict[str, Score] = {
     "magnitude": Score(magnitude),
     "magnitude-l1": Score(magnitude_l1),
     "random": Score(random),
+    **{name: Score(_of_gradients(name)) for name in GRADIENT_SCORES},
 }

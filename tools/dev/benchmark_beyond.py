@@ -25,6 +25,7 @@ from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.base import Pipeline
 from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.gradient_scores import GRADIENT_SCORES
 from liar_opt.passes.measure_curves import MeasureCurvesPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
@@ -116,7 +117,7 @@ def marked(values: Sequence[float], best: float) -> list[str]:
 def scores(bench: Bench) -> str:
     """Every score with every repair of its own layer, FFN 50 % and heads 50 % of every layer."""
     repairs = [r for r in REPAIRS if r not in AWARE]
-    cells = {s: [bench.cell(score=s, repair=r, **HALF) for r in repairs] for s in SCORES}
+    cells = {s: [bench.cell(score=s, repair=r, **HALF) for r in repairs] for s in SCORES if s not in GRADIENT_SCORES}
     rows = [[s, *marked(values, max(values))] for s, values in cells.items()]
     head = "FFN 50 % and heads 50 % of every layer; in bold the best repair of each score."
     return f"{head}\n\n{table(['score', *repairs], rows)}"
