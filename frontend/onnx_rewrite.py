@@ -24,6 +24,8 @@ from liar_opt.frontend.onnx_values import Array, evaluate
 from liar_opt.runtime.errors import InternalError
 
 Mask = NDArray[np.bool_]
+SKIP_BIAS = {(MICROSOFT, "SkipLayerNormalization"): 4, (MICROSOFT, "SkipSimplifiedLayerNormalization"): 3}
+"""Operators that add a vector, which may be absent, to the sum of their first two inputs: its position."""
 BIAS_INPUTS = {
     ("", "Add"): (0, 1),
     (MICROSOFT, "BiasGelu"): (1,),
@@ -519,6 +521,17 @@ class Rewriter:
                     return reader, candidate, 1.0
         return None
 
+    def _open_place(self, use: ConsumerUse) -> tuple[gs.Node, int] | None:
+        """Returns (node, input position) of a bias that the only reader of a contraction can take and has none, or None."""
+        output = use.node.outputs[0]
+        if use.output_axis != -1 or len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
+            return None
+        reader = output.outputs[0]
+        position = SKIP_BIAS.get((reader.domain or "", reader.op))
+        if position is None or (len(reader.inputs) > position and present(reader.inputs[position])):
+            return None
+        return (reader, position) if any(output is t for t in reader.inputs[:2]) else None
+
     def _insert_bias(self, use: ConsumerUse, delta: NDArray[np.float64]) -> None:
         node = use.node
         dtype = node.inputs[use.weight_position].dtype
@@ -530,13 +543,13 @@ class Rewriter:
             constant.values = (delta / (use.bias_scale or 1.0)).astype(dtype)
             if not use.bias_scale:
                 node.attrs["beta"] = 1.0
-            while len(node.inputs) < position:
-                node.inputs.append(gs.Variable.empty())
-            if len(node.inputs) > position:
-                node.inputs[position] = constant
-            else:
-                node.inputs.append(constant)
+            _set_input(node, position, constant)
             self._follow(node, position, constant, use)
+            return
+        open_place = self._open_place(use)
+        if open_place is not None:
+            _set_input(*open_place, constant)
+            self._follow(*open_place, constant, use)
             return
         output = node.outputs[0]
         product = gs.Variable(next(self._names), output.dtype, output.shape)
@@ -556,6 +569,13 @@ class Rewriter:
         for record in known:
             self.walk.constant_uses.remove(record)
         self.walk.constant_uses.append(ConstantUse(node, position, constant, (axes[1 - use.weight_axis], *rest)))
+
+
+def _set_input(node: gs.Node, position: int, tensor: gs.Tensor) -> None:
+    """Gives a node an optional input; those before it that are absent stay so."""
+    while len(node.inputs) <= position:
+        node.inputs.append(gs.Variable.empty())
+    node.inputs[position] = tensor
 
 
 def _fresh_names(graph: gs.Graph) -> Iterator[str]:

@@ -181,6 +181,8 @@ PLACES: dict[str, tuple[str, Weights, int, bool]] = {
     "Conv": (BEFORE.format("y = Conv(h, w2, b2)"), CONV, 1, True),
     "Conv without": (BEFORE.format("y = Conv(h, w2)"), CONV, 1, False),
     "SkipLayerNormalization": ("f (float[b, s, 6] x) => (float[b, s, 7] y) { u = MatMul(x, w1)  h = Relu(u)  k = MatMul(x, w3)  z = MatMul(h, w2)  v, m, r, y = com.microsoft.SkipLayerNormalization(z, k, g, g, b2) }", {**DENSE, "w3": (6, 7), "g": ONES}, 2, True),
+    "SkipLayerNormalization without": ("f (float[b, s, 6] x) => (float[b, s, 7] y) { u = MatMul(x, w1)  h = Relu(u)  k = MatMul(x, w3)  z = MatMul(h, w2)  v, m, r, y = com.microsoft.SkipLayerNormalization(k, z, g, g) }", {**DENSE, "w3": (6, 7), "g": ONES}, 2, True),
+    "SkipSimplifiedLayerNormalization without": ("f (float[b, s, 6] x) => (float[b, s, 7] y) { u = MatMul(x, w1)  h = Relu(u)  k = MatMul(x, w3)  z = MatMul(h, w2)  v, m, r, y = com.microsoft.SkipSimplifiedLayerNormalization(z, k, g) }", {**DENSE, "w3": (6, 7), "g": ONES}, 2, True),
     "weight on the left": ("f (float[b, 6, s] x) => (float[b, 7, s] y) { u = MatMul(w1, x)  h = Relu(u)  y = MatMul(w2, h) }", {"w1": (11, 6), "w2": (7, 11)}, 1, False),
     "weight on the left, Add": ("f (float[b, 6, s] x) => (float[b, 7, s] y) { u = MatMul(w1, x)  h = Relu(u)  z = MatMul(w2, h)  y = Add(z, b2) }", {"w1": (11, 6), "w2": (7, 11), "b2": (7, 1)}, 1, False),
     "weight on the left, as many columns": ("f (float[b, 6, 7] x) => (float[b, 7, 7] y) { u = MatMul(w1, x)  h = Relu(u)  z = MatMul(w2, h)  y = Add(z, b2) }", {"w1": (11, 6), "w2": (7, 11), "b2": (7,)}, 1, False),
