@@ -392,6 +392,7 @@ def _standard_attention(w: GraphWalk, node: gs.Node) -> None:
     _share(w, node, heads, groups)
     w.unify(q_width, k_width)
     w.pin([q_width, k_width], f"contracted between two activations {where}")
+    w.mixed.append(v_width)
     _attention_bias(w, node, 3, heads)
     w.pin(w.input_axes(node, 6), where)
     for position, width in ((4, k_width), (5, v_width)):

@@ -381,6 +381,17 @@ def test_one_head_is_no_feed_forward_layer() -> None:
     graphs.prove(proto, {"b": 2, "s": 5}, values=True)
 
 
+@pytest.mark.parametrize(("heads", "groups", "sets"), [(1, 1, 1), (6, 2, 2), (4, 4, 4), (6, 1, 1)])
+def test_values_inside_an_attention_operator(heads: int, groups: int, sets: int) -> None:
+    text = f"""f (float[b, s, 10] x) => (float[b, s, 10] y) {{ q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+        c = Attention<q_num_heads = {heads}, kv_num_heads = {groups}>(q, k, v)  y = MatMul(c, wo) }}"""
+    weights: Weights = {"wq": (10, 4 * heads), "wk": (10, 4 * groups), "wv": (10, 6 * groups), "wo": (6 * heads, 10)}
+    proto = graphs.parse(text, weights, opset=23)
+    _, _, found = graphs.analyse(proto)
+    assert [(g.kind, g.size, g.sets, g.block_width) for g in found.values] == [("values", 6, sets, heads // groups)]
+    graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
 # -- caches ----------------------------------------------------------------------------------------------------------
 
 CACHED = """f (float[b, s, 10] x, float[b, 3, past, 4] pk, float[b, 3, past, 4] pv)
