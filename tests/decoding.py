@@ -89,7 +89,7 @@ def _rank(value: onnx.ValueInfoProto) -> int:
 
 
 def _tail(name: str) -> str:
-    return ".".join(name.split(".")[1:]) if "." in name else "_".join(name.split("_")[-2:])
+    return ".".join(name.split(".")[1:]) if "." in name else name.split("_", 1)[1]
 
 
 def prove_generation(

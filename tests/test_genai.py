@@ -86,14 +86,17 @@ def test_the_whole_job(name: str, tmp_path: Path) -> None:
     assert decoding.Decoder(pruned).generate(PROMPT)[0].shape == (1, decoding.STEPS)
 
 
-def test_texts_need_no_cache_and_no_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gemma2", "gpt2, stacked"])
+def test_texts_need_no_cache_and_no_length(name: str, tmp_path: Path) -> None:
     """Token ids alone: masks, caches of the sizes that operators need, and lengths are made."""
     path = tmp_path / "model.onnx"
-    onnx.save(zoo_genai.decoder(zoo_genai.SHAPES["gemma2"]), path)
+    onnx.save(zoo_genai.decoder(zoo_genai.SHAPES[name]), path)
     ids = np.random.default_rng(2).integers(4, zoo_genai.VOCABULARY, (12, 10))
     whole = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     result = liar_opt.prune(path, whole, heads=0.34, batch_size=3, latency=False)
-    assert {g["after"] for g in result.report["groups"] if g["kind"] == "heads"} == {2}
+    left = round(zoo_genai.SHAPES[name].groups * 0.66)
+    assert {g["after"] for g in result.report["groups"] if g["kind"] == "heads"} == {left}
+    assert all(left in shape for shape in result.report["cache_shapes"].values())
     assert result.report["calibration"]["tokens"] == ids.size
 
 

@@ -20,7 +20,8 @@ class Shape:
     """What differs between the decoders of the zoo.
 
     Attributes:
-        operator: "GroupQueryAttention", "MultiHeadAttention" or "Attention" (of the standard, opset 23).
+        operator: "GroupQueryAttention", "MultiHeadAttention", "Attention" (of the standard, opset 23) or "stacked"
+            (ONNX Runtime's Attention: projections inside, keys and values of a layer in one cache).
         packed: q, k and v are one product.
         rotary: "inside" the attention, a "node" of its own, or "" for none.
         qk_norm: a normalisation of each head of q and k.
@@ -61,6 +62,7 @@ SHAPES = {
     "rotary node": Shape(rotary="node", packed=False),
     "multi-head": Shape(operator="MultiHeadAttention", groups=6, packed=False, rotary="node", bias=True),
     "gpt2": Shape(operator="MultiHeadAttention", groups=6, packed=False, rotary="", bias=True, gated=False),
+    "gpt2, stacked": Shape(operator="stacked", groups=6, rotary="", bias=True, gated=False),
     "opset 23": Shape(operator="Attention", packed=False, rotary="node"),
     "opset 23, softcap": Shape(operator="Attention", packed=False, rotary="node", softcap=20.0, groups=6),
     "llama, float16": Shape(dtype="float16"),
@@ -86,7 +88,7 @@ class _Builder:
 
     def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, **attributes: Any) -> str:
         outputs = outputs or [f"{name}/out"]
-        domain = "com.microsoft" if (op in MICROSOFT and self.shape.operator != "Attention") or op in FUSED else ""
+        domain = "com.microsoft" if (op in EITHER and self.shape.operator != "Attention") or op in FUSED else ""
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs[0]
 
@@ -122,6 +124,11 @@ class _Builder:
     def attention(self, x: str, layer: str, i: int) -> str:
         s = self.shape
         q_size, kv_size = s.heads * s.width, s.groups * s.width
+        if s.operator == "stacked":
+            inputs = [x, self.normal(f"{layer}.qkv", s.hidden, 3 * q_size), self.normal(f"{layer}.bias", 3 * q_size)]
+            ends = [f"{layer}/attention", f"present_{i}"]
+            inputs += ["", f"past_{i}"]
+            return self.node("Attention", inputs, f"{layer}/Attention", ends, num_heads=s.heads, unidirectional=1)
         if s.packed:
             q, k, v = self.linear(x, f"{layer}.qkv", s.hidden, q_size + 2 * kv_size), "", ""
         else:
@@ -215,18 +222,21 @@ class _Builder:
         outputs = [helper.make_tensor_value_info("logits", self.kind, ["batch", "sequence", VOCABULARY])]
         past_length, length = ("past_sliding", "total_sliding") if s.sliding else ("past", "total")
         for i in range(s.layers):
-            for n in ("key", "value"):
-                ends = (f"past_key_values.{i}.{n}", past_length, "width"), (f"present.{i}.{n}", length, "width")
-                ins, outs = (helper.make_tensor_value_info(e, self.kind, ["batch", s.groups, t, d]) for e, t, d in ends)
-                inputs.append(ins)
-                outputs.append(outs)
+            ends = [(f"past_key_values.{i}.{n}", f"present.{i}.{n}") for n in ("key", "value")]
+            sizes: list[int | str] = ["batch", s.groups]
+            if s.operator == "stacked":
+                ends, sizes = [(f"past_{i}", f"present_{i}")], [2, "batch", s.groups]
+            for before, after in ends:
+                last = s.width if s.operator == "stacked" else "width"
+                inputs.append(helper.make_tensor_value_info(before, self.kind, [*sizes, past_length, last]))
+                outputs.append(helper.make_tensor_value_info(after, self.kind, [*sizes, length, last]))
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.weights)
         opset = 23 if s.operator == "Attention" else 17
         imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
-MICROSOFT = {"RotaryEmbedding"}
+EITHER = {"RotaryEmbedding", "Attention"}
 FUSED = {"GroupQueryAttention", "MultiHeadAttention", "SkipSimplifiedLayerNormalization", "QuickGelu"}
 
 
