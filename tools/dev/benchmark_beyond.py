@@ -31,11 +31,15 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state
 from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
-from liar_opt.tools.demo_assets import split
+from liar_opt.runtime.calibration_data import load_calibration
+from liar_opt.tools.demo_assets import minilm_folder, split
 
 Options = dict[str, Any]
 HALF: Options = {"ffn": 0.5, "heads": 0.5}
 RATIOS = (0.2, 0.35, 0.5)
+SAMPLES = (16, 64, 256, 512)
+"""Calibration sentences, for the ridge: from about a fifth of a token for each channel to six."""
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ALLOCATIONS = ("uniform", "global", "flap", "curves")
 METHODS: dict[str, Options] = {
     "FLAP: wifv, bias, standardised threshold": {"score": "wifv", "repair": "bias", "allocate": "flap"},
@@ -92,11 +96,18 @@ class Bench:
                 self.path.write_text(json.dumps(self.cells, indent=0) + "\n")
         return self.cells[key]
 
-    def pruned(self, *, allocate: str = "uniform", score: str = "greedy", **options: Any) -> Any:
+    def pruned(
+        self, *, allocate: str = "uniform", score: str = "greedy", samples: int = CALIBRATION, **options: Any
+    ) -> Any:
         """Prunes as `prune()` does, without its checks and its timing."""
         ratios = {k: options.pop(k) for k in ("sparsity", "ffn", "heads") if k in options}
         state = load_state(self.work.model)
         state.calibration = self.data
+        if samples < CALIBRATION:
+            texts = self.work.sentences[:samples]
+            size = max(samples // 16, 1)  # as many batches, so that a tenth of the sentences is held back
+            inputs = state.model.inputs()
+            state.calibration = load_calibration(texts, inputs, tokenizer=minilm_folder(), batch_size=size)
         Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
         seed = self.work.options.seed
         if allocate in MEASURED:
@@ -154,7 +165,18 @@ def ablation(bench: Bench) -> str:
     return f"50 % of all prunable parameters.\n\n{table(columns, rows)}"
 
 
-SECTIONS = {"methods": methods, "ablation": ablation, "allocations": allocations, "scores": scores}
+def ridge(bench: Bench) -> str:
+    """The ridge that is chosen against fixed ones and no repair, from few calibration sentences to many."""
+    ways: dict[str, Options] = {"no repair": {"repair": "none"}, "chosen": {"repair": "liar"}}
+    ways |= {f"{r:g}": {"repair": "liar", "ridge": r} for r in RIDGES}
+    rows = []
+    for samples in SAMPLES:
+        values = [bench.cell(ffn=0.5, samples=samples, **way) for way in ways.values()]
+        rows.append([f"{samples}", *marked(values, max(values))])
+    return f"FFN 50 %; score greedy; in bold the best.\n\n{table(['calibration sentences', *ways], rows)}"
+
+
+SECTIONS = {"methods": methods, "ablation": ablation, "allocations": allocations, "scores": scores, "ridge": ridge}
 
 
 def markdown(texts: Mapping[str, str], given: Mapping[str, Any], choosing: bool) -> str:
