@@ -26,10 +26,12 @@ from liar_opt.frontend.weight_files import (
     completed,
     element_type,
     lightened,
+    numpy_type,
     read_model,
     stub,
     write_model,
 )
+from liar_opt.frontend.widen_graph import narrow_values, widen
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.signatures import InputSpec
@@ -76,6 +78,10 @@ class Stored:
             for tensor in part.tensors().values():
                 if isinstance(tensor, gs.Constant) and tensor.name in self.arrays:
                     tensor.values, tensor.data_location = self.arrays[tensor.name], None
+                elif tensor.dtype == onnx.TensorProto.BFLOAT16 and isinstance(tensor, gs.Constant):
+                    tensor.values = narrow_values(tensor._values.tensor)
+                elif tensor.dtype == onnx.TensorProto.BFLOAT16:
+                    tensor.dtype = numpy_type(tensor.dtype)
         return OnnxModel(graph, self.source, metadata, [], order, self, store=self.store)
 
     def light(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
@@ -84,7 +90,7 @@ class Stored:
 
     def detached(self) -> tuple[bytes, dict[str, np.ndarray]]:
         """Returns what a ``Session`` takes: the proto as bytes, and the data."""
-        return self.proto.SerializeToString(), self.arrays
+        return widen(self.proto).SerializeToString(), self.arrays
 
     def complete(self) -> onnx.ModelProto:
         """Returns a proto of its own, with all data in it."""
@@ -191,7 +197,7 @@ class OnnxModel:
     def detached(self) -> tuple[bytes, dict[str, np.ndarray]]:
         """Returns what a ``Session`` takes: the light model as bytes, and the data."""
         proto, arrays = self.light()
-        return proto.SerializeToString(), arrays
+        return widen(proto).SerializeToString(), arrays
 
     def to_proto(self) -> onnx.ModelProto:
         """Returns the graph as an ONNX model."""

@@ -23,6 +23,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from liar_opt.frontend.onnx_model import detached_tensors, is_constant, present
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+from liar_opt.frontend.widen_graph import widen
 
 ROWS = "liar_opt_rows"
 """Name of the input that says which rows count: bool [rows of one activation]; the layout is appended."""
@@ -118,7 +119,7 @@ class Extracted:
 
     def serialise(self) -> bytes:
         """Returns the model as bytes."""
-        data: bytes = self.model.SerializeToString()
+        data: bytes = widen(self.model).SerializeToString()
         return data
 
 

@@ -45,7 +45,7 @@ from liar_opt.passes.registry import (
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, OptionError
-from liar_opt.runtime.memory import anonymous
+from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
 
@@ -266,7 +266,9 @@ class SegmentRun:
         rows = max(int(np.prod(next(iter(feeds.values())).shape[:2])) for feeds in self.data.batches)
         activations = 4 * rows * (sum(t.width for t in taps.values()) + 3 * max(t.width for t in taps.values()))
         weights = 0
-        if not self.memory.tight:
+        if self.memory.tight:
+            trim()
+        else:
             start = 0 if self.alive_at is None else self.position(self.alive_at)
             stop = max(self.position(u.node) for g in groups for c in g.consumers for u in c.uses)
             nodes = self.walk.model.graph.nodes[start : stop + 1]

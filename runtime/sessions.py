@@ -143,6 +143,7 @@ class Session:
                 raise InternalError(f"input '{name}' of a session was not fed")
             value = feeds[name]
             if isinstance(value, np.ndarray):
+                value = value.astype(np.float32) if value.dtype.kind == "V" else value  # a graph that was widened
                 bound.append(np.ascontiguousarray(value).reshape(value.shape))
                 binding.bind_cpu_input(name, bound[-1])
             else:

@@ -13,13 +13,12 @@ import pytest
 import streams
 
 import liar_opt
-from liar_opt.passes import checkpoint
 from liar_opt.passes.prune_groups import SegmentRun
 from liar_opt.runtime.errors import OptionError
 
 BLOCK = streams.BLOCK
 TEXT = f"f (float[b, s, 6] x0) => (float[b, s, 6] x3) {{ {' '.join(BLOCK.format(i, i + 1) for i in range(3))} }}"
-WEIGHTS: graphs.Weights = {}
+WEIGHTS: dict[str, tuple[int, ...]] = {}
 for number, hidden in enumerate((17, 19, 23)):
     WEIGHTS |= {f"w{number}": (6, hidden), f"b{number}": (hidden,), f"v{number}": (hidden, 6)}
 
@@ -161,7 +160,7 @@ def test_a_full_disk_keeps_what_was_finished(
             raise OSError(28, "No space left on device")
         savez(file, **arrays)
 
-    monkeypatch.setattr(checkpoint.np, "savez", full)
+    monkeypatch.setattr(np, "savez", full)
     with pytest.raises(OptionError, match=r"cannot take a segment .No space left"):
         prune(model, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["run.json", "segment-1"]
