@@ -148,7 +148,9 @@ class _Search:
         self.reference: float | None = None
         held = [i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2]
         self.held = held or [len(self.data.batches) - 1]
-        self.original = Session(*_swapped(self.dense.detached(), state.device)) if options.metric is None else None
+        self.original: Session | None = None
+        if options.metric is None:
+            self.original = Session(*_swapped(self.dense.detached(), state.device, state.memory.tight))
 
     def run(self) -> None:
         """Evaluates a few sparsities, each chosen by what those before it lost."""
@@ -182,7 +184,7 @@ class _Search:
 
     def _evaluate(self, sparsity: float) -> float | None:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""
-        trial = State(self.dense.model(), self.data, self.state.device, self.state.progress)
+        trial = State(self.dense.model(), self.data, self.state.device, self.state.progress, memory=self.state.memory)
         trial.facts = {k: self.state.facts[k] for k in ("dense", "before") if k in self.state.facts}
         NormaliseGraphPass()(trial)
         FindGroupsPass()(trial)
@@ -204,7 +206,7 @@ class _Search:
     def _difference(self, trial: State) -> float:
         """1 - the mean cosine of the first output that has any."""
         assert self.original is not None
-        pruned = Session(*_swapped(trial.model.detached(), self.state.device))
+        pruned = Session(*_swapped(trial.model.detached(), self.state.device, self.state.memory.tight))
         meter = DifferenceMeter()
         for i in self.held:
             batch = self.data.batches[i]
@@ -239,5 +241,5 @@ class _Search:
         return value
 
 
-def _swapped(parts: tuple[bytes, dict[str, Any]], device: Any) -> tuple[bytes, Any, dict[str, Any]]:
-    return parts[0], device, parts[1]
+def _swapped(parts: tuple[bytes, dict[str, Any]], device: Any, lean: bool) -> tuple[bytes, Any, dict[str, Any], bool]:
+    return parts[0], device, parts[1], lean

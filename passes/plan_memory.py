@@ -69,13 +69,14 @@ class Parts(NamedTuple):
     need: int
 
 
-def measure_together(needs: Sequence[Need], fixed: int, limit: int) -> Parts:
+def measure_together(needs: Sequence[Need], fixed: int, limit: int, strict: bool = True) -> Parts:
     """Returns which groups are measured together.
 
     Args:
         needs: of the groups, in order.
         fixed: bytes that are needed whatever is measured.
         limit: bytes that may be used.
+        strict: whether a group that does not fit is refused; otherwise it takes what it needs.
 
     Raises:
         OptionError: one group alone does not fit; the least that would do is said.
@@ -84,7 +85,7 @@ def measure_together(needs: Sequence[Need], fixed: int, limit: int) -> Parts:
     if fixed + whole <= limit:
         return Parts([list(range(len(needs)))], False, fixed + whole)
     least, worst = max((fixed + max(n.measuring, n.solving), -i) for i, n in enumerate(needs))
-    if least > limit:
+    if least > limit and strict:
         need = needs[-worst]
         raise OptionError(
             f"memory {show_size(limit)} is too small for the moments of group '{need.name}' (width {max(need.widths)}); "
@@ -95,7 +96,7 @@ def measure_together(needs: Sequence[Need], fixed: int, limit: int) -> Parts:
     for i, need in enumerate(needs):
         if not parts or need.measuring > room:
             parts.append([])
-            room = limit - fixed
+            room = max(limit, least) - fixed
         parts[-1].append(i)
         room -= need.measuring
     return Parts(parts, True, least)

@@ -273,7 +273,7 @@ class SegmentRun:
             stop = max(self.position(u.node) for g in groups for c in g.consumers for u in c.uses)
             nodes = self.walk.model.graph.nodes[start : stop + 1]
             weights = sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
-        parts = measure_together(needs, (anonymous() or 0) + weights + activations, self.memory.limit)
+        parts = measure_together(needs, (anonymous() or 0) + weights + activations, self.memory.limit, self.memory.asked)
         self.memory.estimated = max(self.memory.estimated, parts.need)
         self.steps += (len(parts.groups) - 1) * len(self.data.batches)
         return parts

@@ -476,7 +476,7 @@ def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
 def _dense_session(state: State) -> Session:
     model, weights = state.facts["dense"].detached()
     try:
-        return Session(model, state.device, weights)
+        return Session(model, state.device, weights, state.memory.tight)
     except Exception as err:
         raise ModelError(f"ONNX Runtime cannot load the model: {' '.join(str(err).split())[:300]}") from err
 

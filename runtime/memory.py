@@ -93,12 +93,14 @@ class Memory:
     Attributes:
         limit: bytes.
         model: bytes of the model's weights.
+        asked: whether somebody gave the limit: what does not fit is refused then, and tried otherwise.
         estimated: the largest need that was foreseen, in bytes.
         store: where arrays go that need not be in memory.
     """
 
     limit: int
     model: int = 0
+    asked: bool = True
     estimated: int = 0
     store: ArrayStore = field(default_factory=ArrayStore)
 
@@ -110,7 +112,7 @@ class Memory:
     @classmethod
     def of(cls, size: int | str | None) -> "Memory":
         """Returns the limit that ``size`` says; half of what is free for None."""
-        return cls(free_memory() // 2 if size is None else parse_size(size))
+        return cls(free_memory() // 2 if size is None else parse_size(size), asked=size is not None)
 
     def keep(self, nbytes: int) -> bool:
         """Returns whether something of this size that lives through the run may stay in memory."""
