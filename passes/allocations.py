@@ -8,7 +8,7 @@ add up to the goal, as nearly as the steps allow:
     curves    least sum of errors: the multiple-choice knapsack, by dynamic programming
     global    one threshold for all blocks' scores, each divided by its group's mean
     flap      one threshold for all blocks' scores, standardised within their group: (s - mean) / deviation
-              (FLAP, arXiv 2312.11983, eq. 6, 7)
+              (FLAP, arXiv 2312.11983)
 
 Errors are in one currency for all kinds: the mean square that is lost, relative to the variance of the residual stream
 behind the consumer (`passes.measure_curves`). Small errors of different groups add up there, and the normalisation that

@@ -3,7 +3,7 @@
 With a mask m_j on block j of a group, all ones, g_j = dL/dm_j = sum over its channels and rows of x dL/dx. One forward and
 one backward pass of the dense model give it for every group and sample:
 
-    fisher     sum over samples of g_j^2       diagonal of the empirical Fisher   Kwon et al. (arXiv 2204.09656, eq. 6)
+    fisher     sum over samples of g_j^2       diagonal of the empirical Fisher   Kwon et al. (arXiv 2204.09656)
     taylor     mean over samples of |g_j|      first-order Taylor                 Michel et al. (arXiv 1905.10650)
     snip       |sum over samples of g_j|       connection sensitivity             SNIP (arXiv 1810.02340), by blocks
 

@@ -8,7 +8,7 @@ W_j their rows in the consumers, variances and means over all calibration rows:
     magnitude              |W_B|_F
     magnitude-l1           sum |W_B|
     activation-weighted    sqrt(sum_j E[x_j^2] |W_j|^2)                     Wanda (arXiv 2306.11695), grouped
-    ifv                    mean_j Var x_j                                   FLAP (arXiv 2312.11983), eq. 5 and its code
+    ifv                    mean_j Var x_j                                   FLAP (arXiv 2312.11983) and its code
     wifv                   mean_j Var x_j |W_j|^2                           the same; FLAP's own choice
     wifn                   mean_j sqrt(E[x_j^2]) mean_i |W_ji|              the same
     output-approximation   channels: E|x_B W_B|^2; wider blocks: 1 - cos(y, y - x_B W_B)
@@ -17,7 +17,8 @@ W_j their rows in the consumers, variances and means over all calibration rows:
     swaps                  greedy, then local search by swaps               OSSCAR; see `runtime.local_search`
     fisher, taylor, snip   from gradients of a loss on labelled batches             see `passes.gradient_scores`
 
-Several consumers of one group count together: squares add up under the root, plain sums add up.
+Several consumers of one group count together: squares add up under the root, plain sums add up. The two metrics of Greedy
+Output Approximation are made after its abstract's and a summary's description; its authors' code was not at hand.
 """
 
 from collections.abc import Callable, Sequence

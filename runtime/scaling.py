@@ -6,7 +6,7 @@ moments E = E[x^T x] and G = W W^T the least squares problem has one unknown a b
     A_jk = sum of (E * G) over the channels of j and k, both kept       b_j = the same over j and all channels
     d = argmin E|y - sum_j (1 + d_j) x_j W_j|^2 + lam |d|^2 = (A + lam I)^-1 (b - A 1)
 
-Kwon et al. 2022 (arXiv 2204.09656, section 4.3) tune the masks of BERT's heads and filters so, with the damping 1, from
+Kwon et al. 2022 (arXiv 2204.09656) tune the masks of BERT's heads and filters so, with the damping 1, from
 the pruned layer's input to the dense layer's output. We differ: the target is the layer's own output on the input that it
 sees, and the ridge is chosen on held-back rows. The bias is not touched, as there.
 """
