@@ -14,6 +14,8 @@ import streams
 
 import liar_opt
 from liar_opt.passes.prune_groups import SegmentRun
+from liar_opt.runtime import memory
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import OptionError
 
 BLOCK = streams.BLOCK
@@ -81,6 +83,42 @@ def test_what_is_resumed_comes_out_the_same(
     assert resumed.model.SerializeToString() == whole.model.SerializeToString()
     assert resumed.report["groups"] == whole.report["groups"]
     assert resumed.report["verification"] == whole.report["verification"]
+
+
+def test_large_models_are_resumed_from_disk(
+    model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the model and what is alive between segments were larger than the memory: nothing else comes out."""
+    plain = prune(model, None)
+    monkeypatch.setattr(memory, "LARGE_MODEL", 1 << 40)
+    monkeypatch.setattr(memory, "LARGE_STREAM", 1 << 40)
+    put, stored = ArrayStore.put, []
+
+    def everything(self: ArrayStore, array: np.ndarray, least: int = 0) -> np.ndarray:
+        stored.append(array.nbytes)
+        return put(self, array, 0)
+
+    monkeypatch.setattr(ArrayStore, "put", everything)
+    whole = prune(model, None)
+    assert sum(stored) > 12 * 8 * 5 * 6 * 4 * 2  # the stream of all batches, behind two segments
+    assert whole.report["model"]["notes"] == []
+    with pytest.raises(Stop):
+        prune(model, tmp_path / "run", progress=stop_in(2, whole.report["calibration"]["batches"]))
+    resumed = prune(model, tmp_path / "run")
+    assert resumed.report["resumed"] == 2
+    assert resumed.model.SerializeToString() == whole.model.SerializeToString()
+    for a, b in zip(plain.model.graph.initializer, whole.model.graph.initializer, strict=True):
+        np.testing.assert_allclose(
+            onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b), rtol=1e-3, atol=1e-4, err_msg=a.name
+        )
+
+
+def test_latency_of_large_models_is_not_measured(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGE_MODEL", 1 << 40)
+    report = prune(model, None, latency=True).report
+    assert "latency" not in report
+    assert any("latency was not measured" in note for note in report["model"]["notes"])
+    assert report["memory"]["estimated_peak"] > 0
 
 
 def test_measured_widths_are_not_measured_again(model: onnx.ModelProto, tmp_path: Path) -> None:
