@@ -14,6 +14,7 @@ import zoo_genai
 
 import liar_opt
 from liar_opt.frontend.onnx_model import CACHE_SHAPES
+from liar_opt.runtime.compare import TOLERANCES
 
 PROMPT = np.random.default_rng(5).integers(4, zoo_genai.VOCABULARY, (1, 7))
 
@@ -108,3 +109,40 @@ def test_rows_of_padding_are_not_measured(tmp_path: Path) -> None:
     assert {c.details["rows"] for c in first.changes} == {6 * (11 + 8)}
     for a, b in zip(first.model.graph.initializer, second.model.graph.initializer, strict=True):
         assert a == b
+
+
+@pytest.mark.slow
+def test_an_export_with_the_operators_of_opset_23(tmp_path: Path) -> None:
+    """One sample: for more, ONNX Runtime wants tables that this export does not repeat (without position ids)."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 89, "hidden_size": 96, "intermediate_size": 40, "num_hidden_layers": 2, "use_cache": False}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=3)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformers.LlamaForCausalLM(config)
+            for weight in self.model.parameters():
+                torch.nn.init.normal_(weight, 0.0 if weight.ndim > 1 else 1.0, 0.2)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(input_ids=input_ids).logits
+            return logits
+
+    ids, dynamic = torch.arange(4, 13)[None], torch.export.Dim.DYNAMIC
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        Logits().eval(), (ids,), path, dynamo=True, opset_version=23, dynamic_shapes=({1: dynamic},), verbose=False
+    )
+    model, state, found = oracle.analyse(path)
+    assert {"Attention", "RotaryEmbedding"} <= {node.op for node in model.graph.nodes}
+    assert [(g.kind, g.size) for g in found.groups] == [("heads", 3), ("ffn", 40)] * 2
+    kept = oracle.random_kept(found.groups, 1)
+    reference = oracle.masked(path, found, kept)
+    feeds = {"input_ids": PROMPT.astype(np.int64)}
+    pruned = oracle.run(oracle.prune(model, state, found, kept), feeds)
+    assert oracle.difference(pruned, oracle.run(reference, feeds)) <= TOLERANCES["float32"]
+    assert oracle.difference(oracle.run(onnx.load(path), feeds), pruned) > 0.01
