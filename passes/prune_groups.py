@@ -243,7 +243,7 @@ class SegmentRun:
                 if self.options.weighting == "stream":
                     tap = replace(tap, stream=stream_of(self.walk, use, self.options.seed))
                 taps[tap.tensor, tap.axis] = tap
-        parts = self.parts(groups, taps, first)
+        parts = self.parts(groups, taps)
         moments: dict[tuple[str, int], Moments] = {}
         waiting = ArrayStore(self.memory.store.folder)
         for part in parts.groups:
@@ -259,7 +259,7 @@ class SegmentRun:
                 moments.pop(key, None)
             self.state.model.settle()
 
-    def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap], first: Any) -> Parts:
+    def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap]) -> Parts:
         """Returns which groups are measured together, so that their moments stay under the limit."""
         elements = {g.name: sum(int(np.prod(c.uses[0].weight.shape)) for c in g.consumers) for g in groups}
         needs = [Need(g.name, tuple(taps[k].width for k in _keys(g)), elements[g.name]) for g in groups]
