@@ -468,7 +468,8 @@ def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
     inputs = state.analysed().input_specs()
     if isinstance(options.source, str) and options.source == SELF:
         written = {k: v for k, v in fields.items() if k not in ("text_column", "mask_input")}
-        return write_calibration(lambda: _dense_session(state), inputs, **written)
+        progress = functools.partial(state.progress, "write")
+        return write_calibration(lambda: _dense_session(state), inputs, progress=progress, **written)
     packing = is_causal(state.model) if options.packing == "auto" else options.packing == "on"
     return load_calibration(options.source, inputs, packing=packing, **fields)
 

@@ -60,13 +60,20 @@ class Writer:
         caches = {} if signature.seen else _pairs(signature.past, [name for name in session.outputs if name != logits])
         return cls(session, signature, logits, caches)
 
-    def write(self, first: NDArray[np.int64], length: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    def write(
+        self,
+        first: NDArray[np.int64],
+        length: int,
+        rng: np.random.Generator,
+        progress: Callable[[int], None] = lambda step: None,
+    ) -> NDArray[np.int64]:
         """Writes on behind first tokens.
 
         Args:
             first: [n, 1].
             length: tokens of each window, the first one counted.
             rng: draws the tokens.
+            progress: called with the number of tokens that each window has.
 
         Returns:
             Windows [n, length].
@@ -85,6 +92,7 @@ class Writer:
                 scores = self._prefix(ids, step, width)
             width = scores.shape[1]
             ids[:, step] = draw(scores, rng.random(len(first)))
+            progress(step + 1)
         return ids
 
     def _step(self, ids: NDArray[np.int64], cached: int, past: dict[str, Any]) -> tuple[NDArray[Any], dict[str, Any]]:
@@ -159,6 +167,7 @@ def write_calibration(
     seed: int = 0,
     vocabulary: int | None = None,
     positions: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationData:
     """Lets the dense model write its own calibration text.
 
@@ -172,6 +181,7 @@ def write_calibration(
         seed: of every draw.
         vocabulary: rows of the embedding table.
         positions: tokens that the model has positions for, when known.
+        progress: called with the tokens written and to be written.
 
     Raises:
         OptionError: the model cannot write, or an option does not fit.
@@ -191,7 +201,11 @@ def write_calibration(
     for start in range(0, samples, rows):
         chunk = first[start : start + rows]
         whole = np.resize(chunk, (rows, 1)) if signature.batch else chunk
-        written.append(writer.write(whole, length, rng)[: len(chunk)])
+
+        def tell(step: int, before: int = start * length, size: int = len(chunk)) -> None:
+            progress(before + step * size, samples * length)
+
+        written.append(writer.write(whole, length, rng, tell)[: len(chunk)])
     ids = np.concatenate(written)
     if (static := signature.length()) is not None:
         ids = np.pad(ids, ((0, 0), (0, static - length)))

@@ -54,6 +54,12 @@ def test_the_seed_decides() -> None:
     assert windows(write(proto(CACHED))) != windows(write(proto(CACHED), seed=1))
 
 
+def test_progress_ends_where_it_must() -> None:
+    told: list[tuple[int, int]] = []
+    write(proto(CACHED), samples=70, progress=lambda done, total: told.append((done, total)))
+    assert told == sorted(told) and told[-1] == (70 * 9, 70 * 9)
+
+
 def test_chunks_do_not_change_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = windows(write(proto(PLAIN)))
     monkeypatch.setattr("liar_opt.runtime.self_calibration._LOGIT_BYTES", 4 * 8 * VOCABULARY * 2)
