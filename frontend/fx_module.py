@@ -119,6 +119,16 @@ class FxModel(OnnxModel):
         """Returns the module's tensor inputs, with symbolic axes as strings."""
         return list(self.signature)
 
+    def listing(self) -> str:
+        """Returns the graph as text, a line for each call."""
+        lines = []
+        for node in self.graph.nodes:
+            read = ", ".join(t.name or "None" for t in node.inputs)
+            numbers = ", ".join(f"{k}={v}" for k, v in node.attrs.items() if v not in (None, False))
+            made = ", ".join(f"{t.name}{list(t.shape or ())}" for t in node.outputs)
+            lines.append(f"{made} = {node.domain}::{node.op}({read}{'; ' if numbers else ''}{numbers})")
+        return "\n".join(lines)
+
     def parameters(self) -> int:
         """Returns the number of elements of the module's parameters, those that the trace does not reach included."""
         traced = sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.constants() if c.name in self.trained)
@@ -378,8 +388,11 @@ class _Lowering:
         inputs: list[gs.Tensor] = []
         attributes: dict[str, Any] = {}
         arguments: list[tuple[str, str | int, bool]] = []
+        schema = getattr(target, "_schema", None)
+        declared = schema.arguments if schema is not None else ()
+        optional = {a.name for a in declared if str(a.type) == "Optional[Tensor]"}
         for name, value, keyword in _named_arguments(node, target):
-            found = self._tensors_of(value)
+            found = [gs.Variable.empty()] if value is None and name in optional else self._tensors_of(value)
             if found is not None:
                 arguments.append((name, len(found) if isinstance(value, (list, tuple)) else "input", keyword))
                 inputs += found

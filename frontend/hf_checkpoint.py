@@ -153,9 +153,9 @@ def express(
 ) -> tuple[FieldChange, ...] | None:
     """Finds the fields of a configuration with which the model's class makes tensors of the wanted shapes.
 
-    Candidates are the integers in the configuration that equal a size that changes, ratios to one, fields that are None,
-    and ``head_dim``, which is derived from the others where it is not said. They are tried by making the model without
-    memory (on the meta device); fields are added while they bring more tensors to their shape.
+    Candidates are the integers in the configuration that equal a size that changes, fields that are None, and ``head_dim``,
+    which is derived from the others where it is not said. They are tried by making the model without memory (on the meta
+    device); fields are added while they bring more tensors to their shape.
 
     Args:
         module: the model, as it was.
@@ -194,17 +194,11 @@ def _candidates(
     config: Any, pairs: Sequence[tuple[int, int]], head_widths: Sequence[int], path: tuple[str, ...] = ()
 ) -> Iterator[FieldChange]:
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
-    numbers = {k: v for k, v in fields.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = {k: v for k, v in fields.items() if type(v) is int}
     for name, value in numbers.items():
         yield from (FieldChange(path, name, value, after) for before, after in pairs if value == before)
     if fields.get("head_dim") is None:
         yield from (FieldChange(path, "head_dim", None, width) for width in head_widths)
-    for name, value in numbers.items():
-        if "ratio" in name and value:
-            for other in {v for k, v in numbers.items() if k != name and isinstance(v, int)}:
-                for before, after in pairs:
-                    if value * other == before:
-                        yield FieldChange(path, name, value, after / other)
     for name, value in fields.items():
         if value is None and name in type(config).__init__.__code__.co_names + tuple(_own_fields(type(config))):
             if name.endswith(("_id", "_ids", "_type", "_dtype")) or name == "head_dim":
@@ -254,6 +248,25 @@ def changed_config(config: Any, changes: Sequence[FieldChange]) -> Any:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+def check_folder(path: Path, source: Path | None, force: bool) -> None:
+    """Checks that a checkpoint may be written to a folder.
+
+    Raises:
+        OptionError: it is the input, a file, no checkpoint, exists without ``force``, or its own folder does not exist.
+    """
+    if source is not None and path.exists() and path.samefile(source):
+        raise OptionError(f"output '{path}' is the input; choose another path, inputs are never written to")
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"output '{path}' is a file; give the path of a folder, or one that ends in .onnx")
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and not (path / "config.json").is_file():
+        raise OptionError(f"folder '{path}' is no checkpoint and is not replaced; choose another path")
+    if filled and not force:
+        raise OptionError(f"output folder '{path}' exists; give --force to replace it or choose another path")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"folder '{path.absolute().parent}' of output '{path}' does not exist; make it first")
+
+
 def save_checkpoint(
     module: torch.nn.Module,
     path: Path,
@@ -284,16 +297,7 @@ def save_checkpoint(
         )
     if changes is None:
         raise OptionError(inexpressible(module, "these widths"))
-    if source is not None and path.exists() and path.samefile(source):
-        raise OptionError(f"output '{path}' is the input; choose another path, inputs are never written to")
-    if path.exists() and not path.is_dir():
-        raise OptionError(f"output '{path}' is a file; give the path of a folder, or one that ends in .onnx")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise OptionError(f"output folder '{path}' exists; give --force to replace it or choose another path")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"folder '{path.absolute().parent}' of output '{path}' does not exist; make it first")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise OptionError(f"folder '{path}' is no checkpoint and is not replaced; choose another path")
+    check_folder(path, source, force)
     writer: Any = module
     temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:

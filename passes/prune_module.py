@@ -53,7 +53,7 @@ from liar_opt.passes.find_groups import FindGroupsPass, find_groups
 from liar_opt.passes.gradient_scores import Labelled, Loss, mask_gradients, require_labels
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun
+from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun, Sweep
 from liar_opt.passes.prune_model import (
     PACKINGS,
     CalibrationOptions,
@@ -66,6 +66,7 @@ from liar_opt.passes.prune_model import (
     _report_head,
     _sizes,
     check_output,
+    prune,
 )
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.verify_model import mask_model
@@ -172,7 +173,8 @@ def _fields(state: State, groups: Iterable[ChannelGroup]) -> tuple[FieldChange, 
     assert isinstance(walk, FxWalk) and module is not None
     groups = list(groups)
     shapes, sizes = planned_state(walk, {g.factor: state.keep[g.name] for g in groups})
-    return express(module, shapes, sizes, {g.block_width for g in groups if g.kind == "heads"})
+    leaves = [walk.algebra.leaves(g.consumers[0].uses[0].width) for g in groups if g.kind == "heads"]
+    return express(module, shapes, sizes, {walk.algebra.size(parts[-1]) for parts in leaves})
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,8 @@ class PruneModulePass(PruneGroupsPass):
         if self.repair in AWARE:
             raise OptionError(f"repair '{self.repair}' works on ONNX files alone; export the module, or give repair 'liar'")
 
-    def _run(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> SegmentRun:
-        return _TorchRun(self, state, *plan)
+    def _run(self, state: State, sweep: Sweep) -> SegmentRun:
+        return _TorchRun(self, state, *sweep)
 
 
 class _TorchRun(SegmentRun):
@@ -401,12 +403,6 @@ def prune_module(
     model: torch.nn.Module | str | Path,
     calibration: Any = None,
     *,
-    values: float | None = None,
-    target: str | None = None,
-    max_drop: float | str | None = None,
-    metric: Any = None,
-    allocate: str | None = None,
-    search: float | None = None,
     example: Mapping[str, Any] | None = None,
     checkpoint: bool | None = None,
     uniform: bool | None = None,
@@ -433,22 +429,15 @@ def prune_module(
     sequence_length: int | None = None,
     mask_input: str | None = None,
     packing: str = "auto",
-    memory: int | str | None = None,
-    resume: str | Path | None = None,
     loss: Loss | None = None,
     labelled: Labelled | None = None,
+    **others: Any,
 ) -> ModuleResult:
     """Makes a torch module smaller; :func:`liar_opt.prune` calls this for modules and for folders of checkpoints.
 
     Args:
         model: a module (it is not changed), a folder with a transformers checkpoint, or a hub name.
         calibration: as for ONNX files; dicts have the names of the module's arguments.
-        values: see target.
-        target: for ONNX files alone, for now; so are values, max_drop, metric, search, memory and resume.
-        max_drop: see target.
-        metric: see target.
-        allocate: "uniform" alone.
-        search: see target.
         example: a batch to trace the module with; made from the calibration data or the configuration if None.
         checkpoint: whether the result must be one that stock transformers loads; None is true for transformers models.
         uniform: one width for all layers; None is what a checkpoint needs.
@@ -475,10 +464,9 @@ def prune_module(
         sequence_length: see ``prune``.
         mask_input: see ``prune``.
         packing: see ``prune``.
-        memory: see target.
-        resume: see target.
         loss: see ``prune``.
         labelled: see ``prune``.
+        others: options of ``prune`` that work on ONNX files alone; they must have their defaults.
 
     Raises:
         ModelError: the module cannot be traced or has nothing to prune.
@@ -487,14 +475,10 @@ def prune_module(
     """
     require_labels(score, loss, labelled, torch_module=True)
     start = time.perf_counter()
-    unknown: dict[str, Any] = {"values": values, "target": target, "max-drop": max_drop, "metric": metric, "search": search}
-    unknown |= {"memory": memory, "resume": resume}
-    unknown["allocate"] = None if allocate == "uniform" else allocate
+    _check_others(others)
     lookup("packing", dict.fromkeys(PACKINGS), packing)
-    unknown["calibration 'self'"] = True if isinstance(calibration, str) and calibration == SELF else None
-    for option, value in unknown.items():
-        if value is not None:
-            raise OptionError(f"{option} works on ONNX files alone; export the module and prune the file, or give ratios")
+    if isinstance(calibration, str) and calibration == SELF:
+        raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
     state = _load(model, calibration, example, allow_pickle, provider)
     state.progress = progress
     checkpoint = state.facts["stock"] if checkpoint is None else checkpoint
@@ -555,6 +539,22 @@ def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:
         return loss({names.get(n, n): v for n, v in outputs.items()}, labels)
 
     return mask_gradients(Executor(model, device_of(model)), groups, labelled, named)
+
+
+def _check_others(options: Mapping[str, Any]) -> None:
+    """Checks that options that are for ONNX files alone were not given.
+
+    Raises:
+        OptionError: one was.
+    """
+    known = inspect_signature(prune).parameters
+    for name, value in options.items():
+        if name not in known:
+            raise OptionError(f"option '{name}' is unknown")
+        if value != known[name].default and (name, value) != ("allocate", "uniform"):
+            raise OptionError(
+                f"{name.replace('_', '-')} works on ONNX files alone; prune the exported module, or leave it out"
+            )
 
 
 def inspect_module(

@@ -106,11 +106,39 @@ class _Run:
 
 
 def _prune(options: argparse.Namespace, run: _Run) -> None:
-    output = options.output or options.model.with_name(f"{options.model.stem}.liar.onnx")
-    if options.model.is_file():  # otherwise loading it says what is wrong, before anything about results
+    output = _output_of(options)
+    if options.checkpoint:
+        from liar_opt.frontend.hf_checkpoint import check_folder
+
+        check_folder(output, options.model if options.model.is_dir() else None, options.force or options.dry_run)
+        if options.report is not None:
+            _check_report(options.report, (options.calibration,), options.force)
+    elif options.model.exists():  # otherwise loading it says what is wrong, before anything about results
         _check_results(output, options, inputs=(options.model, options.calibration))
     report = _run_passes(options, options.calibration, output, run)
     _finish(report, options, output, run)
+
+
+def _output_of(options: argparse.Namespace) -> Path:
+    """Returns the path of the result, and settles whether it is a checkpoint: a folder gives a folder, a file a file.
+
+    Raises:
+        OptionError: a checkpoint was asked for of an ONNX file.
+    """
+    from liar_opt.passes.prune_model import is_module_source
+
+    output: Path | None = options.output
+    options.checkpoint = None
+    if not is_module_source(options.model):
+        if options.format == "checkpoint":
+            raise OptionError(
+                f"'{options.model}' is an ONNX file: it becomes ONNX; give the folder of a checkpoint for one"
+            )
+        return output or options.model.with_name(f"{options.model.stem}.liar.onnx")
+    plain = output is None or output.suffix != ".onnx"
+    options.checkpoint = options.format == "checkpoint" or (options.format is None and plain)
+    beside: Path = options.model.absolute() if options.model.is_dir() else Path(options.model.name).absolute()
+    return output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")
 
 
 def _demo(options: argparse.Namespace, run: _Run) -> None:
@@ -154,7 +182,7 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
 
     if options.report is not None and options.model.is_file():
         _check_report(options.report, inputs=(options.model,), force=options.force)
-    found = inspect(options.model).report
+    found = inspect(options.model, allow_pickle=options.allow_pickle).report
     if options.report is not None:
         _write_report(found, options.report)
     console = tables.make_console(sys.stdout)
@@ -280,7 +308,8 @@ def _print_between(name: str, result: Any) -> None:
     import onnx
 
     model = result.state.model
-    text = onnx.printer.to_text(model.skeleton())
+    listing = getattr(model, "listing", None)  # of a traced module
+    text = onnx.printer.to_text(model.skeleton()) if listing is None else listing()
     print(f"// after {name}: {len(model.graph.nodes)} nodes, {model.parameters():,} parameters\n{text}", file=sys.stderr)
 
 
@@ -369,6 +398,8 @@ def _write_report(report: Mapping[str, Any], path: Path) -> None:
 
 def _file_bytes(path: Path, weights: int) -> int:
     """Bytes of a model on disk; a file smaller than its weights keeps them beside it, as external data."""
+    if not path.is_file():
+        return sum(p.stat().st_size for p in path.glob("*.safetensors")) or weights
     size = path.stat().st_size
     return size if size >= weights else size + weights
 
@@ -376,6 +407,8 @@ def _file_bytes(path: Path, weights: int) -> int:
 def _sha256(path: Path) -> str:
     import hashlib
 
+    if path.is_dir():  # of a checkpoint: its weights, one file after the other
+        return hashlib.sha256("".join(map(_sha256, sorted(path.glob("*.safetensors")))).encode()).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -474,6 +507,7 @@ def _help_of(command: str) -> str:
 
 USAGE = {
     "prune": "liar-opt model.onnx [-o out.onnx] [options]\n"
+    "       liar-opt path/to/hf-model [-o out/] [options]\n"
     "       liar-opt inspect model.onnx [options]\n"
     "       liar-opt eval model.onnx [model.onnx ...] --task TASK --data DATA [options]\n"
     "       liar-opt demo [options]",
@@ -517,7 +551,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
         eval_command.add_arguments(parser, _Fields, _seed)
     elif command != "demo":
         model = parser.add_argument_group("model")
-        model.add_argument("model", type=Path, metavar="model.onnx", help="the ONNX file; it is not changed")
+        model.add_argument(
+            "model",
+            type=Path,
+            metavar="model.onnx",
+            help="the ONNX file, the folder of a transformers checkpoint, or its hub name; it is not changed",
+        )
+        model.add_argument("--allow-pickle", action="store_true", help="read weights from pickle files, which can run code")
     if command in ("prune", "demo"):
         _add_pruning(parser, command)
         _add_calibration(parser, command)
@@ -528,7 +568,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
             _add_checks(checks)
     output = parser.add_argument_group("output")
     if command == "prune":
-        output.add_argument("-o", "--output", type=Path, metavar="PATH", help="default: model.liar.onnx beside the input")
+        output.add_argument(
+            "-o", "--output", type=Path, metavar="PATH", help="default: model.liar.onnx (or model.liar/) beside the input"
+        )
+        output.add_argument(
+            "--format",
+            choices=("onnx", "checkpoint"),
+            help="what a checkpoint becomes (default: a checkpoint, unless the output ends in .onnx)",
+        )
     if command == "demo":
         output.add_argument(
             "--folder", type=Path, default=Path("liar-opt-demo"), help="where both models go; the pruned one is replaced"
@@ -557,6 +604,9 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("heads", float, metavar="RATIO")
     widths.add("values", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
+    if command == "prune":
+        _add_flag(pruning, prune, "uniform", "--uniform", True)
+        _add_flag(pruning, prune, "new_bias", "--no-new-bias", False)
     _Fields(pruning, prune).add("target", str, metavar="GOAL")
     _Fields(pruning, prune).add("max_drop", str, metavar="LOSS")
     _Fields(pruning, prune).add("allocate", str, choices=tuple(ALLOCATIONS))
@@ -565,6 +615,11 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     cut.add("repair", str, choices=tuple(REPAIRS))
     cut.add("ridge", float, metavar="RIDGE")
     cut.add("weighting", str, choices=WEIGHTINGS)
+
+
+def _add_flag(group: argparse._ArgumentGroup, owner: Any, name: str, flag: str, value: bool) -> None:
+    text = documented(owner)[name] if value else {"new_bias": "never give a layer a bias that had none"}[name]
+    group.add_argument(flag, dest=name, action="store_const", const=value, default=None, help=text)
 
 
 def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:

@@ -3,6 +3,7 @@
 A report is plain data (see ``prune_model``), so a report that was read back from JSON prints the same tables.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from typing import IO, Any
 
@@ -82,6 +83,10 @@ def footnotes(report: Report) -> Iterator[str]:
         f"exactness: the cut model equals the original with the removed channels masked to {check['exact_difference']:.1e} "
         f"(allowed {TOLERANCES[check['exact_dtype']]:.0e} in {check['exact_dtype']})"
     )
+    if check.get("attributes"):
+        changed = Counter(f"{a['name']} {a['before']} -> {a['after']}" for a in check["attributes"])
+        shown = (text if count == 1 else f"{text} ({count} modules)" for text, count in changed.items())
+        yield f"configuration and attributes that were set: {', '.join(shown)}"
 
 
 def target_met(report: Report) -> str:

@@ -1,0 +1,182 @@
+"""Checkpoints: what stock transformers loads, what a configuration can say, and what is refused."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import zoo_fx
+
+import liar_opt
+from liar_opt.frontend.hf_checkpoint import quiet_loading, without_cache
+from liar_opt.passes.prune_module import ModuleResult, prune_module
+from liar_opt.tools.cli import main
+
+# What the configuration says for each architecture: the fields that change for a narrower FFN and fewer heads.
+FIELDS = {
+    "bart": {"encoder_ffn_dim", "decoder_ffn_dim"},
+    "dinov2": {"head_dim", "num_attention_heads"},  # its FFN is an integer multiple of the stream's width
+    "gemma3": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
+    "gpt2": {"n_inner"},
+    "llama": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
+    "phi3": {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"},
+    "t5": {"d_ff", "num_heads"},
+    "whisper": {"encoder_ffn_dim", "decoder_ffn_dim"},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(module: Any, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    held = without_cache(module) if isinstance(module, torch.nn.Module) else contextlib.nullcontext()
+    with torch.no_grad(), held:
+        output = module(**zoo_fx.tensors(arrays))
+    return [v.numpy() for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, torch.Tensor)]
+
+
+def pruned(name: str, **options: Any) -> ModuleResult:
+    return prune_module(
+        zoo_fx.build(name), [zoo_fx.feeds(name, seed=s) for s in range(3)], latency=False, multiple_of=4, **options
+    )
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_a_checkpoint_says_its_widths(name: str, tmp_path: Path) -> None:
+    result = pruned(name, sparsity=0.4)
+    folder = result.save(tmp_path / "out")
+    assert result.fields is not None
+    assert {f.name for f in result.fields} == FIELDS[name]
+    model_class = getattr(transformers, zoo_fx.MODELS[name].model)
+    loaded, info = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    arrays = zoo_fx.feeds(name, seed=9)
+    for a, b in zip(run(loaded.eval(), arrays), run(result.module, arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert loaded.num_parameters() < zoo_fx.build(name).num_parameters()
+
+
+def test_layers_without_a_bias_keep_none() -> None:
+    result = pruned("llama", sparsity=0.4)
+    assert all(m.bias is None for m in result.module.modules() if isinstance(m, torch.nn.Linear))
+    errors = [r for g in result.report["groups"] for r in g["repairs"]]
+    assert errors and all(r["error_repair"] <= r["error_none"] for r in errors)
+    free = pruned("llama", sparsity=0.4, checkpoint=False)
+    assert any(m.bias is not None for m in free.module.modules() if isinstance(m, torch.nn.Linear))
+
+
+def test_bert_cannot_say_its_heads(tmp_path: Path) -> None:
+    with pytest.raises(liar_opt.OptionError, match=r"BertModel.*head_dim.*another number of heads.*--format onnx"):
+        pruned("bert", heads=0.4)
+    result = pruned("bert", sparsity=0.3)
+    assert {g.kind for g in result.groups} == {"ffn"}
+    assert any("heads are left alone" in note for note in result.report["model"]["notes"])
+    narrow = pruned("bert", heads=0.4, checkpoint=False)
+    with pytest.raises(liar_opt.OptionError, match="--format onnx"):
+        narrow.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def stored(name: str, folder: Path) -> Path:
+    zoo_fx.build(name).save_pretrained(folder)
+    return folder
+
+
+def data(name: str, path: Path) -> Path:
+    parts = [zoo_fx.feeds(name, batch=8, seed=s) for s in range(4)]
+    joined: dict[str, Any] = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    np.savez(path, **joined)
+    return path
+
+
+def test_the_command_makes_a_checkpoint_that_transformers_alone_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, calibration = stored("llama", tmp_path / "model"), data("llama", tmp_path / "data.npz")
+    (model / "generation_config.json").write_text(json.dumps({"max_length": 17}))
+    (model / "vocab.txt").write_text("a\nb\n")
+    arguments = [str(model), "--calibration", str(calibration), "--sparsity", "0.4", "--multiple-of", "4", "--no-latency"]
+    assert main([*arguments, "-o", str(tmp_path / "out"), "--report", str(tmp_path / "r.json")]) == 0
+    told = capsys.readouterr().out
+    assert "intermediate_size 88 -> 52" in told and "num_key_value_heads 3 -> 2" in told
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["output"]["path"] == str(tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "a\nb\n"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_length"] == 17
+    script = (
+        "import sys, torch, transformers\n"
+        "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "print([round(float(v), 4) for v in m(input_ids=torch.arange(3, 20).reshape(1, -1)).logits[0, -1, :5]])\n"
+        "assert 'liar_opt' not in sys.modules\n"
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    assert not any(word in fresh.stderr for word in ("newly initialized", "mismatch", "not used"))
+    here = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        logits = here(input_ids=torch.arange(3, 20).reshape(1, -1)).logits[0, -1, :5]
+    np.testing.assert_allclose(json.loads(fresh.stdout), logits.numpy(), atol=2e-4)
+    # Once more: the output exists.
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
+    assert "give --force" in capsys.readouterr().err
+
+
+def test_the_command_writes_onnx_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, calibration = stored("bert", tmp_path / "model"), data("bert", tmp_path / "data.npz")
+    output = tmp_path / "small.onnx"
+    arguments = [str(model), "--calibration", str(calibration), "--heads", "0.4", "--ffn", "0.5", "--no-latency"]
+    assert main([*arguments, "--format", "onnx", "-o", str(output), "--quiet"]) == 0
+    assert {g.kind: g.size for g in liar_opt.inspect(output).groups} == {"heads": 3, "ffn": 48}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        ("config", "has no config.json"),
+        ("weights", "has no weights"),
+        ("pickle", "pickle files, which can run code"),
+        ("truncated", "transformers cannot load"),
+    ],
+)
+def test_unusable_folders(spoil: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = stored("bert", tmp_path / "model")
+    weights = model / "model.safetensors"
+    if spoil == "config":
+        (model / "config.json").unlink()
+    elif spoil == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        weights.unlink()
+    if spoil == "pickle":
+        torch.save(zoo_fx.build("bert").state_dict(), model / "pytorch_model.bin")
+    assert main([str(model), "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    if spoil == "pickle":
+        assert main([str(model), "-o", str(tmp_path / "out"), "--allow-pickle", "--no-latency", "--quiet"]) == 0
+
+
+def test_an_output_that_is_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = stored("bert", tmp_path / "model")
+    assert main([str(model), "-o", str(model), "--force"]) == 2
+    assert "is the input" in capsys.readouterr().err
+    shutil.rmtree(model)
+    assert main([str(model), "-o", str(tmp_path / "out")]) == 2

@@ -1,0 +1,244 @@
+"""Modules that are no models of transformers, and what can be done with both forms of the result."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_fx
+from torch import nn
+
+import liar_opt
+from liar_opt.frontend.fx_module import Executor, Sym, analyse, example_from, lower, trace
+from liar_opt.frontend.fx_onnx import export_onnx
+from liar_opt.frontend.hf_checkpoint import quiet_loading
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.find_groups import find_groups
+from liar_opt.passes.prune_module import ModuleResult
+
+
+class Attention(nn.Module):
+    """Packed projections, a number of heads in an attribute, and a scale from a size."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        q, k, v = (t.reshape(b * self.heads, s, -1) for t in self.packed(x, b, s))
+        scores = torch.bmm(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
+        mixed = torch.bmm(scores.softmax(-1), v).reshape(b, self.heads, s, -1)
+        result: torch.Tensor = self.out(mixed.transpose(1, 2).reshape(b, s, self.width))
+        return result
+
+    def packed(self, x: torch.Tensor, b: int, s: int) -> list[torch.Tensor]:
+        parts = self.qkv(x).split(self.width, dim=-1)
+        return [p.reshape(b, s, self.heads, -1).transpose(1, 2) for p in parts]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 30, heads: int = 5, hidden: int = 42) -> None:
+        super().__init__()
+        self.table = nn.Embedding(17, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        x = x + self.attention(self.first(x))
+        x = x + self.down(torch.nn.functional.gelu(self.up(self.second(x))))
+        assert isinstance(x, torch.Tensor)
+        return x
+
+
+class Scaled(nn.Module):
+    """Weights that no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(12, 20)), nn.Parameter(torch.randn(20, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.a) @ self.b
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(x) if x.sum() > 0 else x
+        return result
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    torch.set_num_threads(threads)
+
+
+def batches(count: int = 4) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"tokens": torch.randint(0, 17, (3, 7), generator=generator)} for _ in range(count)]
+
+
+def pruned(module: nn.Module, data: Any, **options: Any) -> ModuleResult:
+    options = {"ffn": 0.5, "multiple_of": 2, "latency": False, **options}
+    result = liar_opt.prune(module, data, **options)
+    assert isinstance(result, ModuleResult)
+    return result
+
+
+def test_a_module_of_ones_own() -> None:
+    module = Block().eval()
+    result = pruned(module, batches(), heads=0.4)
+    assert {g.kind: g.size for g in result.groups} == {"heads": 5, "ffn": 42}
+    names = {(a["where"], a["name"], a["before"], a["after"]) for a in result.report["verification"]["attributes"]}
+    assert ("attention", "heads", 5, 3) in names and ("attention", "width", 30, 18) in names
+    assert result.module.get_submodule("down").bias is not None, (
+        "the repair may give a layer a bias where nothing forbids it"
+    )
+    other = torch.randint(0, 17, (4, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(result.module(other), result.graph_module(tokens=other), rtol=1e-4, atol=1e-5)
+        assert module(other).shape == result.module(other).shape
+    kept = pruned(module, batches(), heads=0.4, new_bias=False)
+    assert kept.module.get_submodule("down").bias is None
+
+
+def test_data_loaders_and_dicts_are_calibration_data() -> None:
+    rows = torch.cat([b["tokens"] for b in batches()])
+    rows_of: Any = [{"tokens": r} for r in rows]
+    loader: Any = torch.utils.data.DataLoader(rows_of, batch_size=3)
+    results = [pruned(Block().eval(), data) for data in (loader, {"tokens": rows})]
+    assert all(r.report["calibration"]["samples"] == 12 for r in results)
+    assert pruned(Block().eval(), None, example={"tokens": rows[:3]}).report["calibration"]["synthetic"]
+
+
+def test_weights_without_a_layer_are_cut_where_they_are() -> None:
+    data = [{"x": torch.randn(5, 12)} for _ in range(4)]
+    result = pruned(Scaled().eval(), data, new_bias=False)
+    shapes = {name: tuple(value.shape) for name, value in result.module.named_parameters()}
+    assert shapes == {"a": (12, 10), "b": (10, 12)}
+
+
+def test_the_traced_graph_saves_loads_and_exports(tmp_path: Path) -> None:
+    result = pruned(Block().eval(), batches(), heads=0.4)
+    tokens = torch.randint(0, 17, (4, 9))
+    with torch.no_grad():
+        expected = result.module(tokens)
+    path = result.save(tmp_path / "small.pt2")
+    script = (
+        "import sys, torch\n"
+        "m = torch.export.load(sys.argv[1]).module()\n"
+        "torch.save(m(tokens=torch.load(sys.argv[2])), sys.argv[3])\n"
+    )
+    torch.save(tokens, tmp_path / "tokens.pt")
+    command = [sys.executable, "-c", script, str(path), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
+    subprocess.run(command, check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(liar_opt.OptionError, match="exists"):
+        result.save(path)
+    import onnxruntime
+
+    onnx_path = result.save(tmp_path / "small.onnx")
+    session = onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
+    (there,) = session.run(None, {"tokens": tokens.numpy()})
+    np.testing.assert_allclose(there, expected.numpy(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(liar_opt.OptionError, match="no model of transformers"):
+        result.save(tmp_path / "folder")
+
+
+@pytest.mark.slow
+def test_both_forms_compile() -> None:
+    result = pruned(Block().eval(), batches(), heads=0.4)
+    tokens = torch.randint(0, 17, (3, 7))
+    with torch.no_grad():
+        expected = result.module(tokens)
+        for form in (result.module, result.graph_module):
+            compiled = torch.compile(form, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(tokens=tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_cannot_be_traced() -> None:
+    with pytest.raises(liar_opt.ModelError, match=r"torch\.export refuses Branching.*test_fx_module\.py:\d+.*ONNX"):
+        pruned(Branching(), [{"x": torch.randn(3, 4)}])
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "sentence"),
+    [
+        (None, {}, "nothing says what the inputs of Block are"),
+        ([{"words": torch.zeros(3, 7, dtype=torch.int64)}], {}, "none of 'words' is an argument of Block.forward"),
+        (batches(), {"checkpoint": True}, "no model of transformers"),
+        (batches(), {"target": "params=1K"}, "target works on ONNX files alone"),
+        (batches(), {"repair": "aware"}, "repair"),
+    ],
+)
+def test_bad_input(data: Any, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(liar_opt.OptionError, match=sentence):
+        pruned(Block(), data, **options)
+
+
+def test_the_lowered_graph_computes_what_the_module_computes() -> None:
+    module = Block().eval()
+    example = example_from(batches(1)[0], {30, 42}, "cpu")
+    model = lower(trace(module, example), module)
+    for rows, length in ((3, 7), (4, 9)):
+        tokens = torch.randint(0, 17, (rows, length))
+        (output,) = Executor(model).run({"tokens": tokens}).values()
+        with torch.no_grad():
+            torch.testing.assert_close(output, module(tokens))
+    numbers = [n for node in model.graph.nodes for n in node.attrs.get("size", []) or []]
+    assert any(isinstance(n, Sym) for n in numbers) and any(type(n) is int for n in numbers)
+    assert model.inputs()[0].shape == ("batch", "sequence_7")
+    assert "aten::linear" in model.listing()
+    found = find_groups(analyse(model, AxisAlgebra()))
+    assert not found.refusals or all(r.reason for r in found.refusals)
+    assert model.parameters() == sum(p.numel() for p in module.parameters())
+
+
+def test_inspecting_a_module_changes_nothing() -> None:
+    module = zoo_fx.build("bert")
+    found = liar_opt.inspect(module)
+    assert {g["kind"] for g in found.report["groups"]} == {"ffn", "heads"}
+    assert found.report["before"]["parameters"] == sum(p.numel() for p in module.parameters())
+
+
+def test_onnx_and_fx_prune_alike_with_greedy_selection() -> None:
+    module = zoo_fx.build("bert")
+    data = [zoo_fx.feeds("bert", batch=16, seed=s) for s in range(12)]
+    options: dict[str, Any] = {"ffn": 0.4, "heads": 0.4, "multiple_of": 4, "latency": False}
+    traced = liar_opt.prune(module, data, checkpoint=False, **options)
+    symbolic = {k: [0, 1] for k in data[0]}
+    proto = export_onnx(module, zoo_fx.tensors(zoo_fx.feeds("bert")), symbolic)
+    exported = liar_opt.prune(proto, data, **options)
+    assert isinstance(traced, ModuleResult)
+    for ours, theirs in zip(traced.report["groups"], exported.report["groups"], strict=True):
+        assert (ours["kind"], ours["kept"]) == (theirs["kind"], theirs["kept"])
+        for a, b in zip(ours["repairs"], theirs["repairs"], strict=True):
+            assert a["ridge"] == b["ridge"]
+            assert a["error_repair"] == pytest.approx(b["error_repair"], rel=1e-3, abs=1e-9)
+    import onnxruntime
+
+    arrays = zoo_fx.feeds("bert", seed=77)
+    session = onnxruntime.InferenceSession(exported.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    there = session.run(None, arrays)[0]
+    with torch.no_grad():
+        here = traced.module(**zoo_fx.tensors(arrays)).last_hidden_state.numpy()
+    assert np.abs(here - there).max() <= 1e-4 * np.abs(there).max()
