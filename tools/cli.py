@@ -606,7 +606,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("multiple_of", int, metavar="N")
     if command == "prune":
         _add_flag(pruning, prune, "uniform", "--uniform", True)
-        _add_flag(pruning, prune, "new_bias", "--no-new-bias", False)
+        _add_flag(pruning, prune, "new_bias", "--no-new-bias", False, text="never give a layer a bias that had none")
     _Fields(pruning, prune).add("target", str, metavar="GOAL")
     _Fields(pruning, prune).add("max_drop", str, metavar="LOSS")
     _Fields(pruning, prune).add("allocate", str, choices=tuple(ALLOCATIONS))
@@ -617,8 +617,8 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     cut.add("weighting", str, choices=WEIGHTINGS)
 
 
-def _add_flag(group: argparse._ArgumentGroup, owner: Any, name: str, flag: str, value: bool) -> None:
-    text = documented(owner)[name] if value else {"new_bias": "never give a layer a bias that had none"}[name]
+def _add_flag(group: argparse._ArgumentGroup, owner: Any, name: str, flag: str, value: bool, text: str = "") -> None:
+    text = text or documented(owner)[name].replace("if None", "if not given")
     group.add_argument(flag, dest=name, action="store_const", const=value, default=None, help=text)
 
 
