@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import words
 import zoo_decoders
 
 from liar_opt.passes.prune_model import PruneResult, prune
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.perplexity import perplexity
+from liar_opt.runtime.sessions import Session
 from liar_opt.tools.cli import main
 
 CACHED = zoo_decoders.Case("llama", "torchscript", cache=True)
+PLAIN = zoo_decoders.Case("llama", "torchscript")
 LEARNED = zoo_decoders.Case("gpt2", "torchscript")
 TEXTS = ["the cat sat on a mat while rain fell over london", "nobody said one more word about it today"] * 40
 
@@ -78,3 +82,33 @@ def test_more_tokens_than_positions(tmp_path: Path, tokenizer: Path, capsys: pyt
         error = capsys.readouterr().err
         assert code == 2 and not out.exists()
         assert "'sequence_length' is 42" in error and f"positions for {zoo_decoders.POSITIONS} tokens" in error
+
+
+def test_perplexity_is_that_of_the_same_weights_in_torch() -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, zoo_decoders.VOCABULARY, (24, 8))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    path = zoo_decoders.ready(PLAIN).path
+    result = prune(path, feed, ffn=0.5, heads=0.5, repair="none", multiple_of=4, latency=False)
+
+    model = zoo_decoders._module(PLAIN)[0].model
+    groups = {kind: [g for g in result.report["groups"] if g["kind"] == kind] for kind in ("ffn", "heads")}
+    for layer, ffn, heads in zip(model.model.layers, groups["ffn"], groups["heads"], strict=True):
+        for weight, group in ((layer.mlp.down_proj.weight, ffn), (layer.self_attn.o_proj.weight, heads)):
+            assert group["after"] < group["before"]
+            lost = np.setdiff1d(np.arange(group["before"]), group["kept"])
+            with torch.no_grad():
+                weight.view(weight.shape[0], group["before"], -1)[:, lost] = 0.0
+
+    def of_torch(given: Any) -> np.ndarray:
+        with torch.no_grad():
+            return np.asarray(model(**{name: torch.from_numpy(value) for name, value in given.items()}).logits)
+
+    pruned = Session(result.model.SerializeToString())
+    found = perplexity(lambda f: pruned.run(f, ["logits"], arrays=True)["logits"], [feed], [None])
+    dense = Session(path.read_bytes())
+    before = perplexity(lambda f: dense.run(f, ["logits"], arrays=True)["logits"], [feed], [None])
+    assert found.value == pytest.approx(perplexity(of_torch, [feed], [None]).value, rel=1e-5)
+    assert abs(found.value / before.value - 1) > 1e-3
