@@ -106,6 +106,8 @@ def _cache(
     if past is not None:
         _unify_heads(w, node, past, axis, heads)
         w.need(node, position, axis + 2, width)
+        if shared:
+            w.in_place.add(node.inputs[position].name)
         if capacity:
             w.need(node, position, axis + 1, capacity)
     if _given(node.outputs, output):

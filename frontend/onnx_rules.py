@@ -169,6 +169,7 @@ class GraphWalk:
     caches: dict[str, Cache] = field(default_factory=dict)
     needed: dict[tuple[str, int], int] = field(default_factory=dict)
     unspecified: set[str] = field(default_factory=set)
+    in_place: set[str] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
     mixed: list[Factor] = field(default_factory=list)
     flops: int = 0
@@ -331,6 +332,7 @@ class GraphWalk:
                 i.name,
                 i.dtype,
                 tuple(self.needed.get((i.name, k), d) if not isinstance(d, int) else d for k, d in enumerate(i.shape)),
+                in_place=i.name in self.in_place,
             )
             for i in self.model.inputs()
         ]

@@ -49,11 +49,13 @@ class InputSpec:
         name: The input's name in the graph.
         dtype: Its element type.
         shape: One entry an axis: an int is static, a str a symbolic dimension, None unknown. Axis 0 is the batch.
+        in_place: Whether it is a cache that is written in place: its length says nothing of the tokens in it.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Signature:
     @property
     def seen(self) -> int:
         """Tokens that a key-value cache of fixed length holds; 0 where its length is free, or there is no cache."""
-        return max((_fixed_length(self.inputs[name].shape) for name in self.past), default=0)
+        appended = (self.inputs[name].shape for name in self.past if not self.inputs[name].in_place)
+        return max((_fixed_length(shape) for shape in appended), default=0)
 
     def length(self) -> int | None:
         """Tokens of a sample, where the graph fixes them.

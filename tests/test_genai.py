@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import decoding
+import graphs
 import numpy as np
 import onnx
 import oracle
@@ -15,6 +16,7 @@ import zoo_genai
 import liar_opt
 from liar_opt.frontend.onnx_model import CACHE_SHAPES
 from liar_opt.runtime.compare import TOLERANCES
+from liar_opt.runtime.signatures import Signature
 
 PROMPT = np.random.default_rng(5).integers(4, zoo_genai.VOCABULARY, (1, 7))
 
@@ -109,6 +111,16 @@ def test_rows_of_padding_are_not_measured(tmp_path: Path) -> None:
     assert {c.details["rows"] for c in first.changes} == {6 * (11 + 8)}
     for a, b in zip(first.model.graph.initializer, second.model.graph.initializer, strict=True):
         assert a == b
+
+
+def test_the_length_of_a_window_says_nothing_of_what_was_seen() -> None:
+    _, state, _ = graphs.analyse(zoo_genai.decoder(zoo_genai.SHAPES["gemma2"]))
+    specs = state.input_specs()
+    assert {s.name for s in specs if s.in_place} == {s.name for s in specs if s.name.startswith("past")}
+    signature = Signature.read(specs, None)
+    feed = signature.feed(np.ones((2, 5), np.int64), np.ones((2, 5), np.bool_))
+    assert feed["attention_mask"].shape == (2, 5)
+    assert feed["past_key_values.0.key"].shape == (2, 3, SLIDING, 16)
 
 
 @pytest.mark.slow
