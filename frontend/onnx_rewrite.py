@@ -59,10 +59,11 @@ class CannotFollow(Exception):
 
 
 class _Numbers(NamedTuple):
-    """What to write: (node, attribute, value) and (node, input position, tensor)."""
+    """What to write: (node, attribute, value), (node, input position, tensor) and (Split without sizes, its sizes)."""
 
     attributes: list[tuple[gs.Node, str, Any]]
     inputs: list[tuple[gs.Node, int, gs.Tensor]]
+    splits: list[tuple[gs.Node, list[int]]]
 
 
 class Rewriter:
@@ -138,6 +139,8 @@ class Rewriter:
                     self.walk.model.resize(tensor, axis, self.size(factor))
         for node, name, value in numbers.attributes:
             node.attrs[name] = value
+        for node, sizes in numbers.splits:
+            self._tell(node, sizes)
         for node, position, tensor in [*numbers.inputs, *frozen]:
             old = node.inputs[position]
             node.inputs[position] = tensor
@@ -231,7 +234,7 @@ class Rewriter:
         """Returns what must be written so that every number equals its size again; writes nothing itself."""
         known: dict[int, Array | None] = {}
         made: dict[tuple[object, ...], gs.Tensor] = {}
-        result = _Numbers([], [])
+        result = _Numbers([], [], [])
         wanted: dict[tuple[int, str, int | str], list[tuple[SizeUse, int]]] = defaultdict(list)
         for use in self.walk.size_uses:
             kind, place, _ = use.where
@@ -240,6 +243,14 @@ class Rewriter:
                 wanted[id(use.node), kind, place].append((use, sum(self.size(f) for f in use.factors)))
         for (_, kind, place), entries in wanted.items():
             node = entries[0][0].node
+            if kind == "split":
+                parts = [u for u in self.walk.size_uses if u.node is node and u.where[0] == kind]
+                sizes = [sum(self.size(f) for f in u.factors) for u in parts]
+                if len(set(sizes)) > 1 or self._told(node):
+                    if any(u.dynamic for u in parts):
+                        raise CannotFollow(f"parts of node '{node.name}' would differ, whose sizes depend on the input's")
+                    result.splits.append((node, sizes))
+                continue
             if kind == "attribute":
                 value: Any = node.attrs[place]
                 for use, size in entries:
@@ -265,6 +276,21 @@ class Rewriter:
                 patched = self._patched(tensor, {e: s for e, (s, _) in changes.items()}, node, made)
             result.inputs.append((node, place, patched))
         return result
+
+    def _told(self, node: gs.Node) -> bool:
+        return "split" in node.attrs or (len(node.inputs) > 1 and present(node.inputs[1]))
+
+    def _tell(self, node: gs.Node, sizes: list[int]) -> None:
+        """Gives a Split that divides by itself the sizes of its parts."""
+        node.attrs.pop("num_outputs", None)
+        if self.walk.model.opset < 13:
+            node.attrs["split"] = sizes
+            return
+        told = gs.Constant(next(self._names), np.asarray(sizes, np.int64))
+        if len(node.inputs) > 1:
+            node.inputs[1] = told
+        else:
+            node.inputs.append(told)
 
     def _substituted(self, tensor: gs.Tensor, wanted: dict[int, int], roots: set[int], before: gs.Node) -> gs.Tensor:
         """Returns a copy of the computation of ``tensor`` in which constants that were the size of a cut factor follow it.

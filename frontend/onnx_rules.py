@@ -100,7 +100,7 @@ class SizeUse:
     A number that counts from the end of an axis depends on what is ``watched`` too.
 
     ``where`` is ``("input", position, element)`` for an element of a shape tensor, ``("attribute", name, element)`` for
-    an attribute (``element`` -1 for a scalar).
+    an attribute (``element`` -1 for a scalar), ``("split", "", element)`` for a part of a Split that says no sizes.
     """
 
     node: gs.Node
@@ -902,13 +902,9 @@ def _split(w: GraphWalk, node: gs.Node) -> None:
             w.give_up(node, "Split into sizes that are not known")
             return
     pieces = w.algebra.cut(axes[axis], [int(g) for g in given])
-    if where is None:
-        # Equal parts by count: the operator itself divides, so the parts must stay equal.
-        for piece in pieces[1:]:
-            w.unify(pieces[0], piece)
     for i, piece in enumerate(pieces):
-        if where is not None:
-            w.size_use(node, (*where, i), piece)
+        # Equal parts by count: the operator itself divides; it is told the sizes where they differ after a cut.
+        w.size_use(node, (*(where or ("split", "")), i), piece)
         w.output(node, (*axes[:axis], piece, *axes[axis + 1 :]), i)
 
 

@@ -262,10 +262,10 @@ IMPOSSIBLE = {
     ("t5-gated", "dynamo"): "a view of strides that it cannot prove",
     ("umt5", "dynamo"): "a view of strides that it cannot prove",
 }
-# Where one operator cuts a projection into equal parts, the width of values is that of queries: it cannot be cut alone.
+# Where one axis of a projection counts queries, keys and values, they have one width: values cannot be cut alone.
 ONE_WIDTH = {
     "torchscript": {"bloom", "falcon-mqa", "falcon-gqa"},
-    "dynamo": {"bloom", "falcon-mqa", "falcon-gqa", "codegen", "gpt-neox", "gpt2", "mpt"},
+    "dynamo": {"bloom", "falcon-mqa", "falcon-gqa"},
 }
 BLOCKS = {
     (HEADS, 1),

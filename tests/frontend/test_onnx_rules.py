@@ -305,10 +305,35 @@ def test_heads(name: str) -> None:
     proto = graphs.parse(ATTENTION.format(make), {**SHAPES, **weights})
     assert graphs.sizes(proto) == [("heads", 3)]
     graphs.prove(proto, {"b": 2, "s": 5})
-    tied = name in ("packed, Split by count", "packed, Reshape and Gather")  # equal parts: the width is that of q and k
+    tied = name == "packed, Reshape and Gather"  # equal parts: the width is that of q and k
     assert [(g.size, g.sets) for g in graphs.analyse(proto)[2].values] == ([] if tied else [(4, 3)])
     if not tied:
         graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+@pytest.mark.parametrize(("opset", "attribute"), [(11, ""), (13, ""), (18, ", num_outputs=2")])
+def test_a_split_that_divides_by_itself_is_told_the_sizes_once_they_differ(opset: int, attribute: str) -> None:
+    text = f"""f (float[b, 6] x) => (float[b, 5] y) {{ p = MatMul(x, w1)  a, c = Split<axis=1{attribute}>(p)  s = Softmax(c)
+        h = Relu(a)  u = MatMul(h, w2)  v = MatMul(s, w3)  y = Add(u, v) }}"""
+    proto = graphs.parse(text, {"w1": (6, 22), "w2": (11, 5), "w3": (11, 5)}, opset=opset)
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    pruned = graphs.prove(proto, {"b": 4})
+    (split,) = (n for n in pruned.graph.node if n.op_type == "Split")
+    assert not [a for a in split.attribute if a.name == "num_outputs"]
+    assert (len(split.input) == 1) == (opset < 13)
+    whole = graphs.cut(proto, {graphs.analyse(proto)[2].groups[0].name + "ffn": list(range(11))})
+    (split,) = (n for n in whole.graph.node if n.op_type == "Split")
+    assert len(split.input) == 1
+    assert "split" not in [a.name for a in split.attribute]
+
+
+def test_a_split_over_rows_is_left_to_itself() -> None:
+    """Its parts are as long as the input says; what is cut is another axis."""
+    text = """f (float[b, 6] x) => (float[n, 5] y) { p = MatMul(x, w1)  r = Reshape(p, rows)  a, c = Split<axis=0>(r)
+        h = Relu(a)  y = MatMul(h, w2) }"""
+    proto = graphs.parse(text, {"w1": (6, 22), "rows": ints(-1, 11), "w2": (11, 5)})
+    pruned = graphs.prove(proto, {"b": 4})
+    assert [len(n.input) for n in pruned.graph.node if n.op_type == "Split"] == [1]
 
 
 # 2 key-value heads for 6 query heads of 4 channels; {} makes c [b, 6, s, 4] of qt [b, 6, s, 4], k2 and v2 [b, 2, s, 4].
