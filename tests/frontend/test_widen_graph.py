@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import graphs
 import ml_dtypes
@@ -15,27 +16,26 @@ from onnx import TensorProto, helper, numpy_helper
 import liar_opt
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.widen_graph import narrow_values, widen
+from liar_opt.runtime import memory
 from liar_opt.runtime.sessions import Session
 
 WEIGHTS: graphs.Weights = {"w0": (6, 97), "b0": (97,), "v0": (97, 6)}
 
 
-def narrow(inside: str = "Relu") -> onnx.ModelProto:
-    """x -> bfloat16 -> a feed-forward layer -> float32."""
+def narrow(dtype: Any = ml_dtypes.bfloat16, kind: int = TensorProto.BFLOAT16) -> onnx.ModelProto:
+    """x -> bfloat16 (or another type) -> a feed-forward layer -> float32."""
     wide = graphs.parse(f"f (float[b, s, 6] x0) => (float[b, s, 6] x1) {{ {streams.BLOCK.format(0, 1)} }}", WEIGHTS)
     tensors = []
     for tensor in wide.graph.initializer:
-        value = numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16)
-        tensors.append(helper.make_tensor(tensor.name, TensorProto.BFLOAT16, value.shape, value.tobytes(), raw=True))
-    nodes = [helper.make_node("Cast", ["x0"], ["n0"], name="narrow", to=TensorProto.BFLOAT16)]
+        value = numpy_helper.to_array(tensor).astype(dtype)
+        tensors.append(helper.make_tensor(tensor.name, kind, value.shape, value.tobytes(), raw=True))
+    nodes = [helper.make_node("Cast", ["x0"], ["n0"], name="narrow", to=kind)]
     for node in wide.graph.node:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         for names in (copy.input, copy.output):
             for i, name in enumerate(names):
                 names[i] = {"x0": "n0", "x1": "n1"}.get(name, name)
-        if copy.op_type == "Relu":
-            copy.op_type = inside
         nodes.append(copy)
     nodes.append(helper.make_node("Cast", ["n1"], ["x1"], name="widen", to=TensorProto.FLOAT))
     graph = helper.make_graph(nodes, "f", wide.graph.input, wide.graph.output, tensors)
@@ -86,3 +86,20 @@ def test_a_model_is_pruned_in_its_own_type(small: bool, tmp_path: Path, monkeypa
         data, arrays = OnnxModel.load(out).detached()
         assert Session(data, weights=arrays).run({"x0": x}, arrays=True)["x1"].shape == x.shape
     assert errors["liar"] < 0.7 * errors["none"]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_half_precision_needs_no_help(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime casts by itself; weights are written in float16, also by the sessions of large models."""
+    if large:
+        monkeypatch.setattr(memory, "LARGE_MODEL", 1 << 40)
+    proto = narrow(np.float16, TensorProto.FLOAT16)
+    assert widen(proto) is proto
+    feeds = [dict(f) for f in streams.batches(20, 0)]
+    errors = []
+    for repair in ("liar", "none"):
+        result = liar_opt.prune(proto, feeds, ffn=0.5, multiple_of=1, repair=repair, latency=False)
+        assert {t.data_type for t in result.model.graph.initializer} == {TensorProto.FLOAT16}
+        assert result.report["verification"]["exact_dtype"] == "float16"
+        errors.append(result.report["verification"]["outputs"]["x1"]["relative_rms"])
+    assert errors[0] < 0.7 * errors[1]
