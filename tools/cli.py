@@ -111,8 +111,7 @@ def _prune(options: argparse.Namespace, run: _Run) -> None:
         from liar_opt.frontend.hf_checkpoint import check_folder
 
         check_folder(output, options.model if options.model.is_dir() else None, options.force or options.dry_run)
-        if options.report is not None:
-            _check_report(options.report, (options.calibration,), options.force)
+        _check_reports(options, (options.calibration,))
     elif options.model.exists():  # otherwise loading it says what is wrong, before anything about results
         _check_results(output, options, inputs=(options.model, options.calibration))
     report = _run_passes(options, options.calibration, output, run)
@@ -180,11 +179,10 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.passes.prune_model import inspect
     from liar_opt.tools import report as tables
 
-    if options.report is not None and options.model.is_file():
-        _check_report(options.report, inputs=(options.model,), force=options.force)
+    if options.model.is_file():
+        _check_reports(options, (options.model,))
     found = inspect(options.model, allow_pickle=options.allow_pickle).report
-    if options.report is not None:
-        _write_report(found, options.report)
+    _write_reports(found, options)
     console = tables.make_console(sys.stdout)
     for note in found["model"]["notes"]:
         _note(options, note)
@@ -205,12 +203,10 @@ def _eval(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.tools import eval_command as evaluation
     from liar_opt.tools.report import make_console
 
-    if options.report is not None:
-        _check_report(options.report, (*options.models, options.data), options.force)
+    _check_reports(options, (*options.models, options.data))
     with _progress(options.quiet) as progress:
         report = evaluation.run(options, progress)
-    if options.report is not None:
-        _write_report(report, options.report)
+    _write_reports(report, options)
     if not options.quiet:
         console = make_console(sys.stdout)
         console.print(evaluation.metrics_table(report), "", evaluation.models_table(report))
@@ -272,11 +268,10 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
     """Writes the report, prints the tables and the verdict."""
     from liar_opt.tools import report as tables
 
-    if options.report is not None:
-        try:
-            _write_report(report, options.report)
-        except OptionError as err:
-            raise OptionError(f"{err}; {run.written()}") from err
+    try:
+        _write_reports(report, options)
+    except OptionError as err:
+        raise OptionError(f"{err}; {run.written()}") from err
     console = tables.make_console(sys.stdout)
     if not options.quiet:
         if options.explain or options.dry_run:
@@ -332,16 +327,27 @@ def _check_results(output: Path, options: argparse.Namespace, inputs: Sequence[s
         model = Path(inputs[0]) if inputs[0] else None
         check_output(output, model, options.force or options.dry_run)
         _check_place(output, "output", inputs)
-    if options.report is not None:
-        _check_report(options.report, (*inputs, output), options.force)
+    _check_reports(options, (*inputs, output))
 
 
-def _check_report(path: Path, inputs: Sequence[str | Path | None], force: bool) -> None:
-    """An earlier report is replaced; any other file only with --force."""
-    with _named_by(path, "report"):
-        _check_place(path, "report", inputs)
-        if path.is_file() and not force and not path.read_bytes()[:64].lstrip().startswith(b'{\n "schema"'):
-            raise OptionError(f"report '{path}' exists and is no report; give --force to replace it or choose another path")
+REPORTS = {"report": ("report", b'{\n "schema"'), "html": ("HTML report", b"<!DOCTYPE html><!-- liar-opt report -->")}
+"""Options that write a report: what messages call it, and how one begins."""
+
+
+def _check_reports(options: argparse.Namespace, inputs: Sequence[str | Path | None]) -> None:
+    """Earlier reports are replaced; any other file only with --force."""
+    taken = list(inputs)
+    for option, (what, begin) in REPORTS.items():
+        path: Path | None = getattr(options, option, None)
+        if path is None:
+            continue
+        with _named_by(path, what):
+            _check_place(path, what, taken)
+            if path.is_file() and not options.force and not path.read_bytes()[:64].lstrip().startswith(begin):
+                raise OptionError(
+                    f"{what} '{path}' exists and is no report; give --force to replace it or choose another path"
+                )
+        taken.append(path)
 
 
 def _check_place(path: Path, what: str, inputs: Sequence[str | Path | None]) -> None:
@@ -370,13 +376,26 @@ def _named_by(path: Path, what: str) -> Iterator[None]:
         raise OptionError(f"{what} '{path}' cannot be written ({err.strerror or err}); choose another path") from err
 
 
-def _write_report(report: Mapping[str, Any], path: Path) -> None:
-    """Writes the report whole or not at all.
+def _write_reports(report: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Writes the reports that were asked for.
+
+    Raises:
+        OptionError: one cannot be written.
+    """
+    if options.report is not None:
+        _write_whole(json.dumps(report, indent=1, ensure_ascii=False) + "\n", options.report, "report")
+    if getattr(options, "html", None) is not None:
+        from liar_opt.tools.html_report import render
+
+        _write_whole(render(report), options.html, "HTML report")
+
+
+def _write_whole(text: str, path: Path, what: str) -> None:
+    """Writes a file whole or not at all.
 
     Raises:
         OptionError: it cannot be written; nothing is left of it.
     """
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -389,7 +408,7 @@ def _write_report(report: Mapping[str, Any], path: Path) -> None:
         temporary.replace(path)
     except OSError as err:
         raise OptionError(
-            f"report '{path}' cannot be written ({err.strerror or err}); free space or choose another path"
+            f"{what} '{path}' cannot be written ({err.strerror or err}); free space or choose another path"
         ) from err
     finally:
         if temporary is not None:
@@ -583,6 +602,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     else:
         output.add_argument("--force", action="store_true", help="replace files that exist")
     output.add_argument("--report", type=Path, metavar="PATH", help="write all that was found and done, as JSON")
+    if command != "inspect":
+        output.add_argument("--html", type=Path, metavar="PATH", help="write a page with tables and charts, in one file")
     output.add_argument("--quiet", action="store_true", help="no progress and no tables; the last line stays")
     return parser
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Set
 from typing import IO, Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from liar_opt.runtime.compare import TOLERANCES
@@ -164,7 +164,7 @@ def _errors(repair: Mapping[str, Any] | None, shown: bool) -> list[str]:
     return [f"{100 * repair[f'error_{k}']:.2f} %" for k in ("none", "bias", "repair")] + [ridge or repair["repair"]]
 
 
-def refusals(report: Report, explain: bool = False) -> RenderableType:
+def refusals(report: Report, explain: bool = False) -> Table:
     """What does not qualify, and why; all nodes with ``explain``."""
     table = make_table("not pruned, because", "width", "read by", left={0, 2})
     for refusal in report["refusals"]:
