@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liar_opt.runtime.compare import TOLERANCES, relative_difference
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 
 if TYPE_CHECKING:
@@ -360,9 +361,13 @@ def _check_loads(module: torch.nn.Module, folder: Path, example: Mapping[str, to
             pairs = [torch.utils._pytree.tree_leaves(m(**example)) for m in (loaded, module)]
     finally:
         module.train(was)
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()}
+    allowed = max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=TOLERANCES["float32"])
     for a, b in zip(*pairs, strict=True):
-        if isinstance(a, torch.Tensor) and not torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
-            worst = float((a.float() - b.float()).abs().max())
+        if not isinstance(a, torch.Tensor):
+            continue
+        worst = relative_difference(a.float().cpu().numpy(), b.float().cpu().numpy())
+        if not worst <= allowed:
             raise OptionError(f"{inexpressible(module, 'these widths')}: the loaded checkpoint differs by {worst:.1e}")
 
 

@@ -245,6 +245,7 @@ def prune(
     new_bias: bool | None = None,
     allow_pickle: bool = False,
     packing: str = "auto",
+    backend: str = "torch",
     loss: Loss | None = None,
     labelled: Labelled | None = None,
     provider: str = "auto",
@@ -300,6 +301,7 @@ def prune(
         loss: for the scores that need gradients (torch modules alone): takes the outputs by name and the labels, and
             returns a scalar tensor.
         labelled: pairs of the module's arguments, a batch by name, and the labels that the loss takes.
+        backend: what measures a torch module: "torch", or "onnxruntime" on its export.
         provider: "auto", "cpu" or "cuda".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.

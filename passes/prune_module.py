@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream; export to ONNX to prune it"
+BACKENDS = ("torch", "onnxruntime")
 LABELS = {"labels", "label", "return_loss"}
 """Arguments that are for training."""
 
@@ -192,6 +193,10 @@ class PruneModulePass(PruneGroupsPass):
             raise OptionError(f"repair '{self.repair}' works on ONNX files alone; export the module, or give repair 'liar'")
 
     def _run(self, state: State, sweep: Sweep) -> SegmentRun:
+        if state.facts["backend"] == "onnxruntime":
+            from liar_opt.passes.module_on_onnx import OnnxRun
+
+            return OnnxRun(self, state, *sweep)
         return _TorchRun(self, state, *sweep)
 
 
@@ -429,6 +434,7 @@ def prune_module(
     sequence_length: int | None = None,
     mask_input: str | None = None,
     packing: str = "auto",
+    backend: str = "torch",
     loss: Loss | None = None,
     labelled: Labelled | None = None,
     **others: Any,
@@ -464,6 +470,7 @@ def prune_module(
         sequence_length: see ``prune``.
         mask_input: see ``prune``.
         packing: see ``prune``.
+        backend: what measures: "torch", or "onnxruntime" on the module's export.
         loss: see ``prune``.
         labelled: see ``prune``.
         others: options of ``prune`` that work on ONNX files alone; they must have their defaults.
@@ -477,10 +484,14 @@ def prune_module(
     start = time.perf_counter()
     _check_others(others)
     lookup("packing", dict.fromkeys(PACKINGS), packing)
+    lookup("backend", dict.fromkeys(BACKENDS), backend)
+    if labelled is not None and backend != "torch":
+        raise OptionError(f"score '{score}' needs gradients; backend '{backend}' has none, give backend 'torch'")
     if isinstance(calibration, str) and calibration == SELF:
         raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
     state = _load(model, calibration, example, allow_pickle, provider)
     state.progress = progress
+    state.facts["backend"] = backend
     checkpoint = state.facts["stock"] if checkpoint is None else checkpoint
     uniform = checkpoint if uniform is None else uniform
     new_bias = not checkpoint if new_bias is None else new_bias
@@ -496,7 +507,7 @@ def prune_module(
     if checkpoint:
         state.facts["fields"] = _fields(state, state.groups)
     report = _report_head(state)
-    report["options"] = _options([widths, cut], options, "torch")
+    report["options"] = _options([widths, cut], options, backend)
     report["seed"], report["device"] = seed, str(device_of(_fx(state)))
     report["refusals"] = [asdict(r) for r in analysis.refusals]
     if dry_run:

@@ -16,7 +16,7 @@ from torch import nn
 import liar_opt
 from liar_opt.frontend.fx_module import Executor, Sym, analyse, example_from, lower, trace
 from liar_opt.frontend.fx_onnx import export_onnx
-from liar_opt.frontend.hf_checkpoint import quiet_loading
+from liar_opt.frontend.hf_checkpoint import quiet_loading, without_cache
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prune_module import ModuleResult
@@ -187,7 +187,8 @@ def test_a_module_that_cannot_be_traced() -> None:
         ([{"words": torch.zeros(3, 7, dtype=torch.int64)}], {}, "none of 'words' is an argument of Block.forward"),
         (batches(), {"checkpoint": True}, "no model of transformers"),
         (batches(), {"target": "params=1K"}, "target works on ONNX files alone"),
-        (batches(), {"repair": "aware"}, "repair"),
+        (batches(), {"repair": "dense"}, "repair 'dense' works on ONNX files alone"),
+        (batches(), {"backend": "numpy"}, "backend 'numpy' is unknown"),
     ],
 )
 def test_bad_input(data: Any, options: dict[str, Any], sentence: str) -> None:
@@ -242,3 +243,49 @@ def test_onnx_and_fx_prune_alike_with_greedy_selection() -> None:
     with torch.no_grad():
         here = traced.module(**zoo_fx.tensors(arrays)).last_hidden_state.numpy()
     assert np.abs(here - there).max() <= 1e-4 * np.abs(there).max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_torch_and_onnx_runtime_measure_the_same(name: str) -> None:
+    """Moments that scores get, kept sets and outputs are those of the other backend, to rounding."""
+    seen: dict[str, list[Any]] = {"torch": [], "onnxruntime": []}
+    module = zoo_fx.build(name)
+    data = [zoo_fx.feeds(name, batch=16, seed=s) for s in range(8)]
+    outputs = []
+    for backend, found in seen.items():
+
+        def score(consumers: Any, found: list[Any] = found) -> Any:
+            found += [c.statistics for c in consumers]
+            return np.sqrt(sum(c.by_block(c.statistics.mean_square) for c in consumers))
+
+        options: dict[str, Any] = {"heads": 0.3, "ridge": 1e-3, "multiple_of": 4, "checkpoint": name == "llama"}
+        result = pruned(module, data, backend=backend, score=score, **options)
+        with torch.no_grad(), without_cache(result.module):
+            outputs.append(result.module(**zoo_fx.tensors(zoo_fx.feeds(name, seed=99)))[0])
+        assert result.report["verification"]["exact_difference"] < 1e-5
+    assert len(seen["torch"]) == len(seen["onnxruntime"]) == 4
+    for ours, theirs in zip(seen["torch"], seen["onnxruntime"], strict=True):
+        assert ours.count == theirs.count
+        np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-5 * np.abs(theirs.mean).max())
+        np.testing.assert_allclose(ours.covariance, theirs.covariance, atol=1e-4 * np.abs(theirs.covariance).max())
+    assert difference(outputs[0], outputs[1]) < 1e-3
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_half_precision_checkpoints(tmp_path: Path) -> None:
+    module = zoo_fx.build("llama").to(torch.bfloat16)
+    data = [zoo_fx.feeds("llama", seed=s) for s in range(4)]
+    result = pruned(module, data, ffn=None, sparsity=0.4, multiple_of=4)
+    assert result.report["verification"]["exact_dtype"] == "bfloat16"
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(result.save(tmp_path / "out"), dtype="auto")
+    assert loaded.dtype == torch.bfloat16 and loaded.config.num_key_value_heads == 2
+    ids = torch.arange(3, 9).reshape(1, -1)
+    written = [
+        loaded.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=c).tolist() for c in (True, False)
+    ]
+    assert written[0] == written[1]

@@ -1,0 +1,86 @@
+"""Measure a torch module in ONNX Runtime: the traced module's export is pruned, and what it became is written back.
+
+The groups of both graphs are matched by their consumers' weights, which the export holds unchanged. The export goes through
+the same pass as any ONNX graph; its kept sets, repaired weights and biases are those of the module then.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.fx_module import FxModel
+from liar_opt.frontend.fx_onnx import export_onnx
+from liar_opt.passes.base import Pipeline, State
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
+from liar_opt.passes.measured import Repaired
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
+from liar_opt.passes.prune_model import load_state
+from liar_opt.runtime.errors import ModelError
+
+
+class OnnxRun(SegmentRun):
+    """The loop's state where ONNX Runtime measures."""
+
+    def over_all(self) -> None:
+        """Prunes the export, then does to the module what was done to it.
+
+        Raises:
+            ModelError: the module cannot be exported, or the export has other groups.
+        """
+        groups = [*self.wide, *(g for s in self.segments for g in s.groups)]
+        exported = self._exported()
+        named = {g.name: g for g in exported.groups}
+        partners = _partners(groups, exported.groups)
+        exported.keep = {g.name: g.size for g in exported.groups}
+        exported.keep |= {theirs: self.state.keep[ours] for ours, theirs in partners.items()}
+        done = PruneGroupsPass(**vars(self.options))(exported)
+        changes = {c.where: c for c in done.changes}
+        repairs = {id(r.uses[0].node): r for r in exported.repairs}
+        for group in groups:
+            details = dict(changes[partners[group.name]].details)
+            blocks = np.asarray(details["kept"], np.int64)
+            for consumer, theirs in zip(group.consumers, named[partners[group.name]].consumers, strict=True):
+                repair = repairs[id(theirs.uses[0].node)]
+                use = theirs.uses[0]
+                rows = np.moveaxis(np.asarray(repair.weight), use.weight_axis, 0)
+                repaired = Repaired(rows.reshape(len(rows), -1).astype(np.float64), repair.bias, np.inf, "repair")
+                self.write(consumer, kept_positions(consumer.owners, blocks), repaired)
+            self.cut(group, blocks, details)
+
+    def _exported(self) -> State:
+        model = self.state.model
+        assert isinstance(model, FxModel) and model.module is not None
+        symbolic = {s.name: [i for i, d in enumerate(s.shape) if isinstance(d, str)] for s in model.signature}
+        exported = load_state(export_onnx(model.module, self.state.facts["example"], symbolic))
+        exported.progress, exported.calibration = self.state.progress, self.data
+        Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(exported)
+        return exported
+
+
+def _partners(ours: list[ChannelGroup], theirs: tuple[ChannelGroup, ...]) -> dict[str, str]:
+    """Returns the name of each group in the export, by its name in the traced module."""
+    by_weights = {_weights(g): g for g in theirs}
+    result = {}
+    for group in ours:
+        partner = by_weights.get(_weights(group))
+        if partner is None:
+            raise ModelError(
+                f"group '{group.name}' ({group.kind}, {group.size} wide) is not in the module's ONNX export; measure it "
+                "with backend 'torch'"
+            )
+        result[group.name] = partner.name
+    return result
+
+
+def _weights(group: ChannelGroup) -> tuple[Any, ...]:
+    return group.kind, group.size, *(_laid_out(c).tobytes() for c in group.consumers)
+
+
+def _laid_out(consumer: Consumer) -> NDArray[Any]:
+    """Returns a consumer's weight as [n, m]."""
+    use = consumer.uses[0]
+    rows = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
+    return np.ascontiguousarray(rows.reshape(consumer.width, -1))
