@@ -8,7 +8,7 @@ Defaults are the conventions of GLUE (1804.07461; ``sentence``, ``sentence1`` an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,19 @@ def _file(path: Path, whole: bool) -> Table:
             return replace(_table({"text": lines if whole and filled else filled}, path.name, where), separator="\n")
         if suffix in (".jsonl", ".csv"):
             with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as stream:
-                rows = list((jsonl_rows if suffix == ".jsonl" else csv_rows)(stream, where))
+                rows = list(jsonl_rows(stream, where) if suffix == ".jsonl" else _full_rows(stream, where))
             return _table(_by_column(rows, where), path.name, where)
     except UnicodeDecodeError as err:
         raise OptionError(f"{where} is not UTF-8 text; save it as such or give {ACCEPTED}") from err
     except OSError as err:
         raise OptionError(f"{where} cannot be read ({one_line(err)}); give {ACCEPTED}") from err
     raise OptionError(f"{where} has the unknown suffix '{suffix}'; give {ACCEPTED}")
+
+
+def _full_rows(stream: Iterable[str], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a .csv file, without the columns that a short row lacks."""
+    for number, row in csv_rows(stream, where):
+        yield number, {name: value for name, value in row.items() if value is not None}
 
 
 def _by_column(rows: Sequence[tuple[int, Mapping[str, Any]]], where: str) -> dict[str, list[Any]]:
