@@ -96,3 +96,17 @@ def test_both_forms_equal_the_masked_original(name: str, record_property: Callab
     assert difference(reference, before) > 10 * RTOL, "the mask changes nothing: the oracle cannot fail"
     assert difference(run(module, arrays), before) == 0.0, "the original was changed"
     assert sum(p.numel() for p in result.module.parameters()) < sum(p.numel() for p in module.parameters())
+
+
+def test_the_oracle_can_fail() -> None:
+    module, arrays = zoo_fx.build("bert"), zoo_fx.feeds("bert")
+    options: dict[str, Any] = {**RATIOS, "repair": "none", "score": "random", "multiple_of": 1, "latency": False}
+    result = prune_module(module, [arrays], checkpoint=False, **options)
+    reference = masked(module, result, arrays)
+    assert difference(run(result.module, arrays), reference) <= RTOL
+    with torch.no_grad():
+        result.module.get_parameter("encoder.layer.0.output.dense.weight")[7, 3] += 0.5
+    assert difference(run(result.module, arrays), reference) > RTOL
+    kept = result.changes[0].details["kept"]
+    result.changes[0].details["kept"] = [k for k in range(5) if k not in kept]
+    assert difference(run(result.graph_module, arrays), masked(module, result, arrays)) > RTOL
