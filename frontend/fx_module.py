@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -205,7 +206,8 @@ def trace(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> Exporte
         token = value.ndim == 2 and not value.is_floating_point()
         shapes[name] = {axis: torch.export.Dim.AUTO for axis in range(min(value.ndim, 2 if token else 1))}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own habits
             program = torch.export.export(module, (), dict(feeds), dynamic_shapes=shapes, strict=False)
             result: ExportedProgram = program.run_decompositions({})
             return result
