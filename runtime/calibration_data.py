@@ -315,7 +315,8 @@ def _draw_from_hub(name: str, job: _Job) -> _Texts | _Feeds:
     path, *parts = name.split(":")
     split = parts.pop() if parts and (len(parts) == 2 or re.match(r"(train|valid|dev|test)", parts[-1])) else None
     try:
-        dataset = datasets.load_dataset(path, *parts, split=split)
+        load: Any = datasets.load_dataset  # its overloads have no split that may be None
+        dataset = load(path, *parts, split=split)
     except Exception as err:  # network, permission, unknown name, config or split: the library has a class for each
         raise OptionError(
             f"calibration '{name}' is no file here, and no dataset of that name could be loaded ({one_line(err)}); "

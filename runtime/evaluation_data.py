@@ -195,7 +195,7 @@ def _hub(name: str, split: str | None, preferred: Sequence[str]) -> Table:
             raise OptionError(f"'{name}' names the split '{inside}' and --split names '{split}'; give one of them")
         split = inside
     try:
-        dataset = datasets.load_dataset(path, *parts)
+        dataset = datasets.load_dataset(path, parts[0] if parts else None)
     except Exception as err:  # network, permission, unknown name or config: the library has a class for each
         raise OptionError(
             f"'{name}' is no file here, and no dataset of that name could be loaded ({one_line(err)}); check the spelling "

@@ -144,7 +144,7 @@ def text_feeds(encoded: Sequence[Encoded], tokenizer: TextTokenizer, run: Run, m
                 rows = part[start : start + size]
                 filled = np.resize(rows, signature.batch) if signature.batch else rows
                 length = static or int(lengths[rows].max())
-                values, real = pad_texts([encoded[row] for row in filled], length, tokenizer, signature)
+                values, real = pad_texts([encoded[row] for row in filled.tolist()], length, tokenizer, signature)
                 yield Feed(rows, values, real)
 
     return feeds

@@ -17,6 +17,7 @@ from rich.table import Table
 from liar_opt.frontend.onnx_interface import Interface, read_interface
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.evaluation import evaluate
+from liar_opt.runtime.evaluation_data import Table as EvaluationSet
 from liar_opt.runtime.evaluation_data import read_table
 from liar_opt.runtime.evaluation_feeds import Candidate, EvaluationOptions, Progress
 from liar_opt.runtime.evaluation_tasks import TASKS
@@ -96,10 +97,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     chosen = _with_tokenizer(chosen, files[0])
     device = resolve_provider(options.provider)
     interfaces = [read_interface(file) for file in files]
-    if not harness:
-        if options.data is None:
-            raise OptionError(f"task '{options.task}' needs --data: {DATA}")
-        dataset = read_table(options.data, options.split, TASKS[options.task].splits, options.task == "perplexity")
+    table = None if harness else _table(options)
     shown = [f.name for f in files] if len({f.name for f in files}) == len(files) else [str(f) for f in files]
     candidates = [
         Candidate(
@@ -112,10 +110,10 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         )
         for name, file, interface in zip(shown, files, interfaces, strict=True)
     ]
-    if harness:
+    if table is None:
         figures, feeds = lm_eval_task.evaluate(options.task, candidates, chosen, progress)
     else:
-        figures, feeds = evaluate(options.task, candidates, dataset, chosen, progress)
+        figures, feeds = evaluate(options.task, candidates, table, chosen, progress)
     report = {
         "schema": SCHEMA,
         "command": "eval",
@@ -135,6 +133,12 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             model["latency_seconds"] = seconds
         report["latency"] = {"runs": times.runs, "batch": times.batch}
     return report
+
+
+def _table(options: argparse.Namespace) -> EvaluationSet:
+    if options.data is None:
+        raise OptionError(f"task '{options.task}' needs --data: {DATA}")
+    return read_table(options.data, options.split, TASKS[options.task].splits, options.task == "perplexity")
 
 
 def _onnx_file(path: Path) -> Path:

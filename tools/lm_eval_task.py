@@ -45,7 +45,7 @@ def evaluate(
     Raises:
         OptionError: there is no such task, no tokenizer, or the harness cannot run it on these models.
     """
-    import lm_eval
+    import lm_eval  # pyright: ignore[reportMissingImports]
 
     wanted = task.removeprefix(PREFIX).split(",")
     scores: list[dict[str, NDArray[np.float64]]] = []
@@ -101,7 +101,7 @@ def _by_metric(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
 
 def _language_model(candidate: Candidate, options: EvaluationOptions) -> Any:
     """A model as the harness wants it; its base class is imported with the harness."""
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from tokenizers import Tokenizer
 
     signature = Signature.read(candidate.inputs, options.mask_input)

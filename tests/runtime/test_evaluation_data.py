@@ -57,12 +57,12 @@ def test_columns_that_are_named() -> None:
 
 def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    asked: list[tuple[str, ...]] = []
+    asked: list[tuple[str, str | None]] = []
     rows = {"sentence": ["a", "b"], "label": [1, 0]}
     splits = {name: datasets.Dataset.from_dict(rows) for name in ("train", "validation_matched", "test")}
 
-    def load(*arguments: str) -> Any:
-        asked.append(arguments)
+    def load(path: str, name: str | None) -> Any:
+        asked.append((path, name))
         return datasets.DatasetDict(splits)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -71,7 +71,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts(found, "sentence") == ["a", "b"]
     assert read_table("glue:mnli:test", None, ()).source == "glue:mnli:test (test)"
     assert read_table("owner/set", "train", ()).source == "owner/set (train)"
-    assert asked == [("glue", "mnli"), ("glue", "mnli"), ("owner/set",)]
+    assert asked == [("glue", "mnli"), ("glue", "mnli"), ("owner/set", None)]
     refuse("give one of them", read_table, "glue:mnli:test", "train", ())
     refuse("no split 'dev'; it has 'train', 'validation_matched', 'test'", read_table, "glue:mnli", "dev", ())
 
@@ -79,7 +79,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def load(*_: str) -> Any:
+    def load(path: str, name: str | None) -> Any:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
