@@ -243,6 +243,8 @@ def _windows(run: Run, ids: Sequence[int], window: int) -> Outcome:
     windows, _ = pack([ids], window, None)
     samples = run.options.samples
     if samples is not None and samples < len(windows):
+        told = f"{samples:,} of {len(windows):,} windows drawn with seed {run.options.seed}"
+        run.notes.append(f"{window_name(window)}: {told}")
         rng = np.random.default_rng(run.options.seed)
         windows = windows[np.sort(rng.choice(len(windows), samples, replace=False))]
     feeds = text_feeds(

@@ -325,6 +325,7 @@ def test_rows_of_wikitext_are_one_text(tmp_path: Path) -> None:
         tmp_path, model, "--task", "perplexity", "--data", data, "--tokenizer", folder, "--window", 4, "--samples", 3
     )
     assert found["metrics"]["perplexity, windows of 4"]["samples"] == 3
+    assert found["notes"] == ["perplexity, windows of 4: 3 of 4 windows drawn with seed 0"]
 
 
 def test_questions(tokenizer: Path, tmp_path: Path) -> None:
