@@ -112,7 +112,7 @@ def dots(marks: Sequence[Mark], label: str, x_label: str, y_label: str) -> Marku
     x = Scale(0.5, max(m.x for m in shown) + 0.5, LEFT, WIDTH - RIGHT)
     y = Scale(max(low, high * 1e-6) * 0.8, high * 1.25, HEIGHT - BOTTOM, TOP, log=True)
     drawn = [_dot(x(m.x), y(max(m.y, y.low)), m) for m in shown]
-    return _framed(label, x, y, lambda v: f"{v:.0f}", power_of_ten, x_label, y_label, *drawn)
+    return _framed(label, x, y, whole_number, power_of_ten, x_label, y_label, *drawn)
 
 
 def scatter(marks: Sequence[Mark], label: str, x_label: str, y_label: str, x_format: Format, y_format: Format) -> Markup:
@@ -153,6 +153,11 @@ def intervals(rows: Sequence[tuple[str, float, float, float, int]], label: str, 
 def percent(value: float) -> str:
     """Returns a share from 0 to 1 in percent."""
     return f"{100 * value:g} %"
+
+
+def whole_number(value: float) -> str:
+    """Returns a number from 1 on that is whole; others are left blank."""
+    return f"{value:.0f}" if value >= 1 and abs(value - round(value)) < 1e-9 else ""
 
 
 def power_of_ten(value: float) -> str:

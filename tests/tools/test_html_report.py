@@ -17,7 +17,7 @@ import pytest
 from liar_opt.tools import cli
 from liar_opt.tools.html_elements import Markup, element
 from liar_opt.tools.html_report import MARK, render
-from liar_opt.tools.svg_charts import Scale, round_ticks
+from liar_opt.tools.svg_charts import Scale, round_ticks, whole_number
 
 NASTY = "</title><script>alert(1)</script>&\"'"
 VOID = {"meta", "br"}
@@ -223,6 +223,7 @@ def test_scales() -> None:
     assert round_ticks(-7, 12) == pytest.approx([-5, 0, 5, 10])
     assert Scale(2e-4, 3.0, 0, 1, log=True).ticks() == pytest.approx([1e-3, 1e-2, 1e-1, 1])
     assert all(math.isfinite(t) for t in Scale(1, 1, 0, 1).ticks())
+    assert [whole_number(v) for v in (0.0, 0.5, 1.0, 1.5, 12.0)] == ["", "", "1", "", "12"]
 
 
 def test_a_group_that_lost_nothing_is_no_mark() -> None:
