@@ -16,6 +16,7 @@ from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData
+from liar_opt.runtime.compare import TOLERANCES
 from liar_opt.runtime.errors import CheckError
 
 TEXT = """f (float[b, s, 6] x) => (float[b, s, 5] y) { u = MatMul(x, w1)  h = Relu(u)  v = MatMul(h, w2)  k = Tanh(v)
@@ -118,3 +119,21 @@ def test_half_precision_keeps_the_shape_of_its_output() -> None:
     state = load_state(proto)
     shapes = [len(v.type.tensor_type.shape.dim) for v in state.model.to_proto().graph.output]
     assert shapes == [len(v.type.tensor_type.shape.dim) for v in proto.graph.output]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rounding_that_the_model_magnifies_by_itself_is_no_fault_of_the_cut(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("liar_opt.frontend.onnx_model.STUB_LIMIT", 0)  # every weight counts as large
+    monkeypatch.setitem(TOLERANCES, "float32", 1e-12)
+    state = cut()
+    if wrong:
+        constant(state, "w2")[0, 0] += 0.5
+        with pytest.raises(CheckError, match="differs"):
+            VerifyModelPass()(state)
+        return
+    VerifyModelPass()(state)
+    facts = state.facts["verification"]
+    assert 1e-8 < facts["rounding"] < 1e-5
+    assert 1e-12 < facts["exact_difference"] <= 16 * facts["rounding"]
