@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import wave
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,6 +27,7 @@ from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.dev.smollm2 import _fetched, _pip
 
 START, NO_TIMESTAMPS, END = 50257, 50362, 50256
+PROMPT = (START, NO_TIMESTAMPS)
 RATE = 16000
 CONFIG = {
     "d_model": 384,
@@ -141,6 +142,26 @@ def _translated(variables: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndar
         for letter, part in zip(letters, np.split(value, len(letters)), strict=True):
             if not (letter == "k" and leaf == "bias"):  # keys have no bias: it is zero here
                 yield f"{head}{attention}.{letter}_proj.{leaf}", part
+
+
+def write(choose: Callable[[Sequence[int]], Sequence[int]], limit: int, draft: Sequence[int] = ()) -> list[int]:
+    """Greedy decoding, many tokens in a run of the model.
+
+    A guess is right where every token is what the model chooses after those before it. As long as it is not, all tokens
+    become what the model chose, which makes at least one more of them right each time. The draft changes the time alone.
+
+    Args:
+        choose: takes tokens, and returns the most probable next one after each of them.
+        limit: tokens at most.
+        draft: a first guess of the tokens behind the prompt.
+    """
+    guess = list(draft)
+    while True:
+        found = list(choose([*PROMPT, *guess]))[len(PROMPT) - 1 :][:limit]
+        found = found[: found.index(END)] if END in found else found
+        if found == guess:
+            return found
+        guess = found
 
 
 # The sounds ------------------------------------------------------------------------------------------------------------
