@@ -23,7 +23,9 @@ from liar_opt.runtime.compare import output_rows
 from liar_opt.runtime.sessions import as_array, element_type
 
 PROBE_BATCHES = 2
-"""Held-back batches on which outputs are compared."""
+"""Held-back batches on which outputs are compared, at most."""
+ENOUGH_ROWS = 1024
+"""Real rows in those batches from which on no other is taken: the rest of the model runs once for each group."""
 PROBE_OUTPUTS = 4
 """Outputs that are compared, the first ones: a decoder has dozens of caches behind its logits."""
 PROBE_ROWS = 256
@@ -46,9 +48,19 @@ class DenseRun(SegmentRun):
         self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
     ) -> None:
         super().__init__(options, state, wide, segments)
-        self.probed = sorted(self.held)[:PROBE_BATCHES] or [0]
+        self.probed = self._probed()
         self.outputs = [t.name for t in self.walk.model.graph.outputs if is_float(t.dtype)][:PROBE_OUTPUTS]
         self.dense = self._ends(self._rest(None, self.outputs), self.outputs)
+
+    def _probed(self) -> list[int]:
+        """Returns the held-back batches that are enough to compare outputs on."""
+        found, rows = [], 0
+        for i in sorted(self.held)[:PROBE_BATCHES] or [0]:
+            if rows < ENOUGH_ROWS:
+                found.append(i)
+                mask = self.data.row_masks[i]
+                rows += next(iter(self.data.batches[i].values())).size if mask is None else int(mask.sum())
+        return found
 
     def repaired(self, group: ChannelGroup, measured: Sequence[Measured], blocks: NDArray[np.int64]) -> list[Patch]:
         """Repairs the consumers of one group for a set of kept blocks."""
@@ -97,7 +109,7 @@ class DenseRun(SegmentRun):
         """Runs it on the probed batches and returns rows of the outputs, the same ones each time."""
         if not outputs:
             return [{} for _ in self.probed]
-        session = load_segment(rest, self.state.device, self.memory.tight)
+        session = load_segment(rest, self.state.device, lean=True)  # it runs once or twice: nothing is packed for it
         result = []
         for i in self.probed:
             values = run_segment(session, {**self.data.batches[i], **self.alive[i]}, outputs, outputs)
