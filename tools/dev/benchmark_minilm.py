@@ -38,6 +38,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary
@@ -580,6 +581,7 @@ def setting(seed: int) -> dict[str, Any]:
         "versions": versions,
         "processor": processor,
         "cores": os.cpu_count(),
+        "blas": sorted({pool.get("architecture", "?") for pool in threadpool_info() if pool["user_api"] == "blas"}),
     }
 
 
@@ -592,7 +594,7 @@ def markdown(results: Mapping[str, Any]) -> Iterator[str]:
             yield f"### {name.capitalize()}\n\n`{data['command']}`"
             yield (
                 f"Seed {given['seed']}; commit {given['commit']}, {given['date']}; {given['cores']} cores, "
-                f"{given['processor']};\n{versions}."
+                f"{given['processor']}, BLAS kernels for {' and '.join(given['blas'])};\n{versions}."
             )
             yield show(data)
 
