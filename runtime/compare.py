@@ -25,6 +25,8 @@ ROUNDING_FACTOR = 16.0
 
 def allowed_difference(dtype: str, rounding: float) -> float:
     """Returns the tolerance for a model whose outputs move by ``rounding`` when each weight is rounded once."""
+    if rounding == 0.0:
+        return TOLERANCES[dtype]
     return max(TOLERANCES[dtype], min(ROUNDING_FACTOR * rounding, LOOSEST[dtype]))
 
 
