@@ -45,6 +45,25 @@ def kept_width(group: ChannelGroup, ratio: float, multiple_of: int) -> int:
     return min(kept, group.size)
 
 
+def require_allocatable(state: State, allocate: str, multiple_of: int) -> None:
+    """Checks what every pass that finds widths by an allocation needs.
+
+    Raises:
+        OptionError: the allocation is unknown, or ``multiple_of`` is below one.
+        ModelError: there is nothing to prune.
+    """
+    lookup("allocation", ALLOCATIONS, allocate)
+    if multiple_of < 1:
+        raise OptionError(f"multiple-of {multiple_of} is below 1")
+    if not state.groups:
+        raise _nothing_to_prune(state)
+
+
+def _nothing_to_prune(state: State) -> ModelError:
+    name = f"'{state.model.source}'" if state.model.source else "the model"
+    return ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+
+
 def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -> float:
     """Returns how many parameters go when ``keep`` blocks of each group stay."""
     return sum(g.parameters * (1.0 - keep[g.name] / g.size) for g in groups)
@@ -131,8 +150,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         if self.uniform and self.allocate in MEASURED:
             raise OptionError(f"uniform widths and allocation '{self.allocate}' exclude each other; give one of them")
         if not state.groups and not (self.values and state.values):
-            name = f"'{state.model.source}'" if state.model.source else "the model"
-            raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+            raise _nothing_to_prune(state)
         for kind in (*KINDS, VALUES):
             if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")

@@ -20,15 +20,14 @@ import numpy as np
 import onnx
 
 from liar_opt.frontend.onnx_model import Stored
-from liar_opt.passes.allocate_widths import menus_of
+from liar_opt.passes.allocate_widths import menus_of, require_allocatable
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, cut_arrays
-from liar_opt.passes.registry import lookup
 from liar_opt.runtime.compare import DifferenceMeter
-from liar_opt.runtime.errors import InternalError, ModelError, OptionError
+from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.sessions import Session
 
 Metric = Callable[[onnx.ModelProto], float]
@@ -84,12 +83,7 @@ class LimitDropPass(Pass[list[Menu]]):
             ModelError: there is nothing to prune.
         """
         parse_drop(self.max_drop)
-        lookup("allocation", ALLOCATIONS, self.allocate)
-        if self.multiple_of < 1:
-            raise OptionError(f"multiple-of {self.multiple_of} is below 1")
-        if not state.groups:
-            name = f"'{state.model.source}'" if state.model.source else "the model"
-            raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+        require_allocatable(state, self.allocate, self.multiple_of)
 
     def plan(self, state: State) -> list[Menu]:
         """Returns what each group may become."""

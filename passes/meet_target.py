@@ -29,13 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import Stored
-from liar_opt.passes.allocate_widths import menus_of
+from liar_opt.passes.allocate_widths import menus_of, require_allocatable
 from liar_opt.passes.allocations import ALLOCATIONS
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, file_bytes, operations, session_of
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.prune_groups import cut_arrays
-from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.user_cache import cache_folder
@@ -126,12 +125,7 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
             ModelError: there is nothing to prune.
         """
         parse_target(self.target)
-        lookup("allocation", ALLOCATIONS, self.allocate)
-        if self.multiple_of < 1:
-            raise OptionError(f"multiple-of {self.multiple_of} is below 1")
-        if not state.groups:
-            name = f"'{state.model.source}'" if state.model.source else "the model"
-            raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+        require_allocatable(state, self.allocate, self.multiple_of)
 
     def plan(self, state: State) -> tuple[dict[str, int], dict[str, Any]]:
         """Returns the number of blocks that stay, by group name, and what the report says of the search.
