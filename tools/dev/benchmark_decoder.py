@@ -10,6 +10,7 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 - selection: LIAR; magnitude, activation-weighted, greedy.
 - weighting: greedy and LIAR; every row alike, or by the residual stream.
 - calibration: greedy and LIAR; text, or what the dense model writes by itself.
+- allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves, by FLAP's threshold.
 """
 
 import argparse
@@ -45,6 +46,7 @@ TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "selection": [(s, {"score": s}) for s in ("magnitude", "activation-weighted", "greedy")],
     "weighting": [(w, {"weighting": w}) for w in ("none", "stream")],
     "calibration": [("text", {"calibration": "brown"}), (SELF, {"calibration": SELF})],
+    "allocation": [("uniform", {}), *((a, {"allocate": a}) for a in ("curves", "flap"))],
 }
 
 
@@ -74,7 +76,7 @@ def cell(work: "Workplace", ratio: float, choice: Mapping[str, Any]) -> dict[str
     given = dict(choice)
     ids = work.calibration(given.pop("calibration"))
     began = time.perf_counter()
-    extra = given.pop("allocation", {"sparsity": ratio, "allocate": "uniform"})
+    given.setdefault("allocate", "uniform")
     result = prune(
         work.model,
         feed(ids),
@@ -83,8 +85,8 @@ def cell(work: "Workplace", ratio: float, choice: Mapping[str, Any]) -> dict[str
         seed=work.options.seed,
         provider="cpu",
         latency=False,
+        sparsity=ratio,
         **given,
-        **extra,
     )
     pruned = time.perf_counter() - began
     found = measure(result.model, work.held)
