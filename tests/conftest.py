@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
         kept = Path(folder).resolve() / zoo.fingerprint()
         zoo._session_folder = functools.cache(lambda: kept)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread (two test workers share two cores), transformers without its chatter."""
+    import torch
+
+    from liar_opt.frontend.hf_checkpoint import quiet_loading
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

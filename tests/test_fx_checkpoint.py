@@ -5,8 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,11 @@ import transformers
 import zoo_fx
 
 import liar_opt
-from liar_opt.frontend.hf_checkpoint import quiet_loading, without_cache
+from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.prune_module import ModuleResult, prune_module
 from liar_opt.tools.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What the configuration says for each architecture: the fields that change for a narrower FFN and fewer heads.
 FIELDS = {
@@ -32,16 +32,6 @@ FIELDS = {
     "t5": {"d_ff", "num_heads"},
     "whisper": {"encoder_ffn_dim", "decoder_ffn_dim"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with quiet_loading(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-    torch.set_num_threads(threads)
 
 
 def run(module: Any, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -3,8 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ import pytest
 import torch
 
 import liar_opt
-from liar_opt.frontend.hf_checkpoint import quiet_loading
 from liar_opt.passes.prune_module import ModuleResult, prune_module
 from liar_opt.tools import demo_assets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SENTENCES = [
     "The cat sat on the mat.",
@@ -25,16 +24,6 @@ SENTENCES = [
     "Short one.",
 ]
 TEXTS = [f"{a} {b}" for a in SENTENCES for b in SENTENCES for _ in range(2)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with quiet_loading(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

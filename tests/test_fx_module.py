@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,12 @@ from torch import nn
 import liar_opt
 from liar_opt.frontend.fx_module import Executor, Sym, analyse, example_from, lower, trace
 from liar_opt.frontend.fx_onnx import export_onnx
-from liar_opt.frontend.hf_checkpoint import quiet_loading, without_cache
+from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prune_module import ModuleResult
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Attention(nn.Module):
@@ -82,14 +82,8 @@ class Branching(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded() -> None:
     torch.manual_seed(0)
-    with quiet_loading(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-    torch.set_num_threads(threads)
 
 
 def batches(count: int = 4) -> list[dict[str, Any]]:

@@ -5,30 +5,21 @@ in a forward hook.
 """
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import zoo_fx
 
-from liar_opt.frontend.hf_checkpoint import quiet_loading, without_cache
+from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.groups import kept_positions
 from liar_opt.passes.prune_module import ModuleResult, prune_module
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RTOL = 1e-4
 RATIOS = {"ffn": 0.5, "heads": 0.4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with quiet_loading(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-    torch.set_num_threads(threads)
 
 
 def run(module: Callable[..., Any], arrays: dict[str, Any]) -> list[torch.Tensor]:

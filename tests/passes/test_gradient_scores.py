@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch
 from liar_opt import prune
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES, gradient_values
 from liar_opt.runtime.errors import OptionError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTH, HIDDEN, CLASSES = 6, 20, 3
 
@@ -50,14 +51,6 @@ FEEDS = [{"x": batch(100 + i)[0]["x"].numpy()} for i in range(6)]
 def cross_entropy(outputs: Any, labels: Any) -> torch.Tensor:
     (logits,) = outputs.values()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def by_masks(net: Net) -> list[Any]:
