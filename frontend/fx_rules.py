@@ -290,14 +290,7 @@ def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
 @rule("cat", "concat", domain=DOMAIN)
 def _cat(w: GraphWalk, node: gs.Node) -> None:
     operands = [_axes(w, node, i) for i in range(len(node.inputs))]
-    dim = int(node.attrs["dim"]) % len(operands[0])
-    result = list(operands[0])
-    for other in operands[1:]:
-        for i, factor in enumerate(other):
-            if i != dim:
-                w.unify(result[i], factor)
-    result[dim] = w.algebra.join([a[dim] for a in operands])
-    w.output(node, tuple(result))
+    w.output(node, w.concatenate(operands, int(node.attrs["dim"]) % len(operands[0])))
 
 
 @rule("stack", domain=DOMAIN)

@@ -275,6 +275,16 @@ class GraphWalk:
             result.append(full[0] if full else aligned[0])
         return tuple(result)
 
+    def concatenate(self, operands: Sequence[Axes], axis: int) -> Axes:
+        """Unifies all axes but one of tensors of one rank, joins that one and returns the axes of the result."""
+        result = list(operands[0])
+        for other in operands[1:]:
+            for i, factor in enumerate(other):
+                if i != axis:
+                    self.unify(result[i], factor)
+        result[axis] = self.algebra.join([a[axis] for a in operands])
+        return tuple(result)
+
     def fresh(self, size: int, pin: str | None = None) -> Factor:
         """Returns a new factor."""
         return self.algebra.fresh(size, pin)
@@ -874,13 +884,7 @@ def _concat(w: GraphWalk, node: gs.Node) -> None:
     operands = [w.input_axes(node, i) for i in range(len(node.inputs))]
     known = [a for a in operands if a is not None]
     axis = int(node.attrs["axis"]) % len(known[0])
-    result = list(known[0])
-    for other in known[1:]:
-        for i, factor in enumerate(other):
-            if i != axis:
-                w.unify(result[i], factor)
-    result[axis] = w.algebra.join([a[axis] for a in known])
-    w.output(node, tuple(result))
+    w.output(node, w.concatenate(known, axis))
     for tensor in node.inputs:
         w.cache(tensor, node.outputs[0], axis)
 
