@@ -6,16 +6,22 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.signatures import InputSpec
 
 if TYPE_CHECKING:
     import torch
+
+
+def symbolic_axes(signature: Sequence[InputSpec]) -> dict[str, list[int]]:
+    """Returns the axes of each input that have no size."""
+    return {s.name: [i for i, d in enumerate(s.shape) if isinstance(d, str)] for s in signature}
 
 
 def export_onnx(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.fx_module import FxModel
-from liar_opt.frontend.fx_onnx import export_onnx
+from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.passes.base import Pipeline, State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
@@ -53,8 +53,7 @@ class OnnxRun(SegmentRun):
     def _exported(self) -> State:
         model = self.state.model
         assert isinstance(model, FxModel) and model.module is not None
-        symbolic = {s.name: [i for i, d in enumerate(s.shape) if isinstance(d, str)] for s in model.signature}
-        exported = load_state(export_onnx(model.module, self.state.facts["example"], symbolic))
+        exported = load_state(export_onnx(model.module, self.state.facts["example"], symbolic_axes(model.signature)))
         exported.progress, exported.calibration = self.state.progress, self.data
         Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(exported)
         return exported

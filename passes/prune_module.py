@@ -29,7 +29,7 @@ from liar_opt.frontend.fx_module import (
     to_torch,
     trace,
 )
-from liar_opt.frontend.fx_onnx import export_onnx
+from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, cut_program, planned_state
 from liar_opt.frontend.hf_checkpoint import (
     FieldChange,
@@ -377,8 +377,7 @@ class ModuleResult(PruneResult):
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
         """The pruned module, exported to ONNX."""
-        symbolic = {s.name: [i for i, d in enumerate(s.shape) if isinstance(d, str)] for s in self._model.signature}
-        return export_onnx(self.module, self._example, symbolic)
+        return export_onnx(self.module, self._example, symbolic_axes(self._model.signature))
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the module, whole or not at all: ``.onnx`` and ``.pt2`` files, or a transformers checkpoint folder.
@@ -584,6 +583,19 @@ def inspect_module(
     report["prunable_parameters"] = sum(g.parameters for g in state.groups)
     report["refusals"] = [asdict(r) for r in result.refusals]
     return Inspection(state.model, state.groups, result.refusals, report)
+
+
+def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -> None:
+    """Writes a transformers checkpoint as ONNX, for what only reads ONNX.
+
+    Raises:
+        ModelError: it cannot be loaded, traced or exported.
+        OptionError: nothing says what its inputs are.
+    """
+    state = _load(folder, None, None, allow_pickle)
+    model = _fx(state)
+    assert model.module is not None
+    write_model(*lightened(export_onnx(model.module, state.facts["example"], symbolic_axes(model.signature))), path)
 
 
 def _device(provider: str) -> str:

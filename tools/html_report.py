@@ -14,15 +14,13 @@ from liar_opt.tools import eval_command
 from liar_opt.tools import report as tables
 from liar_opt.tools.html_elements import Markup, document, element, joined, table
 from liar_opt.tools.report import Report, milliseconds, quantity
-from liar_opt.tools.svg_charts import Mark, columns, dots, intervals, lines, percent, scatter
+from liar_opt.tools.svg_charts import CHART_STYLE, Mark, columns, dots, intervals, lines, percent, scatter
 
 MARK = "<!DOCTYPE html><!-- liar-opt report -->"
 """How the page begins: a file that does so may be replaced."""
-STYLE = """
-:root { --paper: #ffffff; --ink: #1c2330; --soft: #5b6575; --grid: #e3e7ee; --box: #f5f7fa;
-  --k0: #2563c9; --k1: #c25e10; --k2: #1d7f4f; --k3: #7b49c4; --k4: #b3324f; --k5: #66750f; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e6e9ef; --soft: #a3adbd; --grid: #2c323d;
-  --box: #1c2029; --k0: #7fb0ff; --k1: #f2a35e; --k2: #6fd3a0; --k3: #c3a1f7; --k4: #f58aa3; --k5: #c3d263; } }
+STYLE = (
+    CHART_STYLE
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 1rem; }
@@ -41,24 +39,21 @@ th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--grid);
 .number { text-align: right; }
 td:first-child { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 8rem; }
 svg { display: block; width: 100%; height: auto; }
-.ink { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.grid { stroke: var(--grid); } .axis { stroke: var(--soft); } .gone { fill: var(--grid); }
-.line { fill: none !important; stroke-width: 1.8; } .ring { fill: var(--paper) !important; stroke-width: 1.5; }
-.k0 { fill: var(--k0); stroke: var(--k0); } .k1 { fill: var(--k1); stroke: var(--k1); }
-.k2 { fill: var(--k2); stroke: var(--k2); } .k3 { fill: var(--k3); stroke: var(--k3); }
-.k4 { fill: var(--k4); stroke: var(--k4); } .k5 { fill: var(--k5); stroke: var(--k5); }
 .key { display: inline-block; margin-right: 1rem; white-space: nowrap; }
 .key svg { display: inline-block; width: .8rem; height: .8rem; vertical-align: -1px; margin-right: .3rem; }
 pre { overflow-x: auto; background: var(--box); padding: .7rem; border-radius: .4rem; font-size: .8rem; }
 summary { cursor: pointer; }
 """
+)
 
 
 def render(report: Report) -> str:
-    """Returns the page of a report of ``prune``, a dry run of it, or ``eval``."""
+    """Returns the page of a report of ``prune``, a dry run of it, ``inspect``, or ``eval``."""
     if report.get("command") == "eval":
         return document(f"liar-opt: {report['task']}", MARK, STYLE, *_evaluation(report), _details(report))
     name = PurePath(report["model"]["path"] or "a model in memory").name
+    if "prunable_parameters" in report:  # nothing was chosen
+        return document(f"liar-opt inspect: {name}", MARK, STYLE, *_inspection(report, name), _details(report))
     return document(f"liar-opt: {name}", MARK, STYLE, *_pruning(report, name), _details(report))
 
 
@@ -88,8 +83,23 @@ def _pruning(report: Report, name: str) -> Iterator[Markup | None]:
     if report.get("evaluation"):
         yield _section("Score against size and latency", *_score(report))
     yield _section("Every group", table(tables.groups_pruned(report)))
+    yield _refused(report)
+
+
+def _inspection(report: Report, name: str) -> Iterator[Markup]:
+    share = tables.percent(report["prunable_parameters"], report["before"]["parameters"])
+    yield element("h1", name)
+    yield element("p", f"{share} of {report['before']['parameters']:,} parameters could be narrower", class_="lead")
+    for line in report["model"]["notes"]:
+        yield element("p", line)
+    found = table(tables.groups_found(report, explain=True)) if report["groups"] else element("p", "None was found.")
+    yield _section("Groups that may be pruned", found)
+    yield _refused(report)
+
+
+def _refused(report: Report) -> Markup:
     refused = table(tables.refusals(report, explain=True)) if report["refusals"] else element("p", "Nothing was refused.")
-    yield _section("Left alone, and why", refused)
+    return _section("Left alone, and why", refused)
 
 
 def _section(title: str, *children: str | None) -> Markup:

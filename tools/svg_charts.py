@@ -1,7 +1,7 @@
 """Charts as inline SVG: small functions of numbers, as wide as a phone, drawn in the colours of the page's style.
 
-Classes name the colours: ``k0`` to ``k5`` are series, ``grid``, ``axis`` and ``ink`` the rest. A ``title`` inside a mark is
-what a browser shows when it is pointed at.
+Classes name the colours of :data:`CHART_STYLE`: ``k0`` to ``k5`` are series, ``grid``, ``axis`` and ``ink`` the rest. A
+``title`` inside a mark is what a browser shows when it is pointed at.
 """
 
 import math
@@ -15,6 +15,20 @@ LEFT, RIGHT, TOP, BOTTOM = 54.0, 24.0, 12.0, 36.0
 SERIES = 6
 ROW = 34.0
 Format = Callable[[float], str]
+KEY_ROW = 15.0
+CHART_STYLE = """
+:root { --paper: #ffffff; --ink: #1c2330; --soft: #5b6575; --grid: #e3e7ee; --box: #f5f7fa;
+  --k0: #2563c9; --k1: #c25e10; --k2: #1d7f4f; --k3: #7b49c4; --k4: #b3324f; --k5: #66750f; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e6e9ef; --soft: #a3adbd; --grid: #2c323d;
+  --box: #1c2029; --k0: #7fb0ff; --k1: #f2a35e; --k2: #6fd3a0; --k3: #c3a1f7; --k4: #f58aa3; --k5: #c3d263; } }
+.ink { fill: var(--soft); font: 11px system-ui, sans-serif; }
+.grid { stroke: var(--grid); } .axis { stroke: var(--soft); } .gone { fill: var(--grid); }
+.line { fill: none !important; stroke-width: 1.8; } .ring { fill: var(--paper) !important; stroke-width: 1.5; }
+.k0 { fill: var(--k0); stroke: var(--k0); } .k1 { fill: var(--k1); stroke: var(--k1); }
+.k2 { fill: var(--k2); stroke: var(--k2); } .k3 { fill: var(--k3); stroke: var(--k3); }
+.k4 { fill: var(--k4); stroke: var(--k4); } .k5 { fill: var(--k5); stroke: var(--k5); }
+"""
+"""Colours, for readers of light and of dark pages."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,41 @@ def scatter(marks: Sequence[Mark], label: str, x_label: str, y_label: str, x_for
     return _framed(label, x, y, x_format, y_format, x_label, y_label, *drawn)
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its name, its points, and its colour."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    series: int
+
+
+def trends(drawn: Sequence[Line], label: str, x_label: str, y_label: str) -> Markup:
+    """Lines with a dot at every point on linear axes, and their names below."""
+    x = _around([px for line in drawn for px, _ in line.points], LEFT, WIDTH - RIGHT)
+    y = _around([py for line in drawn for _, py in line.points], HEIGHT - BOTTOM, TOP)
+    shapes = []
+    for index, line in enumerate(drawn):
+        places = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in line.points)
+        shapes.append(element("polyline", points=places, class_=f"line k{line.series % SERIES}"))
+        shapes += [
+            _dot(x(px), y(py), Mark(px, py, line.series, f"{line.name}: {py:.4f} at {px:.4g}")) for px, py in line.points
+        ]
+        left, top = (LEFT, (LEFT + WIDTH) / 2)[index % 2], HEIGHT + KEY_ROW * (index // 2) + 6
+        shapes.append(element("circle", cx=left, cy=top, r=4.0, class_=f"dot k{line.series % SERIES}"))
+        shapes.append(element("text", line.name, x=left + 9, y=top + 4, class_="ink"))
+    below = KEY_ROW * -(-len(drawn) // 2)
+    return _framed(label, x, y, lambda v: f"{v:g}", percent, x_label, y_label, *shapes, below=below)
+
+
+def standalone(chart: Markup) -> str:
+    """Returns a chart as the text of an SVG file, on paper of its own: the page around it may be light or dark."""
+    paper = element("rect", width="100%", height="100%", fill="var(--paper)")
+    style = element("style", Markup(CHART_STYLE))
+    inside = chart.removeprefix("<svg")
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{inside.replace(">", f">{style}{paper}", 1)}\n'
+
+
 def intervals(rows: Sequence[tuple[str, float, float, float, int]], label: str, x_label: str) -> Markup:
     """Differences with their ends, one under the other, and zero: (name, difference, low, high, series) each."""
     height = ROW * len(rows) + BOTTOM
@@ -181,14 +230,22 @@ def _dot(x: float, y: float, mark: Mark, radius: float = 3.5) -> Markup:
 
 
 def _framed(
-    label: str, x: Scale | None, y: Scale, x_format: Format, y_format: Format, x_label: str, y_label: str, *drawn: Markup
+    label: str,
+    x: Scale | None,
+    y: Scale,
+    x_format: Format,
+    y_format: Format,
+    x_label: str,
+    y_label: str,
+    *drawn: Markup,
+    below: float = 0.0,
 ) -> Markup:
-    """Axes and grid around what is drawn."""
+    """Axes and grid around what is drawn, with some space below for its own use."""
     frame = []
     for value in y.ticks():
         frame.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value), class_="grid"))
         frame.append(element("text", y_format(value), x=LEFT - 5, y=y(value) + 4, text_anchor="end", class_="ink"))
-    for value in [] if x is None else x.ticks(4):
+    for value in [] if x is None else x.ticks():
         assert x is not None
         frame.append(
             element("text", x_format(value), x=x(value), y=HEIGHT - BOTTOM + 14, text_anchor="middle", class_="ink")
@@ -198,7 +255,7 @@ def _framed(
     frame.append(element("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="ink"))
     turned = f"translate(10 {middle:.0f}) rotate(-90)"
     frame.append(element("text", y_label, transform=turned, text_anchor="middle", class_="ink"))
-    return _svg(label, HEIGHT, *frame, *drawn)
+    return _svg(label, HEIGHT + below, *frame, *drawn)
 
 
 def _svg(label: str, height: float, *drawn: Markup) -> Markup:

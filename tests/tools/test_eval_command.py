@@ -216,6 +216,27 @@ def test_what_lies_beside_the_model_is_used(labelled: tuple[Path, Path, Path], t
     assert values(found) == {"accuracy": [0.9]}
 
 
+def test_a_checkpoint_is_exported(tmp_path: Path) -> None:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = words.save_tokenizer(tmp_path / "checkpoint")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=WORDS, num_labels=3, **sizes, initializer_range=0.5)
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    texts = sentences(24)
+    with torch.no_grad():
+        said = [int(model(torch.tensor([tokens(text)])).logits.argmax()) for text in texts]
+    rows = [{"text": t, "label": n if i % 4 else (n + 1) % 3} for i, (t, n) in enumerate(zip(texts, said, strict=True))]
+    data = jsonl(tmp_path / "set.jsonl", rows)
+    found = report(tmp_path, folder, "--task", "classification", "--data", data, "--metric", "accuracy")
+    assert values(found) == {"accuracy": [0.75]}
+    assert found["models"][0]["name"] == "checkpoint"
+    assert found["models"][0]["bytes"] == (folder / "model.safetensors").stat().st_size
+
+
 def test_pairs_as_glue_has_them(tokenizer: Path, tmp_path: Path) -> None:
     model = make(tmp_path / "m.onnx", CLASSIFIER, head=head(3))
     first, second = sentences(30, 1), sentences(30, 2)

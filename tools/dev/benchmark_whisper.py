@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from benchmark_minilm import say, setting, table
 
 from liar_opt.passes.prune_model import PruneResult, prune
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.tools.dev.benchmark_minilm import say, setting, table
 from liar_opt.tools.dev.whisper_tiny import (
     PROMPT,
     RATE,
@@ -227,8 +227,8 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def main() -> int:
-    """The command."""
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description="measure liar-opt on Whisper tiny.en")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
     parser.add_argument("--calibration-sounds", type=int, default=48, help="of one half of the sounds")
@@ -238,7 +238,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=cache_folder() / "whisper", help="where the model is, or is made")
     parser.add_argument("--cells", type=Path, default=cache_folder() / "whisper-cells.json", help="finished cells")
-    for text in markdown(Workplace(options := parser.parse_args()), options.ratios):
+    return parser
+
+
+def main() -> int:
+    """The command."""
+    for text in markdown(Workplace(options := parser().parse_args()), options.ratios):
         print(text, end="", flush=True)
     return 0
 

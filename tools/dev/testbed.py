@@ -1,0 +1,343 @@
+"""The testbed: four models that stand for what users have, dense and at each sparsity, on real tasks.
+
+    python tools/dev/testbed.py                                  # what is missing, then the tables; 40 minutes on 2 cores
+    python tools/dev/testbed.py --only sentiment --ratios 0.5    # one cell
+    python tools/dev/testbed.py --seconds 800                    # begins no cell after so long; the next call goes on
+    python tools/dev/testbed.py --tables-only --chart docs/testbed.svg
+
+- sentiment: MiniLM fine-tuned as a classifier of film reviews (`sentiment.py`); calibrated on texts of its train part.
+- minilm: all-MiniLM-L6-v2; calibrated on NYT editorials; cosine to itself on film reviews, and Spearman's correlation with
+  what people said of 1,225 pairs of news items (Lee et al. 2005) and of word pairs (WordSim-353, SimLex-999; gensim's test
+  data).
+- whisper: Whisper tiny.en (`benchmark_whisper.py`): word error rate.
+- smollm2: SmolLM2-135M-Instruct (`smollm2.py`): perplexity on Wikipedia, windows of 128; calibrated on Brown.
+
+A cell is two commands of the product, `liar-opt --sparsity` with its defaults and `liar-opt eval` of the dense and the
+pruned model. What it found is kept in `--cells` (JSON) and not measured again. Two more belong to the classifier:
+
+- choice: other options at one half, on dev; what is best there is measured on test, once.
+- least: as much as 1 % of the accuracy on dev allows (`max_drop` with a metric), measured on test, once.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.tools import cli
+from liar_opt.tools.demo_assets import _moved_into_place, export_minilm, minilm_folder, sentences, split
+from liar_opt.tools.dev import sentiment, smollm2
+
+MODELS = ("sentiment", "minilm", "whisper", "smollm2")
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+REVIEWS = 1024
+WINDOW, WINDOWS, CALIBRATION_WINDOWS = 128, 64, 128
+HALF = 0.5
+CHOICES: dict[str, tuple[str, ...]] = {
+    "defaults": (),
+    "2,048 samples": ("--samples", "2048"),
+    "weighted by the stream": ("--weighting", "stream"),
+    "2,048 samples, weighted by the stream": ("--samples", "2048", "--weighting", "stream"),
+    "searched for a minute": ("--search", "60"),
+}
+LEAST_DROP = 0.01
+
+
+class Task(NamedTuple):
+    """One figure: what it is called, how `liar-opt eval` measures it, and which of its metrics it is."""
+
+    label: str
+    options: tuple[str, ...]
+    metric: str
+
+
+class Subject(NamedTuple):
+    """A model with what prunes and what measures it."""
+
+    model: Path
+    tokenizer: Path
+    calibration: tuple[str, ...]
+    tasks: tuple[Task, ...]
+
+
+Cell = dict[str, Any]
+Missing = tuple[str, Callable[[], Cell]]
+
+
+# The models and their data ---------------------------------------------------------------------------------------------
+
+
+def sentiment_subject(folder: Path, part: str = "test") -> Subject:
+    """The classifier, measured on one of its parts."""
+    bed = sentiment.ensure(folder / "sentiment")
+    task = Task("accuracy", ("--task", "classification", "--data", str(bed.part(part))), "accuracy")
+    return Subject(bed.model, bed.checkpoint, ("--calibration", str(bed.part("train"))), (task,))
+
+
+def sentiment_dev(folder: Path) -> Subject:
+    """The classifier, measured where options are chosen."""
+    return sentiment_subject(folder, "dev")
+
+
+def minilm_subject(folder: Path) -> Subject:
+    """MiniLM as it is."""
+    model = folder / "testbed" / "minilm.onnx"
+    if not model.is_file():
+        export_minilm(model)
+    reviews = (s.text for s in split("reviews", REVIEWS, 0).chosen)
+    texts = rows_file(folder / "testbed" / "reviews.jsonl", ({"text": text} for text in reviews))
+    nyt = rows_file(folder / "testbed" / "nyt.jsonl", ({"text": s.text} for s in sentences("nyt")))
+    tasks = [Task("cosine", ("--task", "embeddings", "--data", str(texts)), "cosine")]
+    for label, name, pairs in (
+        ("Lee50", "lee50", lee_pairs),
+        ("WordSim-353", "wordsim353", lambda: word_pairs("wordsim353.tsv")),
+        ("SimLex-999", "simlex999", lambda: word_pairs("simlex999.txt")),
+    ):
+        data = folder / "testbed" / f"{name}.jsonl"
+        if not data.is_file():
+            rows_file(data, ({"sentence1": a, "sentence2": b, "score": score} for a, b, score in pairs()))
+        tasks.append(Task(label, ("--task", "sts", "--data", str(data)), "spearman"))
+    return Subject(model, minilm_folder(), ("--calibration", str(nyt)), tuple(tasks))
+
+
+def smollm2_subject(folder: Path) -> Subject:
+    """The decoder."""
+    model, tokenizer = smollm2.ensure(folder / "smollm2")
+    files = {}
+    for name, windows in (("brown", CALIBRATION_WINDOWS), ("wikipedia", WINDOWS)):
+        files[name] = folder / "testbed" / f"{name}.txt"
+        if not files[name].is_file():
+            # more than a token a word, so that there are enough
+            lines = "\n".join(smollm2.draw(name, WINDOW * windows, 0)).splitlines()  # type: ignore[arg-type]
+            files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    calibration = ("--calibration", str(files["brown"]), "--samples", str(CALIBRATION_WINDOWS))
+    task = Task(
+        "perplexity",
+        ("--task", "perplexity", "--data", str(files["wikipedia"]), "--window", str(WINDOW), "--samples", str(WINDOWS)),
+        "perplexity",
+    )
+    return Subject(model, tokenizer, (*calibration, "--sequence-length", str(WINDOW), "--batch-size", "8"), (task,))
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    "sentiment": sentiment_subject,
+    "minilm": minilm_subject,
+    "smollm2": smollm2_subject,
+}
+
+
+def lee_pairs() -> Iterator[tuple[str, str, float]]:
+    """Pairs of news items with the mean of what people said: 0 (unlike) to 1 (alike)."""
+    texts = smollm2._gensim("lee.cor").decode("latin-1").splitlines()
+    said = np.array([line.split() for line in smollm2._gensim("similarities0-1.txt").decode("ascii").splitlines()], float)
+    for i, j in zip(*np.triu_indices(len(texts), 1), strict=True):
+        yield texts[i], texts[j], float(said[i, j])
+
+
+def word_pairs(name: str) -> Iterator[tuple[str, str, float]]:
+    """Pairs of words with what people said, of one of gensim's files."""
+    for line in smollm2._gensim(name).decode("utf-8").splitlines():
+        if not line.startswith("#"):
+            first, second, score = line.split("\t")
+            yield first, second, float(score)
+
+
+def rows_file(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
+    """Writes rows as .jsonl where the file is not there yet."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _moved_into_place(path) as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# Cells -----------------------------------------------------------------------------------------------------------------
+
+
+def _texts(*arguments: str | Path) -> list[str]:
+    return [str(a) for a in arguments]
+
+
+def run(*arguments: str) -> None:
+    """Runs the product's command in this process; its tables go to stderr.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        code = cli.main([*arguments, "--quiet"])
+    if code:
+        raise SystemExit(f"liar-opt {' '.join(arguments)} ended with {code}")
+
+
+def pruned(subject: Subject, output: Path, *options: str) -> Cell:
+    """Prunes with the command and says what became of the model."""
+    report = output.with_suffix(".json")
+    began = time.perf_counter()
+    run(
+        *_texts("prune", subject.model, "-o", output, *subject.calibration, "--tokenizer", subject.tokenizer),
+        *_texts(*options, "--provider", "cpu", "--no-latency", "--report", report),
+    )
+    return summary(json.loads(report.read_text(encoding="utf-8")), time.perf_counter() - began)
+
+
+def summary(report: dict[str, Any], seconds: float) -> Cell:
+    """What a cell keeps of the report of a pruning."""
+    groups = report["groups"]
+    gone = sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in groups)
+    return {
+        "parameters": [report[side]["parameters"] for side in ("before", "after")],
+        "removed": gone / sum(g["parameters"] for g in groups),
+        "widths": {g["name"]: [g["kind"], g["after"], g["before"]] for g in groups},
+        "prune_seconds": round(seconds, 1),
+    }
+
+
+def measured(subject: Subject, output: Path) -> dict[str, Cell]:
+    """Figures of the dense and the pruned model, by the label of their task."""
+    found = {}
+    for task in subject.tasks:
+        report = output.with_suffix(".eval.json")
+        run(
+            *_texts("eval", subject.model, output, *task.options, "--tokenizer", subject.tokenizer),
+            *_texts("--metric", task.metric, "--provider", "cpu", "--no-latency", "--report", report),
+        )
+        (metric,) = json.loads(report.read_text(encoding="utf-8"))["metrics"].values()
+        dense, value = metric["values"]
+        (difference,) = metric["differences"]
+        found[task.label] = {"dense": dense, "value": value, "samples": metric["samples"], **difference}
+    return found
+
+
+def subject_cell(make: Callable[[Path], Subject], folder: Path, *options: str) -> Cell:
+    """Prunes with some options and measures."""
+    subject = make(folder)
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "pruned.onnx"
+        return {**pruned(subject, output, *options), "tasks": measured(subject, output)}
+
+
+def least_cell(folder: Path) -> Cell:
+    """As small as the accuracy on dev allows; measured on test."""
+    from liar_opt.passes.prune_model import prune
+    from liar_opt.runtime.sessions import Session
+
+    dev, test = sentiment_dev(folder), sentiment_subject(folder)
+    bed = sentiment.Testbed(folder / "sentiment")
+    samples = [json.loads(line) for line in bed.part("dev").read_text(encoding="utf-8").splitlines()]
+    ids = sentiment.token_ids([s["sentence"] for s in samples], bed.checkpoint)
+    labels = np.array([s["label"] for s in samples])
+
+    def accuracy(model: Any) -> float:
+        session, right = Session(model.SerializeToString()), 0
+        for rows in sentiment.batches(ids, None):
+            logits = session.run(sentiment.padded([ids[row] for row in rows]), ["logits"], arrays=True)["logits"]
+            right += int((logits.argmax(-1) == labels[rows]).sum())
+        return right / len(ids)
+
+    began = time.perf_counter()
+    result = prune(
+        dev.model,
+        bed.part("train"),
+        tokenizer=dev.tokenizer,
+        max_drop=LEAST_DROP,
+        metric=accuracy,
+        provider="cpu",
+        latency=False,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        output = result.save(Path(name) / "pruned.onnx")
+        cell = {**summary(result.report, time.perf_counter() - began), "target": result.report["target"]}
+        return {**cell, "dev": measured(dev, output), "tasks": measured(test, output)}
+
+
+def whisper_cell(folder: Path, ratio: float) -> Cell:
+    """Word errors of both halves pruned with the defaults; dense at 0."""
+    from liar_opt.tools.dev.benchmark_whisper import Workplace, parser
+
+    work = Workplace(parser().parse_args(["--folder", str(folder / "whisper")]))
+    found = work.cell({"sparsity": ratio} if ratio else {})
+    return {key: found[key] for key in ("errors", "words", "left", "prune_seconds") if key in found}
+
+
+# Which there are -------------------------------------------------------------------------------------------------------
+
+
+def wanted(names: Sequence[str], ratios: Sequence[float], folder: Path, cells: dict[str, Cell]) -> Iterator[Missing]:
+    """Names of all cells in the order in which they are made, each with what makes it."""
+    for name in (n for n in MODELS if n in names):
+        for ratio in ratios:
+            if name == "whisper":
+                yield f"{name} {ratio:g}", partial(whisper_cell, folder, ratio)
+            else:
+                yield f"{name} {ratio:g}", partial(subject_cell, SUBJECTS[name], folder, "--sparsity", f"{ratio:g}")
+        if name == "whisper":
+            yield f"{name} 0", partial(whisper_cell, folder, 0.0)
+        if name == "sentiment":
+            half = ("--sparsity", f"{HALF:g}")
+            for label, options in CHOICES.items():
+                yield f"choice {label}", partial(subject_cell, sentiment_dev, folder, *half, *options)
+            best = best_choice(cells)
+            yield f"chosen {best}", partial(subject_cell, sentiment_subject, folder, *half, *CHOICES[best])
+            yield "least", partial(least_cell, folder)
+
+
+def best_choice(cells: dict[str, Cell]) -> str:
+    """The options that are best on dev, the simplest of equals."""
+    scores = {label: cells[f"choice {label}"]["tasks"]["accuracy"]["value"] for label in CHOICES}
+    return max(scores, key=lambda label: scores[label])
+
+
+def main() -> int:
+    """The command."""
+    from liar_opt.tools.dev import testbed_tables
+
+    parser = argparse.ArgumentParser(description="measure liar-opt on real tasks at every sparsity")
+    parser.add_argument("--only", choices=MODELS, action="append", help="this model alone (may be repeated)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so many")
+    parser.add_argument("--tables-only", action="store_true", help="measure nothing")
+    parser.add_argument("--chart", type=Path, metavar="SVG", help="write the chart of scores against size")
+    parser.add_argument("--folder", type=Path, default=cache_folder(), help="of models and data (default: the cache)")
+    parser.add_argument("--cells", type=Path, default=cache_folder() / "testbed-cells.json", help="finished cells")
+    options = parser.parse_args()
+    names = options.only or MODELS
+    (options.folder / "testbed").mkdir(parents=True, exist_ok=True)
+    cells: dict[str, Cell] = json.loads(options.cells.read_text("utf-8")) if options.cells.is_file() else {}
+    began = time.perf_counter()
+    for key, make in () if options.tables_only else wanted(names, options.ratios, options.folder, cells):
+        if key in cells:
+            continue
+        if time.perf_counter() - began > options.seconds:
+            print(f"not all: '{key}' is the next cell; call again", file=sys.stderr)
+            return 1
+        sentiment.say(key)
+        cells[key] = {**make(), "commit": commit()}
+        with _moved_into_place(options.cells) as temporary:
+            temporary.write_text(json.dumps(cells, indent=1), encoding="utf-8")
+        sentiment.say(f"{key}: {cells[key].get('tasks', cells[key])}")
+    for text in testbed_tables.markdown(cells, names, options.ratios):
+        print(text, flush=True)
+    if options.chart is not None:
+        options.chart.write_text(testbed_tables.chart(cells, options.ratios), encoding="utf-8")
+    return 0
+
+
+def commit() -> str:
+    """Of this checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
