@@ -101,9 +101,10 @@ class Measured:
         """
         mean, weight, lost = self.statistics.mean, self.weight.astype(np.float32), self.weight[removed].astype(np.float32)
         covariance = self.statistics.covariance.astype(np.float32)
+        lost_covariance = covariance.take(removed, axis=0).take(removed, axis=1)
         few = sketched(weight)
         power = float(np.vdot(few, covariance @ few)) + float(np.square(mean @ self.weight).sum()) or 1.0
-        bias = float(np.vdot(lost, covariance[np.ix_(removed, removed)] @ lost))
+        bias = float(np.vdot(lost, lost_covariance @ lost))
         none = bias + float(np.square(mean[removed] @ self.weight[removed]).sum())
         if repaired.explained is None:
             change = -weight

@@ -48,6 +48,7 @@ from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, Opt
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
+from liar_opt.runtime.solve import one_thread
 
 Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
 """Groups that span others, and the segments of the rest."""
@@ -254,7 +255,8 @@ class SegmentRun:
                     own.store(waiting)
             moments.update(new)
         for i, group in enumerate(groups):
-            self.prune(group, moments)
+            with one_thread(max(c.width for c in group.consumers)):
+                self.prune(group, moments)
             for key in _keys(group) - {k for other in groups[i + 1 :] for k in _keys(other)}:
                 moments.pop(key, None)
             self.state.model.settle()

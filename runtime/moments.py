@@ -30,7 +30,7 @@ from liar_opt.runtime.errors import InternalError, OptionError
 Array = NDArray[np.float64]
 AnyArray = NDArray[Any]
 FoldName = Literal["all", "training", "held_back"]
-_PANEL = 256
+_PANEL = 64
 
 
 @dataclass(frozen=True)
@@ -239,19 +239,27 @@ class Moments:
         Raises:
             InternalError: The fold has no rows.
         """
-        sums = self._sums(fold)
-        if sums.count <= 0:
+        folds = list(self._folds.values()) if fold == "all" else [self._folds[fold]]
+        count = sum(sums.count for sums in folds)
+        if count <= 0:
             raise InternalError(f"no rows in fold '{fold}'")
-        mean = sums.total / sums.count
-        covariance = sums.second / sums.count
+        mean = np.asarray(sum(sums.total for sums in folds)) / count
+        covariance = np.empty((self.width, self.width))
         for low in range(0, self.width, _PANEL):
             high = min(low + _PANEL, self.width)
-            covariance[low:high, low:] -= np.outer(mean[low:high], mean[low:])
-        mirror_upper(covariance)  # what lies below the diagonal may be missing (`add_block_rows`)
+            panel = folds[0].second[low:high, low:] / count
+            for sums in folds[1:]:
+                panel += sums.second[low:high, low:] / count
+            panel -= np.outer(mean[low:high], mean[low:])
+            # What lies below the diagonal may be missing (`add_block_rows`).
+            square = np.triu(panel[:, : high - low])
+            panel[:, : high - low] = square + np.triu(square, 1).T
+            covariance[low:high, low:] = panel
+            covariance[low:, low:high] = panel.T
         # A constant channel gives a rounding residue of either sign here; a variance is never negative.
         diagonal = np.einsum("ii->i", covariance)
         np.maximum(diagonal, 0.0, out=diagonal)
-        return Statistics(sums.count, mean, covariance)
+        return Statistics(count, mean, covariance)
 
     def cross_statistics(self, fold: FoldName = "all") -> CrossStatistics:
         """Return the cross moments of one fold, or of both together.

@@ -14,12 +14,12 @@ which for lam = 0 is tr(W_M^T (S_MM - S_MU S_UU^-1 S_UM) W_M), the Schur complem
 
 Greedy selection is structured OBS (Hassibi and Stork 1993; ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983) with
 P = (S + lam I)^-1, W the weight repaired so far, and G = sum over consumers of W W^T. Removing the block B costs
-tr(P_BB^-1 G_BB). With P_BB = L L^T, V = P_:B L^-T, C = G_:B L^-T, U = C - V (L^-1 G_BB L^-T) / 2, the removal is
+tr(P_BB^-1 G_BB). With P_BB = L L^T, V = P_:B L^-T, T = L^-1 W_B:, U = W T^T - V T T^T / 2, the removal is
 
-    P <- P - V V^T        G <- G - V U^T - U V^T
+    P <- P - V V^T        W <- W - V T        G <- G - V U^T - U V^T, of which the diagonal blocks are kept
 
-so the weights themselves are never carried: the cost does not depend on m. We differ from the papers in that: they
-down-date W. P and G are kept as they were, minus the factors since, and refreshed by one matrix product now and then.
+P stays as it was and the V are collected: rows of the true P are made when they are needed. That is a Cholesky
+factorisation, row by row, whose pivots the costs choose: 2 n r (r + 2 m) operations for r of n channels, m <= n.
 """
 
 import contextlib
@@ -45,7 +45,6 @@ RIDGE_GRID: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative ridges tried by `choose_ridge`, ascending."""
 
 _SMALLEST_RIDGE = 1e-10
-_LAZY_COLUMNS = 64
 _COMPACT_BELOW = 0.8
 _ALONE_BELOW = 4096
 _SINGLE_FROM = 1024
@@ -154,6 +153,26 @@ class DenseFit:
     ridge_used: float
     raised: bool
     explained: float = 0.0
+
+
+@contextlib.contextmanager
+def one_thread(width: int) -> Iterator[None]:
+    """Keeps numpy's and scipy's BLAS to one thread, for widths up to `_ALONE_BELOW`: solve inside.
+
+    The two have libraries of their own as a rule, whose threads wait for work by spinning: on few cores those of the one
+    take the cores that the other wants, and a product of a hundred microseconds takes a time slice of the system's, 4 ms.
+    At these widths threads gain little where they gain.
+    """
+    if width > _ALONE_BELOW:
+        yield
+        return
+    with _threads().limit(limits=1, user_api="blas"):
+        yield
+
+
+@functools.cache
+def _threads() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController()
 
 
 # Repair -------------------------------------------------------------------------------------------------------------
@@ -328,7 +347,7 @@ def choose_ridge(
     _require_sets(training.covariance, kept, removed, min(grid))
     lost = sketched(_stack(weights, training.width)[removed])
     shift = held_back.mean - training.mean
-    # Products with whole covariances: the sketch is narrow, and gathering their parts costs more.
+    # A product with the whole covariance gives both of its parts.
     spread = _spread(lost, removed, training.width)
     held_lost = held_back.covariance @ spread
     held_mm = _inner(lost, held_lost[removed])
@@ -342,15 +361,14 @@ def choose_ridge(
         matrix = _part(training.covariance, kept, kept)
         lost_training = training.covariance @ spread
         target, training_mm = lost_training[kept], _inner(lost, lost_training[removed])
-        held_target = held_lost[kept]
+        held_target, held_matrix = held_lost[kept], _part(held_back.covariance, kept, kept)
 
         def error_at(ridge: float) -> float:
             factor = _factor(matrix, ridge)
             z = factor.solve(target)
             fitted[ridge] = max(training_mm - _inner(z, target) - factor.lam * _inner(z, z), 0.0)
             off = shift_m - shift[kept] @ z
-            held_z = (held_back.covariance @ _spread(z, kept, training.width))[kept]
-            return held_mm - 2.0 * _inner(z, held_target) + _inner(z, held_z) + _inner(off, off)
+            return held_mm - 2.0 * _inner(z, held_target) + _form(held_matrix, z) + _inner(off, off)
 
         ridge, error = _descend(error_at, grid)
         candidates.append((error, "repair", ridge))
@@ -465,7 +483,7 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
     """Remove, one after the other, the block whose removal costs least after repair.
 
     The formulas are those of the module's docstring. Several problems are thinned by the same block ids; their
-    costs add up. O(n^3) in all for each problem, whatever m and the number removed. Where there are many blocks a
+    costs add up. O(n^3) in all for each problem, whatever m. Where there are many blocks a
     few (1 in `_AT_ONCE`) go at a time: their costs are taken together when they are removed, only the order within
     such a few is that of the costs before.
 
@@ -486,7 +504,7 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
     active = np.ones(number, dtype=bool)
     order = np.empty(number - keep, dtype=np.int64)
     steps = np.empty(number - keep)
-    states = [_Downdate(problem, number, ridge) for problem in problems]
+    states = [_Downdate(problem, number, number - keep, ridge) for problem in problems]
     at_once = max(1, number // _AT_ONCE)
     for step in range(0, number - keep, at_once):
         cost = states[0].costs()
@@ -509,13 +527,12 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
 
 
 class _Downdate:
-    """P and G of one problem while blocks leave it; the rows are sorted by block.
+    """P, W and the diagonal blocks of G of one problem while blocks leave it; the rows are sorted by block.
 
-    P and G lag behind: the truth is P - V^T V and G - V^T U - U^T V with the `used` first rows of V and U, [t, n].
-    Only the diagonal blocks, which the costs need, are kept up to date.
+    P lags behind: the truth is P - V V^T with the `used` first columns of V, [n, t].
     """
 
-    def __init__(self, problem: Problem, number: int, ridge: float) -> None:
+    def __init__(self, problem: Problem, number: int, removals: int, ridge: float) -> None:
         rows = np.argsort(problem.blocks, kind="stable")
         sizes = np.bincount(problem.blocks, minlength=number)
         self.depth = int(sizes.max())
@@ -531,17 +548,16 @@ class _Downdate:
         # Costs are only compared; float32 halves the memory traffic that wide dimensions are bound by.
         dtype: Any = np.float32 if rows.size >= _SINGLE_FROM else np.float64
         self.p: AnyArray = factor.inverse(dtype)
-        weight = weight.astype(dtype, copy=False)
-        self.g: AnyArray = weight @ weight.T
+        self.w: AnyArray = _narrow(weight.astype(dtype, copy=False))
         self.p_blocks = self._diagonal_blocks(self.p)
-        self.g_blocks = self._diagonal_blocks(self.g)
+        at = self.w[self.positions] * inside[:, :, None]
+        self.g_blocks: AnyArray = at @ at.transpose(0, 2, 1)
         padded = np.arange(self.depth)[None, :] >= sizes[:, None]
         short, place = np.nonzero(padded)
         self.p_blocks[short, place, place] = 1.0
         self.alive = np.ones(rows.size, dtype=bool)
-        capacity = max(_LAZY_COLUMNS, self.depth * max(1, number // _AT_ONCE))
-        self.v: AnyArray = np.empty((capacity, rows.size), dtype)
-        self.u: AnyArray = np.empty((capacity, rows.size), dtype)
+        largest = int(np.sort(sizes)[number - removals :].sum())
+        self.v: AnyArray = np.empty((rows.size, largest), dtype)
         self.used = 0
 
     def costs(self) -> Array:
@@ -553,41 +569,29 @@ class _Downdate:
 
     def remove(self, blocks: Indices) -> Array:
         """Remove blocks together and return what each costs after those before it."""
-        rows, counts = self._rows(blocks)
-        if self.used + rows.size > self.v.shape[0]:
-            self._refresh()
-            rows, counts = self._rows(blocks)
-        v_past, u_past = self.v[: self.used], self.u[: self.used]
-        p_rows = self.p[rows] - v_past[:, rows].T @ v_past  # [d, n]
-        g_rows = self.g[rows] - u_past[:, rows].T @ v_past - v_past[:, rows].T @ u_past
-        if rows.size == 1:
-            root = math.sqrt(float(p_rows[0, rows[0]]))
-            v, c = p_rows / root, g_rows / root
-            inner = g_rows[:, rows] / (root * root)
-        else:
-            # Few rows against many columns: a product with the small inverse is far quicker than trsm.
-            lower = np.linalg.cholesky(p_rows[:, rows])
-            inverse = scipy.linalg.solve_triangular(lower, np.eye(rows.size, dtype=lower.dtype), lower=True)
-            v, c = inverse @ p_rows, inverse @ g_rows
-            inner = inverse @ c[:, rows].T
-        u = c - 0.5 * (inner @ v)
-        self.v[self.used : self.used + rows.size] = v
-        self.u[self.used : self.used + rows.size] = u
+        inside = self.inside[blocks]
+        rows, counts = self.positions[blocks][inside], inside.sum(axis=1)
+        past = self.v[:, : self.used]
+        p_rows = self.p[rows] - past[rows] @ past.T  # [d, n]
+        lower = np.linalg.cholesky(p_rows[:, rows])
+        # Few rows against many columns: a product with the small inverse is far quicker than trsm.
+        inverse = scipy.linalg.solve_triangular(lower, np.eye(rows.size, dtype=lower.dtype), lower=True)
+        v, t = inverse @ p_rows, inverse @ self.w[rows]  # [d, n], [d, m]
+        inner = t @ t.T
+        self._update_blocks(v, t @ self.w.T - 0.5 * (inner @ v))
+        self.v[:, self.used : self.used + rows.size] = v.T
         self.used += rows.size
-        self._update_blocks(v, u)
+        _subtract_product(self.w, v, t)
         self.alive[rows] = False
         # A removed block is given the cost of nothing, so that no division by a rounding residue is made for it.
         self.p_blocks[blocks] = np.eye(self.depth)
         self.g_blocks[blocks] = 0.0
+        if self.alive.sum() < _COMPACT_BELOW * self.alive.size:
+            self._compact()
         costs = np.add.reduceat(np.diagonal(inner).astype(np.float64), np.cumsum(counts) - counts)
         return cast(Array, np.maximum(costs, 0.0))
 
-    def _rows(self, blocks: Indices) -> tuple[Indices, Indices]:
-        """Row positions of blocks, one after the other, and how many each has."""
-        inside = self.inside[blocks]
-        return self.positions[blocks][inside], inside.sum(axis=1)
-
-    def _update_blocks(self, v: Array, u: Array) -> None:
+    def _update_blocks(self, v: AnyArray, u: AnyArray) -> None:
         if self.depth == 1:
             columns = self.positions[:, 0]
             v_at, u_at = v[:, columns], u[:, columns]
@@ -600,20 +604,16 @@ class _Downdate:
         half = v_at @ u_at.transpose(0, 2, 1)
         self.g_blocks -= half + half.transpose(0, 2, 1)
 
-    def _refresh(self) -> None:
-        v, u = self.v[: self.used], self.u[: self.used]
-        _subtract_product(self.p, v, v)
-        _subtract_product(self.g, np.concatenate([v, u]), np.concatenate([u, v]))
-        self.used = 0
-        if self.alive.sum() > _COMPACT_BELOW * self.alive.size:
-            return
+    def _compact(self) -> None:
+        """Drop the rows that left; positions of removed blocks point to the first row then, and mean nothing."""
         alive = np.flatnonzero(self.alive)
         renumbered = np.zeros(self.alive.size, dtype=np.int64)
         renumbered[alive] = np.arange(alive.size)
         self.positions = renumbered[self.positions]
-        self.p, self.g = (_part(m, alive, alive, m.dtype) for m in (self.p, self.g))
-        self.v, self.u = self.v[:, : alive.size].copy(), self.u[:, : alive.size].copy()
-        self.alive = np.ones(alive.size, dtype=bool)
+        self.p, self.w = _part(self.p, alive, alive, self.p.dtype), self.w[alive]
+        v = np.empty((alive.size, self.v.shape[1]), self.v.dtype)
+        v[:, : self.used] = self.v[alive, : self.used]
+        self.v, self.alive = v, np.ones(alive.size, dtype=bool)
 
     def _diagonal_blocks(self, matrix: AnyArray) -> AnyArray:
         blocks = matrix[self.positions[:, :, None], self.positions[:, None, :]]
@@ -622,25 +622,6 @@ class _Downdate:
 
 
 # Private helpers ----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _threads() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController()
-
-
-@contextlib.contextmanager
-def _one_thread(width: int) -> Iterator[None]:
-    """Runs LAPACK on one thread for widths up to `_ALONE_BELOW`.
-
-    OpenBLAS's threaded Cholesky meets at a barrier for every panel. Where another process wants the cores too, each
-    barrier may cost a time slice: 1.5 s instead of 7 ms was seen at width 768 on two busy cores.
-    """
-    if width > _ALONE_BELOW:
-        yield
-        return
-    with _threads().limit(limits=1, user_api="blas"):
-        yield
 
 
 @dataclass(frozen=True)
@@ -658,8 +639,7 @@ class _Factor:
     def inverse(self, dtype: Any = np.float64) -> AnyArray:
         """(S + lam I)^-1 in float64 or float32; the factor is of float64 either way."""
         potri = lapack.spotri if dtype == np.float32 else lapack.dpotri
-        with _one_thread(self.lower.shape[0]):
-            inverse, info = potri(self.lower.astype(dtype, copy=False), lower=1)
+        inverse, info = potri(self.lower.astype(dtype, copy=False), lower=1)
         if info != 0:
             raise InternalError(f"inverse of a factored matrix failed with info {info}")
         # The transposed result holds the upper triangle row by row; the lower one is copied from it by panels.
@@ -679,8 +659,7 @@ def _factor(matrix: Array, ridge: float) -> _Factor:
         lam = tried * scale
         shifted = matrix.copy()
         shifted[np.diag_indices_from(shifted)] += lam
-        with _one_thread(matrix.shape[0]):
-            lower, info = lapack.dpotrf(shifted.T, lower=1, overwrite_a=1, clean=0)
+        lower, info = lapack.dpotrf(shifted.T, lower=1, overwrite_a=1, clean=0)
         floor = matrix.shape[0] * np.finfo(np.float64).eps * (largest + lam)
         if info == 0 and float(np.min(np.diagonal(lower))) ** 2 > floor:
             return _Factor(lower, lam, tried, tried > ridge)
@@ -718,20 +697,26 @@ def sketched(lost: AnyArray) -> AnyArray:
     if min(lost.shape) > 2 * _SKETCH:
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (lost.shape[1], _SKETCH)).astype(lost.dtype)
         return cast(AnyArray, lost @ signs / math.sqrt(_SKETCH))
-    if lost.shape[1] <= lost.shape[0]:
-        return lost
-    return cast(Array, np.asarray(np.linalg.qr(lost.T, mode="r")).T)
+    return _narrow(lost)
+
+
+def _narrow(weight: AnyArray) -> AnyArray:
+    """R with R R^T = W W^T and no more columns than rows."""
+    if weight.shape[1] <= weight.shape[0]:
+        return weight
+    return cast(AnyArray, np.ascontiguousarray(np.linalg.qr(weight.T, mode="r").T))
 
 
 def _subtract_product(matrix: AnyArray, left: AnyArray, right: AnyArray) -> None:
-    """Symmetric matrix -= left^T right, in place, where left^T right is symmetric too."""
-    # matrix.T is the same symmetric matrix in the column order that BLAS writes into without a copy.
+    """Matrix -= left^T right, in place."""
+    # matrix.T has the column order that BLAS writes into without a copy.
     gemm = blas.sgemm if matrix.dtype == np.float32 else blas.dgemm
-    gemm(-1.0, left.T, right.T, beta=1.0, c=matrix.T, trans_b=1, overwrite_c=1)
+    gemm(-1.0, right.T, left.T, beta=1.0, c=matrix.T, trans_b=1, overwrite_c=1)
 
 
 def _part(matrix: AnyArray, rows: Indices, columns: Indices, dtype: Any = np.float64) -> AnyArray:
-    return np.ascontiguousarray(matrix[rows][:, columns], dtype=dtype)
+    # Two steps of `take`: far quicker than one look-up by pairs.
+    return matrix.take(rows, axis=0).take(columns, axis=1).astype(dtype, order="C", copy=False)
 
 
 def _form(matrix: Array, columns: Array) -> float:

@@ -305,12 +305,13 @@ BLOCKS = {
 
 @pytest.mark.parametrize("layout", BLOCKS)
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("lazy", [4, 64])
+@pytest.mark.parametrize("compact", [0.0, 1.0])
+@pytest.mark.parametrize("columns", [(5, 3), (9, 21)])
 def test_greedy_removes_what_costs_least_after_repair(
-    layout: str, seed: int, lazy: int, monkeypatch: pytest.MonkeyPatch
+    layout: str, seed: int, compact: float, columns: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solve, "_LAZY_COLUMNS", lazy)
-    problems = [problem_of(seed + 7 * i, blocks, 1.0 + 2.5 * i) for i, blocks in enumerate(BLOCKS[layout])]
+    monkeypatch.setattr(solve, "_COMPACT_BELOW", compact)
+    problems = [problem_of(seed + 7 * i, blocks, 1.0 + 2.5 * i, columns) for i, blocks in enumerate(BLOCKS[layout])]
     number = int(problems[0].blocks.max()) + 1
     selection = solve.select_greedy(problems, 2, 1e-3)
     assert selection.removed_blocks.tolist() == greedy_by_force(problems, 2, 1e-3)
@@ -333,7 +334,7 @@ def test_the_error_is_nearly_the_residual_at_a_small_ridge() -> None:
 
 
 @pytest.mark.parametrize("rows", [150, 900])
-def test_long_removals_stay_exact_over_refreshes(rows: int) -> None:
+def test_long_removals_stay_exact(rows: int) -> None:
     width = 301
     covariance = statistics_of(rows_of(3, rows, width)).covariance
     problem = solve.Problem(covariance, [weight_of(3, width, 17)], np.arange(width))
