@@ -704,7 +704,7 @@ def _narrow(weight: AnyArray) -> AnyArray:
     """R with R R^T = W W^T and no more columns than rows."""
     if weight.shape[1] <= weight.shape[0]:
         return weight
-    return cast(AnyArray, np.ascontiguousarray(np.linalg.qr(weight.T, mode="r").T))
+    return np.ascontiguousarray(np.asarray(np.linalg.qr(weight.T, mode="r")).T)
 
 
 def _subtract_product(matrix: AnyArray, left: AnyArray, right: AnyArray) -> None:
