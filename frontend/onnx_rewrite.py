@@ -170,7 +170,7 @@ class Rewriter:
     def _mark(self, cuts: Mapping[int, Cut]) -> set[int]:
         roots = {self.algebra.find(leaf): kept for leaf, kept in cuts.items()}
         for root, kept in roots.items():
-            if self.algebra.pinned(root) is not None or self.algebra.refinement(root) is not None or root in self.kept:
+            if self.algebra.firm(root) or self.algebra.refinement(root) is not None or root in self.kept:
                 raise InternalError(f"factor {root} cannot be cut: {self.algebra.pinned(root) or 'refined or cut before'}")
             size = self.algebra.size(root)
             mask: Mask

@@ -12,7 +12,8 @@ The walk records what a later rewrite has to touch:
 * :class:`ConsumerUse`: a linear contraction of an activation with a constant, where a repair can be folded;
 * :class:`SizeUse`: an attribute or an element of a shape tensor that must equal the size of some factors;
 * :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change;
-* in :attr:`GraphWalk.mixed`, axes of a product of two activations: attention weights mix what such an axis holds.
+* in :attr:`GraphWalk.mixed`, axes of a product of two activations: attention weights mix what such an axis holds;
+* :class:`ProductUse`: a product of two activations, by the axis that is contracted: the width of queries and keys.
 
 An operator without a rule pins every axis that it touches, and is named in :attr:`GraphWalk.unknown`.
 """
@@ -124,6 +125,14 @@ class ValueUse:
     dynamic: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class ProductUse:
+    """A product of the two activations that ``node`` reads, contracted over ``width``."""
+
+    node: gs.Node
+    width: Factor
+
+
 class MergeSymbols(Exception):
     """Two sizes turned out to be equal, of which one at least is a symbolic dimension; the walk starts again with one.
 
@@ -172,6 +181,7 @@ class GraphWalk:
     in_place: set[str] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
     mixed: list[Factor] = field(default_factory=list)
+    products: list[ProductUse] = field(default_factory=list)
     flops: int = 0
     apart: set[frozenset[int]] = field(default_factory=set)
     merging: bool = True
@@ -250,6 +260,11 @@ class GraphWalk:
         """Pins every factor of ``axes``."""
         for factor in axes or ():
             self.algebra.pin(factor, reason)
+
+    def product(self, node: gs.Node, width: Factor) -> None:
+        """Records a product of two activations; its contracted axis is pinned, but not firmly."""
+        self.products.append(ProductUse(node, width))
+        self.algebra.pin(width, f"contracted between two activations (node '{node.name}')", firm=False)
 
     def unify(self, a: Factor, b: Factor) -> None:
         """Equates two factors; different symbolic sizes are merged by starting the walk again."""
@@ -692,7 +707,7 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
             w.left.setdefault("weights are looked up for each token, as those of experts: their width stays", []).append(
                 node.name
             )
-        w.pin([k_left], f"contracted between two activations (node '{node.name}')")
+        w.product(node, k_left)
         w.mixed += [*left[-2:-1], *(() if vector_right else right[-1:])]
     batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
     batch = w.broadcast(batch_left, batch_right) if batch_left or batch_right else ()
@@ -782,7 +797,10 @@ def _einsum(w: GraphWalk, node: gs.Node) -> None:
     if weight is not None and right.endswith(column) and column not in terms[1 - weight]:
         w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
     else:
-        w.pin([factors[s] for s in summed], f"summed over by Einsum (node '{node.name}')")
+        if linear and weight is None:
+            w.product(node, factors[summed[0]])
+        else:
+            w.pin([factors[s] for s in summed], f"summed over by Einsum (node '{node.name}')")
         w.mixed += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) == 1]
     w.output(node, tuple(factors[letter] for letter in right))
 

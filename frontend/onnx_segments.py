@@ -138,7 +138,7 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
     order = {id(n): i for i, n in enumerate(nodes)}
 
     def uses(group: Any) -> list[int]:
-        return sorted(order[id(u.node)] for c in group.consumers for u in c.uses)
+        return sorted(order[id(r.node)] for r in group.readings)
 
     wide = tuple(g for g in groups if any(uses(g)[0] <= uses(o)[-1] < uses(g)[-1] for o in groups if o is not g))
     narrow = sorted((g for g in groups if g not in wide), key=lambda g: (g.start, g.end))
@@ -365,12 +365,12 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         nodes.append(helper.make_node("Gemm", [left, right], [name], transA=1))
 
 
-def tap_for(walk: GraphWalk, use: ConsumerUse, width: int, batch: tuple[int, ...]) -> Tap:
-    """Returns the tap of a consumer's activation.
+def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Tap:
+    """Returns the tap of an activation.
 
     Args:
         walk: the analysis.
-        use: the consumer.
+        use: a record with ``activation`` and ``activation_axis``, such as a consumer's.
         width: size of the contracted axis as it is now.
         batch: probe sizes of (batch, sequence) or (batch,) by which the row mask is laid out.
     """

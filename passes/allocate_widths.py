@@ -105,6 +105,12 @@ def menus_of(
     return menus
 
 
+def note_widths(state: State, keep: dict[str, int]) -> None:
+    """Notes how many blocks of each group stay; values, queries and keys are groups where they are named."""
+    state.groups = (*state.groups, *(g for g in (*state.queries, *state.values) if g.name in keep))
+    state.keep = keep
+
+
 @dataclass(frozen=True)
 class AllocateWidthsPass(Pass[dict[str, int]]):
     """Decide the widths. Give ``sparsity``, or ratios by kind; a kind without a ratio is left alone then.
@@ -116,6 +122,8 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         values: fraction of the width of values within each head to remove, in [0, 1), beside any of the others. No part
             of ``sparsity``: heads hold the same weights, and values narrower than keys are what fused attention kernels and
             caches of one head size cannot hold.
+        query_key: fraction of the width of queries and keys within each head to remove, likewise; the basis of both is
+            changed first, so that their products change least.
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
         uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
@@ -126,6 +134,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     ffn: float | None = None
     heads: float | None = None
     values: float | None = None
+    query_key: float | None = None
     multiple_of: int = 8
     allocate: str = "uniform"
     uniform: bool = False
@@ -138,10 +147,10 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 unknown.
             ModelError: there is nothing to prune.
         """
-        for option in ("sparsity", "ffn", "heads", "values"):
+        for option in ("sparsity", "ffn", "heads", "values", "query_key"):
             value = getattr(self, option)
             if value is not None and not 0.0 <= value < 1.0:
-                raise OptionError(f"{option} {value:g} is outside [0, 1); it is the fraction to remove")
+                raise OptionError(f"{option.replace('_', '-')} {value:g} is outside [0, 1); it is the fraction to remove")
         if self.sparsity is not None and (self.ffn is not None or self.heads is not None):
             raise OptionError("sparsity and the ratios by kind (ffn, heads) exclude each other; give one form")
         if self.multiple_of < 1:
@@ -149,21 +158,28 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         lookup("allocation", ALLOCATIONS, self.allocate)
         if self.uniform and self.allocate in MEASURED:
             raise OptionError(f"uniform widths and allocation '{self.allocate}' exclude each other; give one of them")
-        if not state.groups and not (self.values and state.values):
+        alone = bool(self.values and state.values) or bool(self.query_key and state.queries)
+        if not state.groups and not alone:
             raise _nothing_to_prune(state)
         for kind in (*KINDS, VALUES):
             if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")
+        if self.query_key and not state.queries:
+            whole = state.facts.get("queries left whole") or ()
+            why = f": {whole[0].reason}" if whole else "; no product of two activations contracts projections"
+            raise ModelError(f"the width of queries and keys cannot be cut{why}; leave query-key out")
 
     @property
     def by_kind(self) -> bool:
         """Whether kinds have ratios of their own."""
-        return self.sparsity is None and any(r is not None for r in (self.ffn, self.heads, self.values))
+        ratios = (self.ffn, self.heads, self.values, self.query_key)
+        return self.sparsity is None and any(r is not None for r in ratios)
 
     def plan(self, state: State) -> dict[str, int]:
-        """Returns the number of blocks that stay, by group name; of values those of each head."""
+        """Returns the number of blocks that stay, by group name; of values, queries and keys those of each head."""
         groups: tuple[ChannelGroup, ...] = state.groups
         values = {g.name: kept_width(g, self.values, 1) for g in state.values} if self.values else {}
+        values |= {g.name: kept_width(g, self.query_key, 1) for g in state.queries} if self.query_key else {}
         if self.allocate in MEASURED:
             return self._shared_out(groups, state.facts["curves"]) | values
         if self.by_kind:
@@ -207,7 +223,6 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         return keep
 
     def apply(self, state: State, plan: dict[str, int]) -> PassResult:
-        """Notes the widths; groups of values join the others where they are to be cut."""
-        state.groups = (*state.groups, *(g for g in state.values if g.name in plan))
-        state.keep = plan
+        """Notes the widths; groups of values, queries and keys join the others where they are to be cut."""
+        note_widths(state, plan)
         return PassResult(state)

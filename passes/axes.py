@@ -11,6 +11,9 @@ to the index of the leaf that it belongs to, whatever the layout (strided, inter
 
 The algebra knows nothing of graphs. Being unsure (sizes that do not divide, a layout that is not a product or a
 concatenation) always pins, so that doubt costs sparsity and never correctness.
+
+A pin that is not *firm* says only that the dimension is contracted between two activations: indices may still go on both
+sides together, if the basis is changed so that the product hardly notices (`liar_opt.passes.groups.QUERY_KEY`).
 """
 
 import math
@@ -40,6 +43,7 @@ class AxisAlgebra:
         self._parent: list[int] = []
         self._size: list[int] = []
         self._pin: list[str | None] = []
+        self._firm: list[bool] = []
         self._refinement: list[Refinement | None] = []
         # What was asked of the present state; whatever changes a class or a refinement clears both.
         self._leaves: dict[Factor, list[Factor]] = {}
@@ -50,11 +54,12 @@ class AxisAlgebra:
 
     # -- making factors ---------------------------------------------------------------------------------------------
 
-    def fresh(self, size: int, pin: str | None = None) -> Factor:
+    def fresh(self, size: int, pin: str | None = None, firm: bool = True) -> Factor:
         """Returns a new factor of ``size``, pinned at once where a reason is given."""
         self._parent.append(len(self._parent))
         self._size.append(int(size))
         self._pin.append(pin)
+        self._firm.append(pin is not None and firm)
         self._refinement.append(None)
         return len(self._parent) - 1
 
@@ -117,6 +122,10 @@ class AxisAlgebra:
     def pinned(self, factor: Factor) -> str | None:
         """Returns why ``factor`` must keep its full extent, or None."""
         return self._pin[self.find(factor)]
+
+    def firm(self, factor: Factor) -> bool:
+        """Returns whether ``factor`` is pinned for more than a contraction between two activations."""
+        return self._firm[self.find(factor)]
 
     def refinement(self, factor: Factor) -> Refinement | None:
         """Returns how ``factor`` is made of others, or None for a leaf."""
@@ -190,16 +199,16 @@ class AxisAlgebra:
 
     # -- equating and pinning ---------------------------------------------------------------------------------------
 
-    def pin(self, factor: Factor, reason: str) -> None:
-        """Marks ``factor`` and all its parts as never to be pruned; the first reason stays."""
+    def pin(self, factor: Factor, reason: str, firm: bool = True) -> None:
+        """Marks ``factor`` and all its parts as never to be pruned; the first reason stays, but for one that is firm."""
         root = self.find(factor)
-        if self._pin[root] is None:
-            self._pin[root] = reason
+        if self._pin[root] is None or (firm and not self._firm[root]):
+            self._pin[root], self._firm[root] = reason, firm
         refinement = self._refinement[root]
         if refinement is not None:
             for part in refinement.parts:
-                if self.pinned(part) is None:
-                    self.pin(part, reason)
+                if self.pinned(part) is None or (firm and not self.firm(part)):
+                    self.pin(part, reason, firm)
 
     def unify(self, a: Factor, b: Factor) -> bool:
         """Makes ``a`` and ``b`` one dimension.
@@ -224,16 +233,19 @@ class AxisAlgebra:
             if a == b:
                 return True
         pin_a, pin_b = self._pin[a], self._pin[b]
+        firm = self._firm[a] or self._firm[b]
+        if firm and pin_a is not None and not self._firm[a]:
+            pin_a = None  # the other reason is the firm one
         child, root = (b, a) if self._refinement[a] is not None or self._refinement[b] is None else (a, b)
         self._parent[child] = root
         self._changed()
         reason = pin_a if pin_a is not None else pin_b
         if reason is not None:
-            self._pin[root] = None
-            self.pin(root, reason)
+            self._pin[root], self._firm[root] = None, False
+            self.pin(root, reason, firm)
             if self._refinement[child] is not None:
                 for part in self._refinement[child].parts:  # type: ignore[union-attr]
-                    self.pin(part, reason)
+                    self.pin(part, reason, firm)
         return agreed
 
     def _pin_all(self, factors: Iterable[Factor], reason: str) -> None:
@@ -281,8 +293,8 @@ class AxisAlgebra:
         refinement = self._refinement[root]
         size = self._size[root]
         if refinement is None:
-            pin = self._pin[root]
-            parts = (self.fresh(outer, pin), self.fresh(size // outer, pin))
+            pin, firm = self._pin[root], self._firm[root]
+            parts = (self.fresh(outer, pin, firm), self.fresh(size // outer, pin, firm))
             self._refinement[root] = Refinement("product", parts)
             self._changed()
             return parts
@@ -320,9 +332,9 @@ class AxisAlgebra:
         root = self.find(factor)
         refinement = self._refinement[root]
         size = self._size[root]
-        pin = self._pin[root]
+        pin, firm = self._pin[root], self._firm[root]
         if refinement is None:
-            parts = (self.fresh(first, pin), self.fresh(size - first, pin))
+            parts = (self.fresh(first, pin, firm), self.fresh(size - first, pin, firm))
             self._refinement[root] = Refinement("concat", parts)
             self._changed()
             return parts

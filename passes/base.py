@@ -48,6 +48,7 @@ class State:
     walk: GraphWalk | None = None
     groups: tuple[Any, ...] = ()
     values: tuple[Any, ...] = ()
+    queries: tuple[Any, ...] = ()
     keep: dict[str, int] = field(default_factory=dict)
     repairs: list[Any] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

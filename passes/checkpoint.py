@@ -29,12 +29,13 @@ UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True, eq=False)
 class KeptGroup:
-    """What one group came to: its name, the kept blocks, the report's details, and (weight, bias) of each consumer."""
+    """What one group came to: name, kept blocks, report, (weight, bias) of each consumer, changes of basis."""
 
     name: str
     blocks: list[int]
     details: dict[str, Any]
     consumers: list[tuple[NDArray[Any], NDArray[Any]]]
+    turns: list[NDArray[np.float64]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,8 @@ class Checkpoint:
             for i, group in enumerate(finished.groups):
                 for j, pair in enumerate(group.consumers):
                     np.savez(temporary / f"weights-{i}-{j}.npz", weight=pair[0], bias=pair[1])
+                if group.turns:
+                    np.savez(temporary / f"turns-{i}.npz", *group.turns)
             for i, values in enumerate(alive):
                 named: dict[str, Any] = {f"v{k}": v for k, v in enumerate(values.values())}
                 np.savez(temporary / f"alive-{i}.npz", names=np.asarray(list(values), dtype=np.str_), **named)
@@ -143,11 +146,15 @@ class Checkpoint:
         plain = json.loads((place / "groups.json").read_text(encoding="utf-8"))
         groups = []
         for i, group in enumerate(plain["groups"]):
-            pairs = []
-            for j in range(len(group["details"]["consumers"])):
-                with np.load(place / f"weights-{i}-{j}.npz") as file:
+            pairs: list[tuple[NDArray[Any], NDArray[Any]]] = []
+            while (weights := place / f"weights-{i}-{len(pairs)}.npz").is_file():
+                with np.load(weights) as file:
                     pairs.append((file["weight"], file["bias"]))
-            groups.append(KeptGroup(group["name"], group["blocks"], group["details"], pairs))
+            turns = []
+            if (place / f"turns-{i}.npz").is_file():
+                with np.load(place / f"turns-{i}.npz") as file:
+                    turns = [file[name] for name in file.files]
+            groups.append(KeptGroup(group["name"], group["blocks"], group["details"], pairs, turns))
         return Finished(groups, plain["generator"])
 
     def alive(self) -> list[dict[str, NDArray[Any]]]:

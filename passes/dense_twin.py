@@ -42,10 +42,7 @@ class _Aim:
     tap: Tap
     terms: tuple[str, ...]
     weight: Array
-
-    @property
-    def output(self) -> str:
-        return str(self.use.node.outputs[0].name)
+    output: str
 
     def rows(self, values: dict[str, Any], name: str, axis: int, mask: NDArray[np.bool_] | None) -> Array:
         """Lays a tensor out as the rows that count."""
@@ -81,7 +78,7 @@ class TwinRun(SegmentRun):
     def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
         """Measures the targets, then goes on as usual."""
         aims = [self.aim(u) for g in groups for c in g.consumers for u in c.uses]
-        self.aware = self.targets([a for a in aims if a is not None], stop, first)
+        self.aware = self.targets([a for a in aims if a is not None], stop, first) if aims else {}
         super().segment(groups, stop, first)
 
     def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
@@ -100,11 +97,16 @@ class TwinRun(SegmentRun):
         if use.output_axis != -1 and weight.ndim != 2:
             return None
         terms = () if stream is None else stream.terms
-        return _Aim(use, tap, terms, weight.reshape(weight.shape[0], -1).astype(np.float32) * np.float32(use.scale))
+        # Of the dense model's name: a bias that a cut before has put behind the node has left that name to its sum.
+        output = next(n for n in self.twin.model.graph.nodes if n.name == use.node.name).outputs[0].name
+        rows = weight.reshape(weight.shape[0], -1).astype(np.float32) * np.float32(use.scale)
+        return _Aim(use, tap, terms, rows, str(output))
 
     def targets(self, aims: list[_Aim], stop: int, first: Any) -> dict[str, Moments]:
         """Runs both models over the segment and adds up x~^T x~ and x~^T Y, by node name."""
         wanted = sorted({n for a in aims for n in (a.tap.tensor, a.output, *a.terms)})
+        makers = {t.name: i for i, n in enumerate(self.walk.model.graph.nodes) for t in n.outputs}
+        stop = max(stop, *(makers[a.output] + 1 for a in aims))
         result = {a.use.node.name: Moments(a.tap.width) for a in aims}
         broken: set[str] = set()
         both = zip(self.pruned(wanted, stop), self.dense(wanted, stop, first), strict=True)

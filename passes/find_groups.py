@@ -9,6 +9,9 @@ where others have one a token is a "pooler". "grouped" and "pooler" are reported
 
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
+
+The width of queries and keys ("query-key") ends in no weight: a product of two activations contracts it. It is a group
+where it is pinned for that reason alone and both sides are linear along it (`frontend.onnx_linear`).
 """
 
 import math
@@ -19,11 +22,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.groups import KINDS, VALUES, ChannelGroup, Consumer, Refusal
+from liar_opt.passes.groups import KINDS, QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
 NOT_PRUNED = {
@@ -34,11 +38,16 @@ NOT_PRUNED = {
 
 @dataclass(frozen=True)
 class Found:
-    """The groups of a graph in execution order, and what did not qualify; ``values`` are cut when asked for alone."""
+    """The groups of a graph in execution order, and what did not qualify.
+
+    ``values`` and ``queries`` are cut when asked for alone; ``whole`` says why other products of queries and keys are left.
+    """
 
     groups: tuple[ChannelGroup, ...]
     refusals: tuple[Refusal, ...]
     values: tuple[ChannelGroup, ...] = ()
+    queries: tuple[ChannelGroup, ...] = ()
+    whole: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,8 @@ class FindGroupsPass(Pass[None]):
         found = find_groups(state.walk)
         state.groups = found.groups
         state.values = found.values
+        state.queries = found.queries
+        state.facts["queries left whole"] = found.whole
         return PassResult(state, (), found.refusals)
 
 
@@ -120,6 +131,7 @@ def find_groups(walk: GraphWalk) -> Found:
             outer=outer,
             sets=1 if outer is None else algebra.size(outer),
             queries=math.prod(algebra.size(i) for i in inner[:width]) if kind == "heads" else 1,
+            bent=_bent(walk, leaf, places[leaf].nodes, uses) if kind == VALUES else None,
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
         cut = kind in (*KINDS, VALUES)
@@ -131,6 +143,7 @@ def find_groups(walk: GraphWalk) -> Found:
             refused[unfollowed, size].append(group.name)
             continue
         (groups if kind in KINDS else values if kind == VALUES else others).append(group)
+    queries = _queries(walk, rewriter, places, constants)
     refusals = [Refusal(reason, tuple(dict.fromkeys(nodes)), size) for (reason, size), nodes in refused.items()]
     for kind, reason in NOT_PRUNED.items():
         left = [g for g in others if g.kind == kind]
@@ -141,7 +154,67 @@ def find_groups(walk: GraphWalk) -> Found:
     walk.model.graph.cleanup(remove_unused_node_outputs=False)
     for found in (groups, values):
         found.sort(key=lambda g: (g.end, g.start))
-    return Found(tuple(groups), tuple(refusals), tuple(values))
+    return Found(tuple(groups), tuple(refusals), tuple(values), *queries)
+
+
+def _bent(walk: GraphWalk, leaf: int, nodes: Sequence[Any], uses: Sequence[ConsumerUse]) -> str | None:
+    """Returns why the basis of a width cannot be changed, or None."""
+    try:
+        sources_of(walk, leaf, nodes, [u.node for u in uses])
+    except Bent as err:
+        return str(err)
+    return None
+
+
+def _queries(
+    walk: GraphWalk, rewriter: Rewriter, places: dict[int, "_Places"], constants: dict[int, list[ConstantUse]]
+) -> tuple[tuple[ChannelGroup, ...], tuple[Refusal, ...]]:
+    """Returns the widths of queries and keys that can be cut, in execution order, and why others cannot."""
+    algebra = walk.algebra
+    order = {id(node): i for i, node in enumerate(walk.model.graph.nodes)}
+    groups: list[ChannelGroup] = []
+    refused: dict[tuple[str, int], list[str]] = defaultdict(list)
+    by_leaf: dict[int, list[Any]] = defaultdict(list)
+    for product in walk.products:
+        (leaf,) = algebra.leaves(product.width) if len(algebra.leaves(product.width)) == 1 else (None,)
+        if leaf is not None and constants.get(leaf) and algebra.size(leaf) >= LEAST_SIZE:
+            by_leaf[leaf].append(product)
+    for leaf, products in by_leaf.items():
+        size, node = algebra.size(leaf), products[0].node
+        reason = algebra.pinned(leaf) if algebra.firm(leaf) else None
+        if len(products) > 1:
+            reason = reason or "several products contract it"
+        axes = [f for u in constants[leaf] for f in u.axes]
+        outer = _heads_of(walk, leaf, [u.axes for u in constants[leaf]], [a for a in places[leaf].axes if a])
+        try:
+            if reason is not None or any(algebra.repeats(f, leaf) for f in axes):
+                raise Bent(reason or "it occurs twice in one axis")
+            sides = operands_of(walk, products[0], leaf, outer, places[leaf].nodes)
+            unfollowed = rewriter.check({leaf: range(1)})
+            if unfollowed is not None:
+                raise Bent(unfollowed)
+        except Bent as err:
+            refused[str(err), size].append(node.name)
+            continue
+        sources = [s for side in sides for s in side.sources]
+        groups.append(
+            ChannelGroup(
+                name=f"{node.name} ({QUERY_KEY})",
+                kind=QUERY_KEY,
+                factor=leaf,
+                size=size,
+                consumers=(),
+                parameters=sum(int(np.prod(s.use.constant.shape) * s.inside.mean()) for s in sources),
+                start=min(order[id(n)] for n in places[leaf].nodes),
+                end=order[id(node)],
+                constants=frozenset(id(s.use.constant) for s in sources),
+                outer=outer,
+                sets=1 if outer is None else algebra.size(outer),
+                operands=sides,
+            )
+        )
+    groups.sort(key=lambda g: (g.end, g.start))
+    return tuple(groups), tuple(Refusal(reason, tuple(names), size) for (reason, size), names in refused.items())
 
 
 def _rows(walk: GraphWalk, use: ConsumerUse) -> int:

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.onnx_linear import Operand
 from liar_opt.frontend.onnx_rewrite import Cut, Within
 
 KINDS = ("ffn", "heads")
 """Kinds of groups that ``sparsity`` prunes; "grouped" (heads within a group) and "pooler" are found and reported only."""
 VALUES = "values"
 """Kind of the width of values within a head: pruned when asked for. It shares its weights with the layer's heads."""
+QUERY_KEY = "query-key"
+"""Kind of the width of queries and keys within a head: pruned when asked for, by a change of basis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,8 @@ class ChannelGroup:
         outer: for "values", the leaf factor that counts the heads, each with an index set of its own; None for one set.
         sets: number of index sets. Block j of set i has number i * size + j; each set keeps as many.
         queries: query heads in a block of kind "heads": more than one where they share keys and values.
+        bent: for "values", why their basis cannot be changed; None where it can.
+        operands: for "query-key", the queries and the keys; there are no consumers then.
     """
 
     name: str
@@ -70,11 +75,18 @@ class ChannelGroup:
     outer: int | None = None
     sets: int = 1
     queries: int = 1
+    bent: str | None = None
+    operands: tuple[Operand, ...] = ()
 
     @property
     def block_width(self) -> int:
         """Channels per block, in the first consumer."""
-        return int(np.sum(self.consumers[0].owners == 0))
+        return int(np.sum(self.consumers[0].owners == 0)) if self.consumers else 1
+
+    @property
+    def readings(self) -> tuple[Any, ...]:
+        """What is measured: records with ``node``, ``activation``, ``activation_axis`` and ``width``."""
+        return (*(u for c in self.consumers for u in c.uses), *self.operands)
 
     def cut(self, blocks: Sequence[int]) -> dict[int, Cut]:
         """Returns what ``Rewriter.cut`` is to keep of the group's factor when ``blocks`` stay."""

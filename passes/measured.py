@@ -4,14 +4,15 @@ Scores read :class:`Measured`; a repair makes a :class:`Repaired` of it. Both ar
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.runtime.moments import FoldName, Moments, Statistics
+from liar_opt.runtime.moments import CrossStatistics, FoldName, Moments, Statistics
 from liar_opt.runtime.solve import sketched
+from liar_opt.runtime.subspaces import Basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Measured:
         gradients: of a loss with respect to a mask on each block of the group, [samples, blocks]; None where the score does
             not ask for them (`passes.gradient_scores`).
         centred: whether the repair may change a bias; without, moments are about zero: min E|x W - x_U W'|^2.
+        basis: the basis in which ``weight``, the statistics and the channels are; that of the moments where it is None.
     """
 
     weight: NDArray[Any]
@@ -56,6 +58,7 @@ class Measured:
     channels: NDArray[np.int64] | None = None
     centred: bool = True
     gradients: NDArray[np.float64] | None = None
+    basis: Basis | None = None
 
     @property
     def blocks(self) -> int:
@@ -78,9 +81,27 @@ class Measured:
         whole = self.moments.statistics(fold)
         if not self.centred:  # moments about zero: then a mean of zero keeps every bias as it is
             whole = Statistics(whole.count, np.zeros_like(whole.mean), whole.uncentred)
+        if self.basis is not None:
+            whole = self.basis.statistics(whole)
         if self.channels is None:
             return whole
         return Statistics(whole.count, whole.mean[self.channels], whole.covariance[np.ix_(self.channels, self.channels)])
+
+    def with_target(self, fold: FoldName) -> tuple[Statistics, CrossStatistics] | None:
+        """Returns the moments of one fold of ``aware``, about zero where no bias may change; None where there are none."""
+        if self.aware is None:
+            return None
+        rows, cross = self.aware.statistics(fold), self.aware.cross_statistics(fold)
+        if not self.centred:  # then the fit has no bias
+            square = cross.target_variance + float(cross.target_mean @ cross.target_mean)
+            about = cross.covariance + np.outer(rows.mean, cross.target_mean)
+            rows = Statistics(rows.count, np.zeros_like(rows.mean), rows.uncentred)
+            cross = CrossStatistics(about, np.zeros_like(cross.target_mean), square)
+        return (rows, cross) if self.basis is None else (self.basis.statistics(rows), self.basis.cross(cross))
+
+    def turned(self, basis: Basis) -> "Measured":
+        """Returns the same consumer in another basis."""
+        return replace(self, weight=basis.weight(self.weight), basis=basis)
 
     def part(self, first: int, count: int) -> "Measured":
         """Returns what is known of the blocks [first, first + count) alone, numbered from 0."""

@@ -5,6 +5,10 @@ weights. A run goes from one such place, through the groups that were cut there,
 so that moments are those of the inputs that will be seen when deployed; it leaves what is alive at the next place. What
 belongs to no group runs once, what does runs twice, dense and cut. Groups that span others (shared weights, heads tied
 over layers by a common position bias) are measured first, on the whole model.
+
+Where a width lies between two linear maps its basis is changed before it is cut, so that what goes is a subspace instead of
+some of its channels (`runtime.subspaces`): values, and queries with keys. These are swept on their own: queries and keys
+before the rest, values behind it, within the heads that are left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.onnx_linear import Bent, Source, sources_of
 from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
@@ -30,7 +35,7 @@ from liar_opt.frontend.onnx_segments import (
 )
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
-from liar_opt.passes.groups import VALUES, ChannelGroup, Consumer, kept_positions
+from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
 from liar_opt.passes.plan_memory import Need, Parts, measure_together
 from liar_opt.passes.registry import (
     AWARE,
@@ -49,10 +54,12 @@ from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
 from liar_opt.runtime.solve import one_thread
+from liar_opt.runtime.subspaces import Basis, copies, logit_forms, turn_values
 
 Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
 """Groups that span others, and the segments of the rest."""
 WEIGHTINGS = ("stream", "none")
+VALUE_CUTS = ("rotate", "select")
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
 
@@ -74,6 +81,21 @@ class ConsumerRepair:
     bias: NDArray[np.float64]
 
 
+@dataclass(frozen=True, eq=False)
+class QueryForm:
+    """What one constant of the queries became, for the check: q U V^T instead of q, at the width that it had.
+
+    Attributes:
+        source: the constant.
+        index: for each of its axes the positions, in the original, of ``value``.
+        value: the new value there.
+    """
+
+    source: Source
+    index: tuple[NDArray[np.int64], ...]
+    value: NDArray[Any]
+
+
 @dataclass(frozen=True)
 class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
     """Cut every group to the width allocated to it and fold the repair into its consumers.
@@ -89,6 +111,8 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
             as the normalisation behind it will.
         new_bias: whether a consumer without a bias may get one; if not, it is repaired without one (the problem is solved
             with moments about zero).
+        value_cut: "rotate" keeps the best subspace of the values of each head, where everything between value and output
+            projection is linear; "select" keeps some of their channels, as it is done where something is not.
     """
 
     name: ClassVar[str] = "prune-groups"
@@ -98,16 +122,18 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
     seed: int = 0
     weighting: str = "none"
     new_bias: bool = True
+    value_cut: str = "rotate"
 
     def requires(self, state: State) -> None:
         """Checks the options and that there is something to measure on.
 
         Raises:
-            OptionError: unknown score or repair, a negative ridge.
+            OptionError: unknown score, repair, weighting or value cut, a negative ridge.
         """
         score_named(self.score)
         repair_named(self.repair)
         lookup("weighting", dict.fromkeys(WEIGHTINGS), self.weighting)
+        lookup("value-cut", dict.fromkeys(VALUE_CUTS), self.value_cut)
         if self.ridge is not None and not self.ridge >= 0:
             raise OptionError(f"ridge {self.ridge:g} is negative; give 0 or more, or leave it out to have it chosen")
         if state.calibration is None or not state.calibration.batches:
@@ -115,10 +141,11 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
         state.analysed()
 
     def plan(self, state: State) -> tuple[Sweep, ...]:
-        """Returns the groups that span others and the segments of the rest; of values after the others."""
+        """Returns the groups that span others and the segments of the rest: of queries and keys, of all, of values."""
         groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
         walk = state.analysed()
-        sweeps = [tuple(g for g in groups if (g.kind == VALUES) == values) for values in (False, True)]
+        apart = {QUERY_KEY: 0, VALUES: 2}
+        sweeps = [tuple(g for g in groups if apart.get(g.kind, 1) == turn) for turn in range(3)]
         return tuple(plan_segments(walk, sweep) for sweep in sweeps if sweep)
 
     def apply(self, state: State, plan: tuple[Sweep, ...]) -> PassResult:
@@ -130,7 +157,8 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
-        return PassResult(state, tuple(run.changes))
+        state.facts["query forms"] = run.query_forms
+        return PassResult(state, tuple(run.changes), run.refusals())
 
     def _run(self, state: State, sweep: Sweep) -> "SegmentRun":
         if self.repair in AWARE:
@@ -164,6 +192,8 @@ class SegmentRun:
         self.alive_at: Any = None
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
+        self.query_forms: list[QueryForm] = []
+        self.selected: dict[str, list[str]] = {}
         self.checkpoint: Checkpoint | None = None
         self.number = 0
         self.kept: list[KeptGroup] = []
@@ -196,9 +226,16 @@ class SegmentRun:
             if group.name != kept.name:
                 raise InternalError(f"group '{kept.name}' of the resume folder is '{group.name}' now")
             blocks = np.asarray(kept.blocks, np.int64)
+            if group.kind == QUERY_KEY:
+                self.turn_logits(group, *kept.turns)
+            turn = kept.turns[0] if kept.turns and group.consumers else None
             for consumer, (weight, bias) in zip([self.left(c) for c in group.consumers], kept.consumers, strict=True):
-                self.write(consumer, kept_positions(consumer.owners, blocks), Repaired(weight, bias, np.inf, "resumed"))
-            self.cut(group, blocks, kept.details)
+                basis = None if turn is None else _basis(consumer.owners, turn)
+                done = Repaired(weight, bias, np.inf, "resumed")
+                self.write(consumer, kept_positions(consumer.owners, blocks), done, basis)
+            if turn is not None:
+                self.turn_values(group, turn)
+            self.cut(group, blocks, kept.details, kept.turns)
         self.kept = []
         self.state.model.settle()
         self.rng.bit_generator.state = finished.generator
@@ -239,9 +276,9 @@ class SegmentRun:
         """
         taps: dict[tuple[str, int], Tap] = {}
         for group in groups:
-            for use in (u for c in group.consumers for u in c.uses):
+            for use in group.readings:
                 tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
-                if self.options.weighting == "stream":
+                if self.options.weighting == "stream" and isinstance(use, ConsumerUse):
                     tap = replace(tap, stream=stream_of(self.walk, use, self.options.seed))
                 taps[tap.tensor, tap.axis] = tap
         parts = self.parts(groups, taps)
@@ -272,7 +309,7 @@ class SegmentRun:
             trim()
         else:
             start = 0 if self.alive_at is None else self.position(self.alive_at)
-            stop = max(self.position(u.node) for g in groups for c in g.consumers for u in c.uses)
+            stop = max(self.position(r.node) for g in groups for r in g.readings)
             nodes = self.walk.model.graph.nodes[start : stop + 1]
             weights = sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
         parts = measure_together(needs, (anonymous() or 0) + weights + activations, self.memory.limit, self.memory.asked)
@@ -326,27 +363,152 @@ class SegmentRun:
 
     def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
         """Selects, repairs and cuts one group."""
+        if group.kind == QUERY_KEY:
+            self.prune_logits(group, moments)
+            return
         options = self.options
         consumers = [self.left(c) for c in group.consumers]
         measured = [self.measured(c, moments) for c in consumers]
         keep = self.state.keep[group.name]
-        blocks = self.select(group, measured, keep)
+        turn = None
+        if group.kind == VALUES and options.value_cut == "rotate":
+            if group.bent is None:
+                turn = self.value_turn(group, measured, keep)
+            else:
+                self.selected.setdefault(group.bent, []).append(group.name)
+        if turn is None:
+            blocks = self.select(group, measured, keep)
+        else:
+            sets = np.unique(np.concatenate([c.owners for c in consumers]) // group.size)
+            blocks = (sets[:, None] * group.size + np.arange(keep)).reshape(-1)
         details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rows": measured[0].moments.count}
+        details["rotated"] = turn is not None
         for consumer, item in zip(consumers, measured, strict=True):
+            basis = None if turn is None else _basis(consumer.owners, turn)
+            item = item if basis is None else item.turned(basis)
             kept = kept_positions(consumer.owners, blocks)
             removed = np.setdiff1d(np.arange(consumer.width), kept)
             repaired: Repaired = self.repair(item, kept, removed, options.ridge)
-            self.write(consumer, kept, repaired)
+            self.write(consumer, kept, repaired, basis)
             details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
-        self.cut(group, blocks, details)
+        if turn is not None:
+            self.turn_values(group, turn)
+        self.cut(group, blocks, details, [] if turn is None else [turn])
 
-    def cut(self, group: ChannelGroup, blocks: NDArray[np.int64], details: dict[str, Any]) -> None:
+    def cut(
+        self,
+        group: ChannelGroup,
+        blocks: NDArray[np.int64],
+        details: dict[str, Any],
+        turns: Sequence[NDArray[np.float64]] = (),
+    ) -> None:
         """Removes the other blocks, and notes it."""
         self.rewriter.cut(group.cut(blocks.tolist()))
         self.changes.append(Change("blocks removed", group.name, group.size, self.state.keep[group.name], details))
         if self.checkpoint is not None:
-            self.kept.append(KeptGroup(group.name, blocks.tolist(), details, self.written))
+            self.kept.append(KeptGroup(group.name, blocks.tolist(), details, self.written, list(turns)))
             self.written = []
+
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Returns what was cut in another way than it was asked for, and why."""
+        return tuple(
+            Refusal(f"values are cut by channels, not by a subspace: {reason}", tuple(names))
+            for reason, names in self.selected.items()
+        )
+
+    # -- changes of basis -------------------------------------------------------------------------------------------
+
+    def value_turn(self, group: ChannelGroup, measured: Sequence[Measured], keep: int) -> NDArray[np.float64]:
+        """Returns the change of basis of every index set, [sets, d, d], in which its first channels are to be kept."""
+        size = group.size
+        covariances, grams = np.zeros((group.sets, size, size)), np.zeros((group.sets, size, size))
+        for item in measured:
+            covariance = item.statistics.covariance
+            for number, places in copies(item.owners, size):
+                rows = item.weight[places] * item.target_scale
+                covariances[number] += covariance[np.ix_(places, places)]
+                grams[number] += rows @ rows.T
+        return np.stack([turn_values(c, g, keep) for c, g in zip(covariances, grams, strict=True)])
+
+    def turn_values(self, group: ChannelGroup, turn: NDArray[np.float64]) -> None:
+        """Writes a change of basis into the constants that give a group's dimension its channels."""
+        ends = [u.node for c in group.consumers for u in c.uses]
+        try:
+            sources = sources_of(self.walk, group.factor, (), ends)
+        except Bent as err:
+            raise InternalError(f"group '{group.name}': {err}") from err
+        self.turn_sources(group, [(s, turn) for s in sources])
+
+    def prune_logits(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+        """Cuts the width of queries and keys to the best form of their products."""
+        size, keep = group.size, self.state.keep[group.name]
+        seconds = []
+        for operand in group.operands:
+            statistics = moments[operand.activation.name, operand.activation_axis].statistics()
+            second = statistics.covariance if operand.relative else statistics.uncentred
+            owners = self.owners(group, operand.width, operand.inside)
+            total = np.zeros((group.sets, size, size))
+            for number, places in copies(owners, size):
+                total[number] += second[np.ix_(places, places)]
+            seconds.append(total)
+        turns = np.zeros((2, group.sets, size, size))
+        whole = rotated = channels = 0.0
+        for number, (queries, keys) in enumerate(zip(*seconds, strict=True)):
+            turns[0, number, :, :keep], turns[1, number, :, :keep], spectrum = logit_forms(queries, keys, keep)
+            whole += float(spectrum.sum())
+            rotated += float(spectrum[keep:].sum())
+            weakest = np.argsort(np.diagonal(queries) * np.diagonal(keys))[: size - keep]
+            channels += float(np.vdot(queries[np.ix_(weakest, weakest)], keys[np.ix_(weakest, weakest)]))
+        blocks = (np.arange(group.sets)[:, None] * size + np.arange(keep)).reshape(-1)
+        lost = channels / (whole or 1.0)
+        error = {"error_none": lost, "error_bias": lost, "error_repair": rotated / (whole or 1.0)}
+        found = {"node": group.operands[0].node.name, "ridge": None, "ridge_raised": False, "repair": "rotate"}
+        rows = moments[group.operands[0].activation.name, group.operands[0].activation_axis].count
+        details = {"kind": group.kind, "kept": blocks.tolist(), "rows": rows, "rotated": True}
+        details["consumers"] = [{**found, "calibration_gap": None, **error}]
+        self.turn_logits(group, turns[0], turns[1])
+        self.cut(group, blocks, details, list(turns))
+
+    def turn_logits(self, group: ChannelGroup, queries: NDArray[np.float64], keys: NDArray[np.float64]) -> None:
+        """Writes changes of basis, [sets, d, d] each, into the constants of queries and keys."""
+        form = queries @ keys.transpose(0, 2, 1)
+        for source in group.operands[0].sources:
+            left = [np.flatnonzero(self.rewriter.mask(f)) for f in source.use.axes]
+            value = self.turned(group, source, form)
+            inside = source.inside[left[source.axis]]
+            left[source.axis] = left[source.axis][inside]
+            self.query_forms.append(QueryForm(source, tuple(left), np.compress(inside, value, source.axis)))
+        sides = zip(group.operands, (queries, keys), strict=True)
+        self.turn_sources(group, [(s, turn) for operand, turn in sides for s in operand.sources])
+
+    def turn_sources(self, group: ChannelGroup, turns: Sequence[tuple[Source, NDArray[np.float64]]]) -> None:
+        """Changes the basis of constants, each by a matrix for every index set; one that others read is copied first."""
+        places: dict[tuple[int, bytes], list[tuple[Any, int]]] = {}
+        entries: dict[tuple[int, bytes], tuple[Source, NDArray[np.float64]]] = {}
+        for source, turn in turns:
+            node, position = source.use.node, source.use.position
+            key = (id(node.inputs[position]), source.inside.tobytes())
+            places.setdefault(key, []).append((node, position))
+            entries.setdefault(key, (source, turn))
+        for key, (source, turn) in entries.items():
+            self.rewriter.set_constant(places[key], self.turned(group, source, turn))
+
+    def turned(self, group: ChannelGroup, source: Source, turn: NDArray[np.float64]) -> NDArray[Any]:
+        """Returns a constant, as it is now, in another basis."""
+        value = np.asarray(source.use.node.inputs[source.use.position].values)
+        basis = _basis(self.owners(group, source.use.axes[source.axis], source.inside), turn)
+        turned = np.moveaxis(basis.rows(np.moveaxis(value, source.axis, -1)), -1, source.axis)
+        return np.ascontiguousarray(turned.astype(value.dtype))
+
+    def owners(self, group: ChannelGroup, factor: int, inside: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Returns index set * size + channel for every position of an axis that is left, -1 where it is not the group's."""
+        algebra = self.walk.algebra
+        channels = algebra.owners(factor, group.factor)
+        sets = np.zeros_like(channels) if group.outer is None else algebra.owners(factor, group.outer)
+        owners = np.where(inside & (channels >= 0), sets * group.size + channels, -1)
+        return np.asarray(owners[self.rewriter.mask(factor)])
+
+    # -- what is left -----------------------------------------------------------------------------------------------
 
     def left(self, consumer: Consumer) -> Consumer:
         """Returns a consumer without the positions that went with a group before."""
@@ -379,8 +541,8 @@ class SegmentRun:
         values = weight.reshape(consumer.width, -1).astype(np.float64)
         return Measured(values, consumer.owners, pooled, use.scale, centred=centred)
 
-    def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired) -> None:
-        """Writes the repaired rows and the bias; the cut removes the other rows."""
+    def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired, basis: Basis | None = None) -> None:
+        """Writes the repaired rows, which are in ``basis``, and the bias; the cut removes the other rows."""
         use = consumer.uses[0]
         old = use.node.inputs[use.weight_position].values
         full = np.moveaxis(np.array(old), use.weight_axis, 0)
@@ -399,11 +561,15 @@ class SegmentRun:
         self.rewriter.set_constant(places, value)
         if np.any(repaired.bias):
             self.rewriter.add_bias(consumer.uses, repaired.bias)
-        cut = np.take(value, kept, use.weight_axis)
+        left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
+        if basis is None:
+            cut = np.take(value, kept, use.weight_axis)
+            left[use.weight_axis] = left[use.weight_axis][kept]
+        else:  # in the original's basis these rows are a matrix of low rank
+            rows = basis.back(kept, flat[kept].astype(np.float64)).reshape(shape)
+            cut = np.moveaxis(rows, 0, use.weight_axis).astype(old.dtype)
         if self.memory.tight:
             cut = self.memory.store.put(cut)
-        left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
-        left[use.weight_axis] = left[use.weight_axis][kept]
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, repaired.bias))
 
 
@@ -422,7 +588,12 @@ def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[n
 
 
 def _keys(group: ChannelGroup) -> set[tuple[str, int]]:
-    return {(u.activation.name, u.activation_axis) for c in group.consumers for u in c.uses}
+    return {(r.activation.name, r.activation_axis) for r in group.readings}
+
+
+def _basis(owners: NDArray[np.int64], turn: NDArray[np.float64]) -> Basis:
+    """Returns the changes of basis [sets, d, d] of the index sets at every place where an axis has them."""
+    return Basis(tuple((places, turn[number]) for number, places in copies(owners, turn.shape[1])))
 
 
 def _details(

@@ -21,7 +21,7 @@ from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary
 from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
-from liar_opt.passes.allocate_widths import AllocateWidthsPass
+from liar_opt.passes.allocate_widths import AllocateWidthsPass, note_widths
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
@@ -209,7 +209,7 @@ def inspect(model: Any, *, example: Any = None, allow_pickle: bool = False) -> I
     result = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
     report = _report_head(state)
     report["groups"] = [_group(g) for g in state.groups]
-    report["values"] = [_group(g) for g in state.values]
+    report["values"] = [_group(g) for g in (*state.values, *state.queries)]
     report["prunable_parameters"] = sum(g.parameters for g in state.groups)
     report["refusals"] = [asdict(r) for r in result.refusals]
     return Inspection(state.model, state.groups, result.refusals, report)
@@ -223,6 +223,8 @@ def prune(
     ffn: float | None = None,
     heads: float | None = None,
     values: float | None = None,
+    query_key: float | None = None,
+    value_cut: str = "rotate",
     multiple_of: int = 8,
     target: str | None = None,
     max_drop: float | str | None = None,
@@ -268,6 +270,9 @@ def prune(
         ffn: fraction of the feed-forward width to remove, in [0, 1).
         heads: fraction of the attention heads to remove, in [0, 1).
         values: fraction of the width of values within each head to remove, in [0, 1); each head keeps its own.
+        query_key: fraction of the width of queries and keys within each head to remove, in [0, 1), where no rotary
+            embedding or normalisation stands between projection and product.
+        value_cut: "rotate" keeps the best subspace of the values, "select" some of their channels.
         multiple_of: kept feed-forward widths are multiples of this.
         target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),
             or latency=5ms.
@@ -334,13 +339,17 @@ def prune(
     state.progress = progress
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        asked = ffn is not None or heads is not None or (values is not None and sparsity is None)
+        alone = sparsity is None and (values is not None or query_key is not None)
+        asked = ffn is not None or heads is not None or alone
         allocate = "uniform" if asked or uniform or calibration is None else "curves"
     curves = MeasureCurvesPass(score=score, seed=seed)
-    cut = PruneGroupsPass(score, repair, ridge, seed, weighting, new_bias=new_bias is not False)
-    forms = (target, max_drop, None if sparsity is ffn is heads is values is None else "ratios")
+    cut = PruneGroupsPass(score, repair, ridge, seed, weighting, new_bias is not False, value_cut)
+    ratios = (sparsity, ffn, heads, values, query_key)
+    forms = (target, max_drop, None if all(r is None for r in ratios) else "ratios")
     if sum(form is not None for form in forms) > 1:
-        raise OptionError("a target, max-drop and ratios (sparsity, ffn, heads, values) exclude each other; give one form")
+        raise OptionError(
+            "a target, max-drop and ratios (sparsity, ffn, heads, values, query-key) exclude each other; give one form"
+        )
     if search is not None and (target is not None or max_drop is not None):
         raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")
     if resume is not None and (max_drop is not None or repair in AWARE):
@@ -353,7 +362,7 @@ def prune(
     elif max_drop is not None:
         widths = LimitDropPass(max_drop, metric, multiple_of, allocate, cut)
     else:
-        widths = AllocateWidthsPass(sparsity, ffn, heads, values, multiple_of, allocate, bool(uniform))
+        widths = AllocateWidthsPass(sparsity, ffn, heads, values, query_key, multiple_of, allocate, bool(uniform))
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
     widths.requires(state)  # before any work that it might stop
     options = CalibrationOptions(
@@ -377,7 +386,7 @@ def prune(
         deciding.append(SearchWidthsPass(search, same_kind, multiple_of, repair, weighting, seed))
     resumed = state.checkpoint is not None and state.checkpoint.decided is not None
     if resumed:
-        state.keep = {name: int(keep) for name, keep in state.checkpoint.decided["keep"].items()}
+        note_widths(state, {name: int(keep) for name, keep in state.checkpoint.decided["keep"].items()})
         report.update(state.checkpoint.decided["report"])
     decided = Pipeline(passes=[] if resumed else deciding, observer=observer)(state)
     if "curves" in state.facts:
@@ -399,6 +408,8 @@ def prune(
     report["resumed"] = state.checkpoint.done if state.checkpoint is not None else 0
     done = Pipeline(passes=rest, observer=observer)(state)
     changes = (*decided.changes, *done.changes)
+    refusals = (*analysis.refusals, *done.refusals)
+    report["refusals"] = [asdict(r) for r in refusals]
     details = {c.where: c for c in changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
     gaps = [c["calibration_gap"] for g in report["groups"] for c in g.get("repairs", ())]
@@ -436,7 +447,7 @@ def prune(
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
     if state.checkpoint is not None:
         state.checkpoint.remove()
-    return PruneResult(state.model, report, changes, analysis.refusals)
+    return PruneResult(state.model, report, changes, refusals)
 
 
 def _identity(state: State, report: dict[str, Any], search: float | None) -> dict[str, Any]:
@@ -559,7 +570,7 @@ def _group(group: ChannelGroup) -> dict[str, Any]:
         "queries_per_block": group.queries,
         "index_sets": group.sets,
         "parameters": group.parameters,
-        "consumers": [u.node.name for c in group.consumers for u in c.uses],
+        "consumers": [u.node.name for c in group.consumers for u in c.uses] or [group.operands[0].node.name],
     }
 
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.runtime.errors import OptionError
-from liar_opt.runtime.moments import CrossStatistics, FoldName, Statistics
 from liar_opt.runtime.scaling import scale_blocks
 from liar_opt.runtime.solve import (
     RepairKind,
@@ -98,25 +97,15 @@ def liar(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
 
 def dense(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
     """Fits to the dense model's target; the ridge pulls towards the local solution, which stays where that does best."""
-    local, aware = liar(consumer, kept, removed, ridge), consumer.aware
-    if aware is None:
+    local, aware, everything = liar(consumer, kept, removed, ridge), consumer.aware, consumer.with_target("all")
+    if aware is None or everything is None:
         return local
-
-    def fold(name: FoldName) -> tuple[Statistics, CrossStatistics]:
-        rows, cross = aware.statistics(name), aware.cross_statistics(name)
-        if consumer.centred:
-            return rows, cross
-        # Moments about zero: then the fit has no bias.
-        zero, square = np.zeros_like(rows.mean), cross.target_variance + float(cross.target_mean @ cross.target_mean)
-        about = CrossStatistics(
-            cross.covariance + np.outer(rows.mean, cross.target_mean), np.zeros_like(cross.target_mean), square
-        )
-        return Statistics(rows.count, zero, rows.uncentred), about
-
     used = DEFAULT_RIDGE if ridge is None else ridge
     if ridge is None and min(aware.rows("training"), aware.rows("held_back")) >= 2:
-        used = choose_dense_ridge(fold("training"), fold("held_back"), kept, local.weight)
-    fit = fit_dense_target(*fold("all"), kept, local.weight, used)
+        training, held_back = consumer.with_target("training"), consumer.with_target("held_back")
+        assert training is not None and held_back is not None
+        used = choose_dense_ridge(training, held_back, kept, local.weight)
+    fit = fit_dense_target(*everything, kept, local.weight, used)
     return Repaired(fit.weight, fit.bias, fit.ridge_used, "dense", fit.raised)
 
 

@@ -9,6 +9,7 @@
 3. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays
+from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, QueryForm, cut_arrays
 from liar_opt.runtime.compare import DifferenceMeter, relative_difference, require_close
 from liar_opt.runtime.errors import CheckError
 from liar_opt.runtime.sessions import Session
@@ -62,7 +63,7 @@ class VerifyModelPass(Pass[None]):
         assert state.calibration is not None
         facts: dict[str, Any] = {}
         batches, masks = state.calibration.batches, state.calibration.row_masks
-        reference = masked_reference(dense, state.repairs)
+        reference = masked_reference(dense, state.repairs, state.facts.get("query forms", ()))
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
         whole = [o for o in pruned.outputs if o not in state.analysed().unspecified]
         small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
@@ -102,15 +103,30 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def masked_reference(dense: Stored, repairs: list[ConsumerRepair]) -> OnnxModel:
+def masked_reference(dense: Stored, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> OnnxModel:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
+    Where the basis of values was changed, the new weight is one of low rank; queries are projected, keys stay as they were.
     Made from the original file by node and input position, without the code that cuts.
     """
     model = dense.model()
     model.normalise()
     mask_model(walk(model, AxisAlgebra), repairs)
+    project_queries(model, query_forms)
     return model
+
+
+def project_queries(model: OnnxModel, query_forms: Sequence[QueryForm]) -> None:
+    """Writes q U V^T over the constants of the queries of an original."""
+    nodes = {n.name: n for n in model.graph.nodes}
+    for form in query_forms:
+        node, position = nodes[form.source.use.node.name], form.source.use.position
+        old = node.inputs[position]
+        if not is_constant(old):
+            raise CheckError(f"a constant of the queries of node '{node.name}' was not found again in the original")
+        value = np.array(old.values)
+        value[np.ix_(*form.index)] = form.value
+        node.inputs[position] = gs.Constant(f"{old.name}/{node.name}/queries", value)
 
 
 def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:

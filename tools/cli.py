@@ -143,7 +143,9 @@ def _output_of(options: argparse.Namespace) -> Path:
 def _demo(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.tools import demo_assets
 
-    if all(getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "values", "target", "max_drop")):
+    if all(
+        getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "values", "query_key", "target", "max_drop")
+    ):
         options.ffn = DEMO_FFN
     model, output = options.folder / DEMO_MODEL, options.folder / DEMO_MODEL.replace(".onnx", ".liar.onnx")
     options.force = True  # both files are the demo's own
@@ -611,7 +613,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     from liar_opt.passes.allocate_widths import DEFAULT_SPARSITY, AllocateWidthsPass
     from liar_opt.passes.allocations import ALLOCATIONS
-    from liar_opt.passes.prune_groups import WEIGHTINGS, PruneGroupsPass
+    from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
     from liar_opt.passes.prune_model import prune
     from liar_opt.passes.registry import REPAIRS, SCORES
 
@@ -624,6 +626,8 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("ffn", float, metavar="RATIO")
     widths.add("heads", float, metavar="RATIO")
     widths.add("values", float, metavar="RATIO")
+    cut.add("value_cut", str, choices=VALUE_CUTS)
+    widths.add("query_key", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
     if command == "prune":
         _add_flag(pruning, prune, "uniform", "--uniform", True)

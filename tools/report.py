@@ -41,7 +41,7 @@ def before_after(report: Report) -> Table:
     table.add_row(
         "parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters")
     )
-    counted = [g for g in report["groups"] if g["kind"] != "values"]  # values share their weights with heads
+    counted = [g for g in report["groups"] if g["kind"] in ("ffn", "heads")]  # the others share the weights of heads
     prunable = {"all": sum(g["parameters"] for g in counted)}
     left = {"all": round(sum(g["parameters"] * g["after"] / g["before"] for g in counted))}
     table.add_row("  of them prunable", f"{prunable['all']:,}", f"{left['all']:,}", change(prunable, left, "all"))
@@ -110,7 +110,8 @@ def target_met(report: Report) -> str:
 def groups_found(report: Report, explain: bool = False) -> Table:
     """The groups of an inspection, in execution order; with ``explain`` who reads them, where the name does not say it.
 
-    Below the sum are the widths of values, which hold weights of the heads and are cut with ``--values`` alone.
+    Below the sum are the widths of values and of queries and keys, which hold weights of the heads and are cut with
+    ``--values`` and ``--query-key`` alone.
     """
     explain = explain and any(g["consumers"] != [g["name"]] for g in report["groups"])
     columns = ["group", "kind", "count", "block width", "parameters", "share of all"]

@@ -199,7 +199,9 @@ ATTENTION_WEIGHTS: graphs.Weights = {
 @pytest.mark.parametrize("score", ["greedy", "activation-weighted", "random"])
 def test_each_head_keeps_as_many_values_of_its_own(score: str) -> None:
     proto = graphs.parse(ATTENTION, ATTENTION_WEIGHTS)
-    result = prune(proto, batches(12, 0), values=0.5, batch_size=8, samples=96, score=score, latency=False)
+    result = prune(
+        proto, batches(12, 0), values=0.5, batch_size=8, samples=96, score=score, value_cut="select", latency=False
+    )
     (heads, values) = result.report["groups"]
     assert (heads["kind"], heads["before"], heads["after"]) == ("heads", 4, 4)
     assert (values["kind"], values["before"], values["after"], values["index_sets"]) == ("values", 6, 3, 4)
