@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -184,10 +184,17 @@ class Workplace:
         return {**used, "report": json.loads((self.folder / "out.json").read_text(encoding="utf-8"))}
 
 
-def measured(command: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Runs a command; returns its exit code, wall and processor seconds, and peak memory in bytes."""
+def measured(command: Sequence[str], folder: Path, log: IO[str] | None = None) -> dict[str, Any]:
+    """Runs a command; returns its exit code, wall and processor seconds, and peak memory in bytes.
+
+    Args:
+        command: program and arguments.
+        folder: gets used.json.
+        log: takes all that it prints; without one, that goes to stderr.
+    """
     result = folder / "used.json"
-    subprocess.run([sys.executable, "-I", "-S", "-c", MEASURE, str(result), *command], check=True, stdout=sys.stderr)
+    start = [sys.executable, "-I", "-S", "-c", MEASURE, str(result), *command]
+    subprocess.run(start, check=True, stdout=log or sys.stderr, stderr=log)
     used: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return used
 

@@ -94,13 +94,13 @@ def prune(
     calls: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
         "ffn": lambda m: onnxsim.apply_structured_wanda_pruning(m, calibration_data=batches, sparsity=options.sparsity),
         "heads": lambda m: onnxsim.apply_attention_head_wanda_pruning(
-            m, calibration_data=batches, sparsity=options.sparsity
+            m, calibration_data=batches, sparsity=options.heads_sparsity
         ),
     }
     if options.score == "magnitude":
         calls = {
             "ffn": lambda m: onnxsim.apply_structured_pruning(m, sparsity=options.sparsity),
-            "heads": lambda m: onnxsim.apply_attention_head_pruning(m, sparsity=options.sparsity),
+            "heads": lambda m: onnxsim.apply_attention_head_pruning(m, sparsity=options.heads_sparsity),
         }
     pruned = onnx.ModelProto()
     pruned.CopyFrom(model)
@@ -121,6 +121,7 @@ def main() -> int:
     parser.add_argument("--calibration", type=Path, required=True, help=".npz with arrays named <batch>.<graph input>")
     parser.add_argument("--kind", choices=("ffn", "heads", "both"), default="ffn")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--heads-sparsity", type=float, help="of the heads, where it is another")
     parser.add_argument("--score", choices=("wanda", "magnitude"), default="wanda")
     parser.add_argument("--no-refit", action="store_true", help="leave out apply_pruning_finetune")
     parser.add_argument(
@@ -129,6 +130,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
+    options.heads_sparsity = options.sparsity if options.heads_sparsity is None else options.heads_sparsity
 
     batches, model = read_batches(options.calibration), onnx.load(options.model)
     before, before_mib, stages = shapes(model), peak_mebibytes(), Stages()
@@ -144,6 +146,7 @@ def main() -> int:
         "tool": f"onnxsim {onnxsim.__version__}",
         "kind": options.kind,
         "sparsity": options.sparsity,
+        "heads_sparsity": options.heads_sparsity,
         "score": options.score,
         "refit": not options.no_refit,
         "batches": len(batches),

@@ -1,0 +1,279 @@
+"""Measure every other tool and method that can be run here beside liar-opt: same models, same calibration, same parameters.
+
+    python tools/dev/benchmark_peers.py --classifier FOLDER --repositories FOLDER
+    python tools/dev/benchmark_peers.py --only minilm --peers liar-opt onnxsim-wanda --ratios 0.5 --again
+
+Models: a sentiment classifier (accuracy), all-MiniLM-L6-v2 (mean cosine of sentence embeddings) and SmolLM2-135M
+(perplexity), see `peer_tasks.py`. Tools: `peer_tools.py`; each runs in a virtual environment of its own under `--venvs`,
+made with pip where it is missing, and is driven through files (`peer_files.py`), so that none of its code is here. Code that
+no registry has is looked for in `--repositories`, a folder of clones named `owner+name`.
+
+A cell is one tool on one model at one ratio of the prunable parameters (FFN and heads; embeddings apart). It is kept in
+`--cells` (JSON) and not measured again, unless by `--again`; what cannot be run is a cell, too, with the reason. With
+`--budget` nothing is started after so many seconds. Pruned models stay in `--folder`, and `--latency` times those of the
+largest ratio in ONNX Runtime, each in turns with the dense model.
+
+The table goes to `--markdown`. Seconds are those of the tool's own work, without imports, reading and writing; where other
+programs kept a core busy meanwhile, they are marked.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table, wait_for_quiet
+from liar_opt.tools.dev.peer_tasks import TASKS, Task
+from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, REPOSITORIES, Peer
+
+RATIOS = (0.2, 0.35, 0.5)
+OURS = "liar-opt"
+NEAR = 0.02
+"""Within 2 % of liar-opt's score, the faster one is named."""
+LIMIT = 800
+"""Seconds after which a tool is stopped."""
+BUSY = 0.5
+"""Cores that other programs keep busy: from there on a time is marked."""
+
+
+# One cell --------------------------------------------------------------------------------------------------------------
+
+
+def environment(name: str, folder: Path) -> Path:
+    """The Python of a virtual environment, made with pip where it is not there."""
+    python = folder / name / "bin" / "python"
+    if not python.exists():
+        say(f"making the environment '{name}' with {', '.join(ENVIRONMENTS[name])}")
+        subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]]
+        if subprocess.run(pip, stdout=sys.stderr).returncode:
+            shutil.rmtree(folder / name)
+            raise PeerError(f"pip cannot install {', '.join(ENVIRONMENTS[name])}")
+    return python
+
+
+class PeerError(Exception):
+    """A tool that cannot be run, with the reason: a row of the table."""
+
+
+def run_peer(peer: Peer, task: Task, ratio: float, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Prunes one model with one tool, in a process of its own.
+
+    Args:
+        peer: the tool.
+        task: the model.
+        ratio: of the prunable parameters, to remove.
+        folder: gets pruned.onnx and report.json.
+        options: of the command.
+
+    Returns:
+        What the tool reports, with the wall seconds and the peak memory of its whole process.
+
+    Raises:
+        PeerError: with what it said last.
+    """
+    repository = None
+    if peer.repository:
+        clone, part = REPOSITORIES[peer.repository]
+        if options.repositories is None or not (options.repositories / clone).is_dir():
+            raise PeerError(f"no clone of github.com/{clone.replace('+', '/')} in --repositories")
+        repository = options.repositories / clone / part
+    python = sys.executable if peer.environment is None else str(environment(peer.environment, options.venvs))
+    command = peer.command(task, ratio, folder, repository, options.seed)
+    log = folder / "log"
+    others = Others()
+    with log.open("w", encoding="utf-8") as out:
+        used = measured(["timeout", str(LIMIT), python, *command], folder, out)
+    if used["code"]:
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        why = f"stopped after {LIMIT} s" if used["code"] == 124 else (said[-1] if said else "it said nothing")
+        raise PeerError(peer.reasons.get(used["code"], why[-300:]))
+    report = peer.read_report(folder)
+    return {**report, "process_seconds": round(used["wall"], 2), "peak_mib": used["peak"] / 2**20, "busy": others.cores()}
+
+
+def make_cell(peer: Peer, task: Task, ratio: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Prunes and scores; what cannot be done is said under "error"."""
+    if task.name in peer.excuses:
+        return {"error": peer.excuses[task.name]}
+    folder = options.folder / f"{task.name}-{peer.name}-{ratio}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        found = run_peer(peer, task, ratio, folder, options)
+    except PeerError as err:
+        return {"error": str(err)}
+    pruned = folder / "pruned.onnx"
+    return {**found, "score": task.score(pruned), "removed": task.removed(pruned, peer.graph)}
+
+
+# The table -------------------------------------------------------------------------------------------------------------
+
+
+def better(task: Task, one: float, other: float) -> bool:
+    """Whether the first score is better."""
+    return one > other if task.higher else one < other
+
+
+def near(task: Task, one: float, ours: float) -> bool:
+    """Whether a score is better than ours, or at most `NEAR` of it worse."""
+    return one >= ours * (1 - NEAR) if task.higher else one <= ours * (1 + NEAR)
+
+
+def verdicts(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]], ratios: Sequence[float]) -> Iterator[str]:
+    """For every ratio: who is first, and who is faster within 2 % of liar-opt's score."""
+    for ratio in ratios:
+        ours = cells.get((OURS, ratio), {})
+        if "score" not in ours:
+            continue
+        rest = {
+            peer: cell for (peer, of), cell in cells.items() if of == ratio and "score" in cell and not PEERS[peer].ours
+        }
+        ahead = [p for p, c in rest.items() if better(task, c["score"], ours["score"])]
+        faster = [p for p, c in rest.items() if near(task, c["score"], ours["score"]) and c["seconds"] < ours["seconds"]]
+        text = f"{100 * ratio:.0f} %: "
+        text += f"liar-opt is behind {', '.join(PEERS[p].label for p in ahead)}" if ahead else "liar-opt is first"
+        if faster:
+            text += f"; faster within 2 % of its score: {', '.join(PEERS[p].label for p in faster)}"
+        yield text + "."
+
+
+def task_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]], ratios: Sequence[float]) -> str:
+    """Rows: tools; columns: the score at every ratio, and the cost at the last one that was measured."""
+    rows, settings, failures = [], [], []
+    for peer in PEERS.values():
+        own = {ratio: cells[peer.name, ratio] for ratio in ratios if (peer.name, ratio) in cells}
+        done = {ratio: cell for ratio, cell in own.items() if "score" in cell}
+        if not done:
+            failures += [f"- {peer.label}: {cell['error']}" for cell in list(own.values())[:1]]
+            continue
+        scores = []
+        for ratio in ratios:
+            score = done.get(ratio, {}).get("score")
+            best = [c["score"] for (_, of), c in cells.items() if of == ratio and "score" in c]
+            text = "" if score is None else f"{score:.{task.digits}f}"
+            first = score is not None and not any(better(task, other, score) for other in best)
+            scores.append(f"**{text}**" if first else text)
+        last = done[max(done)]
+        removed = "/".join(f"{100 * cell['removed']:.0f}" for cell in done.values())
+        busy = "" if last["busy"] is not None and last["busy"] < BUSY else "~"
+        latency = f"{last['latency'][0] / last['latency'][1]:.2f}" if "latency" in last else ""
+        cost = [f"{busy}{last['seconds']:.1f} s", f"{last['peak_mib']:,.0f} MiB", latency]
+        rows.append([f"{peer.label}", *scores, removed, *cost, last["artefact"]])
+        noted = list(dict.fromkeys(cell["note"] for cell in done.values() if cell["note"]))
+        settings.append(f"- {peer.label} ({last['tool']}): {'; '.join(noted) or 'defaults'}")
+        failures += [f"- {peer.label} at {100 * r:.0f} %: {c['error']}" for r, c in own.items() if "error" in c]
+    head = ["tool", *(f"{task.metric} at {100 * r:.0f} %" for r in ratios), "removed, %", "seconds", "peak memory"]
+    text = table([*head, "dense / pruned, latency", "what it leaves"], rows)
+    text += "\n" + "\n".join(f"- {line}" for line in verdicts(task, cells, ratios)) + "\n"
+    text += "\nSettings:\n\n" + "\n".join(settings) + "\n"
+    return text + ("\nNot run:\n\n" + "\n".join(failures) + "\n" if failures else "")
+
+
+def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namespace) -> str:
+    """All tables."""
+    given = setting(options.seed)
+    parts = [f"`python tools/dev/benchmark_peers.py`\n\n{given}\n"]
+    for task in tasks.values():
+        cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name}
+        ratios = sorted({ratio for _, ratio in cells})
+        if cells:
+            dense = task.dense_score
+            parts.append(
+                f"### {task.title}\n\n{task.text} Dense: {dense:.{task.digits}f}.\n\n{task_table(task, cells, ratios)}"
+            )
+    return "\n".join(parts)
+
+
+# The command -----------------------------------------------------------------------------------------------------------
+
+
+class Cells:
+    """Finished cells, by (task, peer, ratio), in a JSON file."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.path, self.seed = path, seed
+        self._cells: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _key(self, task: str, peer: str, ratio: float) -> str:
+        return json.dumps([task, peer, ratio, self.seed])
+
+    def all(self) -> dict[tuple[str, str, float], dict[str, Any]]:
+        """Those of this seed."""
+        split = {tuple(json.loads(key)): cell for key, cell in self._cells.items()}
+        return {(t, p, r): cell for (t, p, r, s), cell in split.items() if s == self.seed and p in PEERS}
+
+    def put(self, task: str, peer: str, ratio: float, cell: Mapping[str, Any]) -> None:
+        """Keeps a cell."""
+        self._cells[self._key(task, peer, ratio)] = dict(cell)
+        self.path.write_text(json.dumps(self._cells, indent=1), encoding="utf-8")
+
+
+def time_latency(task: Task, store: Cells, options: argparse.Namespace) -> None:
+    """Times the pruned models of the largest ratio that is there, each in turns with the dense one."""
+    own = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name and "score" in c}
+    for peer in dict.fromkeys(p for p, _ in own):
+        ratio = max(r for p, r in own if p == peer)
+        cell = own[peer, ratio]
+        file = options.folder / f"{task.name}-{peer}-{ratio}" / "pruned.onnx"
+        if file.is_file() and (options.again or "latency" not in cell) and peer in options.peers:
+            cell["latency"] = task.latency(file)
+            store.put(task.name, peer, ratio, cell)
+            say(f"latency: {task.name}, {peer}: {cell['latency']}")
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description="measure the tools of others beside liar-opt")
+    parser.add_argument("--only", choices=tuple(TASKS), nargs="+", default=list(TASKS), help="these models alone")
+    parser.add_argument("--peers", choices=tuple(PEERS), nargs="+", default=list(PEERS), help="these tools alone")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of the prunable parameters")
+    parser.add_argument("--classifier", type=Path, help="folder of the classifier (see peer_tasks.py); without it, none")
+    parser.add_argument("--repositories", type=Path, help="folder of clones named owner+name")
+    parser.add_argument("--venvs", type=Path, default=cache_folder() / "peers", help="folder of virtual environments")
+    parser.add_argument("--folder", type=Path, default=cache_folder() / "peer-models", help="where models are made")
+    parser.add_argument("--cells", type=Path, default=cache_folder() / "peer-cells.json", help="finished cells")
+    parser.add_argument("--again", action="store_true", help="measure these cells again")
+    parser.add_argument("--budget", type=float, default=1e9, help="start nothing after so many seconds")
+    parser.add_argument(
+        "--wait", type=float, default=0, metavar="SECONDS", help="wait for a quiet machine before every cell"
+    )
+    parser.add_argument("--latency", action="store_true", help="time the pruned models instead")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.perf_counter()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    store = Cells(options.cells, options.seed)
+    tasks = {name: make(options) for name, make in TASKS.items() if name in options.only}
+    tasks = {name: task for name, task in tasks.items() if task.available}
+    for task in tasks.values():
+        if options.latency:
+            time_latency(task, store, options)
+            continue
+        for peer in (PEERS[name] for name in options.peers):
+            for ratio in options.ratios:
+                if task.name not in peer.tasks or ((task.name, peer.name, ratio) in store.all() and not options.again):
+                    continue
+                if time.perf_counter() - began > options.budget:
+                    say("the budget is spent; start the command again to go on")
+                    return 0
+                wait_for_quiet(options.wait)
+                cell = make_cell(peer, task, ratio, options)
+                store.put(task.name, peer.name, ratio, cell)
+                say(f"{task.name}, {peer.name}, {ratio}: {cell}")
+    text = markdown(tasks, store, options)
+    if options.markdown:
+        options.markdown.write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
