@@ -1,12 +1,12 @@
 """Measure every other tool and method that can be run here beside liar-opt: same models, same calibration, same parameters.
 
-    python tools/dev/benchmark_peers.py --classifier FOLDER --repositories FOLDER
+    python tools/dev/benchmark_peers.py --repositories FOLDER        # hours on 2 cores
     python tools/dev/benchmark_peers.py --only minilm --peers liar-opt onnxsim-wanda --ratios 0.5 --again
 
 Models: a sentiment classifier (accuracy), all-MiniLM-L6-v2 (mean cosine of sentence embeddings) and SmolLM2-135M
 (perplexity), see `peer_tasks.py`. Tools: `peer_tools.py`; each runs in a virtual environment of its own under `--venvs`,
-made with pip where it is missing, and is driven through files (`peer_files.py`), so that none of its code is here. Code that
-no registry has is looked for in `--repositories`, a folder of clones named `owner+name`.
+made with pip where it is missing, and is driven through files (`peer_files.py`), so that none of its code is here. Code
+that no registry has is looked for in `--repositories`, a folder of clones named `owner+name`.
 
 A cell is one tool on one model at one ratio of the prunable parameters (FFN and heads; embeddings apart). It is kept in
 `--cells` (JSON) and not measured again, unless by `--again`; what cannot be run is a cell, too, with the reason. With
@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.tools.demo_assets import _moved_into_place
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table, wait_for_quiet
 from liar_opt.tools.dev.peer_tasks import TASKS, Task
-from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, REPOSITORIES, Peer
+from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, PUBLISHED, REPOSITORIES, Peer
 
 RATIOS = (0.2, 0.35, 0.5)
 OURS = "liar-opt"
@@ -179,7 +180,11 @@ def task_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]],
 def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namespace) -> str:
     """All tables."""
     given = setting(options.seed)
-    parts = [f"`python tools/dev/benchmark_peers.py`\n\n{given}\n"]
+    parts = [
+        "`python tools/dev/benchmark_peers.py`" + (f" `--seed {options.seed}`" if options.seed else "") + "\n\n"
+        f"Seed {given['seed']}; commit {given['commit']}, {given['date']}; {given['cores']} cores, {given['processor']}. "
+        f"Times with ~ were taken while other programs kept {BUSY} cores busy or more; they are not to be quoted.\n"
+    ]
     for task in tasks.values():
         cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name}
         ratios = sorted({ratio for _, ratio in cells})
@@ -188,7 +193,25 @@ def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namesp
             parts.append(
                 f"### {task.title}\n\n{task.text} Dense: {dense:.{task.digits}f}.\n\n{task_table(task, cells, ratios)}"
             )
+    parts.append("### Published, and measured here\n\n" + published_table(tasks, store))
     return "\n".join(parts)
+
+
+def published_table(tasks: Mapping[str, Task], store: "Cells") -> str:
+    """What the authors say of their methods, and what is left of the dense score here, at the largest ratio of each."""
+    rows = []
+    for name, (claim, source, peers) in PUBLISHED.items():
+        here = []
+        for peer in peers:
+            for task in tasks.values():
+                own = {r: c for (t, p, r), c in store.all().items() if (t, p) == (task.name, peer) and "score" in c}
+                if own:
+                    ratio = max(own)
+                    scores = f"{task.dense_score:.{task.digits}f} to {own[ratio]['score']:.{task.digits}f}"
+                    here.append(f"{PEERS[peer].label}: {task.name}, {100 * ratio:.0f} %, {task.metric} {scores}")
+        if here:
+            rows.append([name, f"{claim} ({source})", "; ".join(here)])
+    return table(["method", "published, on other models", "measured here"], rows).replace("---:", "---")
 
 
 # The command -----------------------------------------------------------------------------------------------------------
@@ -199,20 +222,24 @@ class Cells:
 
     def __init__(self, path: Path, seed: int) -> None:
         self.path, self.seed = path, seed
-        self._cells: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        return found
 
     def _key(self, task: str, peer: str, ratio: float) -> str:
         return json.dumps([task, peer, ratio, self.seed])
 
     def all(self) -> dict[tuple[str, str, float], dict[str, Any]]:
         """Those of this seed."""
-        split = {tuple(json.loads(key)): cell for key, cell in self._cells.items()}
+        split = {tuple(json.loads(key)): cell for key, cell in self._read().items()}
         return {(t, p, r): cell for (t, p, r, s), cell in split.items() if s == self.seed and p in PEERS}
 
     def put(self, task: str, peer: str, ratio: float, cell: Mapping[str, Any]) -> None:
-        """Keeps a cell."""
-        self._cells[self._key(task, peer, ratio)] = dict(cell)
-        self.path.write_text(json.dumps(self._cells, indent=1), encoding="utf-8")
+        """Keeps a cell beside what others have written meanwhile."""
+        cells = {**self._read(), self._key(task, peer, ratio): dict(cell)}
+        with _moved_into_place(self.path) as temporary:
+            temporary.write_text(json.dumps(cells, indent=1), encoding="utf-8")
 
 
 def time_latency(task: Task, store: Cells, options: argparse.Namespace) -> None:
@@ -234,7 +261,7 @@ def main() -> int:
     parser.add_argument("--only", choices=tuple(TASKS), nargs="+", default=list(TASKS), help="these models alone")
     parser.add_argument("--peers", choices=tuple(PEERS), nargs="+", default=list(PEERS), help="these tools alone")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of the prunable parameters")
-    parser.add_argument("--classifier", type=Path, help="folder of the classifier (see peer_tasks.py); without it, none")
+    parser.add_argument("--classifier", type=Path, help="folder of `sentiment.py` (default: the cache)")
     parser.add_argument("--repositories", type=Path, help="folder of clones named owner+name")
     parser.add_argument("--venvs", type=Path, default=cache_folder() / "peers", help="folder of virtual environments")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "peer-models", help="where models are made")
@@ -252,7 +279,6 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     store = Cells(options.cells, options.seed)
     tasks = {name: make(options) for name, make in TASKS.items() if name in options.only}
-    tasks = {name: task for name, task in tasks.items() if task.available}
     for task in tasks.values():
         if options.latency:
             time_latency(task, store, options)

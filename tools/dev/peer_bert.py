@@ -189,11 +189,11 @@ def k_prune(job: Job, model: Any) -> tuple[str, str, str]:
 
 def torch_pruning(job: Job, model: Any) -> tuple[str, str, str]:
     """The steps of the repository's examples/transformers/prune_hf_bert.py, the residual stream left alone."""
-    import torch_pruning as tp
+    tp = importlib.import_module("torch_pruning")
 
     taylor = job.method == "torch-pruning-taylor"
     heads, units = shares(model, job.ratio)
-    c, numbers = model.config, {}
+    c, numbers = model.config, dict[Any, int]()
     batches = tensors(job)
     residual = [m for n, m in model.named_modules() if n.endswith("output.dense") or "pooler" in n or n == "classifier"]
     residual += [m for m in model.modules() if isinstance(m, nn.Embedding | nn.LayerNorm)]
@@ -234,7 +234,7 @@ def torch_pruning(job: Job, model: Any) -> tuple[str, str, str]:
 
 def gradnas(job: Job, model: Any) -> tuple[str, str, str]:
     """`modelopt.torch.prune` in mode "gradnas", as its guide has it for BERT, to a number of parameters."""
-    import modelopt.torch.prune as mtp
+    mtp = importlib.import_module("modelopt.torch.prune")
 
     batches, c = tensors(job), model.config
     example = {key: value[:2] for key, value in batches[0].items() if key != "labels"}

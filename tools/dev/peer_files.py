@@ -109,12 +109,11 @@ def on_the_processor() -> None:
     def stay(itself: Any, *args: Any, **kwargs: Any) -> Any:
         return itself
 
-    tensor, module, cuda = (torch.Tensor, torch.nn.Module, torch.cuda)
-    for where in (tensor, module):
-        where.to = moving(where.to)  # type: ignore[method-assign]
-        where.cuda = stay  # type: ignore[method-assign]
-    cuda.synchronize = lambda *args: None  # type: ignore[assignment]
-    cuda.empty_cache = lambda: None
+    kinds: tuple[Any, ...] = (torch.Tensor, torch.nn.Module)
+    for kind in kinds:
+        kind.to, kind.cuda = moving(kind.to), stay
+    cuda: Any = torch.cuda
+    cuda.synchronize = cuda.empty_cache = lambda *args: None
 
 
 def stand_in(name: str, **members: Any) -> None:

@@ -198,7 +198,7 @@ def llm_pruner(job: Job, model: Any) -> Told:
     def removed(ratio: float) -> int:
         groups = (sizes.groups * width - int(sizes.groups * width * (1 - ratio))) // width
         units = sizes.hidden - int(sizes.hidden * (1 - ratio))
-        return len(inner) * (groups * sizes.group + units * sizes.unit)
+        return int(len(inner) * (groups * sizes.group + units * sizes.unit))
 
     ratio = max(r for r in (step / 1000 for step in range(1000)) if removed(r) <= sizes.budget)
     ids = windows(job)
@@ -281,7 +281,7 @@ def osscar(job: Job, model: Any) -> Told:
 
 def torch_pruning(job: Job, model: Any) -> Told:
     """`examples/LLMs/prune_llm.py` on the FFN alone: the residual stream and the heads stay."""
-    import torch_pruning as tp
+    tp = importlib.import_module("torch_pruning")
 
     sizes = Sizes(model.config, job.ratio)
     fraction = sizes.budget / (sizes.layers * sizes.hidden * sizes.unit)
@@ -310,7 +310,7 @@ def torch_pruning(job: Job, model: Any) -> Told:
 
 def minitron(job: Job, model: Any) -> Told:
     """`modelopt.torch.prune` in the mode that its guide has for language models; made for Megatron-Core's modules."""
-    import modelopt.torch.prune as mtp
+    mtp = importlib.import_module("modelopt.torch.prune")
 
     sizes, ids = Sizes(model.config, job.ratio), windows(job)
     with job.timed():

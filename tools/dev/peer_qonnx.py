@@ -6,6 +6,7 @@ qonnx leaves the choice of channels to its caller: here those of the smallest L2
 transformer's FFN (the matrices [d, h] whose h is larger than d), as many as the ratio says.
 """
 
+import importlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +15,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 from peer_files import Job
-from qonnx.core.modelwrapper import ModelWrapper
-from qonnx.transformation.pruning import PruneChannels
 
 
 def main() -> int:
     """Prune one ONNX file as the job says."""
+    wrapper = importlib.import_module("qonnx.core.modelwrapper").ModelWrapper
+    prune_channels = importlib.import_module("qonnx.transformation.pruning").PruneChannels
     job = Job(Path(sys.argv[1]))
     proto = onnx.load(job.onnx)
     products = {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"}
@@ -31,7 +32,7 @@ def main() -> int:
         norms = np.linalg.norm(numpy_helper.to_array(tensor), axis=0)
         chosen[tensor.name] = {1: {int(c) for c in np.argsort(norms)[: round(job.ratio * norms.size)]}}
     with job.timed():
-        pruned = ModelWrapper(proto).transform(PruneChannels(chosen))
+        pruned = wrapper(proto).transform(prune_channels(chosen))
     pruned.save(str(job.folder / "pruned.onnx"))
     job.finish(f"qonnx {version('qonnx')}", "plain ONNX", "L2, FFN alone")
     return 0

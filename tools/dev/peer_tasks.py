@@ -20,7 +20,9 @@ from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import vocabulary
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.latency import measure_latency
-from liar_opt.tools.demo_assets import export_minilm, minilm_folder, split
+from liar_opt.runtime.sessions import Session
+from liar_opt.tools.demo_assets import export_minilm, minilm_folder, sentences, split
+from liar_opt.tools.dev import sentiment
 from liar_opt.tools.dev.benchmark_decoder import measure, windows
 from liar_opt.tools.dev.benchmark_minilm import CALIBRATION, HELD_OUT, FixedThreads, embeddings, optimised
 
@@ -39,7 +41,6 @@ class Task:
         metric: the column's name.
         higher: whether more is better.
         digits: of the score.
-        available: whether the files are there.
         model: the dense ONNX file.
         checkpoint: the transformers checkpoint.
         prunable: parameters of FFN and heads.
@@ -48,7 +49,6 @@ class Task:
 
     name, title, text, metric = "", "", "", "score"
     higher, digits, batch = True, 4, (8, 128)
-    available = True
     model: Path
     checkpoint: Path
     prunable: int
@@ -157,6 +157,42 @@ class Encoder(Task):
         self.prunable = encoder_parameters(json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8")))
 
 
+class Classifier(Encoder):
+    """Sentiment of film reviews, see `sentiment.py`."""
+
+    name, title, metric = "classifier", "A sentiment classifier", "accuracy"
+    text = (
+        f"Accuracy of MiniLM fine-tuned on film reviews (`sentiment.py`) on its test part; calibrated on {CALIBRATION} "
+        "sentences of its train part. Tools that need a loss get these sentences' labels."
+    )
+
+    def prepare(self) -> None:
+        """Trains the classifier where it is not there yet."""
+        bed = sentiment.ensure(self.options.classifier)
+        self.checkpoint, self.model = bed.checkpoint, bed.model
+        parts = sentiment.labelled(sentences("reviews"))
+        drawn = np.random.default_rng(self.options.seed).permutation(len(parts["train"]))[:CALIBRATION]
+        chosen = [parts["train"][row] for row in drawn]
+        self.test, self.texts = parts["test"], [sample.sentence for sample in chosen]
+        tokens = map(tuple, sentiment.token_ids(self.texts, self.checkpoint))
+        known = dict(zip(tokens, (sample.label for sample in chosen), strict=True))
+
+        def label(batch: dict[str, Any]) -> NDArray[np.int64]:
+            pairs = zip(batch["input_ids"], batch["attention_mask"].astype(bool), strict=True)
+            return np.array([known[tuple(map(int, ids[mask]))] for ids, mask in pairs], np.int64)
+
+        self.store_texts(label)
+
+    def score(self, pruned: Path) -> float:
+        """Share of right classes."""
+        session, ids = Session(pruned.read_bytes()), sentiment.token_ids([s.sentence for s in self.test], self.checkpoint)
+        labels, right = np.array([sample.label for sample in self.test]), 0
+        for rows in sentiment.batches(ids, None):
+            logits = session.run(sentiment.padded([ids[row] for row in rows]), ["logits"], arrays=True)["logits"]
+            right += int((logits.argmax(-1) == labels[rows]).sum())
+        return right / len(labels)
+
+
 class MiniLM(Encoder):
     """Sentence embeddings."""
 
@@ -248,4 +284,8 @@ def write_checkpoint(folder: Path) -> None:
     path.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
-TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {"minilm": MiniLM, "smollm2": SmolLM2}
+TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
+    "classifier": Classifier,
+    "minilm": MiniLM,
+    "smollm2": SmolLM2,
+}

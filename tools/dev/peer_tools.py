@@ -39,6 +39,37 @@ REPOSITORIES: dict[str, tuple[str, str]] = {
 """Clones, and the folder in them that holds the code."""
 ENCODERS, DECODERS = ("classifier", "minilm"), ("smollm2",)
 EVERYTHING = ENCODERS + DECODERS
+PUBLISHED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "LIAR": (
+        'BERT keeps "98% accuracy even after removing 50% of its parameters"',
+        "abstract of arXiv 2407.13331",
+        ("liar-opt", "liar-opt-even"),
+    ),
+    "Kwon et al.": (
+        'BERT-base: "2.0x reduction in FLOPs and 1.56x speedup in inference latency, while maintaining '
+        '< 1% loss in accuracy"',
+        "abstract of arXiv 2204.09656",
+        ("kwon",),
+    ),
+    "K-prune": (
+        '"up to 58.02%p higher F1 score compared to existing retraining-free pruning algorithms" at 80 % on SQuAD',
+        "abstract of arXiv 2308.03449",
+        ("k-prune",),
+    ),
+    "OSSCAR": (
+        'OPT-2.7B: "125x lower test perplexity on WikiText with 2x inference time speedup" than ZipLM',
+        "abstract of arXiv 2403.12983",
+        ("osscar", "osscar-llm"),
+    ),
+    "SliceGPT": (
+        '"up to 25% of the model parameters (including embeddings) for LLAMA2-70B, OPT 66B and Phi-2 models while '
+        'maintaining 99%, 99% and 90% zero-shot task performance"',
+        "abstract of arXiv 2401.15024",
+        ("slicegpt-llm",),
+    ),
+    "FLAP": ('LLaMA in "3 to 5 minutes on a single GPU"', "README of CASIA-LMC-Lab/FLAP", ("flap-llm", "formula-flap")),
+}
+"""What its authors say of a method, on their models: the words, their source, and the rows here."""
 _LABELS = "needs the loss of a labelled task; sentence embeddings have none"
 
 

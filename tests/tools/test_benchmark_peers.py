@@ -1,0 +1,129 @@
+"""The benchmark against other tools: the files between it and a driver, and what its table says."""
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from liar_opt.tools.dev import benchmark_peers
+from liar_opt.tools.dev.benchmark_peers import Cells, PeerError, make_cell, near, run_peer, task_table, verdicts
+from liar_opt.tools.dev.peer_tasks import Task
+from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, HERE, PEERS, REPOSITORIES, Peer
+
+DRIVER = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+from peer_files import Job
+job = Job(Path(sys.argv[1]))
+with job.timed():
+    total = sum(int(batch["input_ids"].sum()) for batch in job.batches())
+if job.method == "fails":
+    raise SystemExit("this tool takes no such graph")
+(job.folder / "pruned.onnx").write_text(str(total))
+job.finish("a tool 1.0", "plain ONNX", f"{{job.ratio}} of {{job.checkpoint.name}}, {{job.onnx.name}}, seed {{job.seed}}")
+"""
+
+
+def a_task(folder: Path, higher: bool = True) -> Task:
+    """A model that no tool here reads: its score is what the driver wrote."""
+    calibration = folder / "calibration.npz"
+    np.savez(calibration, **{"00001.input_ids": np.full((2, 3), 5), "00000.input_ids": np.ones((1, 3), np.int64)})
+    return cast(
+        Task,
+        SimpleNamespace(
+            name="minilm",
+            metric="score",
+            higher=higher,
+            digits=2,
+            checkpoint=folder / "checkpoint",
+            calibration=calibration,
+            graph=lambda kind: folder / "dense.onnx",
+            score=lambda path: float(path.read_text()),
+            removed=lambda path, graph: 0.5,
+        ),
+    )
+
+
+def options(folder: Path, **more: Any) -> argparse.Namespace:
+    """Of the command."""
+    return argparse.Namespace(folder=folder, venvs=folder, repositories=folder / "clones", seed=3, **more)
+
+
+def a_peer(folder: Path, method: str = "", repository: str | None = None) -> Peer:
+    """A tool whose driver is the script above."""
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER, encoding="utf-8")
+    return Peer("peer", "a peer", ("minilm",), str(driver), method, repository=repository)
+
+
+def test_a_driver_gets_its_job_and_the_batches_in_order_and_its_report_comes_back(tmp_path: Path) -> None:
+    cell = make_cell(a_peer(tmp_path), a_task(tmp_path), 0.35, options(tmp_path))
+    assert cell["score"] == 2 * 3 * 5 + 3
+    assert (cell["tool"], cell["artefact"]) == ("a tool 1.0", "plain ONNX")
+    assert cell["note"] == "0.35 of checkpoint, dense.onnx, seed 3"
+    assert 0 <= cell["seconds"] <= cell["process_seconds"] and cell["peak_mib"] > 1
+
+
+def test_what_cannot_be_run_is_a_cell_with_the_reason(tmp_path: Path) -> None:
+    task = a_task(tmp_path)
+    assert make_cell(a_peer(tmp_path, "fails"), task, 0.5, options(tmp_path)) == {"error": "this tool takes no such graph"}
+    assert "github.com/microsoft/TransformerCompression" in make_cell(
+        a_peer(tmp_path, repository="slicegpt"), task, 0.5, options(tmp_path)
+    ).get("error", "")
+
+
+def test_a_tool_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_peers, "LIMIT", 0.01)
+    with pytest.raises(PeerError, match="stopped after"):
+        run_peer(a_peer(tmp_path), a_task(tmp_path), 0.5, tmp_path, options(tmp_path))
+
+
+def test_cells_are_kept_by_model_tool_ratio_and_seed(tmp_path: Path) -> None:
+    path = tmp_path / "cells.json"
+    Cells(path, 0).put("minilm", "liar-opt", 0.5, {"score": 1.0})
+    Cells(path, 1).put("minilm", "liar-opt", 0.5, {"score": 2.0})
+    assert Cells(path, 0).all() == {("minilm", "liar-opt", 0.5): {"score": 1.0}}
+
+
+def a_cell(score: float, seconds: float, **more: Any) -> dict[str, Any]:
+    """A finished cell."""
+    told = {"tool": "t 1", "artefact": "plain ONNX", "note": "n", "busy": 0.0, "peak_mib": 100.0, "removed": 0.2}
+    return {"score": score, "seconds": seconds, **told, **more}
+
+
+def test_the_table_says_where_liar_opt_is_not_first_and_who_is_faster(tmp_path: Path) -> None:
+    cells: dict[tuple[str, float], Any] = {
+        ("liar-opt", 0.2): a_cell(0.9, 10.0, busy=1.0),
+        ("liar-opt", 0.5): a_cell(0.8, 10.0, latency=[2.0, 1.0]),
+        ("osscar", 0.2): a_cell(0.85, 5.0),
+        ("osscar", 0.5): a_cell(0.79, 5.0),
+        ("torch-pruning-l2", 0.2): a_cell(0.95, 20.0),
+        ("qonnx", 0.2): {"error": "no rule for MatMul"},
+    }
+    task = a_task(tmp_path)
+    assert list(verdicts(task, cells, (0.2, 0.5))) == [
+        "20 %: liar-opt is behind Torch-Pruning, group L2.",
+        "50 %: liar-opt is first; faster within 2 % of its score: OSSCAR.",
+    ]
+    text = task_table(task, cells, (0.2, 0.5))
+    assert "| liar-opt | 0.90 | **0.80** | 20/20 | 10.0 s | 100 MiB | 2.00 | plain ONNX |" in text
+    assert "| Torch-Pruning, group L2 | **0.95** |  |" in text
+    assert "- qonnx PruneChannels: no rule for MatMul" in text
+    cells["liar-opt", 0.5]["busy"] = 1.0
+    assert "~10.0 s" in task_table(task, cells, (0.2, 0.5))
+
+
+def test_less_is_better_where_the_task_says_so(tmp_path: Path) -> None:
+    task = a_task(tmp_path, higher=False)
+    assert near(task, 101.0, 100.0) and near(task, 50.0, 100.0) and not near(task, 103.0, 100.0)
+
+
+def test_every_tool_names_what_there_is() -> None:
+    for peer in PEERS.values():
+        assert peer.environment is None or peer.environment in ENVIRONMENTS
+        assert peer.repository is None or peer.repository in REPOSITORIES
+        assert not peer.driver or (HERE / peer.driver).is_file()
