@@ -31,7 +31,8 @@ job.finish("a tool 1.0", "plain ONNX", f"{{job.ratio}} of {{job.checkpoint.name}
 def a_task(folder: Path, higher: bool = True) -> Task:
     """A model that no tool here reads: its score is what the driver wrote."""
     calibration = folder / "calibration.npz"
-    np.savez(calibration, **{"00001.input_ids": np.full((2, 3), 5), "00000.input_ids": np.ones((1, 3), np.int64)})
+    arrays: dict[str, Any] = {"00001.input_ids": np.full((2, 3), 5), "00000.input_ids": np.ones((1, 3), np.int64)}
+    np.savez(calibration, **arrays)
     return cast(
         Task,
         SimpleNamespace(
