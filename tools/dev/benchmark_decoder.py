@@ -11,6 +11,8 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 - weighting: greedy and LIAR; every row alike, or by the residual stream.
 - calibration: greedy and LIAR; text, or what the dense model writes by itself.
 - allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves, by FLAP's threshold.
+- ablation: the default (greedy, LIAR, curves), and what other repairs and weightings do to it.
+- methods: published ones, as far as they consist of parts that liar-opt has; not their authors' code.
 """
 
 import argparse
@@ -47,6 +49,21 @@ TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "weighting": [(w, {"weighting": w}) for w in ("none", "stream")],
     "calibration": [("text", {"calibration": "brown"}), (SELF, {"calibration": SELF})],
     "allocation": [("uniform", {}), *((a, {"allocate": a}) for a in ("curves", "flap"))],
+    "ablation": [
+        ("the default", {"allocate": "curves"}),
+        *((f"repair {r}", {"allocate": "curves", "repair": r}) for r in ("dense", "residual")),
+        ("weighting stream", {"allocate": "curves", "weighting": "stream"}),
+        ("residual, stream", {"allocate": "curves", "repair": "residual", "weighting": "stream"}),
+        ("swaps", {"allocate": "curves", "score": "swaps"}),
+    ],
+    "methods": [
+        ("FLAP", {"score": "wifv", "repair": "bias", "allocate": "flap"}),
+        ("Wanda-sp", {"score": "activation-weighted", "repair": "none"}),
+        ("mask tuning", {"score": "activation-weighted", "repair": "scaling"}),
+        ("OBS (SlimGPT)", {}),
+        ("OSSCAR", {"score": "swaps"}),
+        ("liar-opt", {"allocate": "curves"}),
+    ],
 }
 
 
