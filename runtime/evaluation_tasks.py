@@ -156,9 +156,10 @@ def _sts(run: Run) -> dict[str, Outcome]:
     first, second = text_columns(run.table, run.options.text_column, run.options.text_pair_column)
     if second is None:
         raise OptionError(f"task 'sts' compares two texts; name the second column of {run.table.where}: --text-pair-column")
-    both = texts(run.table, first) + texts(run.table, second)
-    vectors = _embeddings(run, encoded_feeds(both, run), len(both))
-    scores = [metrics.cosines(v[: len(wanted)], v[len(wanted) :]) for v in vectors]
+    left, right = texts(run.table, first), texts(run.table, second)
+    places = {text: index for index, text in enumerate(dict.fromkeys(left + right))}  # sets repeat their texts
+    vectors = _embeddings(run, encoded_feeds(list(places), run), len(places))
+    scores = [metrics.cosines(v[[places[t] for t in left]], v[[places[t] for t in right]]) for v in vectors]
     return _correlations(scores, wanted)
 
 

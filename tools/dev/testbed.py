@@ -2,7 +2,7 @@
 
     python tools/dev/testbed.py                                  # what is missing, then the tables; 40 minutes on 2 cores
     python tools/dev/testbed.py --only sentiment --ratios 0.5    # one cell
-    python tools/dev/testbed.py --seconds 800                    # begins no cell after so long; the next call goes on
+    python tools/dev/testbed.py --seconds 800                    # begins no other cell after so long; call again to go on
     python tools/dev/testbed.py --tables-only --chart docs/testbed.svg
 
 - sentiment: MiniLM fine-tuned as a classifier of film reviews (`sentiment.py`); calibrated on texts of its train part.
@@ -13,10 +13,8 @@
 - smollm2: SmolLM2-135M-Instruct (`smollm2.py`): perplexity on Wikipedia, windows of 128; calibrated on Brown.
 
 A cell is two commands of the product, `liar-opt --sparsity` with its defaults and `liar-opt eval` of the dense and the
-pruned model. What it found is kept in `--cells` (JSON) and not measured again. Two more belong to the classifier:
-
-- choice: other options at one half, on dev; what is best there is measured on test, once.
-- least: as much as 1 % of the accuracy on dev allows (`max_drop` with a metric), measured on test, once.
+pruned model. What it found is kept in `--cells` (JSON) and not measured again. One more belongs to the classifier: as small
+as 1 % of the accuracy on dev allows (`max_drop` with a metric), measured on test, once.
 """
 
 import argparse
@@ -42,14 +40,6 @@ MODELS = ("sentiment", "minilm", "whisper", "smollm2")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 REVIEWS = 1024
 WINDOW, WINDOWS, CALIBRATION_WINDOWS = 128, 64, 128
-HALF = 0.5
-CHOICES: dict[str, tuple[str, ...]] = {
-    "defaults": (),
-    "2,048 samples": ("--samples", "2048"),
-    "weighted by the stream": ("--weighting", "stream"),
-    "2,048 samples, weighted by the stream": ("--samples", "2048", "--weighting", "stream"),
-    "searched for a minute": ("--search", "60"),
-}
 LEAST_DROP = 0.01
 
 
@@ -82,11 +72,6 @@ def sentiment_subject(folder: Path, part: str = "test") -> Subject:
     bed = sentiment.ensure(folder / "sentiment")
     task = Task("accuracy", ("--task", "classification", "--data", str(bed.part(part))), "accuracy")
     return Subject(bed.model, bed.checkpoint, ("--calibration", str(bed.part("train"))), (task,))
-
-
-def sentiment_dev(folder: Path) -> Subject:
-    """The classifier, measured where options are chosen."""
-    return sentiment_subject(folder, "dev")
 
 
 def minilm_subject(folder: Path) -> Subject:
@@ -232,7 +217,7 @@ def least_cell(folder: Path) -> Cell:
     from liar_opt.passes.prune_model import prune
     from liar_opt.runtime.sessions import Session
 
-    dev, test = sentiment_dev(folder), sentiment_subject(folder)
+    dev, test = sentiment_subject(folder, "dev"), sentiment_subject(folder)
     bed = sentiment.Testbed(folder / "sentiment")
     samples = [json.loads(line) for line in bed.part("dev").read_text(encoding="utf-8").splitlines()]
     ids = sentiment.token_ids([s["sentence"] for s in samples], bed.checkpoint)
@@ -273,7 +258,7 @@ def whisper_cell(folder: Path, ratio: float) -> Cell:
 # Which there are -------------------------------------------------------------------------------------------------------
 
 
-def wanted(names: Sequence[str], ratios: Sequence[float], folder: Path, cells: dict[str, Cell]) -> Iterator[Missing]:
+def wanted(names: Sequence[str], ratios: Sequence[float], folder: Path) -> Iterator[Missing]:
     """Names of all cells in the order in which they are made, each with what makes it."""
     for name in (n for n in MODELS if n in names):
         for ratio in ratios:
@@ -283,19 +268,8 @@ def wanted(names: Sequence[str], ratios: Sequence[float], folder: Path, cells: d
                 yield f"{name} {ratio:g}", partial(subject_cell, SUBJECTS[name], folder, "--sparsity", f"{ratio:g}")
         if name == "whisper":
             yield f"{name} 0", partial(whisper_cell, folder, 0.0)
-        if name == "sentiment":
-            half = ("--sparsity", f"{HALF:g}")
-            for label, options in CHOICES.items():
-                yield f"choice {label}", partial(subject_cell, sentiment_dev, folder, *half, *options)
-            best = best_choice(cells)
-            yield f"chosen {best}", partial(subject_cell, sentiment_subject, folder, *half, *CHOICES[best])
-            yield "least", partial(least_cell, folder)
-
-
-def best_choice(cells: dict[str, Cell]) -> str:
-    """The options that are best on dev, the simplest of equals."""
-    scores = {label: cells[f"choice {label}"]["tasks"]["accuracy"]["value"] for label in CHOICES}
-    return max(scores, key=lambda label: scores[label])
+    if "sentiment" in names:
+        yield "least", partial(least_cell, folder)
 
 
 def main() -> int:
@@ -305,7 +279,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="measure liar-opt on real tasks at every sparsity")
     parser.add_argument("--only", choices=MODELS, action="append", help="this model alone (may be repeated)")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so many")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other cell after so many")
     parser.add_argument("--tables-only", action="store_true", help="measure nothing")
     parser.add_argument("--chart", type=Path, metavar="SVG", help="write the chart of scores against size")
     parser.add_argument("--folder", type=Path, default=cache_folder(), help="of models and data (default: the cache)")
@@ -314,15 +288,15 @@ def main() -> int:
     names = options.only or MODELS
     (options.folder / "testbed").mkdir(parents=True, exist_ok=True)
     cells: dict[str, Cell] = json.loads(options.cells.read_text("utf-8")) if options.cells.is_file() else {}
-    began = time.perf_counter()
-    for key, make in () if options.tables_only else wanted(names, options.ratios, options.folder, cells):
+    began, made = time.perf_counter(), False
+    for key, make in () if options.tables_only else wanted(names, options.ratios, options.folder):
         if key in cells:
             continue
-        if time.perf_counter() - began > options.seconds:
+        if made and time.perf_counter() - began > options.seconds:
             print(f"not all: '{key}' is the next cell; call again", file=sys.stderr)
             return 1
         sentiment.say(key)
-        cells[key] = {**make(), "commit": commit()}
+        cells[key], made = {**make(), "commit": commit()}, True
         with _moved_into_place(options.cells) as temporary:
             temporary.write_text(json.dumps(cells, indent=1), encoding="utf-8")
         sentiment.say(f"{key}: {cells[key].get('tasks', cells[key])}")

@@ -47,8 +47,8 @@ def markdown(cells: dict[str, Cell], names: Sequence[str], ratios: Sequence[floa
             continue
         yield f"### {TITLES[name]}\n\n`python tools/dev/testbed.py --only {name}`\n"
         yield _whisper(cells, found) if name == "whisper" else _subject(name, found)
-        if name == "sentiment":
-            yield from _choices(cells)
+        if name == "sentiment" and "least" in cells:
+            yield _least(cells["least"])
 
 
 def _subject(name: str, found: Sequence[tuple[float, Cell]]) -> str:
@@ -65,24 +65,16 @@ def _subject(name: str, found: Sequence[tuple[float, Cell]]) -> str:
     return f"{told}\nSeed 0; {_commits(c for _, c in found)}.\n\n{table(head, rows)}"
 
 
-def _choices(cells: dict[str, Cell]) -> Iterator[str]:
-    """Options compared on dev, and what was then measured on test."""
-    rows = []
-    for key, cell in cells.items():
-        if key.startswith("choice "):
-            rows.append([key.removeprefix("choice "), _value("", cell["tasks"]["accuracy"]["value"])])
-    if rows:
-        yield "Other options at one half, on dev:\n\n" + table(["options", "accuracy on dev"], rows)
-    final = []
-    for key, cell in cells.items():
-        if key == "least" or key.startswith("chosen "):
-            task, width = cell["tasks"]["accuracy"], cell["parameters"]
-            label = "as small as 1 % of the accuracy on dev allows" if key == "least" else f"best on dev: {key[7:]}"
-            share = f"{100 * cell['removed']:.0f} %"
-            final.append([label, share, _millions(width[1]), _value("", task["value"]), *_against_dense(task)])
-    if final:
-        head = ["", "removed of the prunable", "parameters", "accuracy", "accuracy over dense", "difference, 95 % interval"]
-        yield "What was chosen on dev, on test:\n\n" + table(head, final)
+def _least(cell: Cell) -> str:
+    """What the limit on the loss came to."""
+    dev, task = cell["dev"]["accuracy"], cell["tasks"]["accuracy"]
+    ratio, interval = _against_dense(task)
+    return (
+        f"As small as 1 % of the accuracy on dev allows (`prune(max_drop=0.01, metric=...)`; commit {cell['commit']}): "
+        f"{100 * cell['removed']:.0f} % of the prunable removed, {_millions(cell['parameters'][1])} parameters left; "
+        f"accuracy {dev['value']:.4f} of {dev['dense']:.4f} on dev, {task['value']:.4f} of {task['dense']:.4f} on test "
+        f"({ratio}; difference {interval}).\n"
+    )
 
 
 def _whisper(cells: dict[str, Cell], found: Sequence[tuple[float, Cell]]) -> str:
