@@ -292,7 +292,7 @@ class SegmentRun:
                     own.store(waiting)
             moments.update(new)
         for i, group in enumerate(groups):
-            with one_thread(max(c.width for c in group.consumers)):
+            with one_thread(max((c.width for c in group.consumers), default=group.size)):
                 self.prune(group, moments)
             for key in _keys(group) - {k for other in groups[i + 1 :] for k in _keys(other)}:
                 moments.pop(key, None)
