@@ -1,4 +1,4 @@
-"""Scores that need gradients of a loss on labelled batches: torch modules alone.
+"""Scores that need gradients: torch modules alone. All but one need labelled batches and a loss of them.
 
 With a mask m_j on block j of a group, all ones, g_j = dL/dm_j = sum over its channels and rows of x dL/dx. One forward and
 one backward pass of the dense model give it for every group and sample:
@@ -6,6 +6,15 @@ one backward pass of the dense model give it for every group and sample:
     fisher     sum over samples of g_j^2       diagonal of the empirical Fisher   Kwon et al. (arXiv 2204.09656)
     taylor     mean over samples of |g_j|      first-order Taylor                 Michel et al. (arXiv 1905.10650)
     snip       |sum over samples of g_j|       connection sensitivity             SNIP (arXiv 1810.02340), by blocks
+
+    knowledge  predictive / its mean + representational / its mean                K-prune (arXiv 2308.03449)
+
+K-prune's *predictive* knowledge of a block is what the outputs' distribution loses without it, to second order: with
+p = softmax(z / t) of the dense model, t^2 KL(p || p of m) ~ t^2/2 sum_j H_jj (1 - m_j)^2, where H is the Fisher information
+E_y[g g^T] with g = d log p_y / dm and y drawn from p itself: no labels are needed. The *representational* knowledge is
+E|x_B W_B|^2, what the sub-layer's own output loses. The paper weighs the two by a factor tuned for each task; here each is
+divided by its mean over the group, and blocks are compared within their group alone. The formulas follow its abstract and
+a summary of it; its authors' code was not at hand.
 
 A labelled batch is a pair: the module's arguments by name, and whatever the loss takes beside the outputs.
 """
@@ -29,7 +38,13 @@ if TYPE_CHECKING:
 Loss = Callable[[Mapping[str, "torch.Tensor"], Any], "torch.Tensor"]
 """A user's own: (outputs by name, labels) -> a scalar; summed or averaged over the samples."""
 Labelled = Sequence[tuple[Mapping[str, Any], Any]]
-GRADIENT_SCORES = ("fisher", "taylor", "snip")
+LABELLED_SCORES = ("fisher", "taylor", "snip")
+KNOWLEDGE = "knowledge"
+GRADIENT_SCORES = (*LABELLED_SCORES, KNOWLEDGE)
+TEMPERATURE = 2.0
+"""Of K-prune's predictive knowledge."""
+DRAWS = 4
+"""Outputs drawn from the model's own distribution for each calibration batch."""
 
 
 def require_labels(score: Any, loss: Loss | None, labelled: Labelled | None, torch_module: bool) -> None:
@@ -38,12 +53,12 @@ def require_labels(score: Any, loss: Loss | None, labelled: Labelled | None, tor
     Raises:
         OptionError: a gradient score without labelled batches, a loss, or a torch module.
     """
-    if score not in GRADIENT_SCORES:
-        if loss is not None or labelled is not None:
-            raise OptionError(f"loss and labelled are for the scores {', '.join(GRADIENT_SCORES)}; leave them out")
-        return
-    if not torch_module:
+    if score in GRADIENT_SCORES and not torch_module:
         raise OptionError(f"score '{score}' needs gradients: give the torch module or its checkpoint, not an ONNX file")
+    if score not in LABELLED_SCORES:
+        if loss is not None or labelled is not None:
+            raise OptionError(f"loss and labelled are for the scores {', '.join(LABELLED_SCORES)}; leave them out")
+        return
     if loss is None or not labelled:
         raise OptionError(
             f"score '{score}' needs labels: give labelled=[(arguments, labels), ...] and loss=function(outputs, labels)"
@@ -84,6 +99,39 @@ def mask_gradients(
     if broken:
         raise OptionError(f"loss function '{name}' gives a gradient of NaN or Inf at '{broken[0]}'")
     return result
+
+
+def own_samples(
+    batches: Sequence[Mapping[str, Any]], masks: Sequence[NDArray[np.bool_] | None], seed: int
+) -> tuple[Labelled, Loss]:
+    """Returns calibration batches as labelled ones, and a loss that draws the labels from the model: the sum of log p_y.
+
+    Args:
+        batches: arguments of the module.
+        masks: the rows of each batch that are no padding, [b, s]; they count where outputs have a row for each token.
+        seed: of what is drawn.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def surprise(outputs: Mapping[str, torch.Tensor], mask: NDArray[np.bool_] | None) -> torch.Tensor:
+        logits = next(iter(outputs.values()))
+        chances = torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
+        drawn = torch.multinomial(chances.detach().exp().reshape(-1, chances.shape[-1]).cpu(), 1, generator=generator)
+        picked = chances.reshape(-1, chances.shape[-1]).gather(1, drawn.to(chances.device))
+        if mask is not None and tuple(logits.shape[:-1]) == mask.shape:
+            picked = picked[torch.from_numpy(mask.reshape(-1)).to(picked.device)]
+        return picked.sum()
+
+    return [(feeds, mask) for feeds, mask in zip(batches, masks, strict=True) for _ in range(DRAWS)], surprise
+
+
+def knowledge(gradients: NDArray[np.float64], representational: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns one number a block from d log p_y / dm, [draws, blocks], and E|x_B W_B|^2, [blocks]."""
+    predictive = 0.5 * TEMPERATURE**2 * np.square(gradients).mean(axis=0)
+    parts = (part / (float(part.mean()) or 1.0) for part in (predictive, representational))
+    return np.asarray(sum(parts))
 
 
 def _of_group(group: ChannelGroup, activations: Mapping[str, torch.Tensor]) -> NDArray[np.float64]:

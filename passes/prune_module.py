@@ -50,7 +50,7 @@ from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups
-from liar_opt.passes.gradient_scores import Labelled, Loss, mask_gradients, require_labels
+from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun, Sweep
@@ -484,7 +484,7 @@ def prune_module(
     _check_others(others)
     lookup("packing", dict.fromkeys(PACKINGS), packing)
     lookup("backend", dict.fromkeys(BACKENDS), backend)
-    if labelled is not None and backend != "torch":
+    if (labelled is not None or score == KNOWLEDGE) and backend != "torch":
         raise OptionError(f"score '{score}' needs gradients; backend '{backend}' has none, give backend 'torch'")
     if isinstance(calibration, str) and calibration == SELF:
         raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
@@ -518,6 +518,8 @@ def prune_module(
     state.calibration = load_calibration(options.source, state.model.inputs(), vocabulary=vocabulary(_fx(state)), **fields)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
+    if score == KNOWLEDGE:
+        labelled, loss = own_samples(state.calibration.batches, state.calibration.row_masks, seed)
     if loss is not None and labelled is not None:
         state.facts["gradients"] = _gradients(state, labelled, loss)
     done = Pipeline(passes=[cut, VerifyModulePass()], observer=observer)(state)

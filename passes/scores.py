@@ -16,6 +16,7 @@ W_j their rows in the consumers, variances and means over all calibration rows:
     greedy                 removal by the least residual after repair       OBS, SlimGPT, OSSCAR; see `runtime.solve`
     swaps                  greedy, then local search by swaps               OSSCAR; see `runtime.local_search`
     fisher, taylor, snip   from gradients of a loss on labelled batches             see `passes.gradient_scores`
+    knowledge              predictive and representational knowledge                K-prune; see there
 
 Several consumers of one group count together: squares add up under the root, plain sums add up. The two metrics of Greedy
 Output Approximation are made after its abstract's and a summary's description; its authors' code was not at hand.
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.passes.gradient_scores import GRADIENT_SCORES, gradient_values
+from liar_opt.passes.gradient_scores import KNOWLEDGE, LABELLED_SCORES, gradient_values, knowledge
 from liar_opt.passes.measured import Measured
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.local_search import swap_blocks
@@ -146,19 +147,28 @@ def wifn(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
     )
 
 
+def _pairs(consumer: Measured) -> Array:
+    """E[x_A W_A . x_B W_B] for all pairs of blocks, [k, k]."""
+    weight = consumer.weight.astype(np.float64)
+    weighted = consumer.statistics.uncentred * (weight @ weight.T)
+    ones = np.zeros((consumer.blocks, consumer.owners.size))
+    ones[consumer.owners, np.arange(consumer.owners.size)] = 1.0
+    return ones @ weighted @ ones.T
+
+
+def _alone(consumers: Sequence[Measured]) -> Array:
+    """E|x_B W_B|^2 of each block, [k]."""
+    return np.asarray(sum(np.diagonal(_pairs(c)) * c.target_scale**2 for c in consumers))
+
+
 def output_approximation(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
     """What zeroing one block alone does to the output, from the second moments."""
     result = np.zeros(consumers[0].blocks)
     for consumer in consumers:
-        weight = consumer.weight.astype(np.float64)
-        # Row sums by pairs of blocks of E[x^T x] * (W W^T): E[x_A W_A . x_B W_B].
-        weighted = consumer.statistics.uncentred * (weight @ weight.T)
         if consumer.owners.size == consumer.blocks:
-            result += np.diagonal(weighted)[np.argsort(consumer.owners)] * consumer.target_scale**2
+            result += _alone([consumer])
             continue
-        ones = np.zeros((consumer.blocks, consumer.owners.size))
-        ones[consumer.owners, np.arange(consumer.owners.size)] = 1.0
-        pairs = ones @ weighted @ ones.T
+        pairs = _pairs(consumer)
         power, own, with_all = pairs.sum(), np.diagonal(pairs), pairs.sum(axis=1)
         left = np.maximum(power - 2.0 * with_all + own, 0.0)  # E|y - x_B W_B|^2
         norms = np.sqrt(power * left)
@@ -195,6 +205,14 @@ def _of_gradients(name: str) -> Values:
     return values
 
 
+def knowledge_values(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
+    """Predictive and representational knowledge together."""
+    gradients = consumers[0].gradients
+    if gradients is None:
+        raise OptionError(f"score '{KNOWLEDGE}' needs gradients: give a torch module")
+    return knowledge(gradients, _alone(consumers))
+
+
 SCORES: dict[str, Score] = {
     "greedy": Score(removal_errors, greedy),
     "swaps": Score(removal_errors, swaps),
@@ -206,5 +224,6 @@ SCORES: dict[str, Score] = {
     "magnitude": Score(magnitude),
     "magnitude-l1": Score(magnitude_l1),
     "random": Score(random),
-    **{name: Score(_of_gradients(name)) for name in GRADIENT_SCORES},
+    **{name: Score(_of_gradients(name)) for name in LABELLED_SCORES},
+    KNOWLEDGE: Score(knowledge_values),
 }

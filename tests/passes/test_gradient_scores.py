@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from liar_opt import prune
-from liar_opt.passes.gradient_scores import GRADIENT_SCORES, gradient_values
+from liar_opt.passes.gradient_scores import LABELLED_SCORES, gradient_values, knowledge
 from liar_opt.runtime.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ def by_masks(net: Net) -> list[Any]:
     return [np.stack(r) for r in rows]
 
 
-@pytest.mark.parametrize("score", GRADIENT_SCORES)
+@pytest.mark.parametrize("score", LABELLED_SCORES)
 def test_the_kept_blocks_are_those_of_explicit_masks(score: str) -> None:
     net = Net()
     result = prune(
@@ -78,11 +78,37 @@ def test_the_kept_blocks_are_those_of_explicit_masks(score: str) -> None:
         assert np.ptp(values) > 0
 
 
+def test_knowledge_needs_no_labels_and_is_what_the_outputs_lose() -> None:
+    """Against its definition: t^2 KL by finite masks, and the sub-layer's own output, on the calibration data."""
+    net, step = Net(), 1e-2
+    options: dict[str, Any] = {"ffn": 0.5, "multiple_of": 1, "repair": "none", "latency": False}
+    result = prune(net, FEEDS * 30, score="knowledge", samples=1300, **options)
+    again = prune(net, FEEDS * 30, score="knowledge", samples=1300, **options)
+    assert [c.details["kept"] for c in result.changes] == [c.details["kept"] for c in again.changes]
+    x = torch.cat([torch.from_numpy(f["x"]) for f in FEEDS])
+    with torch.no_grad():
+        dense = torch.log_softmax(net(x).double() / 2, -1)
+        for index, change in enumerate(result.changes):
+            lost = []
+            for unit in range(HIDDEN):
+                masks = [torch.ones(HIDDEN) for _ in range(2)]
+                masks[index][unit] -= step
+                masked = torch.log_softmax(net(x, masks).double() / 2, -1)
+                lost.append(float((dense.exp() * (dense - masked)).sum(-1).mean()) * 4 / step**2)
+            stream = x if not index else x + net.down[0](torch.relu(net.up[0](x)))
+            hidden = torch.relu(net.up[index](stream)).double()
+            own = (hidden.square().mean((0, 1)) * net.down[index].weight.double().square().sum(0)).numpy()
+            values = np.asarray(lost) / np.mean(lost) + own / own.mean()
+            best = set(np.argsort(-values)[: HIDDEN // 2].tolist())
+            assert len(best & set(change.details["kept"])) >= HIDDEN // 2 - 1  # labels are drawn, and few
+
+
 def test_formulas() -> None:
     gradients = np.asarray([[1.0, -2.0, 0.0], [-1.0, -1.0, 3.0]])
     np.testing.assert_allclose(gradient_values("fisher", gradients), [2, 5, 9])
     np.testing.assert_allclose(gradient_values("taylor", gradients), [1, 1.5, 1.5])
     np.testing.assert_allclose(gradient_values("snip", gradients), [0, 3, 3])
+    np.testing.assert_allclose(knowledge(gradients, np.asarray([1.0, 2.0, 3.0])), [0.375 + 0.5, 0.9375 + 1, 1.6875 + 1.5])
 
 
 def detached(outputs: Any, labels: Any) -> Any:
@@ -103,6 +129,8 @@ def infinite(outputs: Any, labels: Any) -> Any:
         ({"score": "fisher"}, "'fisher' needs labels: give labelled="),
         ({"score": "fisher", "loss": cross_entropy}, "needs labels"),
         ({"score": "greedy", "loss": cross_entropy, "labelled": LABELLED}, "are for the scores fisher, taylor, snip"),
+        ({"score": "knowledge", "loss": cross_entropy, "labelled": LABELLED}, "are for the scores fisher, taylor, snip"),
+        ({"score": "knowledge", "backend": "onnxruntime"}, "'knowledge' needs gradients; backend 'onnxruntime' has none"),
         ({"score": "taylor", "loss": detached, "labelled": LABELLED}, "'detached' did not return a scalar"),
         ({"score": "taylor", "loss": vector, "labelled": LABELLED}, "'vector' did not return a scalar"),
         ({"score": "taylor", "loss": infinite, "labelled": LABELLED}, "'infinite' gives a gradient of NaN"),
@@ -120,3 +148,5 @@ def test_a_file_has_no_gradients() -> None:
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:]))
     with pytest.raises(OptionError, match="'fisher' needs gradients: give the torch module"):
         prune(model, FEEDS, score="fisher", loss=cross_entropy, labelled=LABELLED)
+    with pytest.raises(OptionError, match="'knowledge' needs gradients: give the torch module"):
+        prune(model, FEEDS, score="knowledge")
