@@ -95,9 +95,12 @@ def test_knowledge_needs_no_labels_and_is_what_the_outputs_lose() -> None:
                 masks[index][unit] -= step
                 masked = torch.log_softmax(net(x, masks).double() / 2, -1)
                 lost.append(float((dense.exp() * (dense - masked)).sum(-1).mean()) * 4 / step**2)
-            stream = x if not index else x + net.down[0](torch.relu(net.up[0](x)))
-            hidden = torch.relu(net.up[index](stream)).double()
-            own = (hidden.square().mean((0, 1)) * net.down[index].weight.double().square().sum(0)).numpy()
+            ups, downs = list(net.up), list(net.down)
+            stream = x if not index else x + downs[0](torch.relu(ups[0](x)))
+            hidden = torch.relu(ups[index](stream)).double()
+            own = (
+                hidden.square().mean((0, 1)) * net.get_parameter(f"down.{index}.weight").double().square().sum(0)
+            ).numpy()
             values = np.asarray(lost) / np.mean(lost) + own / own.mean()
             best = set(np.argsort(-values)[: HIDDEN // 2].tolist())
             assert len(best & set(change.details["kept"])) >= HIDDEN // 2 - 1  # labels are drawn, and few
