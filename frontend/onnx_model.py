@@ -277,6 +277,20 @@ class OnnxModel:
         """Returns the bytes of all constants."""
         return sum(int(np.prod(c.shape, dtype=np.int64)) * np.dtype(c.dtype).itemsize for c in self.constants())
 
+    def align(self, store: ArrayStore) -> None:
+        """Copies weights to ``store`` that lie in their file where no number may begin: every session would copy them."""
+        moved: dict[int, np.ndarray] = {}
+        for constant in self.constants():
+            values = constant._values
+            if isinstance(values, np.ndarray) and not values.flags.aligned:
+                if id(values) not in moved:
+                    moved[id(values)] = store.put(values)
+                constant.values = moved[id(values)]
+        if self.stored is not None:
+            for name, values in self.stored.arrays.items():
+                if not values.flags.aligned:
+                    self.stored.arrays[name] = moved[id(values)] if id(values) in moved else store.put(values)
+
     # -- normal form ------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -621,6 +621,12 @@ def count_flops(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: dic
     A multiplication and an addition are two operations; pointwise operators and softmax are not counted. None where the
     graph's inputs have other names or ranks.
     """
+    state = walk_sized(model, algebra, feeds)
+    return None if state is None else state.flops
+
+
+def walk_sized(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: Mapping[str, Array]) -> GraphWalk | None:
+    """Walks with the sizes of ``feeds``; None where the graph's inputs have other names or ranks."""
     symbols: dict[str, int] = {}
     for tensor in model.graph.inputs:
         for axis, dimension in enumerate(tensor.shape or ()):
@@ -633,7 +639,7 @@ def count_flops(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: dic
         state.run()
     except MergeSymbols:
         return None
-    return state.flops
+    return state
 
 
 def vocabulary(model: OnnxModel) -> int | None:

@@ -170,12 +170,12 @@ def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
     alive = set(live_tensors(walk, low))
     remaining: dict[str, int] = {}
     for node in nodes[low:]:
-        for name in _read(node):
+        for name in names_read(node):
             remaining[name] = remaining.get(name, 0) + 1
     best, least = low, _elements(walk, alive)
     for position in range(low, high):
         node = nodes[position]
-        for name in _read(node):
+        for name in names_read(node):
             remaining[name] -= 1
             if not remaining[name]:
                 alive.discard(name)
@@ -202,11 +202,11 @@ def live_tensors(walk: GraphWalk, position: int) -> list[str]:
     """
     nodes = walk.model.graph.nodes
     made = {t.name: n for n in nodes[:position] for t in n.outputs if present(t)}
-    read = set().union(*(_read(n) for n in nodes[position:]))
+    read = set().union(*(names_read(n) for n in nodes[position:]))
     alive = made.keys() & read
     pending = [name for name in alive if name in walk.values]
     while pending:
-        behind = {n for n in _read(made[pending.pop()]) if n in walk.values and n in made} - alive
+        behind = {n for n in names_read(made[pending.pop()]) if n in walk.values and n in made} - alive
         alive |= behind
         pending += behind
     return sorted(alive)
@@ -265,7 +265,7 @@ def extract(
     return Extracted(model, weights)
 
 
-def _read(node: gs.Node) -> set[str]:
+def names_read(node: gs.Node) -> set[str]:
     """Returns the names of the tensors that a node reads, its branches included; constants left out."""
     names = {t.name for t in node.inputs if present(t) and not is_constant(t)}
     for value in node.attrs.values():

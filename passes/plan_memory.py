@@ -1,13 +1,14 @@
 """How much memory a segment takes, and how its groups are measured so that they stay under the limit.
 
 What is anonymous at a time is: what the process has already, a copy of the segment's weights (ONNX Runtime packs them;
-none where the limit is tight), the activations of one batch, and
+none where the limit is tight), the activations of one batch that are alive together, what is alive between segments where
+it stays in memory, and
 
     measuring    2 folds x 8 n^2 for the moments of each activation of width n, and 4 n^2 for what one batch adds
     solving      the moments of one group, and SOLVING x 8 n^2 for its widest: covariances, factors, the downdated inverse
 
 Groups of one segment whose moments do not fit together are measured one after the other, each by a run of the segment,
-and their moments wait on disk: the results are the same.
+and their moments wait on disk: the results are the same. Whether the largest group fits is asked before the first segment.
 """
 
 from collections.abc import Sequence
@@ -55,6 +56,28 @@ class Need:
         return SOLVING * max(self.widths) ** 2 + 24 * self.weights
 
 
+SPARE = 1 << 25
+"""Bytes by which a process grows while it works, beside what is counted: sessions, code that is loaded late."""
+
+
+def require_room(needs: Sequence[tuple[Need, int]], limit: int) -> None:
+    """Checks that every group fits by itself.
+
+    Args:
+        needs: each with the bytes that are needed beside it.
+        limit: bytes that may be used.
+
+    Raises:
+        OptionError: one does not; the least that would do for all is said.
+    """
+    least, need = max(((fixed + max(n.measuring, n.solving) + SPARE, n) for n, fixed in needs), key=lambda pair: pair[0])
+    if least > limit:
+        raise OptionError(
+            f"memory {show_size(limit)} is too small for the moments of group '{need.name}' (width {max(need.widths)}); "
+            f"give at least {show_size(least)}, or a smaller batch size"
+        )
+
+
 class Parts(NamedTuple):
     """How the groups of a segment are measured.
 
@@ -69,28 +92,18 @@ class Parts(NamedTuple):
     need: int
 
 
-def measure_together(needs: Sequence[Need], fixed: int, limit: int, strict: bool = True) -> Parts:
-    """Returns which groups are measured together.
+def measure_together(needs: Sequence[Need], fixed: int, limit: int) -> Parts:
+    """Returns which groups are measured together; one that does not fit by itself takes what it needs.
 
     Args:
         needs: of the groups, in order.
         fixed: bytes that are needed whatever is measured.
         limit: bytes that may be used.
-        strict: whether a group that does not fit is refused; otherwise it takes what it needs.
-
-    Raises:
-        OptionError: one group alone does not fit; the least that would do is said.
     """
     whole = max(sum(n.measuring for n in needs), sum(n.moments for n in needs) + max((n.solving for n in needs), default=0))
     if fixed + whole <= limit:
         return Parts([list(range(len(needs)))], False, fixed + whole)
-    least, worst = max((fixed + max(n.measuring, n.solving), -i) for i, n in enumerate(needs))
-    if least > limit and strict:
-        need = needs[-worst]
-        raise OptionError(
-            f"memory {show_size(limit)} is too small for the moments of group '{need.name}' (width {max(need.widths)}); "
-            f"give at least {show_size(least)}, or a smaller batch size"
-        )
+    least = max(fixed + max(n.measuring, n.solving) for n in needs)
     parts: list[list[int]] = []
     room = 0
     for i, need in enumerate(needs):

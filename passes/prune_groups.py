@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.onnx_activations import live_bytes
 from liar_opt.frontend.onnx_linear import Bent, Source, sources_of
 from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_rewrite import Rewriter
@@ -36,7 +37,7 @@ from liar_opt.frontend.onnx_segments import (
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
 from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
-from liar_opt.passes.plan_memory import Need, Parts, measure_together
+from liar_opt.passes.plan_memory import Need, Parts, measure_together, require_room
 from liar_opt.passes.registry import (
     AWARE,
     Measured,
@@ -205,7 +206,10 @@ class SegmentRun:
 
     def over_all(self) -> None:
         """Goes over the groups that span others, then over the segments; what an earlier run finished is made again."""
-        for segment in (*((None,) if self.wide else ()), *self.segments):
+        parts = (*((None,) if self.wide else ()), *self.segments)
+        if self.memory.asked:
+            self.require_room(parts)
+        for segment in parts:
             groups, first = (self.wide, None) if segment is None else (segment.groups, segment.first)
             self.number += 1
             if self.checkpoint is not None and self.number <= self.checkpoint.done:
@@ -274,14 +278,8 @@ class SegmentRun:
             stop: position behind the last node that has to run.
             first: the segment's first node: what is alive there is kept for the next segment; None keeps nothing.
         """
-        taps: dict[tuple[str, int], Tap] = {}
-        for group in groups:
-            for use in group.readings:
-                tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
-                if self.options.weighting == "stream" and isinstance(use, ConsumerUse):
-                    tap = replace(tap, stream=stream_of(self.walk, use, self.options.seed))
-                taps[tap.tensor, tap.axis] = tap
-        parts = self.parts(groups, taps)
+        taps = self.taps(groups)
+        parts = self.parts(groups, taps, first)
         moments: dict[tuple[str, int], Moments] = {}
         waiting = ArrayStore(self.memory.store.folder)
         for part in parts.groups:
@@ -298,24 +296,72 @@ class SegmentRun:
                 moments.pop(key, None)
             self.state.model.settle()
 
-    def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap]) -> Parts:
+    def taps(self, groups: Sequence[ChannelGroup], streams: bool = True) -> dict[tuple[str, int], Tap]:
+        """Returns the activations to measure, by tensor and axis; with the residual streams that weight their rows."""
+        taps: dict[tuple[str, int], Tap] = {}
+        for use in (u for g in groups for u in g.readings):
+            tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
+            if streams and self.options.weighting == "stream" and isinstance(use, ConsumerUse):
+                tap = replace(tap, stream=stream_of(self.walk, use, self.options.seed))
+            taps[tap.tensor, tap.axis] = tap
+        return taps
+
+    def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap], first: Any = None) -> Parts:
         """Returns which groups are measured together, so that their moments stay under the limit."""
-        elements = {g.name: sum(int(np.prod(c.uses[0].weight.shape)) for c in g.consumers) for g in groups}
-        needs = [Need(g.name, tuple(taps[k].width for k in _keys(g)), elements[g.name]) for g in groups]
-        rows = max(int(np.prod(next(iter(feeds.values())).shape[:2])) for feeds in self.data.batches)
-        activations = 4 * rows * (sum(t.width for t in taps.values()) + 3 * max(t.width for t in taps.values()))
-        weights = 0
         if self.memory.tight:
             trim()
-        else:
-            start = 0 if self.alive_at is None else self.position(self.alive_at)
-            stop = max(self.position(r.node) for g in groups for r in g.readings)
-            nodes = self.walk.model.graph.nodes[start : stop + 1]
-            weights = sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
-        parts = measure_together(needs, (anonymous() or 0) + weights + activations, self.memory.limit, self.memory.asked)
+        needs, fixed = self.needs(groups, taps, 0 if self.alive_at is None else self.position(self.alive_at), first)
+        parts = measure_together(needs, (anonymous() or 0) + fixed, self.memory.limit)
         self.memory.estimated = max(self.memory.estimated, parts.need)
         self.steps += (len(parts.groups) - 1) * len(self.data.batches)
         return parts
+
+    def require_room(self, segments: Sequence[Any]) -> None:
+        """Checks, before any work, that every group fits by itself.
+
+        Args:
+            segments: in order; None for the groups that span others.
+
+        Raises:
+            OptionError: one does not; the least that would do is said.
+        """
+        trim()
+        base, needs, start = anonymous() or 0, [], 0
+        for segment in segments:
+            groups = self.wide if segment is None else segment.groups
+            own, fixed = self.needs(groups, self.taps(groups, streams=False), start, None)
+            needs += [(need, base + fixed) for need in own]
+            start = 0 if segment is None else self.position(segment.first)
+        require_room(needs, self.memory.limit)
+
+    def needs(
+        self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap], start: int, first: Any
+    ) -> tuple[list[Need], int]:
+        """Returns what each group of a segment needs, and the bytes that are needed beside, whatever is measured.
+
+        Args:
+            groups: of the segment.
+            taps: their activations.
+            start: position of the first node that runs.
+            first: the segment's first node; None where nothing is kept for the next.
+        """
+        elements = {g.name: sum(int(np.prod(c.uses[0].weight.shape)) for c in g.consumers) for g in groups}
+        needs = [Need(g.name, tuple(taps[k].width for k in _keys(g)), elements[g.name]) for g in groups]
+        stop = max(self.position(r.node) for g in groups for r in g.readings)
+        nodes = self.walk.model.graph.nodes[start : stop + 1]
+        rows = max(int(np.prod(next(iter(feeds.values())).shape[:2])) for feeds in self.data.batches)
+        sizes: dict[str, int] = self.state.facts.get("sizes", {})
+        widest = 4 * rows * max(t.width for t in taps.values())
+        # The rows of an activation are laid out, and those that count taken, while it is measured.
+        fixed = 2 * widest + (
+            live_bytes(nodes, sizes) if sizes else widest + 4 * rows * sum(t.width for t in taps.values())
+        )
+        if first is not None:
+            between = len(self.data.batches) * sum(sizes.get(n, 0) for n in live_tensors(self.walk, self.position(first)))
+            fixed += between if self.memory.keep(between) else 0
+        if not self.memory.tight:
+            fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
+        return needs, fixed
 
     def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[tuple[str, int], Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""

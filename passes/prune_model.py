@@ -17,9 +17,10 @@ from typing import Any
 
 import onnx
 
+from liar_opt.frontend.onnx_activations import tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rules import count_flops, vocabulary
+from liar_opt.frontend.onnx_rules import vocabulary, walk_sized
 from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, note_widths
 from liar_opt.passes.allocations import MEASURED
@@ -175,6 +176,7 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     state.memory.model = loaded.weight_bytes()
     stored = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
     if state.memory.tight:
+        loaded.align(state.memory.store)
         loaded.store = state.memory.store
     state.facts["dense"] = replace(stored, store=loaded.store)
     state.facts["before"] = _sizes(loaded)
@@ -496,7 +498,12 @@ def _dense_session(state: State) -> Session:
 
 
 def _flops(state: State) -> int | None:
-    return None if state.calibration is None else count_flops(state.model, AxisAlgebra, state.calibration.batches[0])
+    walked = None if state.calibration is None else walk_sized(state.model, AxisAlgebra, state.calibration.batches[0])
+    if walked is None:
+        return None
+    if "sizes" not in state.facts:  # of the dense model: what is cut is no larger
+        state.facts["sizes"] = tensor_sizes(walked)
+    return walked.flops
 
 
 def _sizes(model: OnnxModel) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.onnx_activations import live_bytes
 from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import GraphWalk, walk
@@ -25,8 +26,11 @@ from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, QueryForm, cut_arrays
 from liar_opt.runtime.compare import DifferenceMeter, relative_difference, require_close
 from liar_opt.runtime.errors import CheckError
+from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.sessions import Session
 
+COMPARED = 12
+"""Bytes that comparing takes for each byte of an output in float32."""
 PRECISION = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -37,11 +41,14 @@ class VerifyModelPass(Pass[None]):
     Attributes:
         batches: calibration batches on which the output difference is measured.
         samples: samples of each that are run, where the batch axis is free: long texts would cost more than they tell.
+        exact: samples on which the cut is compared with the masked original. Where the memory is tight, as many of either
+            as it holds, at least one.
     """
 
     name: ClassVar[str] = "verify-model"
     batches: int = 2
     samples: int = 8
+    exact: int = 4
 
     def plan(self, state: State) -> None:
         """Plans nothing."""
@@ -66,7 +73,8 @@ class VerifyModelPass(Pass[None]):
         reference = masked_reference(dense, state.repairs, state.facts.get("query forms", ()))
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
         whole = [o for o in pruned.outputs if o not in state.analysed().unspecified]
-        small = {k: _first_rows(v, batches[0], state) for k, v in batches[0].items()}
+        room = _samples_that_fit(state) if lean else max(self.exact, self.samples)
+        small = {k: _first_rows(v, batches[0], state, min(self.exact, room)) for k, v in batches[0].items()}
         masked = _load(reference.detached(), state.device, "the masked original", lean)
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
         theirs = cut_arrays(masked.run(small, whole, arrays=True), ends)
@@ -84,16 +92,16 @@ class VerifyModelPass(Pass[None]):
             facts["rounding"] = rounding
             del nudged
         facts["exact_dtype"] = precision
-        del masked, reference
+        del masked, reference, ours, theirs
         original = _load(dense.detached(), state.device, "the original model", lean)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
         meter = DifferenceMeter()
         for done, i in enumerate(held[: self.batches]):
-            some = {k: _first_rows(v, batches[i], state, self.samples) for k, v in batches[i].items()}
+            some = {k: _first_rows(v, batches[i], state, min(self.samples, room)) for k, v in batches[i].items()}
             x = pruned.run(cut_arrays(some, ends), arrays=True)
             y = cut_arrays(original.run(some, whole, arrays=True), ends)
             mask = masks[i]
-            mask = mask if mask is None or all(some[k] is batches[i][k] for k in some) else mask[: self.samples]
+            mask = mask if mask is None or all(some[k] is batches[i][k] for k in some) else mask[: min(self.samples, room)]
             for name, value in y.items():
                 meter.add(name, x[name], value, mask)
             state.progress("verify", done + 1, len(held[: self.batches]))
@@ -163,7 +171,24 @@ def _rounded(parts: tuple[bytes, dict[str, Any]]) -> tuple[bytes, dict[str, Any]
     return parts[0], weights
 
 
-def _first_rows(value: np.ndarray, batch: dict[str, np.ndarray], state: State, rows: int = 4) -> np.ndarray:
+def _samples_that_fit(state: State) -> int:
+    """Returns how many samples of the first batch the models may be run on under the memory's limit, at least one."""
+    assert state.calibration is not None
+    sizes: dict[str, int] = state.facts.get("sizes", {})
+    graph = state.model.graph
+    outputs = {t.name for t in graph.outputs}
+    made = sum(sizes.get(name, 0) for name in outputs)
+    batch = max(v.shape[0] if v.ndim else 1 for v in state.calibration.batches[0].values())
+    # The outputs of one model wait for those of the other; what compares them works in float64.
+    need = (live_bytes(graph.nodes, sizes, outputs) + COMPARED * made) / batch
+    trim()
+    base = anonymous() or 0
+    fit = max(1, int((state.memory.limit - base) / max(need, 1)))
+    state.memory.estimated = max(state.memory.estimated, base + int(min(fit, batch) * need))
+    return fit
+
+
+def _first_rows(value: np.ndarray, batch: dict[str, np.ndarray], state: State, rows: int) -> np.ndarray:
     """Returns the first samples of a feed where its leading axis is the (dynamic) batch of all feeds."""
     inputs = {i.name: i for i in state.model.inputs()}
     leading = {v.shape[0] for k, v in batch.items() if v.ndim}

@@ -7,7 +7,7 @@ outputs stay where they were computed unless they are asked for as arrays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,8 +83,9 @@ class Session:
         model: the model as bytes, or its file.
         device: where it runs.
         weights: data of the initializers that the model names as external.
-        lean: whether the weights are used where they lie. Otherwise ONNX Runtime packs them, a copy, which is a little
-            faster, and folds what it can.
+        lean: whether the weights are used where they lie: on the CPU they become inputs of the graph, since initializers
+            are copied, all at once, while a session is made. Otherwise ONNX Runtime packs them, which is a little faster,
+            and folds what it can.
     """
 
     def __init__(
@@ -100,12 +101,12 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         self._weights = {k: np.require(v, requirements=["C", "ALIGNED"]) for k, v in (weights or {}).items()}
-        if self._weights:
-            values = [_ort_value(v) for v in self._weights.values()]
-            options.add_external_initializers(list(self._weights), values)
-            if lean and device == "cpu":
-                for name, value in zip(self._weights, values, strict=True):
-                    options.add_initializer(name, value)
+        values = {name: _ort_value(v) for name, v in self._weights.items()}
+        self._fed = values if lean and device == "cpu" else {}
+        if self._fed:
+            model = _with_inputs(model, self._fed.keys())
+        elif values:
+            options.add_external_initializers(list(values), list(values.values()))
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -118,7 +119,7 @@ class Session:
             providers=[*cuda, "CPUExecutionProvider"],
             disabled_optimizers=["ConstantFolding"] if lean else None,
         )
-        self.inputs = [i.name for i in self._session.get_inputs()]
+        self.inputs = [i.name for i in self._session.get_inputs() if i.name not in self._fed]
         self.outputs = [o.name for o in self._session.get_outputs()]
 
     def run(
@@ -148,11 +149,30 @@ class Session:
                 binding.bind_cpu_input(name, bound[-1])
             else:
                 binding.bind_ortvalue_input(name, value)
+        for name, weight in self._fed.items():
+            binding.bind_ortvalue_input(name, weight)
         for name in names:
             binding.bind_output(name, "cpu" if name in to_host else self.device)
         self._session.run_with_iobinding(binding)
         results = binding.get_outputs()
         return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
+
+
+def _with_inputs(model: bytes | Path, names: Collection[str]) -> bytes:
+    """Returns a light model in which initializers are inputs."""
+    import onnx
+
+    proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.ModelProto.FromString(model)
+    tensors = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    listed = {value.name for value in proto.graph.input}
+    for tensor in tensors:
+        if tensor.name not in names:
+            proto.graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    data: bytes = proto.SerializeToString()
+    return data
 
 
 def _ort_value(array: NDArray[Any]) -> Any:

@@ -10,10 +10,10 @@ import pytest
 import streams
 from onnx import numpy_helper
 
-from liar_opt.passes import prune_groups
+from liar_opt.passes import plan_memory, prune_groups
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.plan_memory import Need, Parts, measure_together
+from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state
 from liar_opt.passes.verify_model import VerifyModelPass
@@ -43,12 +43,14 @@ def test_apart_where_they_do_not() -> None:
         assert 1000 + sum(needs[i].measuring for i in part) <= limit
 
 
-def test_the_least_that_would_do_is_said_and_does() -> None:
+def test_the_least_that_would_do_for_all_is_said_and_does() -> None:
+    beside = [(need, 1000) for need in NEEDS]
     with pytest.raises(OptionError, match=r"group 'b' \(width 200\); give at least ([0-9.]+MB)") as caught:
-        measure_together(NEEDS, 1000, 1000)
+        require_room(beside, 1000)
     least = str(caught.value).split("at least ")[1].split(",")[0]
-    measure_together(NEEDS, 1000, parse_size(least))
-    assert measure_together(NEEDS, 1000, 1000, strict=False).need == 1000 + NEEDS[1].solving
+    require_room(beside, parse_size(least))
+    assert measure_together(NEEDS, 1000, parse_size(least)).need <= parse_size(least)
+    assert measure_together(NEEDS, 1000, 1000).need == 1000 + NEEDS[1].solving  # it takes what it needs
 
 
 PARALLEL = "f (float[b, s, 6] x0) => (float[b, s, 6] y) { n = Tanh(x0)  u = MatMul(n, w1)  h = Relu(u)  z = MatMul(h, w2)  t = MatMul(n, w3)  k = Relu(t)  p = MatMul(k, w4)  a = Add(z, p)  y = Add(x0, a) }"
@@ -57,6 +59,7 @@ WEIGHTS: graphs.Weights = {"w1": (6, 47), "w2": (47, 6), "w3": (6, 53), "w4": (5
 
 def cut(limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[onnx.ModelProto, list[Parts]]:
     monkeypatch.setattr(prune_groups, "anonymous", lambda: 0)
+    monkeypatch.setattr(plan_memory, "SPARE", 0)
     state = load_state(graphs.parse(PARALLEL, WEIGHTS), limit)
     NormaliseGraphPass()(state)
     FindGroupsPass()(state)
@@ -101,3 +104,21 @@ def test_groups_measured_apart_come_out_the_same(monkeypatch: pytest.MonkeyPatch
 def test_too_little_for_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="memory 50KB is too small for the moments of group 'MatMul_"):
         cut(50_000, monkeypatch)
+
+
+def test_no_work_is_done_where_a_later_group_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer is wider than the first, and the limit is enough for the first alone."""
+    chain = """f (float[b, s, 6] x0) => (float[b, s, 6] y) {
+        u = MatMul(x0, w1)  h = Relu(u)  z = MatMul(h, w2)  a = Add(x0, z)
+        t = MatMul(a, w3)  k = Relu(t)  p = MatMul(k, w4)  y = Add(a, p) }"""
+    weights: graphs.Weights = {"w1": (6, 20), "w2": (20, 6), "w3": (6, 900), "w4": (900, 6)}
+    monkeypatch.setattr(prune_groups, "anonymous", lambda: 0)
+    state = load_state(graphs.parse(chain, weights), SPARE + 10**6)
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    state.calibration = streams.data(streams.batches(20, 0))
+    state.keep = {g.name: g.size // 2 for g in state.groups}
+    before = state.model.to_proto()
+    with pytest.raises(OptionError, match=r"\(width 900\); give at least"):
+        PruneGroupsPass()(state)
+    assert state.model.to_proto() == before

@@ -8,6 +8,7 @@ import graphs
 import numpy as np
 import pytest
 
+from liar_opt.frontend.weight_files import lightened
 from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.sessions import Session, as_array, cuda_works, element_type, resolve_provider
 
@@ -45,6 +46,19 @@ def test_arrays_that_are_not_contiguous_live_until_the_run(seed: int) -> None:
     gc.collect()
     result = own.run({"x": x.T, "z": np.asarray(1.0 + seed, np.float32)}, arrays=True)
     np.testing.assert_array_equal(result["y"], x.T * np.float32(1.0 + seed))
+
+
+def test_a_lean_session_uses_weights_where_they_lie() -> None:
+    """They are no initializers, which ONNX Runtime would copy: what is written to them is seen."""
+    proto = graphs.parse("f (float[a, 40] x) => (float[a, 50] y) { y = MatMul(x, w) }", {"w": (40, 50)})
+    light, weights = lightened(proto)
+    weight = np.array(weights["w"])
+    own = Session(light.SerializeToString(), "cpu", {"w": weight}, lean=True)
+    assert own.inputs == ["x"]
+    x = np.random.default_rng(0).standard_normal((7, 40)).astype(np.float32)
+    np.testing.assert_allclose(own.run({"x": x}, arrays=True)["y"], x @ weight, rtol=1e-5, atol=1e-5)
+    weight *= 2
+    np.testing.assert_allclose(own.run({"x": x}, arrays=True)["y"], x @ weight, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_feed_is_a_bug() -> None:
