@@ -11,6 +11,7 @@ some of its channels (`runtime.subspaces`): values, and queries with keys. These
 before the rest, values behind it, within the heads that are left.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -309,6 +310,7 @@ class SegmentRun:
     def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap], first: Any = None) -> Parts:
         """Returns which groups are measured together, so that their moments stay under the limit."""
         if self.memory.tight:
+            gc.collect()  # graphs refer to themselves in circles
             trim()
         needs, fixed = self.needs(groups, taps, 0 if self.alive_at is None else self.position(self.alive_at), first)
         parts = measure_together(needs, (anonymous() or 0) + fixed, self.memory.limit)

@@ -130,7 +130,8 @@ class Session:
         Args:
             feeds: for each input (others are ignored) an array or a device value.
             outputs: names of the outputs to compute; all of them if None.
-            arrays: the outputs that come back as numpy arrays, or whether all do; the others stay on the device.
+            arrays: the outputs that come back as numpy arrays, or whether all do; the others stay on the device, if it is
+                not this one.
 
         Returns:
             The outputs by name.
@@ -155,6 +156,8 @@ class Session:
             binding.bind_output(name, "cpu" if name in to_host else self.device)
         self._session.run_with_iobinding(binding)
         results = binding.get_outputs()
+        if to_host and self.device == "cpu":  # one that is kept would keep all outputs of its run, in ONNX Runtime's vector
+            to_host = set(names)
         return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
 
 

@@ -37,6 +37,14 @@ def test_values_can_be_fed_again() -> None:
     np.testing.assert_array_equal(as_array(first["y"]), 3 * x)
 
 
+def test_what_is_kept_of_a_run_keeps_nothing_else() -> None:
+    """ONNX Runtime's values hold all outputs of their run."""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    mixed = session().run({"x": x, "z": np.asarray(3, np.float32)}, arrays=["t"])
+    assert all(isinstance(v, np.ndarray) for v in mixed.values())
+    assert not any(isinstance(v, np.ndarray) for v in session().run({"x": x, "z": np.asarray(3, np.float32)}).values())
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_arrays_that_are_not_contiguous_live_until_the_run(seed: int) -> None:
     """The copy that makes them contiguous must not be freed before ONNX Runtime reads it."""
