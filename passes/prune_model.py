@@ -20,7 +20,7 @@ import onnx
 from liar_opt.frontend.onnx_activations import tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rules import vocabulary, walk_sized
+from liar_opt.frontend.onnx_rules import count_flops, vocabulary, walk_sized
 from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, note_widths
 from liar_opt.passes.allocations import MEASURED
@@ -37,9 +37,10 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.search_widths import SearchWidthsPass
-from liar_opt.passes.verify_model import VerifyModelPass
+from liar_opt.passes.verify_model import VerifyModelPass, first_samples, load_dense
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.later import Later
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
 from liar_opt.runtime.self_calibration import SELF, write_calibration
@@ -47,6 +48,8 @@ from liar_opt.runtime.sessions import Session, resolve_provider
 
 SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
+TIMED_SAMPLES = 8
+"""How many of a batch are timed, and counted in its FLOPs."""
 PASSES: tuple[type[Pass[Any]], ...] = (
     NormaliseGraphPass,
     FindGroupsPass,
@@ -173,6 +176,9 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     if not loaded.graph.inputs:
         raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
     state = State(loaded, memory=Memory.of(memory))
+    source = loaded.source
+    if source is not None and source.is_file():
+        state.facts["digest"] = Later(lambda: _sha256(source))
     state.memory.model = loaded.weight_bytes()
     stored = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
     if state.memory.tight:
@@ -381,7 +387,7 @@ def prune(
         _load_calibration(state, options, report)
     if resume is not None:
         state.checkpoint = Checkpoint.open(Path(resume), _identity(state, report, search))
-    flops = _flops(state)
+    flops = _flops(state, target)
     deciding: list[Pass[Any]] = [curves, widths] if measured else [widths]
     if search is not None:
         same_kind = ffn is not None or heads is not None
@@ -404,9 +410,11 @@ def prune(
         return PruneResult(state.facts["dense"], report, (), analysis.refusals)
     if not early:
         _load_calibration(state, options, report)
-        flops = _flops(state)
+        flops = _flops(state, target)
     assert state.calibration is not None
     rest: list[Pass[Any]] = [VerifyModelPass()] if max_drop is not None else [cut, VerifyModelPass()]
+    if not state.memory.tight:
+        state.facts["dense session"] = Later(lambda: load_dense(state))
     report["resumed"] = state.checkpoint.done if state.checkpoint is not None else 0
     done = Pipeline(passes=rest, observer=observer)(state)
     changes = (*decided.changes, *done.changes)
@@ -419,7 +427,7 @@ def prune(
     report["calibration"]["gap"] = sum(known) / len(known) if known else None
     report["cache_shapes"] = state.model.resized_shapes(state.model.light()[0])
     report["before"]["flops"] = flops
-    report["after"] = {**_sizes(state.model), "flops": _flops(state)}
+    report["after"] = {**_sizes(state.model), "flops": _flops(state, target)}
     verification = state.facts["verification"]
     report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
     if latency and state.memory.tight:
@@ -428,9 +436,9 @@ def prune(
         )
     elif latency:
         began = time.perf_counter()
-        batch = state.calibration.batches[0]
+        batch = _one_batch(state, target)
         feeds = [batch, cut_arrays(batch, state.facts["ends"])]
-        times = measure_latency(state.facts["sessions"], feeds, budget=0.3 if target is None else 2.0, least=3)
+        times = measure_latency(state.facts["sessions"], feeds, budget=0.15 if target is None else 2.0, least=3)
         report["latency"] = {
             "dense_seconds": times.seconds[0],
             "pruned_seconds": times.seconds[1],
@@ -497,13 +505,22 @@ def _dense_session(state: State) -> Session:
         raise ModelError(f"ONNX Runtime cannot load the model: {' '.join(str(err).split())[:300]}") from err
 
 
-def _flops(state: State) -> int | None:
-    walked = None if state.calibration is None else walk_sized(state.model, AxisAlgebra, state.calibration.batches[0])
-    if walked is None:
+def _one_batch(state: State, target: str | None) -> dict[str, Any]:
+    """What is timed, and whose FLOPs are counted; targets are met on a whole batch."""
+    assert state.calibration is not None
+    batch = state.calibration.batches[0]
+    return batch if target is not None else first_samples(state, batch, TIMED_SAMPLES)
+
+
+def _flops(state: State, target: str | None) -> int | None:
+    if state.calibration is None:
         return None
     if "sizes" not in state.facts:  # of the dense model: what is cut is no larger
-        state.facts["sizes"] = tensor_sizes(walked)
-    return walked.flops
+        whole = walk_sized(state.model, AxisAlgebra, state.calibration.batches[0])
+        if whole is None:
+            return None
+        state.facts["sizes"] = tensor_sizes(whole)
+    return count_flops(state.model, AxisAlgebra, _one_batch(state, target))
 
 
 def _sizes(model: OnnxModel) -> dict[str, Any]:
@@ -520,7 +537,7 @@ def _report_head(state: State) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "model": {
             "path": str(source) if source else None,
-            "sha256": _sha256(source) if source is not None and source.is_file() else None,
+            "sha256": state.facts["digest"].result() if "digest" in state.facts else None,
             "opset": state.model.opset,
             "notes": list(state.model.notes),
         },

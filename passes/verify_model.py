@@ -9,7 +9,7 @@
 3. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, QueryForm, cut_arrays
 from liar_opt.runtime.compare import DifferenceMeter, relative_difference, require_close
 from liar_opt.runtime.errors import CheckError
+from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.sessions import Session
 
@@ -66,16 +67,21 @@ class VerifyModelPass(Pass[None]):
         ends = state.facts.get("ends", {})
         _check_format(dense, state.model)
         lean = state.memory.tight
-        pruned = _load(state.model.detached(), state.device, "the pruned model", lean)
         assert state.calibration is not None
         facts: dict[str, Any] = {}
         batches, masks = state.calibration.batches, state.calibration.row_masks
+        # Sessions load while the masked original is made, unless that is too much at a time.
+        parts = state.model.detached()
+        loading = Later(lambda: _load(parts, state.device, "the pruned model", lean))
+        if lean:
+            loading.result()
         reference = masked_reference(dense, state.repairs, state.facts.get("query forms", ()))
+        masked = _load(reference.detached(), state.device, "the masked original", lean)
+        pruned = loading.result()
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
         whole = [o for o in pruned.outputs if o not in state.analysed().unspecified]
         room = _samples_that_fit(state) if lean else max(self.exact, self.samples)
-        small = {k: _first_rows(v, batches[0], state, min(self.exact, room)) for k, v in batches[0].items()}
-        masked = _load(reference.detached(), state.device, "the masked original", lean)
+        small = first_samples(state, batches[0], min(self.exact, room))
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
         theirs = cut_arrays(masked.run(small, whole, arrays=True), ends)
         precision, what = _precision(state.model), "cut against masked original"
@@ -93,11 +99,12 @@ class VerifyModelPass(Pass[None]):
             del nudged
         facts["exact_dtype"] = precision
         del masked, reference, ours, theirs
-        original = _load(dense.detached(), state.device, "the original model", lean)
+        known: Later[Session] | None = state.facts.get("dense session")
+        original = known.result() if known is not None else load_dense(state)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
         meter = DifferenceMeter()
         for done, i in enumerate(held[: self.batches]):
-            some = {k: _first_rows(v, batches[i], state, min(self.samples, room)) for k, v in batches[i].items()}
+            some = first_samples(state, batches[i], min(self.samples, room))
             x = pruned.run(cut_arrays(some, ends), arrays=True)
             y = cut_arrays(original.run(some, whole, arrays=True), ends)
             mask = masks[i]
@@ -188,12 +195,20 @@ def _samples_that_fit(state: State) -> int:
     return fit
 
 
-def _first_rows(value: np.ndarray, batch: dict[str, np.ndarray], state: State, rows: int) -> np.ndarray:
-    """Returns the first samples of a feed where its leading axis is the (dynamic) batch of all feeds."""
-    inputs = {i.name: i for i in state.model.inputs()}
-    leading = {v.shape[0] for k, v in batch.items() if v.ndim}
-    dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in inputs.values())
-    return value[:rows] if dynamic and len(leading) == 1 and value.ndim else value
+def first_samples(state: State, batch: Mapping[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
+    """Returns the first samples of a batch, where the leading axis of all feeds is the (dynamic) batch."""
+    leading = {v.shape[0] for v in batch.values() if v.ndim}
+    dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in state.model.inputs())
+    return {k: v[:samples] if dynamic and len(leading) == 1 and v.ndim else v for k, v in batch.items()}
+
+
+def load_dense(state: State) -> Session:
+    """Returns a session of the model as it came.
+
+    Raises:
+        CheckError: ONNX Runtime cannot load it.
+    """
+    return _load(state.facts["dense"].detached(), state.device, "the original model", state.memory.tight)
 
 
 def _precision(model: OnnxModel) -> str:
