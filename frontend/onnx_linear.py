@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -22,7 +23,9 @@ from liar_opt.frontend.onnx_model import is_constant, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT
 from liar_opt.frontend.onnx_rules import ConstantUse, GraphWalk, ProductUse
 from liar_opt.frontend.onnx_values import slice_arguments, slices
-from liar_opt.passes.axes import Factor
+
+if TYPE_CHECKING:
+    from liar_opt.passes.axes import Factor
 
 LAYOUT = (
     *("Cast Concat Dropout Expand Flatten Gather Identity Reshape Slice Split Squeeze Tile Transpose Unsqueeze").split(),

@@ -7,7 +7,7 @@ belongs to no group runs once, what does runs twice, dense and cut. Groups that 
 over layers by a common position bias) are measured first, on the whole model.
 
 Where a width lies between two linear maps its basis is changed before it is cut, so that what goes is a subspace instead of
-some of its channels (`runtime.subspaces`): values, and queries with keys. These are swept on their own: queries and keys
+some of its channels (`passes.change_basis`): values, and queries with keys. These are swept on their own: queries and keys
 before the rest, values behind it, within the heads that are left.
 """
 
@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_activations import live_bytes
-from liar_opt.frontend.onnx_linear import Bent, Source, sources_of
 from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
@@ -36,6 +35,7 @@ from liar_opt.frontend.onnx_segments import (
     tap_for,
 )
 from liar_opt.passes.base import Change, Pass, PassResult, State
+from liar_opt.passes.change_basis import BasisChange, basis_of, value_turn
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
 from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
 from liar_opt.passes.plan_memory import Need, Parts, measure_together, require_room
@@ -56,7 +56,7 @@ from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
 from liar_opt.runtime.solve import one_thread
-from liar_opt.runtime.subspaces import Basis, copies, logit_forms, turn_values
+from liar_opt.runtime.subspaces import Basis
 
 Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
 """Groups that span others, and the segments of the rest."""
@@ -81,21 +81,6 @@ class ConsumerRepair:
     index: tuple[NDArray[np.int64], ...]
     weight: NDArray[Any]
     bias: NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class QueryForm:
-    """What one constant of the queries became, for the check: q U V^T instead of q, at the width that it had.
-
-    Attributes:
-        source: the constant.
-        index: for each of its axes the positions, in the original, of ``value``.
-        value: the new value there.
-    """
-
-    source: Source
-    index: tuple[NDArray[np.int64], ...]
-    value: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -159,7 +144,7 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
-        state.facts["query forms"] = run.query_forms
+        state.facts["query forms"] = run.bases.query_forms
         return PassResult(state, tuple(run.changes), run.refusals())
 
     def _run(self, state: State, sweep: Sweep) -> "SegmentRun":
@@ -194,7 +179,7 @@ class SegmentRun:
         self.alive_at: Any = None
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
-        self.query_forms: list[QueryForm] = []
+        self.bases = BasisChange(self.walk, self.rewriter)
         self.selected: dict[str, list[str]] = {}
         self.checkpoint: Checkpoint | None = None
         self.number = 0
@@ -232,14 +217,14 @@ class SegmentRun:
                 raise InternalError(f"group '{kept.name}' of the resume folder is '{group.name}' now")
             blocks = np.asarray(kept.blocks, np.int64)
             if group.kind == QUERY_KEY:
-                self.turn_logits(group, *kept.turns)
+                self.bases.turn_logits(group, *kept.turns)
             turn = kept.turns[0] if kept.turns and group.consumers else None
             for consumer, (weight, bias) in zip([self.left(c) for c in group.consumers], kept.consumers, strict=True):
-                basis = None if turn is None else _basis(consumer.owners, turn)
+                basis = None if turn is None else basis_of(consumer.owners, turn)
                 done = Repaired(weight, bias, np.inf, "resumed")
                 self.write(consumer, kept_positions(consumer.owners, blocks), done, basis)
             if turn is not None:
-                self.turn_values(group, turn)
+                self.bases.turn_values(group, turn)
             self.cut(group, blocks, kept.details, kept.turns)
         self.kept = []
         self.state.model.settle()
@@ -421,7 +406,7 @@ class SegmentRun:
         turn = None
         if group.kind == VALUES and options.value_cut == "rotate":
             if group.bent is None:
-                turn = self.value_turn(group, measured, keep)
+                turn = value_turn(group, measured, keep)
             else:
                 self.selected.setdefault(group.bent, []).append(group.name)
         if turn is None:
@@ -432,7 +417,7 @@ class SegmentRun:
         details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rows": measured[0].moments.count}
         details["rotated"] = turn is not None
         for consumer, item in zip(consumers, measured, strict=True):
-            basis = None if turn is None else _basis(consumer.owners, turn)
+            basis = None if turn is None else basis_of(consumer.owners, turn)
             item = item if basis is None else item.turned(basis)
             kept = kept_positions(consumer.owners, blocks)
             removed = np.setdiff1d(np.arange(consumer.width), kept)
@@ -440,7 +425,7 @@ class SegmentRun:
             self.write(consumer, kept, repaired, basis)
             details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
         if turn is not None:
-            self.turn_values(group, turn)
+            self.bases.turn_values(group, turn)
         self.cut(group, blocks, details, [] if turn is None else [turn])
 
     def cut(
@@ -464,97 +449,31 @@ class SegmentRun:
             for reason, names in self.selected.items()
         )
 
-    # -- changes of basis -------------------------------------------------------------------------------------------
-
-    def value_turn(self, group: ChannelGroup, measured: Sequence[Measured], keep: int) -> NDArray[np.float64]:
-        """Returns the change of basis of every index set, [sets, d, d], in which its first channels are to be kept."""
-        size = group.size
-        covariances, grams = np.zeros((group.sets, size, size)), np.zeros((group.sets, size, size))
-        for item in measured:
-            covariance = item.statistics.covariance
-            for number, places in copies(item.owners, size):
-                rows = item.weight[places] * item.target_scale
-                covariances[number] += covariance[np.ix_(places, places)]
-                grams[number] += rows @ rows.T
-        return np.stack([turn_values(c, g, keep) for c, g in zip(covariances, grams, strict=True)])
-
-    def turn_values(self, group: ChannelGroup, turn: NDArray[np.float64]) -> None:
-        """Writes a change of basis into the constants that give a group's dimension its channels."""
-        ends = [u.node for c in group.consumers for u in c.uses]
-        try:
-            sources = sources_of(self.walk, group.factor, (), ends)
-        except Bent as err:
-            raise InternalError(f"group '{group.name}': {err}") from err
-        self.turn_sources(group, [(s, turn) for s in sources])
-
     def prune_logits(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
         """Cuts the width of queries and keys to the best form of their products."""
-        size, keep = group.size, self.state.keep[group.name]
-        seconds = []
-        for operand in group.operands:
-            statistics = moments[operand.activation.name, operand.activation_axis].statistics()
-            second = statistics.covariance if operand.relative else statistics.uncentred
-            owners = self.owners(group, operand.width, operand.inside)
-            total = np.zeros((group.sets, size, size))
-            for number, places in copies(owners, size):
-                total[number] += second[np.ix_(places, places)]
-            seconds.append(total)
-        turns = np.zeros((2, group.sets, size, size))
-        whole = rotated = channels = 0.0
-        for number, (queries, keys) in enumerate(zip(*seconds, strict=True)):
-            turns[0, number, :, :keep], turns[1, number, :, :keep], spectrum = logit_forms(queries, keys, keep)
-            whole += float(spectrum.sum())
-            rotated += float(spectrum[keep:].sum())
-            weakest = np.argsort(np.diagonal(queries) * np.diagonal(keys))[: size - keep]
-            channels += float(np.vdot(queries[np.ix_(weakest, weakest)], keys[np.ix_(weakest, weakest)]))
-        blocks = (np.arange(group.sets)[:, None] * size + np.arange(keep)).reshape(-1)
-        lost = channels / (whole or 1.0)
-        error = {"error_none": lost, "error_bias": lost, "error_repair": rotated / (whole or 1.0)}
-        found = {"node": group.operands[0].node.name, "ridge": None, "ridge_raised": False, "repair": "rotate"}
-        rows = moments[group.operands[0].activation.name, group.operands[0].activation_axis].count
-        details = {"kind": group.kind, "kept": blocks.tolist(), "rows": rows, "rotated": True}
-        details["consumers"] = [{**found, "calibration_gap": None, **error}]
-        self.turn_logits(group, turns[0], turns[1])
-        self.cut(group, blocks, details, list(turns))
-
-    def turn_logits(self, group: ChannelGroup, queries: NDArray[np.float64], keys: NDArray[np.float64]) -> None:
-        """Writes changes of basis, [sets, d, d] each, into the constants of queries and keys."""
-        form = queries @ keys.transpose(0, 2, 1)
-        for source in group.operands[0].sources:
-            left = [np.flatnonzero(self.rewriter.mask(f)) for f in source.use.axes]
-            value = self.turned(group, source, form)
-            inside = source.inside[left[source.axis]]
-            left[source.axis] = left[source.axis][inside]
-            self.query_forms.append(QueryForm(source, tuple(left), np.compress(inside, value, source.axis)))
-        sides = zip(group.operands, (queries, keys), strict=True)
-        self.turn_sources(group, [(s, turn) for operand, turn in sides for s in operand.sources])
-
-    def turn_sources(self, group: ChannelGroup, turns: Sequence[tuple[Source, NDArray[np.float64]]]) -> None:
-        """Changes the basis of constants, each by a matrix for every index set; one that others read is copied first."""
-        places: dict[tuple[int, bytes], list[tuple[Any, int]]] = {}
-        entries: dict[tuple[int, bytes], tuple[Source, NDArray[np.float64]]] = {}
-        for source, turn in turns:
-            node, position = source.use.node, source.use.position
-            key = (id(node.inputs[position]), source.inside.tobytes())
-            places.setdefault(key, []).append((node, position))
-            entries.setdefault(key, (source, turn))
-        for key, (source, turn) in entries.items():
-            self.rewriter.set_constant(places[key], self.turned(group, source, turn))
-
-    def turned(self, group: ChannelGroup, source: Source, turn: NDArray[np.float64]) -> NDArray[Any]:
-        """Returns a constant, as it is now, in another basis."""
-        value = np.asarray(source.use.node.inputs[source.use.position].values)
-        basis = _basis(self.owners(group, source.use.axes[source.axis], source.inside), turn)
-        turned = np.moveaxis(basis.rows(np.moveaxis(value, source.axis, -1)), -1, source.axis)
-        return np.ascontiguousarray(turned.astype(value.dtype))
-
-    def owners(self, group: ChannelGroup, factor: int, inside: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Returns index set * size + channel for every position of an axis that is left, -1 where it is not the group's."""
-        algebra = self.walk.algebra
-        channels = algebra.owners(factor, group.factor)
-        sets = np.zeros_like(channels) if group.outer is None else algebra.owners(factor, group.outer)
-        owners = np.where(inside & (channels >= 0), sets * group.size + channels, -1)
-        return np.asarray(owners[self.rewriter.mask(factor)])
+        keep = self.state.keep[group.name]
+        turns = self.bases.logit_turns(group, moments, keep)
+        blocks = (np.arange(group.sets)[:, None] * group.size + np.arange(keep)).reshape(-1)
+        queries = group.operands[0]
+        found = {
+            "node": queries.node.name,
+            "ridge": None,
+            "ridge_raised": False,
+            "repair": "rotate",
+            "calibration_gap": None,
+        }
+        # Without a change of basis as many channels of both would go; a bias has no part in it.
+        errors = {"error_none": turns.lost_channels, "error_bias": turns.lost_channels, "error_repair": turns.lost}
+        rows = moments[queries.activation.name, queries.activation_axis].count
+        details = {
+            "kind": group.kind,
+            "kept": blocks.tolist(),
+            "rows": rows,
+            "rotated": True,
+            "consumers": [{**found, **errors}],
+        }
+        self.bases.turn_logits(group, turns.queries, turns.keys)
+        self.cut(group, blocks, details, [turns.queries, turns.keys])
 
     # -- what is left -----------------------------------------------------------------------------------------------
 
@@ -637,11 +556,6 @@ def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[n
 
 def _keys(group: ChannelGroup) -> set[tuple[str, int]]:
     return {(r.activation.name, r.activation_axis) for r in group.readings}
-
-
-def _basis(owners: NDArray[np.int64], turn: NDArray[np.float64]) -> Basis:
-    """Returns the changes of basis [sets, d, d] of the index sets at every place where an axis has them."""
-    return Basis(tuple((places, turn[number]) for number, places in copies(owners, turn.shape[1])))
 
 
 def _details(

@@ -23,7 +23,8 @@ from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, QueryForm, cut_arrays
+from liar_opt.passes.change_basis import QueryForm
+from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays
 from liar_opt.runtime.compare import DifferenceMeter, relative_difference, require_close
 from liar_opt.runtime.errors import CheckError
 from liar_opt.runtime.later import Later

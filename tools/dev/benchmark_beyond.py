@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ CHANGES: dict[str, Options] = {
     "with weighting stream": {"weighting": "stream"},
     "with repair dense": {"repair": "dense"},
     "with repair residual": {"repair": "residual"},
+    "with repair residual and weighting stream": {"repair": "residual", "weighting": "stream"},
 }
 """One at a time, from the default."""
 
@@ -100,7 +101,7 @@ class Bench:
         self, *, allocate: str = "uniform", score: str = "greedy", samples: int = CALIBRATION, **options: Any
     ) -> Any:
         """Prunes as `prune()` does, without its checks and its timing."""
-        ratios = {k: options.pop(k) for k in ("sparsity", "ffn", "heads") if k in options}
+        ratios = {k: options.pop(k) for k in ("sparsity", "ffn", "heads", "values", "query_key") if k in options}
         state = load_state(self.work.model)
         state.calibration = self.data
         if samples < CALIBRATION:
@@ -165,6 +166,20 @@ def ablation(bench: Bench) -> str:
     return f"50 % of all prunable parameters.\n\n{table(columns, rows)}"
 
 
+def widths(bench: Bench) -> str:
+    """Values by channels and by a subspace, queries with keys, and whole heads, each cut by itself."""
+    ways: dict[str, Callable[[float], Options]] = {
+        "values by channels": lambda r: {"values": r, "value_cut": "select"},
+        "values by a subspace": lambda r: {"values": r},
+        "queries and keys by a form": lambda r: {"query_key": r},
+        "both, by subspaces": lambda r: {"values": r, "query_key": r},
+        "whole heads": lambda r: {"heads": r},
+    }
+    rows = [[n, *(f"{bench.cell(repair='liar', **way(r)):.4f}" for r in (0.25, 0.5))] for n, way in ways.items()]
+    head = "Repair liar. Both together hold as many parameters as whole heads at the same share, each alone half of them."
+    return f"{head}\n\n{table(['what goes', '25 %', '50 %'], rows)}"
+
+
 def ridge(bench: Bench) -> str:
     """The ridge that is chosen against fixed ones and no repair, from few calibration sentences to many."""
     ways: dict[str, Options] = {"no repair": {"repair": "none"}, "chosen": {"repair": "liar"}}
@@ -176,7 +191,14 @@ def ridge(bench: Bench) -> str:
     return f"FFN 50 %; score greedy; in bold the best.\n\n{table(['calibration sentences', *ways], rows)}"
 
 
-SECTIONS = {"methods": methods, "ablation": ablation, "allocations": allocations, "scores": scores, "ridge": ridge}
+SECTIONS = {
+    "methods": methods,
+    "ablation": ablation,
+    "allocations": allocations,
+    "widths": widths,
+    "scores": scores,
+    "ridge": ridge,
+}
 
 
 def markdown(texts: Mapping[str, str], given: Mapping[str, Any], choosing: bool) -> str:
