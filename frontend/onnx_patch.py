@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
@@ -18,6 +19,29 @@ from liar_opt.frontend.onnx_rules import ConsumerUse
 from liar_opt.frontend.onnx_segments import Extracted
 
 PREFIX = "liar_opt_patch"
+
+
+def patch_constant(
+    segment: Extracted, places: Sequence[tuple[gs.Node, int]], value: NDArray[Any]
+) -> list[tuple[int, onnx.NodeProto]]:
+    """Replaces the constant at every place (node, input position), in place.
+
+    Returns:
+        The segment's own nodes, with their positions.
+    """
+    graph = segment.model.graph
+    name = f"{PREFIX}/{len(graph.initializer)}/{places[0][0].name}/value"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+    nodes = {tuple(n.output): (i, n) for i, n in enumerate(graph.node)}
+    found = []
+    for node, position in places:
+        index, own = nodes[tuple(t.name for t in node.outputs)]
+        replaced, own.input[position] = own.input[position], name
+        if not any(replaced in n.input for n in graph.node):  # ONNX Runtime wants no data that nobody reads
+            segment.weights.pop(replaced, None)
+            graph.initializer.remove(next(t for t in graph.initializer if t.name == replaced))
+        found.append((index, own))
+    return found
 
 
 def patch_consumer(
@@ -32,16 +56,9 @@ def patch_consumer(
         shift: what is added to y = x W, [m]; the node's own scale is applied.
     """
     graph = segment.model.graph
+    places = patch_constant(segment, [(use.node, use.weight_position) for use in uses], weight)
     name = f"{PREFIX}/{len(graph.initializer)}/{uses[0].node.name}"
-    graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(weight), name))
-    nodes = {tuple(n.output): (i, n) for i, n in enumerate(graph.node)}
-    for use in uses:
-        index, node = nodes[tuple(t.name for t in use.node.outputs)]
-        replaced = node.input[use.weight_position]
-        node.input[use.weight_position] = name
-        if not any(replaced in n.input for n in graph.node):  # ONNX Runtime wants no data that nobody reads
-            segment.weights.pop(replaced, None)
-            graph.initializer.remove(next(t for t in graph.initializer if t.name == replaced))
+    for use, (index, node) in zip(uses, places, strict=True):
         if not np.any(shift):
             continue
         output = node.output[0]

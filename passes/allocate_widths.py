@@ -11,7 +11,7 @@ kind as a whole, ``sparsity`` that of all kinds together.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,51 @@ def note_widths(state: State, keep: dict[str, int]) -> None:
     state.keep = keep
 
 
+def joined(
+    menus: Sequence[Menu],
+    groups: Sequence[ChannelGroup],
+    queries: Sequence[ChannelGroup],
+    multiple_of: int,
+    curves: Mapping[str, GroupCurve],
+) -> tuple[list[Menu], dict[str, list[dict[str, int]]]]:
+    """Puts the heads of a layer and the width of its queries and keys on one menu: they are of the same weights.
+
+    With h heads of n and r channels of d there cost P h/n - Q h/n (1 - r/d), P the parameters of all and Q those of queries
+    and keys; errors add up. Of all pairs those are on the menu that no other beats in both.
+
+    Args:
+        menus: of the groups.
+        groups: the groups.
+        queries: widths of queries and keys; those without a curve, or whose heads are none of the groups, stay as they are.
+        multiple_of: kept channels are multiples of this.
+        curves: what was measured, by group name.
+
+    Returns:
+        The menus, whose widths are numbers from 1 on where pairs are on them, and the kept blocks that these stand for.
+    """
+    result, meaning = list(menus), dict[str, list[dict[str, int]]]()
+    for query in queries:
+        place = next((i for i, g in enumerate(groups) if g.kind == "heads" and query.constants <= g.constants), None)
+        if place is None or query.name not in curves or groups[place].name in meaning:
+            continue
+        heads, menu = groups[place], menus[place]
+        step = min(multiple_of, query.size)
+        channels = np.unique(np.append(np.arange(step, query.size, step), query.size)).astype(np.int64)
+        gone = query.parameters * (1.0 - channels / query.size)
+        costs = (menu.costs[:, None] - (menu.widths / heads.size)[:, None] * gone).reshape(-1)
+        errors = (menu.errors[:, None] + curves[query.name].errors[channels]).reshape(-1)
+        pairs = [{heads.name: int(h), query.name: int(r)} for h in menu.widths for r in channels]
+        best, chosen = np.inf, []
+        for index in np.lexsort((errors, costs)):
+            if errors[index] < best:
+                best = errors[index]
+                chosen.append(int(index))
+        meaning[heads.name] = [pairs[i] for i in chosen]
+        numbers = np.arange(1, len(chosen) + 1)
+        result[place] = Menu(heads.name, numbers, costs[chosen], errors[chosen], menu.values)
+    return result, meaning
+
+
 @dataclass(frozen=True)
 class AllocateWidthsPass(Pass[dict[str, int]]):
     """Decide the widths. Give ``sparsity``, or ratios by kind; a kind without a ratio is left alone then.
@@ -123,7 +168,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             of ``sparsity``: heads hold the same weights, and values narrower than keys are what fused attention kernels and
             caches of one head size cannot hold.
         query_key: fraction of the width of queries and keys within each head to remove, likewise; the basis of both is
-            changed first, so that their products change least.
+            changed first, so that their products change least. "auto" lets them share in ``sparsity``, by error curves.
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
         uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
@@ -134,7 +179,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     ffn: float | None = None
     heads: float | None = None
     values: float | None = None
-    query_key: float | None = None
+    query_key: float | Literal["auto"] | None = None
     multiple_of: int = 8
     allocate: str = "uniform"
     uniform: bool = False
@@ -149,6 +194,10 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         """
         for option in ("sparsity", "ffn", "heads", "values", "query_key"):
             value = getattr(self, option)
+            if value == "auto":
+                if self.by_kind or self.allocate != "curves":
+                    raise OptionError("query-key auto shares in a sparsity by curves; give sparsity, or query-key a ratio")
+                continue
             if value is not None and not 0.0 <= value < 1.0:
                 raise OptionError(f"{option.replace('_', '-')} {value:g} is outside [0, 1); it is the fraction to remove")
         if self.sparsity is not None and (self.ffn is not None or self.heads is not None):
@@ -164,7 +213,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         for kind in (*KINDS, VALUES):
             if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")
-        if self.query_key and not state.queries:
+        if self.query_key and self.query_key != "auto" and not state.queries:
             whole = state.facts.get("queries left whole") or ()
             why = f": {whole[0].reason}" if whole else "; no product of two activations contracts projections"
             raise ModelError(f"the width of queries and keys cannot be cut{why}; leave query-key out")
@@ -172,23 +221,30 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     @property
     def by_kind(self) -> bool:
         """Whether kinds have ratios of their own."""
-        ratios = (self.ffn, self.heads, self.values, self.query_key)
+        ratios = (self.ffn, self.heads, self.values, None if self.query_key == "auto" else self.query_key)
         return self.sparsity is None and any(r is not None for r in ratios)
 
     def plan(self, state: State) -> dict[str, int]:
         """Returns the number of blocks that stay, by group name; of values, queries and keys those of each head."""
         groups: tuple[ChannelGroup, ...] = state.groups
         values = {g.name: kept_width(g, self.values, 1) for g in state.values} if self.values else {}
-        values |= {g.name: kept_width(g, self.query_key, 1) for g in state.queries} if self.query_key else {}
+        if isinstance(self.query_key, float | int):
+            values |= {g.name: kept_width(g, self.query_key, 1) for g in state.queries} if self.query_key else {}
         if self.allocate in MEASURED:
-            return self._shared_out(groups, state.facts["curves"]) | values
+            sharing = state.queries if self.query_key == "auto" else ()
+            return self._shared_out(groups, sharing, state.facts["curves"]) | values
         if self.by_kind:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             return {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups} | values
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         return self._uniform(groups, sparsity) | values
 
-    def _shared_out(self, groups: tuple[ChannelGroup, ...], curves: Mapping[str, GroupCurve]) -> dict[str, int]:
+    def _shared_out(
+        self,
+        groups: tuple[ChannelGroup, ...],
+        queries: tuple[ChannelGroup, ...],
+        curves: Mapping[str, GroupCurve],
+    ) -> dict[str, int]:
         keep = {g.name: g.size for g in groups}
         if not self.by_kind:
             parts = [(DEFAULT_SPARSITY if self.sparsity is None else self.sparsity, groups)]
@@ -196,14 +252,16 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             parts = [(ratio, tuple(g for g in groups if g.kind == kind)) for kind, ratio in ratios.items()]
         for ratio, members in parts:
-            menus = menus_of(members, self.multiple_of, curves)
+            menus, meaning = joined(menus_of(members, self.multiple_of, curves), members, queries, self.multiple_of, curves)
             if not ratio or not menus:
                 continue
             everything, least = sum(m.costs[-1] for m in menus), sum(m.costs[0] for m in menus)
             if (1.0 - ratio) * everything < least - 0.5 * max(m.costs[0] for m in menus):
                 most = math.floor((1.0 - least / everything) * 1000) / 1000
                 raise OptionError(f"ratio {ratio:g} would empty a group; the most is {most:g}")
-            keep |= ALLOCATIONS[self.allocate](menus, (1.0 - ratio) * everything)
+            chosen = ALLOCATIONS[self.allocate](menus, (1.0 - ratio) * everything)
+            for name, width in chosen.items():
+                keep |= meaning[name][width - 1] if name in meaning else {name: width}
         return keep
 
     def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float) -> dict[str, int]:

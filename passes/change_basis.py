@@ -42,19 +42,24 @@ class QueryForm:
 
 @dataclass(frozen=True, eq=False)
 class LogitTurns:
-    """Changes of basis of queries and keys, and what the cut loses of E|q k^T|^2.
+    """Changes of basis of queries and keys, and what a cut loses of E|q k^T|^2.
 
     Attributes:
         queries: U with zeros behind it, [sets, d, d].
         keys: V with zeros behind it, [sets, d, d].
-        lost: the share that the best form of so many channels loses.
+        lost: the share that the best forms of 0, 1, ... d channels lose, [d + 1].
         lost_channels: the share that is lost where as many channels of both are left out instead.
     """
 
     queries: Array
     keys: Array
-    lost: float
+    lost: Array
     lost_channels: float
+
+    @property
+    def form(self) -> Array:
+        """U V^T, [sets, d, d]."""
+        return self.queries @ self.keys.transpose(0, 2, 1)
 
 
 def basis_of(owners: NDArray[np.int64], turn: Array) -> Basis:
@@ -100,14 +105,19 @@ class BasisChange:
                 total[number] += second[np.ix_(places, places)]
             seconds.append(total)
         turns = np.zeros((2, group.sets, size, size))
-        whole = lost = channels = 0.0
+        spectrum, channels = np.zeros(size), 0.0
         for number, (queries, keys) in enumerate(zip(*seconds, strict=True)):
-            turns[0, number, :, :keep], turns[1, number, :, :keep], spectrum = logit_forms(queries, keys, keep)
-            whole += float(spectrum.sum())
-            lost += float(spectrum[keep:].sum())
+            turns[0, number, :, :keep], turns[1, number, :, :keep], own = logit_forms(queries, keys, keep)
+            spectrum += own
             weakest = np.argsort(np.diagonal(queries) * np.diagonal(keys))[: size - keep]
             channels += float(np.vdot(queries[np.ix_(weakest, weakest)], keys[np.ix_(weakest, weakest)]))
-        return LogitTurns(turns[0], turns[1], lost / (whole or 1.0), channels / (whole or 1.0))
+        whole = float(spectrum.sum()) or 1.0
+        lost = np.append(np.cumsum(spectrum[::-1])[::-1], 0.0) / whole
+        return LogitTurns(turns[0], turns[1], lost, channels / whole)
+
+    def projected(self, group: ChannelGroup, form: Array) -> list[tuple[Source, NDArray[Any]]]:
+        """Returns the constants of the queries under a form U V^T [sets, d, d]; they stay as they are in the graph."""
+        return [(source, self._turned(group, source, form)) for source in group.operands[0].sources]
 
     def turn_values(self, group: ChannelGroup, turn: Array) -> None:
         """Writes a change of basis [sets, d, d] into the constants that give a group's dimension its channels."""
@@ -121,9 +131,8 @@ class BasisChange:
     def turn_logits(self, group: ChannelGroup, queries: Array, keys: Array) -> None:
         """Writes changes of basis, [sets, d, d] each, into the constants of queries and keys."""
         form = queries @ keys.transpose(0, 2, 1)
-        for source in group.operands[0].sources:
+        for source, value in self.projected(group, form):
             left = [np.flatnonzero(self.rewriter.mask(f)) for f in source.use.axes]
-            value = self._turned(group, source, form)
             inside = source.inside[left[source.axis]]
             left[source.axis] = left[source.axis][inside]
             self.query_forms.append(QueryForm(source, tuple(left), np.compress(inside, value, source.axis)))

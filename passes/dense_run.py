@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import is_float
-from liar_opt.frontend.onnx_patch import patch_consumer
+from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
 from liar_opt.frontend.onnx_rules import ConsumerUse
 from liar_opt.frontend.onnx_segments import Extracted, extract
 from liar_opt.passes.base import State
@@ -39,6 +39,14 @@ class Patch:
     uses: tuple[ConsumerUse, ...]
     weight: NDArray[Any]
     shift: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantPatch:
+    """Another value for the constant at one place: (node, input position)."""
+
+    place: tuple[Any, int]
+    value: NDArray[Any]
 
 
 class DenseRun(SegmentRun):
@@ -76,13 +84,13 @@ class DenseRun(SegmentRun):
             patches.append(Patch(consumer.uses, weight, repaired.bias))
         return patches
 
-    def difference(self, patches: Sequence[Patch], behind: int | None = None) -> float | None:
+    def difference(self, patches: Sequence[Patch | ConstantPatch], behind: int | None = None) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
 
         What a model is for comes first among its outputs, caches come after. None where no output changes.
 
         Args:
-            patches: the consumers that are changed.
+            patches: the consumers and constants that are changed.
             behind: position of the last node of the group that they belong to, which lies behind what is alive; None runs
                 the model from its start.
         """
@@ -91,7 +99,10 @@ class DenseRun(SegmentRun):
         outputs = [n for n in self.outputs if n in made]
         rest = self._rest(None if behind is None else self.alive_at, outputs)
         for patch in patches:
-            patch_consumer(rest, patch.uses, patch.weight, patch.shift)
+            if isinstance(patch, ConstantPatch):
+                patch_constant(rest, [patch.place], patch.value)
+            else:
+                patch_consumer(rest, patch.uses, patch.weight, patch.shift)
         ends = self._ends(rest, outputs)
         for name in outputs:
             lost = sum(float(np.square(x[name] - y[name]).sum()) for x, y in zip(ends, self.dense, strict=True))

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_segments import plan_segments, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.dense_run import DenseRun
-from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.dense_run import ConstantPatch, DenseRun
+from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import Measured, ScoreFunction, score_named
 from liar_opt.passes.scores import SELECTION_RIDGE
 from liar_opt.runtime.errors import InternalError
-from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.solve import Problem, select_greedy
 
 SHOWN = 33
@@ -61,11 +61,13 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
     Attributes:
         score: whose values are taken beside the curves.
         seed: for all that is drawn.
+        queries: whether the widths of queries and keys are measured, too.
     """
 
     name: ClassVar[str] = "measure-curves"
     score: str | ScoreFunction = "greedy"
     seed: int = 0
+    queries: bool = False
 
     def requires(self, state: State) -> None:
         """Checks that there is something to measure on.
@@ -79,7 +81,7 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
 
     def plan(self, state: State) -> tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]:
         """Returns the groups that span others and the segments of the rest."""
-        return plan_segments(state.analysed(), state.groups)
+        return plan_segments(state.analysed(), (*state.groups, *(state.queries if self.queries else ())))
 
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
         """Measures; the curves go to ``State.facts`` by group name."""
@@ -100,6 +102,9 @@ class _CurveRun(DenseRun):
 
     def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
         """Notes the curve of one group."""
+        if group.kind == QUERY_KEY:
+            self.note_logits(group, moments)
+            return
         measured = [self.measured(c, moments) for c in group.consumers]
         # As `segment` asked for them: weighted by the stream, where there is one.
         weighted = [stream_of(self.walk, c.uses[0], self.options.seed) is not None for c in group.consumers]
@@ -114,7 +119,20 @@ class _CurveRun(DenseRun):
         keep = group.size - group.size // 2
         half = np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep])
         lost = self.difference(self.repaired(group, measured, half), group.end)
-        worth = 1.0 if lost is None or not np.isfinite(lost) or errors[keep] <= 0 else float(lost / errors[keep])
+        self.note(group, errors, values, lost, errors[keep])
+
+    def note_logits(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+        """Notes the curve of queries and keys: the shape is what their products lose."""
+        keep = group.size - group.size // 2
+        turns = self.bases.logit_turns(group, moments, keep)
+        patches = [
+            ConstantPatch((s.use.node, s.use.position), value) for s, value in self.bases.projected(group, turns.form)
+        ]
+        self.note(group, turns.lost, np.zeros(group.size), self.difference(patches, group.end), turns.lost[keep])
+
+    def note(self, group: ChannelGroup, errors: Array, values: Array, lost: float | None, predicted: float) -> None:
+        """Notes a curve, scaled by what the output was seen to lose where ``predicted`` is expected."""
+        worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
         self.curves[group.name] = GroupCurve(errors * worth, values, worth)
 
 

@@ -463,7 +463,11 @@ class SegmentRun:
             "calibration_gap": None,
         }
         # Without a change of basis as many channels of both would go; a bias has no part in it.
-        errors = {"error_none": turns.lost_channels, "error_bias": turns.lost_channels, "error_repair": turns.lost}
+        errors = {
+            "error_none": turns.lost_channels,
+            "error_bias": turns.lost_channels,
+            "error_repair": float(turns.lost[keep]),
+        }
         rows = moments[queries.activation.name, queries.activation_axis].count
         details = {
             "kind": group.kind,

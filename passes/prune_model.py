@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 
@@ -231,7 +231,7 @@ def prune(
     ffn: float | None = None,
     heads: float | None = None,
     values: float | None = None,
-    query_key: float | None = None,
+    query_key: float | Literal["auto"] | None = None,
     value_cut: str = "rotate",
     multiple_of: int = 8,
     target: str | None = None,
@@ -279,7 +279,8 @@ def prune(
         heads: fraction of the attention heads to remove, in [0, 1).
         values: fraction of the width of values within each head to remove, in [0, 1); each head keeps its own.
         query_key: fraction of the width of queries and keys within each head to remove, in [0, 1), where no rotary
-            embedding or normalisation stands between projection and product.
+            embedding or normalisation stands between projection and product; "auto" lets them share in a sparsity, by
+            error curves.
         value_cut: "rotate" keeps the best subspace of the values, "select" some of their channels.
         multiple_of: kept feed-forward widths are multiples of this.
         target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),
@@ -347,10 +348,10 @@ def prune(
     state.progress = progress
     state.device = resolve_provider(provider)
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        alone = sparsity is None and (values is not None or query_key is not None)
+        alone = sparsity is None and (values is not None or query_key not in (None, "auto"))
         asked = ffn is not None or heads is not None or alone
         allocate = "uniform" if asked or uniform or calibration is None else "curves"
-    curves = MeasureCurvesPass(score=score, seed=seed)
+    curves = MeasureCurvesPass(score=score, seed=seed, queries=query_key == "auto")
     cut = PruneGroupsPass(score, repair, ridge, seed, weighting, new_bias is not False, value_cut)
     ratios = (sparsity, ffn, heads, values, query_key)
     forms = (target, max_drop, None if all(r is None for r in ratios) else "ratios")

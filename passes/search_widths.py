@@ -20,7 +20,7 @@ from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.passes.allocate_widths import step_of
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.dense_run import DenseRun, Patch
-from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.groups import KINDS, ChannelGroup
 from liar_opt.passes.measure_curves import GroupCurve
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import AWARE, RepairFunction
@@ -70,7 +70,8 @@ class SearchWidthsPass(Pass[list[int]]):
     def plan(self, state: State) -> list[int]:
         """Returns the positions of the groups that may exchange: those that are wider than one step."""
         measured = state.facts["curves"]
-        return [i for i, g in enumerate(state.groups) if g.name in measured and g.size > step_of(g, self.multiple_of)]
+        found = ((i, g) for i, g in enumerate(state.groups) if g.kind in KINDS and g.name in measured)
+        return [i for i, g in found if g.size > step_of(g, self.multiple_of)]
 
     def apply(self, state: State, plan: list[int]) -> PassResult:
         """Makes the variants and searches; the widths are those of the least error that was measured."""

@@ -627,7 +627,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("heads", float, metavar="RATIO")
     widths.add("values", float, metavar="RATIO")
     cut.add("value_cut", str, choices=VALUE_CUTS)
-    widths.add("query_key", float, metavar="RATIO")
+    widths.add("query_key", _ratio_or_auto, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
     if command == "prune":
         _add_flag(pruning, prune, "uniform", "--uniform", True)
@@ -640,6 +640,13 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     cut.add("repair", str, choices=tuple(REPAIRS))
     cut.add("ridge", float, metavar="RIDGE")
     cut.add("weighting", str, choices=WEIGHTINGS)
+
+
+def _ratio_or_auto(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor auto") from err
 
 
 def _add_flag(group: argparse._ArgumentGroup, owner: Any, name: str, flag: str, value: bool, text: str = "") -> None:

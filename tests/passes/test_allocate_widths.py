@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from liar_opt.passes.allocate_widths import AllocateWidthsPass, kept_width, removed_parameters
+from liar_opt.passes.allocate_widths import AllocateWidthsPass, joined, kept_width, menus_of, removed_parameters
 from liar_opt.passes.base import State
-from liar_opt.passes.groups import ChannelGroup, Consumer
+from liar_opt.passes.groups import QUERY_KEY, ChannelGroup, Consumer
+from liar_opt.passes.measure_curves import GroupCurve
 from liar_opt.runtime.errors import ModelError, OptionError
 
 
@@ -143,3 +144,30 @@ def test_values_that_are_not_there() -> None:
         keep(*LAYERS, values=0.3)
     with pytest.raises(OptionError, match=r"values 1 is outside \[0, 1\)"):
         keep(*LAYERS, values=1.0)
+
+
+def test_heads_and_their_queries_share_one_menu() -> None:
+    """Costs count what is left of the weights of both; no pair is on the menu that another beats in both."""
+    rng = np.random.default_rng(0)
+    heads = replace(group("h", "heads", 4, 400), constants=frozenset({1, 2, 3}))
+    query = replace(group("q", QUERY_KEY, 8, 200), constants=frozenset({1, 2}))
+    apart = replace(query, name="other", constants=frozenset({1, 9}))
+    curves = {g.name: GroupCurve(np.append(np.sort(rng.random(g.size))[::-1], 0.0), np.zeros(0)) for g in (heads, query)}
+    (menu,), meaning = joined(menus_of([heads], 8, curves), [heads], [query, apart], 2, curves)
+    assert list(meaning) == ["h"] and len(meaning["h"]) == menu.size > 4
+    assert meaning["h"][-1] == {"h": 4, "q": 8} and menu.costs[-1] == 400 and menu.errors[-1] == 0.0
+    assert (np.diff(menu.costs) > 0).all() and (np.diff(menu.errors) < 0).all()
+    for pair, cost, error in zip(meaning["h"], menu.costs, menu.errors, strict=True):
+        assert pair["q"] % 2 == 0
+        assert cost == pytest.approx(200 * pair["h"] / 4 + 200 * pair["h"] / 4 * pair["q"] / 8)
+        assert error == pytest.approx(curves["h"].errors[pair["h"]] + curves["q"].errors[pair["q"]])
+    for h in range(1, 5):
+        for r in range(2, 9, 2):
+            cost, error = 50 * h + 50 * h * r / 8, curves["h"].errors[h] + curves["q"].errors[r]
+            assert ((menu.costs <= cost + 1e-9) & (menu.errors <= error + 1e-9)).any()
+
+
+def test_queries_share_in_a_sparsity_alone() -> None:
+    for options in ({"query_key": "auto", "heads": 0.5}, {"query_key": "auto", "sparsity": 0.3, "allocate": "uniform"}):
+        with pytest.raises(OptionError, match="query-key auto shares in a sparsity by curves"):
+            keep(*LAYERS, **options)

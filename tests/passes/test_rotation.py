@@ -6,6 +6,7 @@ The projections of the references are computed here, by other formulas, from act
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,23 @@ def test_exported_models(name: str) -> None:
     assert halves == {"values": 0.5, "query-key": 0.5} and not any(
         "cut by channels" in r["reason"] for r in report["refusals"]
     )
+    assert report["verification"]["exact_difference"] < 1e-4
+
+
+def test_queries_that_share_in_a_sparsity() -> None:
+    case = next(c for c in zoo.cases(fast=False) if c.name == CASES[0])
+    feeds = [zoo.feeds_of(case, seed=seed) for seed in range(6)]
+    options: dict[str, Any] = {"sparsity": 0.4, "query_key": "auto", "multiple_of": 4, "latency": False}
+    report = prune(zoo.ready(case).path, feeds, search=0.1, **options).report
+    kinds = {g["kind"] for g in report["groups"]}
+    assert kinds == {"ffn", "heads", "query-key"} and {c["kind"] for c in report["curves"].values()} == kinds
+    for group in (g for g in report["groups"] if g["kind"] == "query-key"):
+        points = report["curves"][group["name"]]["points"]
+        assert points[-1] == [group["before"], 0.0] and all(a[1] >= b[1] >= 0 for a, b in itertools.pairwise(points))
+        assert report["curves"][group["name"]]["worth"] > 0
+    prunable = sum(g["parameters"] for g in report["groups"] if g["kind"] != "query-key")
+    removed = report["before"]["parameters"] - report["after"]["parameters"]
+    assert removed / prunable == pytest.approx(0.4, abs=0.05)
     assert report["verification"]["exact_difference"] < 1e-4
 
 
