@@ -215,8 +215,9 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")
         if self.query_key and self.query_key != "auto" and not state.queries:
             whole = state.facts.get("queries left whole") or ()
-            why = f": {whole[0].reason}" if whole else "; no product of two activations contracts projections"
-            raise ModelError(f"the width of queries and keys cannot be cut{why}; leave query-key out")
+            fused = "the graph has no product of queries and keys, and fused attention operators keep their widths"
+            why = whole[0].reason if whole else fused
+            raise ModelError(f"the width of queries and keys cannot be cut: {why}; leave query-key out")
 
     @property
     def by_kind(self) -> bool:

@@ -40,8 +40,8 @@ from liar_opt.passes.search_widths import SearchWidthsPass
 from liar_opt.passes.verify_model import VerifyModelPass, first_samples, load_dense
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
-from liar_opt.runtime.later import Later
 from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session, resolve_provider

@@ -171,6 +171,47 @@ def test_all_of_it_together_and_after_an_interruption(tmp_path: Path) -> None:
         assert again.model.SerializeToString() == result.model.SerializeToString()
 
 
+# 2 key-value heads of 4 channels for 6 query heads.
+GROUPED = """f (float[b, s, 6] x0) => (float[b, s, 6] x1) {
+    q = MatMul(x0, wq)  k = MatMul(x0, wk)  v = MatMul(x0, wv)  q4 = Reshape(q, six)  k4 = Reshape(k, two)  v4 = Reshape(v, two)
+    qt = Transpose<perm=[0,2,1,3]>(q4)  k2 = Transpose<perm=[0,2,1,3]>(k4)  v2 = Transpose<perm=[0,2,1,3]>(v4)
+    ku = Unsqueeze(k2, axis)  vu = Unsqueeze(v2, axis)  ke = Tile(ku, times)  ve = Tile(vu, times)
+    kr = Reshape(ke, merged)  vr = Reshape(ve, merged)  kt = Transpose<perm=[0,1,3,2]>(kr)
+    a = MatMul(qt, kt)  p = Softmax(a)  c = MatMul(p, vr)
+    ct = Transpose<perm=[0,2,1,3]>(c)  j = Reshape(ct, join)  z = MatMul(j, wo)  x1 = Add(x0, z) }"""
+GROUPED_WEIGHTS: graphs.Weights = {
+    **{"wq": (6, 24), "wk": (6, 8), "wv": (6, 8), "wo": (24, 6), "axis": np.asarray([2])},
+    **{"six": np.asarray([0, 0, 6, 4]), "two": np.asarray([0, 0, 2, 4]), "join": np.asarray([0, 0, 24])},
+    **{"times": np.asarray([1, 1, 3, 1, 1]), "merged": np.asarray([0, 6, -1, 4])},
+}
+
+
+def test_heads_that_share_keys_and_values_share_their_subspaces() -> None:
+    proto = graphs.parse(GROUPED, GROUPED_WEIGHTS)
+    errors = {}
+    for cut in ("rotate", "select"):
+        result = prune(proto, FEEDS, values=0.5, query_key=0.25, value_cut=cut, **OPTIONS)
+        shapes = {k: v.shape for k, v in constants(result.model).items()}
+        assert [shapes[n] for n in ("wq", "wk", "wv", "wo")] == [(6, 18), (6, 6), (6, 4), (12, 6)]
+        assert result.report["verification"]["exact_difference"] < 1e-5
+        errors[cut] = streams.error(proto, result.model)
+    assert errors["rotate"] < errors["select"]
+
+
+def test_values_of_a_fused_attention_are_turned_and_its_queries_stay() -> None:
+    text = """f (float[b, s, 6] x0) => (float[b, s, 6] x1) { q = MatMul(x0, wq)  k = MatMul(x0, wk)  v = MatMul(x0, wv)
+        c = Attention<q_num_heads = 6, kv_num_heads = 2>(q, k, v)  z = MatMul(c, wo)  x1 = Add(x0, z) }"""
+    weights: graphs.Weights = {"wq": (6, 24), "wk": (6, 8), "wv": (6, 12), "wo": (36, 6)}
+    proto = graphs.parse(text, weights, opset=23)
+    result = prune(proto, FEEDS, values=0.5, **OPTIONS)
+    assert result.report["groups"][-1]["kind"] == "values" and not any(
+        "cut by channels" in r.reason for r in result.refusals
+    )
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    with pytest.raises(ModelError, match="no product of queries and keys, and fused attention operators keep their widths"):
+        prune(proto, FEEDS, query_key=0.5, **OPTIONS)
+
+
 def test_values_that_cannot_be_turned_are_cut_by_channels() -> None:
     text = TEXT.format("").replace(", float[b, s, 24] j, float[b, s, 48] p3", "").replace("c = MatMul(p, vt)", "vs = Mul(vt, each)  c = MatMul(p, vs)")  # fmt: skip
     result = prune(graphs.parse(text, {**WEIGHTS, "each": (6,)}), FEEDS, values=0.5, **OPTIONS)
