@@ -56,6 +56,7 @@ METHODS: dict[str, Options] = {
     "OBS (SlimGPT): greedy, liar, uniform": {"allocate": "uniform"},
     "OSSCAR: swaps, liar, uniform": {"score": "swaps", "allocate": "uniform"},
     "liar-opt: greedy, liar, curves": {"allocate": "curves"},
+    "the same, query-key auto": {"allocate": "curves", "query_key": "auto"},
 }
 """Published methods as far as they consist of parts that liar-opt has; not their authors' code."""
 CHANGES: dict[str, Options] = {
@@ -64,6 +65,7 @@ CHANGES: dict[str, Options] = {
     "without greedy: activation-weighted": {"score": "activation-weighted"},
     "without repair": {"repair": "none"},
     "with swaps": {"score": "swaps"},
+    "with query-key auto": {"query_key": "auto"},
     "with weighting stream": {"weighting": "stream"},
     "with repair dense": {"repair": "dense"},
     "with repair residual": {"repair": "residual"},
@@ -113,7 +115,7 @@ class Bench:
         seed = self.work.options.seed
         if allocate in MEASURED:
             if score not in self.curves:
-                MeasureCurvesPass(score=score, seed=seed)(state)
+                MeasureCurvesPass(score=score, seed=seed, queries=True)(state)
                 self.curves[score] = state.facts["curves"]
             state.facts["curves"] = self.curves[score]
         AllocateWidthsPass(**ratios, allocate=allocate)(state)
