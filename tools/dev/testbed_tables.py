@@ -47,8 +47,8 @@ def markdown(cells: dict[str, Cell], names: Sequence[str], ratios: Sequence[floa
             continue
         yield f"### {TITLES[name]}\n\n`python tools/dev/testbed.py --only {name}`\n"
         yield _whisper(cells, found) if name == "whisper" else _subject(name, found)
-        if name == "sentiment" and "least" in cells:
-            yield _least(cells["least"])
+        if name == "sentiment":
+            yield from _largest(cells)
 
 
 def _subject(name: str, found: Sequence[tuple[float, Cell]]) -> str:
@@ -65,16 +65,18 @@ def _subject(name: str, found: Sequence[tuple[float, Cell]]) -> str:
     return f"{told}\nSeed 0; {_commits(c for _, c in found)}.\n\n{table(head, rows)}"
 
 
-def _least(cell: Cell) -> str:
-    """What the limit on the loss came to."""
-    dev, task = cell["dev"]["accuracy"], cell["tasks"]["accuracy"]
-    ratio, interval = _against_dense(task)
-    return (
-        f"As small as 1 % of the accuracy on dev allows (`prune(max_drop=0.01, metric=...)`; commit {cell['commit']}): "
-        f"{100 * cell['removed']:.0f} % of the prunable removed, {_millions(cell['parameters'][1])} parameters left; "
-        f"accuracy {dev['value']:.4f} of {dev['dense']:.4f} on dev, {task['value']:.4f} of {task['dense']:.4f} on test "
-        f"({ratio}; difference {interval}).\n"
-    )
+def _largest(cells: dict[str, Cell]) -> Iterator[str]:
+    """The largest sparsity that keeps 99 % on dev, and what it keeps on test."""
+    for key, cell in cells.items():
+        if key.startswith("largest "):
+            ratio = float(key.removeprefix("largest "))
+            dev, task = cells[f"dev {ratio:g}"]["tasks"]["accuracy"], cell["tasks"]["accuracy"]
+            kept, interval = _against_dense(task)
+            yield (
+                f"The largest sparsity, in steps of 5 %, that keeps 99 % of the accuracy on dev is {100 * ratio:.0f} % "
+                f"({dev['value']:.4f} of {dev['dense']:.4f}): {_millions(cell['parameters'][1])} parameters. On test it keeps "
+                f"{task['value']:.4f} of {task['dense']:.4f} ({kept}; difference {interval}); {_commits([cell])}.\n"
+            )
 
 
 def _whisper(cells: dict[str, Cell], found: Sequence[tuple[float, Cell]]) -> str:
