@@ -13,8 +13,8 @@
 - smollm2: SmolLM2-135M-Instruct (`smollm2.py`): perplexity on Wikipedia, windows of 128; calibrated on Brown.
 
 A cell is two commands of the product, `liar-opt --sparsity` with its defaults and `liar-opt eval` of the dense and the
-pruned model. What it found is kept in `--cells` (JSON) and not measured again. Some more belong to the classifier: the largest
-sparsity, in steps of 5 %, that keeps 99 % of the accuracy on dev, found by bisection; it is measured on test, once.
+pruned model. What it found is kept in `--cells` (JSON) and not measured again. Some more belong to the classifier: the
+largest sparsity, in steps of 5 %, that keeps 99 % of the accuracy on dev, found by bisection; it is measured on test, once.
 """
 
 import argparse

@@ -74,8 +74,8 @@ def _largest(cells: dict[str, Cell]) -> Iterator[str]:
             kept, interval = _against_dense(task)
             yield (
                 f"The largest sparsity, in steps of 5 %, that keeps 99 % of the accuracy on dev is {100 * ratio:.0f} % "
-                f"({dev['value']:.4f} of {dev['dense']:.4f}): {_millions(cell['parameters'][1])} parameters. On test it keeps "
-                f"{task['value']:.4f} of {task['dense']:.4f} ({kept}; difference {interval}); {_commits([cell])}.\n"
+                f"({dev['value']:.4f} of {dev['dense']:.4f}): {_millions(cell['parameters'][1])} parameters. On test it "
+                f"keeps {task['value']:.4f} of {task['dense']:.4f} ({kept}; difference {interval}); {_commits([cell])}.\n"
             )
 
 
