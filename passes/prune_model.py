@@ -22,22 +22,21 @@ from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary, walk_sized
 from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
-from liar_opt.passes.allocate_widths import AllocateWidthsPass, note_widths
-from liar_opt.passes.allocations import MEASURED
+from liar_opt.passes.allocate_widths import note_widths
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
 from liar_opt.passes.checkpoint import Checkpoint, digest_of
+from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass, Metric
-from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
+from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.prune_groups import PruneGroupsPass, cut_arrays
+from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
-from liar_opt.passes.search_widths import SearchWidthsPass
-from liar_opt.passes.verify_model import VerifyModelPass, first_samples, load_dense
+from liar_opt.passes.verify_model import first_samples, load_dense
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
@@ -50,20 +49,6 @@ SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
-PASSES: tuple[type[Pass[Any]], ...] = (
-    NormaliseGraphPass,
-    FindGroupsPass,
-    MeasureCurvesPass,
-    AllocateWidthsPass,
-    MeetTargetPass,
-    LimitDropPass,
-    SearchWidthsPass,
-    PruneGroupsPass,
-    VerifyModelPass,
-)
-"""Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it, meet-target or
-limit-drop instead of allocate-widths where there is a target or a limit (limit-drop prunes by itself), search-widths where
-it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +224,7 @@ def prune(
     metric: Metric | None = None,
     allocate: str | None = None,
     search: float | None = None,
+    passes: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
     ridge: float | None = None,
@@ -293,6 +279,8 @@ def prune(
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
+        passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
+            the options that are theirs; the analysis and the check of the result always run.
         score: which blocks stay; see ``registry.SCORES``, or a function of your own: it gets the group's consumers
             (``registry.Measured``) and returns one number a block, the higher the more it is kept.
         repair: what the rest becomes; see ``registry.REPAIRS``, or a function: it gets a consumer, the kept and the removed
@@ -347,57 +335,36 @@ def prune(
     state = load_state(model, memory)
     state.progress = progress
     state.device = resolve_provider(provider)
-    if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        alone = sparsity is None and (values is not None or query_key not in (None, "auto"))
-        asked = ffn is not None or heads is not None or alone
-        allocate = "uniform" if asked or uniform or calibration is None else "curves"
-    curves = MeasureCurvesPass(score=score, seed=seed, queries=query_key == "auto")
-    cut = PruneGroupsPass(score, repair, ridge, seed, weighting, new_bias is not False, value_cut)
-    ratios = (sparsity, ffn, heads, values, query_key)
-    forms = (target, max_drop, None if all(r is None for r in ratios) else "ratios")
-    if sum(form is not None for form in forms) > 1:
-        raise OptionError(
-            "a target, max-drop and ratios (sparsity, ffn, heads, values, query-key) exclude each other; give one form"
-        )
-    if search is not None and (target is not None or max_drop is not None):
-        raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")
-    if resume is not None and (max_drop is not None or repair in AWARE):
-        raise OptionError("resume works with ratios or a target, and with repairs that do not look at the dense model")
-    if metric is not None and max_drop is None:
-        raise OptionError("a metric needs max-drop, the largest loss that is allowed")
-    widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
-    if target is not None:
-        widths = MeetTargetPass(target, multiple_of, allocate)
-    elif max_drop is not None:
-        widths = LimitDropPass(max_drop, metric, multiple_of, allocate, cut)
+    if passes is None:
+        chosen = passes_of_options(arguments)
     else:
-        widths = AllocateWidthsPass(sparsity, ffn, heads, values, query_key, multiple_of, allocate, bool(uniform))
+        chosen = passes_of_text(passes, arguments, prune.__kwdefaults__ or {})
+    widths = chosen.widths
+    target = widths.target if isinstance(widths, MeetTargetPass) else None
+    if resume is not None and (isinstance(widths, LimitDropPass) or chosen.cut.repair in AWARE):
+        raise OptionError("resume works with ratios or a target, and with repairs that do not look at the dense model")
     analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
     widths.requires(state)  # before any work that it might stop
     options = CalibrationOptions(
         calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed, packing
     )
     report = _report_head(state)
-    report["options"] = _options([widths, cut], options, provider)
+    report["options"] = _options([widths, chosen.cut], options, provider)
     report["seed"] = seed
     report["device"] = state.device
     report["refusals"] = [asdict(r) for r in analysis.refusals]
-    measured = allocate in MEASURED or max_drop is not None or search is not None
-    early = measured or target is not None or resume is not None
+    early = chosen.curves is not None or target is not None or resume is not None
     if early:
         _load_calibration(state, options, report)
     if resume is not None:
-        state.checkpoint = Checkpoint.open(Path(resume), _identity(state, report, search))
+        seconds = None if chosen.search is None else chosen.search.search
+        state.checkpoint = Checkpoint.open(Path(resume), _identity(state, report, seconds))
     flops = _flops(state, target)
-    deciding: list[Pass[Any]] = [curves, widths] if measured else [widths]
-    if search is not None:
-        same_kind = ffn is not None or heads is not None
-        deciding.append(SearchWidthsPass(search, same_kind, multiple_of, repair, weighting, seed))
     resumed = state.checkpoint is not None and state.checkpoint.decided is not None
     if resumed:
         note_widths(state, {name: int(keep) for name, keep in state.checkpoint.decided["keep"].items()})
         report.update(state.checkpoint.decided["report"])
-    decided = Pipeline(passes=[] if resumed else deciding, observer=observer)(state)
+    decided = Pipeline(passes=[] if resumed else chosen.deciding, observer=observer)(state)
     if "curves" in state.facts:
         report["curves"] = curve_report(state.groups, state.facts["curves"])
     for fact in ("target", "search"):
@@ -413,11 +380,10 @@ def prune(
         _load_calibration(state, options, report)
         flops = _flops(state, target)
     assert state.calibration is not None
-    rest: list[Pass[Any]] = [VerifyModelPass()] if max_drop is not None else [cut, VerifyModelPass()]
     if not state.memory.tight:
         state.facts["dense session"] = Later(lambda: load_dense(state))
     report["resumed"] = state.checkpoint.done if state.checkpoint is not None else 0
-    done = Pipeline(passes=rest, observer=observer)(state)
+    done = Pipeline(passes=chosen.cutting, observer=observer)(state)
     changes = (*decided.changes, *done.changes)
     refusals = (*analysis.refusals, *done.refusals)
     report["refusals"] = [asdict(r) for r in refusals]

@@ -636,6 +636,8 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     _Fields(pruning, prune).add("max_drop", str, metavar="LOSS")
     _Fields(pruning, prune).add("allocate", str, choices=tuple(ALLOCATIONS))
     _Fields(pruning, prune).add("search", float, metavar="SECONDS")
+    if command == "prune":
+        _Fields(pruning, prune).add("passes", str, metavar="LIST", more="--list-passes shows them")
     cut.add("score", str, choices=tuple(SCORES))
     cut.add("repair", str, choices=tuple(REPAIRS))
     cut.add("ridge", float, metavar="RIDGE")
@@ -754,7 +756,7 @@ class _ListPasses(argparse.Action):
     """Prints the passes in the order in which they run."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from liar_opt.passes.prune_model import PASSES
+        from liar_opt.passes.chosen_passes import PASSES
 
         for step in PASSES:
             options = ", ".join(f"{name}={value!r}" for name, value in defaults(step).items())

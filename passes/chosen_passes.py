@@ -1,0 +1,139 @@
+"""Which passes a run goes through, by its options or by a text that names them (`passes.pass_list`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from liar_opt.passes.allocate_widths import AllocateWidthsPass
+from liar_opt.passes.allocations import MEASURED
+from liar_opt.passes.base import Pass
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.limit_drop import LimitDropPass
+from liar_opt.passes.measure_curves import MeasureCurvesPass
+from liar_opt.passes.meet_target import MeetTargetPass
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.pass_list import parse_passes
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.search_widths import SearchWidthsPass
+from liar_opt.passes.verify_model import VerifyModelPass
+from liar_opt.runtime.errors import OptionError
+
+PASSES: tuple[type[Pass[Any]], ...] = (
+    NormaliseGraphPass,
+    FindGroupsPass,
+    MeasureCurvesPass,
+    AllocateWidthsPass,
+    MeetTargetPass,
+    LimitDropPass,
+    SearchWidthsPass,
+    PruneGroupsPass,
+    VerifyModelPass,
+)
+"""Every pass, in the order of the pipeline; measure-curves runs where the allocation asks for it, meet-target or
+limit-drop instead of allocate-widths where there is a target or a limit (limit-drop prunes by itself), search-widths where
+it is asked for."""
+DECIDING = (AllocateWidthsPass, MeetTargetPass, LimitDropPass)
+"""Passes that decide the widths: one of them runs."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The passes of one run behind the analysis; None for one that does not run."""
+
+    widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
+    cut: PruneGroupsPass
+    curves: MeasureCurvesPass | None = None
+    search: SearchWidthsPass | None = None
+    verify: VerifyModelPass = field(default_factory=VerifyModelPass)
+
+    @property
+    def deciding(self) -> list[Pass[Any]]:
+        """Those that decide the widths, in order."""
+        return [step for step in (self.curves, self.widths, self.search) if step is not None]
+
+    @property
+    def cutting(self) -> list[Pass[Any]]:
+        """Those that come behind."""
+        return [self.verify] if isinstance(self.widths, LimitDropPass) else [self.cut, self.verify]
+
+
+def passes_of_options(options: Mapping[str, Any]) -> Chosen:
+    """Returns the passes that the parameters of ``prune`` mean.
+
+    Raises:
+        OptionError: they exclude each other.
+    """
+    ratios = {name: options[name] for name in ("sparsity", "ffn", "heads", "values", "query_key")}
+    target, max_drop, search, allocate = (options[n] for n in ("target", "max_drop", "search", "allocate"))
+    by_kind = ratios["ffn"] is not None or ratios["heads"] is not None
+    if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
+        alone = ratios["sparsity"] is None and (ratios["values"] is not None or ratios["query_key"] not in (None, "auto"))
+        unmeasured = by_kind or alone or options["uniform"] or options["calibration"] is None
+        allocate = "uniform" if unmeasured else "curves"
+    forms = (target, max_drop, None if all(r is None for r in ratios.values()) else "ratios")
+    if sum(form is not None for form in forms) > 1:
+        raise OptionError(
+            "a target, max-drop and ratios (sparsity, ffn, heads, values, query-key) exclude each other; give one form"
+        )
+    if search is not None and (target is not None or max_drop is not None):
+        raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")
+    if options["metric"] is not None and max_drop is None:
+        raise OptionError("a metric needs max-drop, the largest loss that is allowed")
+    score, repair, weighting, seed = (options[n] for n in ("score", "repair", "weighting", "seed"))
+    cut = PruneGroupsPass(
+        score, repair, options["ridge"], seed, weighting, options["new_bias"] is not False, options["value_cut"]
+    )
+    multiple_of = options["multiple_of"]
+    widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
+    if target is not None:
+        widths = MeetTargetPass(target, multiple_of, allocate)
+    elif max_drop is not None:
+        widths = LimitDropPass(max_drop, options["metric"], multiple_of, allocate, cut)
+    else:
+        widths = AllocateWidthsPass(**ratios, multiple_of=multiple_of, allocate=allocate, uniform=bool(options["uniform"]))
+    searching = None
+    if search is not None:
+        searching = SearchWidthsPass(search, by_kind, multiple_of, repair, weighting, seed)
+    return Chosen(widths, cut, _curves(widths, searching, MeasureCurvesPass(score=score, seed=seed)), searching)
+
+
+def passes_of_text(text: str, options: Mapping[str, Any], usual: Mapping[str, Any]) -> Chosen:
+    """Returns the passes that a text names; curves are measured where one of them needs them, and the result is checked.
+
+    Args:
+        text: see `passes.pass_list`.
+        options: the parameters of ``prune``.
+        usual: their defaults.
+
+    Raises:
+        OptionError: the text is not understood, an option of a pass is given beside it, no pass decides the widths or more
+            than one does, or nothing would be cut.
+    """
+    own = {f.name for step in PASSES if step is not VerifyModelPass for f in fields(step)} - {"seed"}
+    for name in sorted(own & options.keys()):
+        if options[name] != usual[name]:
+            raise OptionError(f"passes: '{name}' is given beside the passes; write it into the braces of its pass")
+    named: dict[type, Any] = {type(step): step for step in parse_passes(text, PASSES, {"seed": options["seed"]})}
+    deciding = [named[step] for step in DECIDING if step in named]
+    if len(deciding) != 1:
+        choice = ", ".join(step.name for step in DECIDING)
+        raise OptionError(f"passes: {len(deciding)} of them decide the widths; name one of {choice}")
+    cut, search, widths = named.get(PruneGroupsPass), named.get(SearchWidthsPass), deciding[0]
+    if isinstance(widths, LimitDropPass):
+        if search is not None:
+            raise OptionError("passes: 'search-widths' starts from decided widths; leave it or 'limit-drop' out")
+        widths = replace(widths, cut=cut or PruneGroupsPass(seed=options["seed"]))
+    elif cut is None and not options["dry_run"]:
+        raise OptionError("passes: nothing would be cut; add 'prune-groups', or ask for a dry run")
+    curves = named.get(MeasureCurvesPass) or _curves(widths, search, MeasureCurvesPass(seed=options["seed"]))
+    return Chosen(widths, cut or PruneGroupsPass(), curves, search, named.get(VerifyModelPass, VerifyModelPass()))
+
+
+def _curves(
+    widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass, search: SearchWidthsPass | None, curves: MeasureCurvesPass
+) -> MeasureCurvesPass | None:
+    """Returns ``curves`` where another pass reads them."""
+    if isinstance(widths, AllocateWidthsPass) and widths.query_key == "auto":
+        curves = replace(curves, queries=True)
+    needed = widths.allocate in MEASURED or isinstance(widths, LimitDropPass) or search is not None
+    return curves if needed else None
