@@ -90,7 +90,8 @@ def _fields(step: type[Pass[Any]]) -> dict[str, list[type]]:
     result = {}
     for field in dataclasses.fields(step):
         members = typing.get_args(hints[field.name]) or (hints[field.name],)
-        types = [kind for kind in (NoneType, *WRITTEN) if kind in members]
+        literal = {type(v) for m in members if typing.get_origin(m) is typing.Literal for v in typing.get_args(m)}
+        types = [kind for kind in (NoneType, *WRITTEN) if kind in members or kind in literal]
         if any(kind is not NoneType for kind in types):
             result[field.name] = types
     return result

@@ -24,6 +24,7 @@ def test_names_options_and_values_are_read() -> None:
         PruneGroupsPass(repair="bias"),
         VerifyModelPass(),
     )
+    assert parse_passes("allocate-widths{query-key=auto}", PASSES)[0] == AllocateWidthsPass(query_key="auto")
     assert parse_passes("prune-groups{}", PASSES, {"seed": 7})[0] == PruneGroupsPass(seed=7)
     assert parse_passes("prune-groups{seed=5}", PASSES, {"seed": 7})[0] == PruneGroupsPass(seed=5)
 
