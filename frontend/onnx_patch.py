@@ -56,7 +56,7 @@ def patch_consumer(
         shift: what is added to y = x W, [m]; the node's own scale is applied.
     """
     graph = segment.model.graph
-    places = patch_constant(segment, [(use.node, use.weight_position) for use in uses], weight)
+    places = patch_constant(segment, [(use.holder, use.weight_position) for use in uses], weight)
     name = f"{PREFIX}/{len(graph.initializer)}/{uses[0].node.name}"
     for use, (index, node) in zip(uses, places, strict=True):
         if not np.any(shift):

@@ -123,7 +123,7 @@ class Rewriter:
         """
         wanted = {self.algebra.find(leaf) for leaf in cuts}
         touched = [u for u in self.walk.constant_uses if any(self._changed(f, wanted) for f in u.axes)]
-        before = {id(u): [self.mask(f) for f in u.axes] for u in touched}
+        before = {id(u): self._masks(u) for u in touched}
         roots = self._mark(cuts)
         try:
             numbers = self._followed_sizes(roots)
@@ -188,17 +188,32 @@ class Rewriter:
             self.kept[root] = mask
         return set(roots)
 
+    def _masks(self, use: ConstantUse) -> list[Mask]:
+        """Returns which positions of each axis are left; [outer, size] where each index of the first axis has its own."""
+        return [self._apart(use, axis) if self._is_apart(use, axis) else self.mask(f) for axis, f in enumerate(use.axes)]
+
+    def _is_apart(self, use: ConstantUse, axis: int) -> bool:
+        """Whether an axis holds a leaf that is cut within each index of the constant's first axis."""
+        outer, leaves = self.algebra.find(use.axes[0]), self.algebra.leaves(use.axes[axis])
+        cut = [leaf for leaf in leaves if leaf in self.kept]
+        return axis > 0 and outer not in leaves and any(self._heads.get(leaf) == outer for leaf in cut)
+
+    def _apart(self, use: ConstantUse, axis: int) -> Mask:
+        """Returns bool [outer, size]: what is left of an axis within each index of the first one."""
+        leaf = self.algebra.leaves(use.axes[axis])[0]
+        return self.kept[leaf][:, self.algebra.owners(use.axes[axis], leaf)]
+
     def _changed(self, factor: int, roots: set[int]) -> bool:
         return not roots.isdisjoint(self.algebra.leaves(factor))
 
     def _slice_constants(self, touched: Sequence[ConstantUse], before: dict[int, list[Mask]]) -> None:
         pending: dict[int, list[tuple[gs.Node, int, tuple[bytes, ...], list[Mask]]]] = defaultdict(list)
         for use in touched:
-            masks = [self.mask(f)[old] for f, old in zip(use.axes, before[id(use)], strict=True)]
+            masks = [_within(new, old) for new, old in zip(self._masks(use), before[id(use)], strict=True)]
             constant = use.node.inputs[use.position]
-            if list(constant.shape) != [len(m) for m in masks]:
+            if list(constant.shape) != [m.shape[-1] for m in masks]:
                 raise InternalError(
-                    f"constant '{constant.name}' is {list(constant.shape)}, expected {[len(m) for m in masks]}"
+                    f"constant '{constant.name}' is {list(constant.shape)}, expected {[m.shape[-1] for m in masks]}"
                 )
             pending[id(constant)].append((use.node, use.position, tuple(m.tobytes() for m in masks), masks))
         for entries in pending.values():
@@ -210,7 +225,7 @@ class Rewriter:
                 value = places[0][0].inputs[places[0][1]].values
                 for axis, mask in enumerate(masks_of[key]):
                     if not mask.all():
-                        value = np.compress(mask, value, axis)
+                        value = _compressed(value, mask, axis)
                 self.set_constant(places, np.ascontiguousarray(value))
 
     def set_constant(self, places: Sequence[tuple[gs.Node, int]], value: NDArray[Any]) -> gs.Constant:
@@ -595,6 +610,22 @@ class Rewriter:
         for record in known:
             self.walk.constant_uses.remove(record)
         self.walk.constant_uses.append(ConstantUse(node, position, constant, (axes[1 - use.weight_axis], *rest)))
+
+
+def _within(new: Mask, old: Mask) -> Mask:
+    """Returns which of the positions that were left before are left now; [outer, left] where each index has its own."""
+    if new.ndim == 1:
+        return new[old]
+    if old.ndim == 1:
+        return new if old.all() else new[:, old]
+    return np.ones((len(old), int(old[0].sum())), bool)  # it was cut then, and is cut once
+
+
+def _compressed(value: NDArray[Any], mask: Mask, axis: int) -> NDArray[Any]:
+    """Returns the positions of an axis that are left, of each index of the first axis its own."""
+    if mask.ndim == 1:
+        return np.compress(mask, value, axis)
+    return np.stack([np.compress(own, part, axis - 1) for own, part in zip(mask, value, strict=True)])
 
 
 def _set_input(node: gs.Node, position: int, tensor: gs.Tensor) -> None:

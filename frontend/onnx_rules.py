@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 COPIES = ("Cast", "Identity")
 LOOK_UPS = ("Gather", "GatherND")
+RELAYOUTS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+"""Operators that keep the elements of their first input in order."""
 VALUE_LIMIT = 4096
 """Tensors with more elements than this are data, not shape arithmetic."""
 
@@ -65,6 +67,20 @@ class ConstantUse:
     axes: Axes
 
 
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """Weights of experts in one constant, [experts, ..], of which each row of the data takes one.
+
+    ``node`` looks them up, in its first input, by ``numbers``: the expert of each row. ``root`` is the tensor that the
+    numbers were laid out from; lookups by the same root take the same expert for the same row. ``stack`` counts them.
+    """
+
+    node: gs.Node
+    numbers: gs.Tensor
+    root: gs.Tensor
+    stack: Factor
+
+
 BiasKind = Literal["after", "input"]
 
 
@@ -77,6 +93,9 @@ class ConsumerUse:
 
     ``bias`` says where b' belongs: ``("input", k)`` the node's own input k (scaled by ``bias_scale``), or
     ``("after", 0)`` an addition behind the node. ``scale`` is what the node multiplies the product by (alpha).
+
+    With a ``lookup`` each row has the weight of its own expert, and ``weight`` is that of all, contracted over
+    ``weight_axis`` behind its first: an input of the node that looks it up.
     """
 
     node: gs.Node
@@ -90,6 +109,12 @@ class ConsumerUse:
     scale: float = 1.0
     bias_scale: float = 1.0
     output_axis: int = -1
+    lookup: Lookup | None = None
+
+    @property
+    def holder(self) -> gs.Node:
+        """The node that has the weight among its inputs."""
+        return self.node if self.lookup is None else self.lookup.node
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +206,7 @@ class GraphWalk:
     in_place: set[str] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
     mixed: list[Factor] = field(default_factory=list)
+    lookups: dict[str, Lookup] = field(default_factory=dict)
     products: list[ProductUse] = field(default_factory=list)
     flops: int = 0
     apart: set[frozenset[int]] = field(default_factory=set)
@@ -330,6 +356,17 @@ class GraphWalk:
                 node, tensor, activation_axis % rank, constant, weight, weight_axis % len(axes), axes[weight_axis], **more
             )
         )
+
+    def look_up(self, node: gs.Node, stack: Factor) -> None:
+        """Records that a node looks weights up, one for each row; lookups by the same numbers are of the same experts."""
+        numbers = node.inputs[1]
+        root = numbers
+        while root.inputs and root.inputs[0].op in RELAYOUTS and not is_constant(root.inputs[0].inputs[0]):
+            root = root.inputs[0].inputs[0]
+        for known in self.lookups.values():
+            if known.root is root and self.algebra.size(known.stack) == self.algebra.size(stack):
+                self.algebra.unify(known.stack, stack)
+        self.lookups[node.outputs[0].name] = Lookup(node, numbers, root, stack)
 
     def cache(self, past: gs.Tensor, present: gs.Tensor, axis: int) -> None:
         """Records that ``past`` comes back as ``present``, longer along ``axis``, if they are a graph input and output.
@@ -707,6 +744,8 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
         w.consumer(node, 0, axis, 1, 1 if swapped[1] else 0, scale=scale)
     elif w.constant(node, 0) is not None and len(left) == 2 and not vector_right:
         w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale, output_axis=-2)
+    elif swapped == (False, False) and _experts_product(w, node, left, right, scale):
+        pass
     else:
         looked_up = any(t.inputs and t.inputs[0].op in LOOK_UPS and is_constant(t.inputs[0].inputs[0]) for t in node.inputs)
         if looked_up and w.algebra.pinned(k_left) is None:
@@ -722,6 +761,33 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
     result = (*batch, *rows, *columns)
     w.count(k_left, *result)
     return result
+
+
+def _experts_product(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float) -> bool:
+    """Records the product of rows with the weights that were looked up for them, [rows, a, b]; says whether it is one."""
+    found = [w.lookups.get(t.name) for t in node.inputs]
+    side = 0 if found[0] is not None else 1
+    lookup, tensor = found[side], node.inputs[1 - side]
+    if lookup is None or found[1 - side] is not None or is_constant(tensor) or not len(left) == len(right) == 3:
+        return False
+    weight = lookup.node.inputs[0]
+    if len(weight.shape) != 3:
+        return False
+    axes, width = (-2, left[-1]) if side == 0 else (-1, right[-2])
+    use = ConsumerUse(
+        node,
+        tensor,
+        axes % 3,
+        weight,
+        0,
+        2 if side == 0 else 1,
+        width,
+        scale=scale,
+        output_axis=-2 if side == 0 else -1,
+        lookup=lookup,
+    )
+    w.consumers.append(use)
+    return True
 
 
 def _swap(axes: Axes, swap: bool) -> Axes:
@@ -1022,6 +1088,8 @@ def _gather(w: GraphWalk, node: gs.Node) -> None:
     assert axes is not None and indices is not None
     axis = int(node.attrs.get("axis", 0)) % len(axes)
     chosen = _looked_up(w, node, axes[axis], len(indices))
+    if axis == 0 and len(axes) > 1 and w.constant(node, 0) is not None and not is_constant(node.inputs[1]):
+        w.look_up(node, axes[0])
     w.output(node, (*axes[:axis], *(indices if chosen is None else chosen), *axes[axis + 1 :]))
 
 
@@ -1081,6 +1149,8 @@ def _gather_nd(w: GraphWalk, node: gs.Node) -> None:
     if chosen is not None:
         w.output(node, (*chosen, *axes[1:]))
         return
+    if not batch and depth == 1 and w.constant(node, 0) is not None and not is_constant(node.inputs[1]):
+        w.look_up(node, axes[0])
     w.pin(axes[: batch + depth], f"looked up by GatherND (node '{node.name}')")
     w.pin(indices[-1:], f"looked up by GatherND (node '{node.name}')")
     w.output(node, (*indices[:-1], *axes[batch + depth :]))

@@ -30,6 +30,8 @@ ROWS = "liar_opt_rows"
 PROJECTION = 32
 """Random signs through which the variance of the residual stream is estimated."""
 VARIANCE_FLOOR = 1e-5
+Place = tuple[str, int, int]
+"""A tensor, its axis, and the expert whose rows count (-1: all rows)."""
 SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Operators that add their first two inputs, and where their bias is."""
 TRIANGLE_FROM = 512
@@ -77,9 +79,11 @@ class Tap:
         rank: its rank.
         width: its size along ``axis``, as it is now.
         layout: order of its rows against the batch: "bs", "sb", "b" (one row a sample), "b*" (several fixed rows a
-            sample), "all" (rows cannot be told apart).
-        repeat: rows a sample for layout "b*".
+            sample), "bs*" (several a token), "all" (rows cannot be told apart).
+        repeat: rows a sample for layout "b*", rows a token for "bs*".
         stream: the residual stream behind the consumer, by whose size each row is weighted.
+        numbers: the tensor with the expert of each row, where only those of one count.
+        expert: the number of that one; -1 for all rows.
     """
 
     tensor: str
@@ -89,11 +93,18 @@ class Tap:
     layout: str = "all"
     repeat: int = 1
     stream: Stream | None = None
+    numbers: str = ""
+    expert: int = -1
+
+    @property
+    def place(self) -> Place:
+        """What it measures."""
+        return self.tensor, self.axis, self.expert
 
     @property
     def key(self) -> str:
         """A prefix for the names of the outputs."""
-        return f"liar_opt_moments/{self.tensor}/{self.axis}"
+        return f"liar_opt_moments/{self.tensor}/{self.axis}" + (f"/{self.expert}" if self.expert >= 0 else "")
 
     @property
     def bounds(self) -> list[int]:
@@ -226,7 +237,7 @@ def extract(
         taps: activations whose moments are computed and returned.
     """
     graph = walk.model.graph
-    needed = {*outputs, *(t.tensor for t in taps)}
+    needed = {*outputs, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
     needed.update(name for t in taps if t.stream is not None for name in t.stream.terms)
     nodes: list[gs.Node] = []
     for node in reversed(graph.nodes[start:stop]):
@@ -313,6 +324,18 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         return f"{k}/{name}"
 
     x = rows(tap.tensor, tap.axis, tap.rank, tap.width, "x")
+    if tap.numbers:
+        flat = constant("numbers_shape", np.asarray([-1], np.int64))
+        nodes.append(helper.make_node("Reshape", [tap.numbers, flat], [f"{k}/numbers_all"]))
+        numbers = f"{k}/numbers_all"
+        if tap.layout != "all":
+            nodes.append(helper.make_node("Compress", [numbers, f"{ROWS}_{tap.layout}{tap.repeat}"], [f"{k}/numbers_real"]))
+            numbers = f"{k}/numbers_real"
+        nodes.append(helper.make_node("Cast", [numbers], [f"{k}/numbers"], to=TensorProto.INT64))
+        expert = constant("expert", np.asarray(tap.expert, np.int64))
+        nodes.append(helper.make_node("Equal", [f"{k}/numbers", expert], [f"{k}/own"]))
+        nodes.append(helper.make_node("Compress", [x, f"{k}/own"], [f"{k}/x_own"], axis=0))
+        x = f"{k}/x_own"
     rows_seen, count, total, *second = tap.outputs[: 3 + len(tap.bounds) - 1]
     nodes.append(helper.make_node("Shape", [x], [f"{k}/x_shape_now"]))
     zero = constant("zero", np.asarray(0, np.int64))
@@ -379,18 +402,22 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
         walk.algebra.size(leaf) for i, f in enumerate(axes) if i != use.activation_axis for leaf in walk.algebra.leaves(f)
     ]
     layout, repeat = "all", 1
+    lookup = getattr(use, "lookup", None)
+    numbers = "" if lookup is None else str(lookup.numbers.name)
     if not batch:
-        return Tap(use.activation.name, use.activation_axis, len(axes), width)
+        return Tap(use.activation.name, use.activation_axis, len(axes), width, numbers=numbers)
     wanted = [s for s in batch if s != 1]
     if sizes == wanted:
         layout = "bs" if len(batch) == 2 else "b"
     elif len(batch) == 2 and sizes == wanted[::-1]:
         layout = "sb"
+    elif len(batch) == 2 and sizes[: len(wanted)] == wanted:
+        layout, repeat = "bs*", int(np.prod(sizes[len(wanted) :], dtype=np.int64))
     elif sizes == [s for s in batch[:1] if s != 1]:
         layout = "b"
     elif sizes[: len([s for s in batch[:1] if s != 1])] == [s for s in batch[:1] if s != 1]:
         layout, repeat = "b*", int(np.prod(sizes, dtype=np.int64)) // batch[0]
-    return Tap(use.activation.name, use.activation_axis, len(axes), width, layout, repeat)
+    return Tap(use.activation.name, use.activation_axis, len(axes), width, layout, repeat, numbers=numbers)
 
 
 def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None:
@@ -439,7 +466,7 @@ def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None
         return None
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (columns, PROJECTION))
     signs = ((signs - signs.mean(axis=0)) / np.sqrt(columns)).astype(np.float32)
-    live = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0).astype(np.float32)
+    live = np.moveaxis(np.asarray(use.holder.inputs[use.weight_position].values), use.weight_axis, 0).astype(np.float32)
     return Stream(tuple(terms), signs, (live * np.float32(use.scale)) @ signs, constant @ signs)
 
 
@@ -448,6 +475,8 @@ def row_mask(mask: np.ndarray, layout: str, repeat: int) -> np.ndarray:
     sample = mask if mask.ndim == 1 else np.asarray(mask.any(axis=1))
     if layout == "bs":
         return mask.reshape(-1)
+    if layout == "bs*":
+        return np.repeat(mask.reshape(-1), repeat)
     if layout == "sb":
         return mask.T.reshape(-1)
     return np.repeat(sample, repeat) if layout == "b*" else sample

@@ -135,6 +135,13 @@ def _constant_of_shape(inputs: Inputs, attributes: Attributes) -> Sequence[Array
     return [np.full([int(d) for d in np.asarray(inputs[0])], value.reshape(-1)[0], value.dtype)]
 
 
+def _one_hot(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
+    indices, values = np.asarray(inputs[0]).astype(np.int64), np.asarray(inputs[2])
+    depth, rank = int(np.asarray(inputs[1]).reshape(-1)[0]), np.asarray(inputs[0]).ndim + 1
+    hot = np.arange(depth) == np.where(indices < 0, indices + depth, indices)[..., None]
+    return [np.moveaxis(np.where(hot, values[1], values[0]), -1, int(attributes.get("axis", -1)) % rank)]
+
+
 def _range(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
     start, limit, delta = (np.asarray(i) for i in inputs[:3])
     return [np.arange(start.item(), limit.item(), delta.item()).astype(start.dtype)]
@@ -190,6 +197,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "Slice": _slice,
     "Reshape": _reshape,
     "Split": _split,
+    "OneHot": _one_hot,
     "Range": _range,
     "Expand": _expand,
     "ConstantOfShape": _constant_of_shape,

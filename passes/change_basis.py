@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from liar_opt.frontend.onnx_linear import Bent, Source, sources_of
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.onnx_segments import Place
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.measured import Measured
 from liar_opt.runtime.errors import InternalError
@@ -94,11 +95,11 @@ class BasisChange:
     rewriter: Rewriter
     query_forms: list[QueryForm] = field(default_factory=list)
 
-    def logit_turns(self, group: ChannelGroup, moments: Mapping[tuple[str, int], Moments], keep: int) -> LogitTurns:
+    def logit_turns(self, group: ChannelGroup, moments: Mapping[Place, Moments], keep: int) -> LogitTurns:
         """Returns the best form of the products of queries and keys with ``keep`` channels a head."""
         size, seconds = group.size, []
         for operand in group.operands:
-            statistics = moments[operand.activation.name, operand.activation_axis].statistics()
+            statistics = moments[operand.activation.name, operand.activation_axis, -1].statistics()
             second = statistics.covariance if operand.relative else statistics.uncentred
             total = np.zeros((group.sets, size, size))
             for number, places in copies(self.owners(group, operand.width, operand.inside), size):

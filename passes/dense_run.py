@@ -72,11 +72,21 @@ class DenseRun(SegmentRun):
 
     def repaired(self, group: ChannelGroup, measured: Sequence[Measured], blocks: NDArray[np.int64]) -> list[Patch]:
         """Repairs the consumers of one group for a set of kept blocks."""
-        patches = []
+        patches: list[Patch] = []
+        stacks: dict[int, NDArray[Any]] = {}
         for consumer, item in zip(group.consumers, measured, strict=True):
             kept = kept_positions(consumer.owners, blocks)
+            if consumer.expert is not None:
+                item = item.part(consumer.expert * group.size, group.size)
             repaired = self.repair(item, kept, np.setdiff1d(np.arange(consumer.width), kept), self.options.ridge)
             use = consumer.uses[0]
+            if consumer.expert is not None:
+                if id(use) not in stacks:
+                    stacks[id(use)] = np.zeros(use.weight.shape, use.weight.dtype)
+                    patches.append(Patch(consumer.uses, stacks[id(use)], np.zeros(repaired.bias.shape)))
+                rows = np.moveaxis(stacks[id(use)][consumer.expert], use.weight_axis - 1, 0)
+                rows[kept] = repaired.weight.reshape(rows[kept].shape).astype(rows.dtype)
+                continue
             old = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
             flat = np.zeros((consumer.width, item.weight.shape[1]), old.dtype)
             flat[kept] = repaired.weight.astype(old.dtype)

@@ -19,7 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, walk
-from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, extract, live_tensors, row_mask, stream_of, tap_for
+from liar_opt.frontend.onnx_segments import (
+    VARIANCE_FLOOR,
+    Place,
+    Tap,
+    extract,
+    live_tensors,
+    row_mask,
+    stream_of,
+    tap_for,
+)
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, Consumer
@@ -81,7 +90,7 @@ class TwinRun(SegmentRun):
         self.aware = self.targets([a for a in aims if a is not None], stop, first) if aims else {}
         super().segment(groups, stop, first)
 
-    def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
+    def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
         """Adds the moments with the targets, where every use has them."""
         found = [self.aware.get(u.node.name) for u in consumer.uses]
         pooled = found[0]
@@ -91,6 +100,8 @@ class TwinRun(SegmentRun):
 
     def aim(self, use: ConsumerUse) -> _Aim | None:
         """Returns what to read for one use; None where its output cannot be laid out beside its input."""
+        if use.lookup is not None:
+            return None
         tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
         stream = stream_of(self.walk, use, self.options.seed)
         weight = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)

@@ -10,6 +10,9 @@ where others have one a token is a "pooler". "grouped" and "pooler" are reported
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
 
+Experts whose weights are one constant keep channels of their own in the same way, as many each, where each row stays that
+of its expert from the first weight to the last. Each is a consumer of its own.
+
 The width of queries and keys ("query-key") ends in no weight: a product of two activations contracts it. It is a group
 where it is pinned for that reason alone and both sides are linear along it (`frontend.onnx_linear`).
 """
@@ -24,12 +27,17 @@ import numpy as np
 
 from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
 from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, walk
+from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
+POINTWISE = (
+    *("Abs Add Cast Clip Div Dropout Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Max Min Mish Mul Neg Pow").split(),
+    *("QuickGelu Reciprocal Relu Selu Sigmoid Softplus Softsign Sqrt Sub Swish Tanh Where").split(),
+)
+"""Operators between the weights of experts that compute element by element."""
 NOT_PRUNED = {
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
     "pooler": "the hidden layer of a pooler is measured once a sample, too seldom to repair it, and holds little",
@@ -112,6 +120,13 @@ def find_groups(walk: GraphWalk) -> Found:
             continue
         positions = [order[id(n)] for n in places[leaf].nodes]
         outer = None
+        if any(u.lookup is not None for u in uses):
+            outer = _experts_of(walk, uses, constant_uses, places[leaf].nodes, leaf)
+            if outer is None:
+                refused["not everything between the weights of experts is looked up by the same numbers", size].append(
+                    uses[0].node.name
+                )
+                continue
         if kind == VALUES:
             outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
         inner = leaves[leaves.index(leaf) + 1 :]
@@ -217,6 +232,49 @@ def _queries(
     return tuple(groups), tuple(Refusal(reason, tuple(names), size) for (reason, size), names in refused.items())
 
 
+def _experts_of(
+    walk: GraphWalk, uses: Sequence[ConsumerUse], constants: Sequence[ConstantUse], nodes: Sequence[Any], leaf: int
+) -> int | None:
+    """Returns the leaf that counts the experts which have channels of their own along ``leaf``; None where it is not so.
+
+    Each row must stay that of its expert from the first weight to the last: every constant that has the channels is looked
+    up by the same numbers, and every operator between keeps the rows in order.
+    """
+    algebra = walk.algebra
+    found = [u.lookup for u in uses]
+    first = found[0]
+    if first is None or any(other is None or other.root is not first.root for other in found):
+        return None
+    stack = algebra.find(first.stack)
+    lookups = {id(one.node): one for one in walk.lookups.values() if one.root is first.root}
+    for constant in constants:
+        own = [f for f in constant.axes if leaf in algebra.leaves(f)]
+        alone = len(own) == 1 and set(algebra.leaves(own[0])) == {leaf}
+        if id(constant.node) not in lookups or algebra.find(constant.axes[0]) != stack or not alone:
+            return None
+    products = {id(u.node) for u in walk.consumers if u.lookup is not None and id(u.lookup.node) in lookups}
+    kept = (id(node) in lookups or id(node) in products or _keeps_rows(walk, node, leaf) for node in nodes)
+    return stack if all(kept) else None
+
+
+def _keeps_rows(walk: GraphWalk, node: Any, leaf: int) -> bool:
+    """Returns whether an operator leaves every axis but that of ``leaf`` as it is."""
+    if node.op in (*POINTWISE, *RELAYOUTS, "Shape", "Transpose"):
+        return True
+    if node.op not in ("Concat", "Slice", "Split"):
+        return False
+    inputs = [walk.input_axes(node, i) for i in range(1 if node.op != "Concat" else len(node.inputs))]
+    outputs = [walk.axes.get(t.name) for t in node.outputs]
+    known = [axes for axes in (*inputs, *outputs) if axes is not None]
+    if len(known) != len(inputs) + len(outputs) or len({len(axes) for axes in known}) != 1:
+        return False
+    algebra = walk.algebra
+    return all(
+        any(leaf in algebra.leaves(f) for f in aligned) or all(algebra.same(aligned[0], f) for f in aligned)
+        for aligned in zip(*known, strict=True)
+    )
+
+
 def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
     """Returns how many rows a contraction sees under the probe sizes."""
     sizes = walk.shape(walk.axes[use.activation.name] or ())
@@ -230,6 +288,13 @@ def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int]) -> str:
 
 
 def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int | None) -> tuple[Consumer, ...]:
+    if outer is not None and uses[0].lookup is not None:
+        size = walk.algebra.size(leaf)
+        return tuple(
+            Consumer((use,), walk.algebra.owners(use.width, leaf) + expert * size, expert)
+            for use in uses
+            for expert in range(walk.algebra.size(outer))
+        )
     by_weight: dict[tuple[int, int], list[ConsumerUse]] = defaultdict(list)
     for use in uses:
         by_weight[id(use.weight), use.weight_axis].append(use)

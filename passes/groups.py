@@ -31,10 +31,12 @@ class Consumer:
     Attributes:
         uses: the frontend's records of the contractions (one weight, one or more nodes).
         owners: int64 [n], the block that each position of the contracted axis belongs to (-1: none, always kept).
+        expert: the expert, where the weight holds those of several: this is its part, for the rows that are routed to it.
     """
 
     uses: tuple[Any, ...]
     owners: NDArray[np.int64]
+    expert: int | None = None
 
     @property
     def width(self) -> int:
@@ -56,7 +58,8 @@ class ChannelGroup:
         parameters: elements of all constants that have the dimension (they shrink in proportion).
         start: position of the first node that touches the dimension, in the graph's order.
         end: position of the last consumer.
-        outer: for "values", the leaf factor that counts the heads, each with an index set of its own; None for one set.
+        outer: the leaf factor that counts the heads of "values", or the experts, each with an index set of its own; None
+            for one set.
         sets: number of index sets. Block j of set i has number i * size + j; each set keeps as many.
         queries: query heads in a block of kind "heads": more than one where they share keys and values.
         bent: for "values", why their basis cannot be changed; None where it can.
@@ -87,6 +90,12 @@ class ChannelGroup:
     def readings(self) -> tuple[Any, ...]:
         """What is measured: records with ``node``, ``activation``, ``activation_axis`` and ``width``."""
         return (*(u for c in self.consumers for u in c.uses), *self.operands)
+
+    @property
+    def taps(self) -> tuple[tuple[Any, int], ...]:
+        """Each of ``readings`` with the expert whose rows count, -1 for all rows."""
+        whole = tuple((operand, -1) for operand in self.operands)
+        return (*((u, -1 if c.expert is None else c.expert) for c in self.consumers for u in c.uses), *whole)
 
     def cut(self, blocks: Sequence[int]) -> dict[int, Cut]:
         """Returns what ``Rewriter.cut`` is to keep of the group's factor when ``blocks`` stay."""

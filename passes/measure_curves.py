@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_segments import plan_segments, stream_of
+from liar_opt.frontend.onnx_segments import Place, plan_segments, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.dense_run import ConstantPatch, DenseRun
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
-from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
 from liar_opt.passes.registry import Measured, ScoreFunction, score_named
 from liar_opt.passes.scores import SELECTION_RIDGE
 from liar_opt.runtime.errors import InternalError
@@ -100,7 +100,7 @@ class _CurveRun(DenseRun):
         super().__init__(*arguments)
         self.curves: dict[str, GroupCurve] = {}
 
-    def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+    def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
         """Notes the curve of one group."""
         if group.kind == QUERY_KEY:
             self.note_logits(group, moments)
@@ -108,20 +108,24 @@ class _CurveRun(DenseRun):
         measured = [self.measured(c, moments) for c in group.consumers]
         # As `segment` asked for them: weighted by the stream, where there is one.
         weighted = [stream_of(self.walk, c.uses[0], self.options.seed) is not None for c in group.consumers]
-        problems = [_in_stream_units(m, w) for m, w in zip(measured, weighted, strict=True)]
-        selection = select_greedy(problems, 0, SELECTION_RIDGE)
-        errors = np.concatenate([[0.0], np.maximum.accumulate(selection.errors)])[::-1].copy()
-        values = np.empty(group.size)
-        if self.options.score in ("greedy", "swaps"):  # the order is known already
-            values[selection.removed_blocks] = np.maximum(np.diff(selection.errors, prepend=0.0), 0.0)
-        else:
-            values = self.score.values(measured, self.rng)
+        errors, values, half = np.zeros(group.size + 1), np.zeros(group.size), []
         keep = group.size - group.size // 2
-        half = np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep])
-        lost = self.difference(self.repaired(group, measured, half), group.end)
+        for first, own in by_set(group, measured):  # what experts lose adds up; nothing of theirs is weighted
+            marks = weighted if group.sets == 1 else [False] * len(own)
+            problems = [_in_stream_units(m, w) for m, w in zip(own, marks, strict=True)]
+            selection = select_greedy(problems, 0, SELECTION_RIDGE)
+            errors += np.concatenate([[0.0], np.maximum.accumulate(selection.errors)])[::-1]
+            worth_of = np.empty(group.size)
+            if self.options.score in ("greedy", "swaps"):  # the order is known already
+                worth_of[selection.removed_blocks] = np.maximum(np.diff(selection.errors, prepend=0.0), 0.0)
+            else:
+                worth_of = self.score.values(own, self.rng)
+            values += worth_of if group.sets == 1 else np.sort(worth_of)
+            half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
+        lost = self.difference(self.repaired(group, measured, np.concatenate(half)), group.end)
         self.note(group, errors, values, lost, errors[keep])
 
-    def note_logits(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+    def note_logits(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
         """Notes the curve of queries and keys: the shape is what their products lose."""
         keep = group.size - group.size // 2
         turns = self.bases.logit_turns(group, moments, keep)

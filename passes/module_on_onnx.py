@@ -81,5 +81,5 @@ def _weights(group: ChannelGroup) -> tuple[Any, ...]:
 def _laid_out(consumer: Consumer) -> NDArray[Any]:
     """Returns a consumer's weight as [n, m]."""
     use = consumer.uses[0]
-    rows = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
+    rows = np.moveaxis(np.asarray(use.holder.inputs[use.weight_position].values), use.weight_axis, 0)
     return np.ascontiguousarray(rows.reshape(consumer.width, -1))

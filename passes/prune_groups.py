@@ -12,7 +12,7 @@ before the rest, values behind it, within the heads that are left.
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
 from liar_opt.frontend.onnx_segments import (
     ROWS,
     Extracted,
+    Place,
     Tap,
     extract,
     live_tensors,
@@ -62,6 +63,8 @@ Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
 """Groups that span others, and the segments of the rest."""
 WEIGHTINGS = ("stream", "none")
 VALUE_CUTS = ("rotate", "select")
+LEAST_ROWS = 32
+"""Calibration rows that an expert must have seen to be measured at all."""
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
 
@@ -184,6 +187,8 @@ class SegmentRun:
         self.checkpoint: Checkpoint | None = None
         self.number = 0
         self.kept: list[KeptGroup] = []
+        self.stack: Any = None
+        self.unseen: dict[str, list[int]] = {}
         self.written: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self.rng = np.random.default_rng(options.seed)
         self.steps, self.step = (len(segments) + bool(wide)) * len(self.data.batches), 0
@@ -266,7 +271,7 @@ class SegmentRun:
         """
         taps = self.taps(groups)
         parts = self.parts(groups, taps, first)
-        moments: dict[tuple[str, int], Moments] = {}
+        moments: dict[Place, Moments] = {}
         waiting = ArrayStore(self.memory.store.folder)
         for part in parts.groups:
             keys = {k for i in part for k in _keys(groups[i])} - moments.keys()
@@ -282,17 +287,17 @@ class SegmentRun:
                 moments.pop(key, None)
             self.state.model.settle()
 
-    def taps(self, groups: Sequence[ChannelGroup], streams: bool = True) -> dict[tuple[str, int], Tap]:
+    def taps(self, groups: Sequence[ChannelGroup], streams: bool = True) -> dict[Place, Tap]:
         """Returns the activations to measure, by tensor and axis; with the residual streams that weight their rows."""
-        taps: dict[tuple[str, int], Tap] = {}
-        for use in (u for g in groups for u in g.readings):
-            tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
+        taps: dict[Place, Tap] = {}
+        for use, expert in (pair for g in groups for pair in g.taps):
+            tap = replace(tap_for(self.walk, use, self.rewriter.size(use.width), self.batch), expert=expert)
             if streams and self.options.weighting == "stream" and isinstance(use, ConsumerUse):
                 tap = replace(tap, stream=stream_of(self.walk, use, self.options.seed))
-            taps[tap.tensor, tap.axis] = tap
+            taps[tap.place] = tap
         return taps
 
-    def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap], first: Any = None) -> Parts:
+    def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[Place, Tap], first: Any = None) -> Parts:
         """Returns which groups are measured together, so that their moments stay under the limit."""
         if self.memory.tight:
             gc.collect()  # graphs refer to themselves in circles
@@ -322,7 +327,7 @@ class SegmentRun:
         require_room(needs, self.memory.limit)
 
     def needs(
-        self, groups: Sequence[ChannelGroup], taps: Mapping[tuple[str, int], Tap], start: int, first: Any
+        self, groups: Sequence[ChannelGroup], taps: Mapping[Place, Tap], start: int, first: Any
     ) -> tuple[list[Need], int]:
         """Returns what each group of a segment needs, and the bytes that are needed beside, whatever is measured.
 
@@ -332,7 +337,7 @@ class SegmentRun:
             start: position of the first node that runs.
             first: the segment's first node; None where nothing is kept for the next.
         """
-        elements = {g.name: sum(int(np.prod(c.uses[0].weight.shape)) for c in g.consumers) for g in groups}
+        elements = {g.name: sum(int(np.prod(w.shape)) for w in _weights(g)) for g in groups}
         needs = [Need(g.name, tuple(taps[k].width for k in _keys(g)), elements[g.name]) for g in groups]
         stop = max(self.position(r.node) for g in groups for r in g.readings)
         nodes = self.walk.model.graph.nodes[start : stop + 1]
@@ -350,7 +355,7 @@ class SegmentRun:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
         return needs, fixed
 
-    def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[tuple[str, int], Moments]:
+    def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[Place, Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
         start = 0 if self.alive_at is None else self.position(self.alive_at)
         names = [] if first is None else live_tensors(self.walk, self.position(first))
@@ -359,7 +364,7 @@ class SegmentRun:
         extracted = extract(self.walk, start, stop, made, types, taps)
         session = load_segment(extracted, self.state.device, self.memory.tight)
         sums = [o for t in taps for o in t.outputs]
-        result = {(t.tensor, t.axis): Moments(t.width) for t in taps}
+        result = {t.place: Moments(t.width) for t in taps}
         stream, in_memory = ArrayStore(self.memory.store.folder), True
         for index, feeds in enumerate(self.data.batches):
             mask = self.data.row_masks[index]
@@ -372,7 +377,7 @@ class SegmentRun:
             for tap in taps:
                 seen, count, total, *second = (values[o] for o in tap.outputs)
                 try:
-                    result[tap.tensor, tap.axis].add_block_rows(
+                    result[tap.place].add_block_rows(
                         float(count.reshape(-1)[0]), total.reshape(-1), second, tap.bounds, index in self.held, int(seen)
                     )
                 except OptionError as err:
@@ -394,7 +399,7 @@ class SegmentRun:
 
     # -- cutting ----------------------------------------------------------------------------------------------------
 
-    def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+    def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
         """Selects, repairs and cuts one group."""
         if group.kind == QUERY_KEY:
             self.prune_logits(group, moments)
@@ -414,11 +419,13 @@ class SegmentRun:
         else:
             sets = np.unique(np.concatenate([c.owners for c in consumers]) // group.size)
             blocks = (sets[:, None] * group.size + np.arange(keep)).reshape(-1)
-        details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rows": measured[0].moments.count}
-        details["rotated"] = turn is not None
+        rows = [moments[key].count for key in _keys(group)]  # all of an activation, or those of each expert
+        details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rotated": turn is not None}
+        details["rows"] = measured[0].moments.count if consumers[0].expert is None else sum(rows)
         for consumer, item in zip(consumers, measured, strict=True):
             basis = None if turn is None else basis_of(consumer.owners, turn)
             item = item if basis is None else item.turned(basis)
+            item = item if consumer.expert is None else item.part(consumer.expert * group.size, group.size)
             kept = kept_positions(consumer.owners, blocks)
             removed = np.setdiff1d(np.arange(consumer.width), kept)
             repaired: Repaired = self.repair(item, kept, removed, options.ridge)
@@ -444,12 +451,21 @@ class SegmentRun:
 
     def refusals(self) -> tuple[Refusal, ...]:
         """Returns what was cut in another way than it was asked for, and why."""
-        return tuple(
+        bent = [
             Refusal(f"values are cut by channels, not by a subspace: {reason}", tuple(names))
             for reason, names in self.selected.items()
-        )
+        ]
+        unseen = [
+            Refusal(
+                f"experts {', '.join(map(str, experts))} saw fewer than {LEAST_ROWS} calibration rows: their channels were "
+                "chosen by magnitude and nothing is repaired; give more samples",
+                (name,),
+            )
+            for name, experts in self.unseen.items()
+        ]
+        return (*bent, *unseen)
 
-    def prune_logits(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+    def prune_logits(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
         """Cuts the width of queries and keys to the best form of their products."""
         keep = self.state.keep[group.name]
         turns = self.bases.logit_turns(group, moments, keep)
@@ -468,7 +484,7 @@ class SegmentRun:
             "error_bias": turns.lost_channels,
             "error_repair": float(turns.lost[keep]),
         }
-        rows = moments[queries.activation.name, queries.activation_axis].count
+        rows = moments[queries.activation.name, queries.activation_axis, -1].count
         details = {
             "kind": group.kind,
             "kept": blocks.tolist(),
@@ -489,44 +505,48 @@ class SegmentRun:
     def select(self, group: ChannelGroup, measured: Sequence[Measured], keep: int) -> NDArray[np.int64]:
         """Returns the blocks that stay: ``keep`` of each index set that has any left."""
         kept = []
-        for first in range(0, group.sets * group.size, group.size):
-            parts = [item.part(first, group.size) for item in measured] if group.sets > 1 else measured
-            if not parts[0].owners.size:
-                continue
+        for first, parts in by_set(group, measured):
             blocks = self.score.select(parts, keep, self.rng)
             if len(blocks) != keep or len(set(blocks.tolist())) != keep:
                 raise InternalError(f"score '{self.options.score}' kept {len(blocks)} of {keep} blocks")
             kept.append(first + blocks)
         return np.concatenate(kept)
 
-    def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
+    def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
         """Pools the moments of a consumer's uses and lays its weight out as [n, m]."""
         use = consumer.uses[0]
         pooled = None
         for u in consumer.uses:
-            own = moments[u.activation.name, u.activation_axis]
+            own = moments[u.activation.name, u.activation_axis, -1 if consumer.expert is None else consumer.expert]
             pooled = own if pooled is None else pooled.merge(own)
         assert pooled is not None
-        weight = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
+        value = np.asarray(use.holder.inputs[use.weight_position].values)
+        if consumer.expert is not None:
+            weight = np.moveaxis(value[consumer.expert], use.weight_axis - 1, 0)
+            if pooled.count < LEAST_ROWS or min(pooled.rows("training"), pooled.rows("held_back")) < 2:
+                found = self.unseen.setdefault(use.node.name, [])
+                if consumer.expert not in found:
+                    found.append(consumer.expert)
+                pooled = Moments.white(consumer.width)  # magnitudes choose, and there is nothing to repair with
+            values = weight.reshape(consumer.width, -1).astype(np.float64)
+            return Measured(values, consumer.owners, pooled, use.scale, centred=False)
+        weight = np.moveaxis(value, use.weight_axis, 0)
         centred = self.options.new_bias or all(self.rewriter.has_bias(u) for u in consumer.uses)
         values = weight.reshape(consumer.width, -1).astype(np.float64)
         return Measured(values, consumer.owners, pooled, use.scale, centred=centred)
 
     def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired, basis: Basis | None = None) -> None:
         """Writes the repaired rows, which are in ``basis``, and the bias; the cut removes the other rows."""
+        if consumer.expert is not None:
+            self.write_expert(consumer, consumer.expert, kept, repaired)
+            return
         use = consumer.uses[0]
         old = use.node.inputs[use.weight_position].values
         full = np.moveaxis(np.array(old), use.weight_axis, 0)
         shape = full.shape
         flat = full.reshape(consumer.width, -1)
         flat[kept] = repaired.weight.astype(old.dtype)
-        if self.checkpoint is not None:
-            plain = old.dtype if old.dtype.kind != "V" else np.float32  # numpy's files know no bfloat16
-            self.written.append((flat[kept].astype(plain), repaired.bias))
-        if not np.isfinite(flat[kept]).all():
-            raise ModelError(
-                f"the repaired weight of node '{use.node.name}' overflows {old.dtype}; use repair 'bias' or float32"
-            )
+        self._check_written(use, flat[kept], repaired)
         places = [(u.node, u.weight_position) for u in consumer.uses]
         value = np.ascontiguousarray(np.moveaxis(flat.reshape(shape), 0, use.weight_axis))
         self.rewriter.set_constant(places, value)
@@ -543,6 +563,49 @@ class SegmentRun:
             cut = self.memory.store.put(cut)
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, repaired.bias))
 
+    def write_expert(self, consumer: Consumer, expert: int, kept: NDArray[np.int64], repaired: Repaired) -> None:
+        """Writes the repaired rows of one expert into the constant that holds all of them; no expert gets a bias."""
+        use = consumer.uses[0]
+        constant = use.holder.inputs[use.weight_position]
+        if constant is not self.stack:
+            places = [(u.holder, u.weight_position) for u in consumer.uses]
+            self.stack = constant = self.rewriter.set_constant(places, np.array(constant.values))
+        rows = np.moveaxis(constant.values[expert], use.weight_axis - 1, 0)
+        rows[kept] = repaired.weight.reshape(rows[kept].shape).astype(rows.dtype)
+        flat = rows[kept].reshape(len(kept), -1)
+        self._check_written(use, flat, repaired)
+        left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.holder, use.weight_position) or ()]
+        left[0], left[use.weight_axis] = np.asarray([expert]), left[use.weight_axis][kept]
+        cut = np.take(constant.values[expert : expert + 1], kept, use.weight_axis)
+        if self.memory.tight:
+            cut = self.memory.store.put(cut)
+        self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, np.zeros(repaired.bias.shape)))
+
+    def _check_written(self, use: ConsumerUse, flat: NDArray[Any], repaired: Repaired) -> None:
+        """Notes new rows for a checkpoint.
+
+        Raises:
+            ModelError: they are not finite in the model's type.
+        """
+        if self.checkpoint is not None:
+            plain = flat.dtype if flat.dtype.kind != "V" else np.float32  # numpy's files know no bfloat16
+            self.written.append((flat.astype(plain), repaired.bias))
+        if not np.isfinite(flat).all():
+            raise ModelError(
+                f"the repaired weight of node '{use.node.name}' overflows {flat.dtype}; use repair 'bias' or float32"
+            )
+
+
+def by_set(group: ChannelGroup, measured: Sequence[Measured]) -> Iterator[tuple[int, Sequence[Measured]]]:
+    """Yields for each index set of a group the number of its first block, and what is known of its consumers there."""
+    if group.sets == 1:
+        yield 0, measured
+        return
+    for first in range(0, group.sets * group.size, group.size):
+        parts = [part for part in (item.part(first, group.size) for item in measured) if part.owners.size]
+        if parts:
+            yield first, parts
+
 
 def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[np.int64]]]) -> dict[str, Any]:
     """Returns inputs or outputs of the original as the cut graph has them: caches lose the heads that went.
@@ -558,8 +621,13 @@ def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[n
     return result
 
 
-def _keys(group: ChannelGroup) -> set[tuple[str, int]]:
-    return {(r.activation.name, r.activation_axis) for r in group.readings}
+def _keys(group: ChannelGroup) -> set[Place]:
+    return {(r.activation.name, r.activation_axis, expert) for r, expert in group.taps}
+
+
+def _weights(group: ChannelGroup) -> list[Any]:
+    """Returns the weights that are solved for, each once."""
+    return list({id(c.uses[0].weight): c.uses[0].weight for c in group.consumers}.values())
 
 
 def _details(

@@ -44,7 +44,7 @@ from liar_opt.frontend.hf_checkpoint import (
 )
 from liar_opt.frontend.onnx_causal import is_causal
 from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, live_tensors, row_mask
+from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, row_mask
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.axes import AxisAlgebra
@@ -210,7 +210,7 @@ class _TorchRun(SegmentRun):
         assert isinstance(state.model, FxModel)
         self.executor = Executor(state.model, device_of(state.model))
 
-    def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[tuple[str, int], Moments]:
+    def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[Place, Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
         start = 0 if self.alive_at is None else self.position(self.alive_at)
         names = [] if first is None else live_tensors(self.walk, self.position(first))
@@ -218,7 +218,7 @@ class _TorchRun(SegmentRun):
         wanted = {*made, *(t.tensor for t in taps)}
         wanted.update(term for t in taps if t.stream is not None for term in t.stream.terms)
         nodes = _needed(self.walk.model.graph.nodes[start:stop], wanted)
-        result = {(t.tensor, t.axis): Moments(t.width) for t in taps}
+        result = {t.place: Moments(t.width) for t in taps}
         for index, feeds in enumerate(self.data.batches):
             inputs = {**feeds, **self.alive[index]}
             try:
@@ -229,7 +229,7 @@ class _TorchRun(SegmentRun):
                     "a token id beyond what the model was made for?"
                 ) from err
             for tap in taps:
-                self._add(result[tap.tensor, tap.axis], tap, values, index)
+                self._add(result[tap.place], tap, values, index)
             if first is not None:
                 self.alive[index] = {n: values[n] for n in names}
             self.tick()
@@ -238,7 +238,7 @@ class _TorchRun(SegmentRun):
         self.executor.forget()
         return result
 
-    def measured(self, consumer: Consumer, moments: dict[tuple[str, int], Moments]) -> Measured:
+    def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
         """Adds the gradients of the consumer's group, where there are any."""
         item = super().measured(consumer, moments)
         found: dict[str, Any] = self.state.facts.get("gradients", {})

@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from liar_opt.frontend.onnx_segments import plan_segments
+from liar_opt.frontend.onnx_segments import Place, plan_segments
 from liar_opt.passes.allocate_widths import step_of
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.dense_run import DenseRun, Patch
 from liar_opt.passes.groups import KINDS, ChannelGroup
 from liar_opt.passes.measure_curves import GroupCurve
-from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
 from liar_opt.passes.registry import AWARE, RepairFunction
 from liar_opt.passes.scores import SELECTION_RIDGE, problems_of
 from liar_opt.runtime.errors import InternalError, OptionError
@@ -148,13 +148,17 @@ class _VariantRun(DenseRun):
         self.ladders: dict[str, list[int]] = {}
         self.patches: dict[tuple[str, int], list[Patch]] = {}
 
-    def prune(self, group: ChannelGroup, moments: dict[tuple[str, int], Moments]) -> None:
+    def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
         """Repairs one group at every width of its ladder."""
         measured = [self.measured(c, moments) for c in group.consumers]
         ladder = self.ladders[group.name]
-        order = select_greedy(problems_of(measured), ladder[0], SELECTION_RIDGE).removed_blocks
+        orders = {
+            first: select_greedy(problems_of(own), ladder[0], SELECTION_RIDGE).removed_blocks
+            for first, own in by_set(group, measured)
+        }
         for width in ladder:
-            blocks = np.setdiff1d(np.arange(group.size), order[: group.size - width])
+            kept = [f + np.setdiff1d(np.arange(group.size), o[: group.size - width]) for f, o in orders.items()]
+            blocks = np.concatenate(kept)
             self.patches[group.name, width] = self.repaired(group, measured, blocks)
 
     def error(self, keep: dict[str, int]) -> float:

@@ -150,13 +150,15 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
     nodes = {n.name: n for n in analysis.model.graph.nodes}
     rewriter = Rewriter(analysis)
     by_place = {(u.node.name, u.weight_position): u for u in analysis.consumers}
-    for repair in repairs:
-        places: list[tuple[gs.Node, int]] = [(nodes[u.node.name], u.weight_position) for u in repair.uses]
+    for parts in _by_weight(repairs):
+        repair = parts[0]
+        places: list[tuple[gs.Node, int]] = [(nodes[u.holder.name], u.weight_position) for u in repair.uses]
         old = places[0][0].inputs[places[0][1]]
-        if not is_constant(old) or any(i.size and i[-1] >= n for i, n in zip(repair.index, old.shape, strict=True)):
+        if not is_constant(old) or not all(_inside(part, old.shape) for part in parts):
             raise CheckError(f"consumer '{repair.uses[0].node.name}' of the original was not found again")
         full = np.zeros(old.shape, old.dtype)
-        full[np.ix_(*repair.index)] = repair.weight
+        for part in parts:
+            full[np.ix_(*part.index)] = part.weight
         full = analysis.model.settled(full)
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
@@ -166,6 +168,25 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
             left = [i for k, i in enumerate(repair.index) if k != axis]
             bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
             rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], bias.reshape(-1))
+
+
+def _inside(repair: ConsumerRepair, shape: Sequence[int]) -> bool:
+    return all(not i.size or i[-1] < n for i, n in zip(repair.index, shape, strict=True))
+
+
+def _by_weight(repairs: list[ConsumerRepair]) -> list[list[ConsumerRepair]]:
+    """Returns the repairs in order, those of the experts that share a constant together."""
+    result: list[list[ConsumerRepair]] = []
+    stacks: dict[str, list[ConsumerRepair]] = {}
+    for repair in repairs:
+        lookup = repair.uses[0].lookup
+        if lookup is None or lookup.node.name not in stacks:
+            result.append([repair])
+            if lookup is not None:
+                stacks[lookup.node.name] = result[-1]
+        else:
+            stacks[lookup.node.name].append(repair)
+    return result
 
 
 def _rounded(parts: tuple[bytes, dict[str, Any]]) -> tuple[bytes, dict[str, Any]]:

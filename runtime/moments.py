@@ -128,6 +128,13 @@ class Moments:
         self.width = width
         self._folds: Mapping[str, _Fold] = {"training": _Fold(width), "held_back": _Fold(width)}
 
+    @classmethod
+    def white(cls, width: int) -> "Moments":
+        """Return what is assumed where nothing was seen: one row of mean zero, every channel by itself."""
+        result = cls(width)
+        result.add(1, np.zeros(width), np.eye(width))
+        return result
+
     def add(self, count: int, total: AnyArray, second: AnyArray, held_back: bool = False) -> None:
         """Add one batch.
 

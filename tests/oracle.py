@@ -16,7 +16,7 @@ from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import Found, find_groups
-from liar_opt.passes.groups import ChannelGroup, kept_positions
+from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.prune_groups import cut_arrays
 
 Kept = dict[str, list[int]]
@@ -67,7 +67,10 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
     nodes = {n.name or f"{n.op_type}_{i}": n for i, n in enumerate(proto.graph.node)}
     outputs = {o: n for n in proto.graph.node for o in n.output}
     for k, group in enumerate(found.groups):
-        for consumer in group.consumers:
+        for k_expert, consumer in enumerate(c for c in group.consumers if c.expert in (None, 0)):
+            if consumer.expert is not None:
+                _mask_experts(proto, group, consumer, kept[group.name + group.kind], f"mask_{k}_{k_expert}")
+                continue
             keep = np.zeros(consumer.width, np.float32)
             keep[kept_positions(consumer.owners, kept[group.name + group.kind])] = 1
             for j, use in enumerate(consumer.uses):
@@ -92,6 +95,27 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                 target.input[position] = masked_name
                 nodes[use.node.name] = target
     return proto
+
+
+def _mask_experts(proto: onnx.ModelProto, group: ChannelGroup, consumer: Consumer, blocks: list[int], name: str) -> None:
+    """Multiplies each row by the zeros and ones of its expert, looked up by the numbers that look its weight up."""
+    (use,) = consumer.uses
+    keep = np.zeros(group.sets * group.size, np.float32)
+    keep[blocks] = 1
+    shape = [group.sets, *(group.size if i == use.activation_axis else 1 for i in (1, 2))]
+    table, flat = onnx.numpy_helper.from_array(keep.reshape(shape), name), f"{name}_numbers"
+    proto.graph.initializer.extend([table, onnx.numpy_helper.from_array(np.asarray([-1]), f"{name}_flat")])
+    index = next(i for i, n in enumerate(proto.graph.node) if use.node.outputs[0].name in n.output)
+    node = proto.graph.node[index]
+    position = list(node.input).index(use.activation.name)
+    made = [
+        onnx.helper.make_node("Reshape", [use.lookup.numbers.name, f"{name}_flat"], [flat]),
+        onnx.helper.make_node("Gather", [name, flat], [f"{name}_own"], axis=0),
+        onnx.helper.make_node("Mul", [node.input[position], f"{name}_own"], [f"{name}_applied"]),
+    ]
+    node.input[position] = f"{name}_applied"
+    for i, new in enumerate(made):
+        proto.graph.node.insert(index + i, new)
 
 
 def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

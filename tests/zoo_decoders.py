@@ -184,7 +184,7 @@ DECODERS = (
     Decoder(
         "mixtral",
         _causal("Mixtral", **_grouped(intermediate_size=EXPERT_FFN, num_local_experts=EXPERTS, num_experts_per_tok=2)),
-        {"heads": LAYERS},
+        PLAIN,
     ),
     Decoder(
         "qwen2-moe",
@@ -197,12 +197,12 @@ DECODERS = (
                 num_experts_per_tok=2,
             ),
         ),
-        PLAIN,
+        {"ffn": 2 * LAYERS, "heads": LAYERS},  # one expert is shared by all tokens
     ),
     Decoder(
         "olmoe",
         _causal("Olmoe", **_grouped(intermediate_size=EXPERT_FFN, num_experts=EXPERTS, num_experts_per_tok=2)),
-        {},
+        {"ffn": LAYERS},
     ),
     Decoder("t5", _pairs("T5", "T5ForConditionalGeneration", **_T5), {"ffn": 2 * LAYERS, "heads": 3}, "texts"),
     Decoder(

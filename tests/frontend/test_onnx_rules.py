@@ -516,21 +516,50 @@ def test_each_expert_is_a_feed_forward_layer_of_its_own(back: str) -> None:
     graphs.prove(proto, {"b": 3, "s": 5})
 
 
-def test_weights_that_are_looked_up_are_refused_by_name() -> None:
-    text = """f (float[b, 6] x) => (float[b, 6, 1] y) { logits = MatMul(x, router)  best, choice = TopK(logits, one)
-        flat = Reshape(choice, rows)  x3 = Unsqueeze(x, last)  w1 = Gather(up, flat)  u = MatMul(w1, x3)  h = Relu(u)
-        w2 = Gather(down, flat)  y = MatMul(w2, h) }"""
-    weights: Weights = {
-        "router": (6, 3),
-        "one": ints(1),
-        "rows": ints(-1),
-        "last": ints(-1),
-        "up": (3, 11, 6),
-        "down": (3, 6, 11),
-    }
-    proto = graphs.parse(text, weights)
+LOOKED_UP = """f (float[b, 6] x) => (float[n, 6, 1] y) {{ logits = MatMul(x, router)  best, choice = TopK(logits, two)
+    flat = Reshape(choice, rows)  x3 = Unsqueeze(x, middle)  wide = Expand(x3, twice)  xs = Reshape(wide, many)
+    xc = Unsqueeze(xs, last)  w1 = Gather(up, flat)  u = MatMul(w1, xc)  {0}
+    w2 = Gather(down, {1})  y = MatMul(w2, h) }}"""
+EXPERTS: Weights = {
+    "router": (6, 4),
+    "two": ints(2),
+    "rows": ints(-1),
+    "middle": ints(1),
+    "twice": ints(1, 2, 1),
+    "many": ints(-1, 6),
+    "last": ints(-1),
+    "up": (4, 22, 6),
+    "down": (4, 6, 11),
+}
+GATED = "g, v = Split<axis = 1>(u)  a = Sigmoid(g)  h = Mul(a, v)"
+
+
+def test_experts_in_one_constant_have_channels_of_their_own() -> None:
+    proto = graphs.parse(LOOKED_UP.format(GATED, "flat"), EXPERTS)
+    (group,) = graphs.analyse(proto)[2].groups
+    assert (group.kind, group.size, group.sets, len(group.consumers)) == ("ffn", 11, 4, 4)
+    assert [c.expert for c in group.consumers] == [0, 1, 2, 3]
+    pruned = graphs.prove(proto, {"b": 9})
+    left = {t.name: list(t.dims) for t in pruned.graph.initializer}
+    assert left["up"] == [4, 2 * left["down"][2], 6]
+
+
+@pytest.mark.parametrize(
+    ("between", "numbers"),
+    [
+        (GATED, "other"),
+        (GATED.replace("h = ", "m = ") + "  h = Gather(m, order)", "flat"),
+        (GATED.replace("h = ", "m = ") + "  h = Mul(m, scale)", "flat"),
+    ],
+    ids=["other numbers", "rows in another order", "a factor that all share"],
+)
+def test_experts_that_do_not_keep_their_rows_are_left_alone(between: str, numbers: str) -> None:
+    text = LOOKED_UP.format(between, numbers)
+    extra = "other = Neg(flat)" if numbers == "other" else "order = Neg(flat)" if "order" in between else ""
+    text = text.replace("x3 = ", f"{extra}  x3 = ", 1)
+    proto = graphs.parse(text, {**EXPERTS, **({"scale": (11, 1)} if "scale" in between else {})})
     assert graphs.sizes(proto) == []
-    assert "weights are looked up for each token, as those of experts: their width stays" in graphs.reasons(proto)
+    assert "not everything between the weights of experts is looked up by the same numbers" in graphs.reasons(proto)
 
 
 @pytest.mark.parametrize(("axis", "size"), [(0, 11), (1, None)])
