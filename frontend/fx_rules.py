@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.fx_module import DOMAIN
 from liar_opt.frontend.onnx_model import present
 from liar_opt.frontend.onnx_rule_table import Axes, rule
-from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.onnx_rules import GraphWalk, experts_product
 from liar_opt.frontend.onnx_values import resolve_reshape
 from liar_opt.passes.axes import Factor
 
@@ -109,6 +109,8 @@ def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[Any
         w.consumer(node, left, -1, right, 0, bias=bias, **scales)
     elif w.constant(node, left) is not None and len(a) == 2 and len(b) > 1 and bias[0] == "after":
         w.consumer(node, right, -2, left, 1, output_axis=-2, scale=scale)
+    elif (left, right) == (0, 1) and experts_product(w, node, a, b, scale):
+        pass
     else:
         w.pin([a[-1]], _where(node, "contracted between two activations"))
     batch = w.broadcast(a[:-2], b[:-2]) if a[:-2] or b[:-2] else ()
@@ -462,6 +464,8 @@ def _index(w: GraphWalk, node: gs.Node) -> None:
         w.give_up(node, "indexed by a mask")
         return
     looked = [i - 1 for i in given]
+    if looked == [0] and len(indices[0]) == 1 and len(axes) > 1 and w.constant(node, 0) is not None:
+        w.look_up(node, axes[0])
     w.pin([axes[i] for i in looked], _where(node, "looked up by index"))
     found = w.broadcast(*indices)
     together = looked == list(range(looked[0], looked[0] + len(looked)))

@@ -48,6 +48,21 @@ def without_cache(module: torch.nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+@contextlib.contextmanager
+def experts_by_lookup(module: torch.nn.Module) -> Iterator[None]:
+    """Has experts look their weights up, row by row: of transformers' ways the one whose rows a trace can follow."""
+    found: list[Any] = [getattr(m, "config", None) for m in module.modules()]
+    configs = {id(c): c for c in found if getattr(c, "_experts_implementation", None) is not None}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+
+
 def checkpoint_folder(path: str | Path, allow_pickle: bool) -> Path:
     """Returns the folder of a checkpoint; a hub name is downloaded into the hub's cache.
 

@@ -51,8 +51,11 @@ if TYPE_CHECKING:
 
 COPIES = ("Cast", "Identity")
 LOOK_UPS = ("Gather", "GatherND")
-RELAYOUTS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-"""Operators that keep the elements of their first input in order."""
+RELAYOUTS = (
+    *("Cast Flatten Identity Reshape Squeeze Unsqueeze").split(),
+    *("_to_copy _unsafe_view alias clone contiguous detach flatten reshape squeeze to unsqueeze view").split(),
+)
+"""Operators, of ONNX and of ATen, that keep the elements of their first input in order."""
 VALUE_LIMIT = 4096
 """Tensors with more elements than this are data, not shape arithmetic."""
 
@@ -744,7 +747,7 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
         w.consumer(node, 0, axis, 1, 1 if swapped[1] else 0, scale=scale)
     elif w.constant(node, 0) is not None and len(left) == 2 and not vector_right:
         w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale, output_axis=-2)
-    elif swapped == (False, False) and _experts_product(w, node, left, right, scale):
+    elif swapped == (False, False) and experts_product(w, node, left, right, scale):
         pass
     else:
         looked_up = any(t.inputs and t.inputs[0].op in LOOK_UPS and is_constant(t.inputs[0].inputs[0]) for t in node.inputs)
@@ -763,7 +766,7 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
     return result
 
 
-def _experts_product(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float) -> bool:
+def experts_product(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float) -> bool:
     """Records the product of rows with the weights that were looked up for them, [rows, a, b]; says whether it is one."""
     found = [w.lookups.get(t.name) for t in node.inputs]
     side = 0 if found[0] is not None else 1
@@ -1380,6 +1383,7 @@ __all__ = [
     "InternalError",
     "SizeUse",
     "ValueUse",
+    "experts_product",
     "rule",
     "tensor_attribute",
     "walk",

@@ -36,8 +36,12 @@ LEAST_SIZE = 2
 POINTWISE = (
     *("Abs Add Cast Clip Div Dropout Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Max Min Mish Mul Neg Pow").split(),
     *("QuickGelu Reciprocal Relu Selu Sigmoid Softplus Softsign Sqrt Sub Swish Tanh Where").split(),
+    *("abs add clamp div elu exp gelu hardswish leaky_relu mish mul neg pow relu rsqrt sigmoid silu softplus sub").split(),
+    *("square tanh").split(),
 )
-"""Operators between the weights of experts that compute element by element."""
+"""Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
+LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
+PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
 NOT_PRUNED = {
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
     "pooler": "the hidden layer of a pooler is measured once a sample, too seldom to repair it, and holds little",
@@ -259,11 +263,11 @@ def _experts_of(
 
 def _keeps_rows(walk: GraphWalk, node: Any, leaf: int) -> bool:
     """Returns whether an operator leaves every axis but that of ``leaf`` as it is."""
-    if node.op in (*POINTWISE, *RELAYOUTS, "Shape", "Transpose"):
+    if node.op in (*POINTWISE, *RELAYOUTS, *LAID_OUT):
         return True
-    if node.op not in ("Concat", "Slice", "Split"):
+    if node.op not in PARTED:
         return False
-    inputs = [walk.input_axes(node, i) for i in range(1 if node.op != "Concat" else len(node.inputs))]
+    inputs = [walk.input_axes(node, i) for i in range(len(node.inputs) if node.op in ("Concat", "cat") else 1)]
     outputs = [walk.axes.get(t.name) for t in node.outputs]
     known = [axes for axes in (*inputs, *outputs) if axes is not None]
     if len(known) != len(inputs) + len(outputs) or len({len(axes) for axes in known}) != 1:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import onnx
 
+from liar_opt.frontend.genai_config import write_config
 from liar_opt.frontend.onnx_activations import tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
@@ -98,7 +99,7 @@ class PruneResult:
         return completed(*self.pruned.light())
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Writes the model, whole or not at all.
+        """Writes the model, whole or not at all, with GenAI's configuration where the input has one beside it.
 
         Raises:
             OptionError: the path is the input's, exists (without ``force``), or cannot be written.
@@ -116,6 +117,9 @@ class PruneResult:
             raise OptionError(
                 f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
             ) from err
+        left = write_config(Path(source), path, self.report["groups"]) if source and "after" in self.report else None
+        if left is not None:
+            self.report["model"]["notes"].append(left)
         return path
 
     def _check_data(self, path: Path, source: Path) -> None:

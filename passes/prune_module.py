@@ -35,6 +35,7 @@ from liar_opt.frontend.hf_checkpoint import (
     FieldChange,
     checkpoint_folder,
     example_inputs,
+    experts_by_lookup,
     express,
     inexpressible,
     is_stock,
@@ -215,7 +216,7 @@ class _TorchRun(SegmentRun):
         start = 0 if self.alive_at is None else self.position(self.alive_at)
         names = [] if first is None else live_tensors(self.walk, self.position(first))
         made = [n for n in names if n not in self.alive[0]]
-        wanted = {*made, *(t.tensor for t in taps)}
+        wanted = {*made, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
         wanted.update(term for t in taps if t.stream is not None for term in t.stream.terms)
         nodes = _needed(self.walk.model.graph.nodes[start:stop], wanted)
         result = {t.place: Moments(t.width) for t in taps}
@@ -249,6 +250,8 @@ class _TorchRun(SegmentRun):
         mask = self.data.row_masks[index]
         rows = None if mask is None or tap.layout == "all" else row_mask(mask, tap.layout, tap.repeat)
         x = real_rows(values[tap.tensor], tap.axis, rows)
+        if tap.numbers:
+            x = x[real_rows(values[tap.numbers].reshape(-1, 1), 1, rows)[:, 0] == tap.expert]
         gain = None
         if tap.stream is not None:
             terms = [real_rows(values[t], -1, rows) for t in tap.stream.terms]
@@ -639,7 +642,9 @@ def _load(
     try:
         with without_cache(module):
             feeds = _example(module, calibration, example)
-            lowered = lower(trace(module, feeds), module, folder)
+            with experts_by_lookup(module):
+                program = trace(module, feeds)
+            lowered = lower(program, module, folder)
             names = _output_names(module, feeds, lowered)
     finally:
         module.train(training)

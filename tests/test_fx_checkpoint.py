@@ -28,6 +28,7 @@ FIELDS = {
     "gemma3": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "gpt2": {"n_inner"},
     "llama": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
+    "mixtral": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "phi3": {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"},
     "t5": {"d_ff", "num_heads"},
     "whisper": {"encoder_ffn_dim", "decoder_ffn_dim"},

@@ -39,12 +39,17 @@ def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> floa
 def masked(module: torch.nn.Module, result: ModuleResult, arrays: dict[str, Any]) -> list[torch.Tensor]:
     """Runs the original with the removed channels of every consumer's input multiplied by zero."""
     kept = {c.where: c.details["kept"] for c in result.changes}
-    hooks = []
+    hooks, zeroed = [], []
     for group in (g for g in result.groups if g.name in kept):
         for consumer in group.consumers:
             keep = torch.zeros(consumer.width)
             keep[kept_positions(consumer.owners, kept[group.name])] = 1
             (name,) = {u.weight.name for u in consumer.uses}
+            if consumer.expert is not None:  # no module has the activation of an expert as its input
+                weight = module.get_parameter(name).data
+                zeroed.append((weight, weight.clone()))
+                weight[consumer.expert].movedim(consumer.uses[0].weight_axis - 1, -1).mul_(keep)
+                continue
             owner = module.get_submodule(name.rpartition(".")[0])
 
             def mask(_: Any, inputs: tuple[torch.Tensor, ...], keep: torch.Tensor = keep) -> tuple[torch.Tensor, ...]:
@@ -56,6 +61,8 @@ def masked(module: torch.nn.Module, result: ModuleResult, arrays: dict[str, Any]
     finally:
         for hook in hooks:
             hook.remove()
+        for weight, before in reversed(zeroed):
+            weight.copy_(before)
 
 
 @pytest.mark.parametrize("name", sorted(zoo_fx.MODELS))

@@ -120,7 +120,7 @@ MODELS = {
     "gptj": Model("GPTJForCausalLM", {**GPT, "rotary_dim": 4}),
     "llama": Model("LlamaForCausalLM", GROUPED),
     "mistral": Model("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
-    "mixtral": Model("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, groups={"heads": 2}),
+    "mixtral": Model("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
     "modernbert": Model("ModernBertModel", {**TEXT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}),
     "mpnet": Model("MPNetModel", {**TEXT, "pad_token_id": 1}, groups={"ffn": 2, "heads": 1}),
     "olmo2": Model("Olmo2ForCausalLM", GROUPED, groups={"ffn": 2}),

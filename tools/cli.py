@@ -258,8 +258,11 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
         _warn("the ratios round to nothing, every group keeps its width; give larger ratios or a smaller --multiple-of")
     if options.dry_run:
         return report
+    noted = len(report["model"]["notes"])
     result.save(output, force=options.force)
     run.output = output
+    for note in report["model"]["notes"][noted:]:
+        _note(options, note)
     report["before"]["file_bytes"] = _file_bytes(options.model, report["before"]["bytes"])
     report["after"]["file_bytes"] = _file_bytes(output, report["after"]["bytes"])
     report["output"] = {"path": str(output), "sha256": _sha256(output)}

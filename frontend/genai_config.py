@@ -1,0 +1,49 @@
+"""The configuration that ONNX Runtime GenAI reads beside a decoder: the cut model gets one with the heads that it has."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NAME = "genai_config.json"
+
+
+def write_config(source: Path, target: Path, groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Writes the configuration beside a cut model, if there is one beside the original.
+
+    Args:
+        source: the original model.
+        target: the cut model.
+        groups: those of the report.
+
+    Returns:
+        What has to be done by hand; None where nothing has.
+    """
+    beside = source.parent / NAME
+    heads = [g for g in groups if g["kind"] == "heads"]
+    if not beside.is_file():
+        return None
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+        decoder = config["model"]["decoder"]
+        layers = int(decoder["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"'{beside}' is no configuration of a decoder; nothing was written for GenAI"
+    shared = {g["after"] for g in heads}
+    if any(g["after"] < g["before"] for g in heads):
+        if len(shared) > 1 or len(heads) != layers:
+            return (
+                f"{NAME} says one number of heads for all {layers} layers, and here they differ; it was not written, give "
+                "--heads (heads=), which cuts all layers alike"
+            )
+        kept = shared.pop()
+        decoder["num_key_value_heads"] = kept
+        decoder["num_attention_heads"] = kept * int(heads[0]["queries_per_block"])
+    if target.parent.resolve() == source.parent.resolve():
+        return f"'{beside}' belongs to the original and stays; write the cut model into a folder of its own for GenAI"
+    decoder["filename"] = target.name
+    place = target.parent / NAME
+    if place.exists():
+        return f"'{place}' exists and stays as it is; remove it to have it written with the heads of the cut model"
+    place.write_text(json.dumps(config, indent=4), encoding="utf-8")
+    return None
