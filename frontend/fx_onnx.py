@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from liar_opt.frontend.hf_checkpoint import without_cache
+from liar_opt.frontend.hf_checkpoint import experts_by_lookup, without_cache
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.signatures import InputSpec
 
@@ -44,7 +44,8 @@ def export_onnx(
     level = registration.level
     try:
         registration.setLevel(logging.ERROR)
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_cache(module):
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with torch.no_grad(), warnings.catch_warnings(), quiet, without_cache(module), experts_by_lookup(module):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module, (), kwargs=dict(feeds), input_names=list(feeds), dynamic_shapes=shapes, dynamo=True, verbose=False

@@ -38,12 +38,12 @@ class OnnxRun(SegmentRun):
         exported.keep |= {theirs: self.state.keep[ours] for ours, theirs in partners.items()}
         done = PruneGroupsPass(**vars(self.options))(exported)
         changes = {c.where: c for c in done.changes}
-        repairs = {id(r.uses[0].node): r for r in exported.repairs}
+        repairs = {(id(r.uses[0].node), r.expert): r for r in exported.repairs}
         for group in groups:
             details = dict(changes[partners[group.name]].details)
             blocks = np.asarray(details["kept"], np.int64)
             for consumer, theirs in zip(group.consumers, named[partners[group.name]].consumers, strict=True):
-                repair = repairs[id(theirs.uses[0].node)]
+                repair = repairs[id(theirs.uses[0].node), theirs.expert]
                 use = theirs.uses[0]
                 rows = np.moveaxis(np.asarray(repair.weight), use.weight_axis, 0)
                 repaired = Repaired(rows.reshape(len(rows), -1).astype(np.float64), repair.bias, np.inf, "repair")

@@ -85,6 +85,11 @@ class ConsumerRepair:
     weight: NDArray[Any]
     bias: NDArray[np.float64]
 
+    @property
+    def expert(self) -> int | None:
+        """The expert that it is of, where the weight holds several."""
+        return None if self.uses[0].lookup is None else int(self.index[0][0])
+
 
 @dataclass(frozen=True)
 class PruneGroupsPass(Pass[tuple[Sweep, ...]]):

@@ -179,13 +179,14 @@ def _by_weight(repairs: list[ConsumerRepair]) -> list[list[ConsumerRepair]]:
     result: list[list[ConsumerRepair]] = []
     stacks: dict[str, list[ConsumerRepair]] = {}
     for repair in repairs:
-        lookup = repair.uses[0].lookup
-        if lookup is None or lookup.node.name not in stacks:
+        if repair.expert is None:
             result.append([repair])
-            if lookup is not None:
-                stacks[lookup.node.name] = result[-1]
-        else:
-            stacks[lookup.node.name].append(repair)
+            continue
+        name = repair.uses[0].holder.name
+        if name not in stacks:
+            stacks[name] = []
+            result.append(stacks[name])
+        stacks[name].append(repair)
     return result
 
 
