@@ -565,7 +565,7 @@ def _group(group: ChannelGroup) -> dict[str, Any]:
         "queries_per_block": group.queries,
         "index_sets": group.sets,
         "parameters": group.parameters,
-        "consumers": [u.node.name for c in group.consumers for u in c.uses] or [group.operands[0].node.name],
+        "consumers": list(dict.fromkeys(r.node.name for r in group.readings)),
     }
 
 
