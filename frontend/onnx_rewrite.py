@@ -11,8 +11,8 @@ name first.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,6 +24,7 @@ from liar_opt.frontend.onnx_values import Array, evaluate
 from liar_opt.runtime.errors import InternalError
 
 Mask = NDArray[np.bool_]
+Use = TypeVar("Use")
 SKIP_BIAS = {(MICROSOFT, "SkipLayerNormalization"): 4, (MICROSOFT, "SkipSimplifiedLayerNormalization"): 3}
 """Operators that add a vector, which may be absent, to the sum of their first two inputs: its position."""
 BIAS_INPUTS = {
@@ -66,6 +67,21 @@ class _Numbers(NamedTuple):
     splits: list[tuple[gs.Node, list[int]]]
 
 
+def _by_leaf(uses: Iterable[Use], leaves_of: Callable[[Use], Iterable[int]]) -> dict[int, list[tuple[int, Use]]]:
+    """Maps each leaf to the uses that have it, with their places in the order of all."""
+    result: dict[int, list[tuple[int, Use]]] = defaultdict(list)
+    for place, use in enumerate(uses):
+        for leaf in leaves_of(use):
+            result[leaf].append((place, use))
+    return result
+
+
+def _of_leaves(by_leaf: Mapping[int, Sequence[tuple[int, Use]]], leaves: Iterable[int]) -> list[Use]:
+    """Returns the uses that have any of some leaves, each once, in order."""
+    found = {place: use for leaf in leaves for place, use in by_leaf.get(leaf, ())}
+    return [found[place] for place in sorted(found)]
+
+
 class Rewriter:
     """Applies cuts to one analysed graph; the analysis stays as it was, ``kept`` says what has gone since."""
 
@@ -78,6 +94,9 @@ class Rewriter:
         self._sources: dict[int, frozenset[int]] = {}
         self._alive: list[gs.Tensor] = []  # what the ids in _sources belong to
         self._names = _fresh_names(self.graph)
+        # By leaf, so that a cut looks at its own uses and not at all of the graph; found on the graph as it was.
+        self._size_uses = _by_leaf(walk.size_uses, self._size_leaves)
+        self._value_uses = _by_leaf(walk.value_uses, lambda u: self._leaves_behind(u.node.inputs[u.position]))
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -251,7 +270,7 @@ class Rewriter:
         made: dict[tuple[object, ...], gs.Tensor] = {}
         result = _Numbers([], [], [])
         wanted: dict[tuple[int, str, int | str], list[tuple[SizeUse, int]]] = defaultdict(list)
-        for use in self.walk.size_uses:
+        for use in _of_leaves(self._size_uses, roots):
             kind, place, _ = use.where
             depends = kind == "input" and not roots.isdisjoint(self._leaves_behind(use.node.inputs[place]))
             if depends or any(self._changed(f, roots) for f in (*use.factors, *use.watched)):
@@ -314,7 +333,7 @@ class Rewriter:
         "3 heads x batch" by replacing the 5. The replacement is taken only where it gives what is wanted.
         """
         sizes = {self.algebra.size(r): self.size(r) for r in roots}
-        for use in self.walk.size_uses:
+        for use in _of_leaves(self._size_uses, roots):
             for factor in use.factors:
                 if not use.dynamic and self._changed(factor, roots):
                     sizes.setdefault(self.algebra.size(factor), self.size(factor))
@@ -481,6 +500,11 @@ class Rewriter:
     def _index(self, node: gs.Node) -> int:
         return next(i for i, n in enumerate(self.graph.nodes) if n is node)
 
+    def _size_leaves(self, use: SizeUse) -> set[int]:
+        kind, place, _ = use.where
+        behind = self._leaves_behind(use.node.inputs[place]) if kind == "input" else frozenset()
+        return {leaf for f in (*use.factors, *use.watched) for leaf in self.algebra.leaves(f)} | behind
+
     def _leaves_behind(self, tensor: gs.Tensor) -> frozenset[int]:
         """Returns the leaf factors whose sizes a tensor computed from shapes may depend on."""
         if is_constant(tensor) or not tensor.inputs:
@@ -500,7 +524,7 @@ class Rewriter:
         """Returns the inputs whose value, computed from shapes, would change: they keep what they were."""
         known: dict[int, Array | None] = {}
         result: list[tuple[gs.Node, int, gs.Tensor]] = []
-        for use in self.walk.value_uses:
+        for use in _of_leaves(self._value_uses, roots):
             tensor = use.node.inputs[use.position]
             if roots.isdisjoint(self._leaves_behind(tensor)):
                 continue
