@@ -98,9 +98,11 @@ def sources_of(walk: GraphWalk, leaf: Factor, nodes: Iterable[gs.Node], consumer
     found = []
     for use in walk.constant_uses:
         axes = [i for i, f in enumerate(use.axes) if leaf in walk.algebra.leaves(f)]
+        if not axes:
+            continue
         contracted = any(u.node is use.node and u.weight_position == use.position and [u.weight_axis] == axes
                          for u in walk.consumers)  # fmt: skip
-        if not axes or (contracted and id(use.node) in ends):
+        if contracted and id(use.node) in ends:
             continue
         if len(axes) > 1:
             raise Bent(f"constant '{use.constant.name}' has the width twice")
