@@ -49,9 +49,9 @@ def a_task(folder: Path, higher: bool = True) -> Task:
     )
 
 
-def options(folder: Path, **more: Any) -> argparse.Namespace:
+def options(folder: Path, again: bool = False) -> argparse.Namespace:
     """Of the command."""
-    return argparse.Namespace(folder=folder, venvs=folder, repositories=folder / "clones", seed=3, **more)
+    return argparse.Namespace(folder=folder, venvs=folder, repositories=folder / "clones", seed=3, again=again)
 
 
 def a_peer(folder: Path, method: str = "", repository: str | None = None) -> Peer:
@@ -67,6 +67,14 @@ def test_a_driver_gets_its_job_and_the_batches_in_order_and_its_report_comes_bac
     assert (cell["tool"], cell["artefact"]) == ("a tool 1.0", "plain ONNX")
     assert cell["note"] == "0.35 of checkpoint, dense.onnx, seed 3"
     assert 0 <= cell["seconds"] <= cell["process_seconds"] and cell["peak_mib"] > 1
+
+
+def test_a_model_that_is_pruned_already_is_only_scored(tmp_path: Path) -> None:
+    task, peer = a_task(tmp_path), a_peer(tmp_path)
+    first = make_cell(peer, task, 0.35, options(tmp_path))
+    (tmp_path / "driver.py").write_text("raise SystemExit('started')", encoding="utf-8")
+    assert make_cell(peer, task, 0.35, options(tmp_path)) == first
+    assert make_cell(peer, task, 0.35, options(tmp_path, again=True)) == {"error": "started"}
 
 
 def test_what_cannot_be_run_is_a_cell_with_the_reason(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ NEAR = 0.02
 """Within 2 % of liar-opt's score, the faster one is named."""
 LIMIT = 800
 """Seconds after which a tool is stopped."""
+FINISHED = "finished.json"
+"""In the folder of a pruned model: what the tool and its process said. With it there, the model is only scored."""
 BUSY = 0.5
 """Cores that other programs keep busy: from there on a time is marked."""
 
@@ -95,8 +97,10 @@ def run_peer(peer: Peer, task: Task, ratio: float, folder: Path, options: argpar
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         why = f"stopped after {LIMIT} s" if used["code"] == 124 else (said[-1] if said else "it said nothing")
         raise PeerError(peer.reasons.get(used["code"], why[-300:]))
-    report = peer.read_report(folder)
-    return {**report, "process_seconds": round(used["wall"], 2), "peak_mib": used["peak"] / 2**20, "busy": others.cores()}
+    process = {"process_seconds": round(used["wall"], 2), "peak_mib": used["peak"] / 2**20, "busy": others.cores()}
+    found = {**peer.read_report(folder), **process}
+    (folder / FINISHED).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
 
 
 def make_cell(peer: Peer, task: Task, ratio: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -104,12 +108,15 @@ def make_cell(peer: Peer, task: Task, ratio: float, options: argparse.Namespace)
     if task.name in peer.excuses:
         return {"error": peer.excuses[task.name]}
     folder = options.folder / f"{task.name}-{peer.name}-{ratio}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        found = run_peer(peer, task, ratio, folder, options)
-    except PeerError as err:
-        return {"error": str(err)}
+    if (folder / FINISHED).is_file() and not options.again:
+        found = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            found = run_peer(peer, task, ratio, folder, options)
+        except PeerError as err:
+            return {"error": str(err)}
     pruned = folder / "pruned.onnx"
     return {**found, "score": task.score(pruned), "removed": task.removed(pruned, peer.graph)}
 
