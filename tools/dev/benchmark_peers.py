@@ -19,6 +19,7 @@ programs kept a core busy meanwhile, they are marked.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,16 @@ FINISHED = "finished.json"
 """In the folder of a pruned model: what the tool and its process said. With it there, the model is only scored."""
 BUSY = 0.5
 """Cores that other programs keep busy: from there on a time is marked."""
+
+
+INTRODUCTION = """# liar-opt beside other tools
+
+Printed by the command below. Every tool gets the same model, the same calibration samples and the same number of parameters
+to remove (feed-forward and attention; embeddings apart), and runs in a process and an environment of its own; "removed" is
+what was found gone afterwards. All results are scored as ONNX files in ONNX Runtime. "(formula, ours)" is the published
+rule within liar-opt, where the authors' code does not take the model. Seconds are the tool's own work, without imports,
+reading and writing; memory is the peak of the process; latency and cost belong to the largest ratio that the row has. No
+tool was trained after pruning."""
 
 
 # One cell --------------------------------------------------------------------------------------------------------------
@@ -92,11 +103,12 @@ def run_peer(peer: Peer, task: Task, ratio: float, folder: Path, options: argpar
     log = folder / "log"
     others = Others()
     with log.open("w", encoding="utf-8") as out:
-        used = measured(["timeout", str(LIMIT), python, *command], folder, out)
+        used = measured(["timeout", "--foreground", str(LIMIT), python, *command], folder, out)
     if used["code"]:
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        why = f"stopped after {LIMIT} s" if used["code"] == 124 else (said[-1] if said else "it said nothing")
-        raise PeerError(peer.reasons.get(used["code"], why[-300:]))
+        errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)] or said or ["it said nothing"]
+        why = f"stopped after {LIMIT} s" if used["code"] == 124 else errors[-1]
+        raise PeerError(peer.reasons.get(used["code"], f"{why[:200]} ..." if len(why) > 200 else why))
     process = {"process_seconds": round(used["wall"], 2), "peak_mib": used["peak"] / 2**20, "busy": others.cores()}
     found = {**peer.read_report(folder), **process}
     (folder / FINISHED).write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -188,9 +200,10 @@ def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namesp
     """All tables."""
     given = setting(options.seed)
     parts = [
+        INTRODUCTION,
         "`python tools/dev/benchmark_peers.py`" + (f" `--seed {options.seed}`" if options.seed else "") + "\n\n"
         f"Seed {given['seed']}; commit {given['commit']}, {given['date']}; {given['cores']} cores, {given['processor']}. "
-        f"Times with ~ were taken while other programs kept {BUSY} cores busy or more; they are not to be quoted.\n"
+        f"Times with ~ were taken while other programs kept {BUSY} cores busy or more; they are not to be quoted.\n",
     ]
     for task in tasks.values():
         cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name}

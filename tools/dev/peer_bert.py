@@ -17,6 +17,7 @@ Where a loss is needed, the labels are in the calibration file under "labels".
 import importlib
 import json
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -232,8 +233,19 @@ def torch_pruning(job: Job, model: Any) -> tuple[str, str, str]:
     return f"torch-pruning {version('torch-pruning')}", "pickled module", f"{note}, uniform, heads and FFN alone"
 
 
+def _names_that_torch_moved() -> None:
+    """Release 0.31 imports parts of `torch.onnx` from where they were in its time."""
+    moved = importlib.import_module("torch.onnx._internal.torchscript_exporter")
+    for item in pkgutil.iter_modules(moved.__path__):
+        module = importlib.import_module(f"{moved.__name__}.{item.name}")
+        for place in ("torch.onnx", "torch.onnx._internal"):
+            sys.modules[f"{place}.{item.name}"] = module
+            setattr(sys.modules[place], item.name, module)
+
+
 def gradnas(job: Job, model: Any) -> tuple[str, str, str]:
     """`modelopt.torch.prune` in mode "gradnas", as its guide has it for BERT, to a number of parameters."""
+    _names_that_torch_moved()
     mtp = importlib.import_module("modelopt.torch.prune")
 
     batches, c = tensors(job), model.config

@@ -232,6 +232,7 @@ def llm_pruner(job: Job, model: Any) -> Told:
 def slicegpt(job: Job, model: Any) -> Told:
     """`run_slicegpt.py`; the new width is the widest multiple of 8 whose layers keep no more than the budget leaves."""
     sys.path.insert(0, str(job.repository / "src") if job.repository else "")
+    stand_in("datasets", Dataset=None, DatasetDict=None)
     theirs = {
         name: importlib.import_module(f"slicegpt.{name}") for name in ("rotate", "layernorm_fusion", "slicing_scheduler")
     }
@@ -241,6 +242,7 @@ def slicegpt(job: Job, model: Any) -> Told:
         n for n in range(d, 0, -8) if sizes.total * n / d + 2 * sizes.layers * n * n <= sizes.total - sizes.budget
     )
     batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows(job).split(ROWS)]
+    model.config.use_cache = False
     with job.timed():
         theirs["layernorm_fusion"].replace_layers(adapter)
         theirs["layernorm_fusion"].fuse_modules(adapter)
@@ -312,6 +314,12 @@ def minitron(job: Job, model: Any) -> Told:
     """`modelopt.torch.prune` in the mode that its guide has for language models; made for Megatron-Core's modules."""
     mtp = importlib.import_module("modelopt.torch.prune")
 
+    registry = importlib.import_module("modelopt.torch.prune.pruning").PruneModeRegistry
+    if "mcore_minitron" not in registry:
+        raise SystemExit(
+            "Error: the mode that prunes language models, 'mcore_minitron', is registered with Megatron-Core alone, whose "
+            "modules it takes; the other one, 'fastnas', is made for convolutional networks"
+        )
     sizes, ids = Sizes(model.config, job.ratio), windows(job)
     with job.timed():
         mtp.prune(

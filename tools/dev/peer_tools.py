@@ -18,7 +18,16 @@ from typing import Any
 from liar_opt.tools.dev.peer_tasks import Task
 
 HERE = Path(__file__).resolve().parent
-_TORCH = ("torch==2.13.0", "transformers==4.41.2", "accelerate", "scipy", "onnx", "numpy")
+_TORCH = (
+    "torch==2.13.0",
+    "transformers==4.41.2",
+    "accelerate",
+    "ml-collections",
+    "sentencepiece",
+    "scipy",
+    "onnx",
+    "numpy",
+)
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "onnxsim": ("onnxsim>=0.8", "onnxruntime", "onnx", "numpy"),
     "qonnx": ("qonnx", "onnxruntime", "onnx", "numpy"),
