@@ -80,11 +80,6 @@ class Task:
         head, unit, heads = (4 * d + 3) * d // q, 2 * d + 1, int(ratio * q)
         return heads / q + 1e-6, (ratio * (q * head + h * unit) - heads * head) / (h * unit)
 
-    @functools.cached_property
-    def dense_score(self) -> float:
-        """Of the dense model."""
-        return self.score(self.model)
-
     @property
     def calibration(self) -> Path:
         """The calibration data as the drivers read it."""
