@@ -122,6 +122,7 @@ def test_the_table_says_where_liar_opt_is_not_first_and_who_is_faster(tmp_path: 
     assert "| liar-opt | 0.90 | **0.80** | 20/20 | 10.0 s | 100 MiB | 2.00 | plain ONNX |" in text
     assert "| Torch-Pruning, group L2 | **0.95** |  |" in text
     assert "- qonnx PruneChannels: no rule for MatMul" in text
+    assert "- Kwon et al.: needs the loss of a labelled task" in text and "- liar-opt, same widths" in text
     cells["liar-opt", 0.5]["busy"] = 1.0
     assert "~10.0 s" in task_table(task, cells, (0.2, 0.5))
 

@@ -171,7 +171,8 @@ def task_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]],
         own = {ratio: cells[peer.name, ratio] for ratio in ratios if (peer.name, ratio) in cells}
         done = {ratio: cell for ratio, cell in own.items() if "score" in cell}
         if not done:
-            failures += [f"- {peer.label}: {cell['error']}" for cell in list(own.values())[:1]]
+            why = next((cell["error"] for cell in own.values()), peer.excuses.get(task.name, "not measured yet"))
+            failures += [f"- {peer.label}: {why}"] if task.name in peer.tasks else []
             continue
         scores = []
         for ratio in ratios:
@@ -200,10 +201,11 @@ def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namesp
     """All tables."""
     given = setting(options.seed)
     parts = [
-        INTRODUCTION,
+        f"{INTRODUCTION}\n",
         "`python tools/dev/benchmark_peers.py`" + (f" `--seed {options.seed}`" if options.seed else "") + "\n\n"
-        f"Seed {given['seed']}; commit {given['commit']}, {given['date']}; {given['cores']} cores, {given['processor']}. "
-        f"Times with ~ were taken while other programs kept {BUSY} cores busy or more; they are not to be quoted.\n",
+        f"Seed {given['seed']}; printed at commit {given['commit']}, {given['date']}; {given['cores']} cores, "
+        f"{given['processor']}. "
+        f"Times with ~ were\ntaken while other programs kept {BUSY} cores busy or more; they are not to be quoted.\n",
     ]
     for task in tasks.values():
         cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name}

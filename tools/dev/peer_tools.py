@@ -33,7 +33,15 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "qonnx": ("qonnx", "onnxruntime", "onnx", "numpy"),
     "torch": _TORCH,
     "torch-pruning": (*_TORCH, "torch-pruning"),
-    "modelopt-0.31": ("nvidia-modelopt==0.31.0", "pulp", "torch==2.13.0", "transformers==4.48.3", "onnx", "numpy"),
+    "modelopt-0.31": (
+        "nvidia-modelopt==0.31.0",
+        "pulp",
+        "torchprofile==0.0.4",
+        "torch==2.13.0",
+        "transformers==4.48.3",
+        "onnx",
+        "numpy",
+    ),
     "modelopt": ("nvidia-modelopt==0.47.0", "torch==2.13.0", "transformers==4.57.1", "onnx", "numpy"),
 }
 REPOSITORIES: dict[str, tuple[str, str]] = {
