@@ -155,6 +155,9 @@ def verdicts(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]], r
         rest = {
             peer: cell for (peer, of), cell in cells.items() if of == ratio and "score" in cell and not PEERS[peer].ours
         }
+        if not rest:
+            yield f"{100 * ratio:.0f} %: no other tool was measured."
+            continue
         ahead = [p for p, c in rest.items() if better(task, c["score"], ours["score"])]
         faster = [p for p, c in rest.items() if near(task, c["score"], ours["score"]) and c["seconds"] < ours["seconds"]]
         text = f"{100 * ratio:.0f} %: "

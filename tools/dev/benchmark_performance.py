@@ -35,7 +35,7 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import load_segment, run_segment
 from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.sessions import Session
-from liar_opt.runtime.solve import Problem, fold, repair_map, select_greedy
+from liar_opt.runtime.solve import Problem, fold, one_thread, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import MINILM_INPUTS, _moved_into_place, _quiet
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table
@@ -221,19 +221,20 @@ def solver(options: argparse.Namespace) -> str:
         def factor(covariance: np.ndarray = covariance) -> object:
             return scipy.linalg.cho_factor(covariance, lower=True, check_finite=False)
 
-        cholesky = seconds_of(factor, turns)
         blocks = np.arange(n)
         problem = Problem(covariance, [weight], blocks)
-        select = seconds_of(lambda p=problem, k=n // 2: select_greedy([p], k, RIDGE), turns)  # type: ignore[misc]
-        kept = select_greedy([problem], n // 2, RIDGE).kept_blocks if n <= 2048 else blocks[::2]
-        removed = np.setdiff1d(blocks, kept)
+        with one_thread(n):  # as pruning calls them
+            cholesky = seconds_of(factor, turns)
+            select = seconds_of(lambda p=problem, k=n // 2: select_greedy([p], k, RIDGE), turns)  # type: ignore[misc]
+            kept = select_greedy([problem], n // 2, RIDGE).kept_blocks if n <= 2048 else blocks[::2]
+            removed = np.setdiff1d(blocks, kept)
 
-        def repair(
-            c: np.ndarray = covariance, w: np.ndarray = weight, u: np.ndarray = mean, k: Any = kept, r: Any = removed
-        ) -> object:
-            return fold(w, k, r, repair_map(c, u, k, r, RIDGE))
+            def repair(
+                c: np.ndarray = covariance, w: np.ndarray = weight, u: np.ndarray = mean, k: Any = kept, r: Any = removed
+            ) -> object:
+                return fold(w, k, r, repair_map(c, u, k, r, RIDGE))
 
-        mended = seconds_of(repair, turns)
+            mended = seconds_of(repair, turns)
         cells = [f"{s:.3f} s" for s in (cholesky, select, mended)]
         scaled = f"{1e12 * (select + mended) / n**3:.0f}"
         rows.append([f"{n:,}", *cells, f"{select / cholesky:.1f}x", f"{mended / cholesky:.1f}x", scaled])
