@@ -100,6 +100,7 @@ def menus_of(
                 group.parameters * widths / group.size if cost is None else cost(group, widths),
                 np.zeros(widths.size) if curve is None else curve.errors[widths],
                 np.zeros(0) if curve is None else curve.values,
+                None if curve is None else curve.deviation,
             )
         )
     return menus
@@ -152,7 +153,7 @@ def joined(
                 chosen.append(int(index))
         meaning[heads.name] = [pairs[i] for i in chosen]
         numbers = np.arange(1, len(chosen) + 1)
-        result[place] = Menu(heads.name, numbers, costs[chosen], errors[chosen], menu.values)
+        result[place] = Menu(heads.name, numbers, costs[chosen], errors[chosen], menu.values, menu.deviation)
     return result, meaning
 
 

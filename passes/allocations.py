@@ -7,8 +7,8 @@ add up to the goal, as nearly as the steps allow:
     uniform   the same share of every group
     curves    least sum of errors: the multiple-choice knapsack, by dynamic programming
     global    one threshold for all blocks' scores, each divided by its group's mean
-    flap      one threshold for all blocks' scores, standardised within their group: (s - mean) / deviation
-              (FLAP, arXiv 2312.11983)
+    flap      one threshold for all blocks' scores, standardised within their group: (s - mean) / deviation, the deviation
+              over single channels (FLAP, arXiv 2312.11983)
 
 Errors are in one currency for all kinds: the mean square that is lost, relative to the variance of the residual stream
 behind the consumer (`passes.measure_curves`). Small errors of different groups add up there, and the normalisation that
@@ -39,6 +39,7 @@ class Menu:
         costs: what each width costs, [w].
         errors: what each width loses, [w]; zeros where nothing was measured.
         values: the score of every block, [k]; empty where nothing was measured.
+        deviation: the standard deviation of the score over channels; None: that of the values.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Menu:
     costs: Array
     errors: Array
     values: Array
+    deviation: float | None = None
 
     @property
     def size(self) -> int:
@@ -94,8 +96,14 @@ def globally(menus: Sequence[Menu], goal: float) -> dict[str, int]:
 
 
 def flap(menus: Sequence[Menu], goal: float) -> dict[str, int]:
-    """One threshold for standardised scores."""
-    return _by_threshold(menus, [(m.values - m.values.mean()) / (float(m.values.std()) or 1.0) for m in menus], goal)
+    """One threshold for standardised scores.
+
+    FLAP standardises over the channels of a layer and averages over the channels of a head then. Heads, being averages, lie
+    near zero so, and few of them fall below a threshold that many channels fall below.
+    """
+    spread = [float(m.values.std()) if m.deviation is None else m.deviation for m in menus]
+    values = [(m.values - m.values.mean()) / (s or 1.0) for m, s in zip(menus, spread, strict=True)]
+    return _by_threshold(menus, values, goal)
 
 
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "curves": curves, "global": globally, "flap": flap}

@@ -42,11 +42,13 @@ class GroupCurve:
         errors: with 0, 1, ... k blocks kept, [k + 1]; the last is zero. Relative squared differences of the output.
         values: the score of every block on the dense model, [k].
         worth: what an error of one, relative to the stream, does to the output.
+        deviation: the standard deviation of the score (`scores.Score.deviation`); None: that of the values.
     """
 
     errors: NDArray[np.float64]
     values: NDArray[np.float64]
     worth: float = 1.0
+    deviation: float | None = None
 
     def points(self, most: int = SHOWN) -> list[tuple[int, float]]:
         """Returns (blocks kept, error) at ``most`` places, evenly spread, both ends included."""
@@ -123,7 +125,8 @@ class _CurveRun(DenseRun):
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
         lost = self.difference(self.repaired(group, measured, np.concatenate(half)), group.end)
-        self.note(group, errors, values, lost, errors[keep])
+        deviation = self.score.deviation(measured, values) if group.sets == 1 else None
+        self.note(group, errors, values, lost, errors[keep], deviation)
 
     def note_logits(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
         """Notes the curve of queries and keys: the shape is what their products lose."""
@@ -134,10 +137,18 @@ class _CurveRun(DenseRun):
         ]
         self.note(group, turns.lost, np.zeros(group.size), self.difference(patches, group.end), turns.lost[keep])
 
-    def note(self, group: ChannelGroup, errors: Array, values: Array, lost: float | None, predicted: float) -> None:
+    def note(
+        self,
+        group: ChannelGroup,
+        errors: Array,
+        values: Array,
+        lost: float | None,
+        predicted: float,
+        deviation: float | None = None,
+    ) -> None:
         """Notes a curve, scaled by what the output was seen to lose where ``predicted`` is expected."""
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
-        self.curves[group.name] = GroupCurve(errors * worth, values, worth)
+        self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
 
 
 def _in_stream_units(item: Measured, weighted: bool) -> Problem:

@@ -47,6 +47,10 @@ ScoreFunction = Callable[[Sequence[Measured]], Any]
 """A user's own: (consumers) -> one number a block; the higher the more it is kept."""
 
 
+Channels = Callable[[Measured], Array]
+"""(consumer) -> one number a channel, [n]."""
+
+
 @dataclass(frozen=True)
 class Score:
     """How the blocks that stay are found.
@@ -54,10 +58,18 @@ class Score:
     Attributes:
         values: one number a block.
         choose: a search of its own; None keeps the highest values.
+        channels: what the values are means of over the channels of each block; None where they are not.
     """
 
     values: Values
     choose: Choose | None = None
+    channels: Channels | None = None
+
+    def deviation(self, consumers: Sequence[Measured], values: Array) -> float:
+        """Returns the standard deviation by which FLAP's threshold standardises: of channels, where the values have any."""
+        if self.channels is None:
+            return float(values.std())
+        return float(np.sqrt(sum(self.channels(c).var() for c in consumers)))
 
     def select(self, consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> Blocks:
         """Returns the kept blocks, ascending."""
@@ -130,21 +142,26 @@ def _variances(consumer: Measured) -> Array:
     return np.diagonal(consumer.statistics.covariance).astype(np.float64)
 
 
-def ifv(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
+def ifv(consumer: Measured) -> Array:
     """Input feature variance."""
-    return np.asarray(sum(_block_mean(c, _variances(c)) for c in consumers))
+    return _variances(consumer)
 
 
-def wifv(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
+def wifv(consumer: Measured) -> Array:
     """Weighted input feature variance."""
-    return np.asarray(sum(_block_mean(c, _variances(c) * row_squares(c)) for c in consumers))
+    return _variances(consumer) * row_squares(consumer)
 
 
-def wifn(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
+def wifn(consumer: Measured) -> Array:
     """Weighted input feature norm."""
-    return np.asarray(
-        sum(_block_mean(c, np.sqrt(c.statistics.mean_square) * np.abs(c.weight).mean(axis=1)) for c in consumers)
-    )
+    return np.asarray(np.sqrt(consumer.statistics.mean_square) * np.abs(consumer.weight).mean(axis=1))
+
+
+def _averaged(channels: Channels) -> Score:
+    def values(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
+        return np.asarray(sum(_block_mean(c, channels(c)) for c in consumers))
+
+    return Score(values, channels=channels)
 
 
 def _pairs(consumer: Measured) -> Array:
@@ -218,9 +235,9 @@ SCORES: dict[str, Score] = {
     "swaps": Score(removal_errors, swaps),
     "activation-weighted": Score(activation_weighted),
     "output-approximation": Score(output_approximation),
-    "wifv": Score(wifv),
-    "wifn": Score(wifn),
-    "ifv": Score(ifv),
+    "wifv": _averaged(wifv),
+    "wifn": _averaged(wifn),
+    "ifv": _averaged(ifv),
     "magnitude": Score(magnitude),
     "magnitude-l1": Score(magnitude_l1),
     "random": Score(random),

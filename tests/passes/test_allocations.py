@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,9 @@ def test_thresholds_are_normalised_by_their_papers() -> None:
     spread = Menu("spread", widths, widths.astype(float), np.zeros(4), np.asarray([0.0, 0.0, 0.0, 100.0]))
     even = Menu("even", widths, widths.astype(float), np.zeros(4), np.asarray([1.0, 1.1, 1.2, 1.3]))
     assert globally([spread, even], 4.0) == {"spread": 1, "even": 3}
+    # Blocks are averages of many channels, which spread more: what is standardised by the channels lies near zero.
+    heads = replace(high, values=np.asarray([1.0, 1.1, 1.2, 1.3]), deviation=2.0)
+    assert flap([low, heads], 4.0) == {"low": 1, "high": 3} and flap([low, heads], 5.0) == {"low": 1, "high": 4}
 
 
 def test_dead_groups_are_no_trouble() -> None:
