@@ -29,6 +29,8 @@ CASES: list[tuple[str, list[np.ndarray | None], dict[str, Any]]] = [
     ("Squeeze", [X[:1, :, :1]], {}),
     ("Squeeze", [X[:1, :, :1], i(-1)], {}),
     ("Unsqueeze", [X, i(0, -1)], {}),
+    ("OneHot", [i(2, 0, -1), np.asarray(4, I), i(3, 7)], {}),
+    ("OneHot", [N[:1, :2, :2] % 3, np.asarray(3, I), np.asarray([0, 1], F)], {"axis": 1}),
     ("Slice", [X, i(1), i(3), i(1)], {}),
     ("Slice", [X, i(0, -3), i(2**62, -1), i(0, -1)], {}),
     ("Slice", [X, i(-1), i(-(2**63)), i(2), i(-1)], {}),
