@@ -10,7 +10,7 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 - selection: LIAR; magnitude, activation-weighted, greedy.
 - weighting: greedy and LIAR; every row alike, or by the residual stream.
 - calibration: greedy and LIAR; text, or what the dense model writes by itself.
-- allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves, by FLAP's threshold.
+- allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves.
 - ablation: the default (greedy, LIAR, curves), and what other repairs and weightings do to it.
 - methods: published ones, as far as they consist of parts that liar-opt has; not their authors' code.
 """
@@ -48,7 +48,7 @@ TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "selection": [(s, {"score": s}) for s in ("magnitude", "activation-weighted", "greedy")],
     "weighting": [(w, {"weighting": w}) for w in ("none", "stream")],
     "calibration": [("text", {"calibration": "brown"}), (SELF, {"calibration": SELF})],
-    "allocation": [("uniform", {}), *((a, {"allocate": a}) for a in ("curves", "flap"))],
+    "allocation": [("uniform", {}), ("curves", {"allocate": "curves"})],
     "ablation": [
         ("the default", {"allocate": "curves"}),
         *((f"repair {r}", {"allocate": "curves", "repair": r}) for r in ("dense", "residual")),
@@ -61,8 +61,8 @@ TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("Wanda-sp", {"score": "activation-weighted", "repair": "none"}),
         ("mask tuning", {"score": "activation-weighted", "repair": "scaling"}),
         ("OBS (SlimGPT)", {}),
-        ("OSSCAR", {"score": "swaps"}),
         ("liar-opt", {"allocate": "curves"}),
+        ("FLAP, with LIAR", {"score": "wifv", "allocate": "flap"}),
     ],
 }
 
