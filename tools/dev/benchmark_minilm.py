@@ -407,6 +407,7 @@ class FixedThreads(Session):
         options.log_severity_level = 4
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.device = "cpu"
+        self._fed = {}
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.inputs = [i.name for i in self._session.get_inputs()]
         self.outputs = [o.name for o in self._session.get_outputs()]
