@@ -95,7 +95,12 @@ def _counts(tensor: Any, roles: dict[str, str]) -> bool:
         return roles.get(origin.name) == "position"
     if origin.op in ("Add", "Sub", "Mul"):  # behind a cache, or where a mask is
         return any(_counts(t, roles) for t in origin.inputs if not is_constant(t))
-    return origin.op in ("Range", "CumSum") or (origin.op == "Slice" and is_constant(origin.inputs[0]))
+    return origin.op in ("Range", "CumSum") or (origin.op == "Slice" and _ascends(origin.inputs[0]))
+
+
+def _ascends(tensor: Any) -> bool:
+    """Whether a tensor is a constant of rising numbers; a buffer of token types, all zeros, is none."""
+    return is_constant(tensor) and bool((np.diff(np.asarray(tensor.values).reshape(-1)) > 0).all())
 
 
 def _origin(tensor: Any) -> Any:

@@ -95,3 +95,20 @@ def test_operators_that_say_so() -> None:
 )
 def test_a_constant_triangle(mask: str, causal: bool) -> None:
     assert is_causal(attention("y = Where(m, x, x)", mask)) == causal
+
+
+@pytest.mark.parametrize(("buffer", "limit"), [("0, 1, 2, 3", 5), ("0, 0, 0, 0", None)])
+def test_a_buffer_counts_where_it_rises(buffer: str, limit: int | None) -> None:
+    """Without an input of token types their buffer, all zeros, is cut as that of positions is."""
+    node = """
+        shape = Shape <start = 1, end = 2>(input_ids)
+        ids = Slice(buffer, zero, shape, one)
+        y = Gather(table, ids)
+    """
+    constants = (
+        "int64[1, 4] buffer = {" + buffer + "}",
+        "int64[1] zero = {0}",
+        "int64[1] one = {1}",
+        "float[5, 2] table = {" + ", ".join("0" * 10) + "}",
+    )
+    assert positions(attention(node, *constants)) == limit
