@@ -45,8 +45,14 @@ def kept_width(group: ChannelGroup, ratio: float, multiple_of: int) -> int:
     return min(kept, group.size)
 
 
-def require_allocatable(state: State, allocate: str, multiple_of: int) -> None:
+def require_allocatable(state: State, allocate: str, multiple_of: int, others: bool = False) -> None:
     """Checks what every pass that finds widths by an allocation needs.
+
+    Args:
+        state: the analysed model.
+        allocate: name of the allocation.
+        multiple_of: kept feed-forward widths are multiples of this.
+        others: whether there are widths to cut beside the groups.
 
     Raises:
         OptionError: the allocation is unknown, or ``multiple_of`` is below one.
@@ -55,13 +61,9 @@ def require_allocatable(state: State, allocate: str, multiple_of: int) -> None:
     lookup("allocation", ALLOCATIONS, allocate)
     if multiple_of < 1:
         raise OptionError(f"multiple-of {multiple_of} is below 1")
-    if not state.groups:
-        raise _nothing_to_prune(state)
-
-
-def _nothing_to_prune(state: State) -> ModelError:
-    name = f"'{state.model.source}'" if state.model.source else "the model"
-    return ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+    if not state.groups and not others:
+        name = f"'{state.model.source}'" if state.model.source else "the model"
+        raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
 
 
 def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -> float:
@@ -72,6 +74,11 @@ def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -
 def step_of(group: ChannelGroup, multiple_of: int) -> int:
     """Returns the multiple that kept widths of ``group`` are of."""
     return min(multiple_of, group.size) if group.kind == "ffn" else 1
+
+
+def _widths(size: int, step: int) -> NDArray[np.int64]:
+    """Returns the multiples of a step below a size, and the size, ascending."""
+    return np.append(np.arange(step, size, step), size).astype(np.int64)
 
 
 def menus_of(
@@ -91,7 +98,7 @@ def menus_of(
     menus = []
     for group in groups:
         step = step_of(group, multiple_of)
-        widths = np.unique(np.append(np.arange(step, group.size, step), group.size)).astype(np.int64)
+        widths = _widths(group.size, step)
         curve = curves.get(group.name)
         menus.append(
             Menu(
@@ -141,7 +148,7 @@ def joined(
             continue
         heads, menu = groups[place], menus[place]
         step = min(multiple_of, query.size)
-        channels = np.unique(np.append(np.arange(step, query.size, step), query.size)).astype(np.int64)
+        channels = _widths(query.size, step)
         gone = query.parameters * (1.0 - channels / query.size)
         costs = (menu.costs[:, None] - (menu.widths / heads.size)[:, None] * gone).reshape(-1)
         errors = (menu.errors[:, None] + curves[query.name].errors[channels]).reshape(-1)
@@ -203,14 +210,10 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 raise OptionError(f"{option.replace('_', '-')} {value:g} is outside [0, 1); it is the fraction to remove")
         if self.sparsity is not None and (self.ffn is not None or self.heads is not None):
             raise OptionError("sparsity and the ratios by kind (ffn, heads) exclude each other; give one form")
-        if self.multiple_of < 1:
-            raise OptionError(f"multiple-of {self.multiple_of} is below 1")
-        lookup("allocation", ALLOCATIONS, self.allocate)
         if self.uniform and self.allocate in MEASURED:
             raise OptionError(f"uniform widths and allocation '{self.allocate}' exclude each other; give one of them")
-        alone = bool(self.values and state.values) or bool(self.query_key and state.queries)
-        if not state.groups and not alone:
-            raise _nothing_to_prune(state)
+        others = bool(self.values and state.values) or bool(self.query_key and state.queries)
+        require_allocatable(state, self.allocate, self.multiple_of, others)
         for kind in (*KINDS, VALUES):
             if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")

@@ -18,7 +18,6 @@ after. No stage is warmed up and nothing but the stages is timed: reading, check
 import argparse
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,31 +25,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxsim
 from onnxsim.onnx_simplifier import PyModelExecutor as executor
-
-
-def read_batches(path: Path) -> list[dict[str, Any]]:
-    """The calibration batches, in order, each {graph input: array}."""
-    batches: dict[str, dict[str, Any]] = {}
-    with np.load(path) as arrays:
-        for key in sorted(arrays.files):
-            number, name = key.split(".", 1)
-            batches.setdefault(number, {})[name] = arrays[key]
-    return list(batches.values())
+from peer_files import peak_mebibytes, read_batches
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """Dimensions of every initializer."""
     return {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-
-
-def peak_mebibytes() -> float:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Stages:
