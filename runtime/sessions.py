@@ -9,15 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import InternalError, OptionError
-
-if TYPE_CHECKING:
-    pass
 
 Provider = Literal["auto", "cpu", "cuda"]
 PROVIDERS: tuple[Provider, ...] = ("auto", "cpu", "cuda")
@@ -86,6 +83,7 @@ class Session:
         lean: whether the weights are used where they lie: on the CPU they become inputs of the graph, since initializers
             are copied, all at once, while a session is made. Otherwise ONNX Runtime packs them, which is a little faster,
             and folds what it can.
+        threads: how many compute an operator, and sleep between runs; None leaves both to ONNX Runtime.
     """
 
     def __init__(
@@ -94,12 +92,16 @@ class Session:
         device: Literal["cpu", "cuda"] = "cpu",
         weights: Mapping[str, NDArray[Any]] | None = None,
         lean: bool = False,
+        threads: int | None = None,
     ) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         self._weights = {k: np.require(v, requirements=["C", "ALIGNED"]) for k, v in (weights or {}).items()}
         values = {name: _ort_value(v) for name, v in self._weights.items()}
         self._fed = values if lean and device == "cpu" else {}

@@ -36,7 +36,6 @@ from typing import IO, Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
@@ -398,21 +397,6 @@ def _of_forward(value: float, forward: float) -> tuple[str, str]:
     return f"{value:.2f} s", f"{value / forward:.2f}x"
 
 
-class FixedThreads(Session):
-    """A session with a number of threads, which sleep between runs: other sessions are timed meanwhile."""
-
-    def __init__(self, model: bytes, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.device = "cpu"
-        self._fed = {}
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.inputs = [i.name for i in self._session.get_inputs()]
-        self.outputs = [o.name for o in self._session.get_outputs()]
-
-
 def optimised(model: Path, path: Path) -> Path:
     """Writes what ONNX Runtime's transformers optimizer makes of a MiniLM."""
     from onnxruntime.transformers.optimizer import optimize_model
@@ -440,7 +424,7 @@ def latency(work: Workplace) -> dict[str, Any]:
         feeds = dict(zip(MINILM_INPUTS, values, strict=True))
         flops = [count_flops(m, AxisAlgebra, feeds) or 0 for m in analysed.values()]
         for threads in THREADS:
-            sessions = [FixedThreads(m, threads) for m in models.values()]
+            sessions = [Session(m, threads=threads) for m in models.values()]
             found = measure_latency(sessions, feeds, LATENCY_SECONDS, least=10, most=2000)
             times = dict(zip(models, found.seconds, strict=True))
             rows.append({"shape": [b, s], "threads": threads, "flops": flops, "seconds": times, "runs": found.runs})

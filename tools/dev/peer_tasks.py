@@ -24,7 +24,7 @@ from liar_opt.runtime.sessions import Session
 from liar_opt.tools.demo_assets import export_minilm, minilm_folder, sentences, split
 from liar_opt.tools.dev import sentiment
 from liar_opt.tools.dev.benchmark_decoder import measure, windows
-from liar_opt.tools.dev.benchmark_minilm import CALIBRATION, HELD_OUT, FixedThreads, embeddings, optimised
+from liar_opt.tools.dev.benchmark_minilm import CALIBRATION, HELD_OUT, embeddings, optimised
 
 TOKENS, WINDOW, ROWS = 8192, 128, 8
 """Of the decoder: calibration and evaluation tokens, tokens of a window, windows of a batch."""
@@ -98,7 +98,7 @@ class Task:
 
     def latency(self, pruned: Path) -> tuple[float, float]:
         """Median seconds of a run of the dense and of the pruned model, in turns, two threads."""
-        sessions = [FixedThreads(path.read_bytes(), 2) for path in (self.model, pruned)]
+        sessions = [Session(path.read_bytes(), threads=2) for path in (self.model, pruned)]
         rng = np.random.default_rng(self.options.seed)
         feeds = {name: np.ones(self.batch, np.int64) for name in sessions[0].inputs}
         feeds["input_ids"] = rng.integers(1000, 2000, self.batch)
