@@ -135,5 +135,6 @@ def _curves(
     """Returns ``curves`` where another pass reads them."""
     if isinstance(widths, AllocateWidthsPass) and widths.query_key == "auto":
         curves = replace(curves, queries=True)
-    needed = widths.allocate in MEASURED or isinstance(widths, LimitDropPass) or search is not None
-    return curves if needed else None
+    if isinstance(widths, LimitDropPass) or search is not None or widths.allocate == "curves":
+        return curves
+    return replace(curves, worth=False) if widths.allocate in MEASURED else None  # these compare scores, not errors

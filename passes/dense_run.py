@@ -97,7 +97,10 @@ class DenseRun(SegmentRun):
     def difference(self, patches: Sequence[Patch | ConstantPatch], behind: int | None = None) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
 
-        What a model is for comes first among its outputs, caches come after. None where no output changes.
+        Rows are compared about their own means. Of logits that is what their softmax sees: for a vocabulary it is nearly
+        proportional to the divergence, for all layers alike, where the plain difference says too little of late layers (in
+        SmolLM2 by a factor of four). What a model is for comes first among its outputs, caches come after. None where no
+        output changes.
 
         Args:
             patches: the consumers and constants that are changed.
@@ -139,7 +142,9 @@ class DenseRun(SegmentRun):
 
 
 def _some_rows(output: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """Rows of an output, each about its own mean: a softmax does not see what all logits have in common."""
     if output.ndim == 0:
         return output.reshape(1, 1).astype(np.float64)
     rows = output_rows(output, mask)
-    return rows[np.unique(np.linspace(0, len(rows) - 1, PROBE_ROWS).round().astype(np.int64))].astype(np.float64)
+    found = rows[np.unique(np.linspace(0, len(rows) - 1, PROBE_ROWS).round().astype(np.int64))].astype(np.float64)
+    return found - found.mean(axis=1, keepdims=True) if found.shape[1] > 1 else found

@@ -8,8 +8,9 @@ The shape of a curve is the error relative to the variance of the residual strea
 what the normalisation behind it divides by. (Where a consumer's output is added to nothing, relative to the variance of
 that output.) What such an error is worth at the end of the model differs by an order of magnitude between layers, so it is
 measured: the group is cut to half of its blocks and repaired, alone, and the rest of the model runs on a few held-back
-batches. The curve is scaled to the relative squared difference of the model's output that is found there. All curves are so
-in one currency, the model's own output, in which errors of different layers and kinds are compared and added.
+batches. The curve is scaled to the relative squared difference of the model's output that is found there
+(`DenseRun.difference`). All curves are so in one currency, the model's own output, in which errors of different layers and
+kinds are compared and added.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,12 +65,15 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         score: whose values are taken beside the curves.
         seed: for all that is drawn.
         queries: whether the widths of queries and keys are measured, too.
+        worth: whether what an error is worth at the end of the model is measured, one run of the rest of it a group; else
+            errors are relative to the stream.
     """
 
     name: ClassVar[str] = "measure-curves"
     score: str | ScoreFunction = "greedy"
     seed: int = 0
     queries: bool = False
+    worth: bool = True
 
     def requires(self, state: State) -> None:
         """Checks that there is something to measure on.
@@ -88,6 +92,7 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
         """Measures; the curves go to ``State.facts`` by group name."""
         run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)
+        run.probing = self.worth
         run.over_all()
         state.facts["curves"] = run.curves
         return PassResult(state)
@@ -97,6 +102,7 @@ class _CurveRun(DenseRun):
     """Notes the curve of every group."""
 
     stage = "measure"
+    probing = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -124,7 +130,7 @@ class _CurveRun(DenseRun):
                 worth_of = self.score.values(own, self.rng)
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
-        lost = self.difference(self.repaired(group, measured, np.concatenate(half)), group.end)
+        lost = self.difference(self.repaired(group, measured, np.concatenate(half)), group.end) if self.probing else None
         deviation = self.score.deviation(measured, values) if group.sets == 1 else None
         self.note(group, errors, values, lost, errors[keep], deviation)
 

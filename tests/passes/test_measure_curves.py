@@ -53,6 +53,25 @@ def test_a_curve_says_what_the_cut_does_to_the_output(streamed: bool) -> None:
         assert 1 / within < curve.errors[keep] / (error(proto, cut) / power) < within
 
 
+def test_what_all_logits_have_in_common_is_no_difference() -> None:
+    """A softmax does not see it: a large constant beside the logits leaves the curves as they are."""
+    text = "f (float[b, s, 6] x0) => (float[b, s, 6] y) {{ u = MatMul(x0, w1)  h = Relu(u)  z = MatMul(h, w2)  y = {} }}"
+    weights = {"w1": (6, 17), "w2": (17, 6)}
+    plain, _ = curves(graphs.parse(text.format("Identity(z)"), weights))
+    shifted = graphs.parse(text.format("Add(z, shift)"), weights | {"shift": np.full(1, 50.0, np.float32)})
+    (one,), (other,) = plain.values(), curves(shifted)[0].values()
+    np.testing.assert_allclose(other.errors, one.errors, rtol=1e-3)
+
+
+def test_without_their_worth_errors_are_relative_to_the_stream() -> None:
+    proto = graphs.parse(STREAM, WEIGHTS)
+    found, scaled = curves(proto, worth=False)[0], curves(proto)[0]
+    for name, curve in found.items():
+        assert curve.worth == 1.0
+        np.testing.assert_allclose(curve.errors * scaled[name].worth, scaled[name].errors)
+        np.testing.assert_allclose(curve.values, scaled[name].values)
+
+
 def test_values_are_those_of_the_score() -> None:
     proto = graphs.parse(STREAM, WEIGHTS)
     found, state = curves(proto, score=lambda consumers: np.arange(consumers[0].blocks))

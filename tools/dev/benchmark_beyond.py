@@ -161,11 +161,15 @@ def methods(bench: Bench) -> str:
 def ablation(bench: Bench) -> str:
     """What each part adds, one at a time."""
     known = {n: o for n, o in CHANGES.items() if o.get("repair", "liar") in REPAIRS}
-    values = {n: bench.cell(**{"repair": "liar", "sparsity": 0.5, "allocate": "curves", **o}) for n, o in known.items()}
+    base = {"repair": "liar", "allocate": "curves"}
+    values = {n: [bench.cell(**{**base, "sparsity": r, **o}) for r in RATIOS] for n, o in known.items()}
     default = values["the default"]
-    rows = [[n, f"{v:.4f}", "" if v == default else f"{v - default:+.4f}"] for n, v in values.items()]
-    columns = ["configuration", "cosine", "against the default"]
-    return f"50 % of all prunable parameters.\n\n{table(columns, rows)}"
+    rows = [
+        [n, *(f"{v:.4f}" + ("" if row is default else f" ({v - d:+.4f})") for v, d in zip(row, default, strict=True))]
+        for n, row in values.items()
+    ]
+    head = "The same share of all prunable parameters; in brackets the difference to the default."
+    return f"{head}\n\n{table(['configuration', *(f'{r:.0%}' for r in RATIOS)], rows)}"
 
 
 def widths(bench: Bench) -> str:

@@ -13,6 +13,7 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 - allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves.
 - ablation: the default (greedy, LIAR, curves), and what other repairs and weightings do to it.
 - methods: published ones, as far as they consist of parts that liar-opt has; not their authors' code.
+- scores: every score that needs no gradients with every repair of its own layer, the same ratio for all layers.
 """
 
 import argparse
@@ -31,7 +32,9 @@ import onnx
 from tokenizers import Tokenizer
 
 from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.passes.gradient_scores import GRADIENT_SCORES
 from liar_opt.passes.prune_model import prune
+from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
 from liar_opt.runtime.packing import pack
 from liar_opt.runtime.perplexity import Perplexity, perplexity
 from liar_opt.runtime.self_calibration import SELF, write_calibration
@@ -65,6 +68,8 @@ TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("FLAP, with LIAR", {"score": "wifv", "allocate": "flap"}),
     ],
 }
+
+SCORES_TABLE = "scores"
 
 
 def windows(corpus: Text, tokens: int, window: int, seed: int, tokenizer: Path) -> np.ndarray:
@@ -186,6 +191,10 @@ def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) 
         f"Dense: {dense['perplexity']:.2f}.\n"
     )
     for name in tables:
+        if name == SCORES_TABLE:
+            for ratio in ratios:
+                yield from scores(work, ratio)
+            continue
         choices = TABLES[name]
         heads = [label for label, _ in choices]
         yield f"\n### {name}\n\n| removed | {' | '.join(heads)} | commit |\n|---|{'---:|' * len(heads)}---|\n"
@@ -198,6 +207,19 @@ def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) 
             values = (f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in (found["perplexity"] for found in cells))
             commits = dict.fromkeys(found["commit"] for found in cells)
             yield f"| {100 * ratio:.0f} % | {' | '.join(values)} | {', '.join(commits)} |\n"
+
+
+def scores(work: "Workplace", ratio: float) -> Iterator[str]:
+    """Every score with every repair at one ratio, a row as soon as it is there."""
+    repairs = [r for r in REPAIRS if r not in AWARE]
+    yield f"\n### {SCORES_TABLE}, {ratio:.0%}\n\n| score | {' | '.join(repairs)} |\n|---|{'---:|' * len(repairs)}\n"
+    for score in (s for s in SCORES if s not in GRADIENT_SCORES):
+        found = []
+        for repair in repairs:
+            whole = {**BASE, "score": score, "repair": repair}
+            found.append(work.cached({"ratio": ratio, **whole}, partial(cell, work, ratio, whole))["perplexity"])
+        values = (f"**{v:.1f}**" if v == min(found) else f"{v:.1f}" for v in found)
+        yield f"| {score} | {' | '.join(values)} |\n"
 
 
 def commit() -> str:
@@ -214,7 +236,9 @@ def say(text: str) -> None:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="measure liar-opt on SmolLM2-135M")
-    parser.add_argument("--only", choices=tuple(TABLES), action="append", help="this table alone (may be repeated)")
+    parser.add_argument(
+        "--only", choices=(*TABLES, SCORES_TABLE), action="append", help="this table alone (may be repeated)"
+    )
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
@@ -224,7 +248,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=cache_folder() / "smollm2", help="where the model is, or is made")
     parser.add_argument("--cells", type=Path, default=cache_folder() / "smollm2-cells.json", help="finished cells")
     options = parser.parse_args()
-    for text in markdown(Workplace(options), options.only or tuple(TABLES), options.ratios):
+    for text in markdown(Workplace(options), options.only or (*TABLES, SCORES_TABLE), options.ratios):
         print(text, end="", flush=True)
     return 0
 
