@@ -66,6 +66,8 @@ HALVES: dict[str, dict[str, float]] = {
 }
 BOTH = "FFN 50 % + heads 50 %"
 TIMED = ("FFN 50 %", BOTH)
+SAMPLES = (512, 1024, 2048, 4096)
+"""Calibration sentences, for the cost by their number."""
 SCORES = ("random", "magnitude", "activation-weighted", "greedy")
 REPAIRS = ("none", "bias", "liar")
 EXPORTS: tuple[tuple[Exporter, Attention], ...] = (
@@ -150,13 +152,15 @@ class Workplace:
         }
         return prune(model, self.sentences, **given, **options)
 
-    def batches(self, model: Path) -> CalibrationData:
-        """The batches that liar-opt makes of the calibration sentences, by the code that makes them there."""
+    def batches(self, model: Path, sentences: Sequence[str] | None = None) -> CalibrationData:
+        """The batches that liar-opt makes of sentences (those of the calibration), by the code that makes them there."""
         loaded = OnnxModel.load(model)
+        given = self.sentences if sentences is None else list(sentences)
         return load_calibration(
-            self.sentences,
+            given,
             loaded.inputs(),
             tokenizer=minilm_folder(),
+            samples=len(given),
             seed=self.options.seed,
             vocabulary=vocabulary(loaded),
         )
@@ -168,16 +172,16 @@ class Workplace:
         np.savez(path, **arrays)
         return path
 
-    def command_line(self, model: Path, halves: Mapping[str, float]) -> list[str]:
-        """The arguments of `liar-opt` for one run."""
+    def command_line(self, model: Path, halves: Mapping[str, float], text: Path | None = None) -> list[str]:
+        """The arguments of `liar-opt` for one run, on the calibration sentences or those of another file."""
         chosen = [f"--{kind}={ratio}" for kind, ratio in halves.items()]
-        data = [f"--calibration={self.text}", f"--tokenizer={minilm_folder()}", f"--seed={self.options.seed}"]
+        data = [f"--calibration={text or self.text}", f"--tokenizer={minilm_folder()}", f"--seed={self.options.seed}"]
         results = [f"--output={self.folder / 'out.onnx'}", f"--report={self.folder / 'out.json'}", "--force", "--quiet"]
         return [str(model), *data, *chosen, "--provider=cpu", *results]
 
-    def liar_opt(self, model: Path, halves: Mapping[str, float], *more: str) -> dict[str, Any]:
+    def liar_opt(self, model: Path, halves: Mapping[str, float], *more: str, text: Path | None = None) -> dict[str, Any]:
         """Runs the command; returns what it used, and its report."""
-        used = measured([sys.executable, "-m", "liar_opt", *self.command_line(model, halves), *more], self.folder)
+        used = measured([sys.executable, "-m", "liar_opt", *self.command_line(model, halves, text), *more], self.folder)
         if used["code"]:
             raise SystemExit(f"liar-opt failed with exit code {used['code']} on '{model}'")
         return {**used, "report": json.loads((self.folder / "out.json").read_text(encoding="utf-8"))}
@@ -357,7 +361,26 @@ def cost(work: Workplace) -> dict[str, Any]:
             "peak": max(run["peak"] for run in row["command"]),
             "stages": seconds,
         }
+    result["samples"] = cost_of_samples(work, dense)
     return result
+
+
+def cost_of_samples(work: Workplace, dense: Session) -> list[dict[str, float]]:
+    """Seconds of the command and of passes of the dense model before and behind it, by number of sentences."""
+    rows, text = [], work.folder / "more.txt"
+    for number in SAMPLES:
+        sentences = [s.text for s in split("nyt", number, work.options.seed).chosen]
+        text.write_text("".join(f"{s}\n" for s in sentences), encoding="utf-8")
+        data, forward, command = work.batches(work.model, sentences), [], []
+        for _ in range(work.options.repeats):
+            forward.append(forward_seconds(dense, data))
+            used = work.liar_opt(work.model, HALVES[TIMED[0]], f"--samples={number}", text=text)
+            command.append(used["wall"])
+            forward.append(forward_seconds(dense, data))
+        found = {"forward": statistics.median(forward), "command": statistics.median(command)}
+        rows.append({"samples": number, "tokens": data.tokens, **found})
+        say(f"cost: {number} sentences, forward {found['forward']:.2f} s, command {found['command']:.2f} s")
+    return rows
 
 
 def cost_markdown(data: Mapping[str, Any]) -> str:
@@ -390,7 +413,19 @@ def cost_markdown(data: Mapping[str, Any]) -> str:
         listed = sum(run["stages"].get(stage, 0.0) for stage in stages)
         rest += _of_forward(run["command"] - listed, run["forward"])
     rows.append(["start, imports, reading, writing", *rest])
-    return text + table(["stage", *(c for name in names for c in (name, "over forward"))], rows)
+    text += table(["stage", *(c for name in names for c in (name, "over forward"))], rows)
+    rows = [
+        [
+            f"{r['samples']:,}",
+            f"{r['tokens']:,}",
+            f"{r['forward']:.2f} s",
+            f"{r['command']:.2f} s",
+            f"**{r['command'] / r['forward']:.2f}x**",
+        ]
+        for r in data["samples"]
+    ]
+    head = ["sentences", "tokens", "one forward pass", "`liar-opt`", "over forward"]
+    return f"{text}\nBy the number of calibration sentences, {names[0]}:\n\n{table(head, rows)}"
 
 
 def _of_forward(value: float, forward: float) -> tuple[str, str]:
