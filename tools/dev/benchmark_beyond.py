@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.base import Pipeline
 from liar_opt.passes.find_groups import FindGroupsPass
-from liar_opt.passes.gradient_scores import GRADIENT_SCORES
+from liar_opt.passes.gradient_scores import GRADIENT_SCORES, LABELLED_SCORES
 from liar_opt.passes.measure_curves import MeasureCurvesPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.prune_model import load_state
+from liar_opt.passes.prune_model import load_state, prune
 from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
 from liar_opt.runtime.calibration_data import load_calibration
-from liar_opt.tools.demo_assets import minilm_folder, split
+from liar_opt.tools.demo_assets import minilm_folder, sentences, split
+from liar_opt.tools.dev import sentiment
 
 Options = dict[str, Any]
 HALF: Options = {"ffn": 0.5, "heads": 0.5}
@@ -91,9 +93,14 @@ class Bench:
 
     def cell(self, **options: Any) -> float:
         """Mean cosine of one way to prune."""
-        key = json.dumps([self.name, self.work.options.seed, dict(sorted(options.items()))])
+        names = [self.name, dict(sorted(options.items()))]
+        return self.kept(names, lambda: self.held.cosine(self.pruned(**options).SerializeToString())["mean"])
+
+    def kept(self, names: list[Any], make: Callable[[], float]) -> float:
+        """A figure by what it is of: from the file, or made."""
+        key = json.dumps([names[0], self.work.options.seed, *names[1:]])
         if key not in self.cells:
-            self.cells[key] = self.held.cosine(self.pruned(**options).SerializeToString())["mean"]
+            self.cells[key] = make()
             say(f"{key}: {self.cells[key]:.4f}")
             if self.path:
                 self.path.write_text(json.dumps(self.cells, indent=0) + "\n")
@@ -197,12 +204,56 @@ def ridge(bench: Bench) -> str:
     return f"FFN 50 %; score greedy; in bold the best.\n\n{table(['calibration sentences', *ways], rows)}"
 
 
+def gradient_scores(bench: Bench) -> str:
+    """Scores that need gradients, with every repair of its own layer, on the sentiment classifier as a torch module."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    bed = sentiment.ensure()
+    parts = sentiment.labelled(sentences("reviews"))
+    train, test = parts["train"][:CALIBRATION], parts["test"]
+    ids = sentiment.token_ids([s.sentence for s in train], bed.checkpoint)
+    test_ids = sentiment.token_ids([s.sentence for s in test], bed.checkpoint)
+    rows = list(sentiment.batches(ids, None))
+    feeds = [sentiment.padded([ids[row] for row in own]) for own in rows]
+    truth = [torch.tensor([train[row].label for row in own]) for own in rows]
+    tensors = [{name: torch.from_numpy(value) for name, value in own.items()} for own in feeds]
+
+    def loss(outputs: Mapping[str, torch.Tensor], labels: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(next(iter(outputs.values())), labels, reduction="sum")
+
+    def accuracy(model: torch.nn.Module) -> float:
+        return sentiment.accuracy(model, test_ids, [s.label for s in test])
+
+    def make(score: str, repair: str) -> float:
+        given: Options = {"checkpoint": False, **HALF}  # BERT cannot say another number of heads
+        if score in LABELLED_SCORES:
+            given |= {"loss": loss, "labelled": list(zip(tensors, truth, strict=True))}
+        model = BertForSequenceClassification.from_pretrained(bed.checkpoint).eval()
+        seed = bench.work.options.seed
+        result: Any = prune(model, feeds, score=score, repair=repair, seed=seed, latency=False, **given)
+        return accuracy(result.module)
+
+    repairs = [r for r in REPAIRS if r not in AWARE]
+    lines = []
+    for score in (*GRADIENT_SCORES, "greedy"):
+        values = [bench.kept(["classifier", score, repair], partial(make, score, repair)) for repair in repairs]
+        lines.append([score, *marked(values, max(values))])
+    dense = accuracy(BertForSequenceClassification.from_pretrained(bed.checkpoint))
+    head = (
+        "Accuracy of the classifier of `sentiment.py`, a torch module, on its test part; labels and calibration from "
+        f"{CALIBRATION} sentences of its train part; FFN 50 % and heads 50 % of every layer. Dense: {dense:.4f}."
+    )
+    return f"{head}\n\n{table(['score', *repairs], lines)}"
+
+
 SECTIONS = {
     "methods": methods,
     "ablation": ablation,
     "allocations": allocations,
     "widths": widths,
     "scores": scores,
+    "gradient-scores": gradient_scores,
     "ridge": ridge,
 }
 
