@@ -102,8 +102,8 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
         repair: what happens to the rest; a name in ``registry.REPAIRS``, or a function (``repairs.RepairFunction``).
         ridge: relative ridge; None chooses it on held-back calibration rows.
         seed: for all that is drawn.
-        weighting: "none" counts every row alike; "stream" weights it by the inverse variance of the residual stream there,
-            as the normalisation behind it will.
+        weighting: "stream" weights every calibration row by the inverse variance of the residual stream there, as the
+            normalisation behind it will: a few rows of huge activations do not decide alone then; "none" counts rows alike.
         new_bias: whether a consumer without a bias may get one; if not, it is repaired without one (the problem is solved
             with moments about zero).
         value_cut: "rotate" keeps the best subspace of the values of each head, where everything between value and output
@@ -115,7 +115,7 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
     repair: str | RepairFunction = "liar"
     ridge: float | None = None
     seed: int = 0
-    weighting: str = "none"
+    weighting: str = "stream"
     new_bias: bool = True
     value_cut: str = "rotate"
 

@@ -232,7 +232,7 @@ def prune(
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
     ridge: float | None = None,
-    weighting: str = "none",
+    weighting: str = "stream",
     tokenizer: str | Path | None = None,
     text_column: str | None = None,
     samples: int = 512,
@@ -290,7 +290,7 @@ def prune(
         repair: what the rest becomes; see ``registry.REPAIRS``, or a function: it gets a consumer, the kept and the removed
             channels, and returns the new weights [kept, m] and what to add to the bias [m].
         ridge: relative ridge of the repair; None chooses it on held-back calibration rows.
-        weighting: "none", or "stream" to weight calibration rows as the normalisation behind them will.
+        weighting: "stream" weights calibration rows as the normalisation behind them will; "none" counts them alike.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
         text_column: the column with the text, for .jsonl, .csv and datasets.
         samples: calibration samples at most.

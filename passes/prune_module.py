@@ -422,7 +422,7 @@ def prune_module(
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
     ridge: float | None = None,
-    weighting: str = "none",
+    weighting: str = "stream",
     seed: int = 0,
     latency: bool = True,
     dry_run: bool = False,

@@ -53,7 +53,7 @@ class SearchWidthsPass(Pass[list[int]]):
     same_kind: bool = False
     multiple_of: int = 8
     repair: str | RepairFunction = "liar"
-    weighting: str = "none"
+    weighting: str = "stream"
     seed: int = 0
 
     def requires(self, state: State) -> None:

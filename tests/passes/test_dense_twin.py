@@ -34,7 +34,7 @@ def weights(proto: onnx.ModelProto) -> dict[str, Any]:
 @pytest.mark.parametrize("repair", AWARE)
 def test_the_second_layer_is_the_fit_to_the_dense_target(repair: str) -> None:
     proto = graphs.parse(STREAM, WEIGHTS)
-    cut, _, result = pruned(proto, 0.5, repair=repair, ridge=1e-9)
+    cut, _, result = pruned(proto, 0.5, repair=repair, ridge=1e-9, weighting="none")
     assert [c.details["consumers"][0]["repair"] for c in result.changes] == ["dense", "dense"]
     seen = rows(cut, "h1")  # what the second layer sees: the first is pruned
     target = rows(proto, "z1") + (rows(proto, "x1") - rows(cut, "x1") if repair == "residual" else 0.0)
@@ -43,7 +43,7 @@ def test_the_second_layer_is_the_fit_to_the_dense_target(repair: str) -> None:
     reached = rows(cut, "x2") - rows(cut, "x1")  # x_U W' + b'
     np.testing.assert_allclose(reached, design @ best, atol=2e-3 * np.abs(target).max())
     # The local solution is another one.
-    local = pruned(proto, 0.5, repair="liar", ridge=1e-9)[0]
+    local = pruned(proto, 0.5, repair="liar", ridge=1e-9, weighting="none")[0]
     assert np.abs(weights(cut)["v1"] - weights(local)["v1"]).max() > 1e-3
 
 
@@ -82,7 +82,8 @@ def test_the_first_layer_is_as_without() -> None:
     text = text.replace("[b, s, 6]", "[b, 6]")
     proto = graphs.parse(text, {"w": (6, 17), "v": (17, 6), "c": (6,)})
     feeds = tuple({"x0": f["x0"].reshape(-1, 6)} for f in FEEDS)
-    local, aware = (weights(pruned(proto, 0.5, data(feeds), repair=r, ridge=1e-6)[0]) for r in ("liar", "residual"))
+    given = {"ridge": 1e-6, "weighting": "none"}
+    local, aware = (weights(pruned(proto, 0.5, data(feeds), repair=r, **given)[0]) for r in ("liar", "residual"))
     for name, value in local.items():
         np.testing.assert_allclose(aware[name], value, rtol=1e-3, atol=1e-3)
 

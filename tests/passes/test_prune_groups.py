@@ -49,6 +49,17 @@ def test_the_reported_errors_are_those_of_the_rows() -> None:
             assert details[f"error_{repair}"] == pytest.approx(measured, rel=1e-3)
 
 
+def test_a_few_rows_of_huge_activations_do_not_decide_alone() -> None:
+    """Separators in BERT are such rows: by the plain mean square they are all that counts, and the others lose."""
+    proto = graphs.parse(STREAM, WEIGHTS)
+    feeds = batches(20, 0)
+    for feed in feeds:
+        feed["x0"][0, 0] = -100.0 * feed["x0"][0, 0, ::-1]
+    errors = {w: error(proto, pruned(proto, 0.5, data(feeds), weighting=w)[0]) for w in ("stream", "none")}
+    assert errors["stream"] < 0.8 * errors["none"]
+    assert errors["stream"] < 2.0 * error(proto, pruned(proto, 0.5)[0])
+
+
 def test_padding_is_not_measured() -> None:
     proto = graphs.parse(STREAM, WEIGHTS)
     clean = batches(10, 0)

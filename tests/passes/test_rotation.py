@@ -77,7 +77,7 @@ def root(matrix: np.ndarray, power: float = 0.5) -> np.ndarray:
 
 def test_values_are_projected_where_the_output_loses_least() -> None:
     proto = model()
-    result = prune(proto, FEEDS, values=0.5, repair="none", **OPTIONS)
+    result = prune(proto, FEEDS, values=0.5, repair="none", weighting="none", **OPTIONS)
     contexts, weight = activations()[0], constants(proto)["wo"]
     expected = np.zeros_like(weight)
     for head in range(4):

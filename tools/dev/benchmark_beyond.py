@@ -43,20 +43,13 @@ SAMPLES = (16, 64, 256, 512)
 """Calibration sentences, for the ridge: from about a fifth of a token for each channel to six."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ALLOCATIONS = ("uniform", "global", "flap", "curves")
+ALIKE: Options = {"weighting": "none"}
 METHODS: dict[str, Options] = {
-    "FLAP: wifv, bias, standardised threshold": {"score": "wifv", "repair": "bias", "allocate": "flap"},
-    "Wanda-sp: activation-weighted, no repair, uniform": {
-        "score": "activation-weighted",
-        "repair": "none",
-        "allocate": "uniform",
-    },
-    "mask tuning: activation-weighted, scaling, uniform": {
-        "score": "activation-weighted",
-        "repair": "scaling",
-        "allocate": "uniform",
-    },
-    "OBS (SlimGPT): greedy, liar, uniform": {"allocate": "uniform"},
-    "OSSCAR: swaps, liar, uniform": {"score": "swaps", "allocate": "uniform"},
+    "FLAP: wifv, bias, standardised threshold": {"score": "wifv", "repair": "bias", "allocate": "flap", **ALIKE},
+    "Wanda-sp: activation-weighted, no repair, uniform": {"score": "activation-weighted", "repair": "none", **ALIKE},
+    "mask tuning: activation-weighted, scaling, uniform": {"score": "activation-weighted", "repair": "scaling", **ALIKE},
+    "OBS (SlimGPT): greedy, liar, uniform": ALIKE,
+    "OSSCAR: swaps, liar, uniform": {"score": "swaps", **ALIKE},
     "liar-opt: greedy, liar, curves": {"allocate": "curves"},
     "the same, query-key auto": {"allocate": "curves", "query_key": "auto"},
 }
@@ -68,10 +61,9 @@ CHANGES: dict[str, Options] = {
     "without repair": {"repair": "none"},
     "with swaps": {"score": "swaps"},
     "with query-key auto": {"query_key": "auto"},
-    "with weighting stream": {"weighting": "stream"},
+    "without weighting: every row alike": ALIKE,
     "with repair dense": {"repair": "dense"},
     "with repair residual": {"repair": "residual"},
-    "with repair residual and weighting stream": {"repair": "residual", "weighting": "stream"},
 }
 """One at a time, from the default."""
 

@@ -8,7 +8,7 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 
 - repair: greedy selection; no repair, bias-only repair, LIAR.
 - selection: LIAR; magnitude, activation-weighted, greedy.
-- weighting: greedy and LIAR; every row alike, or by the residual stream.
+- weighting: greedy and LIAR; by the residual stream, or every row alike.
 - calibration: greedy and LIAR; text, or what the dense model writes by itself.
 - allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves.
 - ablation: the default (greedy, LIAR, curves), and what other repairs and weightings do to it.
@@ -45,25 +45,25 @@ from liar_opt.tools.dev.smollm2 import TEXTS, Text, draw, ensure
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 EVALUATION_ROWS = 1024
 """Tokens of an evaluation batch: the logits of each are 200 kB."""
-BASE: dict[str, Any] = {"score": "greedy", "repair": "liar", "weighting": "none", "calibration": "brown"}
+BASE: dict[str, Any] = {"score": "greedy", "repair": "liar", "weighting": "stream", "calibration": "brown"}
+ALIKE = {"weighting": "none"}
 TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "repair": [("no repair", {"repair": "none"}), ("bias only", {"repair": "bias"}), ("LIAR", {"repair": "liar"})],
     "selection": [(s, {"score": s}) for s in ("magnitude", "activation-weighted", "greedy")],
-    "weighting": [(w, {"weighting": w}) for w in ("none", "stream")],
+    "weighting": [(w, {"weighting": w}) for w in ("stream", "none")],
     "calibration": [("text", {"calibration": "brown"}), (SELF, {"calibration": SELF})],
     "allocation": [("uniform", {}), ("curves", {"allocate": "curves"})],
     "ablation": [
         ("the default", {"allocate": "curves"}),
         *((f"repair {r}", {"allocate": "curves", "repair": r}) for r in ("dense", "residual")),
-        ("weighting stream", {"allocate": "curves", "weighting": "stream"}),
-        ("residual, stream", {"allocate": "curves", "repair": "residual", "weighting": "stream"}),
+        ("weighting none", {"allocate": "curves", "weighting": "none"}),
         ("swaps", {"allocate": "curves", "score": "swaps"}),
     ],
     "methods": [
-        ("FLAP", {"score": "wifv", "repair": "bias", "allocate": "flap"}),
-        ("Wanda-sp", {"score": "activation-weighted", "repair": "none"}),
-        ("mask tuning", {"score": "activation-weighted", "repair": "scaling"}),
-        ("OBS (SlimGPT)", {}),
+        ("FLAP", {"score": "wifv", "repair": "bias", "allocate": "flap", **ALIKE}),
+        ("Wanda-sp", {"score": "activation-weighted", "repair": "none", **ALIKE}),
+        ("mask tuning", {"score": "activation-weighted", "repair": "scaling", **ALIKE}),
+        ("OBS (SlimGPT)", ALIKE),
         ("liar-opt", {"allocate": "curves"}),
         ("FLAP, with LIAR", {"score": "wifv", "allocate": "flap"}),
     ],

@@ -216,7 +216,8 @@ def _ours(name: str, label: str, *options: str, tasks: tuple[str, ...] = EVERYTH
 
 
 def _formula(name: str, label: str, *options: str) -> Peer:
-    return _ours(f"formula-{name}", f"{label} (formula, ours)", *options, tasks=ENCODERS, formula=True)
+    more = (*options, "--weighting=none")
+    return _ours(f"formula-{name}", f"{label} (formula, ours)", *more, tasks=ENCODERS, formula=True)
 
 
 def _onnxsim(name: str, label: str, tasks: tuple[str, ...], **fields: Any) -> Peer:
