@@ -25,7 +25,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -125,50 +125,60 @@ def export_minilm(
 
 
 def _export(folder: Path, path: Path, exporter: Exporter, attention: Attention, opset: int) -> None:
-    import torch
     from transformers import BertModel
 
-    class Encoder(torch.nn.Module):
+    with _quiet():
+        model = BertModel.from_pretrained(folder, attn_implementation=attention, add_pooling_layer=False).float()
+    export_bert(model, MINILM_OUTPUT, path, exporter, opset)
+
+
+def export_bert(model: Any, output: str, path: Path, exporter: Exporter = "torchscript", opset: int | None = None) -> None:
+    """Write a BERT of transformers as ONNX; batch and sequence are dynamic.
+
+    Args:
+        model: Takes `input_ids`, `attention_mask`, `token_type_ids`, int64 [b, s].
+        output: The field of what it returns, which names the output of the graph: [b, s, ..] or [b, ..].
+        path: Where to write.
+        exporter: See `export_minilm`.
+        opset: ONNX operator set; `DEFAULT_OPSETS` unless given.
+    """
+    import torch
+
+    class Positional(torch.nn.Module):
         """Takes the inputs by position and returns a tensor, which both exporters need."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.model = BertModel.from_pretrained(folder, attn_implementation=attention, add_pooling_layer=False).float()
+            self.model = model
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-            return output
+            found: torch.Tensor = getattr(self.model(input_ids=ids, attention_mask=mask, token_type_ids=types), output)
+            return found
 
-    ids = torch.randint(1000, 2000, (2, 13), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(100, 1000, (2, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0  # without padding the exporters drop the mask
     arguments = (ids, mask, torch.zeros_like(ids))
+    opset = DEFAULT_OPSETS[exporter] if opset is None else opset
+    names: dict[str, Any] = {"input_names": list(MINILM_INPUTS), "output_names": [output], "opset_version": opset}
     with _quiet(), torch.no_grad():
-        encoder = Encoder().eval()
+        module = Positional().eval()
         if exporter == "torchscript":
-            torch.onnx.export(
-                encoder,
-                arguments,
-                str(path),
-                dynamo=False,
-                opset_version=opset,
-                input_names=list(MINILM_INPUTS),
-                output_names=[MINILM_OUTPUT],
-                dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*MINILM_INPUTS, MINILM_OUTPUT)},
-            )
+            axes = {name: {0: "batch", 1: "sequence"} for name in (*MINILM_INPUTS, output)}
+            if module(*arguments).ndim < 3:
+                axes[output] = {0: "batch"}
+            torch.onnx.export(module, arguments, str(path), dynamo=False, dynamic_axes=axes, **names)
             return
         batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
         torch.onnx.export(
-            encoder,
+            module,
             arguments,
             str(path),
             dynamo=True,
             verbose=False,
             external_data=False,
-            opset_version=opset,
-            input_names=list(MINILM_INPUTS),
-            output_names=[MINILM_OUTPUT],
             dynamic_shapes=tuple({0: batch, 1: sequence} for _ in MINILM_INPUTS),
+            **names,
         )
 
 

@@ -37,7 +37,7 @@ from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.solve import Problem, fold, one_thread, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.demo_assets import MINILM_INPUTS, _moved_into_place, _quiet
+from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, _moved_into_place, export_bert
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table
 from liar_opt.tools.dev.smollm2 import export as export_decoder
 
@@ -64,34 +64,11 @@ def bert(folder: Path, d: int, heads: int, layers: int) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
-    class Encoder(torch.nn.Module):
-        """Takes the inputs by position and returns a tensor, which the exporter needs."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            sizes = {"hidden_size": d, "intermediate_size": 4 * d, "num_attention_heads": heads}
-            config = BertConfig(vocab_size=WORDS, num_hidden_layers=layers, attn_implementation="eager", **sizes)
-            self.model = BertModel(config, add_pooling_layer=False)
-
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-            return output
-
     torch.manual_seed(0)
-    ids = torch.ones(2, 13, dtype=torch.int64)
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    with _moved_into_place(path) as temporary, _quiet(), torch.no_grad():
-        torch.onnx.export(
-            Encoder().eval(),
-            (ids, mask, torch.zeros_like(ids)),
-            str(temporary),
-            dynamo=False,
-            opset_version=17,
-            input_names=list(MINILM_INPUTS),
-            output_names=["last_hidden_state"],
-            dynamic_axes={n: {0: "batch", 1: "sequence"} for n in (*MINILM_INPUTS, "last_hidden_state")},
-        )
+    sizes = {"hidden_size": d, "intermediate_size": 4 * d, "num_attention_heads": heads}
+    config = BertConfig(vocab_size=WORDS, num_hidden_layers=layers, attn_implementation="eager", **sizes)
+    with _moved_into_place(path) as temporary:
+        export_bert(BertModel(config, add_pooling_layer=False), MINILM_OUTPUT, temporary)
     return path
 
 

@@ -29,7 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.demo_assets import MINILM_INPUTS, Sentence, _moved_into_place, _quiet, minilm_folder, sentences
+from liar_opt.tools.demo_assets import (
+    MINILM_INPUTS,
+    Sentence,
+    _moved_into_place,
+    _quiet,
+    export_bert,
+    minilm_folder,
+    sentences,
+)
 
 NEUTRAL = 0.5
 """Mean ratings nearer to zero than this are neither positive nor negative."""
@@ -225,7 +233,7 @@ def train(parts: dict[str, list[Sample]], epochs: int, seed: int, kept: Path) ->
 
 def save(model: Any, bed: Testbed) -> None:
     """Writes the checkpoint, then the ONNX file, which stands for the whole being there."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BertForSequenceClassification
 
     with _quiet():
         model.save_pretrained(bed.checkpoint)
@@ -235,40 +243,10 @@ def save(model: Any, bed: Testbed) -> None:
     bed.model.parent.mkdir(exist_ok=True)
     for name in FILES:
         shutil.copyfile(bed.checkpoint / name, bed.model.parent / name)
+    with _quiet():
+        plain = BertForSequenceClassification.from_pretrained(bed.checkpoint, attn_implementation="eager")
     with _moved_into_place(bed.model) as temporary:
-        export(bed.checkpoint, temporary)
-
-
-def export(checkpoint: Path, path: Path) -> None:
-    """Writes a checkpoint as ONNX with dynamic batch and sequence."""
-    import torch
-    from transformers import BertForSequenceClassification
-
-    class Classifier(torch.nn.Module):
-        """Takes the inputs by position and returns a tensor, which the exporter needs."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = BertForSequenceClassification.from_pretrained(checkpoint, attn_implementation="eager")
-
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
-            return logits
-
-    ids = torch.randint(1000, 2000, (2, 13), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0  # without padding the exporter drops the mask
-    with _quiet(), torch.no_grad():
-        torch.onnx.export(
-            Classifier().eval(),
-            (ids, mask, torch.zeros_like(ids)),
-            str(path),
-            dynamo=False,
-            opset_version=17,
-            input_names=list(MINILM_INPUTS),
-            output_names=["logits"],
-            dynamic_axes={**{n: {0: "batch", 1: "sequence"} for n in MINILM_INPUTS}, "logits": {0: "batch"}},
-        )
+        export_bert(plain, "logits", temporary)
 
 
 def ensure(folder: Path | None = None, *, epochs: int = EPOCHS, seed: int = 0) -> Testbed:
