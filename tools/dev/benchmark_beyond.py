@@ -15,12 +15,14 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from benchmark_minilm import CALIBRATION, Held, Workplace, embeddings, say, setting, table
+from numpy.typing import NDArray
 
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
@@ -37,10 +39,13 @@ from liar_opt.tools.demo_assets import minilm_folder, sentences, split
 from liar_opt.tools.dev import sentiment
 
 Options = dict[str, Any]
+Array = NDArray[np.float64]
 HALF: Options = {"ffn": 0.5, "heads": 0.5}
 RATIOS = (0.2, 0.35, 0.5)
 SAMPLES = (16, 64, 256, 512)
 """Calibration sentences, for the ridge: from about a fifth of a token for each channel to six."""
+CHOSEN, POOL = 128, 2048
+"""Sentences that are chosen, of so many."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ALLOCATIONS = ("uniform", "global", "flap", "curves")
 ALIKE: Options = {"weighting": "none"}
@@ -86,7 +91,11 @@ class Bench:
     def cell(self, **options: Any) -> float:
         """Mean cosine of one way to prune."""
         names = [self.name, dict(sorted(options.items()))]
-        return self.kept(names, lambda: self.held.cosine(self.pruned(**options).SerializeToString())["mean"])
+        return self.kept(names, partial(self.cosine, **options))
+
+    def cosine(self, **options: Any) -> float:
+        """The same, whatever is in the file."""
+        return float(self.held.cosine(self.pruned(**options).SerializeToString())["mean"])
 
     def kept(self, names: list[Any], make: Callable[[], float]) -> float:
         """A figure by what it is of: from the file, or made."""
@@ -99,15 +108,21 @@ class Bench:
         return self.cells[key]
 
     def pruned(
-        self, *, allocate: str = "uniform", score: str = "greedy", samples: int = CALIBRATION, **options: Any
+        self,
+        *,
+        allocate: str = "uniform",
+        score: str = "greedy",
+        samples: int = CALIBRATION,
+        texts: Sequence[str] = (),
+        **options: Any,
     ) -> Any:
         """Prunes as `prune()` does, without its checks and its timing."""
         ratios = {k: options.pop(k) for k in ("sparsity", "ffn", "heads", "values", "query_key") if k in options}
         state = load_state(self.work.model)
         state.calibration = self.data
-        if samples < CALIBRATION:
-            texts = self.work.sentences[:samples]
-            size = max(samples // 16, 1)  # as many batches, so that a tenth of the sentences is held back
+        if texts or samples < CALIBRATION:
+            texts = texts or self.work.sentences[:samples]
+            size = max(len(texts) // 16, 1)  # as many batches, so that a tenth of the sentences is held back
             inputs = state.model.inputs()
             state.calibration = load_calibration(texts, inputs, tokenizer=minilm_folder(), batch_size=size)
         Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
@@ -196,6 +211,41 @@ def ridge(bench: Bench) -> str:
     return f"FFN 50 %; score greedy; in bold the best.\n\n{table(['calibration sentences', *ways], rows)}"
 
 
+def choices(embedded: Array) -> Iterator[tuple[str, Any]]:
+    """Ways to choose `CHOSEN` of a pool of sentences, by their embeddings [p, d] of length one: name and indices."""
+    for seed in range(3):
+        yield f"random, seed {seed}", np.random.default_rng(seed).permutation(len(embedded))[:CHOSEN]
+    near = embedded @ embedded.T
+    centres = [0]
+    for _ in range(CHOSEN - 1):  # the one that is farthest from those before it
+        centres.append(int(near[:, centres].max(axis=1).argmin()))
+    yield "k-centre", np.asarray(centres)
+    herd: list[int] = []
+    for _ in range(CHOSEN):  # their mean, in the space of squared products, stays near that of the pool
+        score = (near**2).mean(axis=1) - (near[:, herd] ** 2).sum(axis=1) / (len(herd) + 1)
+        score[herd] = -np.inf
+        herd.append(int(score.argmax()))
+    yield "herding", np.asarray(herd)
+    centred = embedded - embedded.mean(axis=0)
+    covariance = np.cov(centred.T) + 1e-2 * np.var(centred) * np.eye(centred.shape[1])
+    leverage = np.einsum("ij,ij->i", centred @ np.linalg.inv(covariance), centred)
+    yield "largest leverage", np.argsort(-leverage)[:CHOSEN]
+
+
+def samples(bench: Bench) -> str:
+    """Whether choosing calibration sentences from a pool helps."""
+    pool = [s.text for s in split("nyt", CALIBRATION, bench.work.options.seed).rest[256 : 256 + POOL]]
+    embedded = embeddings(bench.work.model.read_bytes(), pool)
+    lengths = np.asarray([len(text.split()) for text in pool])
+    rows = []
+    for name, chosen in [*choices(embedded), ("longest", np.argsort(-lengths, kind="stable")[:CHOSEN])]:
+        texts = [pool[i] for i in np.sort(chosen)]
+        value = bench.kept(["samples", bench.name, name], partial(bench.cosine, repair="liar", texts=texts, **HALF))
+        rows.append([name, f"{int(lengths[chosen].sum()):,}", f"{value:.4f}"])
+    head = f"{CHOSEN} calibration sentences of a pool of {POOL:,}; FFN 50 % and heads 50 % of every layer."
+    return f"{head}\n\n{table(['chosen', 'words', 'cosine'], rows)}"
+
+
 def gradient_scores(bench: Bench) -> str:
     """Scores that need gradients, with every repair of its own layer, on the sentiment classifier as a torch module."""
     import torch
@@ -247,6 +297,7 @@ SECTIONS = {
     "scores": scores,
     "gradient-scores": gradient_scores,
     "ridge": ridge,
+    "samples": samples,
 }
 
 
