@@ -195,12 +195,17 @@ def llm_pruner(job: Job, model: Any) -> Told:
     inner = range(FIRST, len(layers) - LAST)
     width = layers[0].self_attn.head_dim
 
+    def groups(ratio: float) -> int:
+        return (sizes.groups * width - int(sizes.groups * width * (1 - ratio))) // width
+
     def removed(ratio: float) -> int:
-        groups = (sizes.groups * width - int(sizes.groups * width * (1 - ratio))) // width
         units = sizes.hidden - int(sizes.hidden * (1 - ratio))
-        return int(len(inner) * (groups * sizes.group + units * sizes.unit))
+        return int(len(inner) * (groups(ratio) * sizes.group + units * sizes.unit))
 
     ratio = max(r for r in (step / 1000 for step in range(1000)) if removed(r) <= sizes.budget)
+    roots = [layers[i].mlp.gate_proj for i in inner]
+    if groups(ratio):  # it fails where it is asked for less than one of a layer
+        roots = [layers[i].self_attn.k_proj for i in inner] + roots
     ids = windows(job)
     with job.timed():
         pruner = tp.pruner.MetaPruner(
@@ -215,7 +220,7 @@ def llm_pruner(job: Job, model: Any) -> Told:
             consecutive_groups={layer.self_attn.k_proj: layer.self_attn.head_dim for layer in layers},
             customized_pruners={rms: pruners.hf_rmsnorm_pruner},
             root_module_types=None,
-            root_instances=[layers[i].self_attn.k_proj for i in inner] + [layers[i].mlp.gate_proj for i in inner],
+            root_instances=roots,
         )
         model.zero_grad()
         for start in range(0, len(ids), ROWS):
@@ -225,7 +230,8 @@ def llm_pruner(job: Job, model: Any) -> Told:
         model.zero_grad()
     for layer in layers:
         _resize(layer.self_attn)
-    note = f"Taylor, param_first, block-wise, layers {inner.start} to {inner.stop - 1} by {100 * ratio:.1f} %; no training"
+    what = f"{groups(ratio)} groups of heads and {100 * ratio:.1f} % of the FFN"
+    note = f"Taylor, param_first, block-wise, {what} of layers {inner.start} to {inner.stop - 1}; no training"
     return "LLM-Pruner 128a07d", "pickled module", note
 
 
