@@ -34,6 +34,9 @@ Place = tuple[str, int, int]
 """A tensor, its axis, and the expert whose rows count (-1: all rows)."""
 SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Operators that add their first two inputs, and where their bias is."""
+ADDITIONS = ("Add", "add")
+MOVES = ("Reshape", "Dropout", "Identity", "view", "_unsafe_view", "view_copy", "reshape", "clone", "alias", "dropout")
+"""Operators of ONNX and of torch that hand a tensor on as it is."""
 TRIANGLE_FROM = 512
 """Widths from here on compute X^T X by blocks of the upper triangle."""
 BLOCKS = 6
@@ -441,14 +444,15 @@ def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None
     while len(tensor.outputs) == 1 and not any(tensor is t for t in graph.outputs) and axes is not None:
         reader = tensor.outputs[0]
         skip = reader.op in SKIPS
-        if reader.op not in ("Add", "Reshape", "Dropout", "Identity") and not skip:
+        added = reader.op in ADDITIONS or skip
+        if not added and reader.op not in MOVES:
             break
         others = [
             t
             for i, t in enumerate(reader.inputs)
             if t is not tensor and present(t) and (i < 2 or (skip and i == SKIPS[reader.op]))
         ]
-        for other in others if reader.op == "Add" or skip else ():
+        for other in others if added else ():
             if is_constant(other):
                 if int(np.prod(other.shape)) not in (1, columns):
                     return None
