@@ -196,7 +196,7 @@ def llm_pruner(job: Job, model: Any) -> Told:
     width = layers[0].self_attn.head_dim
 
     def groups(ratio: float) -> int:
-        return (sizes.groups * width - int(sizes.groups * width * (1 - ratio))) // width
+        return int((sizes.groups * width - int(sizes.groups * width * (1 - ratio))) // width)
 
     def removed(ratio: float) -> int:
         units = sizes.hidden - int(sizes.hidden * (1 - ratio))
