@@ -13,7 +13,7 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 - allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves.
 - ablation: the default (greedy, LIAR, curves), and what other repairs and weightings do to it.
 - methods: published ones, as far as they consist of parts that liar-opt has; not their authors' code.
-- scores: scores that need no gradients with every repair of its own layer, the same ratio for all layers; without the swaps,
+- scores: scores that need no gradients with every repair of its own layer, the same ratio for all layers; not the swaps,
   which take minutes and find what the greedy selection finds.
 """
 
