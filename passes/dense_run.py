@@ -4,6 +4,7 @@ The cut is not made: the consumers of the groups get repaired weights with zeros
 (`frontend.onnx_patch`), which computes the same.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,11 @@ class DenseRun(SegmentRun):
         super().__init__(options, state, wide, segments)
         self.probed = self._probed()
         self.outputs = [t.name for t in self.walk.model.graph.outputs if is_float(t.dtype)][:PROBE_OUTPUTS]
-        self.dense = self._ends(self._rest(None, self.outputs), self.outputs)
+
+    @functools.cached_property
+    def dense(self) -> list[dict[str, NDArray[np.float64]]]:
+        """Rows of the dense model's outputs, for each probed batch; it runs when they are first asked for."""
+        return self._ends(self._rest(None, self.outputs), self.outputs)
 
     def _probed(self) -> list[int]:
         """Returns the held-back batches that are enough to compare outputs on."""

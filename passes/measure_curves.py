@@ -141,7 +141,8 @@ class _CurveRun(DenseRun):
         patches = [
             ConstantPatch((s.use.node, s.use.position), value) for s, value in self.bases.projected(group, turns.form)
         ]
-        self.note(group, turns.lost, np.zeros(group.size), self.difference(patches, group.end), turns.lost[keep])
+        lost = self.difference(patches, group.end) if self.probing else None
+        self.note(group, turns.lost, np.zeros(group.size), lost, turns.lost[keep])
 
     def note(
         self,
