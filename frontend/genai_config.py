@@ -1,10 +1,11 @@
 """The configuration that ONNX Runtime GenAI reads beside a decoder: the cut model gets one with the heads that it has."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from liar_opt.runtime.whole_file import write_whole
 
 NAME = "genai_config.json"
 
@@ -46,10 +47,5 @@ def write_config(source: Path, target: Path, groups: Sequence[Mapping[str, Any]]
     place = target.parent / NAME
     if place.exists():
         return f"'{place}' exists and stays as it is; remove it to have it written with the heads of the cut model"
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(config, indent=4), encoding="utf-8")
-        part.replace(place)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(place, json.dumps(config, indent=4))
     return None

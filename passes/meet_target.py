@@ -38,6 +38,7 @@ from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.runtime.whole_file import write_whole
 
 Kind = Literal["params", "size", "flops", "latency"]
 UNITS: dict[Kind, dict[str, float]] = {
@@ -290,9 +291,7 @@ def _shape(group: ChannelGroup) -> str:
 def _store(path: Path, table: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(table) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(table) + "\n")
     except OSError:
         return  # a cache that cannot be written costs seconds, nothing else
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
+from liar_opt.runtime.whole_file import write_whole
 
 COMMANDS = ("prune", "inspect", "eval", "demo")
 DEMO_MODEL = "all-MiniLM-L6-v2.onnx"
@@ -401,23 +402,12 @@ def _write_whole(text: str, path: Path, what: str) -> None:
     Raises:
         OptionError: it cannot be written; nothing is left of it.
     """
-    temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        temporary.write_text(text, encoding="utf-8")
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as err:
         raise OptionError(
             f"{what} '{path}' cannot be written ({err.strerror or err}); free space or choose another path"
         ) from err
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _file_bytes(path: Path, weights: int) -> int:
