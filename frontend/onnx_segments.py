@@ -378,17 +378,21 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         nodes.append(helper.make_node("MatMul", [f"{k}/ones", f"{k}/gain"], [count]))
     nodes.append(helper.make_node("MatMul", [f"{k}/ones", x], [total]))
     bounds = tap.bounds
+    if len(bounds) > 2:  # blocks of columns lie together then, and a product is quicker than one that transposes
+        nodes.append(helper.make_node("Transpose", [x], [f"{k}/columns"], perm=[1, 0]))
     for i, name in enumerate(second):
-        left, right = x, x
-        if len(bounds) > 2:
-            left = f"{k}/left{i}"
-            ends = [constant(f"{e}{i}", np.asarray([v], np.int64)) for e, v in (("from", bounds[i]), ("to", bounds[i + 1]))]
-            nodes.append(helper.make_node("Slice", [x, *ends, one], [left]))
-            if i:
-                right = f"{k}/right{i}"
-                last = constant(f"last{i}", np.asarray([tap.width], np.int64))
-                nodes.append(helper.make_node("Slice", [x, ends[0], last, one], [right]))
-        nodes.append(helper.make_node("Gemm", [left, right], [name], transA=1))
+        if len(bounds) == 2:
+            nodes.append(helper.make_node("Gemm", [x, x], [name], transA=1))
+            continue
+        ends = [constant(f"{e}{i}", np.asarray([v], np.int64)) for e, v in (("from", bounds[i]), ("to", bounds[i + 1]))]
+        left, right = f"{k}/left{i}", x
+        first = constant(f"first{i}", np.asarray([0], np.int64))
+        nodes.append(helper.make_node("Slice", [f"{k}/columns", *ends, first], [left]))
+        if i:
+            right = f"{k}/right{i}"
+            last = constant(f"last{i}", np.asarray([tap.width], np.int64))
+            nodes.append(helper.make_node("Slice", [x, ends[0], last, one], [right]))
+        nodes.append(helper.make_node("MatMul", [left, right], [name]))
 
 
 def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Tap:

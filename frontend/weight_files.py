@@ -27,7 +27,8 @@ Arrays = Mapping[str, NDArray[Any]]
 STUB_LIMIT = 4096
 """Bytes of an initializer up to which it stays within the light proto."""
 MAP_FROM = 1 << 28
-"""Bytes of a file from which it is mapped. Smaller ones are read: nobody can pull them from under a running program."""
+"""Bytes of a file from which its data stays there. Of smaller ones it is copied: nobody can pull it from under a running
+program, and every array is aligned, which a session needs and a place in a file is not."""
 EXTERNAL_LIMIT = (1 << 31) - (1 << 20)
 """Bytes of weights above which the output is written with external data (protobuf's own limit is 2 GiB)."""
 PLAIN = {
@@ -72,6 +73,7 @@ def read_model(path: Path) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
             )
         data = buffers[file][offset : offset + size]
         if tensor.name in outer and tensor.data_type in PLAIN:
+            data = data if buffers[file].size >= MAP_FROM else np.array(data)
             arrays[tensor.name] = data.view(numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
             continue
         tensor.raw_data = data.tobytes()
@@ -167,9 +169,8 @@ def external_files(proto: onnx.ModelProto, path: Path) -> set[Path]:
 
 
 def _buffer(path: Path) -> NDArray[np.uint8]:
-    size = path.stat().st_size
-    if size < MAP_FROM:
-        return np.fromfile(path, np.uint8)
+    if not path.stat().st_size:  # cannot be mapped
+        return np.zeros(0, np.uint8)
     return np.memmap(path, np.uint8, "r").view(np.ndarray)
 
 
