@@ -15,9 +15,11 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 - methods: published ones, as far as they consist of parts that liar-opt has; not their authors' code.
 - scores: scores that need no gradients with every repair of its own layer, the same ratio for all layers; not the swaps,
   which take minutes and find what the greedy selection finds.
+- tokens: greedy and LIAR, the same ratio for all layers; by the number of tokens that it is calibrated on.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import subprocess
@@ -58,7 +60,6 @@ TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("the default", {"allocate": "curves"}),
         *((f"repair {r}", {"allocate": "curves", "repair": r}) for r in ("dense", "residual")),
         ("weighting none", {"allocate": "curves", "weighting": "none"}),
-        ("swaps", {"allocate": "curves", "score": "swaps"}),
     ],
     "methods": [
         ("FLAP", {"score": "wifv", "repair": "bias", "allocate": "flap", **ALIKE}),
@@ -71,6 +72,8 @@ TABLES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 }
 
 SCORES_TABLE = "scores"
+TOKENS_TABLE = "tokens"
+TOKENS = (2048, 4096, 8192, 16384, 32768)
 
 
 def windows(corpus: Text, tokens: int, window: int, seed: int, tokenizer: Path) -> np.ndarray:
@@ -196,6 +199,9 @@ def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) 
             for ratio in ratios:
                 yield from scores(work, ratio)
             continue
+        if name == TOKENS_TABLE:
+            yield from by_tokens(work, ratios)
+            continue
         choices = TABLES[name]
         heads = [label for label, _ in choices]
         yield f"\n### {name}\n\n| removed | {' | '.join(heads)} | commit |\n|---|{'---:|' * len(heads)}---|\n"
@@ -223,6 +229,17 @@ def scores(work: "Workplace", ratio: float) -> Iterator[str]:
         yield f"| {score} | {' | '.join(values)} |\n"
 
 
+def by_tokens(work: "Workplace", ratios: Sequence[float]) -> Iterator[str]:
+    """Greedy and LIAR by the number of calibration tokens, a row as soon as it is there."""
+    heads = " | ".join(f"{ratio:.0%} removed" for ratio in ratios)
+    yield f"\n### {TOKENS_TABLE}\n\n| calibration tokens | {heads} |\n|---:|{'---:|' * len(ratios)}\n"
+    for count in TOKENS:
+        other = copy.copy(work)
+        other.options = argparse.Namespace(**{**vars(work.options), "calibration_tokens": count})
+        found = [other.cached({"ratio": r, **BASE}, partial(cell, other, r, BASE))["perplexity"] for r in ratios]
+        yield f"| {count:,} | {' | '.join(f'{value:.1f}' for value in found)} |\n"
+
+
 def commit() -> str:
     """Of this checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -238,7 +255,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="measure liar-opt on SmolLM2-135M")
     parser.add_argument(
-        "--only", choices=(*TABLES, SCORES_TABLE), action="append", help="this table alone (may be repeated)"
+        "--only", choices=(*TABLES, SCORES_TABLE, TOKENS_TABLE), action="append", help="this table alone (may be repeated)"
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
@@ -249,7 +266,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=cache_folder() / "smollm2", help="where the model is, or is made")
     parser.add_argument("--cells", type=Path, default=cache_folder() / "smollm2-cells.json", help="finished cells")
     options = parser.parse_args()
-    for text in markdown(Workplace(options), options.only or (*TABLES, SCORES_TABLE), options.ratios):
+    for text in markdown(Workplace(options), options.only or (*TABLES, SCORES_TABLE, TOKENS_TABLE), options.ratios):
         print(text, end="", flush=True)
     return 0
 
