@@ -19,14 +19,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_rules import MICROSOFT, ConstantUse, ConsumerUse, GraphWalk, SizeUse, shape_value
+from liar_opt.frontend.onnx_rule_table import MICROSOFT, SKIPS
+from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, SizeUse, shape_value
 from liar_opt.frontend.onnx_values import Array, evaluate
 from liar_opt.runtime.errors import InternalError
 
 Mask = NDArray[np.bool_]
 Use = TypeVar("Use")
-SKIP_BIAS = {(MICROSOFT, "SkipLayerNormalization"): 4, (MICROSOFT, "SkipSimplifiedLayerNormalization"): 3}
-"""Operators that add a vector, which may be absent, to the sum of their first two inputs: its position."""
 BIAS_INPUTS = {
     ("", "Add"): (0, 1),
     (MICROSOFT, "BiasGelu"): (1,),
@@ -592,7 +591,7 @@ class Rewriter:
         if use.output_axis != -1 or len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
             return None
         reader = output.outputs[0]
-        position = SKIP_BIAS.get((reader.domain or "", reader.op))
+        position = SKIPS.get(reader.op) if reader.domain == MICROSOFT else None
         if position is None or (len(reader.inputs) > position and present(reader.inputs[position])):
             return None
         return (reader, position) if any(output is t for t in reader.inputs[:2]) else None

@@ -15,6 +15,8 @@ Axes = tuple["Factor", ...]
 Rule = Callable[["GraphWalk", gs.Node], None]
 RULES: dict[tuple[str, str], Rule] = {}
 MICROSOFT = "com.microsoft"
+SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
+"""Operators of that domain that add their first two inputs, and where the bias is that they add as well."""
 
 
 def rule(*ops: str, domain: str = "") -> Callable[[Rule], Rule]:

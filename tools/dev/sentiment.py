@@ -32,10 +32,10 @@ from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import (
     MINILM_INPUTS,
     Sentence,
-    _moved_into_place,
     _quiet,
     export_bert,
     minilm_folder,
+    moved_into_place,
     sentences,
 )
 
@@ -110,7 +110,7 @@ def write_parts(bed: Testbed) -> dict[str, list[Sample]]:
     for name, samples in parts.items():
         if not bed.part(name).is_file():
             lines = (json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples)
-            with _moved_into_place(bed.part(name)) as temporary:
+            with moved_into_place(bed.part(name)) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return parts
 
@@ -196,7 +196,7 @@ def train(parts: dict[str, list[Sample]], epochs: int, seed: int, kept: Path) ->
         torch.set_rng_state(state.pop("random"))
 
     def keep() -> None:
-        with _moved_into_place(kept) as temporary:
+        with moved_into_place(kept) as temporary:
             running = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
             torch.save({**state, **running}, temporary)
 
@@ -245,7 +245,7 @@ def save(model: Any, bed: Testbed) -> None:
         shutil.copyfile(bed.checkpoint / name, bed.model.parent / name)
     with _quiet():
         plain = BertForSequenceClassification.from_pretrained(bed.checkpoint, attn_implementation="eager")
-    with _moved_into_place(bed.model) as temporary:
+    with moved_into_place(bed.model) as temporary:
         export_bert(plain, "logits", temporary)
 
 

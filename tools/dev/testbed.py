@@ -33,7 +33,7 @@ import numpy as np
 
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools import cli
-from liar_opt.tools.demo_assets import _moved_into_place, export_minilm, minilm_folder, sentences, split
+from liar_opt.tools.demo_assets import export_minilm, minilm_folder, moved_into_place, sentences, split
 from liar_opt.tools.dev import sentiment, smollm2
 
 MODELS = ("sentiment", "minilm", "whisper", "smollm2")
@@ -148,7 +148,7 @@ def rows_file(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
     """Writes rows as .jsonl where the file is not there yet."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _moved_into_place(path) as temporary:
+        with moved_into_place(path) as temporary:
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -283,7 +283,7 @@ def main() -> int:
             return 1
         sentiment.say(key)
         cells[key], made = {**make(), "commit": commit()}, True
-        with _moved_into_place(options.cells) as temporary:
+        with moved_into_place(options.cells) as temporary:
             temporary.write_text(json.dumps(cells, indent=1), encoding="utf-8")
         sentiment.say(f"{key}: {cells[key].get('tasks', cells[key])}")
     for text in testbed_tables.markdown(cells, names, options.ratios):
