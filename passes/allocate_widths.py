@@ -24,6 +24,10 @@ from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
 
 DEFAULT_SPARSITY = 0.3
+Cost = Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]]
+"""(group, widths) -> what it costs at each, in the target's currency."""
+Meaning = dict[str, list[dict[str, int]]]
+"""By the name of a menu that several groups share: the kept blocks of each that its widths 1, 2, ... stand for."""
 
 
 def kept_width(group: ChannelGroup, ratio: float, multiple_of: int) -> int:
@@ -66,6 +70,36 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
         raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
 
 
+def require_sharing(query_key: object, allocate: str, by_kind: bool = False) -> None:
+    """Checks that queries and keys, where they are to share, have something to share in.
+
+    Args:
+        query_key: "auto" where they are.
+        allocate: name of the allocation.
+        by_kind: whether every kind has a ratio of its own.
+
+    Raises:
+        OptionError: they have not.
+    """
+    if query_key == "auto" and (by_kind or allocate != "curves"):
+        raise OptionError(
+            "query-key auto shares in a sparsity, a target or max-drop by curves; give one of these, or query-key a ratio"
+        )
+
+
+def require_queries(state: State) -> None:
+    """Checks that queries and keys can be cut.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    if not state.queries:
+        whole = state.facts.get("queries left whole") or ()
+        fused = "the graph has no product of queries and keys, and fused attention operators keep their widths"
+        why = whole[0].reason if whole else fused
+        raise ModelError(f"the width of queries and keys cannot be cut: {why}; leave query-key out")
+
+
 def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -> float:
     """Returns how many parameters go when ``keep`` blocks of each group stay."""
     return sum(g.parameters * (1.0 - keep[g.name] / g.size) for g in groups)
@@ -85,7 +119,7 @@ def menus_of(
     groups: Sequence[ChannelGroup],
     multiple_of: int,
     curves: Mapping[str, GroupCurve],
-    cost: Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]] | None = None,
+    cost: Cost | None = None,
 ) -> list[Menu]:
     """Returns what each group may become.
 
@@ -125,11 +159,12 @@ def joined(
     queries: Sequence[ChannelGroup],
     multiple_of: int,
     curves: Mapping[str, GroupCurve],
-) -> tuple[list[Menu], dict[str, list[dict[str, int]]]]:
+    cost: Cost | None = None,
+) -> tuple[list[Menu], Meaning]:
     """Puts the heads of a layer and the width of its queries and keys on one menu: they are of the same weights.
 
     With h heads of n and r channels of d there cost P h/n - Q h/n (1 - r/d), P the parameters of all and Q those of queries
-    and keys; errors add up. Of all pairs those are on the menu that no other beats in both.
+    and keys, or what ``cost`` says of both; errors add up. Of all pairs those are on the menu that no other beats in both.
 
     Args:
         menus: of the groups.
@@ -137,11 +172,12 @@ def joined(
         queries: widths of queries and keys; those without a curve, or whose heads are none of the groups, stay as they are.
         multiple_of: kept channels are multiples of this.
         curves: what was measured, by group name.
+        cost: what a group costs at each width, up to a constant; its parameters if None.
 
     Returns:
         The menus, whose widths are numbers from 1 on where pairs are on them, and the kept blocks that these stand for.
     """
-    result, meaning = list(menus), dict[str, list[dict[str, int]]]()
+    result, meaning = list(menus), Meaning()
     for query in queries:
         place = next((i for i, g in enumerate(groups) if g.kind == "heads" and query.constants <= g.constants), None)
         if place is None or query.name not in curves or groups[place].name in meaning:
@@ -149,7 +185,8 @@ def joined(
         heads, menu = groups[place], menus[place]
         step = min(multiple_of, query.size)
         channels = _widths(query.size, step)
-        gone = query.parameters * (1.0 - channels / query.size)
+        spent = query.parameters * channels / query.size if cost is None else cost(query, channels)
+        gone = spent[-1] - spent
         costs = (menu.costs[:, None] - (menu.widths / heads.size)[:, None] * gone).reshape(-1)
         errors = (menu.errors[:, None] + curves[query.name].errors[channels]).reshape(-1)
         pairs = [{heads.name: int(h), query.name: int(r)} for h in menu.widths for r in channels]
@@ -162,6 +199,14 @@ def joined(
         numbers = np.arange(1, len(chosen) + 1)
         result[place] = Menu(heads.name, numbers, costs[chosen], errors[chosen], menu.values, menu.deviation)
     return result, meaning
+
+
+def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:
+    """Returns the kept blocks that widths of joined menus stand for, by group name."""
+    keep: dict[str, int] = {}
+    for name, width in chosen.items():
+        keep |= meaning[name][width - 1] if name in meaning else {name: width}
+    return keep
 
 
 @dataclass(frozen=True)
@@ -202,11 +247,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         """
         for option in ("sparsity", "ffn", "heads", "values", "query_key"):
             value = getattr(self, option)
-            if value == "auto":
-                if self.by_kind or self.allocate != "curves":
-                    raise OptionError("query-key auto shares in a sparsity by curves; give sparsity, or query-key a ratio")
-                continue
-            if value is not None and not 0.0 <= value < 1.0:
+            if value is not None and value != "auto" and not 0.0 <= value < 1.0:
                 raise OptionError(f"{option.replace('_', '-')} {value:g} is outside [0, 1); it is the fraction to remove")
         if self.sparsity is not None and (self.ffn is not None or self.heads is not None):
             raise OptionError("sparsity and the ratios by kind (ffn, heads) exclude each other; give one form")
@@ -214,14 +255,12 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             raise OptionError(f"uniform widths and allocation '{self.allocate}' exclude each other; give one of them")
         others = bool(self.values and state.values) or bool(self.query_key and state.queries)
         require_allocatable(state, self.allocate, self.multiple_of, others)
+        require_sharing(self.query_key, self.allocate, self.by_kind)
         for kind in (*KINDS, VALUES):
             if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")
-        if self.query_key and self.query_key != "auto" and not state.queries:
-            whole = state.facts.get("queries left whole") or ()
-            fused = "the graph has no product of queries and keys, and fused attention operators keep their widths"
-            why = whole[0].reason if whole else fused
-            raise ModelError(f"the width of queries and keys cannot be cut: {why}; leave query-key out")
+        if self.query_key and self.query_key != "auto":
+            require_queries(state)
 
     @property
     def by_kind(self) -> bool:
@@ -265,8 +304,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 most = math.floor((1.0 - least / everything) * 1000) / 1000
                 raise OptionError(f"ratio {ratio:g} would empty a group; the most is {most:g}")
             chosen = ALLOCATIONS[self.allocate](menus, (1.0 - ratio) * everything)
-            for name, width in chosen.items():
-                keep |= meaning[name][width - 1] if name in meaning else {name: width}
+            keep |= meant(chosen, meaning)
         return keep
 
     def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float) -> dict[str, int]:

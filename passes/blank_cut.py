@@ -30,14 +30,16 @@ def blank_cut(dense: Stored, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[s
     model = dense.model()
     model.normalise()
     analysis = walk(model, AxisAlgebra)
-    groups = {g.name: g for g in find_groups(analysis).groups}
+    found = find_groups(analysis)
+    groups = {g.name: g for g in (*found.groups, *found.queries)}
     unknown = [name for name in keep if name not in groups]
     if unknown:
         raise InternalError(f"group '{unknown[0]}' was not found again")
     rewriter = Rewriter(analysis)
     for name, group in groups.items():
         if keep.get(name, group.size) < group.size:
-            rewriter.cut({group.factor: range(keep[name])})
+            blocks = np.arange(group.sets)[:, None] * group.size + np.arange(keep[name])
+            rewriter.cut(group.cut(blocks.reshape(-1).tolist()))
     model.graph.cleanup(remove_unused_node_outputs=False).toposort()
     return model, rewriter.ends()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
@@ -70,7 +70,9 @@ def passes_of_options(options: Mapping[str, Any]) -> Chosen:
         alone = ratios["sparsity"] is None and (ratios["values"] is not None or ratios["query_key"] not in (None, "auto"))
         unmeasured = by_kind or alone or options["uniform"] or options["calibration"] is None
         allocate = "uniform" if unmeasured else "curves"
-    forms = (target, max_drop, None if all(r is None for r in ratios.values()) else "ratios")
+    sharing: Literal["auto"] | None = "auto" if ratios["query_key"] == "auto" else None
+    asked = [name for name, ratio in ratios.items() if ratio is not None and ratio != "auto"]
+    forms = (target, max_drop, "ratios" if asked else None)
     if sum(form is not None for form in forms) > 1:
         raise OptionError(
             "a target, max-drop and ratios (sparsity, ffn, heads, values, query-key) exclude each other; give one form"
@@ -86,9 +88,9 @@ def passes_of_options(options: Mapping[str, Any]) -> Chosen:
     multiple_of = options["multiple_of"]
     widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
     if target is not None:
-        widths = MeetTargetPass(target, multiple_of, allocate)
+        widths = MeetTargetPass(target, multiple_of, allocate, sharing)
     elif max_drop is not None:
-        widths = LimitDropPass(max_drop, options["metric"], multiple_of, allocate, cut)
+        widths = LimitDropPass(max_drop, options["metric"], multiple_of, allocate, sharing, cut)
     else:
         widths = AllocateWidthsPass(**ratios, multiple_of=multiple_of, allocate=allocate, uniform=bool(options["uniform"]))
     searching = None
@@ -133,7 +135,7 @@ def _curves(
     widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass, search: SearchWidthsPass | None, curves: MeasureCurvesPass
 ) -> MeasureCurvesPass | None:
     """Returns ``curves`` where another pass reads them."""
-    if isinstance(widths, AllocateWidthsPass) and widths.query_key == "auto":
+    if widths.query_key == "auto":
         curves = replace(curves, queries=True)
     if isinstance(widths, LimitDropPass) or search is not None or widths.allocate == "curves":
         return curves

@@ -14,13 +14,21 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx
 
 from liar_opt.frontend.onnx_model import Stored
-from liar_opt.passes.allocate_widths import menus_of, require_allocatable
+from liar_opt.passes.allocate_widths import (
+    Meaning,
+    joined,
+    meant,
+    menus_of,
+    note_widths,
+    require_allocatable,
+    require_sharing,
+)
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.find_groups import FindGroupsPass
@@ -57,7 +65,7 @@ def parse_drop(drop: float | str) -> float:
 
 
 @dataclass(frozen=True)
-class LimitDropPass(Pass[list[Menu]]):
+class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
     """Prune as much as a limit on the loss allows.
 
     Attributes:
@@ -65,6 +73,7 @@ class LimitDropPass(Pass[list[Menu]]):
         metric: a function of a model (an ONNX proto) that returns a number, the higher the better.
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how a sparsity is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
+        query_key: "auto" lets the width of queries and keys within each head share in it, by error curves.
         cut: how each candidate is pruned.
     """
 
@@ -73,31 +82,36 @@ class LimitDropPass(Pass[list[Menu]]):
     metric: Metric | None = None
     multiple_of: int = 8
     allocate: str = "curves"
+    query_key: Literal["auto"] | None = None
     cut: PruneGroupsPass = field(default_factory=PruneGroupsPass)
 
     def requires(self, state: State) -> None:
         """Checks the options.
 
         Raises:
-            OptionError: the limit is not understood.
+            OptionError: the limit is not understood, or queries and keys cannot share in it.
             ModelError: there is nothing to prune.
         """
         parse_drop(self.max_drop)
         require_allocatable(state, self.allocate, self.multiple_of)
+        require_sharing(self.query_key, self.allocate)
 
-    def plan(self, state: State) -> list[Menu]:
-        """Returns what each group may become."""
+    def plan(self, state: State) -> tuple[list[Menu], Meaning]:
+        """Returns what each group may become, and what widths of joined menus stand for."""
         if "curves" not in state.facts:
             raise InternalError("no error curves; run measure-curves first")
-        return menus_of(state.groups, self.multiple_of, state.facts["curves"])
+        curves = state.facts["curves"]
+        queries = state.queries if self.query_key == "auto" else ()
+        menus = menus_of(state.groups, self.multiple_of, curves)
+        return joined(menus, state.groups, queries, self.multiple_of, curves)
 
-    def apply(self, state: State, plan: list[Menu]) -> PassResult:
+    def apply(self, state: State, plan: tuple[list[Menu], Meaning]) -> PassResult:
         """Searches; the state becomes that of the last candidate that was inside.
 
         Raises:
             OptionError: the metric fails before anything was inside, or nothing is.
         """
-        search = _Search(self, state, plan)
+        search = _Search(self, state, *plan)
         search.run()
         if search.best is None:
             tried = ", ".join(f"{s:.0%} loses {loss:.2%}" for s, loss in sorted(search.losses.items()))
@@ -108,7 +122,7 @@ class LimitDropPass(Pass[list[Menu]]):
         trial, changes, sparsity = search.best
         state.model, state.walk, state.groups = trial.model, trial.walk, trial.groups
         state.keep, state.repairs = trial.keep, trial.repairs
-        state.facts["ends"] = trial.facts["ends"]
+        state.facts |= {name: trial.facts[name] for name in ("ends", "query forms")}
         state.facts["target"] = {
             "asked": f"max-drop {self.max_drop}",
             "kind": "drop",
@@ -124,9 +138,9 @@ class LimitDropPass(Pass[list[Menu]]):
 class _Search:
     """The bracket, what has been evaluated, and the best candidate."""
 
-    def __init__(self, options: LimitDropPass, state: State, menus: list[Menu]) -> None:
+    def __init__(self, options: LimitDropPass, state: State, menus: list[Menu], meaning: Meaning) -> None:
         assert state.calibration is not None
-        self.options, self.state, self.menus = options, state, menus
+        self.options, self.state, self.menus, self.meaning = options, state, menus, meaning
         self.limit = parse_drop(options.max_drop)
         self.data = state.calibration
         self.dense: Stored = state.facts["dense"]
@@ -182,7 +196,7 @@ class _Search:
         trial.facts = {k: self.state.facts[k] for k in ("dense", "before") if k in self.state.facts}
         NormaliseGraphPass()(trial)
         FindGroupsPass()(trial)
-        trial.keep = self.widths[sparsity]
+        note_widths(trial, meant(self.widths[sparsity], self.meaning))
         result = self.options.cut(trial)
         if self.options.metric is None:
             loss = self._difference(trial)

@@ -20,16 +20,24 @@ import os
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import Stored
-from liar_opt.passes.allocate_widths import menus_of, require_allocatable
+from liar_opt.passes.allocate_widths import (
+    Cost,
+    joined,
+    meant,
+    menus_of,
+    note_widths,
+    require_allocatable,
+    require_sharing,
+    step_of,
+)
 from liar_opt.passes.allocations import ALLOCATIONS
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, file_bytes, operations, session_of
@@ -111,22 +119,25 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
         target: what the result shall be: params=10M, size=40MB, flops=0.5x or latency=2x (twice as fast).
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how it is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
+        query_key: "auto" lets the width of queries and keys within each head share in it, by error curves.
     """
 
     name: ClassVar[str] = "meet-target"
     target: str = "params=0.7x"
     multiple_of: int = 8
     allocate: str = "curves"
+    query_key: Literal["auto"] | None = None
 
     def requires(self, state: State) -> None:
         """Checks the options.
 
         Raises:
-            OptionError: the target is not understood, or ``multiple_of`` is below one.
+            OptionError: the target is not understood, ``multiple_of`` is below one, or queries and keys cannot share in it.
             ModelError: there is nothing to prune.
         """
         parse_target(self.target)
         require_allocatable(state, self.allocate, self.multiple_of)
+        require_sharing(self.query_key, self.allocate)
 
     def plan(self, state: State) -> tuple[dict[str, int], dict[str, Any]]:
         """Returns the number of blocks that stay, by group name, and what the report says of the search.
@@ -135,22 +146,24 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
         """
         target = parse_target(self.target)
         gauge = _Gauge(target.kind, state)
-        groups: tuple[ChannelGroup, ...] = state.groups
-        costs = gauge.costs(groups, self.multiple_of)
-        menus = menus_of(groups, self.multiple_of, state.facts.get("curves", {}), lambda g, w: costs(g, w))
+        groups, curves = state.groups, state.facts.get("curves", {})
+        queries = state.queries if self.query_key == "auto" else ()
+        costs = gauge.costs((*groups, *queries), self.multiple_of)
+        menus = menus_of(groups, self.multiple_of, curves, costs)
+        menus, meaning = joined(menus, groups, queries, self.multiple_of, curves, costs)
         fixed = gauge.dense - sum(float(m.costs[-1]) for m in menus)
         wanted = target.absolute(gauge.dense)
         if wanted >= gauge.dense:
             has = f"{gauge.dense:,.6g} {NAMES[target.kind]}"
             raise OptionError(f"target '{self.target}' is met already: the model has {has}; ask for less")
-        narrowest = {m.name: int(m.widths[0]) for m in menus}
+        narrowest = meant({m.name: int(m.widths[0]) for m in menus}, meaning)
         if wanted < fixed + sum(float(m.costs[0]) for m in menus) * 1.1:  # near the end: look, before refusing
             least = gauge.value(narrowest)
             if wanted < least * (1.0 - CLOSE[target.kind]):
                 raise OptionError(_unreachable(self.target, target, least, gauge.dense, groups, state))
         goal, best, tried = wanted - fixed, None, []
         for _ in range(ROUNDS):
-            keep = ALLOCATIONS[self.allocate](menus, max(goal, sum(float(m.costs[0]) for m in menus)))
+            keep = meant(ALLOCATIONS[self.allocate](menus, max(goal, sum(float(m.costs[0]) for m in menus))), meaning)
             value = gauge.value(keep)
             tried.append(value)
             miss = abs(value / wanted - 1.0)
@@ -165,7 +178,8 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
 
     def apply(self, state: State, plan: tuple[dict[str, int], dict[str, Any]]) -> PassResult:
         """Notes the widths; the rest goes to ``State.facts``."""
-        state.keep, state.facts["target"] = plan
+        keep, state.facts["target"] = plan
+        note_widths(state, keep)
         return PassResult(state)
 
 
@@ -221,9 +235,7 @@ class _Gauge:
         sessions = [self.session, session_of(model, self.device)]
         return measure_latency(sessions, [self.feeds, feeds], budget=budget, most=2000).speedup
 
-    def costs(
-        self, groups: Sequence[ChannelGroup], multiple_of: int
-    ) -> Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]]:
+    def costs(self, groups: Sequence[ChannelGroup], multiple_of: int) -> Cost:
         """Returns what a group costs at each width, up to a constant."""
         shapes: dict[str, list[ChannelGroup]] = defaultdict(list)
         for group in groups:
@@ -267,7 +279,7 @@ class _Gauge:
 
     def _saved(self, members: Sequence[ChannelGroup], multiple_of: int) -> tuple[list[int], list[float]]:
         size = members[0].size
-        step = min(multiple_of, size) if members[0].kind == "ffn" else 1
+        step = step_of(members[0], multiple_of)
         widths = sorted({max(step, step * round(size * f / step)) for f in FRACTIONS} | {step, size})
         seconds = []
         for width in widths:

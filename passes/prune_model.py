@@ -269,8 +269,8 @@ def prune(
         heads: fraction of the attention heads to remove, in [0, 1).
         values: fraction of the width of values within each head to remove, in [0, 1); each head keeps its own.
         query_key: fraction of the width of queries and keys within each head to remove, in [0, 1), where no rotary
-            embedding or normalisation stands between projection and product; "auto" lets them share in a sparsity, by
-            error curves.
+            embedding or normalisation stands between projection and product; "auto" lets them share in a sparsity,
+            a target or max_drop, by error curves.
         value_cut: "rotate" keeps the best subspace of the values, "select" some of their channels.
         multiple_of: kept feed-forward widths are multiples of this.
         target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),

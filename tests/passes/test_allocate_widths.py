@@ -169,5 +169,5 @@ def test_heads_and_their_queries_share_one_menu() -> None:
 
 def test_queries_share_in_a_sparsity_alone() -> None:
     for options in ({"query_key": "auto", "heads": 0.5}, {"query_key": "auto", "sparsity": 0.3, "allocate": "uniform"}):
-        with pytest.raises(OptionError, match="query-key auto shares in a sparsity by curves"):
+        with pytest.raises(OptionError, match="query-key auto shares in a sparsity, a target or max-drop by curves"):
             keep(*LAYERS, **options)

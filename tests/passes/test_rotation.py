@@ -256,7 +256,34 @@ def test_queries_that_share_in_a_sparsity() -> None:
     assert report["verification"]["exact_difference"] < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["params", "size", "flops"])
+def test_queries_that_share_in_a_target(kind: str) -> None:
+    """The same amount goes, and more of it from queries and keys than where heads alone may give them."""
+    case = next(c for c in zoo.cases(fast=False) if c.name == CASES[0])
+    feeds = [zoo.feeds_of(case, seed=seed) for seed in range(6)]
+    options: dict[str, Any] = {"target": f"{kind}=0.8x", "query_key": "auto", "multiple_of": 2, "latency": False}
+    report = prune(zoo.ready(case).path, feeds, **options).report
+    assert {g["kind"] for g in report["groups"]} >= {"query-key"}
+    assert report["target"]["found"] == pytest.approx(report["target"]["wanted"], rel=0.03)
+    assert report["verification"]["exact_difference"] < 1e-4
+
+
+def test_queries_that_share_in_a_limit() -> None:
+    case = next(c for c in zoo.cases(fast=False) if c.name == CASES[0])
+    feeds = [zoo.feeds_of(case, seed=seed) for seed in range(6)]
+    options: dict[str, Any] = {"query_key": "auto", "multiple_of": 2, "latency": False}
+    report = prune(zoo.ready(case).path, feeds, max_drop=0.02, **options).report
+    assert {g["kind"] for g in report["groups"]} >= {"query-key"}
+    assert 0 < report["target"]["found"] <= 0.02
+    assert report["verification"]["exact_difference"] < 1e-4
+
+
 def test_bad_options() -> None:
+    for wanted in ({"target": "params=0.8x"}, {"max_drop": 0.1}):
+        with pytest.raises(OptionError, match="exclude each other"):
+            prune(model(), FEEDS, query_key=0.5, **wanted, **OPTIONS)
+        with pytest.raises(OptionError, match="query-key auto shares in a sparsity, a target or max-drop by curves"):
+            prune(model(), FEEDS, query_key="auto", allocate="uniform", **wanted, **OPTIONS)
     with pytest.raises(OptionError, match=r"query-key 1 is outside \[0, 1\)"):
         prune(model(), FEEDS, query_key=1.0, **OPTIONS)
     with pytest.raises(OptionError, match="value-cut 'svd' is unknown; choose one of rotate, select"):
