@@ -322,7 +322,7 @@ class OnnxModel:
         outputs = {id(t) for t in graph.outputs}
         for node in list(graph.nodes):
             if node.op == "Constant" and node.domain in (None, *STANDARD) and len(node.outputs) == 1:
-                value = _constant_value(node)
+                value = constant_value(node)
                 if value is not None and id(node.outputs[0]) not in outputs:
                     _replace(node.outputs[0], gs.Constant(node.outputs[0].name, value))
                     node.outputs.clear()
@@ -393,7 +393,8 @@ def present(tensor: object) -> bool:
     return isinstance(tensor, gs.Constant) or (isinstance(tensor, gs.Variable) and bool(tensor.name))
 
 
-def _constant_value(node: gs.Node) -> np.ndarray | None:
+def constant_value(node: gs.Node) -> np.ndarray | None:
+    """Returns what a Constant node holds; None where that is no array of numbers."""
     attributes = node.attrs
     if "value" in attributes:
         return tensor_attribute(attributes["value"])

@@ -32,7 +32,7 @@ import onnx_graphsurgeon as gs
 
 import liar_opt.frontend.onnx_attention_rules
 import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (imports of both put their rules into the table)
-from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float, present
+from liar_opt.frontend.onnx_model import OnnxModel, constant_value, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, RULES, Axes, rule
 from liar_opt.frontend.onnx_values import (
     Array,
@@ -448,6 +448,8 @@ class GraphWalk:
         opaque = any(present(t) and self.input_axes(node, i) is None for i, t in enumerate(node.inputs))
         if function is None or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
             self.give_up(node, f"operator {node.op} has no rule")
+            if node.op == "If" and self.value(node, 0) is not None:
+                self._shape_of_branch(node)
             self.unknown.setdefault(f"{node.domain}::{node.op}" if node.domain else node.op, []).append(node.name)
             return
         if opaque:
@@ -479,6 +481,36 @@ class GraphWalk:
             if present(tensor):
                 shape = self.inferred.get(tensor.name)
                 self.axes[tensor.name] = None if shape is None else tuple(self.fresh(s, where) for s in shape)
+
+    def _shape_of_branch(self, node: gs.Node) -> None:
+        """Gives the outputs of an If the shapes, and the values if known, that its branch has under the probe sizes.
+
+        A branch for sizes of one (torch writes them for ``squeeze``) is not taken then. Nothing inside is recorded.
+        """
+        branch = node.attrs["then_branch" if bool(np.all(self.value(node, 0))) else "else_branch"]
+        records: tuple[list[Any], ...] = (
+            *(self.constant_uses, self.consumers, self.size_uses, self.value_uses, self.mixed, self.products),
+        )
+        kept = [len(r) for r in records]
+        where = f"operator If has no rule (node '{node.name}')"
+        for inner in branch.nodes:
+            value = constant_value(inner) if inner.op == "Constant" else None
+            if value is None:
+                self._visit(inner)
+            else:
+                self.axes[inner.outputs[0].name] = tuple(self.fresh(s, where) for s in value.shape)
+                if value.size <= VALUE_LIMIT:
+                    self.values[inner.outputs[0].name] = value
+            for tensor in inner.outputs:
+                self.pin(self.axes.get(tensor.name), where)
+        for record, length in zip(records, kept, strict=True):
+            del record[length:]
+        for tensor, made in zip(node.outputs, branch.outputs, strict=True):
+            axes = self.axes.get(made.name)
+            if present(tensor) and self.axes.get(tensor.name) is None and axes is not None:
+                self.axes[tensor.name] = tuple(self.fresh(s, where) for s in self.shape(axes))
+                if made.name in self.values:
+                    self.values[tensor.name] = self.values[made.name]
 
     def _pin_captured(self, graph: gs.Graph, reason: str) -> None:
         for node in graph.nodes:
@@ -885,14 +917,17 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     x, weight = w.input_axes(node, 0), w.input_axes(node, 1)
     assert x is not None and weight is not None
     where = f"(node '{node.name}')"
-    kernel = w.shape(weight)[2:]
-    if int(node.attrs.get("group", 1)) == 1:
+    kernel, groups = w.shape(weight)[2:], int(node.attrs.get("group", 1))
+    if groups == 1:
         w.unify(x[1], weight[1])
         pointwise = all(k == 1 for k in kernel)
         if w.constant(node, 1) is None or not pointwise:
             w.pin([x[1]], f"input channels of a convolution that is no matrix product {where}")
         else:
             w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x))
+    elif groups == w.algebra.size(x[1]) == w.algebra.size(weight[0]) and w.constant(node, 1) is not None:
+        w.unify(x[1], weight[0])  # depthwise: every channel by itself
+        w.size_use(node, ("attribute", "group", -1), x[1])
     else:
         w.pin([x[1], *weight], f"grouped convolution {where}")
     bias = w.input_axes(node, 2)
@@ -914,6 +949,72 @@ def _conv_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> l
     pads = list(node.attrs.get("pads", [0] * 2 * n))
     strides, dilations = list(node.attrs.get("strides", [1] * n)), list(node.attrs.get("dilations", [1] * n))
     return [(sizes[i] + pads[i] + pads[n + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)]
+
+
+@rule("AveragePool", "LpPool", "MaxPool")
+def _pool(w: GraphWalk, node: gs.Node) -> None:
+    axes, shape = w.input_axes(node, 0), w.inferred.get(node.outputs[0].name)
+    assert axes is not None
+    if shape is None:
+        w.give_up(node, f"{node.op} of unknown extent")
+        return
+    where = f"slid over by {node.op} (node '{node.name}')"
+    w.pin(axes[2:], where)
+    for position in range(len(node.outputs)):
+        w.output(node, (*axes[:2], *(w.fresh(s, where) for s in shape[2:])), position)
+
+
+@rule("BatchNormalization")
+def _batch_normalization(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    if int(node.attrs.get("training_mode", 0)) or len(node.outputs) > 1:
+        w.give_up(node, "BatchNormalization in training mode")
+        return
+    for position in range(1, 5):  # scale, shift, mean and variance of each channel
+        vector = w.input_axes(node, position)
+        if vector is not None:
+            w.unify(axes[1], vector[0])
+    w.output(node, axes)
+
+
+@rule("InstanceNormalization")
+def _instance_normalization(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
+    for position in (1, 2):
+        vector = w.input_axes(node, position)
+        if vector is not None:
+            w.unify(axes[1], vector[0])
+    w.output(node, axes)
+
+
+@rule("Resize", "Upsample")
+def _resize(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    places = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
+    scales = w.constant(node, 1 if len(node.inputs) == 2 else 2)
+    target = w.value(node, 3)
+    if target is None and scales is not None and scales.values.size == len(places):
+        target = [int(np.floor(w.algebra.size(axes[a]) * s)) for a, s in zip(places, scales.values, strict=True)]
+        scales = None if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" else scales
+    elif target is not None and node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        target = None
+    if target is None or len(target) != len(places):
+        w.give_up(node, f"{node.op} to a size that is not known")
+        return
+    result, where = list(axes), f"{node.op} runs over it (node '{node.name}')"
+    for element, (place, size) in enumerate(zip(places, target, strict=True)):
+        same = int(size) == w.algebra.size(axes[place]) and (scales is None or scales.values[element] == 1.0)
+        if same and node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize":
+            if w.value(node, 3) is not None:
+                w.size_use(node, ("input", 3, element), axes[place])
+            continue
+        w.pin([axes[place]], where)
+        result[place] = w.fresh(int(size), where)
+    w.output(node, tuple(result))
 
 
 # -- layout ---------------------------------------------------------------------------------------------------------

@@ -163,6 +163,45 @@ MATCH: dict[str, tuple[str, Weights, list[tuple[str, int]]]] = {
         {"w1": (11, 6, 3, 3), "b1": (11,), "w2": (7, 11, 1, 1)},
         [("ffn", 11)],
     ),
+    "depthwise Conv, BatchNormalization": (
+        "f (float[b, 6, 5, 3] x) => (float[b, 7, 5, 3] y) { u = Conv(x, w1, b1)\n d = Conv<group=11, pads=[1,1,1,1]>(u, k, b2)\n"
+        " n = BatchNormalization(d, g, b3, m, v)\n h = Relu(n)\n y = Conv(h, w2) }",
+        {
+            **{"w1": (11, 6, 1, 1), "b1": (11,), "k": (11, 1, 3, 3), "b2": (11,), "w2": (7, 11, 1, 1)},
+            **{"g": (11,), "b3": (11,), "m": (11,), "v": np.linspace(0.5, 2.0, 11, dtype=np.float32)},
+        },
+        [("ffn", 11)],
+    ),
+    "depthwise Conv over tokens": (
+        "f (float[b, s, 6] x) => (float[b, s, 7] y) { u = MatMul(x, w1)\n t = Transpose<perm=[0,2,1]>(u)\n"
+        " d = Conv<group=11, pads=[2,2]>(t, k)\n r = Transpose<perm=[0,2,1]>(d)\n h = Relu(r)\n y = MatMul(h, w2) }",
+        {"w1": (6, 11), "k": (11, 1, 5), "w2": (11, 7)},
+        [("ffn", 11)],
+    ),
+    "InstanceNormalization, pooled": (
+        "f (float[b, 6, 5, 3] x) => (float[b, 7, 4, 2] y) { u = Conv(x, w1)\n n = InstanceNormalization(u, g, b1)\n"
+        " h = MaxPool<kernel_shape=[2,2]>(n)\n y = Conv(h, w2) }",
+        {"w1": (11, 6, 1, 1), "g": (11,), "b1": (11,), "w2": (7, 11, 1, 1)},
+        [("ffn", 11)],
+    ),
+    "Resize by scales": (
+        "f (float[b, 6, 5, 3] x) => (float[b, 7, 10, 4] y) { u = Conv(x, w1)\n"
+        ' h = Resize<mode="linear">(u, , factors)\n y = Conv(h, w2) }',
+        {"w1": (11, 6, 1, 1), "factors": np.asarray([1, 1, 2, 1.5], np.float32), "w2": (7, 11, 1, 1)},
+        [("ffn", 11)],
+    ),
+    "Resize to sizes": (
+        "f (float[b, 6, 5, 3] x) => (float[b, 7, 4, 8] y) { u = Conv(x, w1)\n s = Shape(u)\n c = Slice(s, z, two)\n"
+        ' n = Concat<axis=0>(c, hw)\n h = Resize<mode="cubic">(u, , , n)\n y = Conv(h, w2) }',
+        {"w1": (11, 6, 1, 1), "z": ints(0), "two": ints(2), "hw": ints(4, 8), "w2": (7, 11, 1, 1)},
+        [("ffn", 11)],
+    ),
+    "Resize to sizes that are written down": (
+        "f (float[2, 6, 5, 3] x) => (float[2, 7, 4, 8] y) { u = Conv(x, w1)\n"
+        ' h = Resize<mode="nearest">(u, , , n)\n y = Conv(h, w2) }',
+        {"w1": (11, 6, 1, 1), "n": ints(2, 11, 4, 8), "w2": (7, 11, 1, 1)},
+        [("ffn", 11)],
+    ),
     "chain of three": (
         "f (float[b, s, 6] x) => (float[b, s, 7] y) { u = MatMul(x, w1)\n h = Relu(u)\n v = MatMul(h, w2)\n k = Tanh(v)\n"
         " y = MatMul(k, w3) }",
@@ -230,10 +269,46 @@ def test_convolutions_that_are_no_products_are_not_cut() -> None:
     wide = graphs.parse(text.format("y = Conv(h, w2)"), {"w1": (12, 6, 1, 1), "w2": (7, 12, 3, 3)})
     assert graphs.sizes(wide) == []
     grouped = graphs.parse(
-        text.format("k = Conv<group=12>(h, w2)\n y = Conv(k, w3)"),
-        {"w1": (12, 6, 1, 1), "w2": (12, 1, 3, 3), "w3": (7, 12, 1, 1)},
+        text.format("k = Conv<group=4>(h, w2)\n y = Conv(k, w3)"),
+        {"w1": (12, 6, 1, 1), "w2": (12, 3, 3, 3), "w3": (7, 12, 1, 1)},
     )
     assert graphs.sizes(grouped) == []
+
+
+BRANCHES = """f (float[b, s, 6] x) => (float[b, t, 7] y) {{
+    n = Shape(x)  r = Size(n)  c = {condition}
+    p = If (c) <
+        then_branch = g1 () => (float[q, 6] t1) {{ k = Constant<value = int64[2] {{-1, 6}}>()  t1 = Reshape(x, k) }},
+        else_branch = g2 () => (float[v, w, 6] t2) {{ t2 = Identity(x) }}
+    >
+    m = Shape(p)  f = Reshape(p, m)  u = MatMul(f, w1)  h = Relu(u)  y1 = MatMul(h, w2)  y = Reshape(y1, end) }}"""
+
+
+@pytest.mark.parametrize("condition", ["Less(r, three)", "Greater(r, two)"])
+def test_behind_a_branch_whose_condition_is_known(condition: str) -> None:
+    """Its shape is that of the branch that is taken: exporters write such branches for shapes of other ranks."""
+    weights = {"w1": (6, 11), "w2": (11, 7), "two": np.asarray(2, I64), "three": np.asarray(3, I64), "end": ints(0, -1, 7)}
+    proto = graphs.parse(BRANCHES.format(condition=condition), weights)
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    assert "operator If has no rule" in graphs.reasons(proto)
+    graphs.prove(proto, {"b": 2, "s": 5})
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "h = Resize(u, , factors)",  # as many channels, but not the same
+        'h = Resize<coordinate_transformation_mode="tf_crop_and_resize">(u, roi, ones)',
+        "r = Resize(u, , any)\n k = Shape(u)\n h = Reshape(r, k)",
+        "h, d1, d2 = BatchNormalization<training_mode=1>(u, g, g, g, g)",
+    ],
+)
+def test_what_runs_over_channels_of_images(rest: str) -> None:
+    text = "f (float[b, 6, 4, 3] x, float[four] any) => (float[b, 7, q, w] y) {{ u = Conv(x, w1)\n {}\n y = Conv(h, w2) }}"
+    ones = np.ones(4, np.float32)
+    weights: Weights = {"w1": (8, 6, 1, 1), "w2": (7, 8, 1, 1), "g": (8,), "ones": ones, "roi": np.zeros(8, np.float32)}
+    proto = graphs.parse(text.format(rest), {**weights, "factors": np.asarray([1, 1.01, 1, 1], np.float32)})
+    assert graphs.sizes(proto) == []
 
 
 def test_an_unknown_operator_is_named_with_its_nodes() -> None:
