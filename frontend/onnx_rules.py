@@ -226,7 +226,7 @@ class GraphWalk:
 
     # -- what rules ask ---------------------------------------------------------------------------------------------
 
-    def shape(self, axes: Axes) -> list[int]:
+    def shape(self, axes: Axes | Sequence[Factor]) -> list[int]:
         """Returns the sizes of ``axes`` under the walk's probe sizes."""
         return [self.algebra.size(f) for f in axes]
 
@@ -998,7 +998,7 @@ def _resize(w: GraphWalk, node: gs.Node) -> None:
     scales = w.constant(node, 1 if len(node.inputs) == 2 else 2)
     target = w.value(node, 3)
     if target is None and scales is not None and scales.values.size == len(places):
-        target = [int(np.floor(w.algebra.size(axes[a]) * s)) for a, s in zip(places, scales.values, strict=True)]
+        target = np.floor(np.asarray(w.shape([axes[a] for a in places])) * scales.values).astype(np.int64)
         scales = None if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" else scales
     elif target is not None and node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         target = None

@@ -287,7 +287,13 @@ BRANCHES = """f (float[b, s, 6] x) => (float[b, t, 7] y) {{
 @pytest.mark.parametrize("condition", ["Less(r, three)", "Greater(r, two)"])
 def test_behind_a_branch_whose_condition_is_known(condition: str) -> None:
     """Its shape is that of the branch that is taken: exporters write such branches for shapes of other ranks."""
-    weights = {"w1": (6, 11), "w2": (11, 7), "two": np.asarray(2, I64), "three": np.asarray(3, I64), "end": ints(0, -1, 7)}
+    weights: Weights = {
+        "w1": (6, 11),
+        "w2": (11, 7),
+        "two": np.asarray(2, I64),
+        "three": np.asarray(3, I64),
+        "end": ints(0, -1, 7),
+    }
     proto = graphs.parse(BRANCHES.format(condition=condition), weights)
     assert graphs.sizes(proto) == [("ffn", 11)]
     assert "operator If has no rule" in graphs.reasons(proto)
