@@ -9,9 +9,10 @@ equal folds of equal constants give one constant.
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -271,11 +272,20 @@ class OnnxModel:
 
     def parameters(self) -> int:
         """Returns the number of elements of floating-point constants."""
-        return sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.constants() if is_float(c.dtype))
+        return sum(int(np.prod(shape, dtype=np.int64)) for shape, dtype in self._arrays() if is_float(dtype))
 
     def weight_bytes(self) -> int:
         """Returns the bytes of all constants."""
-        return sum(int(np.prod(c.shape, dtype=np.int64)) * np.dtype(c.dtype).itemsize for c in self.constants())
+        return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self._arrays())
+
+    def _arrays(self) -> Iterator[tuple[Sequence[int], np.dtype[Any]]]:
+        """Yields shape and dtype of all constants, those included that are still held by nodes."""
+        for constant in self.constants():
+            yield constant.shape, np.dtype(constant.dtype)
+        for node in self.graph.nodes:
+            value = constant_value(node) if node.op == "Constant" else None
+            if value is not None:
+                yield value.shape, value.dtype
 
     def align(self, store: ArrayStore) -> None:
         """Copies weights to ``store`` that lie in their file where no number may begin: every session would copy them."""

@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 
 from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Menu
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.groups import KINDS, VALUES, ChannelGroup
+from liar_opt.passes.groups import KINDS, VALUES, ChannelGroup, parameters_left
 from liar_opt.passes.measure_curves import GroupCurve
 from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
 
 DEFAULT_SPARSITY = 0.3
+ROUNDS = 6
+CLOSE = 2e-3
+"""How near to the sparsity that was asked for is near enough, where groups share weights."""
 Cost = Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]]
 """(group, widths) -> what it costs at each, in the target's currency."""
 Meaning = dict[str, list[dict[str, int]]]
@@ -103,6 +106,25 @@ def require_queries(state: State) -> None:
 def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -> float:
     """Returns how many parameters go when ``keep`` blocks of each group stay."""
     return sum(g.parameters * (1.0 - keep[g.name] / g.size) for g in groups)
+
+
+def _in_all(groups: tuple[ChannelGroup, ...], sparsity: float, choose: Callable[[float], dict[str, int]]) -> dict[str, int]:
+    """Chooses widths such that a share of all parameters goes, where a weight between two groups shrinks with both.
+
+    Allocations add up what each group costs by itself. Where weights are shared that is too much, and they are asked for
+    less, a few times.
+    """
+    whole, asked = parameters_left(groups), sparsity
+    keep = choose(asked)
+    if whole >= sum(g.parameters for g in groups):
+        return keep
+    for _ in range(ROUNDS):
+        miss = sparsity - (1.0 - parameters_left(groups, keep) / whole)
+        if abs(miss) <= CLOSE:
+            break
+        asked = min(max(asked + miss, 0.0), sparsity)
+        keep = choose(asked)
+    return keep
 
 
 def step_of(group: ChannelGroup, multiple_of: int) -> int:
@@ -274,24 +296,28 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         values = {g.name: kept_width(g, self.values, 1) for g in state.values} if self.values else {}
         if isinstance(self.query_key, float | int):
             values |= {g.name: kept_width(g, self.query_key, 1) for g in state.queries} if self.query_key else {}
+        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         if self.allocate in MEASURED:
             sharing = state.queries if self.query_key == "auto" else ()
-            return self._shared_out(groups, sharing, state.facts["curves"]) | values
+            curves = state.facts["curves"]
+            if self.by_kind or sharing:
+                return self._shared_out(groups, sharing, curves, sparsity) | values
+            return _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s)) | values
         if self.by_kind:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             return {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups} | values
-        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        return self._uniform(groups, sparsity) | values
+        return _in_all(groups, sparsity, lambda s: self._uniform(groups, s)) | values
 
     def _shared_out(
         self,
         groups: tuple[ChannelGroup, ...],
         queries: tuple[ChannelGroup, ...],
         curves: Mapping[str, GroupCurve],
+        sparsity: float,
     ) -> dict[str, int]:
         keep = {g.name: g.size for g in groups}
         if not self.by_kind:
-            parts = [(DEFAULT_SPARSITY if self.sparsity is None else self.sparsity, groups)]
+            parts = [(sparsity, groups)]
         else:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             parts = [(ratio, tuple(g for g in groups if g.kind == kind)) for kind, ratio in ratios.items()]

@@ -134,6 +134,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if kind == VALUES:
             outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
         inner = leaves[leaves.index(leaf) + 1 :]
+        elements = {id(u.constant): int(np.prod(u.constant.shape, dtype=np.int64)) for u in constant_uses}
         width = next((i for i, other in enumerate(inner) if other in mixed), len(inner) - 1)
         group = ChannelGroup(
             name=uses[0].node.name + (" (values)" if kind == VALUES else ""),
@@ -141,12 +142,11 @@ def find_groups(walk: GraphWalk) -> Found:
             factor=leaf,
             size=size,
             consumers=_consumers(walk, leaf, uses, outer),
-            parameters=sum(
-                int(np.prod(c.shape, dtype=np.int64)) for c in {id(u.constant): u.constant for u in constant_uses}.values()
-            ),
+            parameters=sum(elements.values()),
             start=min(positions),
             end=max(order[id(u.node)] for u in uses),
-            constants=frozenset(id(u.constant) for u in constant_uses),
+            constants=frozenset(elements),
+            elements=elements,
             outer=outer,
             sets=1 if outer is None else algebra.size(outer),
             queries=math.prod(algebra.size(i) for i in inner[:width]) if kind == "heads" else 1,

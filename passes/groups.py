@@ -6,7 +6,7 @@ R^n; n is a multiple of the number of blocks where a block is wider than one cha
 weight shared by layers) pool their moments; several consumers of one group are scored together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,8 @@ class ChannelGroup:
         parameters: elements of all constants that have the dimension (they shrink in proportion).
         start: position of the first node that touches the dimension, in the graph's order.
         end: position of the last consumer.
+        constants: identities of the constants that have the dimension.
+        elements: of each of them; empty where groups share none.
         outer: the leaf factor that counts the heads of "values", or the experts, each with an index set of its own; None
             for one set.
         sets: number of index sets. Block j of set i has number i * size + j; each set keeps as many.
@@ -75,6 +77,7 @@ class ChannelGroup:
     start: int
     end: int
     constants: frozenset[int] = field(default_factory=frozenset)
+    elements: Mapping[int, int] = field(default_factory=dict)
     outer: int | None = None
     sets: int = 1
     queries: int = 1
@@ -114,6 +117,26 @@ class Refusal:
     reason: str
     nodes: tuple[str, ...] = ()
     size: int = 0
+
+
+def parameters_left(groups: Sequence[ChannelGroup], keep: Mapping[str, int] | None = None) -> float:
+    """Returns what is left of all weights that have a dimension of a group, each counted once.
+
+    A weight between two groups (of a 1x1 convolution, say) shrinks with both.
+
+    Args:
+        groups: the groups.
+        keep: number of blocks by group name; groups that are not named stay whole.
+    """
+    whole: dict[object, int] = {}
+    share: dict[object, float] = {}
+    for group in groups:
+        left = 1.0 if keep is None else keep.get(group.name, group.size) / group.size
+        own: Mapping[Any, int] = group.elements or {group.name: group.parameters}
+        for key, count in own.items():
+            whole[key] = count
+            share[key] = share.get(key, 1.0) * left
+    return sum(count * share[key] for key, count in whole.items())
 
 
 def kept_positions(owners: NDArray[np.int64], kept: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ from liar_opt.passes.checkpoint import Checkpoint, digest_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
-from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.groups import KINDS, ChannelGroup, Refusal, parameters_left
 from liar_opt.passes.limit_drop import LimitDropPass, Metric
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MeetTargetPass
@@ -207,7 +207,7 @@ def inspect(model: Any, *, example: Any = None, allow_pickle: bool = False) -> I
     report = _report_head(state)
     report["groups"] = [_group(g) for g in state.groups]
     report["values"] = [_group(g) for g in (*state.values, *state.queries)]
-    report["prunable_parameters"] = sum(g.parameters for g in state.groups)
+    report["prunable_parameters"] = round(parameters_left(state.groups))
     report["refusals"] = [asdict(r) for r in result.refusals]
     return Inspection(state.model, state.groups, result.refusals, report)
 
@@ -379,6 +379,7 @@ def prune(
         state.checkpoint.decide({"keep": {name: int(keep) for name, keep in state.keep.items()}, "report": said})
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
+        report["prunable"] = prunable(state)
         return PruneResult(state.facts["dense"], report, (), analysis.refusals)
     if not early:
         _load_calibration(state, options, report)
@@ -393,6 +394,7 @@ def prune(
     report["refusals"] = [asdict(r) for r in refusals]
     details = {c.where: c for c in changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
+    report["prunable"] = prunable(state)
     gaps = [c["calibration_gap"] for g in report["groups"] for c in g.get("repairs", ())]
     known = [gap for gap in gaps if gap is not None]
     report["calibration"]["gap"] = sum(known) / len(known) if known else None
@@ -554,6 +556,12 @@ def _calibration_report(data: CalibrationData) -> dict[str, Any]:
         "synthetic": data.synthetic,
         "warnings": list(data.warnings),
     }
+
+
+def prunable(state: State) -> dict[str, int]:
+    """Returns the parameters of all layers and heads together, before and after; values, queries and keys are theirs."""
+    counted = [g for g in state.groups if g.kind in KINDS]
+    return {"before": round(parameters_left(counted)), "after": round(parameters_left(counted, state.keep))}
 
 
 def _group(group: ChannelGroup) -> dict[str, Any]:

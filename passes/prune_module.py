@@ -52,7 +52,7 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
-from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
+from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal, parameters_left
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun, Sweep
 from liar_opt.passes.prune_model import (
@@ -67,6 +67,7 @@ from liar_opt.passes.prune_model import (
     _report_head,
     _sizes,
     check_output,
+    prunable,
     prune,
 )
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
@@ -514,6 +515,7 @@ def prune_module(
     report["refusals"] = [asdict(r) for r in analysis.refusals]
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
+        report["prunable"] = prunable(state)
         return ModuleResult(state, report, (), analysis.refusals)
     began = time.perf_counter()
     fields = {k: v for k, v in vars(options).items() if k not in ("source", "packing")}
@@ -528,6 +530,7 @@ def prune_module(
     done = Pipeline(passes=[cut, VerifyModulePass()], observer=observer)(state)
     details = {c.where: c for c in done.changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
+    report["prunable"] = prunable(state)
     report["after"] = _sizes(state.model)
     verification = state.facts["verification"]
     report["verification"] = {
@@ -585,7 +588,7 @@ def inspect_module(
     result = Pipeline(passes=[FindModuleGroupsPass()])(state)
     report = _report_head(state)
     report["groups"] = [_group(g) for g in state.groups]
-    report["prunable_parameters"] = sum(g.parameters for g in state.groups)
+    report["prunable_parameters"] = round(parameters_left(state.groups))
     report["refusals"] = [asdict(r) for r in result.refusals]
     return Inspection(state.model, state.groups, result.refusals, report)
 

@@ -41,9 +41,7 @@ def before_after(report: Report) -> Table:
     table.add_row(
         "parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters")
     )
-    counted = [g for g in report["groups"] if g["kind"] in ("ffn", "heads")]  # the others share the weights of heads
-    prunable = {"all": sum(g["parameters"] for g in counted)}
-    left = {"all": round(sum(g["parameters"] * g["after"] / g["before"] for g in counted))}
+    prunable, left = ({"all": report["prunable"][when]} for when in ("before", "after"))
     table.add_row("  of them prunable", f"{prunable['all']:,}", f"{left['all']:,}", change(prunable, left, "all"))
     size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
     name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
@@ -127,7 +125,7 @@ def groups_found(report: Report, explain: bool = False) -> Table:
     count = len(report["groups"])
     for row in rows[:count]:
         table.add_row(*row)
-    prunable = sum(g["parameters"] for g in report["groups"])
+    prunable = report["prunable_parameters"]
     table.add_section()
     table.add_row("all groups", "", "", "", f"{prunable:,}", percent(prunable, everything))
     if rows[count:]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import graphs
 import numpy as np
 import pytest
 
+import liar_opt
+from liar_opt import prune
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, joined, kept_width, menus_of, removed_parameters
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup, Consumer
@@ -171,3 +174,18 @@ def test_queries_share_in_a_sparsity_alone() -> None:
     for options in ({"query_key": "auto", "heads": 0.5}, {"query_key": "auto", "sparsity": 0.3, "allocate": "uniform"}):
         with pytest.raises(OptionError, match="query-key auto shares in a sparsity, a target or max-drop by curves"):
             keep(*LAYERS, **options)
+
+
+CHAIN = "f (float[b, s, 16] x) => (float[b, s, 16] y) { u = MatMul(x, w1)  h = Relu(u)  v = MatMul(h, w2)  k = Tanh(v)  y = MatMul(k, w3) }"  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "curves"])
+def test_a_weight_between_two_groups_is_counted_once(allocate: str) -> None:
+    """It shrinks with both: as much goes as was asked for, not more."""
+    proto = graphs.parse(CHAIN, {"w1": (16, 64), "w2": (64, 96), "w3": (96, 16)})
+    feeds = [graphs.feeds_of(proto, {"b": 4, "s": 16}, seed) for seed in range(12)]
+    report = prune(proto, feeds, sparsity=0.5, allocate=allocate, multiple_of=1, new_bias=False, latency=False).report
+    everything = 16 * 64 + 64 * 96 + 96 * 16
+    assert report["prunable"]["before"] == report["before"]["parameters"] == everything
+    assert report["prunable"]["after"] == report["after"]["parameters"] == pytest.approx(everything / 2, rel=0.02)
+    assert liar_opt.inspect(proto).report["prunable_parameters"] == everything

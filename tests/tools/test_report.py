@@ -79,6 +79,7 @@ REPORT: dict[str, Any] = {
         },
     ],
     "prunable_parameters": 1772160,
+    "prunable": {"before": 1772160, "after": 886080},
     "verification": {
         "exact_difference": 3.2e-7,
         "exact_dtype": "float32",

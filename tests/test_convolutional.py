@@ -1,0 +1,75 @@
+"""Transformers with convolutions, pooling and resized positions inside, as exporters write them: found, and cut exactly."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from liar_opt import prune
+
+STAGES: dict[str, Any] = {"hidden_sizes": [16, 32, 40, 48], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 6]}
+IMAGE: dict[str, Any] = {
+    **{"image_size": 32, "patch_size": 8, "hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 5},
+    "intermediate_size": 88,
+}
+# name: (class, configuration, shape of an input without the batch, groups that must be found)
+MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], Mapping[str, int]]] = {
+    "dinov2": ("Dinov2Model", IMAGE, (3, 48, 32), {"heads": 2, "ffn": 2}),
+    "dpt": ("DPTModel", IMAGE, (3, 32, 32), {"heads": 2, "ffn": 2}),
+    "segformer": ("SegformerModel", STAGES, (3, 64, 64), {"heads": 3, "ffn": 4}),
+    "levit": (
+        "LevitModel",
+        {"image_size": 64, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1]},
+        (3, 64, 64),
+        {"heads": 5, "ffn": 5},
+    ),
+}
+
+
+class _First(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.model(x)[0]
+
+
+def export(name: str, dynamo: bool, path: Path) -> None:
+    """Writes a seeded model whose vectors differ from each other everywhere."""
+    kind, fields, shape, _ = MODELS[name]
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**fields)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    example = (torch.randn(2, *shape),)
+    options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamo": dynamo, "verbose": False}
+    if not dynamo:
+        options |= {"opset_version": 17, "dynamic_axes": {"x": {0: "b"}}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(_First(model), example, str(path), **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_cut_equals_the_masked_original(name: str, dynamo: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export(name, dynamo, path)
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.standard_normal((2, *MODELS[name][2])).astype(np.float32)} for _ in range(4)]
+    report = prune(path, feeds, sparsity=0.4, repair="none", allocate="uniform", multiple_of=2, latency=False).report
+    kinds = [g["kind"] for g in report["groups"]]
+    assert {k: kinds.count(k) for k in set(kinds)} == MODELS[name][3]
+    assert report["verification"]["exact_difference"] < 1e-4
+    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
+    assert report["prunable"]["after"] / report["prunable"]["before"] == pytest.approx(0.6, abs=0.03)
+    assert report["before"]["parameters"] >= report["prunable"]["before"]
