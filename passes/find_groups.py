@@ -134,7 +134,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if kind == VALUES:
             outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
         inner = leaves[leaves.index(leaf) + 1 :]
-        elements = {id(u.constant): int(np.prod(u.constant.shape, dtype=np.int64)) for u in constant_uses}
+        elements = _elements(walk, leaf, constant_uses)
         width = next((i for i, other in enumerate(inner) if other in mixed), len(inner) - 1)
         group = ChannelGroup(
             name=uses[0].node.name + (" (values)" if kind == VALUES else ""),
@@ -145,7 +145,7 @@ def find_groups(walk: GraphWalk) -> Found:
             parameters=sum(elements.values()),
             start=min(positions),
             end=max(order[id(u.node)] for u in uses),
-            constants=frozenset(elements),
+            constants=frozenset(id(u.constant) for u in constant_uses),
             elements=elements,
             outer=outer,
             sets=1 if outer is None else algebra.size(outer),
@@ -344,6 +344,17 @@ def _constants(walk: GraphWalk) -> dict[int, list[ConstantUse]]:
     for use in walk.constant_uses:
         for leaf in {leaf for factor in use.axes for leaf in walk.algebra.leaves(factor)}:
             result[leaf].append(use)
+    return result
+
+
+def _elements(walk: GraphWalk, leaf: int, uses: Sequence[ConstantUse]) -> dict[object, int]:
+    """Counts the elements of each constant that have a dimension; a part beside others in one axis is counted by itself."""
+    result: dict[object, int] = {}
+    for use in uses:
+        count = int(np.prod(use.constant.shape, dtype=np.int64))
+        share = min(float(np.mean(walk.algebra.owners(f, leaf) >= 0)) for f in use.axes if leaf in walk.algebra.leaves(f))
+        key: object = id(use.constant) if share == 1.0 else (id(use.constant), leaf)
+        result[key] = round(count * share)
     return result
 
 

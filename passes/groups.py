@@ -59,7 +59,7 @@ class ChannelGroup:
         start: position of the first node that touches the dimension, in the graph's order.
         end: position of the last consumer.
         constants: identities of the constants that have the dimension.
-        elements: of each of them; empty where groups share none.
+        elements: how many of each of them have it, by what else may have the same ones; empty where groups share none.
         outer: the leaf factor that counts the heads of "values", or the experts, each with an index set of its own; None
             for one set.
         sets: number of index sets. Block j of set i has number i * size + j; each set keeps as many.
@@ -77,7 +77,7 @@ class ChannelGroup:
     start: int
     end: int
     constants: frozenset[int] = field(default_factory=frozenset)
-    elements: Mapping[int, int] = field(default_factory=dict)
+    elements: Mapping[object, int] = field(default_factory=dict)
     outer: int | None = None
     sets: int = 1
     queries: int = 1
@@ -132,7 +132,7 @@ def parameters_left(groups: Sequence[ChannelGroup], keep: Mapping[str, int] | No
     share: dict[object, float] = {}
     for group in groups:
         left = 1.0 if keep is None else keep.get(group.name, group.size) / group.size
-        own: Mapping[Any, int] = group.elements or {group.name: group.parameters}
+        own: Mapping[object, int] = group.elements or {group.name: group.parameters}
         for key, count in own.items():
             whole[key] = count
             share[key] = share.get(key, 1.0) * left

@@ -189,3 +189,18 @@ def test_a_weight_between_two_groups_is_counted_once(allocate: str) -> None:
     assert report["prunable"]["before"] == report["before"]["parameters"] == everything
     assert report["prunable"]["after"] == report["after"]["parameters"] == pytest.approx(everything / 2, rel=0.02)
     assert liar_opt.inspect(proto).report["prunable_parameters"] == everything
+
+
+BESIDE = """f (float[b, s, 16] x) => (float[b, s, 16] y) { p = MatMul(x, w1)  g, u = Split<axis=2>(p, n)
+    a = Relu(g)  c = Tanh(u)  d = MatMul(a, w2)  e = MatMul(c, w3)  y = Add(d, e) }"""
+
+
+def test_parts_of_one_weight_are_counted_by_themselves() -> None:
+    """Side by side in one axis they share nothing."""
+    weights: dict[str, Any] = {"w1": (16, 40), "n": np.asarray([24, 16], np.int64), "w2": (24, 16), "w3": (16, 16)}
+    proto = graphs.parse(BESIDE, weights)
+    feeds = [graphs.feeds_of(proto, {"b": 4, "s": 16}, seed) for seed in range(4)]
+    report = prune(proto, feeds, sparsity=0.5, allocate="uniform", multiple_of=1, new_bias=False, latency=False).report
+    assert sorted(g["parameters"] for g in report["groups"]) == [2 * 16 * 16, 2 * 16 * 24]
+    assert report["prunable"] == {"before": 2 * 16 * 40, "after": 16 * 40}
+    assert report["after"]["parameters"] == 16 * 40
