@@ -56,6 +56,7 @@ REPORT: dict[str, Any] = {
     ],
     "calibration": {"source": "texts.txt, 512 texts", "synthetic": False, "warnings": ["texts were cut"]},
     "groups": GROUPS,
+    "prunable": {"before": sum(g["parameters"] for g in GROUPS), "after": sum(g["parameters"] // 2 for g in GROUPS)},
     "curves": {
         g["name"]: {
             "kind": g["kind"],
