@@ -226,7 +226,7 @@ class GraphWalk:
 
     # -- what rules ask ---------------------------------------------------------------------------------------------
 
-    def shape(self, axes: Axes | Sequence[Factor]) -> list[int]:
+    def shape(self, axes: Sequence[Factor]) -> list[int]:
         """Returns the sizes of ``axes`` under the walk's probe sizes."""
         return [self.algebra.size(f) for f in axes]
 
@@ -488,9 +488,8 @@ class GraphWalk:
         A branch for sizes of one (torch writes them for ``squeeze``) is not taken then. Nothing inside is recorded.
         """
         branch = node.attrs["then_branch" if bool(np.all(self.value(node, 0))) else "else_branch"]
-        records: tuple[list[Any], ...] = (
-            *(self.constant_uses, self.consumers, self.size_uses, self.value_uses, self.mixed, self.products),
-        )
+        records: list[list[Any]] = [self.constant_uses, self.consumers, self.size_uses, self.value_uses]
+        records += [self.mixed, self.products]
         kept = [len(r) for r in records]
         where = f"operator If has no rule (node '{node.name}')"
         for inner in branch.nodes:
@@ -964,26 +963,16 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:2], *(w.fresh(s, where) for s in shape[2:])), position)
 
 
-@rule("BatchNormalization")
-def _batch_normalization(w: GraphWalk, node: gs.Node) -> None:
+@rule("BatchNormalization", "InstanceNormalization")
+def _channel_normalization(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     if int(node.attrs.get("training_mode", 0)) or len(node.outputs) > 1:
-        w.give_up(node, "BatchNormalization in training mode")
+        w.give_up(node, f"{node.op} in training mode")
         return
-    for position in range(1, 5):  # scale, shift, mean and variance of each channel
-        vector = w.input_axes(node, position)
-        if vector is not None:
-            w.unify(axes[1], vector[0])
-    w.output(node, axes)
-
-
-@rule("InstanceNormalization")
-def _instance_normalization(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
-    w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
-    for position in (1, 2):
+    if node.op == "InstanceNormalization":
+        w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
+    for position in range(1, len(node.inputs)):  # scale, shift, and mean and variance where they are given
         vector = w.input_axes(node, position)
         if vector is not None:
             w.unify(axes[1], vector[0])
@@ -995,25 +984,26 @@ def _resize(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     places = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
-    scales = w.constant(node, 1 if len(node.inputs) == 2 else 2)
-    target = w.value(node, 3)
-    if target is None and scales is not None and scales.values.size == len(places):
-        target = np.floor(np.asarray(w.shape([axes[a] for a in places])) * scales.values).astype(np.int64)
-        scales = None if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" else scales
-    elif target is not None and node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-        target = None
-    if target is None or len(target) != len(places):
+    sizes = w.shape([axes[a] for a in places])
+    scales, written = w.constant(node, 1 if len(node.inputs) == 2 else 2), w.value(node, 3)
+    target, same = None, np.zeros(len(places), bool)
+    stretched = node.attrs.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if written is not None and len(written) == len(places) and stretched:
+        target, same = written, written == np.asarray(sizes)
+    elif written is None and scales is not None and scales.values.size == len(places):
+        target, same = np.floor(np.asarray(sizes) * scales.values).astype(np.int64), scales.values == 1.0
+    if target is None:
         w.give_up(node, f"{node.op} to a size that is not known")
         return
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        same = np.zeros(len(places), bool)
     result, where = list(axes), f"{node.op} runs over it (node '{node.name}')"
-    for element, (place, size) in enumerate(zip(places, target, strict=True)):
-        same = int(size) == w.algebra.size(axes[place]) and (scales is None or scales.values[element] == 1.0)
-        if same and node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize":
-            if w.value(node, 3) is not None:
-                w.size_use(node, ("input", 3, element), axes[place])
-            continue
-        w.pin([axes[place]], where)
-        result[place] = w.fresh(int(size), where)
+    for element, place in enumerate(places):
+        if not same[element]:
+            w.pin([axes[place]], where)
+            result[place] = w.fresh(int(target[element]), where)
+        elif written is not None:
+            w.size_use(node, ("input", 3, element), axes[place])
     w.output(node, tuple(result))
 
 
