@@ -44,7 +44,7 @@ from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
 from liar_opt.runtime.self_calibration import SELF, write_calibration
-from liar_opt.runtime.sessions import Session, resolve_provider
+from liar_opt.runtime.sessions import Session, device_unused, resolve_provider
 
 SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
@@ -356,6 +356,11 @@ def prune(
     report["options"] = _options([widths, chosen.cut], options, provider)
     report["seed"] = seed
     report["device"] = state.device
+    if provider == "auto" and device_unused(state.device):
+        report["model"]["notes"].append(
+            "the CPU was used: this machine has a CUDA device, but the libraries that ONNX Runtime needs for it were not "
+            "found; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them"
+        )
     report["refusals"] = [asdict(r) for r in analysis.refusals]
     early = chosen.curves is not None or target is not None or resume is not None
     if early:
@@ -411,7 +416,8 @@ def prune(
         began = time.perf_counter()
         batch = _one_batch(state, target)
         feeds = [batch, cut_arrays(batch, state.facts["ends"])]
-        times = measure_latency(state.facts["sessions"], feeds, budget=0.15 if target is None else 2.0, least=3)
+        sessions = [session.as_deployed() for session in state.facts["sessions"]]
+        times = measure_latency(sessions, feeds, budget=0.15 if target is None else 2.0, least=3)
         report["latency"] = {
             "dense_seconds": times.seconds[0],
             "pruned_seconds": times.seconds[1],

@@ -6,7 +6,9 @@ outputs stay where they were computed unless they are asked for as arrays.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,9 @@ from liar_opt.runtime.errors import InternalError, OptionError
 
 Provider = Literal["auto", "cpu", "cuda"]
 PROVIDERS: tuple[Provider, ...] = ("auto", "cpu", "cuda")
+EXACT = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+"""How CUDA computes what is measured: products of float32 keep its mantissa (by default they have ten bits of it), and
+convolutions are not searched anew for every length of a batch."""
 
 
 @functools.cache
@@ -28,6 +33,7 @@ def cuda_works() -> bool:
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return False
+    _load_libraries()
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
     model = onnx.helper.make_model(
@@ -66,6 +72,23 @@ def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
     return "cuda" if provider == "cuda" else "cpu"
 
 
+def _load_libraries() -> None:
+    """Loads CUDA's libraries from where torch's packages bring them: ONNX Runtime looks in the system's folders alone."""
+    import onnxruntime
+
+    load = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if load is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; the session that follows tells
+            load()
+
+
+def device_unused(device: str) -> bool:
+    """Returns whether the CPU is used for want of libraries: there is a CUDA device, and ONNX Runtime was built for one."""
+    import onnxruntime
+
+    return device == "cpu" and _device_present() and onnxruntime.get_device() == "GPU" and not cuda_works()
+
+
 def _device_present() -> bool:
     return any(
         Path(p).exists()
@@ -84,6 +107,7 @@ class Session:
             are copied, all at once, while a session is made. Otherwise ONNX Runtime packs them, which is a little faster,
             and folds what it can.
         threads: how many compute an operator, and sleep between runs; None leaves both to ONNX Runtime.
+        exact: whether CUDA computes as `EXACT` says; otherwise as ONNX Runtime does for those who do not ask.
     """
 
     def __init__(
@@ -93,8 +117,11 @@ class Session:
         weights: Mapping[str, NDArray[Any]] | None = None,
         lean: bool = False,
         threads: int | None = None,
+        exact: bool = True,
     ) -> None:
         import onnxruntime
+
+        self._made: tuple[Any, ...] = (model, device, weights, lean, threads) if device == "cuda" else ()
 
         onnxruntime.set_default_logger_severity(4)
         options = onnxruntime.SessionOptions()
@@ -113,7 +140,7 @@ class Session:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.enable_cpu_mem_arena = False
-        cuda = ["CUDAExecutionProvider"] if device == "cuda" else []
+        cuda = [("CUDAExecutionProvider", EXACT if exact else {})] if device == "cuda" else []
         self.device = device
         self._session: Any = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
@@ -123,6 +150,13 @@ class Session:
         )
         self.inputs = [i.name for i in self._session.get_inputs() if i.name not in self._fed]
         self.outputs = [o.name for o in self._session.get_outputs()]
+
+    def as_deployed(self) -> Session:
+        """Returns a session of the same model that is as fast as those that users make: what latency is measured on."""
+        if self.device == "cpu":
+            return self
+        model, device, weights, lean, threads = self._made
+        return Session(model, device, weights, lean, threads, exact=False)
 
     def run(
         self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool | Sequence[str] = False
@@ -203,4 +237,13 @@ def as_array(value: Any) -> NDArray[Any]:
     return value if isinstance(value, np.ndarray) else np.asarray(value.numpy())
 
 
-__all__ = ["PROVIDERS", "Provider", "Session", "as_array", "cuda_works", "element_type", "resolve_provider"]
+__all__ = [
+    "PROVIDERS",
+    "Provider",
+    "Session",
+    "as_array",
+    "cuda_works",
+    "device_unused",
+    "element_type",
+    "resolve_provider",
+]

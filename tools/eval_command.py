@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace, files: list[Files], harness: bool, progres
         **figures,
     }
     if options.latency and feeds:
-        times = measure_latency([c.session for c in candidates], feeds, budget=0.5, least=3)
+        times = measure_latency([c.session.as_deployed() for c in candidates], feeds, budget=0.5, least=3)
         for model, seconds in zip(report["models"], times.seconds, strict=True):
             model["latency_seconds"] = seconds
         report["latency"] = {"runs": times.runs, "batch": times.batch}

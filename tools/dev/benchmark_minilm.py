@@ -150,9 +150,9 @@ class Workplace:
             "provider": "cpu",
             "latency": False,
         }
-        return prune(model, self.sentences, **given, **options)
+        return prune(model, self.sentences, **(given | options))
 
-    def batches(self, model: Path, sentences: Sequence[str] | None = None) -> CalibrationData:
+    def batches(self, model: Path, sentences: Sequence[str] | None = None, batch_size: int = 32) -> CalibrationData:
         """The batches that liar-opt makes of sentences (those of the calibration), by the code that makes them there."""
         loaded = OnnxModel.load(model)
         given = self.sentences if sentences is None else list(sentences)
@@ -161,6 +161,7 @@ class Workplace:
             loaded.inputs(),
             tokenizer=minilm_folder(),
             samples=len(given),
+            batch_size=batch_size,
             seed=self.options.seed,
             vocabulary=vocabulary(loaded),
         )
