@@ -56,7 +56,7 @@ from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, Opt
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
-from liar_opt.runtime.solve import one_thread
+from liar_opt.runtime.solve import half_the_threads
 from liar_opt.runtime.subspaces import Basis
 
 Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
@@ -286,7 +286,7 @@ class SegmentRun:
                     own.store(waiting)
             moments.update(new)
         for i, group in enumerate(groups):
-            with one_thread(max((c.width for c in group.consumers), default=group.size)):
+            with half_the_threads(max((c.width for c in group.consumers), default=group.size)):
                 self.prune(group, moments)
             for key in _keys(group) - {k for other in groups[i + 1 :] for k in _keys(other)}:
                 moments.pop(key, None)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.self_calibration import SELF
 from liar_opt.runtime.sessions import PROVIDERS
-from liar_opt.runtime.torch_backend import batch_moments, real_rows, stream_gain
+from liar_opt.runtime.torch_backend import BatchMoments, RunningMoments, batch_moments, real_rows, stream_gain
 
 if TYPE_CHECKING:
     import torch
@@ -221,6 +222,7 @@ class _TorchRun(SegmentRun):
         wanted.update(term for t in taps if t.stream is not None for term in t.stream.terms)
         nodes = _needed(self.walk.model.graph.nodes[start:stop], wanted)
         result = {t.place: Moments(t.width) for t in taps}
+        sums = {t.place: RunningMoments(result[t.place], t.bounds) for t in taps}
         for index, feeds in enumerate(self.data.batches):
             inputs = {**feeds, **self.alive[index]}
             try:
@@ -231,10 +233,14 @@ class _TorchRun(SegmentRun):
                     "a token id beyond what the model was made for?"
                 ) from err
             for tap in taps:
-                self._add(result[tap.place], tap, values, index)
+                with _finite(tap):
+                    sums[tap.place].add(self._moments(tap, values, index), index in self.held)
             if first is not None:
                 self.alive[index] = {n: values[n] for n in names}
             self.tick()
+        for tap in taps:
+            with _finite(tap):
+                sums[tap.place].finish()
         if first is not None:
             self.alive_at = first
         self.executor.forget()
@@ -247,7 +253,7 @@ class _TorchRun(SegmentRun):
         own = (g for g in self.state.groups if any(consumer.uses == c.uses for c in g.consumers))
         return replace(item, gradients=next((found[g.name] for g in own if g.name in found), None))
 
-    def _add(self, moments: Moments, tap: Tap, values: Mapping[str, Any], index: int) -> None:
+    def _moments(self, tap: Tap, values: Mapping[str, Any], index: int) -> BatchMoments:
         mask = self.data.row_masks[index]
         rows = None if mask is None or tap.layout == "all" else row_mask(mask, tap.layout, tap.repeat)
         x = real_rows(values[tap.tensor], tap.axis, rows)
@@ -257,14 +263,19 @@ class _TorchRun(SegmentRun):
         if tap.stream is not None:
             terms = [real_rows(values[t], -1, rows) for t in tap.stream.terms]
             gain = stream_gain(x, terms, tap.stream.weight, tap.stream.offset, tap.stream.projection, VARIANCE_FLOOR)
-        batch = batch_moments(x, tap.bounds, gain)
-        try:
-            moments.add_block_rows(batch.count, batch.total, batch.second, tap.bounds, index in self.held, batch.rows)
-        except OptionError as err:
-            raise ModelError(
-                f"activation '{tap.tensor}' has NaN or Inf on the calibration data; check the module on that data "
-                "(float16 may overflow)"
-            ) from err
+        return batch_moments(x, tap.bounds, gain)
+
+
+@contextlib.contextmanager
+def _finite(tap: Tap) -> Iterator[None]:
+    """Says which activation it was that is not finite."""
+    try:
+        yield
+    except OptionError as err:
+        raise ModelError(
+            f"activation '{tap.tensor}' has NaN or Inf on the calibration data; check the module on that data "
+            "(float16 may overflow)"
+        ) from err
 
 
 def _needed(nodes: Sequence[gs.Node], wanted: Iterable[str]) -> list[gs.Node]:

@@ -10,25 +10,77 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.runtime.moments import Moments
+
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, eq=False)
 class BatchMoments:
-    """Moments of one batch, as ``Moments.add_block_rows`` takes them.
+    """Moments of one batch, or of several, where the activations are.
 
     Attributes:
         rows: number of rows.
-        count: the sum of their weights.
+        count: the sum of their weights, a tensor of one element.
         total: weighted column sums [n].
         second: X^T X by block rows.
     """
 
     rows: int
-    count: float
-    total: NDArray[Any]
-    second: list[NDArray[Any]]
+    count: torch.Tensor
+    total: torch.Tensor
+    second: Sequence[torch.Tensor]
+
+    def double(self) -> BatchMoments:
+        """Returns a copy in float64."""
+        return BatchMoments(self.rows, self.count.double(), self.total.double(), [s.double() for s in self.second])
+
+    def plus(self, other: BatchMoments) -> BatchMoments:
+        """Returns the sum of both, in the memory of this one."""
+        second = [own.add_(more) for own, more in zip(self.second, other.second, strict=True)]
+        return BatchMoments(self.rows + other.rows, self.count.add_(other.count), self.total.add_(other.total), second)
+
+
+class RunningMoments:
+    """Adds batches to ``Moments`` in float64: on the CPU one by one, on a device there, handed over once.
+
+    Args:
+        moments: what is added to.
+        bounds: column bounds of the blocks of X^T X.
+    """
+
+    def __init__(self, moments: Moments, bounds: Sequence[int]) -> None:
+        self._moments, self._bounds = moments, bounds
+        self._there: dict[bool, BatchMoments] = {}
+
+    def add(self, batch: BatchMoments, held_back: bool) -> None:
+        """Adds a batch.
+
+        Raises:
+            OptionError: NaN or Inf among its sums, on the CPU.
+        """
+        if batch.total.device.type == "cpu":
+            self._hand_over(batch, held_back)
+        elif held_back in self._there:
+            self._there[held_back] = self._there[held_back].plus(batch)
+        else:
+            self._there[held_back] = batch.double()
+
+    def finish(self) -> None:
+        """Hands over what is on a device.
+
+        Raises:
+            OptionError: NaN or Inf among the sums.
+        """
+        for held_back, batch in self._there.items():
+            self._hand_over(batch, held_back)
+        self._there.clear()
+
+    def _hand_over(self, batch: BatchMoments, held_back: bool) -> None:
+        second = [block.cpu().numpy() for block in batch.second]
+        total = batch.total.cpu().numpy()
+        self._moments.add_block_rows(float(batch.count), total, second, self._bounds, held_back, batch.rows)
 
 
 def real_rows(x: torch.Tensor, axis: int, mask: NDArray[np.bool_] | None) -> torch.Tensor:
@@ -55,14 +107,15 @@ def batch_moments(x: torch.Tensor, bounds: Sequence[int], gain: torch.Tensor | N
         bounds: column bounds of the blocks of X^T X, of which the upper triangle is computed.
         gain: factor of each row [r, 1]; moments are weighted by its square.
     """
+    import torch
+
     rows = len(x)
     if gain is None:
-        count, total = float(rows), x.sum(0)
+        count, total = x.new_tensor(rows, dtype=torch.float64), x.sum(0)
     else:
         x = x * gain
-        count, total = float((gain * gain).sum()), (gain * x).sum(0)
-    second = [(x[:, low:high].T @ x[:, low:]).cpu().numpy() for low, high in pairwise(bounds)]
-    return BatchMoments(rows, count, total.cpu().numpy(), second)
+        count, total = (gain * gain).sum(), (gain * x).sum(0)
+    return BatchMoments(rows, count, total, [x[:, low:high].T @ x[:, low:] for low, high in pairwise(bounds)])
 
 
 def stream_gain(

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 from numpy.typing import NDArray
 
 from liar_opt.runtime import solve
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import CrossStatistics, Moments, Statistics
+from liar_opt.runtime.solve import half_the_threads
 
 N, M = 11, 5
 Floats = NDArray[np.float64]
@@ -390,3 +392,18 @@ def test_scores_are_norms_per_block() -> None:
     np.testing.assert_allclose(solve.score_magnitude(w, blocks), [np.sqrt(2.0), 5.0])
     weighted: NDArray[Any] = solve.score_activation_weighted(np.array([1.0, 4.0, 9.0]), w, blocks)
     np.testing.assert_allclose(weighted, [np.sqrt(18.0), np.sqrt(9.0 + 64.0)])
+
+
+@pytest.mark.parametrize("width", [8, 10_000])
+def test_half_of_the_threads_solve(width: int) -> None:
+    """The libraries of numpy and scipy would wait for each other's cores with all of them."""
+
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    before = threads()
+    with half_the_threads(width):
+        inside = threads()
+    assert threads() == before
+    if width == 8 or max(before) > 2:
+        assert set(inside) == {max(max(before) // 2, 1)}

@@ -35,7 +35,7 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import load_segment, run_segment
 from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.sessions import Session
-from liar_opt.runtime.solve import Problem, fold, one_thread, repair_map, select_greedy
+from liar_opt.runtime.solve import Problem, fold, half_the_threads, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, export_bert, moved_into_place
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table
@@ -200,7 +200,7 @@ def solver(options: argparse.Namespace) -> str:
 
         blocks = np.arange(n)
         problem = Problem(covariance, [weight], blocks)
-        with one_thread(n):  # as pruning calls them
+        with half_the_threads(n):  # as pruning calls them
             cholesky = seconds_of(factor, turns)
             select = seconds_of(lambda p=problem, k=n // 2: select_greedy([p], k, RIDGE), turns)  # type: ignore[misc]
             kept = select_greedy([problem], n // 2, RIDGE).kept_blocks if n <= 2048 else blocks[::2]
