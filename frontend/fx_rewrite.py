@@ -312,8 +312,8 @@ def cut_module(
         numbers = sorted({(c.path, a, b) for c, a, b in changed_numbers(model)})
         shown = "; ".join(f"{a} is {b} now in '{path}'" for path, a, b in numbers[:3])
         raise ModelError(
-            f"no attributes of {type(module).__name__} were found that make its code fit the cut weights ({shown}); use "
-            "the traced graph (result.graph_module, result.program) or --format onnx"
+            f"no attributes of {type(module).__name__} were found that make its code fit the cut weights ({shown}); write "
+            "ONNX with --format onnx, or take the traced graph with checkpoint=False"
         )
     done = [AttributeChange(s.where, s.name, s.before, s.after) for move in found for s in move.settings]
     return module, (*stated, *done)

@@ -305,9 +305,11 @@ class VerifyModulePass(Pass[None]):
     def apply(self, state: State, plan: None) -> PassResult:
         """Runs the checks; the measured differences and the module go to ``State.facts``.
 
+        Where no attributes make the module's own code fit, the result is the traced graph.
+
         Raises:
             CheckError: the cut graph differs from the masked original.
-            ModelError: the module's own code cannot be made to fit.
+            ModelError: a checkpoint was asked for, and the module's own code cannot be made to fit.
         """
         model, data = state.model, state.calibration
         assert isinstance(model, FxModel) and model.program is not None and model.module is not None and data is not None
@@ -325,7 +327,14 @@ class VerifyModulePass(Pass[None]):
             dtype,
             "cut against masked original",
         )
-        module, attributes = cut_module(model, example, TOLERANCES[dtype], state.facts["fields"] or ())
+        try:
+            module, attributes = cut_module(model, example, TOLERANCES[dtype], state.facts["fields"] or ())
+        except ModelError as err:
+            if state.facts["checkpoint"]:
+                raise
+            # What its code computes from other sizes no attribute can say; the graph is cut and has been checked.
+            module, attributes = cut_graph_module(model).to(device), ()
+            state.facts["traced"] = str(err).partition("; write")[0]
         state.facts["module"], state.facts["attributes"] = module, attributes
         held = [i for i in range(len(data.batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(data.batches) - 1]
         dense, meter = Executor(original, device), DifferenceMeter()
@@ -360,7 +369,8 @@ class ModuleResult(PruneResult):
     """A pruned module and what was done to it.
 
     Attributes:
-        module: the module, smaller; called as before.
+        module: the module, smaller; called as before. Where no attributes make its own code fit the cut weights, the
+            traced graph, which is called with arguments by name; a note in the report says why.
         report: plain data, as for ONNX files; ``verification.attributes`` names the attributes that were changed.
         changes: what the passes did.
         refusals: what did not qualify, and why.
@@ -507,6 +517,7 @@ def prune_module(
     state.progress = progress
     state.facts["backend"] = backend
     checkpoint = state.facts["stock"] if checkpoint is None else checkpoint
+    state.facts["checkpoint"] = checkpoint
     uniform = checkpoint if uniform is None else uniform
     new_bias = not checkpoint if new_bias is None else new_bias
     tokenizer = state.facts["folder"] if tokenizer is None else tokenizer
@@ -543,6 +554,8 @@ def prune_module(
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
     report["prunable"] = prunable(state)
     report["after"] = _sizes(state.model)
+    if "traced" in state.facts:
+        report["model"]["notes"].append(f"the result is the traced graph: {state.facts['traced']}")
     verification = state.facts["verification"]
     report["verification"] = {
         **verification,

@@ -18,6 +18,8 @@ from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prune_module import ModuleResult
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.sessions import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,6 +208,42 @@ def test_the_lowered_graph_computes_what_the_module_computes() -> None:
     found = find_groups(analyse(model, AxisAlgebra()))
     assert not found.refusals or all(r.reason for r in found.refusals)
     assert model.parameters() == sum(p.numel() for p in module.parameters())
+
+
+class Divided(nn.Module):
+    """Computes the width of its heads from that of its input: with fewer heads no attribute makes that right."""
+
+    def __init__(self, width: int = 30, heads: int = 5) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, s, width = x.shape
+        shape = (b, s, self.heads, width // self.heads)
+        q, k, v = (f(x).reshape(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        result: torch.Tensor = x + self.out(mixed.transpose(1, 2).reshape(b, s, -1))
+        return result
+
+
+def test_code_that_cannot_fit_gives_the_traced_graph(tmp_path: Path) -> None:
+    data = [{"x": torch.randn(3, 7, 30)} for _ in range(4)]
+    result = pruned(Divided().eval(), data, ffn=None, heads=0.4, latency=True)
+    assert isinstance(result.module, torch.fx.GraphModule)
+    (note,) = result.report["model"]["notes"]
+    assert note.startswith("the result is the traced graph: no attributes of Divided were found that make its code fit")
+    assert note.endswith("5 is 3 now in '')") and result.report["latency"]["speedup"] > 0
+    assert result.report["after"]["parameters"] < result.report["before"]["parameters"]
+    other = torch.randn(2, 7, 30)
+    with torch.no_grad():
+        expected = result.module(x=other)
+    result.save(tmp_path / "small.onnx")
+    found = Session(tmp_path / "small.onnx").run({"x": other.numpy()}, arrays=True)
+    np.testing.assert_allclose(next(iter(found.values())), expected.numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(OptionError, match=r"give a path that ends in .pt2"):
+        result.save(tmp_path / "checkpoint")
 
 
 def test_inspecting_a_module_changes_nothing() -> None:
