@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 EXAMPLE_TOKENS = 61
+EXAMPLE_SAMPLES, EXAMPLE_FRAMES = 16_000, 128
+FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
+"""Fields that say how many features a frame of sound has."""
 MOST_TOGETHER = 3
 """Fields changed together where the fewer do not bring the shapes nearer."""
 BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -120,7 +123,10 @@ def load_module(folder: Path, allow_pickle: bool) -> torch.nn.Module:
 
 
 def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """Returns inputs of a transformers model, made from its configuration; None where that does not say them."""
+    """Returns inputs of a transformers model, made from its configuration; None where that does not say them.
+
+    Text, images, or sound: samples, or features by time in the first layout that the model takes.
+    """
     import inspect
 
     import torch
@@ -130,12 +136,45 @@ def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     config: Any = module.config
     accepted = inspect.signature(module.forward).parameters
     if "input_ids" in accepted:
-        ids = torch.ones(2, EXAMPLE_TOKENS, dtype=torch.int64)
+        ids = torch.ones(2, _tokens(config), dtype=torch.int64)
         return {k: ids for k in ("input_ids", "attention_mask", "decoder_input_ids") if k in accepted}
     if "pixel_values" in accepted and isinstance(getattr(config, "image_size", None), (int, list, tuple)):
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
+    name = next((n for n in ("input_values", "input_features") if n in accepted), None)
+    return None if name is None else _sound(module, name, "decoder_input_ids" in accepted)
+
+
+def _tokens(config: Any) -> int:
+    said = [getattr(config, n, None) for n in ("max_position_embeddings", "max_target_positions", "n_positions")]
+    return min([EXAMPLE_TOKENS, *(n for n in said if isinstance(n, int) and n > 0)])
+
+
+def _sound(module: torch.nn.Module, name: str, pairs: bool) -> dict[str, torch.Tensor] | None:
+    """Returns sound as samples, or as features by time, of the first shape that the model takes."""
+    import torch
+
+    config: Any = module.config
+    width = next((v for n in FEATURES if isinstance(v := getattr(config, n, None), int)), None)
+    shapes: list[tuple[int, ...]] = [] if name == "input_features" else [(2, EXAMPLE_SAMPLES)]
+    if width is not None:
+        positions = getattr(config, "max_source_positions", None)
+        if isinstance(positions, int):
+            shapes += [(2, width, 2 * positions), (2, width, positions)]
+        lengths = [n for n in (getattr(config, "max_length", None), EXAMPLE_FRAMES) if isinstance(n, int)]
+        shapes += [(2, n, width) for n in lengths]
+    place = next((p for p in module.parameters() if p.is_floating_point()), None)
+    for shape in shapes:
+        feeds = {name: torch.zeros(shape) if place is None else torch.zeros(shape, dtype=place.dtype, device=place.device)}
+        if pairs:
+            feeds["decoder_input_ids"] = torch.ones(2, _tokens(config), dtype=torch.int64, device=feeds[name].device)
+        try:
+            with torch.no_grad():
+                module(**feeds)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            continue
+        return feeds
     return None
 
 

@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.fx_module import (
+    BATCH,
     Executor,
     FxModel,
     FxWalk,
@@ -73,7 +74,7 @@ from liar_opt.passes.prune_model import (
 )
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.verify_model import mask_model
-from liar_opt.runtime.calibration_data import load_calibration
+from liar_opt.runtime.calibration_data import first_rows, load_calibration
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, require_close
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
@@ -702,10 +703,13 @@ def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, An
         first = next(iter(calibration), None)
         batch = first if isinstance(first, Mapping) else None
     if batch is None:
+        batch = first_rows(calibration, BATCH)
+    if batch is None:
         batch = example_inputs(module)
     if batch is None:
         raise OptionError(
-            f"nothing says what the inputs of {type(module).__name__} are; give example={{'name of an argument': tensor}}"
+            f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each "
+            "(an .npz file, or a folder of .npy files), or example={'name of an argument': tensor}"
         )
     accepted = inspect_signature(module.forward).parameters
     named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}

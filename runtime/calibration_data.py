@@ -301,6 +301,26 @@ def _draw_from_folder(folder: Path, job: _Job) -> _Texts | _Feeds:
     return _Feeds([(f"calibration folder '{folder}'", known)], folder.name)
 
 
+def first_rows(source: Any, rows: int) -> dict[str, Array] | None:
+    """Returns the first rows of a file or folder of arrays, by name; None where ``source`` is neither.
+
+    Raises:
+        OptionError: an array cannot be read.
+    """
+    if not isinstance(source, (str, Path)):
+        return None
+    path, columns = Path(source), {}
+    try:
+        if path.suffix.lower() == ".npz" and path.is_file():
+            columns = npz_columns(path)
+        elif path.is_dir():
+            columns = {file.name[: -len(".npy")]: npy_column(file) for file in sorted(path.glob("*.npy"))}
+    except OSError:
+        return None
+    found = {k: c.take(np.arange(min(rows, c.shape[0]) if c.shape else 1)) for k, c in columns.items()}
+    return found or None
+
+
 def may_be_hub_name(name: str) -> bool:
     """Returns whether a name could be that of a dataset, ``name[:config][:split]``, and is not a misspelt file."""
     if len(name) > 200 or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}", name):

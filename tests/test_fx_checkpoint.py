@@ -15,8 +15,9 @@ import transformers
 import zoo_fx
 
 import liar_opt
-from liar_opt.frontend.hf_checkpoint import without_cache
+from liar_opt.frontend.hf_checkpoint import example_inputs, without_cache
 from liar_opt.passes.prune_module import ModuleResult, prune_module
+from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.tools.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,3 +172,32 @@ def test_an_output_that_is_the_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "is the input" in capsys.readouterr().err
     shutil.rmtree(model)
     assert main([str(model), "-o", str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "wav2vec2", "whisper"])
+def test_a_configuration_says_what_a_model_reads(name: str) -> None:
+    module = zoo_fx.build(name)
+    feeds = example_inputs(module)
+    assert feeds is not None
+    assert feeds.keys() == zoo_fx.feeds(name).keys()
+    with torch.no_grad():
+        module(**feeds)
+
+
+def test_arrays_in_a_file_say_what_a_model_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that reads sound, on the command line."""
+    module, feeds = zoo_fx.build("whisper"), zoo_fx.feeds("whisper")
+    module.save_pretrained(tmp_path / "model")
+    (tmp_path / "folder").mkdir()
+    np.savez_compressed(tmp_path / "data.npz", **feeds)  # type: ignore[arg-type]
+    for key, value in feeds.items():
+        np.save(tmp_path / "folder" / f"{key}.npy", value)
+    for given in (tmp_path / "data.npz", tmp_path / "folder"):
+        said = first_rows(given, 2)
+        assert said is not None
+        for key, value in feeds.items():
+            np.testing.assert_array_equal(said[key], value[:2])
+    assert first_rows(tmp_path, 2) is None and first_rows(["a text"], 2) is None and first_rows("owner/name", 2) is None
+    options = ["--calibration", str(tmp_path / "data.npz"), "--ffn", "0.5", "--no-latency", "-o", str(tmp_path / "small")]
+    assert main([str(tmp_path / "model"), *options]) == 0
+    assert "decoder_ffn_dim 72 ->" in capsys.readouterr().out
