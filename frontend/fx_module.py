@@ -670,7 +670,7 @@ def _numbers(old: Any, new: Any, number: Any) -> Any:
 
 def _number(old: Any, new: Any, symbols: Mapping[Any, int]) -> int:
     """Returns the value of an int for the sizes of this run; one that was cut is scaled as the cut scaled it."""
-    if not isinstance(old, Sym):
+    if not isinstance(old, Sym) or not int(old):
         return int(new)
     missing = [s for s in old.expression.free_symbols if s not in symbols]
     if missing:

@@ -40,6 +40,7 @@ LAYER_SIZES: dict[str, dict[str, tuple[str, ...]]] = {
     "Conv1d": {"weight": ("out_channels", "in_channels")},
     "Conv2d": {"weight": ("out_channels", "in_channels")},
     "Embedding": {"weight": ("num_embeddings", "embedding_dim")},
+    "_NormBase": {"weight": ("num_features",)},
 }
 """Attributes of layers that repeat the sizes of a parameter's axes: torch's own and transformers' Conv1D."""
 MOST_TOGETHER = 3
@@ -362,6 +363,8 @@ def _set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mappin
         names = next(known, {}).get(attribute, ())
         for axis, size in enumerate(names):
             setattr(owner, size, int(changes[name].shape[axis]))
+        if names and getattr(owner, "groups", 1) > 1:  # depthwise: every channel is a group
+            owner.groups = owner.in_channels = owner.out_channels
 
 
 def _difference(module: torch.nn.Module, arguments: Mapping[str, Any], expected: Sequence[torch.Tensor | None]) -> float:

@@ -113,6 +113,7 @@ def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[Any
         pass
     else:
         w.pin([a[-1]], _where(node, "contracted between two activations"))
+        w.mixed += [*a[-2:-1], *(b[-1:] if len(b) > 1 else ())]
     batch = w.broadcast(a[:-2], b[:-2]) if a[:-2] or b[:-2] else ()
     result = (*batch, *(a[-2:-1] if len(a) > 1 else ()), *(b[-1:] if len(b) > 1 else ()))
     w.count(a[-1], *result)
@@ -154,6 +155,7 @@ def _einsum(w: GraphWalk, node: gs.Node) -> None:
         w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
     else:
         w.pin([factors[s] for s in summed], _where(node, "summed over by einsum"))
+        w.mixed += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) == 1]
     w.count(*factors.values())
     w.output(node, tuple(factors[letter] for letter in right))
 
@@ -165,12 +167,16 @@ def _convolution(w: GraphWalk, node: gs.Node) -> None:
     if len(x) != len(weight) or node.attrs.get("transposed", False):
         w.give_up(node, "convolution without a batch, or transposed")
         return
-    if int(node.attrs.get("groups", 1)) == 1:
+    groups = int(node.attrs.get("groups", 1))
+    if groups == 1:
         w.unify(x[1], weight[1])
         if w.constant(node, 1) is None or any(k != 1 for k in kernel):
             w.pin([x[1]], _where(node, "input channels of a convolution that is no matrix product"))
         else:
             w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x))
+    elif groups == w.algebra.size(x[1]) == w.algebra.size(weight[0]) and w.constant(node, 1) is not None:
+        w.unify(x[1], weight[0])  # depthwise: every channel by itself
+        w.size_use(node, ("attribute", "groups", -1), x[1])
     else:
         w.pin([x[1], *weight], _where(node, "grouped convolution"))
     if bias is not None:
@@ -189,6 +195,7 @@ def _attention(w: GraphWalk, node: gs.Node) -> None:
     w.unify(key[-2], value[-2])
     w.unify(query[-1], key[-1])
     w.pin([query[-1], query[-2], key[-2]], where)
+    w.mixed.append(value[-1])
     batch = w.broadcast(query[:-3], key[:-3], value[:-3])
     heads: Axes = ()
     if len(query) > 2:
@@ -291,7 +298,9 @@ def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
 
 @rule("cat", "concat", domain=DOMAIN)
 def _cat(w: GraphWalk, node: gs.Node) -> None:
-    operands = [_axes(w, node, i) for i in range(len(node.inputs))]
+    given = [_axes(w, node, i) for i in range(len(node.inputs))]
+    # torch lets a vector without elements stand for a tensor of any rank.
+    operands = [a for a in given if [w.algebra.size(f) for f in a] != [0]] or given[:1]
     w.output(node, w.concatenate(operands, int(node.attrs["dim"]) % len(operands[0])))
 
 
@@ -363,9 +372,7 @@ def _slice(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, tuple(axes))
         return
     if step != 1 or stop <= start:
-        where = _where(node, "sliced with a step")
-        w.pin([axes[dim]], where)
-        axes[dim] = w.fresh(max(0, len(range(start, stop, step))), where)
+        axes[dim] = w.strided(axes[dim], range(start, stop, step), _where(node, "sliced with a step"))
         w.output(node, tuple(axes))
         return
     pieces = w.algebra.cut(axes[dim], [s for s in (start, stop - start, size - stop) if s])
@@ -579,8 +586,26 @@ def _layer_norm(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:first], *(w.fresh(1) for _ in axes[first:])), i)
 
 
-@rule("group_norm", "batch_norm", "instance_norm", domain=DOMAIN)
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", domain=DOMAIN)
 def _channel_norm(w: GraphWalk, node: gs.Node) -> None:
+    """Scale, shift, mean and variance of every channel; the mean and variance of a batch or a sample where not given."""
+    axes = _axes(w, node)
+    if node.attrs.get("training", False):
+        w.give_up(node, f"{node.op} in training mode")
+        return
+    if node.op == "instance_norm":
+        w.pin(axes[2:], _where(node, f"{node.op} runs over it"))
+    for i in range(1, len(node.inputs)):
+        vector = w.input_axes(node, i)
+        if vector is not None:
+            w.unify(axes[1], vector[0])
+    w.output(node, axes)
+    for i in range(1, len(node.outputs)):  # what training saves
+        w.output(node, tuple(w.fresh(s) for s in w.inferred[node.outputs[i].name]), i)
+
+
+@rule("group_norm", domain=DOMAIN)
+def _group_norm(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     where = _where(node, f"{node.op} runs over it")
     w.pin(axes[1:], where)

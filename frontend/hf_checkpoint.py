@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLE_TOKENS = 61
 EXAMPLE_SAMPLES, EXAMPLE_FRAMES = 16_000, 128
+EXAMPLE_PIXELS = 224
 FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
 """Fields that say how many features a frame of sound has."""
 MOST_TOGETHER = 3
@@ -138,8 +139,9 @@ def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     if "input_ids" in accepted:
         ids = torch.ones(2, _tokens(config), dtype=torch.int64)
         return {k: ids for k in ("input_ids", "attention_mask", "decoder_input_ids") if k in accepted}
-    if "pixel_values" in accepted and isinstance(getattr(config, "image_size", None), (int, list, tuple)):
-        size = config.image_size
+    if "pixel_values" in accepted:
+        size = getattr(config, "image_size", None)
+        size = size if isinstance(size, (int, list, tuple)) else EXAMPLE_PIXELS
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
     name = next((n for n in ("input_values", "input_features") if n in accepted), None)

@@ -329,6 +329,20 @@ class GraphWalk:
         result[axis] = self.algebra.join([a[axis] for a in operands])
         return tuple(result)
 
+    def strided(self, axis: Factor, indices: range, pin: str) -> Factor:
+        """Returns the factor of what a slice with a step takes.
+
+        Every step-th index of the whole axis, as gates and values of a feed-forward layer lie interleaved: the outer
+        factor of n / step by step. Anything else pins the axis.
+        """
+        size, step = self.algebra.size(axis), indices.step
+        if step > 1 and size % step == 0 and indices.start < step and len(indices) == size // step:
+            outer, inner = self.algebra.split(axis, [size // step, step])
+            self.pin([inner], pin)
+            return outer
+        self.pin([axis], pin)
+        return self.fresh(len(indices), pin)
+
     def fresh(self, size: int, pin: str | None = None) -> Factor:
         """Returns a new factor."""
         return self.algebra.fresh(size, pin)
@@ -1115,8 +1129,7 @@ def _slice(w: GraphWalk, node: gs.Node) -> None:
         if (start, stop, step) == (0, size, 1):
             continue
         if step != 1 or stop <= start:
-            w.pin([axes[axis]], f"sliced with a step (node '{node.name}')")
-            result[axis] = w.fresh(max(0, len(range(start, stop, step))), f"sliced with a step (node '{node.name}')")
+            result[axis] = w.strided(axes[axis], range(start, stop, step), f"sliced with a step (node '{node.name}')")
             continue
         pieces = w.algebra.cut(axes[axis], [s for s in (start, stop - start, size - stop) if s])
         before, piece = (pieces[:1], pieces[1]) if start else ([], pieces[0])

@@ -394,6 +394,16 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         nodes.append(helper.make_node("MatMul", [left, right], [name]))
 
 
+def _extents(algebra: Any, factor: Any) -> list[int]:
+    """Returns the sizes whose product an axis is, without ones; what was concatenated is one of them."""
+    if algebra.size(factor) == 1:
+        return []
+    refinement = algebra.refinement(factor)
+    if refinement is None or refinement.kind == "concat":
+        return [algebra.size(factor)]
+    return [size for part in refinement.parts for size in _extents(algebra, part)]
+
+
 def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Tap:
     """Returns the tap of an activation.
 
@@ -404,9 +414,7 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
         batch: probe sizes of (batch, sequence) or (batch,) by which the row mask is laid out.
     """
     axes = walk.axes[use.activation.name] or ()
-    sizes = [
-        walk.algebra.size(leaf) for i, f in enumerate(axes) if i != use.activation_axis for leaf in walk.algebra.leaves(f)
-    ]
+    sizes = [size for i, f in enumerate(axes) if i != use.activation_axis for size in _extents(walk.algebra, f)]
     layout, repeat = "all", 1
     lookup = getattr(use, "lookup", None)
     numbers = "" if lookup is None else str(lookup.numbers.name)

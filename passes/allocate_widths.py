@@ -231,6 +231,19 @@ def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:
     return keep
 
 
+def _proportional(groups: Sequence[ChannelGroup], keep: dict[str, int]) -> dict[str, int]:
+    """Returns widths of which one is as many times another as before: a configuration may say both by one field.
+
+    So it says the width of experts that all tokens share: as that of the others, and how many they are.
+    """
+    ffn = [g for g in groups if g.kind == "ffn"]
+    kept = {g.size: keep[g.name] for g in ffn}
+    for size in sorted(kept):
+        base = next((b for b in sorted(kept) if b < size and size % b == 0), size)
+        kept[size] = kept[base] * (size // base)
+    return keep | {g.name: kept[g.size] for g in ffn}
+
+
 @dataclass(frozen=True)
 class AllocateWidthsPass(Pass[dict[str, int]]):
     """Decide the widths. Give ``sparsity``, or ratios by kind; a kind without a ratio is left alone then.
@@ -305,7 +318,8 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             return _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s)) | values
         if self.by_kind:
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
-            return {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups} | values
+            keep = {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups}
+            return (_proportional(groups, keep) if self.uniform else keep) | values
         return _in_all(groups, sparsity, lambda s: self._uniform(groups, s)) | values
 
     def _shared_out(
@@ -336,7 +350,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float) -> dict[str, int]:
         keep = {g.name: kept_width(g, sparsity, self.multiple_of) for g in groups}
         if self.uniform:
-            return keep
+            return _proportional(groups, keep)
         goal = sparsity * sum(g.parameters for g in groups)
         # Rounding moves all layers at once; single steps bring the sum to the goal.
         for group in sorted(groups, key=lambda g: -g.parameters):

@@ -253,7 +253,7 @@ def _experts_of(
     lookups = {id(one.node): one for one in walk.lookups.values() if one.root is first.root}
     for constant in constants:
         own = [f for f in constant.axes if leaf in algebra.leaves(f)]
-        alone = len(own) == 1 and set(algebra.leaves(own[0])) == {leaf}
+        alone = len(own) == 1 and all(part == leaf or algebra.pinned(part) for part in algebra.leaves(own[0]))
         if id(constant.node) not in lookups or algebra.find(constant.axes[0]) != stack or not alone:
             return None
     products = {id(u.node) for u in walk.consumers if u.lookup is not None and id(u.lookup.node) in lookups}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -148,10 +149,21 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
             )
 
     def plan(self, state: State) -> tuple[str, ...]:
-        """Returns the kinds of groups that the configuration cannot say, tried at the largest width below their own."""
-        state.keep = {g.name: g.size - 1 for g in state.groups}
-        kinds = sorted({g.kind for g in state.groups})
-        return tuple(k for k in kinds if _fields(state, [g for g in state.groups if g.kind == k]) is None)
+        """Returns the kinds of groups that the configuration cannot say.
+
+        Tried at the largest width below their own, and at the largest ones that stay in proportion (see `_proportional` of
+        the allocation).
+        """
+        unsaid = []
+        for kind in sorted({g.kind for g in state.groups}):
+            groups = [g for g in state.groups if g.kind == kind]
+            common = math.gcd(*(g.size for g in groups))
+            steps = [{g.name: g.size - 1 for g in groups}]
+            if kind == "ffn" and len({g.size for g in groups}) > 1 and common > 1:
+                steps.append({g.name: g.size - g.size // common for g in groups})
+            if all(_fields(state, groups, keep) is None for keep in steps):
+                unsaid.append(kind)
+        return tuple(unsaid)
 
     def apply(self, state: State, plan: tuple[str, ...]) -> PassResult:
         """Drops those groups.
@@ -172,12 +184,12 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
         return PassResult(state, (), tuple(refusals))
 
 
-def _fields(state: State, groups: Iterable[ChannelGroup]) -> tuple[FieldChange, ...] | None:
+def _fields(state: State, groups: Iterable[ChannelGroup], keep: Mapping[str, int]) -> tuple[FieldChange, ...] | None:
     """Returns what the configuration must say for the widths that ``groups`` will have."""
     walk, module = state.walk, _fx(state).module
     assert isinstance(walk, FxWalk) and module is not None
     groups = list(groups)
-    shapes, sizes = planned_state(walk, {g.factor: state.keep[g.name] for g in groups})
+    shapes, sizes = planned_state(walk, {g.factor: keep[g.name] for g in groups})
     leaves = [walk.algebra.leaves(g.consumers[0].uses[0].width) for g in groups if g.kind == "heads"]
     return express(module, shapes, sizes, {walk.algebra.size(parts[-1]) for parts in leaves})
 
@@ -531,7 +543,7 @@ def prune_module(
     passes: list[Pass[Any]] = [FindModuleGroupsPass(), *express_widths, widths]
     analysis = Pipeline(passes=passes, observer=observer)(state)
     if checkpoint:
-        state.facts["fields"] = _fields(state, state.groups)
+        state.facts["fields"] = _fields(state, state.groups, state.keep)
     report = _report_head(state)
     report["options"] = _options([widths, cut], options, backend)
     report["seed"], report["device"] = seed, str(device_of(_fx(state)))

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from liar_opt import prune
+from liar_opt.passes.prune_module import ModuleResult
 
 STAGES: dict[str, Any] = {"hidden_sizes": [16, 32, 40, 48], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 6]}
 IMAGE: dict[str, Any] = {
@@ -42,14 +43,20 @@ class _First(torch.nn.Module):
         return self.model(x)[0]
 
 
-def export(name: str, dynamo: bool, path: Path) -> None:
-    """Writes a seeded model whose vectors differ from each other everywhere."""
-    kind, fields, shape, _ = MODELS[name]
+def build(name: str) -> Any:
+    """Makes a seeded model whose vectors differ from each other everywhere."""
+    kind, fields, _, _ = MODELS[name]
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**fields)).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def export(name: str, dynamo: bool, path: Path) -> None:
+    """Writes a model of which the batch is symbolic."""
+    model, shape = build(name), MODELS[name][2]
     example = (torch.randn(2, *shape),)
     options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamo": dynamo, "verbose": False}
     if not dynamo:
@@ -73,3 +80,25 @@ def test_cut_equals_the_masked_original(name: str, dynamo: bool, tmp_path: Path)
     assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
     assert report["prunable"]["after"] / report["prunable"]["before"] == pytest.approx(0.6, abs=0.03)
     assert report["before"]["parameters"] >= report["prunable"]["before"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_module_is_cut_exactly(name: str) -> None:
+    module = build(name)
+    rng = np.random.default_rng(0)
+    feeds = [{"pixel_values": rng.standard_normal((2, *MODELS[name][2])).astype(np.float32)} for _ in range(4)]
+    options: dict[str, Any] = {"sparsity": 0.4, "repair": "none", "multiple_of": 2, "latency": False}
+    result = prune(module, feeds, checkpoint=False, **options)
+    assert isinstance(result, ModuleResult)
+    report = result.report
+    kinds = [g["kind"] for g in report["groups"]]
+    assert {k: kinds.count(k) for k in set(kinds)} == MODELS[name][3]
+    assert report["verification"]["exact_difference"] < 1e-4
+    # LeViT's code computes widths from others; the code of the rest fits.
+    assert [n.startswith("the result is the traced graph") for n in report["model"]["notes"]] == [True] * (name == "levit")
+    for part in result.module.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            assert part.weight.shape[:2] == (part.out_channels, part.in_channels // part.groups)
+        if isinstance(part, torch.nn.BatchNorm2d):
+            assert part.running_mean is not None
+            assert (part.num_features,) == part.running_mean.shape

@@ -64,6 +64,27 @@ def test_a_checkpoint_says_its_widths(name: str, tmp_path: Path) -> None:
     assert loaded.num_parameters() < zoo_fx.build(name).num_parameters()
 
 
+def test_experts_that_all_tokens_share_stay_in_proportion(tmp_path: Path) -> None:
+    """Two of them: one field says their width together and that of every other expert."""
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "moe_intermediate_size": 40, "head_dim": 12}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+    torch.manual_seed(0)
+    config = transformers.AfmoeConfig(
+        **sizes, **counts, vocab_size=97, num_experts_per_tok=2, num_shared_experts=2, num_dense_layers=1, pad_token_id=0
+    )
+    module = transformers.AfmoeForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(3, 97, (2, 16))} for _ in range(3)]
+    result = prune_module(module, batches, sparsity=0.3, multiple_of=8, latency=False)
+    widths = {g.size: c.after for g in result.groups for c in result.changes if c.where == g.name and g.kind == "ffn"}
+    assert widths[80] == 2 * widths[40] < 80 and not result.report["model"]["notes"]
+    loaded, info = transformers.AfmoeForCausalLM.from_pretrained(result.save(tmp_path / "out"), output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad(), without_cache(loaded):
+        found = loaded.eval()(**batches[0]).logits
+    with torch.no_grad(), without_cache(result.module):
+        torch.testing.assert_close(found, result.module(**batches[0]).logits)
+
+
 def test_layers_without_a_bias_keep_none() -> None:
     result = pruned("llama", sparsity=0.4)
     assert all(m.bias is None for m in result.module.modules() if isinstance(m, torch.nn.Linear))

@@ -100,6 +100,7 @@ MODELS = {
             TEXT, "intermediate_size", ffn_hidden_size=88, multi_query=False, new_decoder_architecture=False, **SPECIAL
         ),
     ),
+    "flaubert": Model("FlaubertModel", {"vocab_size": VOCABULARY, "emb_dim": 60, "n_layers": 2, "n_heads": 5, **SPECIAL}),
     "gemma": Model("GemmaForCausalLM", GROUPED),
     "gemma2": Model("Gemma2ForCausalLM", {**GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 10}),
     "gemma3": Model("Gemma3ForCausalLM", {**GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 10}),
@@ -116,6 +117,9 @@ MODELS = {
         },
     ),
     "gpt-neox": Model("GPTNeoXForCausalLM", {**TEXT, **SPECIAL, "rotary_pct": 0.5}),
+    "gpt-oss": Model(
+        "GptOssForCausalLM", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    ),
     "gpt2": Model("GPT2LMHeadModel", GPT),
     "gptj": Model("GPTJForCausalLM", {**GPT, "rotary_dim": 4}),
     "llama": Model("LlamaForCausalLM", GROUPED),

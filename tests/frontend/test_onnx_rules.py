@@ -121,6 +121,12 @@ MATCH: dict[str, tuple[str, Weights, list[tuple[str, int]]]] = {
         {"w1": (6, 22), "zero": ints(0), "half": ints(11), "end": ints(2**62), "two": ints(2), "w2": (11, 7)},
         [("ffn", 11)],
     ),
+    "gated, interleaved": (
+        "f (float[b, s, 6] x) => (float[b, s, 7] y) { p = MatMul(x, w1)\n g = Slice(p, zero, end, last, two)\n"
+        " u = Slice(p, one, end, last, two)\n a = Sigmoid(g)\n h = Mul(a, u)\n y = MatMul(h, w2) }",
+        {"w1": (6, 20), "w2": (10, 7), "zero": ints(0), "one": ints(1), "two": ints(2), "end": ints(20), "last": ints(-1)},
+        [("ffn", 10)],
+    ),
     "gated, packed, Slice from the end": (
         "f (float[b, s, 6] x) => (float[b, s, 7] y) { p = MatMul(x, w1)\n g = Slice(p, zero, back, last)\n"
         " u = Slice(p, back, end, last)\n a = Sigmoid(g)\n h = Mul(a, u)\n y = MatMul(h, w2) }",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import graphs
 import numpy as np
 import onnx
@@ -240,3 +242,17 @@ def test_values_are_cut_of_the_heads_that_are_left() -> None:
         assert result.report["verification"]["exact_difference"] < 1e-5
         errors[repair] = error(proto, result.model)
     assert errors["liar"] < errors["bias"] < errors["none"]
+
+
+def test_rows_of_concatenated_tokens_are_counted(tmp_path: Path) -> None:
+    """Six samples in batches of four: of the last batch only two are real, each with the 4 + 3 rows of both inputs."""
+    text = (
+        "f (float[4, 4, 6] x, float[4, 3, 6] z) => (float[4, 7, 5] y) { c = Concat<axis=1>(x, z)  a = MatMul(c, w1)\n"
+        " h = Relu(a)  y = MatMul(h, w2) }"
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(graphs.parse(text, {"w1": (6, 16), "w2": (16, 5)}), path)
+    rng = np.random.default_rng(0)
+    data = {k: rng.standard_normal((6, n, 6)).astype(np.float32) for k, n in (("x", 4), ("z", 3))}
+    result = prune(path, data, ffn=0.5, latency=False)
+    assert [c.details["rows"] for c in result.changes] == [6 * 7]
