@@ -81,7 +81,7 @@ def limited(work: Workplace, held: Held, drop: str) -> dict[str, Any]:
 def drops_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """How much went under a limit of the loss."""
     rows = [
-        [d, f"{c['drop']:.2%}", f"{c['sparsity']:.1%}", f"{c['gone']:.1%}", str(len(c["tried"])), *_end(c)]
+        [d, f"{c['found']:.2%}", f"{c['sparsity']:.1%}", f"{c['gone']:.1%}", str(len(c["tried"])), *_end(c)]
         for d, c in found.items()
     ]
     head = ["largest loss", "came out", "of the prunable removed", "of all parameters", "models tried"]
