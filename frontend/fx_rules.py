@@ -52,8 +52,9 @@ def _where(node: gs.Node, what: str) -> str:
     *("dropout elu eq erf erfc exp expm1 feature_dropout floor floor_divide fmod ge gelu gt hardsigmoid").split(),
     *("hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2").split(),
     *("log_sigmoid logical_and logical_not logical_or logical_xor lt masked_fill maximum minimum mish mul").split(),
-    *("nan_to_num native_dropout ne neg pow prelu reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid").split(),
-    *("sign silu sin sinh softplus softsign sqrt square sub tan tanh threshold to trunc where xlogy").split(),
+    *("multiply nan_to_num native_dropout ne neg polar pow prelu reciprocal relu relu6 remainder round rsqrt").split(),
+    *("rsub selu sigmoid sign silu sin sinh softplus softsign sqrt square sub tan tanh threshold to trunc where").split(),
+    "xlogy",
     domain=DOMAIN,
 )
 def _pointwise(w: GraphWalk, node: gs.Node) -> None:
@@ -304,6 +305,18 @@ def _cat(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, w.concatenate(operands, int(node.attrs["dim"]) % len(operands[0])))
 
 
+@rule("view_as_complex", domain=DOMAIN)
+def _as_complex(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    w.pin(axes[-1:], _where(node, "real and imaginary part"))
+    w.output(node, axes[:-1])
+
+
+@rule("view_as_real", domain=DOMAIN)
+def _as_real(w: GraphWalk, node: gs.Node) -> None:
+    w.output(node, (*_axes(w, node), w.fresh(2, _where(node, "real and imaginary part"))))
+
+
 @rule("stack", domain=DOMAIN)
 def _stack(w: GraphWalk, node: gs.Node) -> None:
     axes = w.broadcast(*(_axes(w, node, i) for i in range(len(node.inputs))))
@@ -534,16 +547,26 @@ def _triangle(w: GraphWalk, node: gs.Node) -> None:
 # -- what needs the whole axis ----------------------------------------------------------------------------------------
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "_safe_softmax", "glu", "sort", domain=DOMAIN)
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "_safe_softmax", "sort", domain=DOMAIN)
 def _along_axis(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % max(len(axes), 1)
     where = _where(node, f"{node.op} runs over it")
     w.pin(axes[dim : dim + 1], where)
-    if node.op == "glu":
-        axes = (*axes[:dim], w.fresh(w.algebra.size(axes[dim]) // 2, where), *axes[dim + 1 :])
     for i in range(len(node.outputs)):
         w.output(node, axes, i)
+
+
+@rule("glu", domain=DOMAIN)
+def _glu(w: GraphWalk, node: gs.Node) -> None:
+    """The first half of an axis times the sigmoid of the second."""
+    axes = list(_axes(w, node))
+    dim = int(node.attrs.get("dim", -1)) % len(axes)
+    half = w.algebra.size(axes[dim]) // 2
+    values, gates = w.algebra.cut(axes[dim], [half, half])
+    w.unify(values, gates)
+    axes[dim] = values
+    w.output(node, tuple(axes))
 
 
 @rule("topk", "diff", domain=DOMAIN)

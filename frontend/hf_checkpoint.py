@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -353,7 +353,7 @@ def save_checkpoint(
             ".pt2 (exported program) or .onnx"
         )
     if changes is None:
-        raise OptionError(inexpressible(module, "these widths"))
+        raise OptionError(inexpressible(module))
     check_folder(path, source, force)
     writer: Any = module
     temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -376,16 +376,20 @@ def save_checkpoint(
     return path
 
 
-def inexpressible(module: torch.nn.Module, what: str) -> str:
-    """Returns the sentence for widths that a configuration has no field for."""
+def inexpressible(module: torch.nn.Module, kinds: Collection[str] = (), rest: bool = True) -> str:
+    """Returns the sentence for widths of kinds of groups (of all, if none is named) that a configuration cannot say."""
     config: Any = module.config
-    fields = [
-        k for k in ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size") if hasattr(config, k)
-    ]
-    lacks = "" if hasattr(config, "head_dim") else " has no field 'head_dim' and"
+    names = ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size")
+    fields = ", ".join(k for k in names if hasattr(config, k)) or "none"
+    named = ["another number of heads" if k == "heads" else "another feed-forward width" for k in sorted(kinds)]
+    what = " or ".join(named) or "these widths"
+    lacks = " has no field 'head_dim' and" if "heads" in kinds and not hasattr(config, "head_dim") else ""
+    other = (
+        "" if len(kinds) != 1 or not rest else f", or prune what it can say ({'--ffn' if 'heads' in kinds else '--heads'})"
+    )
     return (
-        f"the configuration of {type(module).__name__} ({config.model_type}){lacks} cannot say {what} "
-        f"(fields {', '.join(fields)}); write ONNX with --format onnx, or prune what it can say (--ffn)"
+        f"the configuration of {type(module).__name__} ({config.model_type}){lacks} cannot say {what} (fields {fields}); "
+        f"write ONNX with --format onnx (in Python: checkpoint=False){other}"
     )
 
 
@@ -424,7 +428,7 @@ def _check_loads(module: torch.nn.Module, folder: Path, example: Mapping[str, to
             continue
         worst = relative_difference(a.float().cpu().numpy(), b.float().cpu().numpy())
         if not worst <= allowed:
-            raise OptionError(f"{inexpressible(module, 'these widths')}: the loaded checkpoint differs by {worst:.1e}")
+            raise OptionError(f"{inexpressible(module)}: the loaded checkpoint differs by {worst:.1e}")
 
 
 @contextlib.contextmanager

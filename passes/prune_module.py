@@ -149,20 +149,21 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
             )
 
     def plan(self, state: State) -> tuple[str, ...]:
-        """Returns the kinds of groups that the configuration cannot say.
+        """Returns the groups that the configuration cannot say: of a kind all, or those of some widths.
 
         Tried at the largest width below their own, and at the largest ones that stay in proportion (see `_proportional` of
         the allocation).
         """
-        unsaid = []
+        unsaid: list[str] = []
         for kind in sorted({g.kind for g in state.groups}):
             groups = [g for g in state.groups if g.kind == kind]
-            common = math.gcd(*(g.size for g in groups))
-            steps = [{g.name: g.size - 1 for g in groups}]
-            if kind == "ffn" and len({g.size for g in groups}) > 1 and common > 1:
-                steps.append({g.name: g.size - g.size // common for g in groups})
-            if all(_fields(state, groups, keep) is None for keep in steps):
-                unsaid.append(kind)
+            if _said(state, groups):
+                continue
+            widths = sorted({g.size for g in groups})
+            alone = {w for w in widths if len(widths) > 1 and _said(state, [g for g in groups if g.size == w])}
+            some = [g for g in groups if g.size in alone]
+            kept = alone if some and _said(state, some) else set()
+            unsaid += [g.name for g in groups if g.size not in kept]
         return tuple(unsaid)
 
     def apply(self, state: State, plan: tuple[str, ...]) -> PassResult:
@@ -170,18 +171,35 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
 
         Raises:
             OptionError: heads were asked for.
+            ModelError: no group is left.
         """
         module = _fx(state).module
         assert module is not None
         refusals = []
-        for kind in plan:
-            reason = inexpressible(module, {"heads": "another number of heads"}.get(kind, "another feed-forward width"))
+        dropped = [g for g in state.groups if g.name in plan]
+        left = tuple(g for g in state.groups if g.name not in plan)
+        for kind in sorted({g.kind for g in dropped}):
+            reason = inexpressible(module, (kind,))
             if kind == "heads" and self.heads_asked:
                 raise OptionError(reason)
-            refusals.append(Refusal(reason, tuple(g.name for g in state.groups if g.kind == kind)))
-            state.model.notes.append(f"{kind} are left alone: {reason}")
-        state.groups = tuple(g for g in state.groups if g.kind not in plan)
+            own = [g for g in dropped if g.kind == kind]
+            refusals.append(Refusal(reason, tuple(g.name for g in own)))
+            widths = ", ".join(str(w) for w in sorted({g.size for g in own}))
+            of = f" of width {widths}" if any(g.kind == kind for g in left) else ""
+            state.model.notes.append(f"{kind}{of} are left alone: {reason}")
+        if state.groups and not left:
+            raise ModelError(inexpressible(module, {g.kind for g in dropped}, rest=False))
+        state.groups = left
         return PassResult(state, (), tuple(refusals))
+
+
+def _said(state: State, groups: Sequence[ChannelGroup]) -> bool:
+    """Returns whether the configuration can say narrower groups of one kind."""
+    common = math.gcd(*(g.size for g in groups))
+    steps = [{g.name: g.size - 1 for g in groups}]
+    if groups[0].kind == "ffn" and len({g.size for g in groups}) > 1 and common > 1:
+        steps.append({g.name: g.size - g.size // common for g in groups})
+    return any(_fields(state, groups, keep) is not None for keep in steps)
 
 
 def _fields(state: State, groups: Iterable[ChannelGroup], keep: Mapping[str, int]) -> tuple[FieldChange, ...] | None:

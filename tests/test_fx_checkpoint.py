@@ -18,6 +18,7 @@ import liar_opt
 from liar_opt.frontend.hf_checkpoint import example_inputs, without_cache
 from liar_opt.passes.prune_module import ModuleResult, prune_module
 from liar_opt.runtime.calibration_data import first_rows
+from liar_opt.runtime.errors import ModelError
 from liar_opt.tools.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +84,31 @@ def test_experts_that_all_tokens_share_stay_in_proportion(tmp_path: Path) -> Non
         found = loaded.eval()(**batches[0]).logits
     with torch.no_grad(), without_cache(result.module):
         torch.testing.assert_close(found, result.module(**batches[0]).logits)
+
+
+def test_a_configuration_that_says_no_width() -> None:
+    module = transformers.OpenAIGPTModel(
+        transformers.OpenAIGPTConfig(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4)
+    ).eval()
+    data = [{"input_ids": torch.randint(3, 97, (2, 16))} for _ in range(3)]
+    with pytest.raises(
+        ModelError, match=r"cannot say another feed-forward width or another number of heads .*--format onnx"
+    ):
+        prune_module(module, data, sparsity=0.3, latency=False)
+    report = prune_module(module, data, sparsity=0.3, latency=False, checkpoint=False).report
+    assert report["verification"]["exact_difference"] < 1e-4
+
+
+def test_some_widths_of_a_kind_can_be_said() -> None:
+    """MobileBERT's bottlenecks have a width that other parts of it have as well; its feed-forward layers have a field."""
+    config = transformers.MobileBertConfig(
+        **{"vocab_size": 97, "hidden_size": 48, "embedding_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"intermediate_size": 72, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+    )
+    data = [{"input_ids": torch.randint(3, 97, (2, 16))} for _ in range(3)]
+    result = prune_module(transformers.MobileBertModel(config).eval(), data, ffn=0.5, latency=False)
+    assert {g.size for g in result.groups} == {72}
+    assert any(n.startswith("ffn of width 32 are left alone") for n in result.report["model"]["notes"])
 
 
 def test_layers_without_a_bias_keep_none() -> None:

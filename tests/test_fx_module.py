@@ -210,6 +210,34 @@ def test_the_lowered_graph_computes_what_the_module_computes() -> None:
     assert model.parameters() == sum(p.numel() for p in module.parameters())
 
 
+class ConvolutionModule(nn.Module):
+    """Of a Conformer: gates in the second half, a depthwise convolution, a batch norm."""
+
+    def __init__(self, width: int = 24, inner: int = 32) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv1d(width, 2 * inner, 1), nn.Conv1d(inner, width, 1)
+        self.depthwise = nn.Conv1d(inner, inner, 5, padding=2, groups=inner)
+        self.norm = nn.BatchNorm1d(inner)
+        for name, low, high in (("running_mean", -1.0, 1.0), ("running_var", 0.5, 2.0)):
+            self.norm.get_buffer(name).uniform_(low, high)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gated = nn.functional.glu(self.enter(x), dim=1)
+        result: torch.Tensor = x + self.leave(nn.functional.silu(self.norm(self.depthwise(gated))))
+        return result
+
+
+def test_gates_depthwise_convolutions_and_batch_norms() -> None:
+    data = [{"x": torch.randn(3, 24, 20)} for _ in range(3)]
+    result = pruned(ConvolutionModule().eval(), data)
+    assert [(c.before, c.after) for c in result.changes] == [(32, 16)] and not result.report["model"]["notes"]
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    module: Any = result.module
+    sizes = (module.depthwise.groups, module.depthwise.in_channels, module.depthwise.out_channels, module.norm.num_features)
+    assert sizes == (16, 16, 16, 16)
+    assert [p.shape[0] for p in module.norm.buffers() if p.ndim] == [16, 16]
+
+
 class Divided(nn.Module):
     """Computes the width of its heads from that of its input: with fewer heads no attribute makes that right."""
 
