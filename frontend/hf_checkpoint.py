@@ -126,7 +126,7 @@ def load_module(folder: Path, allow_pickle: bool) -> torch.nn.Module:
 def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     """Returns inputs of a transformers model, made from its configuration; None where that does not say them.
 
-    Text, images, or sound: samples, or features by time in the first layout that the model takes.
+    Text, images, videos, or sound: samples, or features by time in the first layout that the model takes.
     """
     import inspect
 
@@ -143,7 +143,9 @@ def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
         size = getattr(config, "image_size", None)
         size = size if isinstance(size, (int, list, tuple)) else EXAMPLE_PIXELS
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
+        frames = getattr(config, "num_frames", None)  # of a video
+        video = (frames,) if isinstance(frames, int) else ()
+        return {"pixel_values": torch.zeros(2, *video, getattr(config, "num_channels", 3), height, width)}
     name = next((n for n in ("input_values", "input_features") if n in accepted), None)
     return None if name is None else _sound(module, name, "decoder_input_ids" in accepted)
 

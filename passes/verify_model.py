@@ -25,7 +25,7 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays
-from liar_opt.runtime.compare import DifferenceMeter, relative_difference, require_close
+from liar_opt.runtime.compare import DifferenceMeter, relative_difference, require_close, require_repeatable
 from liar_opt.runtime.errors import CheckError
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import anonymous, trim
@@ -60,6 +60,7 @@ class VerifyModelPass(Pass[None]):
 
         Raises:
             CheckError: one failed.
+            ModelError: the model's outputs are not the same twice.
         """
         dense: Stored = state.facts["dense"]
         caches = {name for cache in state.analysed().caches.values() for name in (cache.past, cache.present)}
@@ -89,6 +90,7 @@ class VerifyModelPass(Pass[None]):
         try:
             facts["exact_difference"] = require_close(ours, theirs, precision, what)
         except CheckError:
+            require_repeatable(theirs, cut_arrays(masked.run(small, whole, arrays=True), ends))
             if lean:  # a second set of weights would not fit
                 raise
             # A model that was hurt badly can magnify rounding: ask it how much, before blaming the cut.

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.runtime.errors import CheckError
+from liar_opt.runtime.errors import CheckError, ModelError
 
 Array = NDArray[Any]
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
 """Largest difference relative to the largest magnitude of the reference, by the least precise dtype of the weights."""
 LOOSEST = {"float64": 1e-8, "float32": 1e-3, "float16": 1e-1, "bfloat16": 4e-1}
 """What a model that magnifies rounding by itself may differ by at the most; an index cut wrongly differs by far more."""
+REPEATED = 1e-2
+"""What two runs of one model may differ by: more than the order of a device's sums makes."""
 ROUNDING_FACTOR = 16.0
 """Allowed over the effect of one rounding of every weight: sums of another length round in another order at every node."""
 
@@ -76,6 +78,20 @@ def require_close(
             )
         worst = max(worst, measured)
     return worst
+
+
+def require_repeatable(first: Mapping[str, Array], second: Mapping[str, Array]) -> None:
+    """Checks that two runs of one model on the same inputs gave the same.
+
+    Raises:
+        ModelError: they did not.
+    """
+    for name, value in first.items():
+        if not relative_difference(second[name], value) <= REPEATED:
+            raise ModelError(
+                f"the model gives another output '{name}' each time it runs on the same inputs: it draws random numbers, "
+                "and what is left of it cannot be compared with it; switch that off, or give what is drawn as an input"
+            )
 
 
 @dataclass(frozen=True)

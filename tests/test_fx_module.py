@@ -18,7 +18,7 @@ from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prune_module import ModuleResult
-from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.sessions import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -236,6 +236,17 @@ def test_gates_depthwise_convolutions_and_batch_norms() -> None:
     sizes = (module.depthwise.groups, module.depthwise.in_channels, module.depthwise.out_channels, module.norm.num_features)
     assert sizes == (16, 16, 16, 16)
     assert [p.shape[0] for p in module.norm.buffers() if p.ndim] == [16, 16]
+
+
+class Noisy(Block):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = super().forward(tokens)
+        return x + torch.randn_like(x)
+
+
+def test_a_module_that_draws_random_numbers() -> None:
+    with pytest.raises(ModelError, match=r"gives another output '.*' each time it runs on the same inputs"):
+        pruned(Noisy().eval(), batches())
 
 
 class Divided(nn.Module):

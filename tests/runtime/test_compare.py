@@ -5,8 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, relative_difference, require_close
-from liar_opt.runtime.errors import CheckError
+from liar_opt.runtime.compare import (
+    TOLERANCES,
+    DifferenceMeter,
+    relative_difference,
+    require_close,
+    require_repeatable,
+)
+from liar_opt.runtime.errors import CheckError, ModelError
 
 
 def test_relative_to_the_largest_magnitude() -> None:
@@ -82,3 +88,10 @@ def test_what_has_no_rows_is_left_out() -> None:
     meter.add("scalar", np.asarray(1.0), np.asarray(1.0), None)
     meter.add("labels", np.asarray([1]), np.asarray([1]), None)
     assert meter.result() == {}
+
+
+def test_a_model_that_is_not_the_same_twice() -> None:
+    first = {"y": np.linspace(-1, 1, 9, dtype=np.float32)}
+    require_repeatable(first, {"y": first["y"] * np.float32(1 + 1e-6)})
+    with pytest.raises(ModelError, match=r"another output 'y' each time it runs .* draws random numbers"):
+        require_repeatable(first, {"y": first["y"][::-1]})
