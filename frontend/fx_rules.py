@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.fx_module import DOMAIN
 from liar_opt.frontend.onnx_model import present
 from liar_opt.frontend.onnx_rule_table import Axes, rule
-from liar_opt.frontend.onnx_rules import GraphWalk, experts_product
+from liar_opt.frontend.onnx_rules import GraphWalk, einsum, experts_product
 from liar_opt.frontend.onnx_values import resolve_reshape
 from liar_opt.passes.axes import Factor
 
@@ -134,31 +134,7 @@ def _addmm(w: GraphWalk, node: gs.Node) -> None:
 
 @rule("einsum", domain=DOMAIN)
 def _einsum(w: GraphWalk, node: gs.Node) -> None:
-    equation = str(node.attrs["equation"]).replace(" ", "")
-    operands = [_axes(w, node, i) for i in range(len(node.inputs))]
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    plain = arrow and "." not in equation and all(len(set(t)) == len(t) for t in [*terms, right])
-    if not plain or [len(t) for t in terms] != [len(a) for a in operands]:
-        w.give_up(node, f"einsum '{equation}'")
-        return
-    factors: dict[str, Factor] = {}
-    for term, axes in zip(terms, operands, strict=True):
-        for letter, factor in zip(term, axes, strict=True):
-            if letter in factors:
-                w.unify(factors[letter], factor)
-            factors.setdefault(letter, factor)
-    summed = [letter for letter in factors if letter not in right]
-    linear = len(terms) == 2 and len(summed) == 1 and all(summed[0] in t for t in terms)
-    weight = next((i for i in (1, 0) if linear and w.constant(node, i) is not None and len(terms[i]) == 2), None)
-    column = "" if weight is None else terms[weight].replace(summed[0], "")
-    if weight is not None and right.endswith(column) and column not in terms[1 - weight]:
-        w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
-    else:
-        w.pin([factors[s] for s in summed], _where(node, "summed over by einsum"))
-        w.mixed += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) == 1]
-    w.count(*factors.values())
-    w.output(node, tuple(factors[letter] for letter in right))
+    einsum(w, node, lambda width: w.pin([width], _where(node, "contracted between two activations")))
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", domain=DOMAIN)
@@ -238,7 +214,7 @@ def _view(w: GraphWalk, node: gs.Node) -> None:
     if sizes is None or 0 in sizes:
         w.give_up(node, "view that does not fit")
         return
-    result = tuple(w.algebra.split(w.algebra.merge(axes), sizes))
+    result = tuple(w.algebra.reshape(axes, sizes))
     _sized(w, node, name, result)
     w.output(node, result)
 

@@ -317,8 +317,9 @@ class OnnxModel:
         """Brings the graph to the form that the analysis expects; returns the number of nodes removed.
 
         Constant nodes become initializers, Identity and no-op Dropout and Cast go, what depends on constants alone is
-        folded (so that a weight under a Transpose is stored transposed), nodes and tensors get unique names, dead nodes
-        go. Sharing is kept: the same fold of the same constant gives one constant.
+        folded (so that a weight under a Transpose is stored transposed), an Einsum of a weight with several axes on a
+        side becomes a MatMul between Reshapes, nodes and tensors get unique names, dead nodes go. Sharing is kept: the
+        same fold of the same constant gives one constant.
         """
         graph = self.graph
         before = len(graph.nodes)
@@ -329,6 +330,7 @@ class OnnxModel:
                 constant.values = np.array(constant.values)  # the file's own tensor must keep its name
                 constant.name = f"{constant.name}_"
         folded: dict[tuple[object, ...], list[gs.Constant]] = {}
+        flat: dict[tuple[object, ...], tuple[gs.Constant, gs.Constant]] = {}
         outputs = {id(t) for t in graph.outputs}
         for node in list(graph.nodes):
             if node.op == "Constant" and node.domain in (None, *STANDARD) and len(node.outputs) == 1:
@@ -342,6 +344,8 @@ class OnnxModel:
                 node.outputs.clear()
                 node.inputs.clear()
                 continue
+            if node.op == "Einsum" and node.domain in (None, *STANDARD):
+                graph.nodes.extend(_as_product(node, flat, names, self.settled))
             _fold(node, folded, outputs, names, self.settled)
         graph.cleanup(remove_unused_node_outputs=False)
         graph.toposort()
@@ -491,6 +495,67 @@ def _fold(
         _replace(old, new)
     node.outputs.clear()
     node.inputs.clear()
+
+
+def _as_product(
+    node: gs.Node,
+    flat: dict[tuple[object, ...], tuple[gs.Constant, gs.Constant]],
+    names: Iterator[str],
+    keep: Callable[[np.ndarray], np.ndarray],
+) -> list[gs.Node]:
+    """Turns an Einsum of a weight that has several axes on a side into a MatMul; returns the nodes around it.
+
+    The axes that are summed over are joined, and so are those that come out: "bsd,dhk->bshk" is a product with
+    [d, h * k] whose result is split, "bshk,hkd->bsd" one with [h * k, d] whose input is joined. What has one axis on
+    each side, or an axis in weight, input and result, stays.
+    """
+    equation = str(node.attrs["equation"]).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    weight = next((i for i, t in enumerate(node.inputs) if is_constant(t)), None)
+    if not arrow or "." in equation or len(terms) != 2 or weight is None:
+        return []
+    w, x = terms[weight], terms[1 - weight]
+    rows = [c for c in x if c not in w]
+    summed, columns = [c for c in w if c in x], [c for c in w if c not in x]
+    plain = all(len(set(t)) == len(t) for t in (w, x, right)) and set(right) == {*rows, *columns}
+    constant = node.inputs[weight]
+    if not plain or not summed or not columns or len(summed) == len(columns) == 1 or len(constant.shape) != len(w):
+        return []
+    sizes = dict(zip(w, constant.shape, strict=True))
+    order = [w.index(c) for c in [*summed, *columns]]
+    key = (id(constant), *order, len(summed))
+    if key not in flat:
+        matrix = constant.values.transpose(order).reshape(-1, int(np.prod([sizes[c] for c in columns], dtype=np.int64)))
+        # The weight itself is held, too, so that its id is not another's.
+        flat[key] = (gs.Constant(f"{constant.name}_{next(names)}", keep(np.ascontiguousarray(matrix))), constant)
+    nodes: list[gs.Node] = []
+
+    def then(op: str, tensor: gs.Tensor, *inputs: gs.Tensor, **attributes: Any) -> gs.Tensor:
+        result = gs.Variable(next(names), dtype=tensor.dtype)
+        nodes.append(gs.Node(op, f"{node.name}/{op}_{len(nodes)}", attributes, [tensor, *inputs], [result]))
+        return result
+
+    def shape(*dims: int) -> gs.Constant:
+        return gs.Constant(next(names), np.asarray([*[0] * len(rows), *dims], np.int64))
+
+    tensor, result = node.inputs[1 - weight], node.outputs[0]
+    turn = [x.index(c) for c in [*rows, *summed]]
+    if turn != sorted(turn):
+        tensor = then("Transpose", tensor, perm=turn)
+    if len(summed) > 1:
+        tensor = then("Reshape", tensor, shape(-1))
+    node.op, node.attrs, node.inputs = "MatMul", {}, [tensor, flat[key][0]]
+    back = [[*rows, *columns].index(c) for c in right]
+    if len(columns) > 1 or back != sorted(back):
+        inner = gs.Variable(next(names), dtype=result.dtype)
+        node.outputs = [inner]
+        if len(columns) > 1:
+            inner = then("Reshape", inner, shape(*(sizes[c] for c in columns)))
+        if back != sorted(back):
+            inner = then("Transpose", inner, perm=back)
+        nodes[-1].outputs = [result]
+    return nodes
 
 
 def _unique_names(graph: gs.Graph) -> Iterator[str]:

@@ -887,23 +887,51 @@ def _gemm(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes if bias is None else w.broadcast(axes, bias))
 
 
+def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """Returns the terms and the result of an Einsum equation, with a letter for each axis.
+
+    An ellipsis gets letters of its own, aligned at the right; a result that is not written has the letters that occur
+    once, in alphabetical order, behind the ellipsis.
+
+    Args:
+        equation: as Einsum and ``torch.einsum`` take it.
+        ranks: of the operands.
+
+    Returns:
+        None where a letter is repeated within a term (a diagonal), or the ranks do not fit.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        right = "..." * ("..." in left) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    if len(terms) != len(ranks):
+        return None
+    extra = max((rank - len(t) + 3 for t, rank in zip(terms, ranks, strict=True) if "..." in t), default=0)
+    names = "".join(chr(0x2460 + i) for i in range(max(extra, 0)))
+    full = [t.replace("...", names[len(names) - max(rank - len(t) + 3, 0) :]) for t, rank in zip(terms, ranks, strict=True)]
+    result = right.replace("...", names)
+    if [len(t) for t in full] != list(ranks) or any(len(set(t)) != len(t) for t in [*full, result]):
+        return None
+    return full, result
+
+
 @rule("Einsum")
 def _einsum(w: GraphWalk, node: gs.Node) -> None:
-    equation = str(node.attrs["equation"]).replace(" ", "")
-    operands = [w.input_axes(node, i) for i in range(len(node.inputs))]
-    left, _, right = equation.partition("->")
-    terms = left.split(",")
-    plain = "->" in equation and "..." not in equation and all(len(set(t)) == len(t) for t in [*terms, right])
-    if (
-        not plain
-        or len(terms) != len(operands)
-        or any(len(t) != len(a or ()) for t, a in zip(terms, operands, strict=True))
-    ):
-        w.give_up(node, f"Einsum '{equation}'")
+    einsum(w, node, lambda width: w.product(node, width))
+
+
+def einsum(w: GraphWalk, node: gs.Node, contract: Callable[[Factor], None]) -> None:
+    """The rule of an Einsum; ``contract`` is told of a width that is contracted between two activations."""
+    operands = [w.input_axes(node, i) or () for i in range(len(node.inputs))]
+    spelled = spelled_out(str(node.attrs["equation"]), [len(a) for a in operands])
+    if spelled is None:
+        w.give_up(node, f"{node.op} '{node.attrs['equation']}'")
         return
+    terms, right = spelled
     factors: dict[str, Factor] = {}
     for term, axes in zip(terms, operands, strict=True):
-        for letter, factor in zip(term, axes or (), strict=True):
+        for letter, factor in zip(term, axes, strict=True):
             if letter in factors and w.algebra.size(factors[letter]) != 1 and w.algebra.size(factor) != 1:
                 w.unify(factors[letter], factor)
             elif letter not in factors or w.algebra.size(factors[letter]) == 1:
@@ -918,9 +946,9 @@ def _einsum(w: GraphWalk, node: gs.Node) -> None:
         w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
     else:
         if linear and weight is None:
-            w.product(node, factors[summed[0]])
+            contract(factors[summed[0]])
         else:
-            w.pin([factors[s] for s in summed], f"summed over by Einsum (node '{node.name}')")
+            w.pin([factors[s] for s in summed], f"summed over by {node.op} (node '{node.name}')")
         w.mixed += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) == 1]
     w.output(node, tuple(factors[letter] for letter in right))
 
@@ -1035,7 +1063,7 @@ def _reshape(w: GraphWalk, node: gs.Node) -> None:
     if sizes is None or 0 in sizes:
         w.give_up(node, "Reshape to a target that does not fit")
         return
-    result = tuple(w.algebra.split(w.algebra.merge(axes), sizes))
+    result = tuple(w.algebra.reshape(axes, sizes))
     for i, factor in enumerate(result):
         w.size_use(node, ("input", 1, i), factor)
     w.output(node, result)
@@ -1355,6 +1383,15 @@ def _constant_of_shape(w: GraphWalk, node: gs.Node) -> None:
     for i, factor in enumerate(result):
         w.size_use(node, ("input", 0, i), factor)
     w.output(node, result)
+
+
+@rule("EyeLike")
+def _eye(w: GraphWalk, node: gs.Node) -> None:
+    """The diagonal pairs the indices of one axis with those of the other."""
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    w.pin(axes, f"paired by EyeLike (node '{node.name}')")
+    w.output(node, axes)
 
 
 @rule("Range")

@@ -104,6 +104,31 @@ class AxisAlgebra:
         self.unify(factor, self.join(parts))
         return parts
 
+    def reshape(self, axes: Sequence[Factor], sizes: Sequence[int]) -> list[Factor]:
+        """Returns the axes of a tensor whose ``axes`` are written with other ``sizes``, elements in the same order.
+
+        Runs of axes and sizes that hold as many elements are laid out anew by themselves, so that where one run cannot
+        be reconciled the others are not pinned.
+        """
+        result: list[Factor] = []
+        i = k = 0
+        while i < len(axes) or k < len(sizes):
+            start, first = i, k
+            before = after = 1
+            while True:
+                if i < len(axes) and (before <= after or k == len(sizes)):
+                    before, i = before * self.size(axes[i]), i + 1
+                elif k < len(sizes):
+                    after, k = after * sizes[k], k + 1
+                if (before == after and k > first) or (i == len(axes) and k == len(sizes)):
+                    break
+            if math.prod(self._size[f] for f in axes[i:]) == math.prod(sizes[k:]) == 1:
+                i, k = len(axes), len(sizes)
+            run, shape = axes[start:i], sizes[first:k]
+            same = len(run) == len(shape) == 1 and self.size(run[0]) == shape[0]
+            result += run if same else self.split(self.merge(run), shape)
+        return result
+
     # -- asking -----------------------------------------------------------------------------------------------------
 
     def find(self, factor: Factor) -> Factor:

@@ -77,6 +77,9 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                 node = nodes[use.node.name] if use.node.name in nodes else outputs[use.node.outputs[0].name]
                 position = list(use.node.inputs).index(use.activation)
                 dtype = use.weight.dtype
+                vector = None
+                if node.op_type == "Einsum" and use.node.op == "MatMul":  # several axes are summed over
+                    position, vector = _mask_over_axes(proto, node, keep.astype(dtype))
                 rank = len(use.activation.shape or ()) or None
                 tail = 0 if use.activation_axis in (-1,) or rank is None else rank - 1 - use.activation_axis
                 if use.weight_position == 0 or use.node.attrs.get("transA", 0):
@@ -84,8 +87,9 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                 if use.node.op == "Conv":
                     tail = len(use.weight.shape) - 2
                 name = f"mask_{k}_{j}_{use.node.name}"
-                vector = onnx.numpy_helper.from_array(keep.astype(dtype).reshape(-1, *([1] * tail)), name)
-                proto.graph.initializer.append(vector)
+                if vector is None:
+                    vector = keep.astype(dtype).reshape(-1, *([1] * tail))
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(vector, name))
                 masked_name = f"{name}_applied"
                 index = next(i for i, n in enumerate(proto.graph.node) if n is node or n == node)
                 proto.graph.node.insert(
@@ -95,6 +99,18 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                 target.input[position] = masked_name
                 nodes[use.node.name] = target
     return proto
+
+
+def _mask_over_axes(proto: onnx.ModelProto, node: onnx.NodeProto, keep: np.ndarray) -> tuple[int, np.ndarray]:
+    """Returns the input of an Einsum that is no weight, and a mask that it is multiplied by."""
+    shapes = {i.name: list(i.dims) for i in proto.graph.initializer}
+    weight = next(i for i, name in enumerate(node.input) if name in shapes)
+    terms = str(onnx.helper.get_node_attr_value(node, "equation").decode()).split("->")[0].split(",")
+    summed = [c for c in terms[weight] if c in terms[1 - weight]]
+    sizes = dict(zip(terms[weight], shapes[node.input[weight]], strict=True))
+    ordered = sorted(summed, key=terms[1 - weight].index)
+    mask = keep.reshape([sizes[c] for c in summed]).transpose([summed.index(c) for c in ordered])
+    return 1 - weight, mask.reshape([sizes[c] if c in summed else 1 for c in terms[1 - weight]])
 
 
 def _mask_experts(proto: onnx.ModelProto, group: ChannelGroup, consumer: Consumer, blocks: list[int], name: str) -> None:

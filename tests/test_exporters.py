@@ -7,9 +7,11 @@ refused.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ import pytest
 import zoo
 from onnx import numpy_helper
 
+from liar_opt import prune
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import walk
 from liar_opt.passes.axes import AxisAlgebra
@@ -167,6 +170,27 @@ def test_permuting_the_channels_first_gives_the_same_function(tmp_path: Path) ->
     a = oracle.run(oracle.prune(*first, kept), built.feeds)
     b = oracle.run(oracle.prune(*second, permuted), built.feeds)
     assert oracle.difference(a, b) <= TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_xlnet_with_its_einsums_and_shifted_positions(dynamo: bool, tmp_path: Path) -> None:
+    import torch
+    from transformers import XLNetConfig, XLNetModel
+
+    torch.manual_seed(0)
+    model: torch.nn.Module = XLNetModel(XLNetConfig(vocab_size=60, d_model=24, n_layer=2, n_head=6, d_inner=40)).eval()
+    path = tmp_path / "model.onnx"
+    options: dict[str, Any] = {"input_names": ["input_ids"], "output_names": ["y"], "dynamo": dynamo, "verbose": False}
+    options |= {} if dynamo else {"dynamic_axes": {"input_ids": {0: "batch", 1: "sequence"}}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.randint(0, 60, (2, 9)),), str(path), **options)
+    rng = np.random.default_rng(0)
+    feeds = [{"input_ids": rng.integers(0, 60, (2, 9))} for _ in range(4)]
+    report = prune(path, feeds, ffn=0.5, heads=0.5, repair="none", latency=False).report
+    assert [(g["kind"], g["before"], g["after"]) for g in report["groups"]] == 2 * [("heads", 6, 3), ("ffn", 40, 24)]
+    assert report["verification"]["exact_difference"] < 1e-5
+    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
 
 
 def test_cases_are_compared_by_what_they_export() -> None:

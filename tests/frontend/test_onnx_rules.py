@@ -9,6 +9,8 @@ import onnx
 import pytest
 from graphs import Weights
 
+from liar_opt.frontend.onnx_rules import spelled_out
+
 I64 = np.int64
 
 
@@ -157,6 +159,18 @@ MATCH: dict[str, tuple[str, Weights, list[tuple[str, int]]]] = {
         'f (float[b, s, 6] x) => (float[b, s, 7] y) { u = Einsum<equation="bsd,dh->bsh">(x, w1)\n h = Relu(u)\n'
         ' y = Einsum<equation="bsh,mh->bsm">(h, w2) }',
         {"w1": (6, 11), "w2": (7, 11)},
+        [("ffn", 11)],
+    ),
+    "Einsum with an ellipsis": (
+        'f (float[b, s, 6] x) => (float[b, s, 7] y) { u = Einsum<equation="...d,dh->...h">(x, w1)\n h = Relu(u)\n'
+        ' y = Einsum<equation="... h, m h -> ... m">(h, w2) }',
+        {"w1": (6, 11), "w2": (7, 11)},
+        [("ffn", 11)],
+    ),
+    "Einsum without a result": (
+        'f (float[b, s, 6] x) => (float[b, s, 7] y) { u = Einsum<equation="bcz,zd">(x, w1)\n h = Relu(u)\n'
+        ' y = Einsum<equation="abd,dn">(h, w2) }',
+        {"w1": (6, 11), "w2": (11, 7)},
         [("ffn", 11)],
     ),
     "Conv 1x1": (
@@ -396,6 +410,81 @@ def test_heads(name: str) -> None:
     assert [(g.size, g.sets) for g in graphs.analyse(proto)[2].values] == ([] if tied else [(4, 3)])
     if not tied:
         graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+# The same attention with weights of three axes, as JAX, Keras and XLNet write it.
+EINSUMS: dict[str, tuple[str, Weights]] = {
+    "rows first": (
+        """q = Einsum<equation="bsd,dhk->bshk">(x, wq)  k = Einsum<equation="bsd,dhk->bshk">(x, wk)
+        v = Einsum<equation="dhk,bsd->bhsk">(wv, x)
+        a = Einsum<equation="bshk,bthk->bhst">(q, k)  p = Softmax(a)  c = Einsum<equation="bhst,bhtk->bshk">(p, v)
+        y = Einsum<equation="bshk,hkd->bsd">(c, wo)""",
+        {"wq": (10, 3, 4), "wk": (10, 3, 4), "wv": (10, 3, 4), "wo": (3, 4, 10)},
+    ),
+    "columns last": (
+        """q = Einsum<equation="bsd,hdk->bhsk">(x, wq)  k = Einsum<equation="bsd,hdk->bhsk">(x, wk)
+        v = Einsum<equation="bsd,hkd->bhsk">(x, wv)
+        a = Einsum<equation="bhsk,bhtk->bhst">(q, k)  p = Softmax(a)  c = Einsum<equation="bhst,bhtk->bhsk">(p, v)
+        y = Einsum<equation="bhsk,dhk->bsd">(c, wo)""",
+        {"wq": (3, 10, 4), "wk": (3, 10, 4), "wv": (3, 4, 10), "wo": (10, 3, 4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EINSUMS)
+def test_heads_of_weights_with_three_axes(name: str) -> None:
+    text, weights = EINSUMS[name]
+    proto = graphs.parse(f"f (float[b, s, 10] x) => (float[b, s, 10] y) {{ {text} }}", weights)
+    assert graphs.sizes(proto) == [("heads", 3)]
+    graphs.prove(proto, {"b": 2, "s": 5})
+    graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+def test_heads_stay_apart_from_positions_that_are_shifted() -> None:
+    """Relative positions (Transformer-XL, XLNet) are shifted by two reshapes that do not align along the positions."""
+    make, weights = HEADS["three weights"]
+    shift = (
+        "a2 = MatMul(qt, pk)  r = Reshape(a2, turned)  n = Slice(r, one, end, axis)  a3 = Reshape(n, back)  a = Add(a1, a3)"
+    )
+    text = ATTENTION.format(make).replace("a = MatMul(qt, kt)", f"a1 = MatMul(qt, kt)  {shift}")
+    constants = {"turned": ints(2, 3, 6, 5), "one": ints(1), "end": ints(6), "axis": ints(2), "back": ints(2, 3, 5, 5)}
+    proto = graphs.parse(text.replace("[b, s,", "[2, 5,"), {**SHAPES, **weights, **constants, "pk": (3, 4, 6)})
+    assert graphs.sizes(proto) == [("heads", 3)]
+    graphs.prove(proto)
+
+
+def test_axes_that_a_diagonal_pairs_are_kept() -> None:
+    text = """f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  v = MatMul(h, w2)
+        t = Transpose(w3)  z = MatMul(h, t)  e = EyeLike(z)  k = Cast<to=1>(e)  p = MatMul(k, w4)  y = Add(v, p) }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7), "w3": (5, 11), "w4": (5, 7)})
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    graphs.prove(proto, {"b": 5})
+    assert "paired by EyeLike" in graphs.reasons(proto)
+
+
+@pytest.mark.parametrize(
+    ("equation", "ranks", "terms"),
+    [
+        ("ij,jk->ik", (2, 2), (["ij", "jk"], "ik")),
+        ("ba,cb", (2, 2), (["ba", "cb"], "ac")),
+        ("ij,jk->ik", (2, 3), None),
+        ("ii->i", (2,), None),
+    ],
+)
+def test_equations(equation: str, ranks: tuple[int, ...], terms: object) -> None:
+    assert spelled_out(equation, ranks) == terms
+
+
+@pytest.mark.parametrize("equation", ["...ij,...jk->...ik", "i...j,kj...->...ik", "...a,a...", "b...,...b->..."])
+def test_an_ellipsis_means_what_it_means_in_numpy(equation: str) -> None:
+    rng = np.random.default_rng(0)
+    operands = [rng.standard_normal((2, 2, 2)), rng.standard_normal((2, 2, 2, 2))]
+    spelled = spelled_out(equation, [3, 4])
+    assert spelled is not None
+    letters = {c: "abcdefghijkl"[i] for i, c in enumerate(sorted({*"".join(spelled[0])}))}
+    plain = ",".join(spelled[0]) + "->" + spelled[1]
+    plain = "".join(letters.get(c, c) for c in plain)
+    np.testing.assert_allclose(np.einsum(plain, *operands), np.einsum(equation, *operands))
 
 
 @pytest.mark.parametrize(("opset", "attribute"), [(11, ""), (13, ""), (18, ", num_outputs=2")])

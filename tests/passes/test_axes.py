@@ -62,6 +62,26 @@ def test_splits_that_straddle_pin(algebra: AxisAlgebra) -> None:
     assert all(algebra.pinned(f) for f in [axis, *parts])
 
 
+def test_runs_that_align_are_reshaped_by_themselves(algebra: AxisAlgebra) -> None:
+    axes = [algebra.fresh(n) for n in (2, 3, 4, 7, 1, 15)]
+    result = algebra.reshape(axes, [1, 2, 3, 7, 4, 5, 3])
+    assert [algebra.size(f) for f in result] == [1, 2, 3, 7, 4, 5, 3]
+    assert [algebra.pinned(f) is not None for f in axes] == [False, False, True, True, False, False]
+    assert [algebra.find(f) for f in result[1:3]] == [algebra.find(f) for f in axes[:2]]
+    assert algebra.leaves(axes[5]) == [algebra.find(f) for f in result[5:]]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((), (1,)), ((4, 1), (4,)), ((1, 4), (2, 1, 2)), ((6,), (2, 3, 1, 1)), ((1,), ())]
+)
+def test_reshapes_with_axes_of_one(algebra: AxisAlgebra, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    axes = [algebra.fresh(n) for n in before]
+    result = algebra.reshape(axes, after)
+    assert tuple(algebra.size(f) for f in result) == after
+    assert algebra.same(algebra.merge(axes), algebra.merge(result)) or not before
+    assert not any(algebra.pinned(f) for f in [*axes, *result])
+
+
 def test_cuts_at_different_places_refine(algebra: AxisAlgebra) -> None:
     axis = algebra.fresh(12)
     algebra.cut(axis, [5, 7])
