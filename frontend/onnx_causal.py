@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import OnnxModel, is_constant
+from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float
 from liar_opt.runtime.signatures import Signature
 
 CAUSAL_ATTRIBUTES = ("is_causal", "unidirectional", "causal")
@@ -42,8 +42,9 @@ def is_causal(model: OnnxModel) -> bool:
 def positions(model: OnnxModel) -> int | None:
     """Returns for how many tokens the model has positions; None where nothing in the graph limits them.
 
-    The least of: rows of a table that is looked up by positions, rows of the tables of rotary operators. A table of learned
-    positions may begin with rows for padding (RoBERTa has two): they are counted, so the limit may be too high by them.
+    The least of: rows of a table that is looked up by positions or cut to a computed length, rows of the tables of rotary
+    operators. A table of learned positions may begin with rows for padding (RoBERTa has two): they are counted, so the
+    limit may be too high by them.
     """
     roles = Signature.read(model.inputs(), None).roles
     limits = []
@@ -51,10 +52,24 @@ def positions(model: OnnxModel) -> int | None:
         if node.op == "Gather" and is_constant(node.inputs[0]) and len(node.inputs[0].shape) == 2:
             if node.attrs.get("axis", 0) == 0 and _counts(node.inputs[1], roles):
                 limits.append(int(node.inputs[0].shape[0]))
+        if node.op == "Slice" and len(node.inputs) > 2 and is_constant(node.inputs[0]) and not is_constant(node.inputs[2]):
+            limits += _rows_cut(node)
         place = ROTARY_TABLES.get((node.domain or "", node.op), len(node.inputs))
         if place < len(node.inputs) and is_constant(node.inputs[place]):
             limits.append(int(node.inputs[place].shape[0]))
     return min(limits, default=None)
+
+
+def _rows_cut(node: gs.Node) -> list[int]:
+    """The length of a table of vectors, of which a Slice takes as many as the program says."""
+    table = node.inputs[0]
+    shape = [int(d) for d in table.shape]
+    axes = node.inputs[3] if len(node.inputs) > 3 else None
+    if not is_float(table.dtype) or len(shape) < 2 or not (axes is None or is_constant(axes)):
+        return []
+    cut = range(len(shape)) if axes is None else [int(a) % len(shape) for a in axes.values.reshape(-1)]
+    long = [shape[a] for a in cut if a != len(shape) - 1 and shape[a] > 1]
+    return long[:1]
 
 
 def _nodes(graph: gs.Graph) -> Iterator[gs.Node]:

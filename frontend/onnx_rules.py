@@ -32,6 +32,7 @@ import onnx_graphsurgeon as gs
 
 import liar_opt.frontend.onnx_attention_rules
 import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (imports of both put their rules into the table)
+from liar_opt.frontend.onnx_causal import MOVERS
 from liar_opt.frontend.onnx_model import OnnxModel, constant_value, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, RULES, Axes, rule
 from liar_opt.frontend.onnx_values import (
@@ -727,6 +728,10 @@ def walk_sized(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: Mapp
     return state
 
 
+INDEX_STEPS = (*MOVERS, *"Add Clip GreaterOrEqual Less Max Min Mod Mul Not Sub Where".split())
+"""Operators between token ids and the table that they look up."""
+
+
 def vocabulary(model: OnnxModel) -> int | None:
     """Returns the number of rows of the table that token ids look up: the largest of those read by a graph input."""
     inputs = {t.name for t in model.graph.inputs}
@@ -734,15 +739,31 @@ def vocabulary(model: OnnxModel) -> int | None:
     for node in model.graph.nodes:
         places = {"Gather": [(0, 1)], "EmbedLayerNormalization": [(2, 0)]}.get(node.op, [])
         for table, ids in places:
-            source = node.inputs[ids]
-            while source.inputs and source.inputs[0].op in ("Cast", "Identity"):
-                source = source.inputs[0].inputs[0]
+            sources = _sources(node.inputs[ids])
             rows, axis = node.inputs[table], 0
             if rows.inputs and rows.inputs[0].op == "Transpose":  # the weight of the head, turned round
                 rows, axis = rows.inputs[0].inputs[0], 1
-            if is_constant(rows) and source.name in inputs and len(rows.shape) == 2:
+            if is_constant(rows) and len(sources) == 1 and sources <= inputs and len(rows.shape) == 2:
                 sizes.append(int(rows.shape[axis]))
     return max(sizes, default=None)
+
+
+def _sources(tensor: gs.Tensor) -> set[str]:
+    """The tensors that indices come from, but for steps as those that add the length to negative ones (TensorFlow, JAX)."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    waiting = [tensor]
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) in seen or is_constant(tensor):
+            continue
+        seen.add(id(tensor))
+        if tensor.inputs and tensor.inputs[0].op in INDEX_STEPS:
+            moved = tensor.inputs[0].op in MOVERS
+            waiting += tensor.inputs[0].inputs[: 1 if moved else None]
+        else:
+            found.add(tensor.name)
+    return found
 
 
 # -- pointwise ------------------------------------------------------------------------------------------------------

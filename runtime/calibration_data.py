@@ -1020,7 +1020,8 @@ def _synthetic_size(spec: InputSpec, axis: int, job: _Job) -> int:
     if is_float(spec.dtype) and len(spec.shape) == 2 and spec.name not in job.signature.roles:
         return 16000  # a second of sound
     static = [s.shape[1] for s in job.signature.inputs.values() if len(s.shape) == 2 and s.name in job.signature.roles]
-    return next((dim for dim in static if isinstance(dim, int)), _SYNTHETIC_SEQUENCE)
+    limit = job.positions or _SYNTHETIC_SEQUENCE
+    return next((dim for dim in static if isinstance(dim, int)), min(limit, _SYNTHETIC_SEQUENCE))
 
 
 def _synthetic_values(spec: InputSpec, shape: tuple[int, ...], job: _Job) -> Array:

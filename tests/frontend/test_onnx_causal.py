@@ -73,6 +73,16 @@ def attention(node: str, *more: str) -> OnnxModel:
     return OnnxModel.from_proto(onnx.parser.parse_model(text))
 
 
+@pytest.mark.parametrize(("table", "limit"), [("float[5, 2]", 5), ("float[1, 5, 2]", 5), ("int64[5, 2]", None)])
+def test_a_table_of_positions_that_is_cut_to_the_length(table: str, limit: int | None) -> None:
+    """As Keras adds learned positions: no indices, the first rows of the table."""
+    axis = 1 if "1, 5" in table else 0
+    node = "shape = Shape <start = 1, end = 2>(input_ids)  y = Slice(table, zero, shape, axis)"
+    values = ", ".join(["0"] * 10)
+    constants = (table + " table = {" + values + "}", "int64[1] zero = {0}", "int64[1] axis = {" + str(axis) + "}")
+    assert positions(attention(node, *constants)) == limit
+
+
 def test_operators_that_say_so() -> None:
     grouped = attention(
         "y = com.microsoft.GroupQueryAttention <num_heads = 3, kv_num_heads = 1>(x, x, x, , , , , cosine, sine)",

@@ -190,6 +190,15 @@ def test_a_table_that_is_also_multiplied_is_stored_once() -> None:
     assert [tuple(i.dims) for i in out.graph.initializer] == [(120, 11)]
 
 
+def test_the_vocabulary_behind_indices_that_are_wrapped() -> None:
+    """TensorFlow and JAX count negative indices from the end; what is looked up by positions is no vocabulary."""
+    text = """f (int64[b, 5] ids, int64[b, 5] mask) => (float[b, 5, 11] y) { c = Cast<to=6>(ids)  l = Less(c, zero)  a = Add(c, rows)
+        w = Where(l, a, c)  x = Gather(table, w)  p = CumSum(mask, axis)  q = Mul(p, mask)  z = Gather(places, q)  y = Add(x, z) }"""
+    weights = {"zero": np.asarray(0, np.int32), "rows": np.asarray(70, np.int32), "axis": np.asarray(1)}
+    _, out = normalised(text, {**weights, "table": (70, 11), "places": (500, 11)})
+    assert vocabulary(OnnxModel.from_proto(out)) == 70
+
+
 def test_a_weight_of_the_head_whose_columns_are_looked_up_is_stored_once() -> None:
     text = """f (int64[b, 5] ids) => (float[b, 5, 120] y) { t = Transpose<perm=[1,0]>(w)  x = Gather(t, ids)
         y = MatMul(x, w) }"""

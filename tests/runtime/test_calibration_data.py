@@ -931,3 +931,5 @@ def test_positions_bound_the_sequence_length(tmp_path: Path) -> None:
     refuse("is 65", "positions for 64", source=long, inputs=GPT, tokenizer=tokenizer, sequence_length=65, positions=64)
     data = load_calibration(long, GPT, tokenizer=tokenizer, positions=64, packing=True)
     assert max(batch["input_ids"].shape[1] for batch in data.batches) == 64
+    made = load_calibration(None, GPT, samples=3, vocabulary=9, positions=7)
+    assert {batch["input_ids"].shape[1] for batch in made.batches} == {7}
