@@ -42,8 +42,8 @@ Options = dict[str, Any]
 Array = NDArray[np.float64]
 HALF: Options = {"ffn": 0.5, "heads": 0.5}
 RATIOS = (0.2, 0.35, 0.5)
-SAMPLES = (16, 64, 256, 512)
-"""Calibration sentences, for the ridge: from about a fifth of a token for each channel to six."""
+SAMPLES = (16, 64, 256, 512, 1024, 3072)
+"""Calibration sentences, for the ridge: from a quarter of a token for each channel to fifty."""
 CHOSEN, POOL = 128, 2048
 """Sentences that are chosen, of so many."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
