@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float
+from liar_opt.frontend.onnx_model import MOVERS, OnnxModel, is_constant, is_float
 from liar_opt.runtime.signatures import Signature
 
 CAUSAL_ATTRIBUTES = ("is_causal", "unidirectional", "causal")
@@ -27,8 +27,6 @@ ROTARY_TABLES = {
     ("com.microsoft", "GroupQueryAttention"): 7,
 }
 """Where operators have their table of cosines, [positions, ..]."""
-MOVERS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators that give a tensor another shape or type and leave its values alone."""
 
 
 def is_causal(model: OnnxModel) -> bool:

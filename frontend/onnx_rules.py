@@ -32,8 +32,7 @@ import onnx_graphsurgeon as gs
 
 import liar_opt.frontend.onnx_attention_rules
 import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (imports of both put their rules into the table)
-from liar_opt.frontend.onnx_causal import MOVERS
-from liar_opt.frontend.onnx_model import OnnxModel, constant_value, is_constant, is_float, present
+from liar_opt.frontend.onnx_model import MOVERS, OnnxModel, constant_value, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, RULES, Axes, rule
 from liar_opt.frontend.onnx_values import (
     Array,
@@ -235,7 +234,8 @@ class GraphWalk:
         """Returns the factors of an input's axes; None where the input is absent or its shape is unknown.
 
         Constants get factors of their own at each use, so that a vector shared by chance (exporters deduplicate equal
-        biases) ties nothing; matrices that are shared stay tied, since cutting them apart would store them twice.
+        biases) ties nothing, nor does a small table that is added or multiplied (a bias by head and channel); matrices that
+        are shared stay tied, since cutting them apart would store them twice.
         """
         if position >= len(node.inputs) or not present(node.inputs[position]):
             return None
@@ -245,16 +245,17 @@ class GraphWalk:
         key = (id(node), position)
         if key in self._used:
             return self._used[key]
-        axes = self._constant_axes(tensor)
+        small = node.op in ELEMENTWISE and int(np.prod(tensor.shape, dtype=np.int64)) <= APART_LIMIT
+        axes = self._constant_axes(tensor, tied=not small)
         self._used[key] = axes
         self.constant_uses.append(ConstantUse(node, position, tensor, axes))
         return axes
 
-    def _constant_axes(self, tensor: gs.Constant) -> Axes:
-        if id(tensor) in self._tied:
+    def _constant_axes(self, tensor: gs.Constant, tied: bool) -> Axes:
+        if tied and id(tensor) in self._tied:
             return self._tied[id(tensor)]
         axes = tuple(self.algebra.fresh(int(s)) for s in tensor.shape)
-        if sum(int(s) > 1 for s in tensor.shape) >= 2:
+        if tied and sum(int(s) > 1 for s in tensor.shape) >= 2:
             self._tied[id(tensor)] = axes
         return axes
 
@@ -728,6 +729,9 @@ def walk_sized(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: Mapp
     return state
 
 
+APART_LIMIT = 1 << 16
+"""Tables of more elements are one where several nodes add them."""
+ELEMENTWISE = ("Add", "Div", "Mul", "Sub")
 INDEX_STEPS = (*MOVERS, *"Add Clip GreaterOrEqual Less Max Min Mod Mul Not Sub Where".split())
 """Operators between token ids and the table that they look up."""
 

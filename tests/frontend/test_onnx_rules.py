@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import graphs
 import numpy as np
 import onnx
@@ -438,6 +440,28 @@ def test_heads_of_weights_with_three_axes(name: str) -> None:
     assert graphs.sizes(proto) == [("heads", 3)]
     graphs.prove(proto, {"b": 2, "s": 5})
     graphs.prove(proto, {"b": 2, "s": 5}, values=True)
+
+
+def test_layers_that_share_equal_biases_are_cut_apart() -> None:
+    """Exporters store equal constants once, Keras' biases by head and channel among them: that ties no heads."""
+    text, weights = EINSUMS["rows first"]
+    text = text.replace("(x, wq)", "(x, wq)  qb = Add(q, shared)").replace("(q, k)", "(qb, k)")
+    names = "q qb k v a p c".split()
+
+    def layer(number: int, x: str, y: str) -> str:
+        renamed = re.sub(rf"\b({'|'.join(names)})\b(?=[ ,)])", rf"\g<1>{number}", text)
+        renamed = re.sub(r"\b(w[qkvo])\b", rf"\g<1>{number}", renamed)
+        return renamed.replace("(x, ", f"({x}, ").replace(", x)", f", {x})").replace(" y = ", f" {y} = ")
+
+    joined = f"{layer(1, 'x', 'z')}  r = Add(x, z)  {layer(2, 'r', 'y')}"
+    every = {f"{name}{number}": value for name, value in weights.items() for number in (1, 2)}
+    proto = graphs.parse(f"f (float[b, s, 10] x) => (float[b, s, 10] y) {{ {joined} }}", {**every, "shared": (3, 4)})
+    assert graphs.sizes(proto) == [("heads", 3), ("heads", 3)]
+    graphs.prove(proto, {"b": 2, "s": 5})
+    same = re.sub(r"\b(w[qkvo])[12]\b", r"\1", joined)  # one layer, twice
+    proto = graphs.parse(f"f (float[b, s, 10] x) => (float[b, s, 10] y) {{ {same} }}", {**weights, "shared": (3, 4)})
+    assert graphs.sizes(proto) == [("heads", 3)]
+    graphs.prove(proto, {"b": 2, "s": 5})
 
 
 def test_heads_stay_apart_from_positions_that_are_shifted() -> None:

@@ -44,10 +44,17 @@ def environment(framework: str, folder: Path) -> Path:
 def row(framework: str, path: Path) -> tuple[list[str], bool]:
     """The row of a model, and whether it is as it should be."""
     producer = onnx.load(path, load_external_data=False).producer_name
-    head = [f"{framework}: {path.stem}", producer]
+    head = [f"{framework}: {path.stem}", producer or "not said"]
     try:
         report = liar_opt.prune(
-            path, ffn=0.5, heads=0.5, repair="none", multiple_of=2, latency=False, samples=8, sequence_length=16
+            path,
+            sparsity=0.5,
+            allocate="uniform",
+            repair="none",
+            multiple_of=2,
+            latency=False,
+            samples=8,
+            sequence_length=16,
         ).report
     except LiarOptError as err:
         return [*head, "", "", str(err)], False
