@@ -557,8 +557,10 @@ class GraphWalk:
             results = evaluate(node.op, inputs, node.attrs)
         if results is None or len(results) < len(node.outputs) or any(r.size > VALUE_LIMIT for r in results):
             return False
-        if node.op in ("ConstantOfShape", "Expand") and any(is_float(r.dtype) and r.size > 1 for r in results):
-            return False  # data: zeros as a position bias, say
+        if node.op in ("ConstantOfShape", "Expand") and any(
+            r.size > 1 and (is_float(r.dtype) or (r.dtype == np.bool_ and r.ndim > 1)) for r in results
+        ):
+            return False  # data: zeros as a position bias, say, or a mask as wide as the scores
         for tensor, result in zip(node.outputs, results, strict=False):
             if present(tensor):
                 self.values[tensor.name] = result

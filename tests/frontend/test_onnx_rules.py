@@ -464,6 +464,17 @@ def test_layers_that_share_equal_biases_are_cut_apart() -> None:
     graphs.prove(proto, {"b": 2, "s": 5})
 
 
+def test_a_mask_as_wide_as_the_scores() -> None:
+    """Keras makes one of ones_like(scores): its extents follow those of the scores."""
+    make, weights = HEADS["three weights"]
+    mask = "n = Shape(a1)  ones = Expand(true, n)  m = And(ones, wide)  a = Where(m, a1, low)"
+    text = ATTENTION.format(make).replace("a = MatMul(qt, kt)", f"a1 = MatMul(qt, kt)  {mask}")
+    constants = {"true": np.asarray([True]), "wide": np.tri(5, dtype=bool), "low": np.asarray(-9.0, np.float32)}
+    proto = graphs.parse(text.replace("[b, s,", "[2, 5,"), {**SHAPES, **weights, **constants})
+    assert graphs.sizes(proto) == [("heads", 3)]
+    graphs.prove(proto)
+
+
 def test_heads_stay_apart_from_positions_that_are_shifted() -> None:
     """Relative positions (Transformer-XL, XLNet) are shifted by two reshapes that do not align along the positions."""
     make, weights = HEADS["three weights"]
