@@ -464,6 +464,13 @@ class GraphWalk:
         opaque = any(present(t) and self.input_axes(node, i) is None for i, t in enumerate(node.inputs))
         if function is None or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
             self.give_up(node, f"operator {node.op} has no rule")
+            inside = sum(_products_inside(v) for v in node.attrs.values() if isinstance(v, gs.Graph))
+            if inside:
+                self.leave(
+                    node,
+                    f"{inside} products with weights inside the branches of {node.op} are left alone: a merged decoder is "
+                    "pruned before it is merged (--ffn alone: with other heads its graphs would not share a cache)",
+                )
             if node.op == "If" and self.value(node, 0) is not None:
                 self._shape_of_branch(node)
             self.unknown.setdefault(f"{node.domain}::{node.op}" if node.domain else node.op, []).append(node.name)
@@ -566,6 +573,15 @@ class GraphWalk:
                 self.values[tensor.name] = result
                 self.axes[tensor.name] = tuple(self.fresh(s, "computed from shapes") for s in result.shape)
         return True
+
+
+def _products_inside(graph: gs.Graph) -> int:
+    """Returns how many nodes of a branch, and of those within, multiply by a weight."""
+    own = sum(
+        node.op in ("MatMul", "Gemm", "Conv") and any(is_constant(t) and len(t.shape) > 1 for t in node.inputs)
+        for node in graph.nodes
+    )
+    return own + sum(_products_inside(v) for n in graph.nodes for v in n.attrs.values() if isinstance(v, gs.Graph))
 
 
 def shape_value(node: gs.Node, sizes: Sequence[int]) -> Array:

@@ -359,6 +359,16 @@ def test_tensors_captured_by_a_branch_are_not_cut() -> None:
     assert "operator If has no rule" in graphs.reasons(proto)
 
 
+def test_a_model_inside_branches_is_said_to_be_there() -> None:
+    """Merged decoders hold the model with and without its cache as the two branches of an If."""
+    branch = "{0} () => (float[b, s, 7] {0}y) {{ {0}u = MatMul(x, w1)  {0}h = Relu({0}u)  {0}y = MatMul({0}h, w2) }}"
+    text = f"""f (float[b, s, 6] x, bool c) => (float[b, s, 7] y) {{
+        y = If (c) <then_branch = {branch.format("t")}, else_branch = {branch.format("e")}> }}"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7)})
+    assert graphs.sizes(proto) == []
+    assert "4 products with weights inside the branches of If are left alone: a merged decoder" in graphs.reasons(proto)
+
+
 def test_einsum_that_keeps_the_output_letter_in_both_terms_is_no_consumer() -> None:
     """Summed per output channel, y[b, m] = sum_h x[b, h, m] W[h, m] is no product x W with one W for all rows."""
     text = """f (float[b, 6] x) => (float[b, 7] y) {
