@@ -56,6 +56,9 @@ RELAYOUTS = (
     *("_to_copy _unsafe_view alias clone contiguous detach flatten reshape squeeze to unsqueeze view").split(),
 )
 """Operators, of ONNX and of ATen, that keep the elements of their first input in order."""
+GROWTH = 8
+LARGEST_PROBE = 100_000
+"""Symbolic sizes grow by so much, up to so many, where windows do not fit into them."""
 VALUE_LIMIT = 4096
 """Tensors with more elements than this are data, not shape arithmetic."""
 
@@ -172,6 +175,10 @@ class MergeSymbols(Exception):
         self.sizes = (first, second)
 
 
+class TooShort(Exception):
+    """A window is longer than the axis that it slides over; the walk starts again with larger sizes of what is symbolic."""
+
+
 @dataclass(frozen=True)
 class Cache:
     """Past keys or values: graph input ``past`` comes back as graph output ``present``, longer along ``axis``.
@@ -214,6 +221,7 @@ class GraphWalk:
     flops: int = 0
     apart: set[frozenset[int]] = field(default_factory=set)
     merging: bool = True
+    growing: bool = False
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -488,6 +496,19 @@ class GraphWalk:
             if known is not None and not sized:
                 self.value_uses.append(ValueUse(node, i, known))
 
+    def slid(self, node: gs.Node, extents: Sequence[int]) -> bool:
+        """Returns whether windows fit into the axes that they slide over.
+
+        Raises:
+            TooShort: they do not, and the walk may start again with larger sizes (a second of sound is 16,000 samples).
+        """
+        if all(n > 0 for n in extents):
+            return True
+        if self.growing:
+            raise TooShort
+        self.give_up(node, f"{node.op} over fewer elements than its window")
+        return False
+
     def leave(self, node: gs.Node, reason: str) -> None:
         """Says why something inside an operator, which no axis of the graph shows, is not pruned."""
         self.left.setdefault(reason, []).append(node.name)
@@ -660,9 +681,13 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
     """
     symbols, apart = Symbols(probe_symbols(model)), set[frozenset[int]]()
     while True:
-        state = GraphWalk(model, algebra(), symbols.sizes(), apart=apart)
+        growing = bool(symbols.free) and max(symbols.free.values()) < LARGEST_PROBE
+        state = GraphWalk(model, algebra(), symbols.sizes(), apart=apart, growing=growing)
         try:
             state.run()
+        except TooShort:
+            symbols = symbols.renamed(GROWTH)
+            continue
         except MergeSymbols as merge:
             merged = symbols.merged(*merge.sizes)
             if merged is None:
@@ -701,9 +726,9 @@ class Symbols:
             return None
         return Symbols({k: self.free[k] for k in names}, {**self.sums, **dict.fromkeys(moved, parts)})
 
-    def renamed(self) -> Symbols:
-        """Returns other sizes for the same symbols."""
-        source = primes(max(self.sizes().values()) + 1)
+    def renamed(self, factor: int = 1) -> Symbols:
+        """Returns other sizes for the same symbols, larger by about ``factor``."""
+        source = primes(factor * max(self.sizes().values()) + 1)
         other = {size: next(source) for size in sorted(set(self.free.values()))}
         return Symbols({k: other[v] for k, v in self.free.items()}, self.sums)
 
@@ -1022,6 +1047,8 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     if len(spatial) != len(kernel):
         w.give_up(node, "convolution of unknown extent")
         return
+    if not w.slid(node, spatial):
+        return
     w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *spatial], dtype=np.int64))
     w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
 
@@ -1041,6 +1068,8 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
     assert axes is not None
     if shape is None:
         w.give_up(node, f"{node.op} of unknown extent")
+        return
+    if not w.slid(node, shape[2:]):
         return
     where = f"slid over by {node.op} (node '{node.name}')"
     w.pin(axes[2:], where)
@@ -1409,6 +1438,8 @@ def _pad(w: GraphWalk, node: gs.Node) -> None:
     result = []
     for i, factor in enumerate(axes):
         extra = int(pads[i]) + int(pads[i + len(axes)])
+        if not w.slid(node, [w.algebra.size(factor) + extra]):
+            return
         if pads[i] or pads[i + len(axes)]:
             w.pin([factor], where)
             factor = w.fresh(w.algebra.size(factor) + extra, where)

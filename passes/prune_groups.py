@@ -673,8 +673,8 @@ def run_segment(session: Session, feeds: dict[str, Any], outputs: list[str], arr
         raise
     except Exception as err:
         raise ModelError(
-            f"ONNX Runtime fails on the calibration data ({_line(err)}); is its sequence length or a token id beyond what "
-            "the model was made for?"
+            f"ONNX Runtime fails on the calibration data ({_line(err)}); is its size (sequence length, height, width) or a "
+            "token id not what the model was made for? --calibration takes data that fits"
         ) from err
 
 

@@ -82,6 +82,42 @@ def test_cut_equals_the_masked_original(name: str, dynamo: bool, tmp_path: Path)
     assert report["before"]["parameters"] >= report["prunable"]["before"]
 
 
+SOUND: dict[str, Any] = {
+    **{"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 56, "vocab_size": 32},
+    **{"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["Wav2Vec2Model", "HubertModel"])
+def test_sound_of_any_length(kind: str, tmp_path: Path) -> None:
+    """Seven convolutions make one step of 320 samples: sizes that stand for any length must be longer than that."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**SOUND)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _First(model),
+            (torch.randn(2, 2000),),
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes={"x": {0: "b", 1: "samples"}},
+        )
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.standard_normal((2, length)).astype(np.float32)} for length in (1600, 2400, 1600, 2400)]
+    report = prune(path, feeds, sparsity=0.4, repair="none", allocate="uniform", multiple_of=2, latency=False).report
+    kinds = [g["kind"] for g in report["groups"]]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"heads": 2, "ffn": 2}
+    assert report["verification"]["exact_difference"] < 1e-4
+    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_module_is_cut_exactly(name: str) -> None:
     module = build(name)

@@ -359,6 +359,21 @@ def test_tensors_captured_by_a_branch_are_not_cut() -> None:
     assert "operator If has no rule" in graphs.reasons(proto)
 
 
+def test_windows_longer_than_the_sizes_tried_first() -> None:
+    text = """f (float[b, 6, n] x) => (float[b, 7, k] y) { u = Conv<strides=[50]>(x, w1)  p = MaxPool<kernel_shape=[4]>(u)
+        h = Relu(p)  y = Conv(h, w2) }"""
+    proto = graphs.parse(text, {"w1": (11, 6, 90), "w2": (7, 11, 1)})
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    graphs.prove(proto, {"b": 2, "n": 300, "k": 2})
+
+
+def test_a_window_longer_than_a_fixed_axis_is_refused() -> None:
+    text = """f (float[b, 6, 5] x) => (float[b, 7, k] y) { u = Conv(x, w1)  h = Relu(u)  y = Conv(h, w2) }"""
+    proto = graphs.parse(text, {"w1": (11, 6, 9), "w2": (7, 11, 1)})
+    assert graphs.sizes(proto) == []
+    assert "Conv over fewer elements than its window" in graphs.reasons(proto)
+
+
 def test_a_model_inside_branches_is_said_to_be_there() -> None:
     """Merged decoders hold the model with and without its cache as the two branches of an If."""
     branch = "{0} () => (float[b, s, 7] {0}y) {{ {0}u = MatMul(x, w1)  {0}h = Relu({0}u)  {0}y = MatMul({0}h, w2) }}"
