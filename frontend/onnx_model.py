@@ -51,7 +51,7 @@ CACHE_SHAPES = "liar_opt.cache_shapes"
 """Key of the metadata that says the new shapes of cache inputs and outputs: JSON, name -> shape."""
 SKELETON_LIMIT = 1024
 """Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
-MOVERS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+MOVERS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 """Operators that give a tensor another shape or type and leave its values alone."""
 FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
 

@@ -44,7 +44,7 @@ from liar_opt.frontend.onnx_values import (
     tensor_attribute,
 )
 from liar_opt.runtime.errors import InternalError
-from liar_opt.runtime.signatures import InputSpec
+from liar_opt.runtime.signatures import InputSpec, Signature
 
 if TYPE_CHECKING:
     from liar_opt.passes.axes import AxisAlgebra, Factor
@@ -781,7 +781,8 @@ INDEX_STEPS = (*MOVERS, *"Add Clip GreaterOrEqual Less Max Min Mod Mul Not Sub W
 
 def vocabulary(model: OnnxModel) -> int | None:
     """Returns the number of rows of the table that token ids look up: the largest of those read by a graph input."""
-    inputs = {t.name for t in model.graph.inputs}
+    roles = Signature.read(model.inputs(), None).roles
+    inputs = {t.name for t in model.graph.inputs if roles.get(t.name) != "position"}
     sizes = []
     for node in model.graph.nodes:
         places = {"Gather": [(0, 1)], "EmbedLayerNormalization": [(2, 0)]}.get(node.op, [])

@@ -21,9 +21,10 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from liar_opt.frontend.onnx_model import detached_tensors, is_constant, present
+from liar_opt.frontend.onnx_model import detached_tensors, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import SKIPS
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+from liar_opt.frontend.onnx_values import slice_arguments
 from liar_opt.frontend.widen_graph import widen
 
 ROWS = "liar_opt_rows"
@@ -253,6 +254,7 @@ def extract(
     made = {t.name for n in nodes for t in n.outputs}
     constants = {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
     declared = {t.name: t for t in graph.inputs}
+    tensors = {t.name: t for n in graph.nodes[:start] for t in n.outputs}
     inputs = []
     for name in sorted(needed - made - set(constants)):
         if name in declared:
@@ -261,7 +263,8 @@ def extract(
                 helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape)
             )
         else:
-            inputs.append(helper.make_tensor_value_info(name, types[name], None))
+            length = _length(walk, tensors[name])
+            inputs.append(helper.make_tensor_value_info(name, types[name], None if length is None else [length]))
     protos = [OnnxExporter.export_node(n) for n in nodes]
     initializers, weights = detached_tensors(constants.values())
     for layout in sorted({t.layout + str(t.repeat) for t in taps if t.layout != "all"}):
@@ -276,6 +279,35 @@ def extract(
         imports.append(helper.make_opsetid("", walk.model.opset))
     model = helper.make_model(proto, opset_imports=imports, ir_version=graph.ir_version or 8)
     return Extracted(model, weights)
+
+
+def _length(walk: GraphWalk, tensor: gs.Tensor) -> int | None:
+    """Returns how many numbers a computed shape, or a part of one, has whatever the input; None where that is not seen.
+
+    Without it ONNX Runtime takes sizes that come from outside a segment to be none at all.
+    """
+    if is_constant(tensor):
+        return int(tensor.shape[0]) if len(tensor.shape) == 1 else None
+    node = tensor.inputs[0] if tensor.inputs else None
+    axes = None if node is None or not node.inputs else walk.axes.get(node.inputs[0].name)
+    if node is None or is_float(tensor.dtype or np.int64):
+        return None
+    if node.op == "Shape" and axes is not None:
+        return len(range(len(axes))[slice(node.attrs.get("start", 0), node.attrs.get("end"))])
+    if node.op == "Unsqueeze" and axes == ():
+        return 1
+    if node.op in ("Cast", "Identity"):
+        return _length(walk, node.inputs[0])
+    if node.op == "Slice":
+        whole = _length(walk, node.inputs[0])
+        known = slice_arguments([t.values if is_constant(t) else None for t in node.inputs], node.attrs)
+        if whole is None or known is None:
+            return None
+        return len(range(whole)[slice(known[0][0], known[1][0], (known[3] or [1])[0])])
+    if node.op == "Concat":
+        parts = [_length(walk, part) for part in node.inputs]
+        return sum(p for p in parts if p is not None) if None not in parts else None
+    return None
 
 
 def names_read(node: gs.Node) -> set[str]:

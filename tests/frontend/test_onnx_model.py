@@ -199,6 +199,13 @@ def test_the_vocabulary_behind_indices_that_are_wrapped() -> None:
     assert vocabulary(OnnxModel.from_proto(out)) == 70
 
 
+def test_a_table_of_positions_is_no_vocabulary() -> None:
+    text = """f (int64[b, 5] input_ids, int64[b, 5] position_ids) => (float[b, 5, 11] y) { r = Reshape(input_ids, shape)
+        x = Gather(words, r)  z = Gather(places, position_ids)  y = Add(x, z) }"""
+    _, out = normalised(text, {"shape": np.asarray([-1, 5]), "words": (70, 11), "places": (500, 11)})
+    assert vocabulary(OnnxModel.from_proto(out)) == 70
+
+
 def test_a_weight_of_the_head_whose_columns_are_looked_up_is_stored_once() -> None:
     text = """f (int64[b, 5] ids) => (float[b, 5, 120] y) { t = Transpose<perm=[1,0]>(w)  x = Gather(t, ids)
         y = MatMul(x, w) }"""

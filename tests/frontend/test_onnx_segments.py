@@ -51,6 +51,31 @@ def test_segment_by_segment_is_the_whole_model() -> None:
     np.testing.assert_allclose(as_array(alive["x3"]), oracle.run(proto, feeds)[0], rtol=1e-6)
 
 
+def test_sizes_that_come_from_outside() -> None:
+    """A decoder of images is resized to what an early layer was: half of ``sizes`` is known before the segment begins."""
+    text = """f (float[b, 6, p, q] x) => (float[b, 7, p, q] y) {
+        n = Shape(x)  cut = Slice(n, two, four)  p1 = Gather(n, at2)  q1 = Gather(n, at3)  p2 = Unsqueeze(p1, zero)
+        q2 = Unsqueeze(q1, zero)  joined = Concat<axis=0>(p2, q2)  pq = Cast<to=7>(joined)
+        u = Conv<strides=[2, 2]>(x, w1)  h = Relu(u)  v = Conv(h, w2)  s = Shape(v)  first = Slice(s, zero, two)
+        sizes = Concat<axis=0>(first, OUTSIDE)  y = Resize<mode="linear">(v, , , sizes) }"""
+    weights = {
+        "w1": (11, 6, 1, 1),
+        "w2": (7, 11, 1, 1),
+        "two": np.asarray([2]),
+        "four": np.asarray([4]),
+        "zero": np.asarray([0]),
+    }
+    for outside in ("cut", "pq"):
+        proto = graphs.parse(text.replace("OUTSIDE", outside), {**weights, "at2": np.asarray(2), "at3": np.asarray(3)})
+        _, state, _ = graphs.analyse(proto)
+        feeds = graphs.feeds_of(proto, {"b": 2, "p": 6, "q": 8})
+        middle = next(i for i, n in enumerate(state.model.graph.nodes) if n.op == "Relu")
+        alive = run(extract(state, 0, middle, live_tensors(state, middle), {}), feeds, arrays=False)
+        types = {name: element_type(value) for name, value in alive.items()}
+        rest = extract(state, middle, len(state.model.graph.nodes), ["y"], types)
+        np.testing.assert_allclose(run(rest, alive)["y"], oracle.run(proto, feeds)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_groups_that_share_weights_over_others_are_wide() -> None:
     shared = BLOCK.replace("w{0}", "w").replace("v{0}", "v")
     text = f"f (float[b, s, 6] x0, float[b, s, 1] mask) => (float[b, s, 6] x3) {{ {shared.format(0, 1)}\n {BLOCK.format(1, 2)}\n {shared.format(2, 3)} }}"
