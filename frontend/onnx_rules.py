@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +56,8 @@ RELAYOUTS = (
     *("_to_copy _unsafe_view alias clone contiguous detach flatten reshape squeeze to unsqueeze view").split(),
 )
 """Operators, of ONNX and of ATen, that keep the elements of their first input in order."""
+PATCHES = 672
+"""Patches of 14, 16 and 32 pixels, and windows of 7, 8 and 12 of 4 pixels each, halved three times, divide it."""
 GROWTH = 8
 LARGEST_PROBE = 100_000
 """Symbolic sizes grow by so much, up to so many, where windows do not fit into them."""
@@ -179,6 +181,10 @@ class TooShort(Exception):
     """A window is longer than the axis that it slides over; the walk starts again with larger sizes of what is symbolic."""
 
 
+class Misfit(Exception):
+    """A shape does not fit the sizes tried: an image must be a multiple of patches and windows; the walk starts again."""
+
+
 @dataclass(frozen=True)
 class Cache:
     """Past keys or values: graph input ``past`` comes back as graph output ``present``, longer along ``axis``.
@@ -222,6 +228,7 @@ class GraphWalk:
     apart: set[frozenset[int]] = field(default_factory=set)
     merging: bool = True
     growing: bool = False
+    choosy: bool = False
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -680,13 +687,19 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
         The walk, run to its end.
     """
     symbols, apart = Symbols(probe_symbols(model)), set[frozenset[int]]()
+    plain, choosy = symbols, bool(_image_axes(model))
     while True:
         growing = bool(symbols.free) and max(symbols.free.values()) < LARGEST_PROBE
-        state = GraphWalk(model, algebra(), symbols.sizes(), apart=apart, growing=growing)
+        state = GraphWalk(model, algebra(), symbols.sizes(), apart=apart, growing=growing, choosy=choosy)
         try:
             state.run()
         except TooShort:
             symbols = symbols.renamed(GROWTH)
+            continue
+        except Misfit:
+            tried = any(size % PATCHES == 0 for size in symbols.free.values())
+            symbols, choosy = (plain, False) if tried else (plain.divisible(_image_axes(model)), True)
+            apart.clear()
             continue
         except MergeSymbols as merge:
             merged = symbols.merged(*merge.sizes)
@@ -698,6 +711,17 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
     if symbols.free:
         _mark_dynamic(state, symbols, algebra)
     return state
+
+
+def _image_axes(model: OnnxModel) -> set[str]:
+    """Returns the symbolic dimensions of images: of inputs of rank 4 that hold floats, all but the first."""
+    return {
+        dimension_key(tensor.name, axis, d)
+        for tensor in model.graph.inputs
+        if len(tensor.shape or ()) == 4 and is_float(tensor.dtype or np.float32)
+        for axis, d in enumerate(tensor.shape)
+        if axis and (not isinstance(d, int) or d < 0)
+    }
 
 
 @dataclass(frozen=True)
@@ -729,8 +753,13 @@ class Symbols:
     def renamed(self, factor: int = 1) -> Symbols:
         """Returns other sizes for the same symbols, larger by about ``factor``."""
         source = primes(factor * max(self.sizes().values()) + 1)
-        other = {size: next(source) for size in sorted(set(self.free.values()))}
+        old = sorted(set(self.free.values()))
+        other = {size: next(source) * (PATCHES if size % PATCHES == 0 else 1) for size in old}
         return Symbols({k: other[v] for k, v in self.free.items()}, self.sums)
+
+    def divisible(self, names: Set[str]) -> Symbols:
+        """Returns the symbols with ``names`` at sizes that patches and windows divide."""
+        return Symbols({k: v * PATCHES if k in names else v for k, v in self.free.items()}, self.sums)
 
 
 def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], AxisAlgebra]) -> None:
@@ -1134,6 +1163,8 @@ def _reshape(w: GraphWalk, node: gs.Node) -> None:
         return
     sizes = resolve_reshape([int(d) for d in target], w.shape(axes), bool(node.attrs.get("allowzero", 0)))
     if sizes is None or 0 in sizes:
+        if w.choosy:
+            raise Misfit
         w.give_up(node, "Reshape to a target that does not fit")
         return
     result = tuple(w.algebra.reshape(axes, sizes))

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,13 +39,14 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.verify_model import first_samples, load_dense
-from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session, device_unused, resolve_provider
+from liar_opt.runtime.signatures import InputSpec
 
 SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
@@ -473,7 +475,22 @@ def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
         progress = functools.partial(state.progress, "write")
         return write_calibration(lambda: _dense_session(state), inputs, progress=progress, **written)
     packing = is_causal(state.model) if options.packing == "auto" else options.packing == "on"
+    if options.source is None and any(len(i.shape) == 4 and not isinstance(i.shape[-1], int) for i in inputs):
+        fields["image_size"] = _image_size(state, inputs, fields)
     return load_calibration(options.source, inputs, packing=packing, **fields)
+
+
+def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, Any]) -> int | None:
+    """Returns the first of the usual sizes that the model runs with: graphs leave open what their positions fix."""
+    session = _dense_session(state)
+    for size in IMAGE_SIZES:
+        one = load_calibration(None, inputs, **{**fields, "samples": 1}, image_size=size)
+        try:
+            session.run(one.batches[0], session.outputs)
+        except Exception:  # of ONNX Runtime: a class of its own for each release
+            continue
+        return size
+    return None
 
 
 def _dense_session(state: State) -> Session:

@@ -75,6 +75,10 @@ class CalibrationData:
     synthetic: bool
 
 
+IMAGE_SIZES = (224, 384, 256, 336, 448, 512, 518, 640, 192, 128, 96, 64, 32)
+"""Heights and widths that image models are made for, the commonest first."""
+
+
 def load_calibration(
     source: Source,
     inputs: Sequence[InputSpec],
@@ -89,6 +93,7 @@ def load_calibration(
     vocabulary: int | None = None,
     positions: int | None = None,
     packing: bool = False,
+    image_size: int | None = None,
 ) -> CalibrationData:
     """Turn any accepted source into batches for the graph.
 
@@ -109,6 +114,7 @@ def load_calibration(
         vocabulary: Rows of the embedding table, when known: token ids must be smaller.
         positions: Tokens that the model has positions for, when known.
         packing: Write texts behind each other and cut them into windows: for causal models.
+        image_size: Height and width of synthetic images, where the graph leaves them open; 224 if not given.
 
     Returns:
         The batches, their row masks and what there is to say about them.
@@ -128,6 +134,7 @@ def load_calibration(
         vocabulary=vocabulary,
         positions=positions,
         packing=packing,
+        image_size=image_size or IMAGE_SIZES[0],
         rng=np.random.default_rng(seed),
     )
     if source is None:
@@ -168,6 +175,7 @@ class _Job:
     vocabulary: int | None
     positions: int | None
     packing: bool
+    image_size: int
     rng: np.random.Generator
 
     def drawn(self, count: int, total: int, what: str) -> str:
@@ -1014,7 +1022,7 @@ def _synthetic_shape(spec: InputSpec, job: _Job, sizes: dict[str, int]) -> tuple
 
 def _synthetic_size(spec: InputSpec, axis: int, job: _Job) -> int:
     if is_float(spec.dtype) and len(spec.shape) == 4:
-        return 3 if axis == 1 else 224  # an image
+        return 3 if axis == 1 else job.image_size
     if job.sequence_length is not None:
         return job.sequence_length
     if is_float(spec.dtype) and len(spec.shape) == 2 and spec.name not in job.signature.roles:

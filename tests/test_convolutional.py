@@ -82,6 +82,46 @@ def test_cut_equals_the_masked_original(name: str, dynamo: bool, tmp_path: Path)
     assert report["before"]["parameters"] >= report["prunable"]["before"]
 
 
+# Swin pads to its windows, which the exporter takes for never; ViT has as many positions as its images have patches.
+OPEN: dict[str, tuple[dict[str, Any], Mapping[str, int]]] = {
+    "SwinModel": (
+        {"image_size": 32, "patch_size": 4, "embed_dim": 20, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+        {"heads": 2, "ffn": 2},
+    ),
+    "ViTModel": (IMAGE, {"heads": 2, "ffn": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_images_whose_size_is_left_open(kind: str, tmp_path: Path) -> None:
+    """As Optimum exports them; the random images have a size that the model runs with."""
+    fields, expected = OPEN[kind]
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**fields)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _First(model),
+            (torch.randn(2, 3, 32, 32),),
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes={"x": {0: "batch", 1: "channels", 2: "height", 3: "width"}},
+        )
+    options: dict[str, Any] = {"sparsity": 0.4, "repair": "none", "allocate": "uniform", "multiple_of": 2, "latency": False}
+    report = prune(path, samples=4, **options).report
+    kinds = [g["kind"] for g in report["groups"]]
+    assert {k: kinds.count(k) for k in set(kinds)} == expected
+    assert report["verification"]["exact_difference"] < 1e-4
+    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
+
+
 SOUND: dict[str, Any] = {
     **{"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 56, "vocab_size": 32},
     **{"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
