@@ -58,7 +58,7 @@ def test_sizes_that_come_from_outside() -> None:
         q2 = Unsqueeze(q1, zero)  joined = Concat<axis=0>(p2, q2)  pq = Cast<to=7>(joined)
         u = Conv<strides=[2, 2]>(x, w1)  h = Relu(u)  v = Conv(h, w2)  s = Shape(v)  first = Slice(s, zero, two)
         sizes = Concat<axis=0>(first, OUTSIDE)  y = Resize<mode="linear">(v, , , sizes) }"""
-    weights = {
+    weights: graphs.Weights = {
         "w1": (11, 6, 1, 1),
         "w2": (7, 11, 1, 1),
         "two": np.asarray([2]),
