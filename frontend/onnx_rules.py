@@ -56,8 +56,8 @@ RELAYOUTS = (
     *("_to_copy _unsafe_view alias clone contiguous detach flatten reshape squeeze to unsqueeze view").split(),
 )
 """Operators, of ONNX and of ATen, that keep the elements of their first input in order."""
-PATCHES = 672
-"""Patches of 14, 16 and 32 pixels, and windows of 7, 8 and 12 of 4 pixels each, halved three times, divide it."""
+PATCHES = 1344
+"""Patches of 14, 16 and 64 pixels, and windows of 7, 8 and 12 of 4 pixels each, halved three times, divide it."""
 GROWTH = 8
 LARGEST_PROBE = 100_000
 """Symbolic sizes grow by so much, up to so many, where windows do not fit into them."""
@@ -229,6 +229,7 @@ class GraphWalk:
     merging: bool = True
     growing: bool = False
     choosy: bool = False
+    images: bool = False
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -503,16 +504,19 @@ class GraphWalk:
             if known is not None and not sized:
                 self.value_uses.append(ValueUse(node, i, known))
 
-    def slid(self, node: gs.Node, extents: Sequence[int]) -> bool:
+    def slid(self, node: gs.Node, before: Sequence[int], extents: Sequence[int]) -> bool:
         """Returns whether windows fit into the axes that they slide over.
 
         Raises:
-            TooShort: they do not, and the walk may start again with larger sizes (a second of sound is 16,000 samples).
+            TooShort: they do not, or leave one pixel of an image of any size, which looks like a pooled one; and the walk
+                may start again with larger sizes (a second of sound is 16,000 samples).
         """
-        if all(n > 0 for n in extents):
-            return True
-        if self.growing:
+        fit = all(n > 0 for n in extents)
+        pooled = self.images and any(n == 1 < m for m, n in zip(before, extents, strict=True))
+        if self.growing and (pooled or not fit):
             raise TooShort
+        if fit:
+            return True
         self.give_up(node, f"{node.op} over fewer elements than its window")
         return False
 
@@ -687,10 +691,13 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
         The walk, run to its end.
     """
     symbols, apart = Symbols(probe_symbols(model)), set[frozenset[int]]()
-    plain, choosy = symbols, bool(_image_axes(model))
+    images = _image_axes(model)
+    plain, choosy = symbols, bool(images)
     while True:
         growing = bool(symbols.free) and max(symbols.free.values()) < LARGEST_PROBE
-        state = GraphWalk(model, algebra(), symbols.sizes(), apart=apart, growing=growing, choosy=choosy)
+        state = GraphWalk(
+            model, algebra(), symbols.sizes(), apart=apart, growing=growing, choosy=choosy, images=bool(images)
+        )
         try:
             state.run()
         except TooShort:
@@ -698,7 +705,7 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
             continue
         except Misfit:
             tried = any(size % PATCHES == 0 for size in symbols.free.values())
-            symbols, choosy = (plain, False) if tried else (plain.divisible(_image_axes(model)), True)
+            symbols, choosy = (plain, False) if tried else (plain.divisible(images), True)
             apart.clear()
             continue
         except MergeSymbols as merge:
@@ -751,10 +758,10 @@ class Symbols:
         return Symbols({k: self.free[k] for k in names}, {**self.sums, **dict.fromkeys(moved, parts)})
 
     def renamed(self, factor: int = 1) -> Symbols:
-        """Returns other sizes for the same symbols, larger by about ``factor``."""
-        source = primes(factor * max(self.sizes().values()) + 1)
-        old = sorted(set(self.free.values()))
-        other = {size: next(source) * (PATCHES if size % PATCHES == 0 else 1) for size in old}
+        """Returns other sizes for the same symbols, larger by about ``factor``; what patches divide stays so."""
+        parts = {size: size // PATCHES if size % PATCHES == 0 else size for size in sorted(set(self.free.values()))}
+        source = primes(factor * max([*parts.values(), *(0 if s % PATCHES == 0 else s for s in self.sizes().values())]) + 1)
+        other = {size: next(source) * (size // part) for size, part in parts.items()}
         return Symbols({k: other[v] for k, v in self.free.items()}, self.sums)
 
     def divisible(self, names: Set[str]) -> Symbols:
@@ -1077,7 +1084,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     if len(spatial) != len(kernel):
         w.give_up(node, "convolution of unknown extent")
         return
-    if not w.slid(node, spatial):
+    if not w.slid(node, w.shape(x)[2:], spatial):
         return
     w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *spatial], dtype=np.int64))
     w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
@@ -1099,7 +1106,7 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
     if shape is None:
         w.give_up(node, f"{node.op} of unknown extent")
         return
-    if not w.slid(node, shape[2:]):
+    if not w.slid(node, w.shape(axes)[2:], shape[2:]):
         return
     where = f"slid over by {node.op} (node '{node.name}')"
     w.pin(axes[2:], where)
@@ -1470,7 +1477,7 @@ def _pad(w: GraphWalk, node: gs.Node) -> None:
     result = []
     for i, factor in enumerate(axes):
         extra = int(pads[i]) + int(pads[i + len(axes)])
-        if not w.slid(node, [w.algebra.size(factor) + extra]):
+        if not w.slid(node, [0], [w.algebra.size(factor) + extra]):
             return
         if pads[i] or pads[i + len(axes)]:
             w.pin([factor], where)

@@ -82,13 +82,15 @@ def test_cut_equals_the_masked_original(name: str, dynamo: bool, tmp_path: Path)
     assert report["before"]["parameters"] >= report["prunable"]["before"]
 
 
-# Swin pads to its windows, which the exporter takes for never; ViT has as many positions as its images have patches.
+# Swin pads to its windows, which the exporter takes for never; ViT has as many positions as its images have patches; of a
+# small image PoolFormer leaves one pixel, which is no pooled one.
 OPEN: dict[str, tuple[dict[str, Any], Mapping[str, int]]] = {
     "SwinModel": (
         {"image_size": 32, "patch_size": 4, "embed_dim": 20, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
         {"heads": 2, "ffn": 2},
     ),
     "ViTModel": (IMAGE, {"heads": 2, "ffn": 2}),
+    "PoolFormerModel": ({"depths": [1, 1, 1, 1], "hidden_sizes": [16, 24, 32, 40]}, {"ffn": 4}),
 }
 
 
