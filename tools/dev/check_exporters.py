@@ -1,4 +1,4 @@
-"""Check that transformers of other frameworks than torch are found and cut exactly.
+"""Check that graphs of other exporters than torch's own are found and cut exactly.
 
     python tools/dev/check_exporters.py                       # some minutes, most of them for pip
     python tools/dev/check_exporters.py --frameworks flax
@@ -22,6 +22,7 @@ from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.dev.benchmark_minilm import say, table
 
 ENVIRONMENTS = {
+    "optimum": ("optimum-onnx[onnxruntime]", "torch"),
     "keras": ("tensorflow-cpu", "tf2onnx", "keras", "keras-hub"),
     "flax": ("flax", "jax2onnx"),
     "paddle": ("paddlepaddle", "paddle2onnx", "packaging", "onnxoptimizer", "polygraphy"),

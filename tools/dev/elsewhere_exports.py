@@ -2,14 +2,16 @@
 
     python tools/dev/elsewhere_exports.py FRAMEWORK FOLDER        # started by check_exporters.py
 
-Frameworks: `keras` (Keras 3 on TensorFlow and KerasHub, through tf2onnx), `flax` (Flax NNX, through jax2onnx) and `paddle`
-(PaddlePaddle, through paddle2onnx). Each model gets seeded weights that differ everywhere, and is written to
-FOLDER/NAME.onnx. Stands alone: nothing of liar-opt is needed.
+Frameworks: `optimum` (transformers, through Hugging Face's optimum-onnx), `keras` (Keras 3 on TensorFlow and KerasHub,
+through tf2onnx), `flax` (Flax NNX, through jax2onnx) and `paddle` (PaddlePaddle, through paddle2onnx). Each model gets
+seeded weights that differ everywhere, and is written to FOLDER/NAME.onnx. Stands alone: nothing of liar-opt is needed.
 """
 
 import importlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,126 @@ Exports = Iterator[tuple[str, Callable[[Path], object]]]
 def noise(shape: Any) -> Any:
     """What is added to every weight, so that no two are alike."""
     return (0.1 * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+
+
+# Optimum ---------------------------------------------------------------------------------------------------------------
+
+TEXT: dict[str, Any] = {
+    **{"vocab_size": WORDS, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS},
+    **{"intermediate_size": FFN, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+GROUPED: dict[str, Any] = {**TEXT, "num_key_value_heads": HEADS // 2}
+WIDE: dict[str, Any] = {**GROUPED, "head_dim": HIDDEN // HEADS}
+PAIR: dict[str, Any] = {
+    **{"vocab_size": WORDS, "d_model": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS},
+    **{"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": FFN, "decoder_ffn_dim": FFN},
+    **{"max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2},
+}
+T5: dict[str, Any] = {
+    **{
+        "vocab_size": WORDS,
+        "d_model": HIDDEN,
+        "d_kv": HIDDEN // HEADS,
+        "d_ff": FFN,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+    },
+    **{"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+}
+GPT: dict[str, Any] = {
+    **{"vocab_size": WORDS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128},
+    **{"bos_token_id": 1, "eos_token_id": 2},
+}
+IMAGE: dict[str, Any] = {
+    **{"image_size": 32, "patch_size": 8, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS},
+    **{"num_attention_heads": HEADS, "intermediate_size": FFN},
+}
+SOUND: dict[str, Any] = {
+    **{"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": FFN},
+    **{"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 32},
+}
+STAGES: dict[str, Any] = {"hidden_sizes": [16, 32, 40, 48], "depths": [1] * 4, "num_attention_heads": [1, 2, 4, 6]}
+WINDOWS: dict[str, Any] = {
+    **{"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+}
+WORDS_AND_IMAGES: dict[str, Any] = {
+    "text_config": {**{k: v for k, v in TEXT.items() if "token" not in k}, "max_position_embeddings": 32},
+    "vision_config": IMAGE,
+}
+EMBED, WRITE, ANSWER, SEE = (
+    "feature-extraction",
+    "text-generation-with-past",
+    "text2text-generation-with-past",
+    "image-classification",
+)
+OPTIMUM: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "BERT": ("BertForSequenceClassification", "text-classification", TEXT),
+    "RoBERTa": ("RobertaModel", EMBED, TEXT),
+    "ALBERT": ("AlbertModel", EMBED, {**TEXT, "embedding_size": 16}),
+    "ELECTRA": ("ElectraModel", EMBED, {**TEXT, "embedding_size": 16}),
+    "DeBERTa-v2": (
+        "DebertaV2Model",
+        EMBED,
+        {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+    ),
+    "ModernBERT": ("ModernBertModel", EMBED, {**TEXT, "global_attn_every_n_layers": 2, "local_attention": 16}),
+    "MPNet": ("MPNetModel", EMBED, TEXT),
+    "RoFormer": ("RoFormerModel", EMBED, TEXT),
+    "MobileBERT": ("MobileBertModel", EMBED, {**TEXT, "embedding_size": 16, "intra_bottleneck_size": 16}),
+    "ESM": ("EsmModel", EMBED, {**TEXT, "mask_token_id": 3, "position_embedding_type": "rotary"}),
+    "GPT-2": ("GPT2LMHeadModel", WRITE, GPT),
+    "GPT-J": ("GPTJForCausalLM", WRITE, {**GPT, "rotary_dim": 4}),
+    "GPTBigCode": ("GPTBigCodeForCausalLM", WRITE, GPT),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", WRITE, TEXT),
+    "BLOOM": ("BloomForCausalLM", WRITE, {"vocab_size": WORDS, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
+    "Llama": ("LlamaForCausalLM", WRITE, GROUPED),
+    "Mistral": ("MistralForCausalLM", WRITE, GROUPED),
+    "Qwen3": ("Qwen3ForCausalLM", WRITE, WIDE),
+    "Gemma 2": ("Gemma2ForCausalLM", WRITE, WIDE),
+    "Phi-3": ("Phi3ForCausalLM", WRITE, GROUPED),
+    "SmolLM3": ("SmolLM3ForCausalLM", WRITE, GROUPED),
+    "T5": ("T5ForConditionalGeneration", ANSWER, T5),
+    "BART": ("BartForConditionalGeneration", ANSWER, PAIR),
+    "Marian": ("MarianMTModel", ANSWER, PAIR),
+    "ViT": ("ViTForImageClassification", SEE, IMAGE),
+    "BEiT": ("BeitForImageClassification", SEE, IMAGE),
+    "Swin": ("SwinForImageClassification", SEE, WINDOWS),
+    "Swin v2": ("Swinv2ForImageClassification", SEE, WINDOWS),
+    "ConvNeXt": ("ConvNextForImageClassification", SEE, {"depths": [1] * 4, "hidden_sizes": [16, 24, 32, 40]}),
+    "PoolFormer": ("PoolFormerForImageClassification", SEE, {"depths": [1] * 4, "hidden_sizes": [16, 24, 32, 40]}),
+    "SegFormer": ("SegformerForSemanticSegmentation", "semantic-segmentation", {**STAGES, "decoder_hidden_size": 32}),
+    "YOLOS": ("YolosForObjectDetection", "object-detection", {**IMAGE, "image_size": [32, 32], "num_detection_tokens": 5}),
+    "CLIP": ("CLIPModel", "zero-shot-image-classification", {**WORDS_AND_IMAGES, "projection_dim": 16}),
+    "SigLIP": ("SiglipModel", "zero-shot-image-classification", WORDS_AND_IMAGES),
+    "AST": ("ASTModel", EMBED, {**IMAGE, "num_mel_bins": 32, "max_length": 64}),
+    "Wav2Vec2": ("Wav2Vec2ForCTC", "automatic-speech-recognition", SOUND),
+    "HuBERT": ("HubertModel", EMBED, SOUND),
+    "WavLM": ("WavLMModel", EMBED, SOUND),
+}
+"""Class, task, configuration; merged decoders, which hold their model inside an If, are left out."""
+
+
+def optimum_models() -> Exports:
+    """Transformers as `optimum-cli export onnx` writes them: all sizes open, decoders with their caches."""
+    torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
+    export = importlib.import_module("optimum.exporters.onnx").main_export
+
+    def write(kind: str, task: str, fields: Mapping[str, Any], path: Path) -> None:
+        torch.manual_seed(0)
+        cls = getattr(transformers, kind)
+        model = cls(cls.config_class(**fields)).eval()
+        for parameter in model.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(f"{folder}/checkpoint")
+            export(f"{folder}/checkpoint", output=f"{folder}/onnx", task=task, do_validation=False)
+            files = [f for f in sorted(Path(folder, "onnx").glob("*.onnx")) if "merged" not in f.name]
+            for file in files:
+                part = file.stem.removesuffix("_model").replace("_", " ")
+                shutil.move(file, path if len(files) == 1 else path.with_name(f"{path.stem}, {part}.onnx"))
+
+    for name, (kind, task, fields) in OPTIMUM.items():
+        yield name, lambda path, kind=kind, task=task, fields=fields: write(kind, task, fields, path)  # type: ignore[misc]
 
 
 # Keras -----------------------------------------------------------------------------------------------------------------
@@ -263,7 +385,12 @@ def paddle_models() -> Exports:
         yield name, lambda path, make=make, inputs=inputs: export(make(), inputs, path)  # type: ignore[misc]
 
 
-FRAMEWORKS: Mapping[str, Callable[[], Exports]] = {"keras": keras_models, "flax": flax_models, "paddle": paddle_models}
+FRAMEWORKS: Mapping[str, Callable[[], Exports]] = {
+    "optimum": optimum_models,
+    "keras": keras_models,
+    "flax": flax_models,
+    "paddle": paddle_models,
+}
 
 
 def main() -> int:
