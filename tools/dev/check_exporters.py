@@ -55,7 +55,6 @@ def row(framework: str, path: Path) -> tuple[list[str], bool]:
             multiple_of=2,
             latency=False,
             samples=8,
-            sequence_length=16,
         ).report
     except LiarOptError as err:
         return [*head, "", "", str(err)], False
