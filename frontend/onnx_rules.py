@@ -702,6 +702,7 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
             state.run()
         except TooShort:
             symbols = symbols.renamed(GROWTH)
+            apart.clear()
             continue
         except Misfit:
             tried = any(size % PATCHES == 0 for size in symbols.free.values())
@@ -721,11 +722,12 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
 
 
 def _image_axes(model: OnnxModel) -> set[str]:
-    """Returns the symbolic dimensions of images: of inputs of rank 4 that hold floats, all but the first."""
+    """Returns the symbolic dimensions of images, all but the first: of inputs of rank 4 with floats that are no caches."""
+    roles = Signature.read(model.inputs(), None).roles
     return {
         dimension_key(tensor.name, axis, d)
         for tensor in model.graph.inputs
-        if len(tensor.shape or ()) == 4 and is_float(tensor.dtype or np.float32)
+        if len(tensor.shape or ()) == 4 and is_float(tensor.dtype or np.float32) and roles.get(tensor.name) != "past"
         for axis, d in enumerate(tensor.shape)
         if axis and (not isinstance(d, int) or d < 0)
     }

@@ -93,13 +93,15 @@ def expected_groups(architecture: str, exporter: str, axes: str) -> dict[str, in
 
     ALBERT uses one layer's weights twice: the TorchScript exporter keeps one tensor, so its layers prune together; the
     dynamo exporter writes each use's transposed matrix on its own and shares the biases alone, which can be copied.
-    MPNet adds one position bias, with an axis of heads, to the scores of every layer, so its heads prune together. DeBERTa
+    MPNet adds one position bias, with an axis of heads, to the scores of every layer, so its heads prune together; the
+    dynamo exporter folds that of a fixed length to a small constant, of which each layer can have its own part. DeBERTa
     looks relative positions up by an index that the dynamo exporter expands over the heads once, for all layers.
     """
     groups = {"ffn": LAYERS, "heads": LAYERS}
     if architecture == "albert" and exporter == "torchscript":
         groups = {"ffn": 1, "heads": 1}
-    if architecture == "mpnet" or (architecture, exporter, axes) == ("deberta-v3", "dynamo", "dynamic"):
+    shared = architecture == "mpnet" and (exporter, axes) != ("dynamo", "static")
+    if shared or (architecture, exporter, axes) == ("deberta-v3", "dynamo", "dynamic"):
         groups["heads"] = 1
     if architecture == "bert-classifier":
         groups["pooler"] = 1

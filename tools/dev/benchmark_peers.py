@@ -36,6 +36,8 @@ from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, PUBLISHED, REPOSI
 
 RATIOS = (0.2, 0.35, 0.5)
 OURS = "liar-opt"
+SHORT = 0.05
+"""A tool that removed so much less, or more, than it was asked to is no rival at that ratio."""
 NEAR = 0.02
 """Within 2 % of liar-opt's score, the faster one is named."""
 LIMIT = 800
@@ -146,6 +148,11 @@ def near(task: Task, one: float, ours: float) -> bool:
     return one >= ours * (1 - NEAR) if task.higher else one <= ours * (1 + NEAR)
 
 
+def comparable(cell: Mapping[str, Any], ratio: float) -> bool:
+    """Whether a tool removed about what it was asked to: one that finds little to remove keeps its score by that."""
+    return "score" in cell and abs(cell["removed"] - ratio) <= SHORT
+
+
 def verdicts(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]], ratios: Sequence[float]) -> Iterator[str]:
     """For every ratio: who is first, and who is faster within 2 % of liar-opt's score."""
     for ratio in ratios:
@@ -153,7 +160,9 @@ def verdicts(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]], r
         if "score" not in ours:
             continue
         rest = {
-            peer: cell for (peer, of), cell in cells.items() if of == ratio and "score" in cell and not PEERS[peer].ours
+            peer: cell
+            for (peer, of), cell in cells.items()
+            if of == ratio and comparable(cell, ratio) and not PEERS[peer].ours
         }
         if not rest:
             yield f"{100 * ratio:.0f} %: no other tool was measured."
@@ -180,9 +189,10 @@ def task_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]],
         scores = []
         for ratio in ratios:
             score = done.get(ratio, {}).get("score")
-            best = [c["score"] for (_, of), c in cells.items() if of == ratio and "score" in c]
+            best = [c["score"] for (_, of), c in cells.items() if of == ratio and comparable(c, ratio)]
             text = "" if score is None else f"{score:.{task.digits}f}"
-            first = score is not None and not any(better(task, other, score) for other in best)
+            rival = comparable(done.get(ratio, {}), ratio)
+            first = rival and not any(better(task, other, done[ratio]["score"]) for other in best)
             scores.append(f"**{text}**" if first else text)
         last = done[max(done)]
         removed = "/".join(f"{100 * cell['removed']:.0f}" for cell in done.values())
