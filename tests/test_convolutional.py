@@ -34,6 +34,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], Mapping[str, int]]
 }
 
 
+UNREPAIRED: dict[str, Any] = {
+    **{"sparsity": 0.4, "repair": "none", "allocate": "uniform", "multiple_of": 2, "latency": False},
+}
+
+
 class _First(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -66,6 +71,14 @@ def export(name: str, dynamo: bool, path: Path) -> None:
         torch.onnx.export(_First(model), example, str(path), **options)
 
 
+def check(report: Mapping[str, Any], groups: Mapping[str, int]) -> None:
+    """Asserts that these groups were cut, that it shows, and that the masked original does the same."""
+    kinds = [g["kind"] for g in report["groups"]]
+    assert {k: kinds.count(k) for k in set(kinds)} == groups
+    assert report["verification"]["exact_difference"] < 1e-4
+    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_cut_equals_the_masked_original(name: str, dynamo: bool, tmp_path: Path) -> None:
@@ -73,11 +86,8 @@ def test_cut_equals_the_masked_original(name: str, dynamo: bool, tmp_path: Path)
     export(name, dynamo, path)
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((2, *MODELS[name][2])).astype(np.float32)} for _ in range(4)]
-    report = prune(path, feeds, sparsity=0.4, repair="none", allocate="uniform", multiple_of=2, latency=False).report
-    kinds = [g["kind"] for g in report["groups"]]
-    assert {k: kinds.count(k) for k in set(kinds)} == MODELS[name][3]
-    assert report["verification"]["exact_difference"] < 1e-4
-    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
+    report = prune(path, feeds, **UNREPAIRED).report
+    check(report, MODELS[name][3])
     assert report["prunable"]["after"] / report["prunable"]["before"] == pytest.approx(0.6, abs=0.03)
     assert report["before"]["parameters"] >= report["prunable"]["before"]
 
@@ -94,34 +104,26 @@ OPEN: dict[str, tuple[dict[str, Any], Mapping[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", OPEN)
-def test_images_whose_size_is_left_open(kind: str, tmp_path: Path) -> None:
-    """As Optimum exports them; the random images have a size that the model runs with."""
-    fields, expected = OPEN[kind]
+def export_open(kind: str, fields: dict[str, Any], shape: tuple[int, ...], names: tuple[str, ...], path: Path) -> None:
+    """Writes a model by TorchScript, all axes of its input symbolic under ``names``."""
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**fields)).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    path = tmp_path / "model.onnx"
+    options: dict[str, Any] = {"dynamo": False, "opset_version": 17, "dynamic_axes": {"x": dict(enumerate(names))}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _First(model),
-            (torch.randn(2, 3, 32, 32),),
-            str(path),
-            dynamo=False,
-            opset_version=17,
-            input_names=["x"],
-            output_names=["y"],
-            dynamic_axes={"x": {0: "batch", 1: "channels", 2: "height", 3: "width"}},
-        )
-    options: dict[str, Any] = {"sparsity": 0.4, "repair": "none", "allocate": "uniform", "multiple_of": 2, "latency": False}
-    report = prune(path, samples=4, **options).report
-    kinds = [g["kind"] for g in report["groups"]]
-    assert {k: kinds.count(k) for k in set(kinds)} == expected
-    assert report["verification"]["exact_difference"] < 1e-4
-    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
+        torch.onnx.export(_First(model), (torch.randn(shape),), str(path), input_names=["x"], output_names=["y"], **options)
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_images_whose_size_is_left_open(kind: str, tmp_path: Path) -> None:
+    """As Optimum exports them; the random images have a size that the model runs with."""
+    fields, expected = OPEN[kind]
+    path = tmp_path / "model.onnx"
+    export_open(kind, fields, (2, 3, 32, 32), ("batch", "channels", "height", "width"), path)
+    check(prune(path, samples=4, **UNREPAIRED).report, expected)
 
 
 SOUND: dict[str, Any] = {
@@ -133,31 +135,11 @@ SOUND: dict[str, Any] = {
 @pytest.mark.parametrize("kind", ["Wav2Vec2Model", "HubertModel"])
 def test_sound_of_any_length(kind: str, tmp_path: Path) -> None:
     """Seven convolutions make one step of 320 samples: sizes that stand for any length must be longer than that."""
-    torch.manual_seed(0)
-    cls = getattr(transformers, kind)
-    model = cls(cls.config_class(**SOUND)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
     path = tmp_path / "model.onnx"
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _First(model),
-            (torch.randn(2, 2000),),
-            str(path),
-            dynamo=False,
-            opset_version=17,
-            input_names=["x"],
-            output_names=["y"],
-            dynamic_axes={"x": {0: "b", 1: "samples"}},
-        )
+    export_open(kind, SOUND, (2, 2000), ("batch", "samples"), path)
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((2, length)).astype(np.float32)} for length in (1600, 2400, 1600, 2400)]
-    report = prune(path, feeds, sparsity=0.4, repair="none", allocate="uniform", multiple_of=2, latency=False).report
-    kinds = [g["kind"] for g in report["groups"]]
-    assert {k: kinds.count(k) for k in set(kinds)} == {"heads": 2, "ffn": 2}
-    assert report["verification"]["exact_difference"] < 1e-4
-    assert report["verification"]["outputs"]["y"]["relative_rms"] > 1e-3
+    check(prune(path, feeds, **UNREPAIRED).report, {"heads": 2, "ffn": 2})
 
 
 @pytest.mark.parametrize("name", MODELS)
