@@ -83,6 +83,7 @@ class Bench:
         self.held, self.data = Held(self.work), self.work.batches(self.work.model)
         self.curves: dict[str, Any] = {}
         self.name = "choosing" if options.choosing else "reviews"
+        self.sentences: list[int] = options.sentences
         if options.choosing:
             texts = split("nyt", CALIBRATION, options.seed).rest[:256] + split("amazon", 256, options.seed).chosen
             self.held.texts = [s.text for s in texts]
@@ -205,7 +206,7 @@ def ridge(bench: Bench) -> str:
     ways: dict[str, Options] = {"no repair": {"repair": "none"}, "chosen": {"repair": "liar"}}
     ways |= {f"{r:g}": {"repair": "liar", "ridge": r} for r in RIDGES}
     rows = []
-    for samples in SAMPLES:
+    for samples in bench.sentences:
         values = [bench.cell(ffn=0.5, samples=samples, **way) for way in ways.values()]
         rows.append([f"{samples}", *marked(values, max(values))])
     return f"FFN 50 %; score greedy; in bold the best.\n\n{table(['calibration sentences', *ways], rows)}"
@@ -321,6 +322,9 @@ def main() -> int:
     parser.add_argument("--only", choices=tuple(SECTIONS), action="append", help="leave out the others; may be repeated")
     parser.add_argument("--choosing", action="store_true", help="measure on the sentences that choices are made on")
     parser.add_argument("--cells", type=Path, help="a JSON file that keeps the cells")
+    parser.add_argument(
+        "--sentences", type=int, nargs="+", default=SAMPLES, help="numbers of calibration sentences (ridge)"
+    )
     parser.add_argument("--markdown", type=Path, help="write the tables")
     parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
