@@ -121,11 +121,12 @@ class Bench:
         ratios = {k: options.pop(k) for k in ("sparsity", "ffn", "heads", "values", "query_key") if k in options}
         state = load_state(self.work.model)
         state.calibration = self.data
-        if texts or samples < CALIBRATION:
-            texts = texts or self.work.sentences[:samples]
-            size = max(len(texts) // 16, 1)  # as many batches, so that a tenth of the sentences is held back
-            inputs = state.model.inputs()
-            state.calibration = load_calibration(texts, inputs, tokenizer=minilm_folder(), batch_size=size)
+        if texts or samples != CALIBRATION:
+            # The first of a larger choice are those of a smaller one.
+            texts = texts or [s.text for s in split("nyt", samples, self.work.options.seed).chosen]
+            size = min(max(len(texts) // 16, 1), 32)  # as many batches, so that a tenth of the sentences is held back
+            fields: Options = {"tokenizer": minilm_folder(), "batch_size": size, "samples": len(texts)}
+            state.calibration = load_calibration(list(texts), state.model.inputs(), **fields)
         Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
         seed = self.work.options.seed
         if allocate in MEASURED:
