@@ -56,6 +56,9 @@ RELAYOUTS = (
     *("_to_copy _unsafe_view alias clone contiguous detach flatten reshape squeeze to unsqueeze view").split(),
 )
 """Operators, of ONNX and of ATen, that keep the elements of their first input in order."""
+ELEMENTWISE = ("Add", "Div", "Mul", "Sub")
+APART_LIMIT = 1 << 16
+"""Tables of more elements are one where several nodes add them."""
 PATCHES = 1344
 """Patches of 14, 16 and 64 pixels, and windows of 7, 8 and 12 of 4 pixels each, halved three times, divide it."""
 GROWTH = 8
@@ -504,15 +507,15 @@ class GraphWalk:
             if known is not None and not sized:
                 self.value_uses.append(ValueUse(node, i, known))
 
-    def slid(self, node: gs.Node, before: Sequence[int], extents: Sequence[int]) -> bool:
-        """Returns whether windows fit into the axes that they slide over.
+    def slid(self, node: gs.Node, extents: Sequence[int], before: Sequence[int] = ()) -> bool:
+        """Returns whether windows fit into the axes that they slide over, of sizes ``before`` (none: it is padded).
 
         Raises:
             TooShort: they do not, or leave one pixel of an image of any size, which looks like a pooled one; and the walk
                 may start again with larger sizes (a second of sound is 16,000 samples).
         """
         fit = all(n > 0 for n in extents)
-        pooled = self.images and any(n == 1 < m for m, n in zip(before, extents, strict=True))
+        pooled = self.images and any(n == 1 < m for m, n in zip(before, extents, strict=False))
         if self.growing and (pooled or not fit):
             raise TooShort
         if fit:
@@ -761,9 +764,9 @@ class Symbols:
 
     def renamed(self, factor: int = 1) -> Symbols:
         """Returns other sizes for the same symbols, larger by about ``factor``; what patches divide stays so."""
-        parts = {size: size // PATCHES if size % PATCHES == 0 else size for size in sorted(set(self.free.values()))}
-        source = primes(factor * max([*parts.values(), *(0 if s % PATCHES == 0 else s for s in self.sizes().values())]) + 1)
-        other = {size: next(source) * (size // part) for size, part in parts.items()}
+        times = {size: 1 if size % PATCHES else PATCHES for size in sorted(set(self.sizes().values()))}
+        source = primes(factor * max(size // n for size, n in times.items()) + 1)
+        other = {size: next(source) * n for size, n in times.items() if size in self.free.values()}
         return Symbols({k: other[v] for k, v in self.free.items()}, self.sums)
 
     def divisible(self, names: Set[str]) -> Symbols:
@@ -810,9 +813,6 @@ def walk_sized(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: Mapp
     return state
 
 
-APART_LIMIT = 1 << 16
-"""Tables of more elements are one where several nodes add them."""
-ELEMENTWISE = ("Add", "Div", "Mul", "Sub")
 INDEX_STEPS = (*MOVERS, *"Add Clip GreaterOrEqual Less Max Min Mod Mul Not Sub Where".split())
 """Operators between token ids and the table that they look up."""
 
@@ -825,12 +825,12 @@ def vocabulary(model: OnnxModel) -> int | None:
     for node in model.graph.nodes:
         places = {"Gather": [(0, 1)], "EmbedLayerNormalization": [(2, 0)]}.get(node.op, [])
         for table, ids in places:
-            sources = _sources(node.inputs[ids])
             rows, axis = node.inputs[table], 0
             if rows.inputs and rows.inputs[0].op == "Transpose":  # the weight of the head, turned round
                 rows, axis = rows.inputs[0].inputs[0], 1
-            if is_constant(rows) and len(sources) == 1 and sources <= inputs and len(rows.shape) == 2:
-                sizes.append(int(rows.shape[axis]))
+            if is_constant(rows) and len(rows.shape) == 2:
+                sources = _sources(node.inputs[ids])
+                sizes += [int(rows.shape[axis])] if len(sources) == 1 and sources <= inputs else []
     return max(sizes, default=None)
 
 
@@ -1086,7 +1086,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     if len(spatial) != len(kernel):
         w.give_up(node, "convolution of unknown extent")
         return
-    if not w.slid(node, w.shape(x)[2:], spatial):
+    if not w.slid(node, spatial, w.shape(x)[2:]):
         return
     w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *spatial], dtype=np.int64))
     w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
@@ -1108,7 +1108,7 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
     if shape is None:
         w.give_up(node, f"{node.op} of unknown extent")
         return
-    if not w.slid(node, w.shape(axes)[2:], shape[2:]):
+    if not w.slid(node, shape[2:], w.shape(axes)[2:]):
         return
     where = f"slid over by {node.op} (node '{node.name}')"
     w.pin(axes[2:], where)
@@ -1479,9 +1479,9 @@ def _pad(w: GraphWalk, node: gs.Node) -> None:
     result = []
     for i, factor in enumerate(axes):
         extra = int(pads[i]) + int(pads[i + len(axes)])
-        if not w.slid(node, [0], [w.algebra.size(factor) + extra]):
-            return
         if pads[i] or pads[i + len(axes)]:
+            if not w.slid(node, [w.algebra.size(factor) + extra]):
+                return
             w.pin([factor], where)
             factor = w.fresh(w.algebra.size(factor) + extra, where)
         result.append(factor)

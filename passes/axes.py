@@ -16,7 +16,9 @@ A pin that is not *firm* says only that the dimension is contracted between two 
 sides together, if the basis is changed so that the product hardly notices (`liar_opt.passes.groups.QUERY_KEY`).
 """
 
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -110,22 +112,14 @@ class AxisAlgebra:
         Runs of axes and sizes that hold as many elements are laid out anew by themselves, so that where one run cannot
         be reconciled the others are not pinned.
         """
+        left = list(itertools.accumulate((self.size(f) for f in axes), operator.mul))
+        right = list(itertools.accumulate(sizes, operator.mul))
+        cuts = sorted({*left} & {*right} | {max([1, *left, *right])})
         result: list[Factor] = []
-        i = k = 0
-        while i < len(axes) or k < len(sizes):
-            start, first = i, k
-            before = after = 1
-            while True:
-                if i < len(axes) and (before <= after or k == len(sizes)):
-                    before, i = before * self.size(axes[i]), i + 1
-                elif k < len(sizes):
-                    after, k = after * sizes[k], k + 1
-                if (before == after and k > first) or (i == len(axes) and k == len(sizes)):
-                    break
-            if math.prod(self._size[f] for f in axes[i:]) == math.prod(sizes[k:]) == 1:
-                i, k = len(axes), len(sizes)
-            run, shape = axes[start:i], sizes[first:k]
-            same = len(run) == len(shape) == 1 and self.size(run[0]) == shape[0]
+        for low, high in itertools.pairwise([0, *cuts]):
+            run = [f for f, end in zip(axes, left, strict=True) if low < end <= high]
+            shape = [n for n, end in zip(sizes, right, strict=True) if low < end <= high]
+            same = len(run) == 1 and [self.size(run[0])] == shape
             result += run if same else self.split(self.merge(run), shape)
         return result
 

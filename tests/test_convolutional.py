@@ -34,9 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], Mapping[str, int]]
 }
 
 
-UNREPAIRED: dict[str, Any] = {
-    **{"sparsity": 0.4, "repair": "none", "allocate": "uniform", "multiple_of": 2, "latency": False},
-}
+UNREPAIRED: dict[str, Any] = {"sparsity": 0.4, "repair": "none", "allocate": "uniform", "multiple_of": 2, "latency": False}
 
 
 class _First(torch.nn.Module):
@@ -48,15 +46,20 @@ class _First(torch.nn.Module):
         return self.model(x)[0]
 
 
-def build(name: str) -> Any:
-    """Makes a seeded model whose vectors differ from each other everywhere."""
-    kind, fields, _, _ = MODELS[name]
+def seeded(kind: str, fields: Mapping[str, Any], noise: float) -> Any:
+    """Makes a model with noise on all parameters."""
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**fields)).eval()
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        parameter.data.add_(torch.randn_like(parameter) * noise)
     return model
+
+
+def build(name: str) -> Any:
+    """Makes a seeded model whose vectors differ from each other everywhere."""
+    kind, fields, _, _ = MODELS[name]
+    return seeded(kind, fields, 0.1)
 
 
 def export(name: str, dynamo: bool, path: Path) -> None:
@@ -106,11 +109,7 @@ OPEN: dict[str, tuple[dict[str, Any], Mapping[str, int]]] = {
 
 def export_open(kind: str, fields: dict[str, Any], shape: tuple[int, ...], names: tuple[str, ...], path: Path) -> None:
     """Writes a model by TorchScript, all axes of its input symbolic under ``names``."""
-    torch.manual_seed(0)
-    cls = getattr(transformers, kind)
-    model = cls(cls.config_class(**fields)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model = seeded(kind, fields, 0.05)
     options: dict[str, Any] = {"dynamo": False, "opset_version": 17, "dynamic_axes": {"x": dict(enumerate(names))}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

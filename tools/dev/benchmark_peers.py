@@ -61,16 +61,20 @@ tool was trained after pruning."""
 # One cell --------------------------------------------------------------------------------------------------------------
 
 
-def environment(name: str, folder: Path) -> Path:
-    """The Python of a virtual environment, made with pip where it is not there."""
+def environment(name: str, packages: Sequence[str], folder: Path) -> Path:
+    """The Python of a virtual environment, made with pip where it is not there.
+
+    Raises:
+        PeerError: pip cannot install the packages; nothing is left of the environment.
+    """
     python = folder / name / "bin" / "python"
     if not python.exists():
-        say(f"making the environment '{name}' with {', '.join(ENVIRONMENTS[name])}")
+        say(f"making the environment '{name}' with {', '.join(packages)}")
         subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]]
+        pip = [str(python), "-m", "pip", "install", "--quiet", *packages]
         if subprocess.run(pip, stdout=sys.stderr).returncode:
             shutil.rmtree(folder / name)
-            raise PeerError(f"pip cannot install {', '.join(ENVIRONMENTS[name])}")
+            raise PeerError(f"pip cannot install {', '.join(packages)}")
     return python
 
 
@@ -100,7 +104,9 @@ def run_peer(peer: Peer, task: Task, ratio: float, folder: Path, options: argpar
         if options.repositories is None or not (options.repositories / clone).is_dir():
             raise PeerError(f"no clone of github.com/{clone.replace('+', '/')} in --repositories")
         repository = options.repositories / clone / part
-    python = sys.executable if peer.environment is None else str(environment(peer.environment, options.venvs))
+    python = sys.executable
+    if peer.environment is not None:
+        python = str(environment(peer.environment, ENVIRONMENTS[peer.environment], options.venvs))
     command = peer.command(task, ratio, folder, repository, options.seed)
     log = folder / "log"
     others = Others()
@@ -188,11 +194,10 @@ def task_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]],
             continue
         scores = []
         for ratio in ratios:
-            score = done.get(ratio, {}).get("score")
+            cell = done.get(ratio, {})
             best = [c["score"] for (_, of), c in cells.items() if of == ratio and comparable(c, ratio)]
-            text = "" if score is None else f"{score:.{task.digits}f}"
-            rival = comparable(done.get(ratio, {}), ratio)
-            first = rival and not any(better(task, other, done[ratio]["score"]) for other in best)
+            text = f"{cell['score']:.{task.digits}f}" if cell else ""
+            first = comparable(cell, ratio) and not any(better(task, other, cell["score"]) for other in best)
             scores.append(f"**{text}**" if first else text)
         last = done[max(done)]
         removed = "/".join(f"{100 * cell['removed']:.0f}" for cell in done.values())

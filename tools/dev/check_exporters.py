@@ -20,6 +20,7 @@ import liar_opt
 from liar_opt.runtime.errors import LiarOptError
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.dev.benchmark_minilm import say, table
+from liar_opt.tools.dev.benchmark_peers import environment
 
 ENVIRONMENTS = {
     "optimum": ("optimum-onnx[onnxruntime]", "torch"),
@@ -28,18 +29,6 @@ ENVIRONMENTS = {
     "paddle": ("paddlepaddle", "paddle2onnx", "packaging", "onnxoptimizer", "polygraphy"),
 }
 SCRIPT = Path(__file__).with_name("elsewhere_exports.py")
-
-
-def environment(framework: str, folder: Path) -> Path:
-    """The Python of a framework's environment, made where it is not there."""
-    python = folder / framework / "bin" / "python"
-    if not python.exists():
-        say(f"making the environment of {framework}")
-        subprocess.run([sys.executable, "-m", "venv", str(folder / framework)], check=True)
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", *ENVIRONMENTS[framework]], check=True, stdout=sys.stderr
-        )
-    return python
 
 
 def row(framework: str, path: Path) -> tuple[list[str], bool]:
@@ -73,7 +62,7 @@ def main() -> int:
     options = parser.parse_args()
     rows, good = [], True
     for framework in options.frameworks:
-        python = environment(framework, options.venvs)
+        python = environment(framework, ENVIRONMENTS[framework], options.venvs)
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "log"
             with log.open("w", encoding="utf-8") as out:

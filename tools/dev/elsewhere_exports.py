@@ -4,7 +4,7 @@
 
 Frameworks: `optimum` (transformers, through Hugging Face's optimum-onnx), `keras` (Keras 3 on TensorFlow and KerasHub,
 through tf2onnx), `flax` (Flax NNX, through jax2onnx) and `paddle` (PaddlePaddle, through paddle2onnx). Each model gets
-seeded weights that differ everywhere, and is written to FOLDER/NAME.onnx. Stands alone: nothing of liar-opt is needed.
+seeded weights and noise, and is written to FOLDER/NAME.onnx. Stands alone: nothing of liar-opt is needed.
 """
 
 import importlib
@@ -23,7 +23,7 @@ Exports = Iterator[tuple[str, Callable[[Path], object]]]
 
 
 def noise(shape: Any) -> Any:
-    """What is added to every weight, so that no two are alike."""
+    """What is added to every weight; arrays of one shape get the same, so that biases that were zeros stay equal."""
     return (0.1 * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
 
 
@@ -172,18 +172,11 @@ def keras_models() -> Exports:
         y = layers.Dense(FFN, activation=activation)(layers.LayerNormalization()(x))
         return x + layers.Dense(HIDDEN)(y)
 
-    def encoder() -> Any:
+    def encoder(attention: Callable[[], Any], activation: str) -> Any:
         tokens = keras.Input((None,), dtype="int32", name="tokens")
         x = layers.Embedding(WORDS, HIDDEN)(tokens)
         for _ in range(LAYERS):
-            x = block(x, layers.MultiHeadAttention(HEADS, HIDDEN // HEADS), "gelu")
-        return keras.Model(tokens, layers.Dense(10)(x))
-
-    def grouped() -> Any:
-        tokens = keras.Input((None,), dtype="int32", name="tokens")
-        x = layers.Embedding(WORDS, HIDDEN)(tokens)
-        for _ in range(LAYERS):
-            x = block(x, layers.GroupQueryAttention(HIDDEN // HEADS, HEADS, HEADS // 2), "silu")
+            x = block(x, attention(), activation)
         return keras.Model(tokens, layers.Dense(10)(x))
 
     def image() -> Any:
@@ -201,8 +194,10 @@ def keras_models() -> Exports:
     electra = {**{k: v for k, v in learned.items() if k != "vocabulary_size"}, "vocab_size": WORDS, "embedding_dim": 16}
     seen = {"image_shape": (32, 32, 3), "patch_size": 8, "num_layers": LAYERS, "num_heads": HEADS, "hidden_dim": HIDDEN}
     made: Mapping[str, Callable[[], Any]] = {
-        "MultiHeadAttention": encoder,
-        "GroupQueryAttention": grouped,
+        "MultiHeadAttention": lambda: encoder(lambda: layers.MultiHeadAttention(HEADS, HIDDEN // HEADS), "gelu"),
+        "GroupQueryAttention": lambda: encoder(
+            lambda: layers.GroupQueryAttention(HIDDEN // HEADS, HEADS, HEADS // 2), "silu"
+        ),
         "images": image,
         "BERT": lambda: hub.BertBackbone(**learned),
         "RoBERTa": lambda: hub.RobertaBackbone(**learned),
@@ -215,9 +210,7 @@ def keras_models() -> Exports:
         "OPT": lambda: hub.OPTBackbone(**learned),
         "BLOOM": lambda: hub.BloomBackbone(**learned),
         "GPT-NeoX": lambda: hub.GPTNeoXBackbone(**learned),
-        "Falcon": lambda: hub.FalconBackbone(
-            **{k: v for k, v in size.items() if k != "num_heads"}, num_attention_heads=HEADS
-        ),
+        "Falcon": lambda: hub.FalconBackbone(**size, num_attention_heads=HEADS),
         "Llama": lambda: hub.LlamaBackbone(**query),
         "Mistral": lambda: hub.MistralBackbone(**query, sliding_window=8),
         "Gemma": lambda: hub.GemmaBackbone(
