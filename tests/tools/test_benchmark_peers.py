@@ -107,9 +107,10 @@ def a_cell(score: float, seconds: float, **more: Any) -> dict[str, Any]:
 def test_the_table_says_where_liar_opt_is_not_first_and_who_is_faster(tmp_path: Path) -> None:
     cells: dict[tuple[str, float], Any] = {
         ("liar-opt", 0.2): a_cell(0.9, 10.0, busy=1.0),
-        ("liar-opt", 0.5): a_cell(0.8, 10.0, latency=[2.0, 1.0]),
+        ("liar-opt", 0.5): a_cell(0.8, 10.0, removed=0.5, latency=[2.0, 1.0]),
         ("osscar", 0.2): a_cell(0.85, 5.0),
-        ("osscar", 0.5): a_cell(0.79, 5.0),
+        ("osscar", 0.5): a_cell(0.79, 5.0, removed=0.5),
+        ("flap", 0.5): a_cell(0.99, 1.0, removed=0.4),  # it took less than was asked: no rival
         ("torch-pruning-l2", 0.2): a_cell(0.95, 20.0),
         ("qonnx", 0.2): {"error": "no rule for MatMul"},
     }
@@ -119,7 +120,7 @@ def test_the_table_says_where_liar_opt_is_not_first_and_who_is_faster(tmp_path: 
         "50 %: liar-opt is first; faster within 2 % of its score: OSSCAR.",
     ]
     text = task_table(task, cells, (0.2, 0.5))
-    assert "| liar-opt | 0.90 | **0.80** | 20/20 | 10.0 s | 100 MiB | 2.00 | plain ONNX |" in text
+    assert "| liar-opt | 0.90 | **0.80** | 20/50 | 10.0 s | 100 MiB | 2.00 | plain ONNX |" in text
     assert "| Torch-Pruning, group L2 | **0.95** |  |" in text
     assert "- qonnx PruneChannels: no rule for MatMul" in text
     assert "- Kwon et al.: needs the loss of a labelled task" in text and "- liar-opt, same widths" in text
