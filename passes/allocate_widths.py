@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Menu
 from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.curves import GroupCurve
 from liar_opt.passes.groups import KINDS, VALUES, ChannelGroup, parameters_left
-from liar_opt.passes.measure_curves import GroupCurve
 from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
 

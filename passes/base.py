@@ -55,6 +55,7 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: Memory = field(default_factory=lambda: Memory.of(None))
     checkpoint: Any = None
+    fresh: bool = False
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

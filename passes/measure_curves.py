@@ -14,14 +14,14 @@ kinds are compared and added.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_segments import Place, plan_segments, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.curves import GroupCurve, load_curves, place_of, store_curves
 from liar_opt.passes.dense_run import ConstantPatch, DenseRun
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
@@ -30,31 +30,6 @@ from liar_opt.passes.scores import SELECTION_RIDGE
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.solve import Problem, select_greedy
-
-SHOWN = 33
-"""Points of a curve in the report."""
-
-
-@dataclass(frozen=True, eq=False)
-class GroupCurve:
-    """What one group loses.
-
-    Attributes:
-        errors: with 0, 1, ... k blocks kept, [k + 1]; the last is zero. Relative squared differences of the output.
-        values: the score of every block on the dense model, [k].
-        worth: what an error of one, relative to the stream, does to the output.
-        deviation: the standard deviation of the score (`scores.Score.deviation`); None: that of the values.
-    """
-
-    errors: NDArray[np.float64]
-    values: NDArray[np.float64]
-    worth: float = 1.0
-    deviation: float | None = None
-
-    def points(self, most: int = SHOWN) -> list[tuple[int, float]]:
-        """Returns (blocks kept, error) at ``most`` places, evenly spread, both ends included."""
-        places = np.unique(np.linspace(0, self.errors.size - 1, most).round().astype(np.int64))
-        return [(int(p), float(self.errors[p])) for p in places]
 
 
 @dataclass(frozen=True)
@@ -90,11 +65,18 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         return plan_segments(state.analysed(), (*state.groups, *(state.queries if self.queries else ())))
 
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
-        """Measures; the curves go to ``State.facts`` by group name."""
+        """Measures, or takes what an earlier run found on the same; the curves go to ``State.facts`` by group name."""
+        place = place_of(state, {f.name: getattr(self, f.name) for f in fields(self)})
+        kept = None if place is None or state.fresh else load_curves(place)
+        if kept is not None:
+            state.facts |= {"curves": kept, "curves from": str(place)}
+            return PassResult(state)
         run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)
         run.probing = self.worth
         run.over_all()
         state.facts["curves"] = run.curves
+        if place is not None:
+            store_curves(place, run.curves)
         return PassResult(state)
 
 

@@ -253,6 +253,7 @@ def prune(
     provider: str = "auto",
     memory: int | str | None = None,
     resume: str | Path | None = None,
+    fresh: bool = False,
     seed: int = 0,
     latency: bool = True,
     dry_run: bool = False,
@@ -315,6 +316,8 @@ def prune(
             None.
         resume: a folder in which finished segments are kept: a run that was interrupted goes on from the last one. It is
             made where it is not there, and removed when the run is done.
+        fresh: measure error curves and latency tables again, instead of taking those that an earlier run on the same model
+            and data has kept in the cache folder.
         seed: for all that is drawn.
         latency: whether to time the dense and the pruned model.
         dry_run: stop after the widths are decided; the result holds the unpruned model.
@@ -340,7 +343,7 @@ def prune(
     lookup("packing", dict.fromkeys(PACKINGS), packing)
     state = load_state(model, memory)
     state.progress = progress
-    state.device = resolve_provider(provider)
+    state.device, state.fresh = resolve_provider(provider), fresh
     if passes is None:
         chosen = passes_of_options(arguments)
     else:
@@ -378,6 +381,10 @@ def prune(
     decided = Pipeline(passes=[] if resumed else chosen.deciding, observer=observer)(state)
     if "curves" in state.facts:
         report["curves"] = curve_report(state.groups, state.facts["curves"])
+    if "curves from" in state.facts:
+        report["model"]["notes"].append(
+            "the error curves are those of an earlier run on the same data; --fresh measures them again"
+        )
     for fact in ("target", "search"):
         if fact in state.facts:
             report[fact] = state.facts[fact]

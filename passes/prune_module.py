@@ -626,7 +626,7 @@ def _check_others(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in known:
             raise OptionError(f"option '{name}' is unknown")
-        if value != known[name].default and (name, value) != ("allocate", "uniform"):
+        if value != known[name].default and (name, value) not in (("allocate", "uniform"), ("fresh", True)):
             raise OptionError(
                 f"{name.replace('_', '-')} works on ONNX files alone; prune the exported module, or leave it out"
             )

@@ -19,9 +19,9 @@ import numpy as np
 from liar_opt.frontend.onnx_segments import Place, plan_segments
 from liar_opt.passes.allocate_widths import step_of
 from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.curves import GroupCurve
 from liar_opt.passes.dense_run import DenseRun, Patch
 from liar_opt.passes.groups import KINDS, ChannelGroup
-from liar_opt.passes.measure_curves import GroupCurve
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
 from liar_opt.passes.registry import AWARE, RepairFunction
 from liar_opt.passes.scores import SELECTION_RIDGE, problems_of

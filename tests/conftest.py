@@ -25,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
         zoo._session_folder = functools.cache(lambda: kept)
 
 
+@pytest.fixture(autouse=True)
+def no_curves_of_earlier_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Curves are kept in a folder of the test's own."""
+    monkeypatch.setattr("liar_opt.passes.curves.cache_folder", lambda: tmp_path / "cache")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Torch on one thread (two test workers share two cores), transformers without its chatter."""

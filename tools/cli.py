@@ -671,6 +671,7 @@ def _add_calibration(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "prune":
         more = "without FOLDER, beside the output"
         calibration.add("resume", Path, metavar="FOLDER", nargs="?", const=BESIDE_OUTPUT, more=more)
+        calibration.group.add_argument("--fresh", action="store_true", help=documented(prune)["fresh"])
     calibration.add("seed", _seed, metavar="N")
 
 

@@ -13,8 +13,8 @@ import liar_opt
 from liar_opt import prune
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, joined, kept_width, menus_of, removed_parameters
 from liar_opt.passes.base import State
+from liar_opt.passes.curves import GroupCurve
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup, Consumer
-from liar_opt.passes.measure_curves import GroupCurve
 from liar_opt.runtime.errors import ModelError, OptionError
 
 

@@ -12,7 +12,8 @@ import pytest
 from streams import STREAM, WEIGHTS, batches, data, error, prepared, pruned
 
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
-from liar_opt.passes.measure_curves import GroupCurve, MeasureCurvesPass, curve_report
+from liar_opt.passes.curves import GroupCurve
+from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
 from liar_opt.passes.prune_groups import PruneGroupsPass
 
 

@@ -111,6 +111,7 @@ def cell(work: "Workplace", ratio: float, choice: Mapping[str, Any]) -> dict[str
         seed=work.options.seed,
         provider="cpu",
         latency=False,
+        fresh=True,
         sparsity=ratio,
         **given,
     )

@@ -147,6 +147,7 @@ class Workplace:
         given: dict[str, Any] = {
             "tokenizer": minilm_folder(),
             "seed": self.options.seed,
+            "fresh": True,
             "provider": "cpu",
             "latency": False,
         }
@@ -178,7 +179,7 @@ class Workplace:
         chosen = [f"--{kind}={ratio}" for kind, ratio in halves.items()]
         data = [f"--calibration={text or self.text}", f"--tokenizer={minilm_folder()}", f"--seed={self.options.seed}"]
         results = [f"--output={self.folder / 'out.onnx'}", f"--report={self.folder / 'out.json'}", "--force", "--quiet"]
-        return [str(model), *data, *chosen, "--provider=cpu", *results]
+        return [str(model), *data, *chosen, "--provider=cpu", "--fresh", *results]
 
     def liar_opt(self, model: Path, halves: Mapping[str, float], *more: str, text: Path | None = None) -> dict[str, Any]:
         """Runs the command; returns what it used, and its report."""

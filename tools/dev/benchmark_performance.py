@@ -244,7 +244,7 @@ def whole(options: argparse.Namespace) -> str:
                     "--quiet",
                 ]
                 command += ["--calibration", str(folder / "tokens.npz"), "--batch-size", str(BATCH), "--sparsity", "0.5"]
-                command += [*chosen, "--provider", "cpu", "--no-latency", "--report", str(folder / "r.json")]
+                command += [*chosen, "--provider", "cpu", "--no-latency", "--fresh", "--report", str(folder / "r.json")]
                 used = measured(command, folder)
                 if used["code"]:
                     raise SystemExit(f"liar-opt ended with {used['code']}")

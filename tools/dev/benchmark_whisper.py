@@ -164,7 +164,8 @@ class Workplace:
 
     def pruned(self, path: Path, batches: list[dict[str, np.ndarray]], options: Mapping[str, Any]) -> PruneResult:
         """Prunes one half."""
-        return prune(path, batches, batch_size=4, seed=self.options.seed, provider="cpu", latency=False, **options)
+        given: dict[str, Any] = {"batch_size": 4, "provider": "cpu", "latency": False, "fresh": True, **options}
+        return prune(path, batches, seed=self.options.seed, **given)
 
     def measure(self, encoder: onnx.ModelProto, decoder: onnx.ModelProto) -> dict[str, Any]:
         """Word errors over the sounds that were held back."""

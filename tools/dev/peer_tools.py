@@ -162,7 +162,7 @@ class Ours(Peer):
     def command(self, task: Task, ratio: float, folder: Path, repository: Path | None, seed: int) -> list[str]:
         """`liar-opt`, without the latency that it would measure."""
         results = [f"--output={folder / 'pruned.onnx'}", f"--report={folder / 'liar.json'}", "--force", "--quiet"]
-        shared = [f"--sparsity={ratio}", f"--seed={seed}", "--provider=cpu", "--no-latency"]
+        shared = [f"--sparsity={ratio}", f"--seed={seed}", "--provider=cpu", "--no-latency", "--fresh"]
         return ["-m", "liar_opt", str(task.graph(self.graph)), *task.our_data(), *shared, *self.options, *results]
 
     def read_report(self, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Error curves: what a group loses at each width, and the curves that earlier runs have kept.
+
+Who tries a second sparsity, a target or a largest loss waits for the cut alone: curves are kept under the cache folder, one
+file for each model, calibration data and way to measure them. The code that measured is part of the name, so that curves of
+another version are never taken.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.passes.base import State
+from liar_opt.passes.checkpoint import digest_of
+from liar_opt.runtime.user_cache import cache_folder
+from liar_opt.runtime.whole_file import whole_file
+
+SHOWN = 33
+"""Points of a curve in the report."""
+MOST = 64
+"""Files that are kept; those that were not used for longest go."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupCurve:
+    """What one group loses.
+
+    Attributes:
+        errors: with 0, 1, ... k blocks kept, [k + 1]; the last is zero. Relative squared differences of the output.
+        values: the score of every block on the dense model, [k].
+        worth: what an error of one, relative to the stream, does to the output.
+        deviation: the standard deviation of the score (`scores.Score.deviation`); None: that of the values.
+    """
+
+    errors: NDArray[np.float64]
+    values: NDArray[np.float64]
+    worth: float = 1.0
+    deviation: float | None = None
+
+    def points(self, most: int = SHOWN) -> list[tuple[int, float]]:
+        """Returns (blocks kept, error) at ``most`` places, evenly spread, both ends included."""
+        places = np.unique(np.linspace(0, self.errors.size - 1, most).round().astype(np.int64))
+        return [(int(p), float(self.errors[p])) for p in places]
+
+
+def place_of(state: State, options: Mapping[str, Any]) -> Path | None:
+    """Returns the file for the curves of a model on its calibration data; None where they cannot be told from others.
+
+    Args:
+        state: with its dense model and its calibration data.
+        options: of the pass that measures, plain data; a function of the user's own has no name to be found again by.
+    """
+    if state.calibration is None or "dense" not in state.facts or any(callable(o) for o in options.values()):
+        return None
+    import onnxruntime
+
+    given = {
+        "model": digest_of(state.facts["dense"]),
+        "calibration": digest_of(state.calibration),
+        "options": dict(options),
+        "runtime": [onnxruntime.__version__, np.__version__, state.device, state.memory.tight],
+        "code": _code(),
+    }
+    key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / "curves" / f"{key}.npz"
+
+
+def load_curves(path: Path) -> dict[str, GroupCurve] | None:
+    """Returns the curves by group name; None where there are none, or the file is broken."""
+    try:
+        with np.load(path) as file:
+            names = [str(n) for n in file["names"]]
+            noted = zip(names, file["worths"], file["deviations"], strict=True)
+            found = {
+                name: GroupCurve(
+                    file[f"errors {name}"], file[f"values {name}"], float(worth), None if np.isnan(dev) else float(dev)
+                )
+                for name, worth, dev in noted
+            }
+        path.touch()
+    except Exception:  # whatever a broken archive raises
+        return None
+    return found
+
+
+def store_curves(path: Path, curves: Mapping[str, GroupCurve]) -> None:
+    """Keeps curves; a cache that cannot be written costs the next run its time, nothing else."""
+    arrays: dict[str, Any] = {
+        "names": np.asarray(list(curves), dtype=np.str_),
+        "worths": np.asarray([c.worth for c in curves.values()], np.float64),
+        "deviations": np.asarray([np.nan if c.deviation is None else c.deviation for c in curves.values()], np.float64),
+    }
+    for name, curve in curves.items():
+        arrays |= {f"errors {name}": curve.errors, f"values {name}": curve.values}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)
+        by_age = sorted(path.parent.glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
+        for old in by_age[MOST:]:
+            old.unlink(missing_ok=True)
+
+
+@functools.cache
+def _code() -> str:
+    """The SHA-256 of the package's own source files."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for part in ("frontend", "passes", "runtime"):
+        for path in sorted((root / part).glob("*.py")):
+            digest.update(f"{part}/{path.name}".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
