@@ -41,6 +41,8 @@ LONG_WINDOW, SHORT_WINDOW = 2048, 128
 LABELLED = ("validation", "validation_matched", "dev", "test")
 UNLABELLED = ("test", "validation", "validation_matched", "dev", "train")
 """Splits to take where none is named: GLUE hides the labels of its test sets, perplexity is reported on them."""
+FAITHFULNESS = ("agreement", "divergence")
+"""Metrics of a classifier beside the first model, which need no labels."""
 
 
 @dataclass(frozen=True)
@@ -76,28 +78,49 @@ def _against(labels: Array, said: Sequence[Array], metric: Callable[[Array, Arra
 
 
 def _classification(run: Run) -> dict[str, Outcome]:
-    """Accuracy, F1 and MCC of the highest logit."""
-    predicted, labels, classes = _classes(run)
-
+    """Accuracy, F1 and MCC of the highest logit, and how far the logits are from those of the first model."""
+    logits, labels = _class_logits(run)
+    if labels is None:
+        return _faithfulness(logits)
+    predicted, classes = [z.argmax(1) for z in logits], logits[0].shape[1]
     found = {"accuracy": _against(labels, predicted, metrics.accuracy)}
     if classes == 2:
         found["f1"] = _against(labels, predicted, metrics.f1_binary)
     found["f1-macro"] = _against(labels, predicted, lambda said, wanted: metrics.f1_macro(said, wanted, classes))
     found["mcc"] = _against(labels, predicted, lambda said, wanted: metrics.matthews(said, wanted, classes))
-    return found
+    return found | _faithfulness(logits)
 
 
 def _image_classification(run: Run) -> dict[str, Outcome]:
-    """The share of images whose highest logit is that of their label."""
-    predicted, labels, _ = _classes(run)
-    return {"top-1": _samplewise([said == labels for said in predicted], "image")}
+    """The share of images whose highest logit is that of their label, and how far the logits are from the first model's."""
+    logits, labels = _class_logits(run)
+    if labels is None:
+        return _faithfulness(logits, "image")
+    right = [z.argmax(1) == labels for z in logits]
+    return {"top-1": _samplewise(right, "image")} | _faithfulness(logits, "image")
 
 
-def _classes(run: Run) -> tuple[list[NDArray[np.int64]], NDArray[np.int64], int]:
-    """What each model says, the labels, and how many classes there are."""
-    column = label_column(run.table, run.options.label_column)
-    class_names = next((c.class_names for c in run.candidates if c.class_names is not None), None)
-    labels = class_labels(run.table, column, class_names)
+def _faithfulness(logits: Sequence[Array], unit: str = "sample") -> dict[str, Outcome]:
+    """What pruning does to a model, whatever the labels: its classes, and its probabilities, beside the first model's.
+
+    Labels are few and many models that differ are as often right; the divergence of their outputs tells them apart.
+    """
+    if len(logits) == 1:
+        return {}
+    first = logits[0]
+    return {
+        "agreement": _samplewise([z.argmax(1) == first.argmax(1) for z in logits], unit),
+        "divergence": _samplewise([metrics.divergences(first, z) for z in logits], unit),
+    }
+
+
+def _class_logits(run: Run) -> tuple[list[Array], NDArray[np.int64] | None]:
+    """The logits of each model, [n, classes], and the labels; None where no metric that was asked for needs them."""
+    column, labels = "", None
+    if not run.options.metrics or not set(run.options.metrics) <= set(FAITHFULNESS):
+        column = label_column(run.table, run.options.label_column)
+        class_names = next((c.class_names for c in run.candidates if c.class_names is not None), None)
+        labels = class_labels(run.table, column, class_names)
     classes: dict[str, int] = {}
     choose_logits = of_rank(run, 2, "logits")
 
@@ -109,15 +132,15 @@ def _classes(run: Run) -> tuple[list[NDArray[np.int64]], NDArray[np.int64], int]
         if len(set(classes.values())) > 1:
             found = ", ".join(f"'{name}' {count}" for name, count in classes.items())
             raise OptionError(f"the models have different numbers of classes ({found}); compare models with one label map")
-        if labels.max() >= classes[model]:
+        if labels is not None and labels.max() >= classes[model]:
             raise OptionError(
                 f"column '{column}' of {run.table.where} has the label {labels.max()}, and model '{model}' has "
                 f"{classes[model]} classes (from 0 on); give labels of its own"
             )
         return chosen
 
-    found = collect(run, feeds_of(run), len(labels), choose, lambda outputs, _: outputs[0].argmax(-1).tolist())
-    return [np.asarray(f, np.int64) for f in found], labels, next(iter(classes.values()))
+    count = len(run.table.rows)
+    return [np.stack(z) for z in collect(run, feeds_of(run), count, choose, lambda outputs, _: list(outputs[0]))], labels
 
 
 def _regression(run: Run) -> dict[str, Outcome]:
@@ -316,11 +339,11 @@ class Task:
 
 
 TASKS = {
-    "classification": Task(_classification, ("accuracy", "f1", "f1-macro", "mcc")),
+    "classification": Task(_classification, ("accuracy", "f1", "f1-macro", "mcc", *FAITHFULNESS)),
     "regression": Task(_regression, ("pearson", "spearman")),
     "sts": Task(_sts, ("pearson", "spearman")),
     "embeddings": Task(_embed, ("cosine", "overlap"), UNLABELLED),
     "perplexity": Task(_perplexity, ("perplexity",), UNLABELLED),
     "question-answering": Task(_question_answering, ("exact-match", "f1")),
-    "image-classification": Task(_image_classification, ("top-1",)),
+    "image-classification": Task(_image_classification, ("top-1", *FAITHFULNESS)),
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
 Array = NDArray[Any]
 
@@ -84,6 +85,18 @@ def cosines(x: Array, y: Array) -> NDArray[np.float64]:
     products = np.einsum("nd,nd->n", np.asarray(x, np.float64), np.asarray(y, np.float64))
     found: NDArray[np.float64] = np.divide(products, norms, out=np.zeros(len(norms)), where=norms > 0)
     return found
+
+
+def divergences(wanted: Array, found: Array) -> NDArray[np.float64]:
+    """Returns the Kullback-Leibler divergence of the softmax of each row from that of the wanted one, [n], in nats.
+
+    Args:
+        wanted: logits, [n, classes].
+        found: logits, [n, classes].
+    """
+    p, q = (z - logsumexp(z, axis=1, keepdims=True) for z in (wanted.astype(np.float64), found.astype(np.float64)))
+    told: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+    return np.maximum(told, 0.0)
 
 
 def neighbours(vectors: Array, k: int) -> NDArray[np.int64]:

@@ -115,3 +115,10 @@ def test_answers() -> None:
 def test_a_question_without_an_answer() -> None:
     assert metrics.exact_match("", []) == metrics.answer_f1("", []) == 1.0
     assert metrics.exact_match("Denver", []) == metrics.answer_f1("Denver", []) == 0.0
+
+
+def test_divergence_is_that_of_the_probabilities() -> None:
+    p, q = np.array([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]), np.array([[0.25, 0.5, 0.25], [1 / 3, 1 / 3, 1 / 3]])
+    # 0.5 ln 2 - 0.25 ln 2, whatever is added to the logits of a row
+    found = metrics.divergences(np.log(p) + 7.0, np.log(q).astype(np.float32))
+    np.testing.assert_allclose(found, [0.25 * np.log(2), 0.0], atol=1e-6)

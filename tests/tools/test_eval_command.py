@@ -151,13 +151,17 @@ def test_classification(labelled: tuple[Path, Path, Path], tokenizer: Path, tmp_
     found = report(tmp_path, dense, pruned, "--task", "classification", "--data", data, "--tokenizer", tokenizer)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     wanted = np.array([row["label"] for row in rows])
-    said = [(pooled([row["sentence"] for row in rows]) @ h).argmax(1) for h in (head(2), head(2) + 0.5 * head(2, 3))]
+    logits = [pooled([row["sentence"] for row in rows]) @ h for h in (head(2), head(2) + 0.5 * head(2, 3))]
+    said = [z.argmax(1) for z in logits]
     assert values(found) == {
         "accuracy": pytest.approx([metrics.accuracy(s, wanted) for s in said]),
         "f1": pytest.approx([metrics.f1_binary(s, wanted) for s in said]),
         "f1-macro": pytest.approx([metrics.f1_macro(s, wanted, 2) for s in said]),
         "mcc": pytest.approx([metrics.matthews(s, wanted, 2) for s in said]),
+        "agreement": [1.0, pytest.approx(np.mean(said[0] == said[1]))],
+        "divergence": pytest.approx([0.0, metrics.divergences(*logits).mean()], abs=1e-6),
     }
+    assert 0.5 < values(found)["agreement"][1] < 1.0 and values(found)["divergence"][1] > 0.01
     assert found["metrics"]["accuracy"]["values"][0] == 0.9
     assert found["metrics"]["accuracy"]["samples"] == 40
     (difference,) = found["metrics"]["accuracy"]["differences"]
@@ -167,6 +171,15 @@ def test_classification(labelled: tuple[Path, Path, Path], tokenizer: Path, tmp_
     assert [m["name"] for m in found["models"]] == ["dense.onnx", "pruned.onnx"]
     assert found["models"][0]["parameters"] == WORDS * WIDTH + 2 * WIDTH
     assert found["models"][0]["bytes"] == dense.stat().st_size
+
+
+def test_faithfulness_needs_no_labels(labelled: tuple[Path, Path, Path], tokenizer: Path, tmp_path: Path) -> None:
+    dense, pruned, data = labelled
+    bare = jsonl(tmp_path / "bare.jsonl", [{"sentence": json.loads(t)["sentence"]} for t in data.read_text().splitlines()])
+    asked = ("--task", "classification", "--tokenizer", tokenizer)
+    found = report(tmp_path, dense, pruned, *asked, "--data", bare, "--metric", "divergence", "--metric", "agreement")
+    full = report(tmp_path, dense, pruned, *asked, "--data", data)
+    assert values(found) == {name: values(full)[name] for name in ("agreement", "divergence")}
 
 
 def test_the_table(labelled: tuple[Path, Path, Path], tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
