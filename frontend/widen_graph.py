@@ -21,7 +21,7 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = model.graph
     names = {t.name for t in graph.initializer if t.data_type == NARROW}
     ends = [*graph.input, *graph.output]
-    inner = any(t.data_type == NARROW for n in _nodes(graph.node) for a in n.attribute for t in _tensors(a))
+    inner = any(t.data_type == NARROW for n in nodes_within(graph.node) for a in n.attribute for t in _tensors(a))
     if not names and not inner and not any(v.type.tensor_type.elem_type == NARROW for v in ends):
         return model
     result = onnx.ModelProto()
@@ -32,7 +32,7 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
         if value.type.tensor_type.elem_type == NARROW:
             value.type.tensor_type.elem_type = WIDE
     casts = [onnx.helper.make_node("Cast", [n], [f"{n}/wide"], name=f"{n}/widen", to=WIDE) for n in sorted(names)]
-    for node in _nodes(graph.node):
+    for node in nodes_within(graph.node):
         for i, name in enumerate(node.input):
             if name in names:
                 node.input[i] = f"{name}/wide"
@@ -62,12 +62,13 @@ def narrow_values(tensor: onnx.TensorProto) -> NDArray[Any]:
     return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(tuple(tensor.dims))
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yields nodes, and those in their branches."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
             for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _nodes(graph.node)
+                yield from nodes_within(graph.node)
 
 
 def _tensors(attribute: onnx.AttributeProto) -> list[onnx.TensorProto]:

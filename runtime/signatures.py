@@ -291,6 +291,11 @@ def _state(role: str, spec: InputSpec, real: NDArray[np.bool_], ids: Array | Non
     return cached + counted
 
 
+def name_from_layer(name: str) -> str:
+    """A cache's name from its layer's number on: the same before a run (`past_key_values.0.key`) and behind it."""
+    return name[next((i for i, letter in enumerate(name) if letter.isdigit()), 0) :]
+
+
 def names(given: Iterable[object]) -> str:
     """Names for a message, in quotes."""
     return ", ".join(f"'{name}'" for name in given) or "none"
