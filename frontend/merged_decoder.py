@@ -107,6 +107,18 @@ class MergedDecoder:
                 result[name] = dict(found)
         return result
 
+    def nodes_of_first(self, nodes: Sequence[gs.Node]) -> set[int]:
+        """Returns the ids of the nodes of the flat graph that the first branch needs."""
+        made = {id(t): n for n in nodes for t in n.outputs}
+        found: set[int] = set()
+        waiting = [n for n in nodes if any(t.name in self.first.outputs for t in n.outputs)]
+        while waiting:
+            node = waiting.pop()
+            if id(node) not in found:
+                found.add(id(node))
+                waiting += [made[i] for i in _sources(node) if i in made]
+        return found
+
     def fold(self, flat: onnx.ModelProto, resized: Sizes) -> onnx.ModelProto:
         """Returns the merged model of a flat graph.
 
@@ -219,64 +231,92 @@ def unfold(
     caches = {v.name for v in graph.input if _is_float(v) and len(_dims(v)) > 2}
     # The one that reads more caches is that which takes what the other makes.
     first, second = sorted(BODIES, key=lambda name: len(caches & captured[name]))
+    handed = caches & captured[second] - captured[first]
     matrices = {t.name for t in graph.initializer if len(t.dims) > 1 and t.data_type in _float_types()}
-    own = {name: _large(body) for name, body in bodies.items()}
-    if not (matrices & captured[first] & captured[second] or own[first].keys() & own[second].keys()):
+    inside = _large(bodies[first]).keys() & _large(bodies[second]).keys()
+    if not handed or not (inside or matrices & captured[first] & captured[second]):
         return None
-    passed = _wires(graph, choice, (bodies[first], bodies[second]), caches & captured[second] - captured[first])
-    names = _Names({*_names(graph.input), *_names(graph.initializer)} - {*choice.output})
-    names.taken |= {o for n in graph.node for o in n.output} - {*choice.output}
-    branches, nodes, ends, small = [], [n for n in graph.node if n is not choice], [], []
-    large: dict[Any, tuple[str, onnx.TensorProto]] = {}
-    for attribute, wires in ((first, {}), (second, {name: choice.output[i] for name, i in passed.items()})):
-        body = bodies[attribute]
-        prefix = "" if attribute == first else f"{body.name or attribute}/"
-        empty = {i: t for i, v in enumerate(body.output) if (t := _empty(body, v.name)) is not None}
-        outputs = [None if i in empty else names.new(o, prefix) for i, o in enumerate(choice.output)]
-        known = {v.name: flat for v, flat in zip(body.output, outputs, strict=True) if flat is not None}
-        shared: dict[str, str] = {}
-        for key, tensor in own[attribute].items():
-            if key not in large:
-                large[key] = names.new(tensor.name, prefix), tensor
-            shared[tensor.name] = large[key][0]
-        for name in [*(t.name for t in body.initializer), *(o for n in body.node for o in n.output if o)]:
-            if name not in known and name not in shared:
-                known[name] = names.new(name, prefix)
-        kept = [n for n in body.node if not any(body.output[i].name in n.output for i in empty)]
-        labels: dict[str, str] = {}
-        for node in kept:
-            nodes.append(renamed(node, {**known, **shared, **wires}))
-            if node.name:
-                nodes[-1].name = names.node(node.name, prefix)
-                labels[nodes[-1].name] = node.name
-        for tensor in body.initializer:
-            if tensor.name not in shared:
-                small.append(onnx.TensorProto())
-                small[-1].CopyFrom(tensor)
-                small[-1].name = known[tensor.name]
-        for i, (flat, value) in enumerate(zip(outputs, body.output, strict=True)):
-            if flat is not None:
-                ends.append(onnx.ValueInfoProto())
-                ends[-1].CopyFrom(value if value.type.tensor_type.HasField("shape") else graph.output[i])
-                ends[-1].name = flat
-        branches.append(Branch(attribute, {v: k for k, v in known.items()}, labels, tuple(outputs), empty))
-    flat = onnx.ModelProto()
-    flat.CopyFrom(proto)
-    flat.graph.ClearField("node")
-    flat.graph.ClearField("output")
-    flat.graph.ClearField("input")
-    flat.graph.ClearField("value_info")
-    flat.graph.node.extend(nodes)
-    flat.graph.output.extend(ends)
-    flat.graph.input.extend(v for v in graph.input if v.name not in passed and v.name != choice.input[0])
-    flat.graph.initializer.extend(small)
-    data = dict(arrays)
-    for name, tensor in large.values():
-        flat.graph.initializer.append(stub(name, tensor.data_type, tensor.dims))
-        data[name] = np.frombuffer(_raw(tensor), numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
+    flat = _Flat(graph, choice)
+    passed = _wires(graph, choice, (bodies[first], bodies[second]), handed)
+    branches = [flat.add(first, bodies[first], "", {})]
     wires = {name: str(branches[0].outputs[i]) for name, i in passed.items()}
+    branches.append(flat.add(second, bodies[second], f"{bodies[second].name or second}/", wires))
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for field in ("node", "input", "output", "value_info"):
+        result.graph.ClearField(field)
+    result.graph.node.extend(flat.nodes)
+    result.graph.input.extend(v for v in graph.input if v.name not in wires and v.name != choice.input[0])
+    result.graph.output.extend(flat.outputs)
+    result.graph.initializer.extend(flat.small)
+    data = dict(arrays)
+    for name, tensor in flat.large.values():
+        result.graph.initializer.append(stub(name, tensor.data_type, tensor.dims))
+        data[name] = np.frombuffer(_raw(tensor), numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
     outside = frozenset(_names(graph.initializer))
-    return flat, data, MergedDecoder(_shell(proto, choice), branches[0], branches[1], wires, outside)
+    return result, data, MergedDecoder(_shell(proto, choice), branches[0], branches[1], wires, outside)
+
+
+class _Flat:
+    """What a flat graph is made of: the nodes beside the If, then those of one branch after the other.
+
+    Attributes:
+        nodes: in order.
+        outputs: of the branches, each in the order of the merged model's.
+        small: constants of the branches that stay in the proto.
+        large: their other constants, by what they hold: the name, and where the data is.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, choice: onnx.NodeProto) -> None:
+        self.ends, self.choice = {v.name: v for v in graph.output}, choice
+        self.nodes = [n for n in graph.node if n is not choice]
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.small: list[onnx.TensorProto] = []
+        self.large: dict[Any, tuple[str, onnx.TensorProto]] = {}
+        # The outputs of the If are free: they are those of the first branch.
+        self.tensors = {*_names(graph.input), *_names(graph.initializer), *(o for n in self.nodes for o in n.output)}
+        self.labels = set(_names(self.nodes))
+
+    def add(self, attribute: str, body: onnx.GraphProto, prefix: str, wires: Mapping[str, str]) -> Branch:
+        """Adds a branch.
+
+        Args:
+            attribute: of the If.
+            body: the branch.
+            prefix: put before names that are taken.
+            wires: what it reads in place of inputs of the graph.
+        """
+        empty = {i: t for i, v in enumerate(body.output) if (t := _empty(body, v.name)) is not None}
+        outputs = [None if i in empty else _free(o, prefix, self.tensors) for i, o in enumerate(self.choice.output)]
+        names = {v.name: flat for v, flat in zip(body.output, outputs, strict=True) if flat is not None}
+        shared: dict[str, str] = {}
+        for key, tensor in _large(body).items():
+            if key not in self.large:
+                self.large[key] = _free(tensor.name, prefix, self.tensors), tensor
+            shared[tensor.name] = self.large[key][0]
+        made = [n for n in body.node if not any(body.output[i].name in n.output for i in empty)]
+        small = [t for t in body.initializer if t.name not in shared]
+        for name in [*_names(small), *(o for n in made for o in n.output if o)]:
+            if name not in names:
+                names[name] = _free(name, prefix, self.tensors)
+        labels: dict[str, str] = {}
+        for node in made:
+            self.nodes.append(renamed(node, {**names, **shared, **wires}))
+            if node.name:
+                self.nodes[-1].name = _free(node.name, prefix, self.labels)
+                labels[self.nodes[-1].name] = node.name
+        for tensor in small:
+            self.small.append(onnx.TensorProto())
+            self.small[-1].CopyFrom(tensor)
+            self.small[-1].name = names[tensor.name]
+        ends = dict(zip(self.choice.output, zip(outputs, body.output, strict=True), strict=True))
+        for name, end in self.ends.items():
+            flat, value = ends[name]
+            if flat is not None:
+                self.outputs.append(onnx.ValueInfoProto())
+                self.outputs[-1].CopyFrom(value if value.type.tensor_type.HasField("shape") else end)
+                self.outputs[-1].name = flat
+        return Branch(attribute, {flat: name for name, flat in names.items()}, labels, tuple(outputs), empty)
 
 
 def _choice(graph: onnx.GraphProto) -> onnx.NodeProto | None:
@@ -362,22 +402,8 @@ def _shell(proto: onnx.ModelProto, choice: onnx.NodeProto) -> onnx.ModelProto:
     return result
 
 
-class _Names:
-    """Names of a flat graph, each given once."""
-
-    def __init__(self, taken: set[str]) -> None:
-        self.taken, self.nodes = taken, set[str]()
-
-    def new(self, name: str, prefix: str) -> str:
-        """Returns the name for a tensor: its own, or one with the prefix where that is taken."""
-        return _free(name, prefix, self.taken)
-
-    def node(self, name: str, prefix: str) -> str:
-        """Returns the name for a node."""
-        return _free(name, prefix, self.nodes)
-
-
 def _free(name: str, prefix: str, taken: set[str]) -> str:
+    """Returns a name that is not taken, and takes it: the name itself, or with the prefix."""
     found = name
     while found in taken:
         found = f"{prefix or '_'}{found}"
@@ -441,23 +467,16 @@ def _set_sizes(value: onnx.ValueInfoProto, sizes: Mapping[int, int]) -> None:
             _dims(value)[axis].dim_value = size
 
 
-def side_by_side(nodes: Sequence[gs.Node], first: Collection[str]) -> list[gs.Node]:
+def side_by_side(nodes: Sequence[gs.Node], of_first: Collection[int]) -> list[gs.Node]:
     """Returns the nodes of a flat graph in an order in which the two uses of a weight are next to each other.
 
     Only so can the graph be cut into segments between two layers. Within each branch the order stays.
 
     Args:
         nodes: in an order in which each branch can run.
-        first: the outputs of the first branch.
+        of_first: the ids of those that the first branch needs.
     """
     made = {id(t): n for n in nodes for t in n.outputs}
-    of_first: set[int] = set()
-    waiting = [n for n in nodes if any(t.name in first for t in n.outputs)]
-    while waiting:
-        node = waiting.pop()
-        if id(node) not in of_first:
-            of_first.add(id(node))
-            waiting += [made[i] for i in _sources(node) if i in made]
     uses: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for place, node in enumerate(nodes):
         for position, tensor in enumerate(node.inputs):

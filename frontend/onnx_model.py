@@ -385,7 +385,7 @@ class OnnxModel:
         if self.merged is None:
             graph.toposort()
         else:
-            graph.nodes = side_by_side(graph.nodes, {t for t in self.merged.first.outputs if t is not None})
+            graph.nodes = side_by_side(graph.nodes, self.merged.nodes_of_first(graph.nodes))
         return before - len(graph.nodes)
 
 
