@@ -13,7 +13,7 @@ Before:  y = If(c) {first: t = f(W, x), second: e = g(W, x, past)}.    After:  y
 import bisect
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.weight_files import PLAIN, STUB_LIMIT, numpy_type, stub, tensor_bytes
+from liar_opt.frontend.widen_graph import bodies_of
 from liar_opt.runtime.signatures import name_from_layer
 
 BODIES = ("else_branch", "then_branch")
@@ -417,7 +418,7 @@ def renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     result.CopyFrom(node)
     result.input[:] = [names.get(name, name) for name in node.input]
     result.output[:] = [names.get(name, name) for name in node.output]
-    for graph in _bodies(result):
+    for graph in bodies_of(result):
         own = {*_names(graph.input), *_names(graph.initializer), *(o for n in graph.node for o in n.output)}
         outer = {k: v for k, v in names.items() if k not in own}
         inside = [renamed(n, outer) for n in graph.node]
@@ -430,19 +431,12 @@ def renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
 
 def names_read(node: onnx.NodeProto) -> set[str]:
     """Returns the tensors that a node reads, those that its branches capture included."""
-    return {name for name in node.input if name}.union(*(_captured(graph) for graph in _bodies(node)))
+    return {name for name in node.input if name}.union(*(_captured(graph) for graph in bodies_of(node)))
 
 
 def _captured(graph: onnx.GraphProto) -> set[str]:
     read = set(_names(graph.output)).union(*(names_read(n) for n in graph.node))
     return read - {*_names(graph.input), *_names(graph.initializer), *(o for n in graph.node for o in n.output)}
-
-
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
 
 
 def _names(values: Iterable[Any]) -> list[str]:

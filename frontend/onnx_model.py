@@ -168,8 +168,8 @@ class OnnxModel:
         else:
             model = Stored(*flat[:2], source, merged=flat[2]).model()
             notes.append(
-                "a merged decoder: both branches are cut as one and run on the same data, one on what the other leaves; "
-                "FLOPs and latency are those of both together"
+                "a merged decoder: both of its branches are cut alike; FLOPs and latency are those of both, run one behind "
+                "the other"
             )
         model.notes += notes
         return model

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import graphs
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -151,6 +152,21 @@ def test_pruned_both_branches_agree(crossed: str, options: dict[str, Any]) -> No
     assert handed.shape == ((0, heads, 1, 4) if crossed == EMPTY else (2, heads, 8, 4))
     assert result.report["verification"]["folded_difference"] <= TOLERANCES["float32"]
     assert len(model.graph.node) == 1
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_narrow_types(kind: str) -> None:
+    wide = merged(EMPTY.replace("float", kind), TEXT.replace("float[", f"{kind}["))
+    for tensor in wide.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32:
+            narrow = values.astype(np.float16 if kind == "float16" else ml_dtypes.bfloat16)
+            code = onnx.TensorProto.DataType.Value(kind.upper())
+            tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=code, dims=tensor.dims, raw_data=narrow.tobytes()))
+    result = liar_opt.prune(wide, ffn=0.5, heads=0.34, multiple_of=1, samples=8, latency=False)
+    assert {v.type.tensor_type.elem_type for v in result.model.graph.output} == {
+        onnx.TensorProto.DataType.Value(kind.upper())
+    }
 
 
 def test_two_uses_of_a_weight_are_next_to_each_other() -> None:
