@@ -510,7 +510,7 @@ class GraphWalk:
                 self.leave(
                     node,
                     f"{inside} products with weights inside the branches of {node.op} are left alone: only a merged "
-                    "decoder is cut, where an input chooses between two branches that make all outputs, one of them from a cache",
+                    "decoder is cut, where an input chooses between branches that make all outputs, one from a cache",
                 )
             if node.op == "If" and self.value(node, 0) is not None:
                 self._shape_of_branch(node)
