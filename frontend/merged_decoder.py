@@ -89,11 +89,9 @@ class MergedDecoder:
 
         Args:
             branch: the one to run.
-            flat: the flat graph's outputs, of which the second branch gets what the first one leaves.
+            flat: the flat graph's outputs, of which the second branch reads what the first one leaves.
         """
         result: dict[str, Any] = {name: flat[wire] for name, wire in self.wires.items()}
-        if branch is self.first:  # it does not look at them
-            result = {name: value[..., :0, :] for name, value in result.items()}
         (condition,) = (v for v in self.shell.graph.input if v.name == self.condition)
         result[self.condition] = np.full([1] * len(_dims(condition)), branch.attribute == "then_branch")
         return result

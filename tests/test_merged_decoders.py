@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import oracle
 import pytest
+import words
 import zoo_decoders
 import zoo_merged
 
@@ -219,6 +220,18 @@ def test_a_metric_gets_a_merged_decoder() -> None:
     )
     assert len(seen) > 1
     assert all(operators == ["If"] for operators in seen)
+
+
+def test_perplexity_of_both(tmp_path: Path) -> None:
+    path, out, report = zoo_merged.ready("gpt2"), tmp_path / "out.onnx", tmp_path / "r.json"
+    liar_opt.prune(path, ffn=0.5, multiple_of=2, samples=8, sequence_length=12, latency=False).save(out)
+    (tmp_path / "set.txt").write_text("\n".join(["the cat sat on a mat and rain fell over london"] * 20))
+    data = ["--data", str(tmp_path / "set.txt"), "--tokenizer", str(words.plain_tokenizer(tmp_path / "tokenizer"))]
+    common = ["--task", "perplexity", *data, "--window", "16", "--resamples", "50", "--report", str(report)]
+    assert main(["eval", str(path), str(out), *common]) == 0
+    (found,) = json.loads(report.read_text(encoding="utf-8"))["metrics"].values()
+    assert found["values"][0] != found["values"][1]
+    assert np.isfinite(found["values"]).all()
 
 
 def test_a_folded_model_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,14 @@ def test_two_uses_of_a_weight_are_next_to_each_other() -> None:
         made |= {t.name for t in node.outputs}
 
 
+def test_the_first_branch_is_measured_for_both() -> None:
+    """On a whole text a branch that was traced with one token may not be causal."""
+    _, _, found = graphs.analyse(merged())
+    names = [[u.node.outputs[0].name for u, _ in g.taps] for g in found.groups]
+    assert names == [["o1"], ["o2"], ["z"]]
+    assert all(len(c.uses) == 2 for g in found.groups for c in g.consumers)
+
+
 def test_weights_in_another_order_do_not_stop_the_layout() -> None:
     """Of pairs that cross each other some are kept: the nodes of a branch stay in order."""
     a, b = gs.Constant("a", np.ones((2, 3))), gs.Constant("b", np.ones((2, 3)))
