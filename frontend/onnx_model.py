@@ -20,6 +20,7 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
+from liar_opt.frontend.merged_decoder import MergedDecoder, side_by_side, unfold
 from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
 from liar_opt.frontend.weight_files import (
     PLAIN,
@@ -32,7 +33,7 @@ from liar_opt.frontend.weight_files import (
     stub,
     write_model,
 )
-from liar_opt.frontend.widen_graph import narrow_values, widen
+from liar_opt.frontend.widen_graph import narrow_values, nodes_within, widen
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.signatures import InputSpec
@@ -65,12 +66,14 @@ class Stored:
         arrays: the data by initializer; it is never written to.
         source: the file.
         store: where new weights go that need not be in memory; None keeps them.
+        merged: what the graph was, if it was a merged decoder and is flat here.
     """
 
     proto: onnx.ModelProto
     arrays: dict[str, np.ndarray]
     source: Path | None = None
     store: ArrayStore | None = None
+    merged: MergedDecoder | None = None
 
     def model(self) -> "OnnxModel":
         """Returns the model as a graph; each call makes a new one, weights are shared."""
@@ -95,9 +98,13 @@ class Stored:
         """Returns what a ``Session`` takes: the proto as bytes, and the data."""
         return widen(self.proto).SerializeToString(), self.arrays
 
+    def as_written(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+        """Returns the proto and the data, as ``OnnxModel.as_written`` does."""
+        return self.proto if self.merged is None else self.merged.fold(self.proto, {}), self.arrays
+
     def complete(self) -> onnx.ModelProto:
         """Returns a proto of its own, with all data in it."""
-        return completed(self.proto, self.arrays)
+        return completed(*self.as_written())
 
 
 @dataclass(eq=False)
@@ -155,7 +162,15 @@ class OnnxModel:
             proto.graph.input.extend(kept)
             proto.ir_version = max(proto.ir_version, 4)
             notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
-        model = Stored(proto, arrays, source).model()
+        flat = unfold(proto, arrays)
+        if flat is None:
+            model = Stored(proto, arrays, source).model()
+        else:
+            model = Stored(*flat[:2], source, merged=flat[2]).model()
+            notes.append(
+                "a merged decoder: both of its branches are cut alike; FLOPs and latency are those of both, run one behind "
+                "the other"
+            )
         model.notes += notes
         return model
 
@@ -202,9 +217,25 @@ class OnnxModel:
         proto, arrays = self.light()
         return widen(proto).SerializeToString(), arrays
 
+    @property
+    def merged(self) -> MergedDecoder | None:
+        """What the graph is folded to when it is written, if it came from a merged decoder."""
+        return None if self.stored is None else self.stored.merged
+
+    def as_written(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+        """Returns the model as it is written, as ``light`` does: a merged decoder is one again."""
+        proto, arrays = self.light()
+        if self.merged is None:
+            return proto, arrays
+        proto = self.merged.fold(proto, self.resized)
+        for entry in proto.metadata_props:
+            if entry.key == CACHE_SHAPES:
+                entry.value = json.dumps(self.resized_shapes(proto), sort_keys=True)
+        return proto, arrays
+
     def to_proto(self) -> onnx.ModelProto:
-        """Returns the graph as an ONNX model."""
-        return completed(*self.light())
+        """Returns the model as it is written, with all data in it."""
+        return completed(*self.as_written())
 
     def resize(self, tensor: gs.Variable, axis: int, size: int) -> None:
         """Notes that an axis of a graph input or output has another size now."""
@@ -214,10 +245,11 @@ class OnnxModel:
 
     def resized_shapes(self, proto: onnx.ModelProto) -> dict[str, list[int | str]]:
         """Returns the shapes, in ``proto``, of the inputs and outputs that were resized."""
+        resized = {*self.resized, *(self.merged.sizes(self.resized) if self.merged is not None else ())}
         return {
             value.name: [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
             for value in [*proto.graph.input, *proto.graph.output]
-            if value.name in self.resized
+            if value.name in resized
         }
 
     def skeleton(self) -> onnx.ModelProto:
@@ -243,7 +275,7 @@ class OnnxModel:
         Raises:
             OSError: the file cannot be written (the temporary file is removed).
         """
-        write_model(*self.light(), Path(path))
+        write_model(*self.as_written(), Path(path))
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
@@ -350,7 +382,10 @@ class OnnxModel:
                 graph.nodes.extend(_as_product(node, flat, names, self.settled))
             _fold(node, folded, outputs, names, self.settled)
         graph.cleanup(remove_unused_node_outputs=False)
-        graph.toposort()
+        if self.merged is None:
+            graph.toposort()
+        else:
+            graph.nodes = side_by_side(graph.nodes, self.merged.nodes_of_first(graph.nodes))
         return before - len(graph.nodes)
 
 
@@ -372,8 +407,9 @@ def read_graph(path: Path) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
 
 
 def quantised_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
-    """Returns the first node that quantises, or reads what is quantised."""
-    return next((n for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith(QUANTISED_PREFIXES)), None)
+    """Returns the first node that quantises, or reads what is quantised; it may be in a branch."""
+    nodes = nodes_within(proto.graph.node)
+    return next((n for n in nodes if n.op_type in QUANTISED or n.op_type.startswith(QUANTISED_PREFIXES)), None)
 
 
 def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:

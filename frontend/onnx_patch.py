@@ -50,12 +50,16 @@ def patch_consumer(
     """Replaces the weight of every use of a consumer, in place.
 
     Args:
-        segment: has the nodes of the uses.
+        segment: has the nodes of the uses, but for those that its outputs do not need.
         uses: of one weight.
         weight: the new weight, in the shape of the old one.
         shift: what is added to y = x W, [m]; the node's own scale is applied.
     """
     graph = segment.model.graph
+    made = {o for n in graph.node for o in n.output}
+    uses = [use for use in uses if use.node.outputs[0].name in made]
+    if not uses:
+        return
     places = patch_constant(segment, [(use.holder, use.weight_position) for use in uses], weight)
     name = f"{PREFIX}/{len(graph.initializer)}/{uses[0].node.name}"
     for use, (index, node) in zip(uses, places, strict=True):

@@ -200,6 +200,11 @@ class Cache:
     axis: int
 
 
+def _inner(shape: Sequence[int | str | None]) -> set[int]:
+    """Returns the axes of a cache that have a fixed size, but for the first and the last."""
+    return {i for i, d in enumerate(shape[:-1]) if i and isinstance(d, int) and d >= 0}
+
+
 def primes(start: int = 5) -> Iterator[int]:
     """Yields the prime numbers from ``start``."""
     return (n for n in itertools.count(start) if all(n % d for d in range(2, int(n**0.5) + 1)))
@@ -224,6 +229,7 @@ class GraphWalk:
     unspecified: set[str] = field(default_factory=set)
     in_place: set[str] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
+    spared: dict[str, set[int]] = field(default_factory=dict)
     mixed: list[Factor] = field(default_factory=list)
     lookups: dict[str, Lookup] = field(default_factory=dict)
     products: list[ProductUse] = field(default_factory=list)
@@ -455,17 +461,33 @@ class GraphWalk:
                 self.axes[tensor.name] = tuple(self.fresh(s, reason) for s in sizes)
         for node in self.model.graph.nodes:
             self._visit(node)
-        fixed = {t.name: [isinstance(d, int) and d >= 0 for d in t.shape or ()] for t in self.model.graph.inputs}
-        spared: dict[str, set[int]] = {}
-        for cache in self.caches.values():
-            last = len(fixed[cache.past]) - 1
-            free = {i for i, known in enumerate(fixed[cache.past]) if known and i not in (0, cache.axis, last)}
-            spared[cache.past] = spared[cache.present] = free
+        self._spare()
         for what, tensors in (("input", self.model.graph.inputs), ("output", self.model.graph.outputs)):
             for tensor in tensors:
                 axes = None if is_constant(tensor) else self.axes.get(tensor.name)
-                pinned = [f for i, f in enumerate(axes or ()) if i not in spared.get(tensor.name, ())]
+                pinned = [f for i, f in enumerate(axes or ()) if i not in self.spared.get(tensor.name, ())]
                 self.pin(pinned, f"axis of graph {what} '{tensor.name}'")
+
+    def _spare(self) -> None:
+        """Notes which axes of inputs and outputs may lose indices: those of caches that count heads.
+
+        What are two outputs here, and one of a merged decoder, must lose the same.
+        """
+        shapes = {t.name: t.shape or () for t in self.model.graph.inputs}
+        for cache in self.caches.values():
+            free = _inner(shapes[cache.past]) - {cache.axis}
+            self.spared[cache.past] = self.spared[cache.present] = free
+        merged = self.model.merged
+        if merged is None:
+            return
+        self.spared |= {name: _inner(shape) for name, shape in merged.caches().items()}
+        for pair in merged.twins:
+            first, second = (self.axes.get(name) or () for name in pair)
+            known = range(min(len(first), len(second)))
+            free = self.spared.get(pair[1], self.spared.get(pair[0], set())).intersection(known)
+            for axis in free:
+                self.unify(first[axis], second[axis])
+            self.spared[pair[0]] = self.spared[pair[1]] = free
 
     def input_sizes(self, tensor: gs.Variable) -> list[int]:
         """Returns the probe sizes of a graph input."""
@@ -487,8 +509,8 @@ class GraphWalk:
             if inside:
                 self.leave(
                     node,
-                    f"{inside} products with weights inside the branches of {node.op} are left alone: a merged decoder is "
-                    "pruned before it is merged (--ffn alone: with other heads its graphs would not share a cache)",
+                    f"{inside} products with weights inside the branches of {node.op} are left alone: only a merged "
+                    "decoder is cut, where an input chooses between branches that make all outputs, one from a cache",
                 )
             if node.op == "If" and self.value(node, 0) is not None:
                 self._shape_of_branch(node)

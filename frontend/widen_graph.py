@@ -21,18 +21,20 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = model.graph
     names = {t.name for t in graph.initializer if t.data_type == NARROW}
     ends = [*graph.input, *graph.output]
-    inner = any(t.data_type == NARROW for n in _nodes(graph.node) for a in n.attribute for t in _tensors(a))
+    inner = any(t.data_type == NARROW for n in nodes_within(graph.node) for a in n.attribute for t in _tensors(a))
+    inner = inner or any(t.data_type == NARROW for body in _bodies(graph.node) for t in body.initializer)
     if not names and not inner and not any(v.type.tensor_type.elem_type == NARROW for v in ends):
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
     del graph.value_info[:]
-    for value in [*graph.input, *graph.output]:
+    bodies = list(_bodies(graph.node))
+    for value in [*graph.input, *graph.output, *(v for body in bodies for v in body.output)]:
         if value.type.tensor_type.elem_type == NARROW:
             value.type.tensor_type.elem_type = WIDE
     casts = [onnx.helper.make_node("Cast", [n], [f"{n}/wide"], name=f"{n}/widen", to=WIDE) for n in sorted(names)]
-    for node in _nodes(graph.node):
+    for node in nodes_within(graph.node):
         for i, name in enumerate(node.input):
             if name in names:
                 node.input[i] = f"{name}/wide"
@@ -40,9 +42,9 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
             if attribute.name in ("to", "dtype", "output_datatype") and attribute.i == NARROW:
                 attribute.i = WIDE
             for tensor in _tensors(attribute):
-                if tensor.data_type == NARROW:
-                    wide = narrow_values(tensor).astype(np.float32)
-                    tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+                _widen_tensor(tensor)
+    for tensor in (t for body in bodies for t in body.initializer):
+        _widen_tensor(tensor)
     nodes = [*casts, *graph.node]
     made = {o for n in graph.node for o in n.output}
     nodes += [
@@ -56,18 +58,36 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def _widen_tensor(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type == NARROW:
+        wide = narrow_values(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+
+
 def narrow_values(tensor: onnx.TensorProto) -> NDArray[Any]:
     """Returns the values of a bfloat16 tensor that has its data in it."""
     raw = tensor.raw_data if tensor.HasField("raw_data") else np.asarray(tensor.int32_data, np.uint16).tobytes()
     return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(tuple(tensor.dims))
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yields nodes, and those in their branches."""
     for node in nodes:
         yield node
-        for attribute in node.attribute:
-            for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _nodes(graph.node)
+        for graph in bodies_of(node):
+            yield from nodes_within(graph.node)
+
+
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yields the branches of a node."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    return (body for node in nodes_within(nodes) for body in bodies_of(node))
 
 
 def _tensors(attribute: onnx.AttributeProto) -> list[onnx.TensorProto]:

@@ -86,13 +86,13 @@ class TwinRun(SegmentRun):
 
     def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
         """Measures the targets, then goes on as usual."""
-        aims = [self.aim(u) for g in groups for c in g.consumers for u in c.uses]
+        aims = [self.aim(u) for g in groups for c in g.consumers for u in c.measured]
         self.aware = self.targets([a for a in aims if a is not None], stop, first) if aims else {}
         super().segment(groups, stop, first)
 
     def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
         """Adds the moments with the targets, where every use has them."""
-        found = [self.aware.get(u.node.name) for u in consumer.uses]
+        found = [self.aware.get(u.node.name) for u in consumer.measured]
         pooled = found[0]
         for own in found[1:]:
             pooled = None if pooled is None or own is None else pooled.merge(own)

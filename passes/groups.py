@@ -32,11 +32,18 @@ class Consumer:
         uses: the frontend's records of the contractions (one weight, one or more nodes).
         owners: int64 [n], the block that each position of the contracted axis belongs to (-1: none, always kept).
         expert: the expert, where the weight holds those of several: this is its part, for the rows that are routed to it.
+        told: the uses whose inputs are measured, where those of the others are the same.
     """
 
     uses: tuple[Any, ...]
     owners: NDArray[np.int64]
     expert: int | None = None
+    told: tuple[Any, ...] = ()
+
+    @property
+    def measured(self) -> tuple[Any, ...]:
+        """The uses whose inputs are measured."""
+        return self.told or self.uses
 
     @property
     def width(self) -> int:
@@ -98,7 +105,7 @@ class ChannelGroup:
     def taps(self) -> tuple[tuple[Any, int], ...]:
         """Each of ``readings`` with the expert whose rows count, -1 for all rows."""
         whole = tuple((operand, -1) for operand in self.operands)
-        return (*((u, -1 if c.expert is None else c.expert) for c in self.consumers for u in c.uses), *whole)
+        return (*((u, -1 if c.expert is None else c.expert) for c in self.consumers for u in c.measured), *whole)
 
     def cut(self, blocks: Sequence[int]) -> dict[int, Cut]:
         """Returns what ``Rewriter.cut`` is to keep of the group's factor when ``blocks`` stay."""

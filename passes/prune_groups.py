@@ -521,7 +521,7 @@ class SegmentRun:
         """Pools the moments of a consumer's uses and lays its weight out as [n, m]."""
         use = consumer.uses[0]
         pooled = None
-        for u in consumer.uses:
+        for u in consumer.measured:
             own = moments[u.activation.name, u.activation_axis, -1 if consumer.expert is None else consumer.expert]
             pooled = own if pooled is None else pooled.merge(own)
         assert pooled is not None

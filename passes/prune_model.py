@@ -98,7 +98,7 @@ class PruneResult:
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
         """The pruned model as an ONNX proto, with all its weights in memory; made when it is first asked for."""
-        return completed(*self.pruned.light())
+        return completed(*self.pruned.as_written())
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the model, whole or not at all, with GenAI's configuration where the input has one beside it.
@@ -112,7 +112,7 @@ class PruneResult:
         if source:
             self._check_data(path, Path(source))
         # Whoever has asked for the proto may have changed it.
-        parts = lightened(self.model) if "model" in vars(self) else self.pruned.light()
+        parts = lightened(self.model) if "model" in vars(self) else self.pruned.as_written()
         try:
             write_model(*parts, path)
         except OSError as err:
@@ -412,7 +412,7 @@ def prune(
     gaps = [c["calibration_gap"] for g in report["groups"] for c in g.get("repairs", ())]
     known = [gap for gap in gaps if gap is not None]
     report["calibration"]["gap"] = sum(known) / len(known) if known else None
-    report["cache_shapes"] = state.model.resized_shapes(state.model.light()[0])
+    report["cache_shapes"] = state.model.resized_shapes(state.model.as_written()[0])
     report["before"]["flops"] = flops
     report["after"] = {**_sizes(state.model), "flops": _flops(state, target)}
     verification = state.facts["verification"]

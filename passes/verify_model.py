@@ -6,7 +6,9 @@
    (removing an input and multiplying it by zero are the same): the cut itself lost and moved nothing. This is the oracle
    of the design, run on the user's model at every use. Where it fails, the model's own rounding decides: a model that was
    hurt badly may magnify the rounding of its weights beyond the tolerance (``compare.allowed_difference``).
-3. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
+3. Where it was a merged decoder, which is flat until it is written: folded again it meets 1, and each branch gives what the
+   flat graph gives.
+4. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,8 @@ from liar_opt.frontend.onnx_activations import live_bytes
 from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import GraphWalk, walk
+from liar_opt.frontend.weight_files import without_data
+from liar_opt.frontend.widen_graph import widen
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
@@ -63,8 +67,7 @@ class VerifyModelPass(Pass[None]):
             ModelError: the model's outputs are not the same twice, or the data does not fit it.
         """
         dense: Stored = state.facts["dense"]
-        caches = {name for cache in state.analysed().caches.values() for name in (cache.past, cache.present)}
-        resized = {name: axes for name, axes in state.model.resized.items() if name in caches}
+        resized = {name: axes for name, axes in state.model.resized.items() if name in state.analysed().spared}
         _check_interface(dense.proto, state.model.light()[0], resized)
         ends = state.facts.get("ends", {})
         _check_format(dense, state.model)
@@ -102,7 +105,10 @@ class VerifyModelPass(Pass[None]):
             facts["rounding"] = rounding
             del nudged
         facts["exact_dtype"] = precision
-        del masked, reference, ours, theirs
+        del masked, reference, theirs
+        if state.model.merged is not None:
+            facts["folded_difference"] = _check_folded(state, cut_arrays(small, ends), ours, precision)
+        del ours
         known: Later[Session] | None = state.facts.get("dense session")
         original = known.result() if known is not None else load_dense(state)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
@@ -120,6 +126,40 @@ class VerifyModelPass(Pass[None]):
         state.facts["verification"] = facts
         state.facts["sessions"] = (original, pruned)
         return PassResult(state)
+
+
+def _check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], precision: str) -> float:
+    """Checks a merged decoder against its flat graph, branch by branch; returns the largest difference.
+
+    Args:
+        state: has the flat model.
+        feeds: inputs of the flat graph.
+        flat: what it gave.
+        precision: of the comparison.
+
+    Raises:
+        CheckError: the interface is another, it is no valid model, or a branch gives something else.
+    """
+    model, merged = state.model, state.model.merged
+    assert merged is not None
+    proto, arrays = model.as_written()
+    _check_interface(merged.shell, proto, merged.sizes(model.resized))
+    error = _checker_error(without_data(proto))
+    if error is not None:
+        raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(error).split())[:300]}") from error
+    session = _load((widen(proto).SerializeToString(), arrays), state.device, "the pruned model", state.memory.tight)
+    worst = 0.0
+    for branch in (merged.first, merged.second):
+        chosen = {**feeds, **merged.feeds(branch, flat)}
+        names = {
+            output: name
+            for output, name in zip(merged.shell.graph.node[0].output, branch.outputs, strict=True)
+            if name is not None and name in flat
+        }
+        ours = session.run(chosen, list(names), arrays=True)
+        theirs = {output: flat[name] for output, name in names.items()}
+        worst = max(worst, require_close(ours, theirs, precision, f"{branch.attribute} against the flat graph"))
+    return worst
 
 
 def masked_reference(dense: Stored, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> OnnxModel:

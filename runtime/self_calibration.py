@@ -22,7 +22,7 @@ from liar_opt.runtime.calibration_data import CalibrationData, check_options, lo
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.packing import packed_rows
 from liar_opt.runtime.sessions import Session
-from liar_opt.runtime.signatures import InputSpec, Signature, names
+from liar_opt.runtime.signatures import InputSpec, Signature, name_from_layer, names
 from liar_opt.runtime.text_tokenizer import load_tokenizer
 
 SELF = "self"
@@ -125,16 +125,11 @@ class Writer:
 
 def _pairs(past: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
     """New values by the name of the cache: by name (`past_key_values.0.key`, `present.0.key`), else in order."""
-    ends = {name: _tail(name) for name in outputs}
-    by_name = {cache: [name for name, end in ends.items() if end == _tail(cache)] for cache in past}
+    ends = {name: name_from_layer(name) for name in outputs}
+    by_name = {cache: [name for name, end in ends.items() if end == name_from_layer(cache)] for cache in past}
     if all(len(found) == 1 for found in by_name.values()):
         return {cache: found[0] for cache, found in by_name.items()}
     return dict(zip(past, outputs, strict=True)) if len(past) == len(outputs) else {}
-
-
-def _tail(name: str) -> str:
-    """A cache's name from its layer's number on."""
-    return name[next((i for i, letter in enumerate(name) if letter.isdigit()), 0) :]
 
 
 def draw(scores: NDArray[Any], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -20,13 +20,14 @@ from liar_opt.runtime.errors import OptionError
 
 Array = NDArray[Any]
 TEXT_ROLES = ("ids", "mask", "type", "position")
-STATE_ROLES = ("past", "lengths", "total", "cache_position", "last", "decoder_ids", "decoder_mask")
+STATE_ROLES = ("past", "lengths", "total", "cache_position", "last", "branch", "decoder_ids", "decoder_mask")
 """Inputs that are made where they are not given.
 
 "past": a key or value cache of self-attention, [b, heads, p, width], [b, p, heads, width] or [2, b, heads, p, width];
 "lengths": the tokens of each sample, less one, [b] or [b, 1]; "total": those of the longest sample;
 "cache_position": places of the new tokens in the cache, [s]; "last": how many positions give logits (0 = all);
-"decoder_ids", "decoder_mask": what an encoder-decoder has written so far, [b, s].
+"branch": whether a merged decoder takes the branch that reads its cache (no); "decoder_ids", "decoder_mask": what an
+encoder-decoder has written so far, [b, s].
 """
 
 _MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
@@ -35,6 +36,7 @@ _STATE_NAMES = {
     "total": r"total_seq(uence)?_len(gth)?",
     "cache_position": r"cache_positions?",
     "last": r"(num_)?logits_to_keep",
+    "branch": r"use_cache_branch",
     "decoder_ids": r"decoder_input_ids",
     "decoder_mask": r"decoder_(attention|padding)_mask",
 }
@@ -101,7 +103,7 @@ class Signature:
             for spec in inputs
             if not spec.shape
             or (spec.shape[0] == 1 and leading != {1} and roles.get(spec.name) != "past")
-            or roles.get(spec.name) in ("cache_position", "total", "last")
+            or roles.get(spec.name) in ("cache_position", "total", "last", "branch")
         )
         batched = {name: spec for name, spec in specs.items() if roles.get(name) != "past" or len(spec.shape) == 4}
         static = {size: name for name, size in _leading_ints(batched, shared)}
@@ -277,7 +279,7 @@ def _state(role: str, spec: InputSpec, real: NDArray[np.bool_], ids: Array | Non
         return np.full((1,) * rank, cached + length)
     if role == "cache_position":
         return cached + np.arange(length)
-    if role == "last":
+    if role in ("last", "branch"):
         return np.zeros((1,) * rank, dtype=np.int64)
     if role == "decoder_ids":
         # the text itself, one token later: position t is to say token t
@@ -289,6 +291,11 @@ def _state(role: str, spec: InputSpec, real: NDArray[np.bool_], ids: Array | Non
     padded_left = not real[:, 0].all()
     counted = np.maximum(np.cumsum(real, axis=1) - 1, 0) if padded_left else np.tile(np.arange(length), (batch, 1))
     return cached + counted
+
+
+def name_from_layer(name: str) -> str:
+    """A cache's name from its layer's number on: the same before a run (`past_key_values.0.key`) and behind it."""
+    return name[next((i for i, letter in enumerate(name) if letter.isdigit()), 0) :]
 
 
 def names(given: Iterable[object]) -> str:

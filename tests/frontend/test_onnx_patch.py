@@ -73,3 +73,19 @@ def test_every_use_of_a_shared_weight_and_nobody_else() -> None:
         u = MatMul(x, w)  h = Relu(u)  a = MatMul(h, v)  t = MatMul(a, w)  k = Relu(t)  y = MatMul(k, v) }"""
     _, after = patched(text, {"w": w, "v": v}, {"x": x}, lambda old: 2.0 * old, np.zeros(6))
     np.testing.assert_allclose(after, relu(2.0 * relu(x @ w) @ v @ w) @ (2.0 * v), rtol=1e-3, atol=1e-3)
+
+
+def test_uses_that_the_outputs_do_not_need_are_left() -> None:
+    """An extract holds what its outputs need: of two branches of one weight, perhaps one."""
+    w, v = (RNG.standard_normal(s).astype(np.float32) for s in ((6, 7), (7, 4)))
+    text = """f (float[n, 6] x, float[n, 6] z) => (float[n, 4] y, float[n, 4] t) {
+        u = MatMul(x, w)  h = Relu(u)  y = MatMul(h, v)  o = MatMul(z, w)  k = Relu(o)  t = MatMul(k, v) }"""
+    model, walk, found = graphs.analyse(graphs.parse(text, {"w": w, "v": v}))
+    (consumer,) = found.groups[0].consumers
+    x = RNG.standard_normal((3, 6)).astype(np.float32)
+    for name, factor in (("y", 2.0), ("t", 2.0), ("h", 1.0)):
+        segment = extract(walk, 0, len(model.graph.nodes), [name], {})
+        patch_consumer(segment, consumer.uses, 2.0 * v, np.zeros(4))
+        session = Session(segment.serialise(), weights=segment.weights)
+        (value,) = session.run({"x": x, "z": x}, arrays=True).values()
+        np.testing.assert_allclose(value, relu(x @ w) if name == "h" else factor * relu(x @ w) @ v, rtol=1e-4, atol=1e-4)

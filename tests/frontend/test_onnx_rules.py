@@ -375,13 +375,15 @@ def test_a_window_longer_than_a_fixed_axis_is_refused() -> None:
 
 
 def test_a_model_inside_branches_is_said_to_be_there() -> None:
-    """Merged decoders hold the model with and without its cache as the two branches of an If."""
+    """Two models of one set of weights, neither of which has a cache, are no merged decoder."""
     branch = "{0} () => (float[b, s, 7] {0}y) {{ {0}u = MatMul(x, w1)  {0}h = Relu({0}u)  {0}y = MatMul({0}h, w2) }}"
     text = f"""f (float[b, s, 6] x, bool c) => (float[b, s, 7] y) {{
         y = If (c) <then_branch = {branch.format("t")}, else_branch = {branch.format("e")}> }}"""
     proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7)})
     assert graphs.sizes(proto) == []
-    assert "4 products with weights inside the branches of If are left alone: a merged decoder" in graphs.reasons(proto)
+    assert "4 products with weights inside the branches of If are left alone: only a merged decoder" in graphs.reasons(
+        proto
+    )
 
 
 def test_einsum_that_keeps_the_output_letter_in_both_terms_is_no_consumer() -> None:

@@ -31,6 +31,7 @@ def read(*specs: InputSpec) -> Signature:
         ("cache_position", ("s",), "int64", "cache_position"),
         ("decoder_input_ids", ("b", "t"), "int64", "decoder_ids"),
         ("decoder_attention_mask", ("b", "t"), "int64", "decoder_mask"),
+        ("use_cache_branch", (1,), "bool", "branch"),
         ("position_ids", ("b", "s"), "int64", "position"),
         ("pixel_values", ("b", 3, 8, 8), "float32", None),
     ],
@@ -99,3 +100,13 @@ def test_positions_count_from_the_first_real_token(left: bool) -> None:
     real: Any = np.array([[True, True, True], [False, False, True] if left else [True, False, False]])
     positions = signature.feed(np.ones((2, 3), np.int64), real)["position_ids"]
     assert positions.tolist() == [[0, 1, 2], [0, 0, 0] if left else [0, 1, 2]]
+
+
+def test_a_merged_decoder_runs_without_its_cache() -> None:
+    signature = read(
+        spec("input_ids"), spec("past.0.key", ("b", 3, "p", 8), "float32"), spec("use_cache_branch", (1,), "bool")
+    )
+    feed = signature.feed(np.array([[7, 8], [9, 3]]), np.ones((2, 2), np.bool_))
+    assert feed["use_cache_branch"].tolist() == [False]
+    assert feed["use_cache_branch"].dtype == np.bool_
+    assert feed["past.0.key"].shape == (2, 3, 0, 8)

@@ -1,7 +1,7 @@
 """Check that graphs of other exporters than torch's own are found and cut exactly.
 
     python tools/dev/check_exporters.py                       # some minutes, most of them for pip
-    python tools/dev/check_exporters.py --frameworks flax
+    python tools/dev/check_exporters.py --frameworks optimum --models T5 Whisper
 
 `elsewhere_exports.py` exports small seeded models in a virtual environment of each framework, which is made with pip under
 `--venvs` where it is missing. Half of each graph is removed here, without repair, and the outputs are compared with those
@@ -58,6 +58,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="check graphs of other frameworks")
     parser.add_argument("--frameworks", choices=tuple(ENVIRONMENTS), nargs="+", default=list(ENVIRONMENTS))
+    parser.add_argument("--models", nargs="+", default=[], help="export these alone")
     parser.add_argument("--venvs", type=Path, default=cache_folder() / "frameworks", help="folder of virtual environments")
     options = parser.parse_args()
     rows, good = [], True
@@ -66,7 +67,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "log"
             with log.open("w", encoding="utf-8") as out:
-                command = [str(python), str(SCRIPT), framework, folder]
+                command = [str(python), str(SCRIPT), framework, folder, *options.models]
                 code = subprocess.run(command, cwd=folder, stdout=out, stderr=out).returncode
             if code:
                 say(log.read_text(encoding="utf-8", errors="replace")[-2000:])

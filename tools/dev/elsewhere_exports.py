@@ -1,6 +1,6 @@
 """Export small transformers that are not torch's, in an environment of their framework's own.
 
-    python tools/dev/elsewhere_exports.py FRAMEWORK FOLDER        # started by check_exporters.py
+    python tools/dev/elsewhere_exports.py FRAMEWORK FOLDER [MODEL ..]        # started by check_exporters.py
 
 Frameworks: `optimum` (transformers, through Hugging Face's optimum-onnx), `keras` (Keras 3 on TensorFlow and KerasHub,
 through tf2onnx), `flax` (Flax NNX, through jax2onnx) and `paddle` (PaddlePaddle, through paddle2onnx). Each model gets
@@ -39,6 +39,11 @@ PAIR: dict[str, Any] = {
     **{"vocab_size": WORDS, "d_model": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS},
     **{"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": FFN, "decoder_ffn_dim": FFN},
     **{"max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2},
+}
+SPEECH: dict[str, Any] = {
+    **{k: v for k, v in PAIR.items() if k != "max_position_embeddings"},
+    **{"num_mel_bins": 16, "max_target_positions": 64, "bos_token_id": 1, "suppress_tokens": None},
+    **{"begin_suppress_tokens": None},
 }
 T5: dict[str, Any] = {
     **{
@@ -106,6 +111,7 @@ OPTIMUM: dict[str, tuple[str, str, dict[str, Any]]] = {
     "T5": ("T5ForConditionalGeneration", ANSWER, T5),
     "BART": ("BartForConditionalGeneration", ANSWER, PAIR),
     "Marian": ("MarianMTModel", ANSWER, PAIR),
+    "Whisper": ("WhisperForConditionalGeneration", "automatic-speech-recognition-with-past", SPEECH),
     "ViT": ("ViTForImageClassification", SEE, IMAGE),
     "BEiT": ("BeitForImageClassification", SEE, IMAGE),
     "Swin": ("SwinForImageClassification", SEE, WINDOWS),
@@ -121,7 +127,7 @@ OPTIMUM: dict[str, tuple[str, str, dict[str, Any]]] = {
     "HuBERT": ("HubertModel", EMBED, SOUND),
     "WavLM": ("WavLMModel", EMBED, SOUND),
 }
-"""Class, task, configuration; merged decoders, which hold their model inside an If, are left out."""
+"""Class, task, configuration."""
 
 
 def optimum_models() -> Exports:
@@ -138,9 +144,9 @@ def optimum_models() -> Exports:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(f"{folder}/checkpoint")
             export(f"{folder}/checkpoint", output=f"{folder}/onnx", task=task, do_validation=False)
-            files = [f for f in sorted(Path(folder, "onnx").glob("*.onnx")) if "merged" not in f.name]
+            files = sorted(Path(folder, "onnx").glob("*.onnx"))
             for file in files:
-                part = file.stem.removesuffix("_model").replace("_", " ")
+                part = file.stem.replace("_model", "").replace("_", " ")
                 shutil.move(file, path if len(files) == 1 else path.with_name(f"{path.stem}, {part}.onnx"))
 
     for name, (kind, task, fields) in OPTIMUM.items():
@@ -388,8 +394,10 @@ FRAMEWORKS: Mapping[str, Callable[[], Exports]] = {
 
 def main() -> int:
     """The command."""
-    framework, folder = sys.argv[1], Path(sys.argv[2])
+    framework, folder, only = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     for name, export in FRAMEWORKS[framework]():
+        if only and name not in only:
+            continue
         path = folder / f"{name}.onnx"
         try:
             export(path)
