@@ -45,6 +45,7 @@ def a_task(folder: Path, higher: bool = True) -> Task:
             graph=lambda kind: folder / "dense.onnx",
             score=lambda path: float(path.read_text()),
             removed=lambda path, graph: 0.5,
+            beside=lambda path: {"agreement": 0.75},
         ),
     )
 
@@ -107,7 +108,7 @@ def a_cell(score: float, seconds: float, **more: Any) -> dict[str, Any]:
 def test_the_table_says_where_liar_opt_is_not_first_and_who_is_faster(tmp_path: Path) -> None:
     cells: dict[tuple[str, float], Any] = {
         ("liar-opt", 0.2): a_cell(0.9, 10.0, busy=1.0),
-        ("liar-opt", 0.5): a_cell(0.8, 10.0, removed=0.5, latency=[2.0, 1.0]),
+        ("liar-opt", 0.5): a_cell(0.8, 10.0, removed=0.5, latency=[2.0, 1.0], beside={"agreement": 0.75}),
         ("osscar", 0.2): a_cell(0.85, 5.0),
         ("osscar", 0.5): a_cell(0.79, 5.0, removed=0.5),
         ("flap", 0.5): a_cell(0.99, 1.0, removed=0.4),  # it took less than was asked: no rival
@@ -124,6 +125,7 @@ def test_the_table_says_where_liar_opt_is_not_first_and_who_is_faster(tmp_path: 
     assert "| Torch-Pruning, group L2 | **0.95** |  |" in text
     assert "- qonnx PruneChannels: no rule for MatMul" in text
     assert "- Kwon et al.: needs the loss of a labelled task" in text and "- liar-opt, same widths" in text
+    assert "at 50 %:\n\n| tool | score | agreement |" in text and "| liar-opt | 0.80 | 0.7500 |" in text
     cells["liar-opt", 0.5]["busy"] = 1.0
     assert "~10.0 s" in task_table(task, cells, (0.2, 0.5))
 

@@ -138,7 +138,8 @@ def make_cell(peer: Peer, task: Task, ratio: float, options: argparse.Namespace)
         except PeerError as err:
             return {"error": str(err)}
     pruned = folder / "pruned.onnx"
-    return {**found, "score": task.score(pruned), "removed": task.removed(pruned, peer.graph)}
+    scored = {"score": task.score(pruned), "removed": task.removed(pruned, peer.graph)}
+    return {**found, **scored, "beside": task.beside(pruned)}
 
 
 # The table -------------------------------------------------------------------------------------------------------------
@@ -211,8 +212,19 @@ def task_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]],
     head = ["tool", *(f"{task.metric} at {100 * r:.0f} %" for r in ratios), "removed, %", "seconds", "peak memory"]
     text = table([*head, "dense / pruned, latency", "what it leaves"], rows)
     text += "\n" + "\n".join(f"- {line}" for line in verdicts(task, cells, ratios)) + "\n"
-    text += "\nSettings:\n\n" + "\n".join(settings) + "\n"
+    text += beside_table(task, cells, max(ratios)) + "\nSettings:\n\n" + "\n".join(settings) + "\n"
     return text + ("\nNot run:\n\n" + "\n".join(failures) + "\n" if failures else "")
+
+
+def beside_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]], ratio: float) -> str:
+    """What else was measured at one ratio, tool by tool; nothing where there is nothing."""
+    found = {peer.label: cells.get((peer.name, ratio), {}) for peer in PEERS.values()}
+    found = {label: cell for label, cell in found.items() if cell.get("beside")}
+    if not found:
+        return ""
+    names = list(next(iter(found.values()))["beside"])
+    rows = [[n, f"{c['score']:.{task.digits}f}", *(f"{c['beside'][k]:.4f}" for k in names)] for n, c in found.items()]
+    return f"\nBeside the dense model, at {100 * ratio:.0f} %:\n\n{table(['tool', task.metric, *names], rows)}"
 
 
 def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namespace) -> str:

@@ -20,6 +20,7 @@ from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import vocabulary
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.metrics import accuracy, divergences
 from liar_opt.runtime.sessions import Session
 from liar_opt.tools.demo_assets import export_minilm, minilm_folder, sentences, split
 from liar_opt.tools.dev import sentiment
@@ -65,6 +66,10 @@ class Task:
     def score(self, pruned: Path) -> float:
         """Of a pruned (or the dense) model."""
         raise NotImplementedError
+
+    def beside(self, pruned: Path) -> dict[str, float]:
+        """What else is measured of a model, by name: nothing."""
+        return {}
 
     def our_data(self) -> list[str]:
         """The arguments with which liar-opt reads the calibration data."""
@@ -180,12 +185,26 @@ class Classifier(Encoder):
 
     def score(self, pruned: Path) -> float:
         """Share of right classes."""
-        session, ids = Session(pruned.read_bytes()), sentiment.token_ids([s.sentence for s in self.test], self.checkpoint)
-        labels, right = np.array([sample.label for sample in self.test]), 0
+        labels = np.array([sample.label for sample in self.test])
+        return accuracy(self.logits(pruned).argmax(1), labels)
+
+    def beside(self, pruned: Path) -> dict[str, float]:
+        """Agreement with the dense model, and the divergence of the probabilities from its."""
+        dense, found = self.logits(self.model), self.logits(pruned)
+        return {
+            "agreement": accuracy(found.argmax(1), dense.argmax(1)),
+            "divergence": float(divergences(dense, found).mean()),
+        }
+
+    @functools.lru_cache(maxsize=3)  # noqa: B019 - there is one task
+    def logits(self, path: Path) -> NDArray[np.float32]:
+        """Of the test part, [n, 2]."""
+        session, ids = Session(path.read_bytes()), sentiment.token_ids([s.sentence for s in self.test], self.checkpoint)
+        found = np.empty((len(ids), len(sentiment.LABELS)), np.float32)
         for rows in sentiment.batches(ids, None):
-            logits = session.run(sentiment.padded([ids[row] for row in rows]), ["logits"], arrays=True)["logits"]
-            right += int((logits.argmax(-1) == labels[rows]).sum())
-        return right / len(labels)
+            feeds = sentiment.padded([ids[row] for row in rows])
+            found[rows] = session.run(feeds, ["logits"], arrays=True)["logits"]
+        return found
 
 
 class MiniLM(Encoder):
