@@ -218,12 +218,12 @@ def task_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]],
 
 def beside_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]], ratio: float) -> str:
     """What else was measured at one ratio, tool by tool; nothing where there is nothing."""
-    found = {peer.label: cells.get((peer.name, ratio), {}) for peer in PEERS.values()}
-    found = {label: cell for label, cell in found.items() if cell.get("beside")}
+    found = [(peer.label, cells.get((peer.name, ratio), {})) for peer in PEERS.values()]
+    found = [(label, cell) for label, cell in found if cell.get("beside")]
     if not found:
         return ""
-    names = list(next(iter(found.values()))["beside"])
-    rows = [[n, f"{c['score']:.{task.digits}f}", *(f"{c['beside'][k]:.4f}" for k in names)] for n, c in found.items()]
+    names = list(found[0][1]["beside"])
+    rows = [[n, f"{c['score']:.{task.digits}f}", *(f"{c['beside'][k]:.4f}" for k in names)] for n, c in found]
     return f"\nBeside the dense model, at {100 * ratio:.0f} %:\n\n{table(['tool', task.metric, *names], rows)}"
 
 
