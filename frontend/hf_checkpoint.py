@@ -27,6 +27,8 @@ EXAMPLE_SAMPLES, EXAMPLE_FRAMES = 16_000, 128
 EXAMPLE_PIXELS = 224
 FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
 """Fields that say how many features a frame of sound has."""
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+"""Fields that say how many heads have keys and values of their own; code divides by them where no weight depends on them."""
 MOST_TOGETHER = 3
 """Fields changed together where the fewer do not bring the shapes nearer."""
 BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -246,7 +248,21 @@ def express(
         if better is None:
             return None
         missing, chosen = better
-    return chosen
+    return (*chosen, *_divisors(module, chosen, candidates, wanted))
+
+
+def _divisors(
+    module: torch.nn.Module, chosen: Sequence[FieldChange], candidates: Iterable[FieldChange], wanted: Shapes
+) -> list[FieldChange]:
+    """Returns the changes of `KEY_VALUE_HEADS` that were as many as the heads and stay so (latent attention: DeepSeek)."""
+    said = {(c.path, c.name) for c in chosen}
+    alike = {(c.path, c.before, c.after) for c in chosen}
+    found = [
+        c
+        for c in candidates
+        if c.name in KEY_VALUE_HEADS and (c.path, c.name) not in said and (c.path, c.before, c.after) in alike
+    ]
+    return [c for c in found if _missing(module, (*chosen, c), wanted) == 0]
 
 
 def _candidates(

@@ -26,10 +26,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # What the configuration says for each architecture: the fields that change for a narrower FFN and fewer heads.
 FIELDS = {
     "bart": {"encoder_ffn_dim", "decoder_ffn_dim"},
+    "deepseek-v3": {"intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "dinov2": {"head_dim", "num_attention_heads"},  # its FFN is an integer multiple of the stream's width
     "gemma3": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "gpt2": {"n_inner"},
     "llama": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
+    "mamba": {"intermediate_size", "time_step_rank"},
     "mixtral": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "phi3": {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"},
     "t5": {"d_ff", "num_heads"},

@@ -88,6 +88,27 @@ MODELS = {
     ),
     "deit": Model("DeiTModel", IMAGE, "image"),
     "dinov2": Model("Dinov2Model", _without(IMAGE, "intermediate_size", mlp_ratio=2), "image"),
+    "deepseek-v3": Model(
+        "DeepseekV3ForCausalLM",
+        {
+            **TEXT,
+            **SPECIAL,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 14,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 10,
+            "moe_intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+        groups={"ffn": 3, "heads": 2},
+    ),
     "distilbert": Model(
         "DistilBertModel",
         {"vocab_size": VOCABULARY, "dim": 60, "n_layers": 2, "n_heads": 5, "hidden_dim": 88, "max_position_embeddings": 64},
@@ -101,6 +122,14 @@ MODELS = {
         ),
     ),
     "flaubert": Model("FlaubertModel", {"vocab_size": VOCABULARY, "emb_dim": 60, "n_layers": 2, "n_heads": 5, **SPECIAL}),
+    "funnel": Model(
+        "FunnelModel",
+        {
+            **_without(TEXT, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            **{"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 60, "n_head": 5, "d_head": 12, "d_inner": 88},
+        },
+        groups={"ffn": 3, "heads": 3},
+    ),
     "gemma": Model("GemmaForCausalLM", GROUPED),
     "gemma2": Model("Gemma2ForCausalLM", {**GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 10}),
     "gemma3": Model("Gemma3ForCausalLM", {**GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 10}),
@@ -123,6 +152,15 @@ MODELS = {
     "gpt2": Model("GPT2LMHeadModel", GPT),
     "gptj": Model("GPTJForCausalLM", {**GPT, "rotary_dim": 4}),
     "llama": Model("LlamaForCausalLM", GROUPED),
+    "mamba": Model(
+        "MambaForCausalLM",
+        {
+            **SPECIAL,
+            **{"vocab_size": VOCABULARY, "hidden_size": 60, "num_hidden_layers": 1, "state_size": 6, "time_step_rank": 8},
+            **{"intermediate_size": 88, "conv_kernel": 3},
+        },
+        groups={"ffn": 2},  # the inner width, and the rank of the time steps
+    ),
     "mistral": Model("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
     "mixtral": Model("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
     "modernbert": Model("ModernBertModel", {**TEXT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}),
