@@ -30,6 +30,7 @@ from liar_opt.frontend.fx_module import (
     lower,
     precision,
     to_torch,
+    token_lengths,
     trace,
 )
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
@@ -43,6 +44,7 @@ from liar_opt.frontend.hf_checkpoint import (
     inexpressible,
     is_stock,
     load_module,
+    runs,
     save_checkpoint,
     without_cache,
 )
@@ -701,9 +703,7 @@ def _load(
     module.eval()
     try:
         with without_cache(module):
-            feeds = _example(module, calibration, example)
-            with experts_by_lookup(module):
-                program = trace(module, feeds)
+            feeds, program = _traced(module, calibration, example)
             lowered = lower(program, module, folder)
             names = _output_names(module, feeds, lowered)
     finally:
@@ -720,8 +720,39 @@ def _load(
     return state
 
 
-def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+def _traced(
+    module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None
+) -> tuple[dict[str, torch.Tensor], ExportedProgram]:
+    """Returns a batch and the module traced with it: token lengths free, or else as they are given.
+
+    They may have to fit what else the module reads: the patches of an image, the samples of sound.
+
+    Raises:
+        ModelError: ``torch.export`` refuses it both ways; this is what it said first.
+    """
+    refused = None
+    with experts_by_lookup(module):
+        feeds = _example(module, calibration, example)
+        if runs(module, feeds):
+            try:
+                return feeds, trace(module, feeds)
+            except ModelError as err:
+                refused = err
+        feeds = _example(module, calibration, example, free=False)
+        if refused is not None and not token_lengths(feeds):
+            raise refused
+        try:
+            return feeds, trace(module, feeds, free=False)
+        except ModelError as err:
+            raise (refused or err) from (refused or err).__cause__
+
+
+def _example(
+    module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None, free: bool = True
+) -> dict[str, torch.Tensor]:
     """Returns a batch to trace: what the user gave, the first batch of the calibration data, or what a config says.
+
+    With ``free`` its token axes are cut to short lengths that no weight has.
 
     Raises:
         OptionError: nothing says what the module's inputs are.
@@ -740,8 +771,8 @@ def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, An
         batch = example_inputs(module)
     if batch is None:
         raise OptionError(
-            f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each "
-            "(an .npz file, or a folder of .npy files), or example={'name of an argument': tensor}"
+            f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each of "
+            f"{_arguments(module)} (an .npz file, or a folder of .npy files), or example={{'name of an argument': tensor}}"
         )
     accepted = inspect_signature(module.forward).parameters
     named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
@@ -750,7 +781,15 @@ def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, An
             f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "
             f"{', '.join(accepted)}"
         )
-    return example_from(named, taken, device)
+    return example_from(named, taken, device, free)
+
+
+def _arguments(module: torch.nn.Module) -> str:
+    """Returns what the forward of a module needs, or, where all has defaults, takes: for a message."""
+    known = list(inspect_signature(module.forward).parameters.values())
+    needed = [p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    taken = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in LABELS]
+    return ", ".join(needed or taken[:6]) or "its arguments"
 
 
 def _output_names(module: torch.nn.Module, arguments: Mapping[str, Any], model: FxModel) -> dict[str, str]:

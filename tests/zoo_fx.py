@@ -55,7 +55,7 @@ class Model:
     Attributes:
         model: the class in transformers.
         config: arguments of its configuration.
-        inputs: "text", "seq2seq", "speech", "audio" or "image".
+        inputs: "text", "seq2seq", "speech", "audio", "image", "text+image" or "patches".
         groups: the channel groups that must be found, by kind.
         fields: the fields of the configuration that say the widths; None where it cannot say those of every kind.
     """
@@ -80,6 +80,12 @@ MODELS = {
         "BloomForCausalLM", _without(GPT, "n_embd", "n_positions", "n_inner", hidden_size=60), groups={"ffn": 2}
     ),
     "camembert": Model("CamembertModel", {**TEXT, "pad_token_id": 1}),
+    "clip": Model(
+        "CLIPModel",
+        {"text_config": {**TEXT, **SPECIAL, "eos_token_id": 99}, "vision_config": IMAGE, "projection_dim": 20},
+        "text+image",
+        {"ffn": 4, "heads": 4},
+    ),
     "clip-text": Model("CLIPTextModel", {**TEXT, **SPECIAL}),
     "clip-vision": Model("CLIPVisionModel", IMAGE, "image"),
     "cohere": Model("CohereForCausalLM", GROUPED),
@@ -173,6 +179,9 @@ MODELS = {
     "qwen3": Model("Qwen3ForCausalLM", GROUPED),
     "roberta": Model("RobertaModel", {**TEXT, "pad_token_id": 1}),
     "siglip-vision": Model("SiglipVisionModel", IMAGE, "image"),  # its pooler's MultiheadAttention cannot be narrower
+    "siglip2-vision": Model(
+        "Siglip2VisionModel", {**_without(IMAGE, "image_size"), "num_patches": 16, "vision_use_head": False}, "patches"
+    ),
     "smollm3": Model("SmolLM3ForCausalLM", GROUPED),
     "stablelm": Model("StableLmForCausalLM", {**TEXT, **SPECIAL, "num_key_value_heads": 5, "partial_rotary_factor": 0.5}),
     "starcoder2": Model("Starcoder2ForCausalLM", _without(GROUPED, "head_dim")),
@@ -246,8 +255,13 @@ def feeds(name: str, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 2
         }
     if kind == "audio":
         return {"input_values": rng.standard_normal((batch, 411)).astype(np.float32)}
-    size = config["image_size"]
-    return {"pixel_values": rng.standard_normal((batch, 3, size, size)).astype(np.float32)}
+    if kind == "patches":  # 16 of them, of which the image of the second sample has 12
+        result = {"pixel_attention_mask": np.ones((batch, 16), np.int64), "spatial_shapes": np.full((batch, 2), 4)}
+        result["pixel_attention_mask"][1, 12:], result["spatial_shapes"][1] = 0, (3, 4)
+        return {"pixel_values": rng.standard_normal((batch, 16, 48)).astype(np.float32), **result}
+    size = config.get("image_size") or config["vision_config"]["image_size"]
+    text = {"input_ids": ids(sequence), "attention_mask": np.ones((batch, sequence), np.int64)} if "+" in kind else {}
+    return {**text, "pixel_values": rng.standard_normal((batch, 3, size, size)).astype(np.float32)}
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
