@@ -433,10 +433,10 @@ def inexpressible(module: torch.nn.Module, kinds: Collection[str] = (), rest: bo
     """Returns the sentence for widths of kinds of groups (of all, if none is named) that a configuration cannot say."""
     config: Any = module.config
     names = ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size")
-    fields = ", ".join(k for k in names if hasattr(config, k)) or "none"
+    fields = ", ".join(k for k in names if any(hasattr(c, k) for c in _configs(config))) or "none"
     named = ["another number of heads" if k == "heads" else "another feed-forward width" for k in sorted(kinds)]
     what = " or ".join(named) or "these widths"
-    lacks = " has no field 'head_dim' and" if "heads" in kinds and not hasattr(config, "head_dim") else ""
+    lacks = " has no field 'head_dim' and" if "heads" in kinds and "head_dim" not in fields else ""
     other = (
         "" if len(kinds) != 1 or not rest else f", or prune what it can say ({'--ffn' if 'heads' in kinds else '--heads'})"
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature as inspect_signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx
@@ -107,6 +107,7 @@ class FindModuleGroupsPass(FindGroupsPass):
         found = find_groups(state.walk)
         rigid = [g for g in found.groups if _rigid(state.walk, g)]
         state.groups = tuple(g for g in found.groups if g not in rigid)
+        state.facts["poolers"] = tuple(g for g in found.poolers if not _rigid(state.walk, g))
         refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
         return PassResult(state, (), (*found.refusals, *refusals))
 
@@ -126,9 +127,18 @@ def _module(walk: FxWalk) -> torch.nn.Module:
     return walk.model.module
 
 
+class Sayable(NamedTuple):
+    """The names of the groups that a configuration cannot say, and the poolers whose width it says with that of others."""
+
+    unsaid: tuple[str, ...]
+    poolers: tuple[ChannelGroup, ...]
+
+
 @dataclass(frozen=True)
-class ExpressWidthsPass(Pass[tuple[str, ...]]):
+class ExpressWidthsPass(Pass[Sayable]):
     """Leave alone what the configuration of a transformers model has no field for.
+
+    Where one field says the width of a pooler and of other layers (SigLIP), the pooler is cut with them.
 
     Attributes:
         heads_asked: whether heads were asked for by name; then it is an error that there is no field.
@@ -150,26 +160,31 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
                 f"{type(module).__name__} is no model of transformers: it has no checkpoint; leave checkpoint out"
             )
 
-    def plan(self, state: State) -> tuple[str, ...]:
+    def plan(self, state: State) -> Sayable:
         """Returns the groups that the configuration cannot say: of a kind all, or those of some widths.
 
         Tried at the largest width below their own, and at the largest ones that stay in proportion (see `_proportional` of
         the allocation).
         """
         unsaid: list[str] = []
+        poolers: list[ChannelGroup] = []
         for kind in sorted({g.kind for g in state.groups}):
             groups = [g for g in state.groups if g.kind == kind]
             if _said(state, groups):
+                continue
+            alike = [replace(p, kind=kind) for p in state.facts["poolers"] if p.size in {g.size for g in groups}]
+            if kind == "ffn" and alike and _said(state, [*groups, *alike]):
+                poolers += alike
                 continue
             widths = sorted({g.size for g in groups})
             alone = {w for w in widths if len(widths) > 1 and _said(state, [g for g in groups if g.size == w])}
             some = [g for g in groups if g.size in alone]
             kept = alone if some and _said(state, some) else set()
             unsaid += [g.name for g in groups if g.size not in kept]
-        return tuple(unsaid)
+        return Sayable(tuple(unsaid), tuple(poolers))
 
-    def apply(self, state: State, plan: tuple[str, ...]) -> PassResult:
-        """Drops those groups.
+    def apply(self, state: State, plan: Sayable) -> PassResult:
+        """Drops those groups, and adds the poolers.
 
         Raises:
             OptionError: heads were asked for.
@@ -178,8 +193,8 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
         module = _fx(state).module
         assert module is not None
         refusals = []
-        dropped = [g for g in state.groups if g.name in plan]
-        left = tuple(g for g in state.groups if g.name not in plan)
+        dropped = [g for g in state.groups if g.name in plan.unsaid]
+        left = tuple(g for g in state.groups if g.name not in plan.unsaid)
         for kind in sorted({g.kind for g in dropped}):
             reason = inexpressible(module, (kind,))
             if kind == "heads" and self.heads_asked:
@@ -191,7 +206,12 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
             state.model.notes.append(f"{kind}{of} are left alone: {reason}")
         if state.groups and not left:
             raise ModelError(inexpressible(module, {g.kind for g in dropped}, rest=False))
-        state.groups = left
+        if plan.poolers:
+            named = ", ".join(f"'{g.name}'" for g in plan.poolers)
+            state.model.notes.append(
+                f"the pooler {named} is cut as well: one field says its width and that of other layers"
+            )
+        state.groups = tuple(sorted((*left, *plan.poolers), key=lambda g: (g.end, g.start)))
         return PassResult(state, (), tuple(refusals))
 
 

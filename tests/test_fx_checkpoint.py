@@ -35,6 +35,7 @@ FIELDS = {
     "mamba": {"intermediate_size", "time_step_rank"},
     "mixtral": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "phi3": {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"},
+    "siglip-vision": {"intermediate_size"},  # of its pooler too
     "t5": {"d_ff", "num_heads"},
     "whisper": {"encoder_ffn_dim", "decoder_ffn_dim"},
 }
