@@ -273,7 +273,7 @@ def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:dim], w.fresh(1), *axes[dim:]))
 
 
-@rule("cat", "concat", domain=DOMAIN)
+@rule("cat", "concat", "concatenate", domain=DOMAIN)
 def _cat(w: GraphWalk, node: gs.Node) -> None:
     given = [_axes(w, node, i) for i in range(len(node.inputs))]
     # torch lets a vector without elements stand for a tensor of any rank.
@@ -438,6 +438,8 @@ def _repeat_interleave(w: GraphWalk, node: gs.Node) -> None:
     inner = w.fresh(int(count))
     w.size_use(node, ("attribute", "repeats", -1), inner)
     axes[int(dim) % len(axes)] = w.algebra.merge([axes[int(dim) % len(axes)], inner])
+    if node.attrs.get("output_size") is not None:
+        w.size_use(node, ("attribute", "output_size", -1), axes[int(dim) % len(axes)])
     w.output(node, tuple(axes))
 
 

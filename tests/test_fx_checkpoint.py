@@ -33,6 +33,7 @@ FIELDS = {
     "gpt2": {"n_inner"},
     "llama": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "mamba": {"intermediate_size", "time_step_rank"},
+    "mamba2": {"expand", "n_groups", "num_heads"},
     "mixtral": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "phi3": {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"},
     "siglip-vision": {"intermediate_size"},  # of its pooler too

@@ -167,6 +167,15 @@ MODELS = {
         },
         groups={"ffn": 2},  # the inner width, and the rank of the time steps
     ),
+    "mamba2": Model(
+        "Mamba2ForCausalLM",
+        {
+            **SPECIAL,
+            **{"vocab_size": VOCABULARY, "hidden_size": 60, "num_hidden_layers": 1, "state_size": 6, "n_groups": 2},
+            **{"num_heads": 10, "head_dim": 12, "expand": 2, "chunk_size": 7, "conv_kernel": 3},
+        },
+        groups={"heads": 1},  # with the groups of states
+    ),
     "mistral": Model("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
     "mixtral": Model("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
     "modernbert": Model("ModernBertModel", {**TEXT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}),
