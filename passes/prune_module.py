@@ -827,14 +827,14 @@ def _output_names(module: torch.nn.Module, arguments: Mapping[str, Any], model: 
 
 
 def vocabulary(model: FxModel) -> int | None:
-    """Returns the number of rows of the table that token ids look up: the largest of those read by an input."""
+    """Returns how many token ids there are: rows of the shortest table that an input looks up, of the inputs the most."""
     inputs = {t.name for t in model.graph.inputs}
-    sizes = [
-        int(node.inputs[0].shape[0])
-        for node in model.graph.nodes
-        if node.op == "embedding" and is_constant(node.inputs[0]) and node.inputs[1].name in inputs
-    ]
-    return max(sizes, default=None)
+    rows: dict[str, int] = {}
+    for node in model.graph.nodes:
+        if node.op == "embedding" and is_constant(node.inputs[0]) and node.inputs[1].name in inputs:
+            size, name = int(node.inputs[0].shape[0]), node.inputs[1].name
+            rows[name] = min(size, rows.get(name, size))
+    return max(rows.values(), default=None)
 
 
 class _Runner:

@@ -17,7 +17,7 @@ from liar_opt.frontend.fx_onnx import export_onnx
 from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
-from liar_opt.passes.prune_module import ModuleResult
+from liar_opt.passes.prune_module import ModuleResult, vocabulary
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.sessions import Session
 
@@ -182,6 +182,24 @@ def test_a_module_that_cannot_be_traced_is_one_sentence(capfd: pytest.CaptureFix
     with pytest.raises(liar_opt.ModelError, match=r"torch\.export refuses Counting"):
         pruned(Counting(), [{"x": torch.ones(3, 2, 4, 4)}])
     assert capfd.readouterr() == ("", "")
+
+
+class TwoTables(nn.Module):
+    """Ids that two tables look up, of 23 and 17 rows, and kinds of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.kinds = nn.Embedding(23, 8), nn.Embedding(17, 8), nn.Embedding(2, 8)
+
+    def forward(self, tokens: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.first(tokens) + self.second(tokens) + self.kinds(kinds)
+        return result
+
+
+def test_every_table_has_a_row_for_every_token_id() -> None:
+    module = TwoTables()
+    feeds = {name: torch.zeros(3, 7, dtype=torch.int64) for name in ("tokens", "kinds")}
+    assert vocabulary(lower(trace(module, feeds), module)) == 17
 
 
 def test_what_is_as_long_as_the_tokens_is_cut_with_them() -> None:
