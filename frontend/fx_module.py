@@ -12,7 +12,10 @@ under the traced sizes and the expression behind them. :class:`Executor` runs th
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import logging
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -186,12 +189,13 @@ def analyse(model: FxModel, algebra: AxisAlgebra) -> FxWalk:
 # -- tracing ----------------------------------------------------------------------------------------------------------
 
 
-def trace(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> ExportedProgram:
-    """Exports a module in evaluation mode, the leading axis of every input and the second of token inputs symbolic.
+def trace(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor], free: bool = True) -> ExportedProgram:
+    """Exports a module in evaluation mode, the leading axis of every input and that of tokens symbolic.
 
     Args:
         module: the module; it is not changed.
         feeds: example inputs by argument name.
+        free: whether the lengths of token inputs, and the second axes that are as long, are symbolic.
 
     Returns:
         The program, in functional ATen operators.
@@ -201,13 +205,13 @@ def trace(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> Exporte
     """
     import torch
 
+    lengths = token_lengths(feeds) if free else set()
     shapes: dict[str, Any] = {}
     for name, value in feeds.items():
-        token = value.ndim == 2 and not value.is_floating_point()
+        token = value.ndim >= 2 and value.shape[1] in lengths
         shapes[name] = {axis: torch.export.Dim.AUTO for axis in range(min(value.ndim, 2 if token else 1))}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own habits
+        with torch.no_grad(), _quiet():
             program = torch.export.export(module, (), dict(feeds), dynamic_shapes=shapes, strict=False)
             result: ExportedProgram = program.run_decompositions({})
             return result
@@ -216,6 +220,19 @@ def trace(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> Exporte
             f"torch.export refuses {type(module).__name__}: {_reason(err)}; rewrite what cannot be traced, or export the "
             "module to ONNX by other means and give that file"
         ) from err
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from warning of its own habits, and from printing whole graphs where it gives up."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _reason(err: Exception) -> str:
@@ -234,32 +251,39 @@ def _reason(err: Exception) -> str:
     return f"{text[:300]}{where}"
 
 
-def example_from(batch: Mapping[str, Any], taken: Iterable[int], device: Any) -> dict[str, torch.Tensor]:
+def token_lengths(feeds: Mapping[str, torch.Tensor]) -> set[int]:
+    """Returns how long the token inputs are: integers, [b, s]."""
+    return {v.shape[1] for v in feeds.values() if v.ndim == 2 and not v.is_floating_point()}
+
+
+def example_from(batch: Mapping[str, Any], taken: Iterable[int], device: Any, free: bool = True) -> dict[str, torch.Tensor]:
     """Makes an example to trace: a batch with few samples, its token axes of a prime length that no weight has.
+
+    What is as long as the tokens along its second axis (boxes, patches that a mask belongs to) is cut with them.
 
     Args:
         batch: feeds by argument name, arrays or tensors.
         taken: sizes to stay away from.
         device: where the module is.
+        free: whether token axes may be cut; else they stay as long as they are.
     """
     import torch
 
     from liar_opt.frontend.onnx_rules import primes
 
+    given = {name: torch.as_tensor(value) for name, value in batch.items()}
     sizes = set(taken)
     lengths: dict[int, int] = {}
+    for length in dict.fromkeys(v.shape[1] for v in given.values() if v.ndim == 2 and not v.is_floating_point()):
+        fits = [p for p in _up_to(primes(), length) if p not in sizes] if free else []
+        lengths[length] = fits[-1] if fits else length
+        sizes.add(lengths[length])
     result = {}
-    for name, value in batch.items():
-        tensor = torch.as_tensor(value)
+    for name, tensor in given.items():
         rows = torch.arange(BATCH) % max(1, tensor.shape[0]) if tensor.ndim else None
         tensor = tensor if rows is None else tensor[rows]
-        if tensor.ndim == 2 and not tensor.is_floating_point():
-            length = tensor.shape[1]
-            if length not in lengths:
-                fits = [p for p in _up_to(primes(), length) if p not in sizes]
-                lengths[length] = fits[-1] if fits else length
-                sizes.add(lengths[length])
-            tensor = tensor[:, : lengths[length]]
+        if tensor.ndim >= 2 and tensor.shape[1] in lengths:
+            tensor = tensor[:, : lengths[tensor.shape[1]]]
         result[name] = tensor.to(device).contiguous()
     return result
 
@@ -287,6 +311,7 @@ class _Lowering:
         self.module = module
         self.tensors: dict[str, gs.Tensor | list[gs.Tensor]] = {}
         self.transposed: dict[str, gs.Constant] = {}
+        self.lengths: dict[Any, str] = {}
         self.model = FxModel(gs.Graph(opset=1), source, program=program, module=module)
         signature = program.graph_signature
         stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -328,7 +353,8 @@ class _Lowering:
         for axis, size in enumerate(shape):
             if isinstance(size, Sym):
                 self.model.symbols.setdefault(size.expression, (node.name, axis))
-                names.append("batch" if axis == 0 else f"{'sequence' if value.ndim == 2 else node.name}_{int(size)}")
+                called = f"{'sequence' if value.ndim == 2 else node.name}_{int(size)}"
+                names.append("batch" if axis == 0 else self.lengths.setdefault(size.expression, called))
             else:
                 names.append(int(size))
         self.model.signature.append(InputSpec(node.name, variable.dtype, tuple(names)))
@@ -700,5 +726,6 @@ __all__ = [
     "precision",
     "to_numpy",
     "to_torch",
+    "token_lengths",
     "trace",
 ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.fx_module import Call, Executor, FxModel, FxWalk, Sym, arguments_of, to_torch
-from liar_opt.frontend.hf_checkpoint import FieldChange, without_cache
+from liar_opt.frontend.hf_checkpoint import FieldChange, changed_config, quiet_loading, without_cache
 from liar_opt.frontend.onnx_model import is_constant, present
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.runtime.compare import relative_difference
@@ -45,6 +46,8 @@ LAYER_SIZES: dict[str, dict[str, tuple[str, ...]]] = {
 """Attributes of layers that repeat the sizes of a parameter's axes: torch's own and transformers' Conv1D."""
 MOST_TOGETHER = 3
 """Attributes changed together where the larger sets do not do."""
+LEFT_OUT, MOST_NEAR = 2, 10
+"""Attributes left out of the larger sets, where these are not larger."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +311,16 @@ def cut_module(
     stated = [AttributeChange("config" + "".join(f".{p}" for p in c.path), c.name, c.before, c.after) for c in fields]
     for change in fields:
         change.apply(module.config)
-    found = _search(_moves(module, changed_numbers(model)), lambda: difference() <= tolerance)
+    moves = _moves(module, changed_numbers(model))
+    found = _together(moves, lambda: difference() <= tolerance, 0)
+    if found is None and fields:
+        made = _made_anew(model.module, module, fields)
+        if made is not None and _difference(made, arguments, expected) <= tolerance:
+            return made, tuple(stated)
+    if found is None:
+        found = _together(moves, lambda: difference() <= tolerance, LEFT_OUT)
+    if found is None:
+        found = _few(moves, lambda: difference() <= tolerance)
     if found is None:
         numbers = sorted({(c.path, a, b) for c, a, b in changed_numbers(model)})
         shown = "; ".join(f"{a} is {b} now in '{path}'" for path, a, b in numbers[:3])
@@ -318,6 +330,29 @@ def cut_module(
         )
     done = [AttributeChange(s.where, s.name, s.before, s.after) for move in found for s in move.settings]
     return module, (*stated, *done)
+
+
+def _made_anew(original: torch.nn.Module, cut: torch.nn.Module, fields: Sequence[FieldChange]) -> torch.nn.Module | None:
+    """Returns a module of the same class, made from the configuration that says the widths, with the cut tensors.
+
+    Its code needs no attributes set right; None where the class, its configuration or its tensors are not like that.
+    """
+    module_class: Any = type(original)
+    source: Any = original
+    try:
+        with quiet_loading(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = module_class(changed_config(source.config, fields))
+            made.load_state_dict(cut.state_dict(), assign=True)
+            made.tie_weights()
+    except Exception:  # a class may refuse in any way
+        return None
+    if hasattr(source, "generation_config"):
+        made.generation_config = source.generation_config
+    for (_, new), (_, old) in zip(made.named_parameters(), cut.named_parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    result: torch.nn.Module = made.to(_device(original)).train(original.training)
+    return result
 
 
 def _device(module: torch.nn.Module) -> Any:
@@ -433,19 +468,29 @@ def _owners(module: torch.nn.Module, path: str, step: int) -> Iterator[tuple[int
             yield 1000 + step, value, f"{path}.{name}" if path else name
 
 
-def _search(moves: Sequence[_Move], works: Callable[[], bool]) -> tuple[_Move, ...] | None:
-    """Returns a smallest set of moves that works, applied; None (nothing applied) where none does."""
-    if works():
+def _together(moves: Sequence[_Move], works: Callable[[], bool], without: int) -> tuple[_Move, ...] | None:
+    """Returns the moves up to some distance, but for some, that work all together, applied and thinned, or None.
+
+    An attribute may have the value of a number that changed by chance: up to ``without`` of them are left out.
+    """
+    if not without and works():
         return ()
-    for distance in sorted({m.distance for m in moves}):
-        near = [m for m in moves if m.distance <= distance]
-        chosen = _compatible(near)
-        for move in chosen:
-            move.apply()
-        if works():
-            return _thinned(chosen, works)
-        for move in chosen:
-            move.undo()
+    for count in range(min(without, 1), without + 1):
+        for distance in sorted({m.distance for m in moves}):
+            near = _compatible([m for m in moves if m.distance <= distance])
+            for out in itertools.combinations(near, count) if not count or len(near) <= MOST_NEAR else ():
+                chosen = [m for m in near if m not in out]
+                for move in chosen:
+                    move.apply()
+                if works():
+                    return _thinned(chosen, works)
+                for move in chosen:
+                    move.undo()
+    return None
+
+
+def _few(moves: Sequence[_Move], works: Callable[[], bool]) -> tuple[_Move, ...] | None:
+    """Returns a smallest set of moves that works, applied; None (nothing applied) where none of few does."""
     for count in range(1, MOST_TOGETHER + 1):
         for subset in itertools.combinations(moves, count):
             for move in subset:

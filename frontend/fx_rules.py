@@ -48,7 +48,7 @@ def _where(node: gs.Node, what: str) -> str:
 
 @rule(
     *("__and__ __or__ __xor__ _to_copy abs acos add alias asin atan atan2 bitwise_and bitwise_not bitwise_or").split(),
-    *("bitwise_xor ceil celu clamp clamp_max clamp_min clone contiguous copy cos cosh detach detach_ div").split(),
+    *("bitwise_xor ceil celu clamp clamp_max clamp_min clip clone contiguous copy cos cosh detach detach_ div").split(),
     *("dropout elu eq erf erfc exp expm1 feature_dropout floor floor_divide fmod ge gelu gt hardsigmoid").split(),
     *("hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2").split(),
     *("log_sigmoid logical_and logical_not logical_or logical_xor lt masked_fill maximum minimum mish mul").split(),
@@ -114,7 +114,7 @@ def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[Any
         pass
     else:
         w.pin([a[-1]], _where(node, "contracted between two activations"))
-        w.mixed += [*a[-2:-1], *(b[-1:] if len(b) > 1 else ())]
+        w.mix(a, b)
     batch = w.broadcast(a[:-2], b[:-2]) if a[:-2] or b[:-2] else ()
     result = (*batch, *(a[-2:-1] if len(a) > 1 else ()), *(b[-1:] if len(b) > 1 else ()))
     w.count(a[-1], *result)
@@ -151,7 +151,7 @@ def _convolution(w: GraphWalk, node: gs.Node) -> None:
             w.pin([x[1]], _where(node, "input channels of a convolution that is no matrix product"))
         else:
             w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x))
-    elif groups == w.algebra.size(x[1]) == w.algebra.size(weight[0]) and w.constant(node, 1) is not None:
+    elif groups == w.algebra.size(x[1]) == w.algebra.size(weight[0]):
         w.unify(x[1], weight[0])  # depthwise: every channel by itself
         w.size_use(node, ("attribute", "groups", -1), x[1])
     else:
@@ -273,7 +273,7 @@ def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:dim], w.fresh(1), *axes[dim:]))
 
 
-@rule("cat", "concat", domain=DOMAIN)
+@rule("cat", "concat", "concatenate", domain=DOMAIN)
 def _cat(w: GraphWalk, node: gs.Node) -> None:
     given = [_axes(w, node, i) for i in range(len(node.inputs))]
     # torch lets a vector without elements stand for a tensor of any rank.
@@ -344,29 +344,22 @@ def _select(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:dim], *axes[dim + 1 :]))
 
 
-@rule("slice", "narrow", domain=DOMAIN)
-def _slice(w: GraphWalk, node: gs.Node) -> None:
-    axes = list(_axes(w, node))
-    dim = int(node.attrs["dim"]) % len(axes)
-    size, given = w.algebra.size(axes[dim]), node.attrs
+def _part(w: GraphWalk, node: gs.Node, axes: Axes, dim: int) -> Factor:
+    """Returns the factor of the part of an axis that a node takes or writes, by ``start``, ``end`` and ``step``."""
+    factor, given = axes[dim], node.attrs
+    size = w.algebra.size(factor)
     first = int(given.get("start") or 0)
     narrow = node.op == "narrow"
     last = first + int(given["length"]) if narrow else int(_FOREVER if given.get("end") is None else given["end"])
     start, stop, step = slice(first, last, int(given.get("step", 1))).indices(size)
     if (start, stop, step) == (0, size, 1):
-        if last != size or isinstance(given.get("end"), bool):
-            w.output(node, tuple(axes))
-            return
-        w.size_use(node, ("attribute", "length" if narrow else "end", -1), axes[dim])
-        w.output(node, tuple(axes))
-        return
+        if last == size and not isinstance(given.get("end"), bool):
+            w.size_use(node, ("attribute", "length" if narrow else "end", -1), factor)
+        return factor
     if step != 1 or stop <= start:
-        axes[dim] = w.strided(axes[dim], range(start, stop, step), _where(node, "sliced with a step"))
-        w.output(node, tuple(axes))
-        return
-    pieces = w.algebra.cut(axes[dim], [s for s in (start, stop - start, size - stop) if s])
+        return w.strided(factor, range(start, stop, step), _where(node, "sliced with a step"))
+    pieces = w.algebra.cut(factor, [s for s in (start, stop - start, size - stop) if s])
     before, piece = (pieces[:1], pieces[1]) if start else ([], pieces[0])
-    axes[dim] = piece
     if start:
         w.size_use(node, ("attribute", "start", -1), *before, watched=tuple(pieces) if first < 0 else ())
     if narrow:
@@ -375,7 +368,35 @@ def _slice(w: GraphWalk, node: gs.Node) -> None:
         w.size_use(node, ("attribute", "end", -1), *before, piece, watched=tuple(pieces) if last < 0 else ())
     elif last == size:
         w.size_use(node, ("attribute", "end", -1), *before, piece)
-    w.output(node, tuple(axes))
+    return piece
+
+
+@rule("slice", "narrow", domain=DOMAIN)
+def _slice(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    w.output(node, (*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :]))
+
+
+@rule("slice_scatter", domain=DOMAIN)
+def _slice_scatter(w: GraphWalk, node: gs.Node) -> None:
+    """A part of a tensor is written over, as in x[..., :n] = y."""
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    written = (*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :])
+    for factor, other in zip(written, _axes(w, node, 1), strict=True):
+        w.unify(factor, other)
+    w.output(node, axes)
+
+
+@rule("select_scatter", domain=DOMAIN)
+def _select_scatter(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % len(axes)
+    w.pin([axes[dim]], _where(node, "one index is written over"))
+    for factor, other in zip((*axes[:dim], *axes[dim + 1 :]), _axes(w, node, 1), strict=True):
+        w.unify(factor, other)
+    w.output(node, axes)
 
 
 @rule("expand", domain=DOMAIN)
@@ -417,6 +438,8 @@ def _repeat_interleave(w: GraphWalk, node: gs.Node) -> None:
     inner = w.fresh(int(count))
     w.size_use(node, ("attribute", "repeats", -1), inner)
     axes[int(dim) % len(axes)] = w.algebra.merge([axes[int(dim) % len(axes)], inner])
+    if node.attrs.get("output_size") is not None:
+        w.size_use(node, ("attribute", "output_size", -1), axes[int(dim) % len(axes)])
     w.output(node, tuple(axes))
 
 
@@ -490,6 +513,21 @@ def _gather(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, indices)
 
 
+@rule("scatter", "scatter_add", "scatter_reduce", domain=DOMAIN)
+def _scatter(w: GraphWalk, node: gs.Node) -> None:
+    """Elements are written to places along an axis that data says; the others must be as long as those of the places."""
+    axes = _axes(w, node)
+    dim = int(node.attrs["dim"]) % max(len(axes), 1)
+    where = _where(node, f"written to by {node.op}")
+    for position in range(1, len(node.inputs)):
+        for i, (a, b) in enumerate(zip(axes, _axes(w, node, position), strict=True)):
+            if i != dim and w.algebra.size(a) == w.algebra.size(b):
+                w.unify(a, b)
+            else:
+                w.pin([a, b], where)
+    w.output(node, axes)
+
+
 @rule("index_select", domain=DOMAIN)
 def _index_select(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = _axes(w, node, 0), _axes(w, node, 1)
@@ -508,7 +546,7 @@ def _filled(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, result)
 
 
-@rule("arange", "scalar_tensor", "linspace", domain=DOMAIN)
+@rule("arange", "scalar_tensor", "linspace", "eye", domain=DOMAIN)
 def _counted(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(w.fresh(s, _where(node, "counted through")) for s in w.inferred[node.outputs[0].name]))
 
@@ -613,7 +651,14 @@ def _group_norm(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule(*(f"{kind}_pool{n}d" for kind in ("adaptive_avg", "avg", "max") for n in (1, 2)), domain=DOMAIN)
+RESAMPLED = ("linear1d", "bilinear2d", "bicubic2d", "nearest1d", "nearest2d", "_nearest_exact1d", "_nearest_exact2d")
+
+
+@rule(
+    *(f"{kind}_pool{n}d" for kind in ("adaptive_avg", "avg", "max") for n in (1, 2)),
+    *(f"upsample_{kind}" if kind[0] != "_" else f"_upsample{kind}" for kind in RESAMPLED),
+    domain=DOMAIN,
+)
 def _pool(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     spatial = int(node.op[-2])

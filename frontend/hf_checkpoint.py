@@ -27,6 +27,8 @@ EXAMPLE_SAMPLES, EXAMPLE_FRAMES = 16_000, 128
 EXAMPLE_PIXELS = 224
 FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
 """Fields that say how many features a frame of sound has."""
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+"""Fields that say how many heads have keys and values of their own; code may divide by them where no weight shows it."""
 MOST_TOGETHER = 3
 """Fields changed together where the fewer do not bring the shapes nearer."""
 BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -130,28 +132,67 @@ def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     """
     import inspect
 
+    feeds = _example(module) if is_stock(module) else None
+    accepted = inspect.signature(module.forward).parameters.values()
+    needed = {p.name for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return feeds if feeds is not None and needed <= feeds.keys() else None
+
+
+def _example(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    import inspect
+
     import torch
 
-    if not is_stock(module):
-        return None
     config: Any = module.config
     accepted = inspect.signature(module.forward).parameters
+    ids = torch.ones(2, _tokens(config), dtype=torch.int64)
+    text = {k: ids for k in ("input_ids", "attention_mask", "decoder_input_ids") if k in accepted}
+    images = {"pixel_values": _images(module)} if "pixel_values" in accepted else {}
+    if "input_ids" in accepted and images:
+        # Both, as CLIP wants it; text alone where images take places in the text.
+        return next((feeds for feeds in ({**text, **images}, text, images) if runs(module, feeds)), None)
     if "input_ids" in accepted:
-        ids = torch.ones(2, _tokens(config), dtype=torch.int64)
-        return {k: ids for k in ("input_ids", "attention_mask", "decoder_input_ids") if k in accepted}
-    if "pixel_values" in accepted:
-        size = getattr(config, "image_size", None)
-        size = size if isinstance(size, (int, list, tuple)) else EXAMPLE_PIXELS
-        height, width = (size, size) if isinstance(size, int) else size
-        frames = getattr(config, "num_frames", None)  # of a video
-        video = (frames,) if isinstance(frames, int) else ()
-        return {"pixel_values": torch.zeros(2, *video, getattr(config, "num_channels", 3), height, width)}
+        return text
+    if images:
+        return images
     name = next((n for n in ("input_values", "input_features") if n in accepted), None)
     return None if name is None else _sound(module, name, "decoder_input_ids" in accepted)
 
 
+def runs(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> bool:
+    """Returns whether a module takes some inputs."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            module(**feeds)
+    except Exception:  # wrong shapes fail in any way that the module's code likes
+        return False
+    return True
+
+
+def _configs(config: Any) -> list[Any]:
+    """Returns a configuration and those of a model's parts that it holds."""
+    return [config, *(v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type"))]
+
+
+def _images(module: torch.nn.Module) -> torch.Tensor:
+    """Returns images, or videos, of the size that the configuration, or that of a part, says."""
+    import torch
+
+    config: Any = next((c for c in _configs(module.config) if hasattr(c, "image_size")), module.config)
+    size = getattr(config, "image_size", None)
+    size = size if isinstance(size, (int, list, tuple)) else EXAMPLE_PIXELS
+    height, width = (size, size) if isinstance(size, int) else size
+    frames = getattr(config, "num_frames", None)  # of a video
+    video = (frames,) if isinstance(frames, int) else ()
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    return torch.zeros(2, *video, getattr(config, "num_channels", 3), height, width, dtype=dtype)
+
+
 def _tokens(config: Any) -> int:
-    said = [getattr(config, n, None) for n in ("max_position_embeddings", "max_target_positions", "n_positions")]
+    names = ("max_position_embeddings", "max_target_positions", "n_positions")
+    said = [getattr(c, n, None) for c in _configs(config) for n in names]
     return min([EXAMPLE_TOKENS, *(n for n in said if isinstance(n, int) and n > 0)])
 
 
@@ -173,12 +214,8 @@ def _sound(module: torch.nn.Module, name: str, pairs: bool) -> dict[str, torch.T
         feeds = {name: torch.zeros(shape) if place is None else torch.zeros(shape, dtype=place.dtype, device=place.device)}
         if pairs:
             feeds["decoder_input_ids"] = torch.ones(2, _tokens(config), dtype=torch.int64, device=feeds[name].device)
-        try:
-            with torch.no_grad():
-                module(**feeds)
-        except Exception:  # wrong shapes fail in any way that the module's code likes
-            continue
-        return feeds
+        if runs(module, feeds):
+            return feeds
     return None
 
 
@@ -246,7 +283,21 @@ def express(
         if better is None:
             return None
         missing, chosen = better
-    return chosen
+    return (*chosen, *_divisors(module, chosen, candidates, wanted))
+
+
+def _divisors(
+    module: torch.nn.Module, chosen: Sequence[FieldChange], candidates: Iterable[FieldChange], wanted: Shapes
+) -> list[FieldChange]:
+    """Returns the changes of `KEY_VALUE_HEADS` that were as many as the heads and stay so (latent attention: DeepSeek)."""
+    said = {(c.path, c.name) for c in chosen}
+    alike = {(c.path, c.before, c.after) for c in chosen}
+    found = [
+        c
+        for c in candidates
+        if c.name in KEY_VALUE_HEADS and (c.path, c.name) not in said and (c.path, c.before, c.after) in alike
+    ]
+    return [c for c in found if _missing(module, (*chosen, c), wanted) == 0]
 
 
 def _candidates(
@@ -382,10 +433,10 @@ def inexpressible(module: torch.nn.Module, kinds: Collection[str] = (), rest: bo
     """Returns the sentence for widths of kinds of groups (of all, if none is named) that a configuration cannot say."""
     config: Any = module.config
     names = ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size")
-    fields = ", ".join(k for k in names if hasattr(config, k)) or "none"
+    fields = ", ".join(k for k in names if any(hasattr(c, k) for c in _configs(config))) or "none"
     named = ["another number of heads" if k == "heads" else "another feed-forward width" for k in sorted(kinds)]
     what = " or ".join(named) or "these widths"
-    lacks = " has no field 'head_dim' and" if "heads" in kinds and not hasattr(config, "head_dim") else ""
+    lacks = " has no field 'head_dim' and" if "heads" in kinds and "head_dim" not in fields else ""
     other = (
         "" if len(kinds) != 1 or not rest else f", or prune what it can say ({'--ffn' if 'heads' in kinds else '--heads'})"
     )

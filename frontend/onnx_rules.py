@@ -327,6 +327,16 @@ class GraphWalk:
         self.equate(self.algebra.size(a), self.algebra.size(b))
         self.algebra.unify(a, b)
 
+    def mix(self, left: Axes, right: Axes) -> None:
+        """Records what a matrix product of two activations mixes: the rows of the left one and the columns of the right.
+
+        A right side of one column weighs what is summed and mixes no rows: the channels of a state space model stay apart.
+        """
+        if len(right) > 1 and self.algebra.size(right[-1]) > 1:
+            self.mixed += left[-2:-1]
+        if len(right) > 1:
+            self.mixed.append(right[-1])
+
     def equate(self, a: int, b: int) -> None:
         """Starts the walk again where two sizes must be equal and are so if symbolic dimensions are chosen well."""
         if a == b or self._dynamic.isdisjoint((a, b)) or frozenset((a, b)) in self.apart or not self.merging:
@@ -930,7 +940,7 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
                 node.name
             )
         w.product(node, k_left)
-        w.mixed += [*left[-2:-1], *(() if vector_right else right[-1:])]
+        w.mix(left, right)
     batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
     batch = w.broadcast(batch_left, batch_right) if batch_left or batch_right else ()
     rows = () if vector_left else (left[-2],)

@@ -53,6 +53,7 @@ class Found:
     """The groups of a graph in execution order, and what did not qualify.
 
     ``values`` and ``queries`` are cut when asked for alone; ``whole`` says why other products of queries and keys are left.
+    ``poolers`` are reported among the refusals; they may be cut where a width that is cut elsewhere must be theirs too.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -60,6 +61,7 @@ class Found:
     values: tuple[ChannelGroup, ...] = ()
     queries: tuple[ChannelGroup, ...] = ()
     whole: tuple[Refusal, ...] = ()
+    poolers: tuple[ChannelGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def find_groups(walk: GraphWalk) -> Found:
     walk.model.graph.cleanup(remove_unused_node_outputs=False)
     for found in (groups, values):
         found.sort(key=lambda g: (g.end, g.start))
-    return Found(tuple(groups), tuple(refusals), tuple(values), *queries)
+    poolers = [g for g in others if g.kind == "pooler" and rewriter.check({g.factor: range(1)}) is None]
+    return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
 
 
 def _bent(walk: GraphWalk, leaf: int, nodes: Sequence[Any], uses: Sequence[ConsumerUse]) -> str | None:

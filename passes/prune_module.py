@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature as inspect_signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx
@@ -30,6 +30,7 @@ from liar_opt.frontend.fx_module import (
     lower,
     precision,
     to_torch,
+    token_lengths,
     trace,
 )
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
@@ -43,6 +44,7 @@ from liar_opt.frontend.hf_checkpoint import (
     inexpressible,
     is_stock,
     load_module,
+    runs,
     save_checkpoint,
     without_cache,
 )
@@ -105,6 +107,7 @@ class FindModuleGroupsPass(FindGroupsPass):
         found = find_groups(state.walk)
         rigid = [g for g in found.groups if _rigid(state.walk, g)]
         state.groups = tuple(g for g in found.groups if g not in rigid)
+        state.facts["poolers"] = tuple(g for g in found.poolers if not _rigid(state.walk, g))
         refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
         return PassResult(state, (), (*found.refusals, *refusals))
 
@@ -124,9 +127,18 @@ def _module(walk: FxWalk) -> torch.nn.Module:
     return walk.model.module
 
 
+class Sayable(NamedTuple):
+    """The names of the groups that a configuration cannot say, and the poolers whose width it says with that of others."""
+
+    unsaid: tuple[str, ...]
+    poolers: tuple[ChannelGroup, ...]
+
+
 @dataclass(frozen=True)
-class ExpressWidthsPass(Pass[tuple[str, ...]]):
+class ExpressWidthsPass(Pass[Sayable]):
     """Leave alone what the configuration of a transformers model has no field for.
+
+    Where one field says the width of a pooler and of other layers (SigLIP), the pooler is cut with them.
 
     Attributes:
         heads_asked: whether heads were asked for by name; then it is an error that there is no field.
@@ -148,26 +160,31 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
                 f"{type(module).__name__} is no model of transformers: it has no checkpoint; leave checkpoint out"
             )
 
-    def plan(self, state: State) -> tuple[str, ...]:
+    def plan(self, state: State) -> Sayable:
         """Returns the groups that the configuration cannot say: of a kind all, or those of some widths.
 
         Tried at the largest width below their own, and at the largest ones that stay in proportion (see `_proportional` of
         the allocation).
         """
         unsaid: list[str] = []
+        poolers: list[ChannelGroup] = []
         for kind in sorted({g.kind for g in state.groups}):
             groups = [g for g in state.groups if g.kind == kind]
             if _said(state, groups):
+                continue
+            alike = [replace(p, kind=kind) for p in state.facts["poolers"] if p.size in {g.size for g in groups}]
+            if kind == "ffn" and alike and _said(state, [*groups, *alike]):
+                poolers += alike
                 continue
             widths = sorted({g.size for g in groups})
             alone = {w for w in widths if len(widths) > 1 and _said(state, [g for g in groups if g.size == w])}
             some = [g for g in groups if g.size in alone]
             kept = alone if some and _said(state, some) else set()
             unsaid += [g.name for g in groups if g.size not in kept]
-        return tuple(unsaid)
+        return Sayable(tuple(unsaid), tuple(poolers))
 
-    def apply(self, state: State, plan: tuple[str, ...]) -> PassResult:
-        """Drops those groups.
+    def apply(self, state: State, plan: Sayable) -> PassResult:
+        """Drops those groups, and adds the poolers.
 
         Raises:
             OptionError: heads were asked for.
@@ -176,8 +193,8 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
         module = _fx(state).module
         assert module is not None
         refusals = []
-        dropped = [g for g in state.groups if g.name in plan]
-        left = tuple(g for g in state.groups if g.name not in plan)
+        dropped = [g for g in state.groups if g.name in plan.unsaid]
+        left = tuple(g for g in state.groups if g.name not in plan.unsaid)
         for kind in sorted({g.kind for g in dropped}):
             reason = inexpressible(module, (kind,))
             if kind == "heads" and self.heads_asked:
@@ -189,7 +206,12 @@ class ExpressWidthsPass(Pass[tuple[str, ...]]):
             state.model.notes.append(f"{kind}{of} are left alone: {reason}")
         if state.groups and not left:
             raise ModelError(inexpressible(module, {g.kind for g in dropped}, rest=False))
-        state.groups = left
+        if plan.poolers:
+            named = ", ".join(f"'{g.name}'" for g in plan.poolers)
+            state.model.notes.append(
+                f"the pooler {named} is cut as well: one field says its width and that of other layers"
+            )
+        state.groups = tuple(sorted((*left, *plan.poolers), key=lambda g: (g.end, g.start)))
         return PassResult(state, (), tuple(refusals))
 
 
@@ -701,9 +723,7 @@ def _load(
     module.eval()
     try:
         with without_cache(module):
-            feeds = _example(module, calibration, example)
-            with experts_by_lookup(module):
-                program = trace(module, feeds)
+            feeds, program = _traced(module, calibration, example)
             lowered = lower(program, module, folder)
             names = _output_names(module, feeds, lowered)
     finally:
@@ -720,8 +740,39 @@ def _load(
     return state
 
 
-def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+def _traced(
+    module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None
+) -> tuple[dict[str, torch.Tensor], ExportedProgram]:
+    """Returns a batch and the module traced with it: token lengths free, or else as they are given.
+
+    They may have to fit what else the module reads: the patches of an image, the samples of sound.
+
+    Raises:
+        ModelError: ``torch.export`` refuses it both ways; this is what it said first.
+    """
+    refused = None
+    with experts_by_lookup(module):
+        feeds = _example(module, calibration, example)
+        if runs(module, feeds):
+            try:
+                return feeds, trace(module, feeds)
+            except ModelError as err:
+                refused = err
+        feeds = _example(module, calibration, example, free=False)
+        if refused is not None and not token_lengths(feeds):
+            raise refused
+        try:
+            return feeds, trace(module, feeds, free=False)
+        except ModelError as err:
+            raise (refused or err) from (refused or err).__cause__
+
+
+def _example(
+    module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None, free: bool = True
+) -> dict[str, torch.Tensor]:
     """Returns a batch to trace: what the user gave, the first batch of the calibration data, or what a config says.
+
+    With ``free`` its token axes are cut to short lengths that no weight has.
 
     Raises:
         OptionError: nothing says what the module's inputs are.
@@ -740,8 +791,8 @@ def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, An
         batch = example_inputs(module)
     if batch is None:
         raise OptionError(
-            f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each "
-            "(an .npz file, or a folder of .npy files), or example={'name of an argument': tensor}"
+            f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each of "
+            f"{_arguments(module)} (an .npz file, or a folder of .npy files), or example={{'name of an argument': tensor}}"
         )
     accepted = inspect_signature(module.forward).parameters
     named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
@@ -750,7 +801,15 @@ def _example(module: torch.nn.Module, calibration: Any, example: Mapping[str, An
             f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "
             f"{', '.join(accepted)}"
         )
-    return example_from(named, taken, device)
+    return example_from(named, taken, device, free)
+
+
+def _arguments(module: torch.nn.Module) -> str:
+    """Returns what the forward of a module needs, or, where all has defaults, takes: for a message."""
+    known = list(inspect_signature(module.forward).parameters.values())
+    needed = [p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    taken = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in LABELS]
+    return ", ".join(needed or taken[:6]) or "its arguments"
 
 
 def _output_names(module: torch.nn.Module, arguments: Mapping[str, Any], model: FxModel) -> dict[str, str]:
@@ -768,14 +827,14 @@ def _output_names(module: torch.nn.Module, arguments: Mapping[str, Any], model: 
 
 
 def vocabulary(model: FxModel) -> int | None:
-    """Returns the number of rows of the table that token ids look up: the largest of those read by an input."""
+    """Returns how many token ids there are: rows of the shortest table that an input looks up, of the inputs the most."""
     inputs = {t.name for t in model.graph.inputs}
-    sizes = [
-        int(node.inputs[0].shape[0])
-        for node in model.graph.nodes
-        if node.op == "embedding" and is_constant(node.inputs[0]) and node.inputs[1].name in inputs
-    ]
-    return max(sizes, default=None)
+    rows: dict[str, int] = {}
+    for node in model.graph.nodes:
+        if node.op == "embedding" and is_constant(node.inputs[0]) and node.inputs[1].name in inputs:
+            size, name = int(node.inputs[0].shape[0]), node.inputs[1].name
+            rows[name] = min(size, rows.get(name, size))
+    return max(rows.values(), default=None)
 
 
 class _Runner:

@@ -26,12 +26,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # What the configuration says for each architecture: the fields that change for a narrower FFN and fewer heads.
 FIELDS = {
     "bart": {"encoder_ffn_dim", "decoder_ffn_dim"},
+    "clip": {"intermediate_size"},  # of both parts
+    "deepseek-v3": {"intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "dinov2": {"head_dim", "num_attention_heads"},  # its FFN is an integer multiple of the stream's width
     "gemma3": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "gpt2": {"n_inner"},
     "llama": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
+    "mamba": {"intermediate_size", "time_step_rank"},
+    "mamba2": {"expand", "n_groups", "num_heads"},
     "mixtral": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "phi3": {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"},
+    "siglip-vision": {"intermediate_size"},  # of its pooler too
     "t5": {"d_ff", "num_heads"},
     "whisper": {"encoder_ffn_dim", "decoder_ffn_dim"},
 }
@@ -221,7 +226,7 @@ def test_an_output_that_is_the_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([str(model), "-o", str(tmp_path / "out")]) == 2
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "wav2vec2", "whisper"])
+@pytest.mark.parametrize("name", ["bert", "clip", "vit", "wav2vec2", "whisper"])
 def test_a_configuration_says_what_a_model_reads(name: str) -> None:
     module = zoo_fx.build(name)
     feeds = example_inputs(module)
@@ -229,6 +234,11 @@ def test_a_configuration_says_what_a_model_reads(name: str) -> None:
     assert feeds.keys() == zoo_fx.feeds(name).keys()
     with torch.no_grad():
         module(**feeds)
+
+
+def test_a_configuration_that_does_not_say_what_a_model_reads() -> None:
+    with pytest.raises(liar_opt.OptionError, match="array for each of pixel_values, pixel_attention_mask, spatial_shapes"):
+        prune_module(zoo_fx.build("siglip2-vision"), sparsity=0.3)
 
 
 def test_arrays_in_a_file_say_what_a_model_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

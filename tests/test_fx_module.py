@@ -17,7 +17,7 @@ from liar_opt.frontend.fx_onnx import export_onnx
 from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
-from liar_opt.passes.prune_module import ModuleResult
+from liar_opt.passes.prune_module import ModuleResult, vocabulary
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.sessions import Session
 
@@ -171,6 +171,49 @@ def test_both_forms_compile() -> None:
             torch.testing.assert_close(compiled(tokens=tokens), expected, rtol=1e-4, atol=1e-5)
 
 
+class Counting(nn.Module):
+    """Reads from the data how many parts there are, where torch prints the whole graph before it gives up."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(x, size=(int(x[0, 0, 0, 0]), 4), mode="bilinear")
+
+
+def test_a_module_that_cannot_be_traced_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(liar_opt.ModelError, match=r"torch\.export refuses Counting"):
+        pruned(Counting(), [{"x": torch.ones(3, 2, 4, 4)}])
+    assert capfd.readouterr() == ("", "")
+
+
+class TwoTables(nn.Module):
+    """Ids that two tables look up, of 23 and 17 rows, and kinds of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.kinds = nn.Embedding(23, 8), nn.Embedding(17, 8), nn.Embedding(2, 8)
+
+    def forward(self, tokens: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.first(tokens) + self.second(tokens) + self.kinds(kinds)
+        return result
+
+
+def test_every_table_has_a_row_for_every_token_id() -> None:
+    module = TwoTables()
+    feeds = {name: torch.zeros(3, 7, dtype=torch.int64) for name in ("tokens", "kinds")}
+    assert vocabulary(lower(trace(module, feeds), module)) == 17
+
+
+def test_what_is_as_long_as_the_tokens_is_cut_with_them() -> None:
+    given = {
+        "tokens": torch.ones(4, 32, dtype=torch.int64),
+        "boxes": torch.ones(4, 32, 4),
+        "image": torch.ones(4, 3, 32, 32),
+    }
+    shapes = {k: tuple(v.shape) for k, v in example_from(given, {31}, "cpu").items()}
+    assert shapes == {"tokens": (3, 29), "boxes": (3, 29, 4), "image": (3, 3, 32, 32)}
+    whole = example_from(given, {31}, "cpu", free=False)
+    assert whole["tokens"].shape == (3, 32) and whole["boxes"].shape == (3, 32, 4)
+
+
 def test_a_module_that_cannot_be_traced() -> None:
     with pytest.raises(liar_opt.ModelError, match=r"torch\.export refuses Branching.*test_fx_module\.py:\d+.*ONNX"):
         pruned(Branching(), [{"x": torch.randn(3, 4)}])
@@ -179,7 +222,7 @@ def test_a_module_that_cannot_be_traced() -> None:
 @pytest.mark.parametrize(
     ("data", "options", "sentence"),
     [
-        (None, {}, "nothing says what the inputs of Block are"),
+        (None, {}, "nothing says what the inputs of Block are; give calibration data with an array for each of tokens"),
         ([{"words": torch.zeros(3, 7, dtype=torch.int64)}], {}, "none of 'words' is an argument of Block.forward"),
         (batches(), {"checkpoint": True}, "no model of transformers"),
         (batches(), {"target": "params=1K"}, "target works on ONNX files alone"),

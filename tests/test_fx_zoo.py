@@ -36,9 +36,20 @@ def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> floa
     return max(float((a - e).abs().max() / e.abs().max().clamp_min(1e-9)) for a, e in zip(actual, expected, strict=True))
 
 
+def forwards(module: torch.nn.Module, arrays: dict[str, Any]) -> set[torch.nn.Module]:
+    """Returns the parts of a module whose forward is called."""
+    called: set[torch.nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in module.modules()]
+    run(module, arrays)
+    for hook in hooks:
+        hook.remove()
+    return called
+
+
 def masked(module: torch.nn.Module, result: ModuleResult, arrays: dict[str, Any]) -> list[torch.Tensor]:
     """Runs the original with the removed channels of every consumer's input multiplied by zero."""
     kept = {c.where: c.details["kept"] for c in result.changes}
+    called = forwards(module, arrays)
     hooks, zeroed = [], []
     for group in (g for g in result.groups if g.name in kept):
         for consumer in group.consumers:
@@ -51,6 +62,12 @@ def masked(module: torch.nn.Module, result: ModuleResult, arrays: dict[str, Any]
                 weight[consumer.expert].movedim(consumer.uses[0].weight_axis - 1, -1).mul_(keep)
                 continue
             owner = module.get_submodule(name.rpartition(".")[0])
+            if owner not in called:  # its weight is read by another module's code
+                (axis,) = {u.weight_axis for u in consumer.uses}
+                weight = module.get_parameter(name).data
+                zeroed.append((weight, weight.clone()))
+                weight.movedim(axis, -1).mul_(keep)
+                continue
 
             def mask(_: Any, inputs: tuple[torch.Tensor, ...], keep: torch.Tensor = keep) -> tuple[torch.Tensor, ...]:
                 return (inputs[0] * keep, *inputs[1:])

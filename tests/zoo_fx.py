@@ -55,7 +55,7 @@ class Model:
     Attributes:
         model: the class in transformers.
         config: arguments of its configuration.
-        inputs: "text", "seq2seq", "speech", "audio" or "image".
+        inputs: "text", "seq2seq", "speech", "audio", "image", "text+image" or "patches".
         groups: the channel groups that must be found, by kind.
         fields: the fields of the configuration that say the widths; None where it cannot say those of every kind.
     """
@@ -80,6 +80,12 @@ MODELS = {
         "BloomForCausalLM", _without(GPT, "n_embd", "n_positions", "n_inner", hidden_size=60), groups={"ffn": 2}
     ),
     "camembert": Model("CamembertModel", {**TEXT, "pad_token_id": 1}),
+    "clip": Model(
+        "CLIPModel",
+        {"text_config": {**TEXT, **SPECIAL, "eos_token_id": 99}, "vision_config": IMAGE, "projection_dim": 20},
+        "text+image",
+        {"ffn": 4, "heads": 4},
+    ),
     "clip-text": Model("CLIPTextModel", {**TEXT, **SPECIAL}),
     "clip-vision": Model("CLIPVisionModel", IMAGE, "image"),
     "cohere": Model("CohereForCausalLM", GROUPED),
@@ -88,6 +94,27 @@ MODELS = {
     ),
     "deit": Model("DeiTModel", IMAGE, "image"),
     "dinov2": Model("Dinov2Model", _without(IMAGE, "intermediate_size", mlp_ratio=2), "image"),
+    "deepseek-v3": Model(
+        "DeepseekV3ForCausalLM",
+        {
+            **TEXT,
+            **SPECIAL,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 14,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 10,
+            "moe_intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+        groups={"ffn": 3, "heads": 2},
+    ),
     "distilbert": Model(
         "DistilBertModel",
         {"vocab_size": VOCABULARY, "dim": 60, "n_layers": 2, "n_heads": 5, "hidden_dim": 88, "max_position_embeddings": 64},
@@ -101,6 +128,14 @@ MODELS = {
         ),
     ),
     "flaubert": Model("FlaubertModel", {"vocab_size": VOCABULARY, "emb_dim": 60, "n_layers": 2, "n_heads": 5, **SPECIAL}),
+    "funnel": Model(
+        "FunnelModel",
+        {
+            **_without(TEXT, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            **{"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 60, "n_head": 5, "d_head": 12, "d_inner": 88},
+        },
+        groups={"ffn": 3, "heads": 3},
+    ),
     "gemma": Model("GemmaForCausalLM", GROUPED),
     "gemma2": Model("Gemma2ForCausalLM", {**GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 10}),
     "gemma3": Model("Gemma3ForCausalLM", {**GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 10}),
@@ -123,6 +158,24 @@ MODELS = {
     "gpt2": Model("GPT2LMHeadModel", GPT),
     "gptj": Model("GPTJForCausalLM", {**GPT, "rotary_dim": 4}),
     "llama": Model("LlamaForCausalLM", GROUPED),
+    "mamba": Model(
+        "MambaForCausalLM",
+        {
+            **SPECIAL,
+            **{"vocab_size": VOCABULARY, "hidden_size": 60, "num_hidden_layers": 1, "state_size": 6, "time_step_rank": 8},
+            **{"intermediate_size": 88, "conv_kernel": 3},
+        },
+        groups={"ffn": 2},  # the inner width, and the rank of the time steps
+    ),
+    "mamba2": Model(
+        "Mamba2ForCausalLM",
+        {
+            **SPECIAL,
+            **{"vocab_size": VOCABULARY, "hidden_size": 60, "num_hidden_layers": 1, "state_size": 6, "n_groups": 2},
+            **{"num_heads": 10, "head_dim": 12, "expand": 2, "chunk_size": 7, "conv_kernel": 3},
+        },
+        groups={"heads": 1},  # with the groups of states
+    ),
     "mistral": Model("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
     "mixtral": Model("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
     "modernbert": Model("ModernBertModel", {**TEXT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}),
@@ -135,6 +188,9 @@ MODELS = {
     "qwen3": Model("Qwen3ForCausalLM", GROUPED),
     "roberta": Model("RobertaModel", {**TEXT, "pad_token_id": 1}),
     "siglip-vision": Model("SiglipVisionModel", IMAGE, "image"),  # its pooler's MultiheadAttention cannot be narrower
+    "siglip2-vision": Model(
+        "Siglip2VisionModel", {**_without(IMAGE, "image_size"), "num_patches": 16, "vision_use_head": False}, "patches"
+    ),
     "smollm3": Model("SmolLM3ForCausalLM", GROUPED),
     "stablelm": Model("StableLmForCausalLM", {**TEXT, **SPECIAL, "num_key_value_heads": 5, "partial_rotary_factor": 0.5}),
     "starcoder2": Model("Starcoder2ForCausalLM", _without(GROUPED, "head_dim")),
@@ -208,8 +264,13 @@ def feeds(name: str, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 2
         }
     if kind == "audio":
         return {"input_values": rng.standard_normal((batch, 411)).astype(np.float32)}
-    size = config["image_size"]
-    return {"pixel_values": rng.standard_normal((batch, 3, size, size)).astype(np.float32)}
+    if kind == "patches":  # 16 of them, of which the image of the second sample has 12
+        result = {"pixel_attention_mask": np.ones((batch, 16), np.int64), "spatial_shapes": np.full((batch, 2), 4)}
+        result["pixel_attention_mask"][1, 12:], result["spatial_shapes"][1] = 0, (3, 4)
+        return {"pixel_values": rng.standard_normal((batch, 16, 48)).astype(np.float32), **result}
+    size = config.get("image_size") or config["vision_config"]["image_size"]
+    text = {"input_ids": ids(sequence), "attention_mask": np.ones((batch, sequence), np.int64)} if "+" in kind else {}
+    return {**text, "pixel_values": rng.standard_normal((batch, 3, size, size)).astype(np.float32)}
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
