@@ -374,6 +374,9 @@ def _set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None
     owner = module.get_submodule(path)
     old = getattr(owner, attribute, None)
     new: Any = value
+    if attribute in vars(owner):  # a constant that tracing has lifted out of the code
+        setattr(owner, attribute, new)
+        return
     if attribute not in owner._buffers:
         grad = old.requires_grad if isinstance(old, torch.Tensor) else value.is_floating_point()
         new = torch.nn.Parameter(value, requires_grad=bool(grad))

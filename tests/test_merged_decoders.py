@@ -266,7 +266,7 @@ def test_the_command_with_external_data(tmp_path: Path, capsys: pytest.CaptureFi
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     plain = out.read_bytes()
     assert json.loads(report.read_text(encoding="utf-8"))["cache_shapes"]["present.0.encoder.key"][1] == 3
-    assert main([*common, "--force", "--memory", "700MB", "--resume", "--no-latency"]) == 0
+    assert main([*common, "--force", "--memory", "3GB", "--resume", "--no-latency"]) == 0
     first, second = session(onnx.load_from_string(plain)), session(onnx.load(out))
     feeds = zoo_merged.feeds_of("bart", None)
     one, other = (run(model, feeds, cached=False)["logits"] for model in (first, second))
