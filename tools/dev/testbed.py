@@ -1,6 +1,6 @@
 """The testbed: four models that stand for what users have, dense and at each sparsity, on real tasks.
 
-    python tools/dev/testbed.py                                  # what is missing, then the tables; an hour on 2 cores
+    python tools/dev/testbed.py                                  # what is missing, then the tables; half an hour on 2 cores
     python tools/dev/testbed.py --only sentiment --ratios 0.5    # one cell
     python tools/dev/testbed.py --seconds 800                    # begins no other cell after so long; call again to go on
     python tools/dev/testbed.py --tables-only --chart docs/testbed.svg
