@@ -305,22 +305,22 @@ def cut_module(
     expected = [outputs.get(name) for name in model.results]
     arguments = {s.name: feeds[s.name] for s in model.signature}
 
-    def difference() -> float:
-        return _difference(module, arguments, expected)
+    def works() -> bool:
+        return _difference(module, arguments, expected) <= tolerance
 
     stated = [AttributeChange("config" + "".join(f".{p}" for p in c.path), c.name, c.before, c.after) for c in fields]
     for change in fields:
         change.apply(module.config)
     moves = _moves(module, changed_numbers(model))
-    found = _together(moves, lambda: difference() <= tolerance, 0)
+    found = () if works() else _together(moves, works, [0])
     if found is None and fields:
         made = _made_anew(model.module, module, fields)
         if made is not None and _difference(made, arguments, expected) <= tolerance:
             return made, tuple(stated)
     if found is None:
-        found = _together(moves, lambda: difference() <= tolerance, LEFT_OUT)
+        found = _together(moves, works, range(1, LEFT_OUT + 1))
     if found is None:
-        found = _few(moves, lambda: difference() <= tolerance)
+        found = _few(moves, works)
     if found is None:
         numbers = sorted({(c.path, a, b) for c, a, b in changed_numbers(model)})
         shown = "; ".join(f"{a} is {b} now in '{path}'" for path, a, b in numbers[:3])
@@ -471,24 +471,20 @@ def _owners(module: torch.nn.Module, path: str, step: int) -> Iterator[tuple[int
             yield 1000 + step, value, f"{path}.{name}" if path else name
 
 
-def _together(moves: Sequence[_Move], works: Callable[[], bool], without: int) -> tuple[_Move, ...] | None:
+def _together(moves: Sequence[_Move], works: Callable[[], bool], left_out: Iterable[int]) -> tuple[_Move, ...] | None:
     """Returns the moves up to some distance, but for some, that work all together, applied and thinned, or None.
 
-    An attribute may have the value of a number that changed by chance: up to ``without`` of them are left out.
+    An attribute may have the value of a number that changed by chance: so many of them are left out, each in turn.
     """
-    if not without and works():
-        return ()
-    for count in range(min(without, 1), without + 1):
+    for count in left_out:
         for distance in sorted({m.distance for m in moves}):
             near = _compatible([m for m in moves if m.distance <= distance])
-            for out in itertools.combinations(near, count) if not count or len(near) <= MOST_NEAR else ():
+            if count and len(near) > MOST_NEAR:
+                continue
+            for out in itertools.combinations(near, count):
                 chosen = [m for m in near if m not in out]
-                for move in chosen:
-                    move.apply()
-                if works():
+                if _applied(chosen, works):
                     return _thinned(chosen, works)
-                for move in chosen:
-                    move.undo()
     return None
 
 
@@ -496,13 +492,20 @@ def _few(moves: Sequence[_Move], works: Callable[[], bool]) -> tuple[_Move, ...]
     """Returns a smallest set of moves that works, applied; None (nothing applied) where none of few does."""
     for count in range(1, MOST_TOGETHER + 1):
         for subset in itertools.combinations(moves, count):
-            for move in subset:
-                move.apply()
-            if works():
+            if _applied(subset, works):
                 return subset
-            for move in reversed(subset):
-                move.undo()
     return None
+
+
+def _applied(moves: Sequence[_Move], works: Callable[[], bool]) -> bool:
+    """Applies moves, and takes them back where they do not work together."""
+    for move in moves:
+        move.apply()
+    if works():
+        return True
+    for move in reversed(moves):
+        move.undo()
+    return False
 
 
 def _compatible(moves: Sequence[_Move]) -> list[_Move]:

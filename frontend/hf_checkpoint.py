@@ -130,12 +130,16 @@ def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
 
     Text, images, videos, or sound: samples, or features by time in the first layout that the model takes.
     """
+    feeds = _example(module) if is_stock(module) else None
+    return feeds if feeds is not None and feeds.keys() >= set(required_arguments(module)) else None
+
+
+def required_arguments(module: torch.nn.Module) -> list[str]:
+    """Returns the names of what the forward of a module has no default for."""
     import inspect
 
-    feeds = _example(module) if is_stock(module) else None
     accepted = inspect.signature(module.forward).parameters.values()
-    needed = {p.name for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    return feeds if feeds is not None and needed <= feeds.keys() else None
+    return [p.name for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _example(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:

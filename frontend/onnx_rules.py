@@ -499,6 +499,12 @@ class GraphWalk:
                 self.unify(first[axis], second[axis])
             self.spared[pair[0]] = self.spared[pair[1]] = free
 
+    @functools.cached_property
+    def of_first(self) -> set[int] | None:
+        """The ids of the nodes that the first branch of a merged decoder needs; None where the model is none."""
+        merged = self.model.merged
+        return None if merged is None else merged.nodes_of_first(self.model.graph.nodes)
+
     def input_sizes(self, tensor: gs.Variable) -> list[int]:
         """Returns the probe sizes of a graph input."""
         return [

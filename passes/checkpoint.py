@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import Stored
 from liar_opt.frontend.weight_files import as_bytes
+from liar_opt.passes.base import State
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
 
@@ -174,6 +175,18 @@ class Checkpoint:
         temporary = self.folder / f"{RUN}{UNFINISHED}"
         temporary.write_text(json.dumps({"identity": self.identity, "decided": self.decided}), encoding="utf-8")
         temporary.replace(self.folder / RUN)
+
+
+def digests_of(state: State) -> dict[str, str]:
+    """Returns the digests of the dense model and of the calibration data; both are read once in a run."""
+    if "digests" not in state.facts:
+        assert state.calibration is not None
+        state.facts["digests"] = {
+            "model": digest_of(state.facts["dense"]),
+            "calibration data": digest_of(state.calibration),
+        }
+    found: dict[str, str] = state.facts["digests"]
+    return found
 
 
 def digest_of(thing: Stored | CalibrationData) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.passes.base import State
-from liar_opt.passes.checkpoint import digest_of
+from liar_opt.passes.checkpoint import digests_of
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.runtime.whole_file import whole_file
 
@@ -61,9 +61,8 @@ def place_of(state: State, options: Mapping[str, Any]) -> Path | None:
         return None
     import onnxruntime
 
-    given = {
-        "model": digest_of(state.facts["dense"]),
-        "calibration": digest_of(state.calibration),
+    given: dict[str, Any] = {
+        **digests_of(state),
         "options": dict(options),
         "runtime": [onnxruntime.__version__, np.__version__, state.device, state.memory.tight],
         "code": _code(),

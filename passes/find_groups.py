@@ -305,8 +305,6 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
     by_weight: dict[tuple[int, int], list[ConsumerUse]] = defaultdict(list)
     for use in uses:
         by_weight[id(use.weight), use.weight_axis].append(use)
-    merged = walk.model.merged
-    first = None if merged is None else merged.nodes_of_first(walk.model.graph.nodes)
     result = []
     for same in by_weight.values():
         owners = walk.algebra.owners(same[0].width, leaf)
@@ -314,7 +312,7 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
             heads = walk.algebra.owners(same[0].width, outer)
             owners = np.where(owners < 0, -1, heads * walk.algebra.size(leaf) + owners)
         # The two branches of a merged decoder read the same tokens, and one of them with nothing in its cache.
-        told = [] if first is None else [u for u in same if id(u.node) in first]
+        told = [] if walk.of_first is None else [u for u in same if id(u.node) in walk.of_first]
         result.append(Consumer(tuple(same), owners, told=tuple(told)))
     return tuple(result)
 

@@ -27,7 +27,7 @@ from liar_opt.frontend.weight_files import completed, external_files, lightened,
 from liar_opt.passes.allocate_widths import note_widths
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
-from liar_opt.passes.checkpoint import Checkpoint, digest_of
+from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
@@ -450,16 +450,16 @@ def prune(
 
 def _identity(state: State, report: dict[str, Any], search: float | None) -> dict[str, Any]:
     """Returns what must be the same for an interrupted run to go on."""
-    assert state.calibration is not None
+    digests = digests_of(state)
     options = {name: dict(values) for name, values in report["options"].items() if isinstance(values, dict)}
     for place in ("source", "tokenizer"):  # what was read from there is compared
         options["calibration"].pop(place, None)
     return {
-        "model": digest_of(state.facts["dense"]),
+        "model": digests["model"],
         "seed": report["seed"],
         "search": search,
         **options,
-        "calibration data": digest_of(state.calibration),
+        "calibration data": digests["calibration data"],
         "device": state.device,
         "lean sessions": state.memory.tight,
         "liar-opt": report["liar_opt"],

@@ -44,6 +44,7 @@ from liar_opt.frontend.hf_checkpoint import (
     inexpressible,
     is_stock,
     load_module,
+    required_arguments,
     runs,
     save_checkpoint,
     without_cache,
@@ -806,8 +807,8 @@ def _example(
 
 def _arguments(module: torch.nn.Module) -> str:
     """Returns what the forward of a module needs, or, where all has defaults, takes: for a message."""
-    known = list(inspect_signature(module.forward).parameters.values())
-    needed = [p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = required_arguments(module)
+    known = inspect_signature(module.forward).parameters.values()
     taken = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in LABELS]
     return ", ".join(needed or taken[:6]) or "its arguments"
 

@@ -11,7 +11,7 @@
 4. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -144,9 +144,7 @@ def _check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], 
     assert merged is not None
     proto, arrays = model.as_written()
     _check_interface(merged.shell, proto, merged.sizes(model.resized))
-    error = _checker_error(without_data(proto))
-    if error is not None:
-        raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(error).split())[:300]}") from error
+    _require_valid(without_data(proto))
     session = _load((widen(proto).SerializeToString(), arrays), state.device, "the pruned model", state.memory.tight)
     worst = 0.0
     for branch in (merged.first, merged.second):
@@ -309,9 +307,13 @@ def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: d
 
 
 def _check_format(dense: Stored, pruned: OnnxModel) -> None:
-    error = _checker_error(pruned.skeleton())
     # Graphs that ONNX Runtime's optimizer wrote may be refused from the start: they are no worse for being smaller.
-    if error is not None and _checker_error(dense.model().skeleton()) is None:
+    _require_valid(pruned.skeleton(), lambda: _checker_error(dense.model().skeleton()) is None)
+
+
+def _require_valid(proto: onnx.ModelProto, was_valid: Callable[[], bool] = lambda: True) -> None:
+    error = _checker_error(proto)
+    if error is not None and was_valid():
         raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -108,8 +108,9 @@ def _faithfulness(logits: Sequence[Array], unit: str = "sample") -> dict[str, Ou
     if len(logits) == 1:
         return {}
     first = logits[0]
+    classes = first.argmax(1)
     return {
-        "agreement": _samplewise([z.argmax(1) == first.argmax(1) for z in logits], unit),
+        "agreement": _samplewise([z.argmax(1) == classes for z in logits], unit),
         "divergence": _samplewise([metrics.divergences(first, z) for z in logits], unit),
     }
 
