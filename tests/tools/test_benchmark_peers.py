@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from liar_opt.tools.dev import benchmark_peers
-from liar_opt.tools.dev.benchmark_peers import Cells, PeerError, make_cell, near, run_peer, task_table, verdicts
+from liar_opt.tools.dev.benchmark_peers import (
+    Cells,
+    PeerError,
+    draws_table,
+    make_cell,
+    near,
+    packed_bits,
+    run_peer,
+    task_table,
+    unpacked_bits,
+    verdicts,
+)
 from liar_opt.tools.dev.peer_tasks import Task
 from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, HERE, PEERS, REPOSITORIES, Peer
 
@@ -46,6 +57,7 @@ def a_task(folder: Path, higher: bool = True) -> Task:
             score=lambda path: float(path.read_text()),
             removed=lambda path, graph: 0.5,
             beside=lambda path: {"agreement": 0.75},
+            right=lambda path: np.array([True] * 9 + [False]),
         ),
     )
 
@@ -67,6 +79,7 @@ def test_a_driver_gets_its_job_and_the_batches_in_order_and_its_report_comes_bac
     assert cell["score"] == 2 * 3 * 5 + 3
     assert (cell["tool"], cell["artefact"]) == ("a tool 1.0", "plain ONNX")
     assert cell["note"] == "0.35 of checkpoint, dense.onnx, seed 3"
+    assert unpacked_bits(cell).tolist() == [1] * 9 + [0]
     assert 0 <= cell["seconds"] <= cell["process_seconds"] and cell["peak_mib"] > 1
 
 
@@ -128,6 +141,22 @@ def test_the_table_says_where_liar_opt_is_not_first_and_who_is_faster(tmp_path: 
     assert "at 50 %:\n\n| tool | score | agreement |" in text and "| liar-opt | 0.80 | 0.7500 |" in text
     cells["liar-opt", 0.5]["busy"] = 1.0
     assert "~10.0 s" in task_table(task, cells, (0.2, 0.5))
+
+
+def test_several_draws_are_averaged_and_compared_sample_by_sample(tmp_path: Path) -> None:
+    task, path = a_task(tmp_path), tmp_path / "cells.json"
+    ours, theirs = np.ones(100, bool), np.ones(100, bool)
+    ours[:10], theirs[:20] = False, False  # theirs is wrong about ten more
+    for seed in (0, 1):
+        assert draws_table(task, Cells(path, 0)) == ""
+        for name, right in (("liar-opt", ours), ("kwon", theirs)):
+            packed = {"right": packed_bits(right), "samples": 100}
+            Cells(path, seed).put("minilm", name, 0.2, a_cell(float(right.mean()) + seed / 100, 1.0, **packed))
+        Cells(path, 0).put("minilm", "osscar", 0.2, a_cell(0.5, 1.0, **packed))  # of one seed: no place in the table
+    lines = [line for line in draws_table(task, Cells(path, 0)).splitlines() if line.startswith("| ")]
+    assert lines[2] == "| liar-opt | 0.9050 (0.0071) |  |"
+    assert lines[3].startswith("| Kwon et al. | 0.8050 (0.0071) | -10.00 (-1")
+    assert len(lines) == 4
 
 
 def test_less_is_better_where_the_task_says_so(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ that no registry has is looked for in `--repositories`, a folder of clones named
 A cell is one tool on one model at one ratio of the prunable parameters (FFN and heads; embeddings apart). It is kept in
 `--cells` (JSON) and not measured again, unless by `--again`; what cannot be run is a cell, too, with the reason. With
 `--budget` nothing is started after so many seconds. Pruned models stay in `--folder`, and `--latency` times those of the
-largest ratio in ONNX Runtime, each in turns with the dense model.
+largest ratio in ONNX Runtime, each in turns with the dense model. `--seed` draws other calibration samples; cells of
+several seeds make a table of their own where the score is a share of samples.
 
 The table goes to `--markdown`. Seconds are those of the tool's own work, without imports, reading and writing; where other
 programs kept a core busy meanwhile, they are marked.
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -28,6 +30,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import moved_into_place
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table, wait_for_quiet
@@ -139,7 +145,20 @@ def make_cell(peer: Peer, task: Task, ratio: float, options: argparse.Namespace)
             return {"error": str(err)}
     pruned = folder / "pruned.onnx"
     scored = {"score": task.score(pruned), "removed": task.removed(pruned, peer.graph)}
-    return {**found, **scored, "beside": task.beside(pruned)}
+    right = task.right(pruned)
+    packed = {} if right is None else {"right": packed_bits(right), "samples": right.size}
+    return {**found, **scored, **packed, "beside": task.beside(pruned)}
+
+
+def packed_bits(values: NDArray[np.bool_]) -> str:
+    """One bit a sample, as text."""
+    return np.packbits(values).tobytes().hex()
+
+
+def unpacked_bits(cell: Mapping[str, Any]) -> NDArray[np.float64]:
+    """What `packed_bits` wrote into a cell, as zeros and ones."""
+    packed = np.frombuffer(bytes.fromhex(cell["right"]), np.uint8)
+    return np.unpackbits(packed, count=cell["samples"]).astype(np.float64)
 
 
 # The table -------------------------------------------------------------------------------------------------------------
@@ -227,6 +246,44 @@ def beside_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]
     return f"\nBeside the dense model, at {100 * ratio:.0f} %:\n\n{table(['tool', task.metric, *names], rows)}"
 
 
+def draws_table(task: Task, store: "Cells") -> str:
+    """Means over several draws of the calibration samples, and who is ahead by more than chance; "" of a single draw.
+
+    A difference is that of the shares of draws in which each held-out sample came out right, in points; its interval comes
+    of drawing these samples again (`runtime.bootstrap`). A tool has a place where it was measured with every seed.
+    """
+    cells: dict[int, dict[tuple[str, float], dict[str, Any]]] = {}
+    for seed in store.seeds():
+        own = {(p, r): c for (t, p, r), c in Cells(store.path, seed).all().items() if t == task.name and "right" in c}
+        if own:
+            cells[seed] = own
+    if len(cells) < 2:
+        return ""
+    ratios = sorted({ratio for own in cells.values() for _, ratio in own})
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for key in itertools.product(PEERS, ratios):
+        every = [own[key] for own in cells.values() if key in own and comparable(own[key], key[1])]
+        found |= {key: every} if len(every) == len(cells) else {}
+    right = {key: np.mean([unpacked_bits(cell) for cell in every], axis=0) for key, every in found.items()}
+    rows = []
+    for name in (name for name in PEERS if any((name, ratio) in found for ratio in ratios)):
+        row = [PEERS[name].label]
+        for ratio in ratios:
+            scores, gap = [cell["score"] for cell in found.get((name, ratio), [])], ""
+            if scores and name != OURS and (OURS, ratio) in found:
+                ours, theirs = right[OURS, ratio], right[name, ratio]
+                ahead = paired_difference(mean_of(ours), mean_of(theirs), ours.size)
+                gap = f"{100 * ahead.difference:+.2f} ({100 * ahead.low:+.2f} to {100 * ahead.high:+.2f})"
+            row += [f"{np.mean(scores):.4f} ({np.std(scores, ddof=1):.4f})" if scores else "", gap]
+        rows.append(row)
+    head = [text for r in ratios for text in (f"{task.metric} at {100 * r:.0f} %", "over liar-opt, points")]
+    return (
+        f"\nOver {len(cells)} draws of the calibration samples (seeds {', '.join(map(str, cells))}): the mean, in\n"
+        "brackets the standard deviation of the draws, and what a tool is ahead of liar-opt, in points, with the 95 %\n"
+        f"interval over the held-out samples:\n\n{table(['tool', *head], rows)}"
+    )
+
+
 def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namespace) -> str:
     """All tables."""
     given = setting(options.seed)
@@ -244,6 +301,7 @@ def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namesp
             dense = store.dense(task)
             parts.append(
                 f"### {task.title}\n\n{task.text} Dense: {dense:.{task.digits}f}.\n\n{task_table(task, cells, ratios)}"
+                f"{draws_table(task, store)}"
             )
     parts.append("### Published, and measured here\n\n" + published_table(tasks, store))
     return "\n".join(parts)
@@ -278,6 +336,10 @@ class Cells:
     def _read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
         return found
+
+    def seeds(self) -> list[int]:
+        """Those that cells were measured with, ascending."""
+        return sorted({json.loads(key)[3] for key in self._read()})
 
     def _key(self, task: str, peer: str, ratio: float) -> str:
         return json.dumps([task, peer, ratio, self.seed])
@@ -323,7 +385,7 @@ def main() -> int:
     parser.add_argument("--classifier", type=Path, help="folder of `sentiment.py` (default: the cache)")
     parser.add_argument("--repositories", type=Path, help="folder of clones named owner+name")
     parser.add_argument("--venvs", type=Path, default=cache_folder() / "peers", help="folder of virtual environments")
-    parser.add_argument("--folder", type=Path, default=cache_folder() / "peer-models", help="where models are made")
+    parser.add_argument("--folder", type=Path, help="where models are made (default: the cache, one for each seed)")
     parser.add_argument("--cells", type=Path, default=cache_folder() / "peer-cells.json", help="finished cells")
     parser.add_argument("--again", action="store_true", help="measure these cells again")
     parser.add_argument("--budget", type=float, default=1e9, help="start nothing after so many seconds")
@@ -335,6 +397,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.folder = options.folder or cache_folder() / ("peer-models" + (f"-{options.seed}" if options.seed else ""))
     began = time.perf_counter()
     options.folder.mkdir(parents=True, exist_ok=True)
     store = Cells(options.cells, options.seed)

@@ -71,6 +71,10 @@ class Task:
         """What else is measured of a model, by name: nothing."""
         return {}
 
+    def right(self, pruned: Path) -> NDArray[np.bool_] | None:
+        """Which held-out samples a model is right about, [n]; None where the score is no share of samples."""
+        return None
+
     def our_data(self) -> list[str]:
         """The arguments with which liar-opt reads the calibration data."""
         raise NotImplementedError
@@ -185,8 +189,11 @@ class Classifier(Encoder):
 
     def score(self, pruned: Path) -> float:
         """Share of right classes."""
-        labels = np.array([sample.label for sample in self.test])
-        return accuracy(self.logits(pruned).argmax(1), labels)
+        return float(self.right(pruned).mean())
+
+    def right(self, pruned: Path) -> NDArray[np.bool_]:
+        """Which sentences of the test part get their class."""
+        return np.asarray(self.logits(pruned).argmax(1) == [sample.label for sample in self.test])
 
     def beside(self, pruned: Path) -> dict[str, float]:
         """Agreement with the dense model, and the divergence of the probabilities from its."""
