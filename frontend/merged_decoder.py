@@ -221,6 +221,7 @@ def unfold(
         The flat model, the data of its stubs (large constants of the branches, equal ones once, are there too), and what
         is needed to fold it.
     """
+    proto = casts_inside(proto)
     graph = proto.graph
     choice = _choice(graph)
     if choice is None:
@@ -254,6 +255,61 @@ def unfold(
         data[name] = np.frombuffer(_raw(tensor), numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
     outside = frozenset(_names(graph.initializer))
     return result, data, MergedDecoder(_shell(proto, choice), branches[0], branches[1], wires, outside)
+
+
+def casts_inside(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns the model with the Casts around its If inside the branches; the model itself where there is nothing to move.
+
+    Converters to float16 that keep the types of inputs and outputs put one behind each float input and one before each
+    float output. A branch that gives an empty constant there gives one of the other type.
+    """
+    choices = [n for n in proto.graph.node if n.op_type == "If"]
+    if len(choices) != 1 or not any(n.op_type == "Cast" for n in proto.graph.node):
+        return proto
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    graph = result.graph
+    choice = next(n for n in graph.node if n.op_type == "If")
+    bodies = [a.g for a in choice.attribute if a.name in BODIES]
+    readers = Counter(name for n in graph.node if n is not choice for name in {*n.input, *names_read(n)})
+    inputs, ends = {*_names(graph.input)}, {v.name: v for v in graph.output}
+    for cast in [n for n in graph.node if n.op_type == "Cast"]:
+        source, made = cast.input[0], cast.output[0]
+        if source in inputs and not readers[made] and made not in ends:
+            for body in bodies:
+                if made in _captured(body):
+                    _insert(body, 0, cast)
+            graph.node.remove(cast)
+        elif source in choice.output and readers[source] == 1 and source not in ends and made in ends:
+            number = list(choice.output).index(source)
+            choice.output[number] = made
+            for body in bodies:
+                _cast_output(body, number, cast, ends[made])
+            graph.node.remove(cast)
+    return result
+
+
+def _insert(body: onnx.GraphProto, place: int, node: onnx.NodeProto) -> None:
+    nodes = [*body.node[:place], node, *body.node[place:]]
+    del body.node[:]
+    body.node.extend(nodes)
+
+
+def _cast_output(body: onnx.GraphProto, number: int, cast: onnx.NodeProto, end: onnx.ValueInfoProto) -> None:
+    """Casts an output of a branch as ``cast`` does outside it, to the type of ``end``."""
+    value, kind = body.output[number], end.type.tensor_type.elem_type
+    empty = _empty(body, value.name)
+    if empty is not None:
+        empty.CopyFrom(onnx.helper.make_tensor(empty.name, kind, empty.dims, []))
+    else:
+        made = onnx.NodeProto()
+        made.CopyFrom(cast)
+        taken = {*_names(body.input), *_names(body.initializer), *(o for n in body.node for o in n.output)}
+        made.input[0], made.output[0] = value.name, _free(f"{value.name}_cast", "", taken)
+        place = next((i for i, n in enumerate(body.node) if value.name in n.output), -1) + 1
+        _insert(body, place, made)  # what the other branch reads of this one is not to wait for its end
+        value.name = made.output[0]
+    value.type.tensor_type.elem_type = kind
 
 
 class _Flat:
@@ -434,7 +490,8 @@ def names_read(node: onnx.NodeProto) -> set[str]:
 
 def _captured(graph: onnx.GraphProto) -> set[str]:
     read = set(_names(graph.output)).union(*(names_read(n) for n in graph.node))
-    return read - {*_names(graph.input), *_names(graph.initializer), *(o for n in graph.node for o in n.output)}
+    constants = *_names(graph.initializer), *(t.values.name for t in graph.sparse_initializer)
+    return read - {*_names(graph.input), *constants, *(o for n in graph.node for o in n.output)}
 
 
 def _names(values: Iterable[Any]) -> list[str]:

@@ -20,7 +20,7 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from liar_opt.frontend.merged_decoder import MergedDecoder, side_by_side, unfold
+from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, side_by_side, unfold
 from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
 from liar_opt.frontend.weight_files import (
     PLAIN,
@@ -149,6 +149,12 @@ class OnnxModel:
             raise ModelError(
                 f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
                 "prune the float model and quantise the result"
+            )
+        loose = loose_end(proto.graph)
+        if loose is not None:
+            raise ModelError(
+                f"'{loose}' is read in {name} and nothing gives it: the program that wrote the model broke it; give the "
+                "model that it was made of"
             )
         if proto.functions:
             proto = onnx.inliner.inline_local_functions(proto)
@@ -410,6 +416,16 @@ def quantised_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
     """Returns the first node that quantises, or reads what is quantised; it may be in a branch."""
     nodes = nodes_within(proto.graph.node)
     return next((n for n in nodes if n.op_type in QUANTISED or n.op_type.startswith(QUANTISED_PREFIXES)), None)
+
+
+def loose_end(graph: onnx.GraphProto) -> str | None:
+    """Returns the name of a tensor that the graph, or a branch in it, reads and nothing gives."""
+    given = {t.name for t in (*graph.input, *graph.initializer)} | {t.values.name for t in graph.sparse_initializer}
+    given |= {name for node in graph.node for name in node.output}
+    read = itertools.chain(
+        (name for node in graph.node for name in sorted(names_read(node))), (v.name for v in graph.output)
+    )
+    return next((name for name in read if name not in given), None)
 
 
 def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:

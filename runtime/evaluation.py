@@ -17,7 +17,7 @@ from liar_opt.runtime.bootstrap import LEVEL, paired_difference
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.evaluation_data import Table
 from liar_opt.runtime.evaluation_feeds import Candidate, EvaluationOptions, Progress, Run
-from liar_opt.runtime.evaluation_tasks import TASKS, Outcome
+from liar_opt.runtime.evaluation_tasks import FAITHFULNESS, TASKS, Outcome
 from liar_opt.runtime.signatures import Signature, names
 
 
@@ -45,6 +45,8 @@ def evaluate(
     for name in options.metrics:
         if name not in TASKS[task].metrics:
             raise OptionError(f"metric '{name}' does not fit task '{task}'; it has {names(TASKS[task].metrics)}")
+        if name in FAITHFULNESS and len(candidates) < 2:
+            raise OptionError(f"metric '{name}' compares models with the first; give two or more")
     for option, value in (
         ("samples", options.samples),
         ("batch-size", options.batch_size),

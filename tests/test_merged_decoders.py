@@ -47,7 +47,14 @@ def run(model: ort.InferenceSession, feeds: Feeds, cached: bool) -> Feeds:
             whole[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
     names = [o.name for o in model.get_outputs()]
     given = {k: v for k, v in feeds.items() if k in {i.name for i in model.get_inputs()}}
-    return dict(zip(names, model.run(None, whole | given), strict=True))
+    whole = in_types(model, whole | given)
+    return dict(zip(names, model.run(None, whole), strict=True))
+
+
+def in_types(model: ort.InferenceSession, feeds: Feeds) -> Feeds:
+    """Returns the float32 among the feeds as float16 where the model takes that."""
+    half = {v.name for v in model.get_inputs() if v.type == "tensor(float16)"}
+    return {name: value.astype(np.float16) if name in half else value for name, value in feeds.items()}
 
 
 def past_of(outputs: Feeds, only: str = "") -> Feeds:
@@ -75,9 +82,11 @@ def drawn_caches(model: ort.InferenceSession, batch: int, seed: int) -> Feeds:
     return {v.name: rng.standard_normal((batch, v.shape[1], PAST, v.shape[3])).astype(np.float32) for v in inputs}
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_branch_equals_the_masked_original(name: str, tmp_path: Path) -> None:
-    path = zoo_merged.ready(name)
+def test_each_branch_equals_the_masked_original(name: str, half: bool, tmp_path: Path) -> None:
+    path = zoo_merged.half_ends(name) if half else zoo_merged.ready(name)
+    tolerance = TOLERANCES["float16" if half else "float32"]
     model, state, found = oracle.analyse(path)
     assert {kind: sum(g.kind == kind for g in found.groups) for kind in ("ffn", "heads")} == GROUPS[name]
     assert all(len(c.uses) == 2 for g in found.groups for c in g.consumers)
@@ -89,20 +98,20 @@ def test_each_branch_equals_the_masked_original(name: str, tmp_path: Path) -> No
     onnx.checker.check_model(proto)
     original, pruned = session(onnx.load(path)), session(proto)
     feeds = zoo_merged.feeds_of(name, PAST)
-    past = drawn_caches(original, len(feeds["input_ids"]), 3)
+    past = in_types(original, drawn_caches(original, len(feeds["input_ids"]), 3))
     empty = {k: v[:, :, :0] for k, v in past.items()}
     # A mask covers what is in the cache, too, of which the branch without one knows nothing.
     fresh = zoo_merged.feeds_of(name, None)
-    wanted, cached = (named(reference, given, ends) for given in (fresh | empty, feeds | past))
+    wanted, cached = (named(reference, in_types(original, given), ends) for given in (fresh | empty, feeds | past))
     outputs = run(pruned, fresh, cached=False)
     for output, value in outputs.items():
-        assert oracle.difference([value], [wanted[output]]) <= TOLERANCES["float32"], output
+        assert oracle.difference([value], [wanted[output]]) <= tolerance, output
     handed = past_of(outputs, "encoder")
     for output, value in run(pruned, feeds | cut_arrays(past, ends) | handed, cached=True).items():
         if f"with_past/{output}" in cached:
-            assert oracle.difference([value], [cached[f"with_past/{output}"]]) <= TOLERANCES["float32"], output
+            assert oracle.difference([value], [cached[f"with_past/{output}"]]) <= tolerance, output
     dense = run(original, fresh, cached=False)["logits"]
-    assert oracle.difference([dense], [wanted["logits"]]) > 2 * TOLERANCES["float32"]
+    assert oracle.difference([dense], [wanted["logits"]]) > 2 * tolerance
 
 
 def named(proto: onnx.ModelProto, feeds: Feeds, ends: oracle.Ends) -> Feeds:

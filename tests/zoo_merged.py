@@ -155,6 +155,35 @@ def _export(name: str, model: Any, past: int | None, path: Path) -> onnx.ModelPr
     return onnx.load(path)
 
 
+def with_half_ends(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns the merged model with inputs and outputs in float16 and Casts around its If, as converters leave them."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    (choice,) = result.graph.node
+    before, after = [], []
+    for value in result.graph.input:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+            before.append(helper.make_node("Cast", [value.name], [f"{value.name}_float"], to=TensorProto.FLOAT))
+            for node in (node for attribute in choice.attribute for node in attribute.g.node):
+                node.input[:] = [f"{i}_float" if i == value.name else i for i in node.input]
+    for number, value in enumerate(result.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+        choice.output[number] = f"{value.name}_float"
+        after.append(helper.make_node("Cast", [choice.output[number]], [value.name], to=TensorProto.FLOAT16))
+    del result.graph.node[:]
+    result.graph.node.extend([*before, choice, *after])
+    return result
+
+
+@functools.cache
+def half_ends(name: str) -> Path:
+    """Returns the file of `ready` with float16 around it."""
+    path = ready(name).with_name(f"{name}-merged-half.onnx")
+    onnx.save(with_half_ends(onnx.load(ready(name))), path)
+    return path
+
+
 @functools.cache
 def ready(name: str) -> Path:
     """Exports and merges one of the decoder zoo's architectures, once per process; returns the file."""

@@ -95,6 +95,23 @@ def test_quantised_graphs_are_refused(op: str, proto: onnx.ModelProto) -> None:
         OnnxModel.from_proto(proto)
 
 
+def test_a_tensor_that_nothing_gives_is_named(proto: onnx.ModelProto) -> None:
+    broken, output = onnx.ModelProto(), onnx.ModelProto()
+    broken.CopyFrom(proto)
+    broken.graph.node[-1].input[0] = "nowhere"
+    output.CopyFrom(proto)
+    output.graph.output[0].name = "nowhere"
+    body = helper.make_graph([helper.make_node("Neg", ["nowhere"], ["z"])], "body", [], [])
+    body.output.append(helper.make_empty_tensor_value_info("z"))
+    inside = onnx.ModelProto()
+    inside.CopyFrom(proto)
+    inside.graph.node.append(helper.make_node("If", ["c"], ["zz"], then_branch=body, else_branch=body))
+    inside.graph.input.append(helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, []))
+    for model in (broken, output, inside):
+        with pytest.raises(ModelError, match="'nowhere' is read in the model and nothing gives it"):
+            OnnxModel.from_proto(model)
+
+
 def test_weights_listed_as_inputs_are_constants(proto: onnx.ModelProto) -> None:
     """As before IR version 4; the caller's note says so, and the interface is what remains."""
     for tensor in proto.graph.initializer:

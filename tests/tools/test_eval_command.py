@@ -412,6 +412,8 @@ def test_metrics_that_do_not_fit(
     dense, _, data = labelled
     common = (dense, "--data", data, "--tokenizer", tokenizer)
     refuse(*common, "--task", "classification", "--metric", "pearson", needles=("'pearson' does not fit", "'accuracy'"))
+    alone = ("'divergence' compares models with the first", "two or more")
+    refuse(*common, "--task", "classification", "--metric", "divergence", needles=alone)
     refuse(*common, "--task", "translation", needles=("task 'translation' is unknown", "'sts'"))
     refuse(*common, "--task", "regression", needles=("gives 2 numbers a sample", "--task classification"))
     refuse(*common, "--task", "classification", "--window", 128, needles=("--window is for task 'perplexity'",))

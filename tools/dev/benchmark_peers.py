@@ -417,7 +417,7 @@ def main() -> int:
                 wait_for_quiet(options.wait)
                 cell = make_cell(peer, task, ratio, options)
                 store.put(task.name, peer.name, ratio, cell)
-                say(f"{task.name}, {peer.name}, {ratio}: {cell}")
+                say(f"{task.name}, {peer.name}, {ratio}: { {k: v for k, v in cell.items() if k != 'right'} }")
     text = markdown(tasks, store, options)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
