@@ -67,7 +67,7 @@ def patch_consumer(
             continue
         output = node.output[0]
         node.output[0] = f"{name}/{index}/unshifted"
-        free = [n for i, n in enumerate(use.weight.shape) if i != use.weight_axis]
+        free = [use.weight.shape[axis] for axis in use.column_axes]
         shape = [*free, *[1] * (-1 - use.output_axis)] if len(free) == 1 else free
         value = (shift * use.scale).reshape(shape).astype(weight.dtype)
         graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}/{index}/shift"))

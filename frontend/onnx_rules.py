@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 import liar_opt.frontend.onnx_attention_rules
 import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (imports of both put their rules into the table)
@@ -95,6 +97,28 @@ class Lookup:
 BiasKind = Literal["after", "input"]
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution slides over its input: what lies under the kernel at one place is a row of its product.
+
+    Attributes:
+        kernel: sizes, one for each axis that is slid over; so are the others.
+        strides: steps.
+        dilations: steps within the kernel.
+        pads: zeros before each axis, then behind each.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Places under the kernel."""
+        return math.prod(self.kernel)
+
+
 @dataclass(frozen=True, eq=False)
 class ConsumerUse:
     """A linear contraction y = x W (+ b).
@@ -107,6 +131,9 @@ class ConsumerUse:
 
     With a ``lookup`` each row has the weight of its own expert, and ``weight`` is that of all, contracted over
     ``weight_axis`` behind its first: an input of the node that looks it up.
+
+    With a ``window`` the node is a convolution, and x what lies under its kernel: ``width`` is that of the kernel times the
+    channels, ``channels`` the latter, and W [places, channels, outputs] as a matrix.
     """
 
     node: gs.Node
@@ -121,6 +148,38 @@ class ConsumerUse:
     bias_scale: float = 1.0
     output_axis: int = -1
     lookup: Lookup | None = None
+    window: Window | None = None
+    channels: Factor | None = None
+
+    def matrix(self, value: NDArray[Any]) -> NDArray[Any]:
+        """Returns W, [n, m], of a value of the weight."""
+        if self.window is None:
+            rows = np.moveaxis(value, self.weight_axis, 0)
+            return rows.reshape(len(rows), -1)
+        rows = value.transpose(*range(2, value.ndim), 1, 0)
+        return rows.reshape(-1, rows.shape[-1])
+
+    def laid_out(self, matrix: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+        """Returns the value of the weight, of ``shape``, whose W is ``matrix``."""
+        if self.window is None:
+            rest = [n for i, n in enumerate(shape) if i != self.weight_axis]
+            return np.ascontiguousarray(np.moveaxis(matrix.reshape(-1, *rest), 0, self.weight_axis))
+        rows = matrix.reshape(*self.window.kernel, -1, shape[0])
+        return np.ascontiguousarray(rows.transpose(rows.ndim - 1, rows.ndim - 2, *range(rows.ndim - 2)))
+
+    def cut_axis(self, rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Returns the positions of the weight's axis, of ``size``, that rows of W are of."""
+        return rows if self.window is None else np.unique(rows % size)
+
+    @property
+    def column_axes(self) -> tuple[int, ...]:
+        """The axes of the weight that the columns of W are of."""
+        return (0,) if self.window else tuple(i for i in range(len(self.weight.shape)) if i != self.weight_axis)
+
+    @property
+    def contracted(self) -> Factor:
+        """The axis of the weight that is contracted; without the places under a kernel, which all stay."""
+        return self.width if self.channels is None else self.channels
 
     @property
     def holder(self) -> gs.Node:
@@ -399,16 +458,15 @@ class GraphWalk:
     def consumer(
         self, node: gs.Node, activation: int, activation_axis: int, weight: int, weight_axis: int, **more: Any
     ) -> None:
-        """Records a linear contraction of a variable input with a constant input."""
+        """Records a linear contraction of a variable input with a constant input; ``more`` are fields of `ConsumerUse`."""
         tensor, constant = node.inputs[activation], node.inputs[weight]
         axes = self.input_axes(node, weight)
         if not isinstance(tensor, gs.Variable) or axes is None or self.input_axes(node, activation) is None:
             return
         rank = len(self.axes[tensor.name] or ())
+        width = more.pop("width", axes[weight_axis])
         self.consumers.append(
-            ConsumerUse(
-                node, tensor, activation_axis % rank, constant, weight, weight_axis % len(axes), axes[weight_axis], **more
-            )
+            ConsumerUse(node, tensor, activation_axis % rank, constant, weight, weight_axis % len(axes), width, **more)
         )
 
     def look_up(self, node: gs.Node, stack: Factor) -> None:
@@ -1107,10 +1165,13 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     if groups == 1:
         w.unify(x[1], weight[1])
         pointwise = all(k == 1 for k in kernel)
-        if w.constant(node, 1) is None or not pointwise:
+        window = None if pointwise else _window(node, kernel)
+        if w.constant(node, 1) is None or (window is None and not pointwise):
             w.pin([x[1]], f"input channels of a convolution that is no matrix product {where}")
         else:
-            w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x))
+            under = None if window is None else w.algebra.merge([*weight[2:], weight[1]])
+            more: dict[str, Any] = {} if under is None else {"window": window, "width": under, "channels": weight[1]}
+            w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x), **more)
     elif groups == w.algebra.size(x[1]) == w.algebra.size(weight[0]) and w.constant(node, 1) is not None:
         w.unify(x[1], weight[0])  # depthwise: every channel by itself
         w.size_use(node, ("attribute", "group", -1), x[1])
@@ -1119,7 +1180,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     bias = w.input_axes(node, 2)
     if bias is not None:
         w.unify(weight[0], bias[0])
-    w.pin(x[2:], f"slid over by a convolution {where}")
+    w.pin([*x[2:], *weight[2:]], f"slid over by a convolution {where}")
     spatial = _conv_sizes(node, w.shape(x)[2:], kernel) or w.inferred.get(node.outputs[0].name, ())[2:]
     if len(spatial) != len(kernel):
         w.give_up(node, "convolution of unknown extent")
@@ -1128,6 +1189,21 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
         return
     w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *spatial], dtype=np.int64))
     w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
+
+
+def _window(node: gs.Node, kernel: Sequence[int]) -> Window | None:
+    """Returns how a convolution slides; None where its padding depends on the size of the input."""
+    n = len(kernel)
+    strides, dilations = (tuple(node.attrs.get(name, [1] * n)) for name in ("strides", "dilations"))
+    automatic = node.attrs.get("auto_pad", "NOTSET")
+    pads = tuple(node.attrs.get("pads", [0] * 2 * n)) if automatic == "NOTSET" else (0,) * 2 * n
+    if automatic in ("SAME_UPPER", "SAME_LOWER"):
+        if max(strides) > 1:
+            return None
+        spread = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        less, more = [s // 2 for s in spread], [s - s // 2 for s in spread]
+        pads = (*less, *more) if automatic == "SAME_UPPER" else (*more, *less)
+    return Window(tuple(kernel), strides, dilations, pads)
 
 
 def _conv_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ computed. All of it stays inside the graph, on the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from liar_opt.frontend.onnx_model import detached_tensors, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import SKIPS
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, Window
 from liar_opt.frontend.onnx_values import slice_arguments
 from liar_opt.frontend.widen_graph import widen
 
@@ -32,8 +33,10 @@ ROWS = "liar_opt_rows"
 PROJECTION = 32
 """Random signs through which the variance of the residual stream is estimated."""
 VARIANCE_FLOOR = 1e-5
-Place = tuple[str, int, int]
-"""A tensor, its axis, and the expert whose rows count (-1: all rows)."""
+Place = tuple[str, int, int, Window | None]
+"""A tensor, its axis, the expert whose rows count (-1: all rows), and what slides over it."""
+MOST_PLACES = 512
+"""Places of a sample from which on not all are measured that a convolution slides to: they say the same as others."""
 ADDITIONS = ("Add", "add")
 MOVES = ("Reshape", "Dropout", "Identity", "view", "_unsafe_view", "view_copy", "reshape", "clone", "alias", "dropout")
 """Operators of ONNX and of torch that hand a tensor on as it is."""
@@ -87,6 +90,8 @@ class Tap:
         stream: the residual stream behind the consumer, by whose size each row is weighted.
         numbers: the tensor with the expert of each row, where only those of one count.
         expert: the number of that one; -1 for all rows.
+        window: what slides over the axes behind the channels: a row is what lies under its kernel, [places, channels].
+        every: of the places that it slides to, one in so many is measured, for each axis.
     """
 
     tensor: str
@@ -98,15 +103,20 @@ class Tap:
     stream: Stream | None = None
     numbers: str = ""
     expert: int = -1
+    window: Window | None = None
+    every: tuple[int, ...] = ()
 
     @property
     def place(self) -> Place:
         """What it measures."""
-        return self.tensor, self.axis, self.expert
+        return self.tensor, self.axis, self.expert, self.window
 
     @property
     def key(self) -> str:
         """A prefix for the names of the outputs."""
+        if self.window is not None:
+            numbers = (self.window.kernel, self.window.strides, self.window.dilations, self.window.pads)
+            return f"liar_opt_moments/{self.tensor}/{'/'.join('x'.join(map(str, n)) for n in numbers)}"
         return f"liar_opt_moments/{self.tensor}/{self.axis}" + (f"/{self.expert}" if self.expert >= 0 else "")
 
     @property
@@ -330,6 +340,11 @@ def _captured(graph: gs.Graph) -> set[str]:
     return names - {t.name for n in graph.nodes for t in n.outputs}
 
 
+def place_of(use: Any, expert: int = -1) -> Place:
+    """Returns what a record with ``activation`` and ``activation_axis`` measures, of one expert's rows or of all."""
+    return use.activation.name, use.activation_axis, expert, getattr(use, "window", None)
+
+
 def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto]) -> None:
     """Appends the nodes that compute the moments of one activation.
 
@@ -341,6 +356,25 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
     def constant(name: str, value: Any) -> str:
         initializers.append(onnx.numpy_helper.from_array(np.asarray(value), f"{k}/{name}"))
         return f"{k}/{name}"
+
+    def under(source: str, window: Window) -> str:
+        """[b, n, ...] -> [b, places n, ...]: each place under the kernel is a slice of the padded input."""
+        around = np.zeros((2, 2 + len(window.kernel)), np.int64)
+        around[:, 2:] = np.reshape(window.pads, (2, -1))
+        nodes.append(helper.make_node("Cast", [source], [f"{k}/x_float"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Pad", [f"{k}/x_float", constant("pads", around.reshape(-1))], [f"{k}/x_padded"]))
+        over = constant("over", np.arange(2, 2 + len(window.kernel), dtype=np.int64))
+        steps = constant("steps", np.asarray(window.strides, np.int64) * np.asarray(tap.every, np.int64))
+        dilations, last = np.asarray(window.dilations), np.asarray(window.kernel) - 1
+        parts = []
+        for number, place in enumerate(np.argwhere(np.ones(window.kernel))):
+            left = (last - place) * dilations
+            starts = constant(f"starts{number}", (place * dilations).astype(np.int64))
+            ends = constant(f"ends{number}", np.where(left, -left, np.iinfo(np.int64).max).astype(np.int64))
+            parts.append(f"{k}/place{number}")
+            nodes.append(helper.make_node("Slice", [f"{k}/x_padded", starts, ends, over, steps], parts[-1:]))
+        nodes.append(helper.make_node("Concat", parts, [f"{k}/x_under"], axis=1))
+        return f"{k}/x_under"
 
     def rows(source: str, axis: int, rank: int, width: int, name: str) -> str:
         if axis != rank - 1:
@@ -357,7 +391,8 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         nodes.append(helper.make_node("Cast", [result], [f"{k}/{name}"], to=TensorProto.FLOAT))
         return f"{k}/{name}"
 
-    x = rows(tap.tensor, tap.axis, tap.rank, tap.width, "x")
+    source = tap.tensor if tap.window is None else under(tap.tensor, tap.window)
+    x = rows(source, tap.axis, tap.rank, tap.width, "x")
     if tap.numbers:
         flat = constant("numbers_shape", np.asarray([-1], np.int64))
         nodes.append(helper.make_node("Reshape", [tap.numbers, flat], [f"{k}/numbers_all"]))
@@ -445,13 +480,24 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
         width: size of the contracted axis as it is now.
         batch: probe sizes of (batch, sequence) or (batch,) by which the row mask is laid out.
     """
-    axes = walk.axes[use.activation.name] or ()
+    window = getattr(use, "window", None)
+    # What slides has a row for each place of its output.
+    axes = walk.axes[use.activation.name if window is None else use.node.outputs[0].name] or ()
     sizes = [size for i, f in enumerate(axes) if i != use.activation_axis for size in _extents(walk.algebra, f)]
+    every: tuple[int, ...] = ()
+    if window is not None:
+        slid = walk.shape(axes)[2:]
+        every = (1,) * len(slid)
+        tokens = len(batch) == 2 and any(size == batch[1] != 1 for size in slid)
+        if not tokens and math.prod(slid) > MOST_PLACES:
+            every = (math.ceil((math.prod(slid) / MOST_PLACES) ** (1 / len(slid))),) * len(slid)
+            thinned = [-(-size // step) for size, step in zip(slid, every, strict=True)]
+            sizes = [*_extents(walk.algebra, axes[0]), *(size for size in thinned if size != 1)]
     layout, repeat = "all", 1
     lookup = getattr(use, "lookup", None)
     numbers = "" if lookup is None else str(lookup.numbers.name)
     if not batch:
-        return Tap(use.activation.name, use.activation_axis, len(axes), width, numbers=numbers)
+        return Tap(use.activation.name, use.activation_axis, len(axes), width, numbers=numbers, window=window, every=every)
     wanted = [s for s in batch if s != 1]
     if sizes == wanted:
         layout = "bs" if len(batch) == 2 else "b"
@@ -463,7 +509,17 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
         layout = "b"
     elif sizes[: len([s for s in batch[:1] if s != 1])] == [s for s in batch[:1] if s != 1]:
         layout, repeat = "b*", int(np.prod(sizes, dtype=np.int64)) // batch[0]
-    return Tap(use.activation.name, use.activation_axis, len(axes), width, layout, repeat, numbers=numbers)
+    return Tap(
+        use.activation.name,
+        use.activation_axis,
+        len(axes),
+        width,
+        layout,
+        repeat,
+        numbers=numbers,
+        window=window,
+        every=every,
+    )
 
 
 def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None:

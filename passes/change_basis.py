@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from liar_opt.frontend.onnx_linear import Bent, Source, sources_of
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import GraphWalk
-from liar_opt.frontend.onnx_segments import Place
+from liar_opt.frontend.onnx_segments import Place, place_of
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.measured import Measured
 from liar_opt.runtime.errors import InternalError
@@ -99,7 +99,7 @@ class BasisChange:
         """Returns the best form of the products of queries and keys with ``keep`` channels a head."""
         size, seconds = group.size, []
         for operand in group.operands:
-            statistics = moments[operand.activation.name, operand.activation_axis, -1].statistics()
+            statistics = moments[place_of(operand)].statistics()
             second = statistics.covariance if operand.relative else statistics.uncentred
             total = np.zeros((group.sets, size, size))
             for number, places in copies(self.owners(group, operand.width, operand.inside), size):

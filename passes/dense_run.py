@@ -92,10 +92,10 @@ class DenseRun(SegmentRun):
                 rows = np.moveaxis(stacks[id(use)][consumer.expert], use.weight_axis - 1, 0)
                 rows[kept] = repaired.weight.reshape(rows[kept].shape).astype(rows.dtype)
                 continue
-            old = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
+            old = np.asarray(use.node.inputs[use.weight_position].values)
             flat = np.zeros((consumer.width, item.weight.shape[1]), old.dtype)
             flat[kept] = repaired.weight.astype(old.dtype)
-            weight = np.ascontiguousarray(np.moveaxis(flat.reshape(old.shape), 0, use.weight_axis))
+            weight = use.laid_out(flat, old.shape)
             patches.append(Patch(consumer.uses, weight, repaired.bias))
         return patches
 

@@ -104,13 +104,13 @@ class TwinRun(SegmentRun):
             return None
         tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
         stream = stream_of(self.walk, use, self.options.seed)
-        weight = np.moveaxis(np.asarray(use.node.inputs[use.weight_position].values), use.weight_axis, 0)
-        if use.output_axis != -1 and weight.ndim != 2:
+        value = np.asarray(use.node.inputs[use.weight_position].values)
+        if use.output_axis != -1 and value.ndim != 2:
             return None
         terms = () if stream is None else stream.terms
         # Of the dense model's name: a bias that a cut before has put behind the node has left that name to its sum.
         output = next(n for n in self.twin.model.graph.nodes if n.name == use.node.name).outputs[0].name
-        rows = weight.reshape(weight.shape[0], -1).astype(np.float32) * np.float32(use.scale)
+        rows = use.matrix(value).astype(np.float32) * np.float32(use.scale)
         return _Aim(use, tap, terms, rows, str(output))
 
     def targets(self, aims: list[_Aim], stop: int, first: Any) -> dict[str, Moments]:

@@ -95,7 +95,7 @@ def find_groups(walk: GraphWalk) -> Found:
     consumers: dict[int, list[ConsumerUse]] = defaultdict(list)
     refused: dict[tuple[str, int], list[str]] = defaultdict(list)
     for use in walk.consumers:
-        for leaf in dict.fromkeys(algebra.leaves(use.width)):
+        for leaf in dict.fromkeys(algebra.leaves(use.contracted)):
             reason = algebra.pinned(leaf)
             if reason is not None:
                 refused[reason, algebra.size(leaf)].append(use.node.name)
@@ -105,7 +105,8 @@ def find_groups(walk: GraphWalk) -> Found:
     constants = _constants(walk)
     mixed = {leaf for f in walk.mixed for leaf in algebra.leaves(f)}
     rewriter = Rewriter(walk)
-    most_rows = max((_rows(walk, u) for uses in consumers.values() for u in uses), default=0)
+    plain = (u for uses in consumers.values() for u in uses if u.window is None)
+    most_rows = max((_rows(walk, u) for u in plain), default=0)
     # Hierarchical models have stages of fewer rows; a pooler has at most one a sample.
     samples = max((walk.input_sizes(t)[0] for t in walk.model.graph.inputs if t.shape), default=1)
     groups: list[ChannelGroup] = []
@@ -118,7 +119,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        leaves = algebra.leaves(uses[0].width)
+        leaves = algebra.leaves(uses[0].contracted)
         kind = _kind(leaves, leaf, set(consumers), mixed)
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
@@ -133,6 +134,9 @@ def find_groups(walk: GraphWalk) -> Found:
                     uses[0].node.name
                 )
                 continue
+        if kind == VALUES and any(u.window is not None for u in uses):
+            refused["its consumer is a convolution over a window", size].append(uses[0].node.name)
+            continue
         if kind == VALUES:
             outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
         inner = leaves[leaves.index(leaf) + 1 :]

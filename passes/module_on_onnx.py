@@ -45,8 +45,8 @@ class OnnxRun(SegmentRun):
             for consumer, theirs in zip(group.consumers, named[partners[group.name]].consumers, strict=True):
                 repair = repairs[id(theirs.uses[0].node), theirs.expert]
                 use = theirs.uses[0]
-                rows = np.moveaxis(np.asarray(repair.weight), use.weight_axis, 0)
-                repaired = Repaired(rows.reshape(len(rows), -1).astype(np.float64), repair.bias, np.inf, "repair")
+                rows = use.matrix(np.asarray(repair.weight)).astype(np.float64)
+                repaired = Repaired(rows, repair.bias, np.inf, "repair")
                 self.write(consumer, kept_positions(consumer.owners, blocks), repaired)
             self.cut(group, blocks, details)
 
@@ -81,5 +81,4 @@ def _weights(group: ChannelGroup) -> tuple[Any, ...]:
 def _laid_out(consumer: Consumer) -> NDArray[Any]:
     """Returns a consumer's weight as [n, m]."""
     use = consumer.uses[0]
-    rows = np.moveaxis(np.asarray(use.holder.inputs[use.weight_position].values), use.weight_axis, 0)
-    return np.ascontiguousarray(rows.reshape(consumer.width, -1))
+    return np.ascontiguousarray(use.matrix(np.asarray(use.holder.inputs[use.weight_position].values)))

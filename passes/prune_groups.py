@@ -30,6 +30,7 @@ from liar_opt.frontend.onnx_segments import (
     Tap,
     extract,
     live_tensors,
+    place_of,
     plan_segments,
     row_mask,
     stream_of,
@@ -489,7 +490,7 @@ class SegmentRun:
             "error_bias": turns.lost_channels,
             "error_repair": float(turns.lost[keep]),
         }
-        rows = moments[queries.activation.name, queries.activation_axis, -1].count
+        rows = moments[place_of(queries)].count
         details = {
             "kind": group.kind,
             "kept": blocks.tolist(),
@@ -522,7 +523,7 @@ class SegmentRun:
         use = consumer.uses[0]
         pooled = None
         for u in consumer.measured:
-            own = moments[u.activation.name, u.activation_axis, -1 if consumer.expert is None else consumer.expert]
+            own = moments[place_of(u, -1 if consumer.expert is None else consumer.expert)]
             pooled = own if pooled is None else pooled.merge(own)
         assert pooled is not None
         value = np.asarray(use.holder.inputs[use.weight_position].values)
@@ -535,10 +536,8 @@ class SegmentRun:
                 pooled = Moments.white(consumer.width)  # magnitudes choose, and there is nothing to repair with
             values = weight.reshape(consumer.width, -1).astype(np.float64)
             return Measured(values, consumer.owners, pooled, use.scale, centred=False)
-        weight = np.moveaxis(value, use.weight_axis, 0)
         centred = self.options.new_bias or all(self.rewriter.has_bias(u) for u in consumer.uses)
-        values = weight.reshape(consumer.width, -1).astype(np.float64)
-        return Measured(values, consumer.owners, pooled, use.scale, centred=centred)
+        return Measured(use.matrix(value).astype(np.float64), consumer.owners, pooled, use.scale, centred=centred)
 
     def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired, basis: Basis | None = None) -> None:
         """Writes the repaired rows, which are in ``basis``, and the bias; the cut removes the other rows."""
@@ -547,23 +546,21 @@ class SegmentRun:
             return
         use = consumer.uses[0]
         old = use.node.inputs[use.weight_position].values
-        full = np.moveaxis(np.array(old), use.weight_axis, 0)
-        shape = full.shape
-        flat = full.reshape(consumer.width, -1)
+        flat = np.array(use.matrix(old))
         flat[kept] = repaired.weight.astype(old.dtype)
         self._check_written(use, flat[kept], repaired)
         places = [(u.node, u.weight_position) for u in consumer.uses]
-        value = np.ascontiguousarray(np.moveaxis(flat.reshape(shape), 0, use.weight_axis))
+        value = use.laid_out(flat, old.shape)
         self.rewriter.set_constant(places, value)
         if np.any(repaired.bias):
             self.rewriter.add_bias(consumer.uses, repaired.bias)
         left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
         if basis is None:
-            cut = np.take(value, kept, use.weight_axis)
-            left[use.weight_axis] = left[use.weight_axis][kept]
+            stays = use.cut_axis(kept, old.shape[use.weight_axis])
+            cut = np.take(value, stays, use.weight_axis)
+            left[use.weight_axis] = left[use.weight_axis][stays]
         else:  # in the original's basis these rows are a matrix of low rank
-            rows = basis.back(kept, flat[kept].astype(np.float64)).reshape(shape)
-            cut = np.moveaxis(rows, 0, use.weight_axis).astype(old.dtype)
+            cut = use.laid_out(basis.back(kept, flat[kept].astype(np.float64)), old.shape).astype(old.dtype)
         if self.memory.tight:
             cut = self.memory.store.put(cut)
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, repaired.bias))
@@ -627,7 +624,7 @@ def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[n
 
 
 def _keys(group: ChannelGroup) -> set[Place]:
-    return {(r.activation.name, r.activation_axis, expert) for r, expert in group.taps}
+    return {place_of(r, expert) for r, expert in group.taps}
 
 
 def _weights(group: ChannelGroup) -> list[Any]:

@@ -203,10 +203,9 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
         full = analysis.model.settled(full)
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
-            axis = repair.uses[0].weight_axis
-            shape = [n for i, n in enumerate(full.shape) if i != axis]
-            bias = np.zeros(shape)
-            left = [i for k, i in enumerate(repair.index) if k != axis]
+            axes = repair.uses[0].column_axes
+            bias = np.zeros([full.shape[axis] for axis in axes])
+            left = [repair.index[axis] for axis in axes]
             bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
             rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], bias.reshape(-1))
 

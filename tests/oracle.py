@@ -84,6 +84,8 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                 tail = 0 if use.activation_axis in (-1,) or rank is None else rank - 1 - use.activation_axis
                 if use.weight_position == 0 or use.node.attrs.get("transA", 0):
                     tail = 1
+                if use.window is not None:  # every place under the kernel has the channels
+                    keep = keep[: use.weight.shape[1]]
                 if use.node.op == "Conv":
                     tail = len(use.weight.shape) - 2
                 name = f"mask_{k}_{j}_{use.node.name}"

@@ -286,10 +286,27 @@ def test_variable_weight_is_not_cut() -> None:
     assert graphs.sizes(proto) == []
 
 
+WINDOWS = {
+    "plain": ("(h, w2, b2)", (1, 5)),
+    "padded, with steps": ("<pads=[1, 0, 0, 2], strides=[2, 1], dilations=[1, 2]>(h, w2, b2)", (1, 5)),
+    "padded to the same size": ('<auto_pad="SAME_UPPER">(h, w2)', (3, 7)),
+    "unpadded by name": ('<auto_pad="VALID">(h, w2)', (1, 5)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_channels_between_convolutions(name: str) -> None:
+    call, (height, width) = WINDOWS[name]
+    text = f"f (float[b, 6, 5, 7] x) => (float[b, 7, {height}, {width}] y) {{ u = Conv(x, w1)\n h = Relu(u)\n y = Conv{call} }}"
+    proto = graphs.parse(text, {"w1": (12, 6, 3, 1), "w2": (7, 12, 3, 3), "b2": (7,)})
+    assert graphs.sizes(proto) == [("ffn", 12)]
+    graphs.prove(proto, {"b": 2})
+
+
 def test_convolutions_that_are_no_products_are_not_cut() -> None:
     text = "f (float[b, 6, 5, 3] x) => (float[b, 7, 3, 1] y) {{ u = Conv(x, w1)\n h = Relu(u)\n {} }}"
-    wide = graphs.parse(text.format("y = Conv(h, w2)"), {"w1": (12, 6, 1, 1), "w2": (7, 12, 3, 3)})
-    assert graphs.sizes(wide) == []
+    padded = 'y = Conv<auto_pad="SAME_UPPER", strides=[2, 2]>(h, w2)'  # how much depends on the size of the input
+    assert graphs.sizes(graphs.parse(text.format(padded), {"w1": (12, 6, 1, 1), "w2": (7, 12, 3, 3)})) == []
     grouped = graphs.parse(
         text.format("k = Conv<group=4>(h, w2)\n y = Conv(k, w3)"),
         {"w1": (12, 6, 1, 1), "w2": (12, 3, 3, 3), "w3": (7, 12, 1, 1)},

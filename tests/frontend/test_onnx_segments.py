@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import oracle
 import pytest
+import torch
 
 from liar_opt.frontend import onnx_segments
+from liar_opt.frontend.onnx_rules import Window
 from liar_opt.frontend.onnx_segments import ROWS, Tap, extract, live_tensors, plan_segments, row_mask, tap_for
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
@@ -152,6 +154,45 @@ def test_moments_are_those_of_the_real_rows(name: str) -> None:
     assert moments.count == len(rows)
     np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(moments.covariance, np.cov(rows.T, bias=True), rtol=1e-3, atol=1e-5)
+
+
+WINDOWS = {
+    "a line": ((2, 7, 23), Window((3,), (2,), (2,), (1, 4)), (1,)),
+    "one place in three": ((2, 7, 23), Window((3,), (2,), (1,), (1, 1)), (3,)),
+    "an image": ((2, 7, 9, 8), Window((3, 2), (1, 2), (1, 1), (1, 0, 1, 0)), (1, 1)),
+    "one place in four": ((2, 7, 9, 8), Window((3, 3), (1, 1), (2, 1), (0, 1, 2, 1)), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_moments_of_what_lies_under_a_kernel(name: str) -> None:
+    shape, window, every = WINDOWS[name]
+    value = (np.random.default_rng(0).standard_normal(shape) + 0.5).astype(np.float32)
+    width = 7 * window.size
+    moments = moments_of(Tap("x", 1, len(shape), width, window=window, every=every), value, None)
+    # A convolution by a kernel of one 1 for each channel and place gives the rows, as torch slides it.
+    kernel = torch.eye(width).reshape(width, *window.kernel, 7).movedim(-1, 1)
+    count, pads = len(window.kernel), window.pads
+    around = [p for i in reversed(range(count)) for p in (pads[i], pads[count + i])]
+    padded = torch.nn.functional.pad(torch.from_numpy(value), around)
+    slide = torch.nn.functional.conv1d if count == 1 else torch.nn.functional.conv2d
+    under = slide(padded, kernel, stride=window.strides, dilation=window.dilations)
+    under = under[(..., *(slice(None, None, step) for step in every))]
+    rows = under.movedim(1, -1).reshape(-1, width).double().numpy()
+    assert moments.count == len(rows)
+    np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(moments.covariance, np.cov(rows.T, bias=True), rtol=1e-3, atol=1e-5)
+
+
+def test_places_are_thinned_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """f (float[b, 6, 30] x) => (float[b, 7, 26] y) { u = Conv(x, w1)  h = Relu(u)  y = Conv(h, w2) }"""
+    _, state, _ = graphs.analyse(graphs.parse(text, {"w1": (12, 6, 3), "w2": (7, 12, 3)}))
+    use, batch = state.consumers[-1], (state.symbols["b"],)
+    assert (tap_for(state, use, 36, batch).every, tap_for(state, use, 36, batch).repeat) == ((1,), 26)
+    monkeypatch.setattr(onnx_segments, "MOST_PLACES", 10)
+    tap = tap_for(state, use, 36, batch)
+    assert (tap.layout, tap.every, tap.repeat) == ("b*", (3,), 9)
+    assert tap_for(state, use, 36, ()).every == (3,)
 
 
 def test_samples_that_are_all_padding_are_left_out() -> None:
