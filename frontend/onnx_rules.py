@@ -1191,6 +1191,36 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
 
 
+@rule("ConvTranspose")
+def _conv_transpose(w: GraphWalk, node: gs.Node) -> None:
+    """Its outputs overlap, so that they are no matrix product of its inputs; channels that come out are like any."""
+    x, weight, bias = w.input_axes(node, 0), w.input_axes(node, 1), w.input_axes(node, 2)
+    assert x is not None and weight is not None
+    where = f"(node '{node.name}')"
+    w.pin([x[1], weight[0]], f"input channels of a transposed convolution {where}")
+    w.pin([*x[2:], *weight[2:]], f"slid over by a transposed convolution {where}")
+    groups = int(node.attrs.get("group", 1))
+    if groups > 1:
+        w.pin(weight, f"grouped convolution {where}")
+    made = weight[1] if groups == 1 else w.fresh(groups * w.algebra.size(weight[1]), f"grouped convolution {where}")
+    if bias is not None:
+        w.unify(made, bias[0])
+    kernel, sizes, n = w.shape(weight)[2:], w.shape(x)[2:], len(x) - 2
+    spatial: Sequence[int] = w.inferred.get(node.outputs[0].name, ())[2:]
+    if node.attrs.get("auto_pad", "NOTSET") == "NOTSET" and "output_shape" not in node.attrs:
+        pads, more = node.attrs.get("pads", [0] * 2 * n), node.attrs.get("output_padding", [0] * n)
+        strides, dilations = node.attrs.get("strides", [1] * n), node.attrs.get("dilations", [1] * n)
+        spatial = [
+            strides[i] * (sizes[i] - 1) + more[i] + (kernel[i] - 1) * dilations[i] + 1 - pads[i] - pads[n + i]
+            for i in range(n)
+        ]
+    if len(spatial) != n:
+        w.give_up(node, "transposed convolution of unknown extent")
+        return
+    w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *sizes], dtype=np.int64))
+    w.output(node, (x[0], made, *(w.fresh(s, f"slid over by a transposed convolution {where}") for s in spatial)))
+
+
 def _window(node: gs.Node, kernel: Sequence[int]) -> Window | None:
     """Returns how a convolution slides; None where its padding depends on the size of the input."""
     n = len(kernel)
@@ -1625,7 +1655,16 @@ def _eye(w: GraphWalk, node: gs.Node) -> None:
 
 @rule("Range")
 def _range(w: GraphWalk, node: gs.Node) -> None:
-    w.give_up(node, "Range of numbers that are not known")
+    w.output(node, (w.fresh(w.unforeseen(), f"Range of numbers that are not known (node '{node.name}')"),))
+
+
+@rule("RandomNormalLike", "RandomUniformLike", "Bernoulli")
+def _random(w: GraphWalk, node: gs.Node) -> None:
+    """Fewer numbers would be others, too."""
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    w.pin(axes, f"random numbers are drawn for it (node '{node.name}')")
+    w.output(node, axes)
 
 
 # -- what needs the whole axis --------------------------------------------------------------------------------------

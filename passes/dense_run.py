@@ -20,7 +20,7 @@ from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, load_segment, run_segment
-from liar_opt.runtime.compare import output_rows
+from liar_opt.runtime.compare import common_part, output_rows
 from liar_opt.runtime.sessions import as_array, element_type
 
 PROBE_BATCHES = 2
@@ -123,7 +123,8 @@ class DenseRun(SegmentRun):
                 patch_consumer(rest, patch.uses, patch.weight, patch.shift)
         ends = self._ends(rest, outputs)
         for name in outputs:
-            lost = sum(float(np.square(x[name] - y[name]).sum()) for x, y in zip(ends, self.dense, strict=True))
+            pairs = [common_part(x[name], y[name]) for x, y in zip(ends, self.dense, strict=True)]
+            lost = sum(float(np.square(x - y).sum()) for x, y in pairs)
             if lost > 0:
                 return lost / (sum(float(np.square(y[name]).sum()) for y in self.dense) or 1.0)
         return None

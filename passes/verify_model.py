@@ -123,6 +123,8 @@ class VerifyModelPass(Pass[None]):
                 meter.add(name, x[name], value, mask)
             state.progress("verify", done + 1, len(held[: self.batches]))
         facts["outputs"] = meter.result()
+        if meter.uneven:
+            facts["uneven"] = sorted(meter.uneven)
         state.facts["verification"] = facts
         state.facts["sessions"] = (original, pruned)
         return PassResult(state)

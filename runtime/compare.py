@@ -123,10 +123,22 @@ def output_rows(output: Array, mask: NDArray[np.bool_] | None) -> Array:
     return output.reshape(-1, output.shape[-1])
 
 
+def common_part(one: Array, other: Array) -> tuple[Array, Array]:
+    """Returns two arrays of one rank as far as both go along every axis."""
+    inside = tuple(slice(min(n, m)) for n, m in zip(one.shape, other.shape, strict=True))
+    return one[inside], other[inside]
+
+
 class DifferenceMeter:
-    """Adds up output differences over batches."""
+    """Adds up output differences over batches.
+
+    Attributes:
+        uneven: outputs whose size is another, since it depends on the data (the length of speech); they are compared as far
+            as both go.
+    """
 
     def __init__(self) -> None:
+        self.uneven: set[str] = set()
         self._square: dict[str, float] = {}
         self._power: dict[str, float] = {}
         self._cosine: dict[str, float] = {}
@@ -136,6 +148,9 @@ class DifferenceMeter:
         """Adds one batch of one output; ``mask`` [b, s] or [b] says which rows are real, where its shape fits."""
         if (reference.dtype.kind != "f" and reference.dtype.name != "bfloat16") or reference.ndim == 0:
             return
+        if actual.shape != reference.shape:
+            self.uneven.add(name)
+            actual, reference = common_part(actual, reference)
         x, y = (output_rows(a, mask).astype(np.float64) for a in (actual, reference))
         lengths = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
         norms = lengths[0] * lengths[1]

@@ -70,7 +70,7 @@ class Signature:
             purpose are absent.
         ids: First input with the role ``ids``, if any.
         mask: The input that marks real tokens, if any.
-        shared: Inputs without a batch axis of their own (scalars, [1, s] beside [b, s]): the same for every sample.
+        shared: Inputs without a batch axis of their own (scalars, [1, s] or [3] beside [b, s]): the same for every sample.
         batch: The static batch size, if any.
     """
 
@@ -98,11 +98,15 @@ class Signature:
         mask = mask_input or next((name for name in _MASK_NAMES if name in masks), masks[0] if masks else None)
         made = {name for name, role in roles.items() if role in STATE_ROLES}
         leading = {spec.shape[0] for spec in inputs if spec.shape and spec.name not in made}
+        # Beside inputs of any number of samples one of a fixed size is the same for all (the scales of a voice, [3]).
+        fixed = (
+            {1} if all(isinstance(size, int) for size in leading) else {size for size in leading if isinstance(size, int)}
+        )
         shared = frozenset(
             spec.name
             for spec in inputs
             if not spec.shape
-            or (spec.shape[0] == 1 and leading != {1} and roles.get(spec.name) != "past")
+            or (spec.shape[0] in fixed and leading != {1} and roles.get(spec.name) != "past")
             or roles.get(spec.name) in ("cache_position", "total", "last", "branch")
         )
         batched = {name: spec for name, spec in specs.items() if roles.get(name) != "past" or len(spec.shape) == 4}

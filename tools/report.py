@@ -75,6 +75,9 @@ def footnotes(report: Report) -> Iterator[str]:
     rows = max((d["rows"] for d in check["outputs"].values()), default=0)
     random = "random inputs, not your data" if data["synthetic"] else data["source"]
     yield f"(2) {rows:,} rows of the calibration batches: {random}"
+    if check.get("uneven"):
+        others = ", ".join(f"'{name}'" for name in check["uneven"])
+        yield f"(2) {others}: the size depends on the data and is another now; compared as far as both go"
     if data.get("gap") is not None:
         yield f"calibration: endlessly more samples would take about {100 * data['gap']:.0f} % off the repair's error"
     yield (

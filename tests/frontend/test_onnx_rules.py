@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 
 import graphs
 import numpy as np
 import onnx
+import oracle
 import pytest
 from graphs import Weights
 
@@ -301,6 +304,60 @@ def test_channels_between_convolutions(name: str) -> None:
     proto = graphs.parse(text, {"w1": (12, 6, 3, 1), "w2": (7, 12, 3, 3), "b2": (7,)})
     assert graphs.sizes(proto) == [("ffn", 12)]
     graphs.prove(proto, {"b": 2})
+
+
+@pytest.mark.parametrize(
+    "call, length",
+    [
+        ("(u, w2, b2)", 11),
+        ("<strides=[2], pads=[1, 1], output_padding=[1], dilations=[2]>(u, w2, b2)", 20),
+        ("<strides=[2], output_shape=[16]>(u, w2)", 16),
+    ],
+)
+def test_channels_out_of_a_transposed_convolution(call: str, length: int) -> None:
+    """Those into it stay: what it makes of two places overlaps."""
+    text = f"""f (float[b, 6, 9] x) => (float[b, 7, {length}] y) {{
+        u = Conv(x, w1)  t = ConvTranspose{call}  h = Relu(t)  y = Conv(h, w3) }}"""
+    proto = graphs.parse(text, {"w1": (8, 6, 1), "w2": (8, 12, 3), "b2": (12,), "w3": (7, 12, 1)})
+    assert graphs.sizes(proto) == [("ffn", 12)]
+    graphs.prove(proto, {"b": 2})
+
+
+def test_transposed_convolutions_of_groups_are_not_cut() -> None:
+    text = """f (float[b, 6, 9] x) => (float[b, 7, 11] y) {
+        u = Conv(x, w1)  t = ConvTranspose<group=2>(u, w2)  y = Conv(t, w3) }"""
+    proto = graphs.parse(text, {"w1": (8, 6, 1), "w2": (8, 6, 3), "w3": (7, 12, 1)})
+    assert graphs.sizes(proto) == []
+
+
+def test_random_numbers_of_a_width_keep_it() -> None:
+    """Of another width others would be drawn; what is behind them is cut all the same."""
+    text = """f (float[b, s, 6] x) => (float[b, s, 7] y) {
+        u = MatMul(x, w1)  r = RandomNormalLike(u)  z = Mul(r, zero)  a = Add(u, z)  v = MatMul(a, w2)  h = Relu(v)
+        y = MatMul(h, w3) }"""
+    proto = graphs.parse(text, {"w1": (6, 12), "w2": (12, 11), "w3": (11, 7), "zero": np.asarray(0, np.float32)})
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    assert "random numbers are drawn for it" in graphs.reasons(proto)
+    graphs.prove(proto, {"b": 2, "s": 3})
+
+
+def test_behind_a_range_whose_length_depends_on_the_data() -> None:
+    """As voices make a mask of the length that they foresee for a text."""
+    text = """f (float[b, s, 6] x, int64[b] n) => (float[b, t, 7] y) {
+        most = ReduceMax<keepdims=0>(n)  steps = Range(none, most, one)  ends = Unsqueeze(n, last)  inside = Less(steps, ends)
+        f = Cast<to=1>(inside)  mask = Unsqueeze(f, last)  m = ReduceMean<keepdims=1, axes=[1]>(x)  e = Mul(mask, m)
+        u = MatMul(e, w1)  h = Relu(u)  y = MatMul(h, w2) }"""
+    zeros = {"none": np.asarray(0), "one": np.asarray(1), "last": np.asarray([-1])}
+    proto = graphs.parse(text, {**FFN_WEIGHTS, **zeros})
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    model, state, found = graphs.analyse(proto)
+    kept = oracle.random_kept(found.groups, 0)
+    feeds = {**graphs.feeds_of(proto, {"b": 2, "s": 3}), "n": np.asarray([3, 5])}
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(proto, Path(folder) / "model.onnx")
+        reference = oracle.masked(Path(folder) / "model.onnx", found, kept)
+    pruned = oracle.prune(model, state, found, kept)
+    assert oracle.difference(oracle.run(pruned, feeds), oracle.run(reference, feeds)) <= 1e-5
 
 
 def test_convolutions_that_are_no_products_are_not_cut() -> None:

@@ -177,8 +177,10 @@ def test_moments_of_what_lies_under_a_kernel(name: str) -> None:
     padded = torch.nn.functional.pad(torch.from_numpy(value), around)
     slide = torch.nn.functional.conv1d if count == 1 else torch.nn.functional.conv2d
     under = slide(padded, kernel, stride=window.strides, dilation=window.dilations)
-    under = under[(..., *(slice(None, None, step) for step in every))]
-    rows = under.movedim(1, -1).reshape(-1, width).double().numpy()
+    thinned: Any = under.numpy()
+    for axis, step in enumerate(every):
+        thinned = np.take(thinned, range(0, thinned.shape[2 + axis], step), 2 + axis)
+    rows = np.moveaxis(thinned, 1, -1).reshape(-1, width).astype(np.float64)
     assert moments.count == len(rows)
     np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(moments.covariance, np.cov(rows.T, bias=True), rtol=1e-3, atol=1e-5)

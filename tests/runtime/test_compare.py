@@ -76,6 +76,16 @@ def test_padding_is_left_out() -> None:
     assert measure(np.where(mask[:, :1, None], y, 9.0)[:, 0], y[:, 0], mask)[::2] == (0.0, 2)
 
 
+def test_outputs_of_another_size_are_compared_as_far_as_both_go() -> None:
+    rng = np.random.default_rng(0)
+    dense, pruned = rng.standard_normal((2, 1, 9)), rng.standard_normal((2, 1, 7))
+    meters = DifferenceMeter(), DifferenceMeter()
+    meters[0].add("y", pruned, dense, None)
+    meters[1].add("y", pruned, dense[:, :, :7], None)
+    assert meters[0].result() == meters[1].result()
+    assert (meters[0].uneven, meters[1].uneven) == ({"y"}, set())
+
+
 def test_a_dead_output_is_not_perfect() -> None:
     y = np.ones((4, 3))
     assert measure(np.zeros((4, 3)), y)[:2] == (1.0, 0.0)

@@ -80,6 +80,12 @@ def test_a_cache_with_the_batch_second() -> None:
     assert signature.batch is None and "past_0" not in signature.shared
 
 
+def test_an_input_of_a_fixed_size_beside_any_number_of_samples_is_the_same_for_all() -> None:
+    inputs = spec("input"), spec("input_lengths", ("b",))
+    assert read(*inputs, spec("scales", (3,), "float32")).shared == {"scales"}
+    assert read(spec("x", (3, 4), "float32"), spec("z", (3,), "float32")).shared == set()
+
+
 def test_an_encoder_decoder_writes_the_text_behind_a_start() -> None:
     signature = read(spec("input_ids"), spec("decoder_input_ids", ("b", "t")), spec("decoder_attention_mask", ("b", "t")))
     ids, real = np.array([[5, 6, 7], [8, 9, 1]]), np.array([[True] * 3, [True, True, False]])
