@@ -255,13 +255,8 @@ def gradient_scores(bench: Bench) -> str:
 
     bed = sentiment.ensure()
     parts = sentiment.labelled(sentences("reviews"))
-    train, test = parts["train"][:CALIBRATION], parts["test"]
-    ids = sentiment.token_ids([s.sentence for s in train], bed.checkpoint)
+    test = parts["test"]
     test_ids = sentiment.token_ids([s.sentence for s in test], bed.checkpoint)
-    rows = list(sentiment.batches(ids, None))
-    feeds = [sentiment.padded([ids[row] for row in own]) for own in rows]
-    truth = [torch.tensor([train[row].label for row in own]) for own in rows]
-    tensors = [{name: torch.from_numpy(value) for name, value in own.items()} for own in feeds]
 
     def loss(outputs: Mapping[str, torch.Tensor], labels: Any) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(next(iter(outputs.values())), labels, reduction="sum")
@@ -269,7 +264,14 @@ def gradient_scores(bench: Bench) -> str:
     def accuracy(model: torch.nn.Module) -> float:
         return sentiment.accuracy(model, test_ids, [s.label for s in test])
 
-    def make(score: str, repair: str) -> float:
+    def make(score: str, repair: str, draw: int) -> float:
+        places = np.arange(CALIBRATION) if not draw else np.random.default_rng(draw).permutation(len(parts["train"]))
+        train = [parts["train"][place] for place in places[:CALIBRATION]]
+        ids = sentiment.token_ids([s.sentence for s in train], bed.checkpoint)
+        rows = list(sentiment.batches(ids, None))
+        feeds = [sentiment.padded([ids[row] for row in own]) for own in rows]
+        truth = [torch.tensor([train[row].label for row in own]) for own in rows]
+        tensors = [{name: torch.from_numpy(value) for name, value in own.items()} for own in feeds]
         given: Options = {"checkpoint": False, **HALF}  # BERT cannot say another number of heads
         if score in LABELLED_SCORES:
             given |= {"loss": loss, "labelled": list(zip(tensors, truth, strict=True))}
@@ -281,12 +283,25 @@ def gradient_scores(bench: Bench) -> str:
     repairs = [r for r in REPAIRS if r not in AWARE]
     lines = []
     for score in (*GRADIENT_SCORES, "greedy"):
-        values = [bench.kept(["classifier", score, repair], partial(make, score, repair)) for repair in repairs]
+        values = [
+            float(
+                np.mean(
+                    [
+                        bench.kept(
+                            ["classifier", score, repair, *([draw] if draw else [])], partial(make, score, repair, draw)
+                        )
+                        for draw in range(bench.work.options.draws)
+                    ]
+                )
+            )
+            for repair in repairs
+        ]
         lines.append([score, *marked(values, max(values))])
     dense = accuracy(BertForSequenceClassification.from_pretrained(bed.checkpoint))
     head = (
         "Accuracy of the classifier of `sentiment.py`, a torch module, on its test part; labels and calibration from "
         f"{CALIBRATION} sentences of its train part; FFN 50 % and heads 50 % of every layer. Dense: {dense:.4f}."
+        + (f" Means over {bench.work.options.draws} draws of the 512 sentences." if bench.work.options.draws > 1 else "")
     )
     return f"{head}\n\n{table(['score', *repairs], lines)}"
 
@@ -329,6 +344,9 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables")
     parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--draws", type=int, default=1, help="of the calibration sentences, whose mean is taken (gradient-scores)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
