@@ -562,7 +562,7 @@ class Rewriter:
                     self._follow(use.node, use.bias[1], constant, use)
 
     def has_bias(self, use: ConsumerUse) -> bool:
-        """Returns whether a constant bias is added behind a contraction already."""
+        """Returns whether a constant bias is added behind a contraction already, and may change."""
         return self._bias_place(use) is not None
 
     def _bias_place(self, use: ConsumerUse) -> tuple[gs.Node, int, float] | None:

@@ -94,7 +94,7 @@ class Lookup:
     stack: Factor
 
 
-BiasKind = Literal["after", "input"]
+BiasKind = Literal["after", "input", "none"]
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ class ConsumerUse:
     ``weight``, at input ``weight_position`` of ``node``, is contracted over its axis ``weight_axis`` with axis
     ``activation_axis`` of ``activation``; ``width`` is the contracted factor.
 
-    ``bias`` says where b' belongs: ``("input", k)`` the node's own input k (scaled by ``bias_scale``), or
-    ``("after", 0)`` an addition behind the node. ``scale`` is what the node multiplies the product by (alpha).
+    ``bias`` says where b' belongs: ``("input", k)`` the node's own input k (scaled by ``bias_scale``),
+    ``("after", 0)`` an addition behind the node, or ``("none", 0)`` nowhere. ``scale`` is what the node multiplies the
+    product by (alpha).
 
     With a ``lookup`` each row has the weight of its own expert, and ``weight`` is that of all, contracted over
     ``weight_axis`` behind its first: an input of the node that looks it up.
@@ -1193,15 +1194,20 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
 
 @rule("ConvTranspose")
 def _conv_transpose(w: GraphWalk, node: gs.Node) -> None:
-    """Its outputs overlap, so that they are no matrix product of its inputs; channels that come out are like any."""
+    """What it adds up where its outputs overlap is a matrix product [.., n] [n, m k] of its inputs, without a bias.
+
+    W' is fitted to the addends (k of each output, at most), which bounds what the sums lose.
+    """
     x, weight, bias = w.input_axes(node, 0), w.input_axes(node, 1), w.input_axes(node, 2)
     assert x is not None and weight is not None
     where = f"(node '{node.name}')"
-    w.pin([x[1], weight[0]], f"input channels of a transposed convolution {where}")
+    w.unify(x[1], weight[0])
     w.pin([*x[2:], *weight[2:]], f"slid over by a transposed convolution {where}")
     groups = int(node.attrs.get("group", 1))
-    if groups > 1:
-        w.pin(weight, f"grouped convolution {where}")
+    if groups > 1 or w.constant(node, 1) is None:
+        w.pin(weight, f"{'grouped ' if groups > 1 else ''}transposed convolution {where}")
+    else:
+        w.consumer(node, 0, 1, 1, 0, bias=("none", 0), output_axis=1 - len(x))
     made = weight[1] if groups == 1 else w.fresh(groups * w.algebra.size(weight[1]), f"grouped convolution {where}")
     if bias is not None:
         w.unify(made, bias[0])

@@ -109,14 +109,15 @@ def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -
 
 
 def _in_all(groups: tuple[ChannelGroup, ...], sparsity: float, choose: Callable[[float], dict[str, int]]) -> dict[str, int]:
-    """Chooses widths such that a share of all parameters goes, where a weight between two groups shrinks with both.
+    """Chooses widths such that a share of all parameters goes, where a weight shrinks with more than one group, or axis.
 
-    Allocations add up what each group costs by itself. Where weights are shared that is too much, and they are asked for
-    less, a few times.
+    Allocations add up what each group holds by itself. Where weights are shared that is too much, and they are asked
+    for less, a few times.
     """
     whole, asked = parameters_left(groups), sparsity
     keep = choose(asked)
-    if whole >= sum(g.parameters for g in groups):
+    gone = whole - parameters_left(groups, keep)
+    if math.isclose(gone, removed_parameters(groups, keep), rel_tol=1e-6):
         return keep
     for _ in range(ROUNDS):
         miss = sparsity - (1.0 - parameters_left(groups, keep) / whole)
@@ -250,7 +251,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
 
     Attributes:
         sparsity: fraction of all prunable parameters to remove, in [0, 1).
-        ffn: fraction of the feed-forward width to remove, in [0, 1).
+        ffn: fraction of the feed-forward width, and of channels between convolutions, to remove, in [0, 1).
         heads: fraction of the attention heads (or groups of heads) to remove, in [0, 1).
         values: fraction of the width of values within each head to remove, in [0, 1), beside any of the others. No part
             of ``sparsity``: heads hold the same weights, and values narrower than keys are what fused attention kernels and

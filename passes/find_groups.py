@@ -2,10 +2,11 @@
 
 A leaf factor qualifies when it is not pinned, when every contraction over it that reads data is linear with a constant
 weight (the operator rules pin it otherwise), and when no axis holds it twice. The kind follows from the layout of the
-contracted axis: the leaf alone is a feed-forward width ("ffn"); with other leaves inside it, it counts attention heads
-("heads"), or the heads of one group ("grouped") where another such factor is outside it; with others only outside, or
-mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
-where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
+contracted axis: the leaf alone is a feed-forward width ("ffn"; so are channels between convolutions, of which each place
+under the kernel has all); with other leaves inside it, it counts attention heads ("heads"), or the heads of one group
+("grouped") where another such factor is outside it; with others only outside, or mixed by a product of activations, it is
+the width of values within a head ("values"). A width that has one row a sample where others have one a token is a "pooler".
+"grouped" and "pooler" are reported and left alone.
 
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
@@ -19,7 +20,7 @@ where it is pinned for that reason alone and both sides are linear along it (`fr
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -148,7 +149,7 @@ def find_groups(walk: GraphWalk) -> Found:
             factor=leaf,
             size=size,
             consumers=_consumers(walk, leaf, uses, outer),
-            parameters=sum(elements.values()),
+            parameters=_parameters(elements),
             start=min(positions),
             end=max(order[id(u.node)] for u in uses),
             constants=frozenset(id(u.constant) for u in constant_uses),
@@ -356,15 +357,23 @@ def _constants(walk: GraphWalk) -> dict[int, list[ConstantUse]]:
     return result
 
 
-def _elements(walk: GraphWalk, leaf: int, uses: Sequence[ConstantUse]) -> dict[object, int]:
-    """Counts the elements of each constant that have a dimension; a part beside others in one axis is counted by itself."""
-    result: dict[object, int] = {}
+def _elements(walk: GraphWalk, leaf: int, uses: Sequence[ConstantUse]) -> dict[tuple[object, int], tuple[int, float]]:
+    """Returns the elements of each constant that has a dimension, and the share of the axis, for each axis that has it."""
+    result: dict[tuple[object, int], tuple[int, float]] = {}
     for use in uses:
         count = int(np.prod(use.constant.shape, dtype=np.int64))
-        share = min(float(np.mean(walk.algebra.owners(f, leaf) >= 0)) for f in use.axes if leaf in walk.algebra.leaves(f))
-        key: object = id(use.constant) if share == 1.0 else (id(use.constant), leaf)
-        result[key] = round(count * share)
+        for axis, factor in enumerate(use.axes):
+            if leaf in walk.algebra.leaves(factor):
+                result[id(use.constant), axis] = count, float(np.mean(walk.algebra.owners(factor, leaf) >= 0))
     return result
+
+
+def _parameters(elements: Mapping[tuple[object, int], tuple[int, float]]) -> int:
+    """Returns how many elements of constants have a dimension."""
+    counts: dict[object, list[float]] = defaultdict(list)
+    for (constant, _), (count, share) in elements.items():
+        counts[constant].append(count * share)
+    return sum(round(min(own)) for own in counts.values())
 
 
 def _heads_of(

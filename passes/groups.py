@@ -66,7 +66,8 @@ class ChannelGroup:
         start: position of the first node that touches the dimension, in the graph's order.
         end: position of the last consumer.
         constants: identities of the constants that have the dimension.
-        elements: how many of each of them have it, by what else may have the same ones; empty where groups share none.
+        elements: for each of them and each axis of it that has the dimension, by (identity, axis): its elements, and the
+            share of the axis; empty where groups share no constant.
         outer: the leaf factor that counts the heads of "values", or the experts, each with an index set of its own; None
             for one set.
         sets: number of index sets. Block j of set i has number i * size + j; each set keeps as many.
@@ -84,7 +85,7 @@ class ChannelGroup:
     start: int
     end: int
     constants: frozenset[int] = field(default_factory=frozenset)
-    elements: Mapping[object, int] = field(default_factory=dict)
+    elements: Mapping[tuple[object, int], tuple[int, float]] = field(default_factory=dict)
     outer: int | None = None
     sets: int = 1
     queries: int = 1
@@ -127,23 +128,30 @@ class Refusal:
 
 
 def parameters_left(groups: Sequence[ChannelGroup], keep: Mapping[str, int] | None = None) -> float:
-    """Returns what is left of all weights that have a dimension of a group, each counted once.
+    """Returns what is left of all elements of weights that have a dimension of a group, each counted once.
 
-    A weight between two groups (of a 1x1 convolution, say) shrinks with both.
+    A weight between two groups (of a 1x1 convolution, say) shrinks with both, and one whose axes are both of one group (the
+    stream of a voice's decoder) twice.
 
     Args:
         groups: the groups.
         keep: number of blocks by group name; groups that are not named stay whole.
     """
-    whole: dict[object, int] = {}
-    share: dict[object, float] = {}
+    sizes: dict[object, int] = {}
+    held: dict[tuple[object, int], float] = {}
+    left: dict[tuple[object, int], float] = {}
     for group in groups:
-        left = 1.0 if keep is None else keep.get(group.name, group.size) / group.size
-        own: Mapping[object, int] = group.elements or {group.name: group.parameters}
-        for key, count in own.items():
-            whole[key] = count
-            share[key] = share.get(key, 1.0) * left
-    return sum(count * share[key] for key, count in whole.items())
+        share_left = 1.0 if keep is None else keep.get(group.name, group.size) / group.size
+        for place, (size, share) in (group.elements or {(group.name, 0): (group.parameters, 1.0)}).items():
+            sizes[place[0]] = size
+            held[place] = held.get(place, 0.0) + share
+            left[place] = left.get(place, 0.0) + share * share_left
+    whole = dict.fromkeys(sizes, 1.0)
+    others = dict.fromkeys(sizes, 1.0)  # elements of no group
+    for place, share in held.items():
+        whole[place[0]] *= 1.0 - share + left[place]
+        others[place[0]] *= 1.0 - share
+    return sum(size * (whole[constant] - others[constant]) for constant, size in sizes.items())
 
 
 def kept_positions(owners: NDArray[np.int64], kept: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -536,7 +536,8 @@ class SegmentRun:
                 pooled = Moments.white(consumer.width)  # magnitudes choose, and there is nothing to repair with
             values = weight.reshape(consumer.width, -1).astype(np.float64)
             return Measured(values, consumer.owners, pooled, use.scale, centred=False)
-        centred = self.options.new_bias or all(self.rewriter.has_bias(u) for u in consumer.uses)
+        biased = self.options.new_bias or all(self.rewriter.has_bias(u) for u in consumer.uses)
+        centred = biased and all(u.bias[0] != "none" for u in consumer.uses)
         return Measured(use.matrix(value).astype(np.float64), consumer.owners, pooled, use.scale, centred=centred)
 
     def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired, basis: Basis | None = None) -> None:
@@ -553,6 +554,10 @@ class SegmentRun:
         value = use.laid_out(flat, old.shape)
         self.rewriter.set_constant(places, value)
         if np.any(repaired.bias):
+            if use.bias[0] == "none":
+                raise OptionError(
+                    f"repair '{repaired.kind}' gives node '{use.node.name}' ({use.node.op}) a bias; return zeros"
+                )
             self.rewriter.add_bias(consumer.uses, repaired.bias)
         left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.node, use.weight_position) or ()]
         if basis is None:

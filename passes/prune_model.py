@@ -268,7 +268,7 @@ def prune(
         calibration: a path (.txt, .jsonl, .csv, .npz, folder of .npy, saved dataset), a dataset name, texts, feeds,
             "self" (a decoder writes its own text), or None for synthetic inputs.
         sparsity: fraction of all prunable parameters to remove, in [0, 1); 0.3 if nothing is asked for.
-        ffn: fraction of the feed-forward width to remove, in [0, 1).
+        ffn: fraction of the feed-forward width, and of channels between convolutions, to remove, in [0, 1).
         heads: fraction of the attention heads to remove, in [0, 1).
         values: fraction of the width of values within each head to remove, in [0, 1); each head keeps its own.
         query_key: fraction of the width of queries and keys within each head to remove, in [0, 1), where no rotary

@@ -173,6 +173,37 @@ def test_the_repair_behind_a_convolution_is_the_least_squares_fit(tmp_path: Path
     assert float((fitted - wanted).std()) > 0.1
 
 
+SHARED: dict[str, tuple[str, graphs.Weights]] = {
+    "a weight between two widths": (
+        "h = Relu(u)  v = Conv(h, w2)  k = Relu(v)  y = Conv(k, w3)",
+        {"w1": (12, 6, 1), "w2": (10, 12, 3), "w3": (5, 10, 1)},
+    ),
+    "a stream that is no one's norm": (
+        "h = Relu(u)  v = Conv<pads=[1, 1]>(h, w2)  k = Add(u, v)  y = Conv(k, w3)",
+        {"w1": (12, 6, 1), "w2": (12, 12, 3), "w3": (5, 12, 3)},
+    ),
+    "two widths in one axis": (
+        "h = Relu(u)  v = Conv(h, w2)  a, b = Split<axis=1>(v)  k = Conv(a, w3)  n = Conv(b, w4)  y = Add(k, n)",
+        {"w1": (12, 6, 1), "w2": (16, 12, 3), "w3": (5, 8, 1), "w4": (5, 8, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_is_said_to_go_goes(name: str, tmp_path: Path) -> None:
+    text, weights = SHARED[name]
+    proto = graphs.parse(f"f (float[b, 6, 9] x) => (float[b, 5, 7] y) {{ u = Conv(x, w1)  {text} }}", weights)
+    onnx.save(proto, tmp_path / "model.onnx")
+    for sparsity in (0.3, 0.6):
+        asked: dict[str, Any] = {**UNREPAIRED, "sparsity": sparsity, "samples": 4}
+        report = prune(tmp_path / "model.onnx", **asked).report
+        prunable, before, after = report["prunable"], report["before"]["parameters"], report["after"]["parameters"]
+        assert prunable["before"] <= before
+        assert prunable["before"] - prunable["after"] == before - after
+        assert (before - after) / prunable["before"] == pytest.approx(sparsity, abs=0.1)
+        assert report["verification"]["exact_difference"] < 1e-4
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_module_is_cut_exactly(name: str) -> None:
     module = build(name)

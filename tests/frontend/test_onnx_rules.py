@@ -314,12 +314,11 @@ def test_channels_between_convolutions(name: str) -> None:
         ("<strides=[2], output_shape=[16]>(u, w2)", 16),
     ],
 )
-def test_channels_out_of_a_transposed_convolution(call: str, length: int) -> None:
-    """Those into it stay: what it makes of two places overlaps."""
+def test_channels_around_a_transposed_convolution(call: str, length: int) -> None:
     text = f"""f (float[b, 6, 9] x) => (float[b, 7, {length}] y) {{
-        u = Conv(x, w1)  t = ConvTranspose{call}  h = Relu(t)  y = Conv(h, w3) }}"""
+        v = Conv(x, w1)  u = Relu(v)  t = ConvTranspose{call}  h = Relu(t)  y = Conv(h, w3) }}"""
     proto = graphs.parse(text, {"w1": (8, 6, 1), "w2": (8, 12, 3), "b2": (12,), "w3": (7, 12, 1)})
-    assert graphs.sizes(proto) == [("ffn", 12)]
+    assert graphs.sizes(proto) == [("ffn", 8), ("ffn", 12)]
     graphs.prove(proto, {"b": 2})
 
 
