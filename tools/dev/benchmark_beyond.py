@@ -282,7 +282,7 @@ def gradient_scores(bench: Bench) -> str:
 
     repairs = [r for r in REPAIRS if r not in AWARE]
     lines = []
-    for score in (*GRADIENT_SCORES, "greedy"):
+    for score in bench.work.options.gradients:
         values = [
             float(
                 np.mean(
@@ -344,6 +344,10 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables")
     parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
+    measured = (*GRADIENT_SCORES, "greedy")
+    parser.add_argument(
+        "--gradients", choices=measured, nargs="+", default=measured, help="these scores alone (gradient-scores)"
+    )
     parser.add_argument(
         "--draws", type=int, default=1, help="of the calibration sentences, whose mean is taken (gradient-scores)"
     )
