@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
+from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
@@ -43,6 +44,7 @@ POINTWISE = (
 """Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
 LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
 PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
+STEM = "the first convolution over an input is left alone: it holds little, and all that follows is made of it"
 NOT_PRUNED = {
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
     "pooler": "the hidden layer of a pooler is measured once a sample, too seldom to repair it, and holds little",
@@ -126,6 +128,9 @@ def find_groups(walk: GraphWalk) -> Found:
             kind = "pooler"
         if size < LEAST_SIZE:
             continue
+        if _is_stem(places[leaf].nodes[0]):
+            refused[STEM, size].append(uses[0].node.name)
+            continue
         positions = [order[id(n)] for n in places[leaf].nodes]
         outer = None
         if any(u.lookup is not None for u in uses):
@@ -182,6 +187,22 @@ def find_groups(walk: GraphWalk) -> Found:
         found.sort(key=lambda g: (g.end, g.start))
     poolers = [g for g in others if g.kind == "pooler" and rewriter.check({g.factor: range(1)}) is None]
     return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
+
+
+def _is_stem(node: Any) -> bool:
+    """Returns whether a node is a convolution over a window, and no weight comes before its own."""
+    if node.op != "Conv" or not is_constant(node.inputs[1]) or max(node.inputs[1].shape[2:], default=1) == 1:
+        return False
+    waiting, seen = [t for t in node.inputs if not is_constant(t)], set()
+    while waiting:
+        for maker in waiting.pop().inputs:
+            if id(maker) in seen:
+                continue
+            seen.add(id(maker))
+            if any(is_constant(t) and sum(n > 1 for n in t.shape) > 1 for t in maker.inputs):
+                return False
+            waiting += [t for t in maker.inputs if not is_constant(t)]
+    return True
 
 
 def _bent(walk: GraphWalk, leaf: int, nodes: Sequence[Any], uses: Sequence[ConsumerUse]) -> str | None:

@@ -184,9 +184,10 @@ MATCH: dict[str, tuple[str, Weights, list[tuple[str, int]]]] = {
         [("ffn", 11)],
     ),
     "Conv 3x3 before Conv 1x1": (
-        "f (float[b, 6, 5, 3] x) => (float[b, 7, 5, 3] y) { u = Conv<pads=[1,1,1,1]>(x, w1, b1)\n h = Relu(u)\n y = Conv(h, w2) }",
-        {"w1": (11, 6, 3, 3), "b1": (11,), "w2": (7, 11, 1, 1)},
-        [("ffn", 11)],
+        "f (float[b, 6, 5, 3] x) => (float[b, 7, 5, 3] y) { t = Conv(x, w0)\n u = Conv<pads=[1,1,1,1]>(t, w1, b1)\n h = Relu(u)\n"
+        " y = Conv(h, w2) }",
+        {"w0": (5, 6, 1, 1), "w1": (11, 5, 3, 3), "b1": (11,), "w2": (7, 11, 1, 1)},
+        [("ffn", 5), ("ffn", 11)],
     ),
     "depthwise Conv, BatchNormalization": (
         "f (float[b, 6, 5, 3] x) => (float[b, 7, 5, 3] y) { u = Conv(x, w1, b1)\n d = Conv<group=11, pads=[1,1,1,1]>(u, k, b2)\n"
@@ -300,9 +301,9 @@ WINDOWS = {
 @pytest.mark.parametrize("name", WINDOWS)
 def test_channels_between_convolutions(name: str) -> None:
     call, (height, width) = WINDOWS[name]
-    text = f"f (float[b, 6, 5, 7] x) => (float[b, 7, {height}, {width}] y) {{ u = Conv(x, w1)\n h = Relu(u)\n y = Conv{call} }}"
-    proto = graphs.parse(text, {"w1": (12, 6, 3, 1), "w2": (7, 12, 3, 3), "b2": (7,)})
-    assert graphs.sizes(proto) == [("ffn", 12)]
+    text = f"f (float[b, 6, 5, 7] x) => (float[b, 7, {height}, {width}] y) {{ t = Conv(x, w0)\n u = Conv(t, w1)\n h = Relu(u)\n y = Conv{call} }}"
+    proto = graphs.parse(text, {"w0": (4, 6, 1, 1), "w1": (12, 4, 3, 1), "w2": (7, 12, 3, 3), "b2": (7,)})
+    assert graphs.sizes(proto) == [("ffn", 4), ("ffn", 12)]
     graphs.prove(proto, {"b": 2})
 
 
@@ -357,6 +358,17 @@ def test_behind_a_range_whose_length_depends_on_the_data() -> None:
         reference = oracle.masked(Path(folder) / "model.onnx", found, kept)
     pruned = oracle.prune(model, state, found, kept)
     assert oracle.difference(oracle.run(pruned, feeds), oracle.run(reference, feeds)) <= 1e-5
+
+
+def test_the_first_convolution_over_an_input_is_left_alone() -> None:
+    """Whatever is done to the input without weights before; what the second one makes is cut."""
+    text = """f (float[b, 6, 9] x) => (float[b, 5, 3] y) {
+        c = Sub(x, mean)  u = Conv(c, w1)  h = Relu(u)  v = Conv(h, w2)  k = Relu(v)  y = Conv(k, w3) }"""
+    weights: Weights = {"mean": (6, 1), "w1": (12, 6, 3), "w2": (10, 12, 3), "w3": (5, 10, 3)}
+    proto = graphs.parse(text, weights)
+    assert graphs.sizes(proto) == [("ffn", 10)]
+    assert "the first convolution over an input is left alone" in graphs.reasons(proto)
+    graphs.prove(proto, {"b": 2})
 
 
 def test_convolutions_that_are_no_products_are_not_cut() -> None:
@@ -433,10 +445,10 @@ def test_tensors_captured_by_a_branch_are_not_cut() -> None:
 
 
 def test_windows_longer_than_the_sizes_tried_first() -> None:
-    text = """f (float[b, 6, n] x) => (float[b, 7, k] y) { u = Conv<strides=[50]>(x, w1)  p = MaxPool<kernel_shape=[4]>(u)
-        h = Relu(p)  y = Conv(h, w2) }"""
-    proto = graphs.parse(text, {"w1": (11, 6, 90), "w2": (7, 11, 1)})
-    assert graphs.sizes(proto) == [("ffn", 11)]
+    text = """f (float[b, 6, n] x) => (float[b, 7, k] y) { t = Conv(x, w0)  u = Conv<strides=[50]>(t, w1)
+        p = MaxPool<kernel_shape=[4]>(u)  h = Relu(p)  y = Conv(h, w2) }"""
+    proto = graphs.parse(text, {"w0": (5, 6, 1), "w1": (11, 5, 90), "w2": (7, 11, 1)})
+    assert graphs.sizes(proto) == [("ffn", 5), ("ffn", 11)]
     graphs.prove(proto, {"b": 2, "n": 300, "k": 2})
 
 
