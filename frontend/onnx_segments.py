@@ -280,7 +280,7 @@ def extract(
     for layout in sorted({t.layout + str(t.repeat) for t in taps if t.layout != "all"}):
         inputs.append(helper.make_tensor_value_info(f"{ROWS}_{layout}", TensorProto.BOOL, [None]))
     for tap in taps:
-        add_moments(tap, protos, initializers)
+        add_moments(tap, protos, initializers, walk.model.opset)
     names = [*outputs, *(o for t in taps for o in t.outputs)]
     ends = [onnx.ValueInfoProto(name=name) for name in names]
     proto = helper.make_graph(protos, "segment", inputs, ends, initializers)
@@ -345,8 +345,8 @@ def place_of(use: Any, expert: int = -1) -> Place:
     return use.activation.name, use.activation_axis, expert, getattr(use, "window", None)
 
 
-def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto]) -> None:
-    """Appends the nodes that compute the moments of one activation.
+def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], opset: int) -> None:
+    """Appends the nodes that compute the moments of one activation, as an ``opset`` of 9 or more has them.
 
     x [.., n] -> rows [N, n] -> real rows [r, n] in float32, weighted by the stream -> count, column sums [n], X^T X by
     block rows [width of block i, n - bounds[i]].
@@ -357,22 +357,39 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         initializers.append(onnx.numpy_helper.from_array(np.asarray(value), f"{k}/{name}"))
         return f"{k}/{name}"
 
+    def part(source: str, axes: Any, starts: Any, ends: Any, name: str, steps: Any = None) -> str:
+        bounds = [np.asarray(v, np.int64).reshape(-1) for v in (starts, ends, axes)]
+        result = f"{k}/{name}"
+        if opset >= 10:
+            bounds += [] if steps is None else [steps]
+            given = [constant(f"{name}_{i}", v) for i, v in enumerate(bounds)]
+            nodes.append(helper.make_node("Slice", [source, *given], [result]))
+            return result
+        settings: dict[str, Any] = dict(zip(("starts", "ends", "axes"), (v.tolist() for v in bounds), strict=True))
+        nodes.append(helper.make_node("Slice", [source], [result], **settings))
+        if steps is not None and np.any(steps != 1):  # a slice knew no steps; the largest of one number is itself
+            every: dict[str, Any] = {"kernel_shape": [1] * len(steps), "strides": steps.tolist()}
+            nodes.append(helper.make_node("MaxPool", [result], [f"{result}_every"], **every))
+            result = f"{result}_every"
+        return result
+
     def under(source: str, window: Window) -> str:
         """[b, n, ...] -> [b, places n, ...]: each place under the kernel is a slice of the padded input."""
         around = np.zeros((2, 2 + len(window.kernel)), np.int64)
         around[:, 2:] = np.reshape(window.pads, (2, -1))
         nodes.append(helper.make_node("Cast", [source], [f"{k}/x_float"], to=TensorProto.FLOAT))
-        nodes.append(helper.make_node("Pad", [f"{k}/x_float", constant("pads", around.reshape(-1))], [f"{k}/x_padded"]))
-        over = constant("over", np.arange(2, 2 + len(window.kernel), dtype=np.int64))
-        steps = constant("steps", np.asarray(window.strides, np.int64) * np.asarray(tap.every, np.int64))
+        if opset < 11:
+            pad = helper.make_node("Pad", [f"{k}/x_float"], [f"{k}/x_padded"], pads=around.reshape(-1).tolist())
+        else:
+            pad = helper.make_node("Pad", [f"{k}/x_float", constant("pads", around.reshape(-1))], [f"{k}/x_padded"])
+        nodes.append(pad)
+        steps = np.asarray(window.strides, np.int64) * np.asarray(tap.every, np.int64)
         dilations, last = np.asarray(window.dilations), np.asarray(window.kernel) - 1
         parts = []
         for number, place in enumerate(np.argwhere(np.ones(window.kernel))):
             left = (last - place) * dilations
-            starts = constant(f"starts{number}", (place * dilations).astype(np.int64))
-            ends = constant(f"ends{number}", np.where(left, -left, np.iinfo(np.int64).max).astype(np.int64))
-            parts.append(f"{k}/place{number}")
-            nodes.append(helper.make_node("Slice", [f"{k}/x_padded", starts, ends, over, steps], parts[-1:]))
+            ends = np.where(left, -left, np.iinfo(np.int64).max)
+            parts.append(part(f"{k}/x_padded", range(2, 2 + len(last)), place * dilations, ends, f"place{number}", steps))
         nodes.append(helper.make_node("Concat", parts, [f"{k}/x_under"], axis=1))
         return f"{k}/x_under"
 
@@ -444,20 +461,14 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
         nodes.append(helper.make_node("MatMul", [f"{k}/ones", f"{k}/gain"], [count]))
     nodes.append(helper.make_node("MatMul", [f"{k}/ones", x], [total]))
     bounds = tap.bounds
-    if len(bounds) > 2:  # blocks of columns lie together then, and a product is quicker than one that transposes
-        nodes.append(helper.make_node("Transpose", [x], [f"{k}/columns"], perm=[1, 0]))
+    if len(bounds) == 2 and opset >= 11:  # before, Gemm wants a bias
+        nodes.append(helper.make_node("Gemm", [x, x], second, transA=1))
+        return
+    # Blocks of columns lie together then, and a product is quicker than one that transposes.
+    nodes.append(helper.make_node("Transpose", [x], [f"{k}/columns"], perm=[1, 0]))
     for i, name in enumerate(second):
-        if len(bounds) == 2:
-            nodes.append(helper.make_node("Gemm", [x, x], [name], transA=1))
-            continue
-        ends = [constant(f"{e}{i}", np.asarray([v], np.int64)) for e, v in (("from", bounds[i]), ("to", bounds[i + 1]))]
-        left, right = f"{k}/left{i}", x
-        first = constant(f"first{i}", np.asarray([0], np.int64))
-        nodes.append(helper.make_node("Slice", [f"{k}/columns", *ends, first], [left]))
-        if i:
-            right = f"{k}/right{i}"
-            last = constant(f"last{i}", np.asarray([tap.width], np.int64))
-            nodes.append(helper.make_node("Slice", [x, ends[0], last, one], [right]))
+        left = part(f"{k}/columns", 0, bounds[i], bounds[i + 1], f"left{i}") if len(bounds) > 2 else f"{k}/columns"
+        right = part(x, 1, bounds[i], tap.width, f"right{i}") if i else x
         nodes.append(helper.make_node("MatMul", [left, right], [name]))
 
 

@@ -118,10 +118,10 @@ def test_branches_keep_what_they_read() -> None:
 MASK = np.asarray([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
 
 
-def moments_of(tap: Tap, value: np.ndarray, mask: np.ndarray | None) -> Moments:
+def moments_of(tap: Tap, value: np.ndarray, mask: np.ndarray | None, opset: int = 17) -> Moments:
     shape = "ijkl"[: value.ndim]
     text = f"f (float[{', '.join(shape)}] x) => (float[{', '.join(shape)}] y) {{ t = Identity(x)  y = Neg(t) }}"
-    proto = graphs.parse(text)
+    proto = graphs.parse(text, opset=opset)
     _, state, _ = graphs.analyse(proto)
     rows = {} if mask is None else {f"{ROWS}_{tap.layout}{tap.repeat}": row_mask(mask, tap.layout, tap.repeat)}
     result = run(extract(state, 0, 0, [], {}, [tap]), {"x": value, **rows})
@@ -164,12 +164,13 @@ WINDOWS = {
 }
 
 
+@pytest.mark.parametrize("opset", [9, 10, 17])
 @pytest.mark.parametrize("name", WINDOWS)
-def test_moments_of_what_lies_under_a_kernel(name: str) -> None:
+def test_moments_of_what_lies_under_a_kernel(name: str, opset: int) -> None:
     shape, window, every = WINDOWS[name]
     value = (np.random.default_rng(0).standard_normal(shape) + 0.5).astype(np.float32)
     width = 7 * window.size
-    moments = moments_of(Tap("x", 1, len(shape), width, window=window, every=every), value, None)
+    moments = moments_of(Tap("x", 1, len(shape), width, window=window, every=every), value, None, opset)
     # A convolution by a kernel of one 1 for each channel and place gives the rows, as torch slides it.
     kernel = torch.eye(width).reshape(width, *window.kernel, 7).movedim(-1, 1)
     count, pads = len(window.kernel), window.pads
@@ -214,6 +215,18 @@ def test_blocks_of_the_triangle_are_the_whole(width: int, monkeypatch: pytest.Mo
     assert len(tap.bounds) == onnx_segments.BLOCKS + 1
     np.testing.assert_allclose(blocks.uncentred, whole.uncentred, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(blocks.uncentred, blocks.uncentred.T)
+
+
+@pytest.mark.parametrize("opset", [9, 10, 11])
+@pytest.mark.parametrize("width", [7, 8])
+def test_moments_at_old_opsets(width: int, opset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemm wanted a bias before opset 11, and Slice had its bounds as attributes before opset 10, without steps."""
+    monkeypatch.setattr(onnx_segments, "TRIANGLE_FROM", 8)
+    value = np.random.default_rng(0).standard_normal((3, 4, width)).astype(np.float32)
+    tap = Tap("x", 2, 3, width, "bs")
+    expected = value[MASK].astype(np.float64)
+    moments = moments_of(tap, value, MASK, opset)
+    np.testing.assert_allclose(moments.covariance, np.cov(expected.T, bias=True), rtol=1e-3, atol=1e-5)
 
 
 def test_half_precision_is_multiplied_in_float32() -> None:
