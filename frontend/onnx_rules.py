@@ -232,7 +232,8 @@ class ProductUse:
 class MergeSymbols(Exception):
     """Two sizes turned out to be equal, of which one at least is a symbolic dimension; the walk starts again with one.
 
-    The other may be the sum of two symbols: a mask covers what is in the cache and what is new.
+    The other may be the sum of two symbols: a mask covers what is in the cache and what is new. It may be one, too: the
+    batch of the sample that was exported, written where nothing else fits.
     """
 
     def __init__(self, first: int, second: int) -> None:
@@ -404,6 +405,14 @@ class GraphWalk:
         if {a, b} <= self._dynamic | {x + y for x in self._dynamic for y in self._dynamic}:
             raise MergeSymbols(a, b)
 
+    def alone(self, sizes: Sequence[int], target: Sequence[int]) -> None:
+        """Starts the walk again where ``sizes`` have as many elements as a ``target`` once a symbolic dimension is one."""
+        total, made = (int(np.prod(n, dtype=np.int64)) for n in (sizes, target))
+        spare = max(total, made) // min(total, made) if min(total, made) > 0 else 0
+        known = frozenset((spare, 1)) in self.apart or not self.merging
+        if spare in self._dynamic and spare * min(total, made) == max(total, made) and not known:
+            raise MergeSymbols(spare, 1)
+
     def broadcast(self, *operands: Axes) -> Axes:
         """Unifies aligned axes as numpy broadcasting does and returns the axes of the result."""
         rank = max(len(a) for a in operands)
@@ -520,7 +529,7 @@ class GraphWalk:
 
     def run(self) -> None:
         """Visits every node."""
-        self._dynamic = set(self.symbols.values())
+        self._dynamic = set(self.symbols.values()) - {1}
         for tensor in self.model.graph.inputs:
             self.axes[tensor.name] = None
             if tensor.shape is not None:
@@ -818,6 +827,10 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
         break
     if symbols.free:
         _mark_dynamic(state, symbols, algebra)
+    for tensor in model.graph.inputs:
+        for axis, size in enumerate(state.input_sizes(tensor) if tensor.shape is not None else ()):
+            if size == 1 and (not isinstance(tensor.shape[axis], int) or tensor.shape[axis] < 0):
+                state.needed[tensor.name, axis] = 1
     return state
 
 
@@ -846,8 +859,8 @@ class Symbols:
 
     def merged(self, first: int, second: int) -> Symbols | None:
         """Returns the symbols with two sizes made one; None where neither is that of a free symbol that may become it."""
-        free = set(self.free.values())
-        kept, gone = (first, second) if second in free else (second, first)
+        free = {1, *self.free.values()}  # of size one is what exporters took from their sample
+        kept, gone = (first, second) if second in free and second > 1 else (second, first)
         if gone not in free:
             return None
         if kept in free:
@@ -863,7 +876,7 @@ class Symbols:
         """Returns other sizes for the same symbols, larger by about ``factor``; what patches divide stays so."""
         times = {size: 1 if size % PATCHES else PATCHES for size in sorted(set(self.sizes().values()))}
         source = primes(factor * max(size // n for size, n in times.items()) + 1)
-        other = {size: next(source) * n for size, n in times.items() if size in self.free.values()}
+        other = {size: 1 if size == 1 else next(source) * n for size, n in times.items() if size in self.free.values()}
         return Symbols({k: other[v] for k, v in self.free.items()}, self.sums)
 
     def divisible(self, names: Set[str]) -> Symbols:
@@ -1324,6 +1337,7 @@ def _reshape(w: GraphWalk, node: gs.Node) -> None:
     if sizes is None or 0 in sizes:
         if w.choosy:
             raise Misfit
+        w.alone(w.shape(axes), target.tolist())
         w.give_up(node, "Reshape to a target that does not fit")
         return
     result = tuple(w.algebra.reshape(axes, sizes))

@@ -1022,6 +1022,19 @@ def test_two_symbols_that_must_be_equal_are_merged() -> None:
     assert [g.size for g in found.groups] == [11]
 
 
+def test_a_batch_of_one_that_the_exporter_took_for_fixed() -> None:
+    """torch writes the size one of its sample where it is told that the batch is open: the graph runs with no other."""
+    text = """f (float[b, s, 6] x) => (float[1, s, 7] y) {
+        n = Shape(x)  length = Slice(n, one, two)  target = Concat<axis=0>(one, length, width)
+        u = MatMul(x, w1)  v = Reshape(u, target)  h = Relu(v)  y = MatMul(h, w2) }"""
+    weights: Weights = {"w1": (6, 11), "w2": (11, 7), "one": ints(1), "two": ints(2), "width": ints(11)}
+    proto = graphs.parse(text, weights)
+    _, state, found = graphs.analyse(proto)
+    assert [g.size for g in found.groups] == [11]
+    assert [i.shape for i in state.input_specs()] == [(1, "s", 6)]
+    graphs.prove(proto, {"b": 1, "s": 13})
+
+
 def test_every_unary_rule_is_a_standard_operator() -> None:
     from liar_opt.frontend.onnx_rules import RULES
 
