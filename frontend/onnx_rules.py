@@ -985,14 +985,22 @@ def _unary_with_settings(w: GraphWalk, node: gs.Node) -> None:
 
 
 @rule(
-    *(
-        "Add And BitwiseAnd BitwiseOr BitwiseXor BitShift Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean"
-    ).split(),
+    *("Add And BitwiseAnd BitwiseOr BitwiseXor BitShift Div Greater GreaterOrEqual Less LessOrEqual Max Mean").split(),
     *("Min Mod Mul Or Pow PRelu Sub Sum Where Xor").split(),
 )
 @rule("BiasGelu", "FastGelu", "BiasAdd", domain=MICROSOFT)
 def _pointwise(w: GraphWalk, node: gs.Node) -> None:
     operands = [a for i in range(len(node.inputs)) if (a := w.input_axes(node, i)) is not None]
+    w.output(node, w.broadcast(*operands))
+
+
+@rule("Equal")
+def _equal(w: GraphWalk, node: gs.Node) -> None:
+    """Whole numbers that are compared with many constant ones are a look-up written as a product: one row for each."""
+    operands = [a for i in range(2) if (a := w.input_axes(node, i)) is not None]
+    for axes, tensor in zip(operands, node.inputs, strict=True):
+        if is_constant(tensor) and not is_float(tensor.dtype):
+            w.pin([f for f in axes if w.algebra.size(f) > 1], f"looked up by Equal (node '{node.name}')")
     w.output(node, w.broadcast(*operands))
 
 

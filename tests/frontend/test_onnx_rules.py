@@ -931,6 +931,17 @@ def test_indices_that_skip_are_a_look_up() -> None:
     assert {tuple(i.dims) for i in graphs.prove(proto, {"b": 2, "s": 5}).graph.initializer} >= {(10, 12)}
 
 
+def test_a_look_up_written_as_a_product() -> None:
+    """One-hot vectors, as JAX writes them: cutting a row of the table would take a token away."""
+    text = """f (int64[b, s] x) => (float[b, s, 7] y) { i = Unsqueeze(x, two)  e = Equal(i, ids)  o = Cast<to=1>(e)
+        v = MatMul(o, w1)  h = Relu(v)  y = MatMul(h, w2) }"""
+    weights: Weights = {"w1": (9, 11), "w2": (11, 7), "ids": np.arange(9, dtype=I64), "two": ints(2)}
+    proto = graphs.parse(text, weights)
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    assert "looked up by Equal" in graphs.reasons(proto)
+    graphs.prove(proto, {"b": 2, "s": 5})
+
+
 def test_packed_heads_outermost() -> None:
     """[heads, 3, width], as GPT-NeoX and BLOOM pack it."""
     text = """f (float[b, s, 10] x) => (float[b, s, 10] y) {
