@@ -944,6 +944,22 @@ def vocabulary(model: OnnxModel) -> int | None:
     return max(sizes, default=None)
 
 
+def looked_up(model: OnnxModel) -> dict[str, int]:
+    """Returns the rows of the smallest table that each graph input of whole numbers looks up as it is."""
+    inputs = {t.name for t in model.graph.inputs}
+    rows: dict[str, int] = {}
+    for node in model.graph.nodes:
+        if node.op != "Gather" or not is_constant(node.inputs[0]) or is_constant(node.inputs[1]):
+            continue
+        table, index = node.inputs
+        while index.inputs and index.inputs[0].op in MOVERS:
+            index = index.inputs[0].inputs[0]
+        if index.name in inputs:
+            size = int(table.shape[int(node.attrs.get("axis", 0))])
+            rows[index.name] = min(size, rows.get(index.name, size))
+    return rows
+
+
 def _sources(tensor: gs.Tensor) -> set[str]:
     """The tensors that indices come from, but for steps as those that add the length to negative ones (TensorFlow, JAX)."""
     found: set[str] = set()

@@ -387,8 +387,13 @@ class SegmentRun:
                         float(count.reshape(-1)[0]), total.reshape(-1), second, tap.bounds, index in self.held, int(seen)
                     )
                 except OptionError as err:
+                    data = (
+                        "random inputs; give real ones (--calibration), or"
+                        if self.data.synthetic
+                        else "the calibration data;"
+                    )
                     raise ModelError(
-                        f"activation '{tap.tensor}' has NaN or Inf on the calibration data; "
+                        f"activation '{tap.tensor}' has NaN or Inf on {data} "
                         "check the model in ONNX Runtime on that data (float16 may overflow)"
                     ) from err
             if first is not None:

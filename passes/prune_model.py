@@ -22,7 +22,7 @@ from liar_opt.frontend.genai_config import write_config
 from liar_opt.frontend.onnx_activations import tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rules import count_flops, vocabulary, walk_sized
+from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
 from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
 from liar_opt.passes.allocate_widths import note_widths
 from liar_opt.passes.axes import AxisAlgebra
@@ -477,6 +477,8 @@ def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
     fields = {k: v for k, v in vars(options).items() if k not in ("source", "packing")}
     fields |= {"vocabulary": vocabulary(state.model), "positions": positions(state.model)}
     inputs = state.analysed().input_specs()
+    if options.source is None:
+        fields["rows"] = looked_up(state.model)
     if isinstance(options.source, str) and options.source == SELF:
         written = {k: v for k, v in fields.items() if k not in ("text_column", "mask_input")}
         progress = functools.partial(state.progress, "write")

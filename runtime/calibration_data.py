@@ -94,6 +94,7 @@ def load_calibration(
     positions: int | None = None,
     packing: bool = False,
     image_size: int | None = None,
+    rows: Mapping[str, int] | None = None,
 ) -> CalibrationData:
     """Turn any accepted source into batches for the graph.
 
@@ -115,6 +116,7 @@ def load_calibration(
         positions: Tokens that the model has positions for, when known.
         packing: Write texts behind each other and cut them into windows: for causal models.
         image_size: Height and width of synthetic images, where the graph leaves them open; 224 if not given.
+        rows: Rows of the table that an input looks up, when known: what synthetic inputs of no known role are drawn below.
 
     Returns:
         The batches, their row masks and what there is to say about them.
@@ -135,6 +137,7 @@ def load_calibration(
         positions=positions,
         packing=packing,
         image_size=image_size or IMAGE_SIZES[0],
+        rows=rows or {},
         rng=np.random.default_rng(seed),
     )
     if source is None:
@@ -176,6 +179,7 @@ class _Job:
     positions: int | None
     packing: bool
     image_size: int
+    rows: Mapping[str, int]
     rng: np.random.Generator
 
     def drawn(self, count: int, total: int, what: str) -> str:
@@ -993,6 +997,9 @@ def _synthesise(job: _Job) -> CalibrationData:
     for spec in (spec for name, spec in signature.inputs.items() if name not in made):
         shape = _synthetic_shape(spec, job, sizes)
         group[spec.name] = _synthetic_values(spec, shape, job)
+    for spec in signature.inputs.values():
+        if _counts(spec, signature) and (length := _open_length(group, signature)) is not None:
+            group[spec.name] = np.full(group[spec.name].shape, length, dtype=spec.dtype)
     batches, masks = _batch_rows([group], job)
     warnings = [
         "no calibration data was given: the repair is fitted to random inputs, so accuracy will be lower than with a "
@@ -1004,6 +1011,21 @@ def _synthesise(job: _Job) -> CalibrationData:
         )
     data = _finish(batches, masks, job.samples, f"synthetic inputs, {job.samples} drawn with seed {job.seed}", warnings)
     return replace(data, synthetic=True)
+
+
+def _counts(spec: InputSpec, signature: Signature) -> bool:
+    """Whether an input says how long each sample is: [b], of no other role, and called so."""
+    named = re.search(r"(^|[_.])len(gth)?s?$", spec.name.lower()) is not None
+    return named and len(spec.shape) == 1 and spec.dtype.kind in "iu" and spec.name not in signature.roles
+
+
+def _open_length(group: Mapping[str, Array], signature: Signature) -> int | None:
+    """The size of the first axis behind the batch that the graph leaves open."""
+    for name, values in group.items():
+        for dim, size in zip(signature.inputs[name].shape[1:], values.shape[1:], strict=True):
+            if not isinstance(dim, int):
+                return int(size)
+    return None
 
 
 def _synthetic_shape(spec: InputSpec, job: _Job, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -1040,6 +1062,8 @@ def _synthetic_values(spec: InputSpec, shape: tuple[int, ...], job: _Job) -> Arr
         return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape).astype(spec.dtype)
     if role == "ids":
         return job.rng.integers(job.vocabulary or _SYNTHETIC_VOCABULARY, size=shape).astype(spec.dtype)
+    if role is None and spec.name in job.rows and not is_float(spec.dtype):
+        return job.rng.integers(job.rows[spec.name], size=shape).astype(spec.dtype)
     if role is None and is_float(spec.dtype):
         return np.asarray(job.rng.standard_normal(shape, dtype=np.float32), dtype=np.float32).astype(spec.dtype)
     return np.zeros(shape, dtype=spec.dtype)

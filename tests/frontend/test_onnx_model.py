@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import vocabulary
+from liar_opt.frontend.onnx_rules import looked_up, vocabulary
 from liar_opt.runtime.errors import ModelError
 
 TEXT = "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"
@@ -205,6 +205,15 @@ def test_a_table_that_is_also_multiplied_is_stored_once() -> None:
         y = MatMul(x, t) }"""
     _, out = normalised(text, {"w": (120, 11)})
     assert [tuple(i.dims) for i in out.graph.initializer] == [(120, 11)]
+
+
+def test_the_rows_that_an_input_looks_up() -> None:
+    text = """f (int64[b] speaker, int64[b] both, int64[b, s] x, int64[b] plain) => (float[b, 7] y, int64[b] z) {
+        m = Cast<to=6>(speaker)  p = Gather(t3, m)  q = Gather(t5, both)  r = Gather<axis=1>(t3, both)
+        u = Transpose(r)  v = Add(p, q)  y = Add(v, u)  i = Add(x, one)  k = Gather(t5, i)  z = Identity(plain) }"""
+    weights: graphs.Weights = {"t3": (3, 7), "t5": (5, 7), "one": np.asarray(1)}
+    out = graphs.parse(text, weights)
+    assert looked_up(OnnxModel.from_proto(out)) == {"speaker": 3, "both": 5}
 
 
 def test_the_vocabulary_behind_indices_that_are_wrapped() -> None:

@@ -794,6 +794,21 @@ def test_synthetic_defaults() -> None:
     assert "vocabulary is not known" in data.warnings[1]
 
 
+def test_synthetic_indices_and_lengths() -> None:
+    """What looks a table up is drawn below its rows; what says how long samples are says so (voices, speech encoders)."""
+    inputs = [
+        spec("audio_signal", ("b", 5, "t"), "float32"),
+        spec("length", ("b",)),
+        spec("speaker", ("b",)),
+        spec("language", ("b",)),
+    ]
+    (batch,) = load_calibration(None, inputs, samples=30, sequence_length=9, rows={"speaker": 3}).batches
+    assert batch["audio_signal"].shape == (30, 5, 9)
+    assert batch["length"].tolist() == [9] * 30
+    assert set(batch["speaker"].tolist()) == {0, 1, 2}
+    assert not batch["language"].any()
+
+
 def test_synthetic_static_axes() -> None:
     data = load_calibration(None, [spec(item.name, (4, 7)) for item in BERT], samples=6, sequence_length=9)
     assert [batch["input_ids"].shape for batch in data.batches] == [(4, 7)] * 2
