@@ -19,7 +19,7 @@ from typing import Any, Literal
 import onnx
 
 from liar_opt.frontend.genai_config import write_config
-from liar_opt.frontend.onnx_activations import tensor_sizes
+from liar_opt.frontend.onnx_activations import live_bytes, tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
@@ -468,9 +468,27 @@ def _identity(state: State, report: dict[str, Any], search: float | None) -> dic
 
 def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:
     began = time.perf_counter()
-    state.calibration = _calibrate(state, options)
+    state.calibration = _fitted(state, _calibrate(state, options), report)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
+
+
+def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> CalibrationData:
+    """Returns the data in smaller batches where what is alive in the model, run on one, takes more than may be used."""
+    dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in state.analysed().input_specs())
+    whole = walk_sized(state.model, AxisAlgebra, data.batches[0]) if dynamic else None
+    if whole is None:
+        return data
+    need = live_bytes(state.model.graph.nodes, tensor_sizes(whole))
+    samples = max((len(value) for value in data.batches[0].values() if value.ndim), default=1)
+    if need <= state.memory.limit or samples == 1:
+        return data
+    fitted = data.in_batches_of(max(1, samples * state.memory.limit // need))
+    report["model"]["notes"].append(
+        f"calibration ran in {len(fitted.batches)} batches: one of {samples} samples takes {show_size(need)} of memory, "
+        f"and {show_size(state.memory.limit)} may be used"
+    )
+    return fitted
 
 
 def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:

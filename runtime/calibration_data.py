@@ -74,6 +74,22 @@ class CalibrationData:
     warnings: tuple[str, ...]
     synthetic: bool
 
+    def in_batches_of(self, samples: int) -> CalibrationData:
+        """The same samples in the same order, at most so many a batch.
+
+        Batches that cannot be told apart into samples stay: all arrays with axes must have as many of them.
+        """
+        batches: list[dict[str, Array]] = []
+        masks: list[NDArray[np.bool_] | None] = []
+        for batch, mask in zip(self.batches, self.row_masks, strict=True):
+            leading = {len(value) for value in batch.values() if value.ndim}
+            count = max(leading, default=1)
+            step = samples if len(leading) == 1 else count
+            for rows in (slice(start, start + step) for start in range(0, count, step)):
+                batches.append({k: v[rows] if v.ndim and step < count else v for k, v in batch.items()})
+                masks.append(None if mask is None else mask[rows])
+        return replace(self, batches=tuple(batches), row_masks=tuple(masks))
+
 
 IMAGE_SIZES = (224, 384, 256, 336, 448, 512, 518, 640, 192, 128, 96, 64, 32)
 """Heights and widths that image models are made for, the commonest first."""

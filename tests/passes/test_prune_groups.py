@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from streams import BLOCK, STREAM, WEIGHTS, batches, data, error, pruned
 
 from liar_opt.passes.prune_model import prune
+from liar_opt.runtime import memory
 from liar_opt.runtime.errors import ModelError, OptionError
 
 
@@ -256,3 +257,18 @@ def test_rows_of_concatenated_tokens_are_counted(tmp_path: Path) -> None:
     data = {k: rng.standard_normal((6, n, 6)).astype(np.float32) for k, n in (("x", 4), ("z", 3))}
     result = prune(path, data, ffn=0.5, latency=False)
     assert [c.details["rows"] for c in result.changes] == [6 * 7]
+
+
+def test_batches_that_do_not_fit_the_memory_are_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and long texts: what is alive at a time may take more than the machine has."""
+    feeds = {name: np.concatenate([b[name] for b in batches(10, 0)]) for name in batches(1, 0)[0]}
+    proto = graphs.parse(STREAM, WEIGHTS)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 13)
+    result = prune(proto, calibration=feeds, sparsity=0.3, allocate="uniform", multiple_of=1, latency=False)
+    (note,) = (n for n in result.report["model"]["notes"] if "batches: one of" in n)
+    assert "calibration ran in" in note
+    monkeypatch.undo()
+    large = prune(proto, calibration=feeds, sparsity=0.3, allocate="uniform", multiple_of=1, latency=False)
+    assert not any("batches: one of" in n for n in large.report["model"]["notes"])
+    first, second = (r.report["groups"][0]["repairs"][0]["error_none"] for r in (result, large))
+    assert first == pytest.approx(second, rel=0.5)

@@ -809,6 +809,26 @@ def test_synthetic_indices_and_lengths() -> None:
     assert not batch["language"].any()
 
 
+def test_smaller_batches_hold_the_same_rows() -> None:
+    masks = {"attention_mask": np.tril(np.ones((70, 9), np.int64), 3)}
+    arrays = {"input_ids": np.arange(630).reshape(70, 9), **masks, "token_type_ids": np.zeros((70, 9), np.int64)}
+    data = load_calibration(arrays, BERT, batch_size=32)
+    small = data.in_batches_of(5)
+    assert [len(batch["input_ids"]) for batch in small.batches if len(batch["input_ids"]) != 5].count(2) == 2
+    for name in arrays:
+        whole, parts = (np.concatenate([batch[name] for batch in d.batches]) for d in (data, small))
+        np.testing.assert_array_equal(whole, parts)
+    before, after = (np.concatenate([m for m in d.row_masks if m is not None]) for d in (data, small))
+    np.testing.assert_array_equal(before, after)
+    assert len(data.in_batches_of(32).batches) == len(data.batches)
+
+
+def test_batches_with_an_input_for_all_samples_stay() -> None:
+    (batch,) = load_calibration(None, [*BERT, spec("scales", (3,), "float32")], samples=8, sequence_length=4).batches
+    data = load_calibration(None, [*BERT, spec("scales", (3,), "float32")], samples=8, sequence_length=4)
+    assert [len(b["input_ids"]) for b in data.in_batches_of(2).batches] == [len(batch["input_ids"])]
+
+
 def test_synthetic_static_axes() -> None:
     data = load_calibration(None, [spec(item.name, (4, 7)) for item in BERT], samples=6, sequence_length=9)
     assert [batch["input_ids"].shape for batch in data.batches] == [(4, 7)] * 2
