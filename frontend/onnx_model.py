@@ -358,8 +358,9 @@ class OnnxModel:
 
         Constant nodes become initializers, Identity and no-op Dropout and Cast go, what depends on constants alone is
         folded (so that a weight under a Transpose is stored transposed), an Einsum of a weight with several axes on a
-        side becomes a MatMul between Reshapes, nodes and tensors get unique names, dead nodes go. Sharing is kept: the
-        same fold of the same constant gives one constant.
+        side becomes a MatMul between Reshapes, what is repeated for several readers (a mask by heads, for all layers) is
+        repeated for each, nodes and tensors get unique names, dead nodes go. Sharing is kept: the same fold of the same
+        constant gives one constant.
         """
         graph = self.graph
         before = len(graph.nodes)
@@ -390,6 +391,7 @@ class OnnxModel:
         graph.cleanup(remove_unused_node_outputs=False)
         if self.merged is None:
             graph.toposort()
+            _part_repeats(graph, names)
         else:
             graph.nodes = side_by_side(graph.nodes, self.merged.nodes_of_first(graph.nodes))
         return before - len(graph.nodes)
@@ -610,6 +612,32 @@ def _as_product(
             inner = then("Transpose", inner, perm=back)
         nodes[-1].outputs = [result]
     return nodes
+
+
+def _part_repeats(graph: gs.Graph, names: Iterator[str]) -> None:
+    """Gives each reader of what is repeated, by Expand to sizes that are written, a repetition of its own.
+
+    One for all layers would make them keep the same heads, and holds nothing of its own. Nodes are in topological order.
+    """
+    repeats: dict[int, int] = {}  # the node's identity -> its place
+    for place, node in enumerate(graph.nodes):
+        source = node.inputs[0].inputs[0] if node.inputs and node.inputs[0].inputs else None
+        written = node.op == "Expand" and is_constant(node.inputs[1]) and bool(np.any(node.inputs[1].values > 1))
+        if written or (node.op in MOVERS and id(source) in repeats):
+            repeats[id(node)] = place
+    inside = {id(node) for node in graph.nodes}
+    for place in reversed(repeats.values()):
+        node = graph.nodes[place]
+        (result,) = node.outputs
+        readers = {id(n): n for n in result.outputs if n.op != "Shape" and id(n) in inside}
+        for reader in list(readers.values())[1:]:
+            own = gs.Variable(next(names), result.dtype, result.shape)
+            copy = gs.Node(node.op, f"{node.name}_{own.name}", dict(node.attrs), list(node.inputs), [own])
+            for position, tensor in enumerate(reader.inputs):
+                if tensor is result:
+                    reader.inputs[position] = own
+            graph.nodes.insert(place + 1, copy)
+            inside.add(id(copy))
 
 
 def _unique_names(graph: gs.Graph) -> Iterator[str]:

@@ -554,25 +554,40 @@ def test_heads_of_weights_with_three_axes(name: str) -> None:
     graphs.prove(proto, {"b": 2, "s": 5}, values=True)
 
 
-def test_layers_that_share_equal_biases_are_cut_apart() -> None:
-    """Exporters store equal constants once, Keras' biases by head and channel among them: that ties no heads."""
-    text, weights = EINSUMS["rows first"]
-    text = text.replace("(x, wq)", "(x, wq)  qb = Add(q, shared)").replace("(q, k)", "(qb, k)")
-    names = "q qb k v a p c".split()
+def two_layers(text: str, weights: Weights) -> tuple[str, Weights]:
+    """Returns an attention layer behind another with weights of its own, what is between them added up, from x to y."""
 
     def layer(number: int, x: str, y: str) -> str:
-        renamed = re.sub(rf"\b({'|'.join(names)})\b(?=[ ,)])", rf"\g<1>{number}", text)
+        renamed = re.sub(r"\b(q|qb|k|v|a|m|p|c)\b(?=[ ,)])", rf"\g<1>{number}", text)
         renamed = re.sub(r"\b(w[qkvo])\b", rf"\g<1>{number}", renamed)
         return renamed.replace("(x, ", f"({x}, ").replace(", x)", f", {x})").replace(" y = ", f" {y} = ")
 
     joined = f"{layer(1, 'x', 'z')}  r = Add(x, z)  {layer(2, 'r', 'y')}"
-    every = {f"{name}{number}": value for name, value in weights.items() for number in (1, 2)}
+    return joined, {f"{name}{number}": value for name, value in weights.items() for number in (1, 2)}
+
+
+def test_layers_that_share_equal_biases_are_cut_apart() -> None:
+    """Exporters store equal constants once, Keras' biases by head and channel among them: that ties no heads."""
+    text, weights = EINSUMS["rows first"]
+    text = text.replace("(x, wq)", "(x, wq)  qb = Add(q, shared)").replace("(q, k)", "(qb, k)")
+    joined, every = two_layers(text, weights)
     proto = graphs.parse(f"f (float[b, s, 10] x) => (float[b, s, 10] y) {{ {joined} }}", {**every, "shared": (3, 4)})
     assert graphs.sizes(proto) == [("heads", 3), ("heads", 3)]
     graphs.prove(proto, {"b": 2, "s": 5})
     same = re.sub(r"\b(w[qkvo])[12]\b", r"\1", joined)  # one layer, twice
     proto = graphs.parse(f"f (float[b, s, 10] x) => (float[b, s, 10] y) {{ {same} }}", {**weights, "shared": (3, 4)})
     assert graphs.sizes(proto) == [("heads", 3)]
+    graphs.prove(proto, {"b": 2, "s": 5})
+
+
+def test_a_mask_that_layers_share_ties_no_heads() -> None:
+    """torch repeats a padding mask by heads once, for all layers."""
+    text, weights = EINSUMS["rows first"]
+    joined, every = two_layers(text.replace("p = Softmax(a)", "m = Add(a, wide)  p = Softmax(m)"), weights)
+    made = "e = Expand(mask, heads)  wide = Reshape(e, same)"
+    graph = f"f (float[b, s, 10] x, float[b, 1, 1, s] mask) => (float[b, s, 10] y) {{ {made}  {joined} }}"
+    proto = graphs.parse(graph, {**every, "heads": ints(1, 3, 1, 1), "same": ints(0, 0, 0, 0)})
+    assert graphs.sizes(proto) == [("heads", 3), ("heads", 3)]
     graphs.prove(proto, {"b": 2, "s": 5})
 
 
