@@ -304,6 +304,7 @@ class GraphWalk:
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
     _unforeseen: list[int] = field(default_factory=list)
+    _lost: dict[str, gs.Node] = field(default_factory=dict)
 
     @functools.cached_property
     def inferred(self) -> dict[str, tuple[int, ...]]:
@@ -587,6 +588,9 @@ class GraphWalk:
         if node.domain == "ai.onnx":
             function = RULES.get(("", node.op))
         opaque = any(present(t) and self.input_axes(node, i) is None for i, t in enumerate(node.inputs))
+        if opaque and node.op in ("Shape", "Size"):
+            self.give_up(node, f"an input of unknown shape at {node.op}")
+            return
         if function is None or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
             self.give_up(node, f"operator {node.op} has no rule")
             inside = sum(_products_inside(v) for v in node.attrs.values() if isinstance(v, gs.Graph))
@@ -602,6 +606,10 @@ class GraphWalk:
             return
         if opaque:
             self.give_up(node, f"an input of unknown shape at {node.op}")
+            if any((c := self.constant(node, i)) is not None and len(c.shape) > 1 for i in range(len(node.inputs))):
+                root = next((self._lost[t.name] for t in node.inputs if t.name in self._lost), None)
+                where = "of its input" if root is None else f"behind {root.op} (node '{root.name}')"
+                self.leave(node, f"no shape is known {where}")
             return
         function(self, node)
         for i in range(len(node.outputs)):
@@ -645,6 +653,8 @@ class GraphWalk:
             if present(tensor):
                 shape = self.inferred.get(tensor.name)
                 self.axes[tensor.name] = None if shape is None else tuple(self.fresh(s, where) for s in shape)
+                if shape is None:
+                    self._lost[tensor.name] = next((self._lost[t.name] for t in node.inputs if t.name in self._lost), node)
 
     def _shape_of_branch(self, node: gs.Node) -> None:
         """Gives the outputs of an If the shapes, and the values if known, that its branch has under the probe sizes.
@@ -803,7 +813,7 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
     images = _image_axes(model)
     plain, choosy = symbols, bool(images)
     while True:
-        growing = bool(symbols.free) and max(symbols.free.values()) < LARGEST_PROBE
+        growing = 1 < max(symbols.free.values(), default=1) < LARGEST_PROBE
         state = GraphWalk(
             model, algebra(), symbols.sizes(), apart=apart, growing=growing, choosy=choosy, images=bool(images)
         )

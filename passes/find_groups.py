@@ -100,6 +100,8 @@ def find_groups(walk: GraphWalk) -> Found:
     for use in walk.consumers:
         for leaf in dict.fromkeys(algebra.leaves(use.contracted)):
             reason = algebra.pinned(leaf)
+            if reason is not None and algebra.size(leaf) < LEAST_SIZE:
+                continue
             if reason is not None:
                 refused[reason, algebra.size(leaf)].append(use.node.name)
             else:

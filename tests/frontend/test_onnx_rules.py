@@ -431,6 +431,19 @@ def test_an_unknown_operator_is_named_with_its_nodes() -> None:
     assert len(state.unknown["test::Mystery"]) == 1
 
 
+def test_what_is_behind_an_unknown_shape_is_said() -> None:
+    """Weights there are in no group and read no axis that could be named; the shape itself has a rule."""
+    text = """f (float[b, s, 6] x) => (float[p, q] y, int64[n] z) {
+        u = test.Mystery(x)  h = Relu(u)  v = MatMul(h, w1)  y = Add(v, b1)  z = Shape(v) }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "b1": (11,)})
+    _, state, _ = graphs.analyse(proto)
+    assert list(state.unknown) == ["test::Mystery"]
+    assert graphs.reasons(proto).splitlines() == [
+        "operator test::Mystery has no rule",
+        f"no shape is known behind Mystery (node '{state.unknown['test::Mystery'][0]}')",
+    ]
+
+
 def test_tensors_captured_by_a_branch_are_not_cut() -> None:
     text = """f (float[b, s, 6] x, bool c) => (float[b, s, 7] y) {
         u = MatMul(x, w1)  h = Relu(u)  y1 = MatMul(h, w2)
