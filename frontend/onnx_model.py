@@ -615,29 +615,37 @@ def _as_product(
 
 
 def _part_repeats(graph: gs.Graph, names: Iterator[str]) -> None:
-    """Gives each reader of what is repeated, by Expand to sizes that are written, a repetition of its own.
+    """Gives each reader of what is repeated, by Expand to sizes that are written, a repetition of its own, just before it.
 
-    One for all layers would make them keep the same heads, and holds nothing of its own. Nodes are in topological order.
+    One for all layers would make them keep the same heads, and holds nothing of its own; one far before its reader would be
+    measured with heads that went since. Nodes are in topological order.
     """
-    repeats: dict[int, int] = {}  # the node's identity -> its place
-    for place, node in enumerate(graph.nodes):
+    repeats: dict[int, gs.Node] = {}
+    for node in graph.nodes:
         source = node.inputs[0].inputs[0] if node.inputs and node.inputs[0].inputs else None
         written = node.op == "Expand" and is_constant(node.inputs[1]) and bool(np.any(node.inputs[1].values > 1))
         if written or (node.op in MOVERS and id(source) in repeats):
-            repeats[id(node)] = place
-    inside = {id(node) for node in graph.nodes}
-    for place in reversed(repeats.values()):
-        node = graph.nodes[place]
+            repeats[id(node)] = node
+    outputs = {id(t) for t in graph.outputs}
+    place = {id(node): (i, 0) for i, node in enumerate(graph.nodes)}
+    for node in reversed(repeats.values()):
         (result,) = node.outputs
-        readers = {id(n): n for n in result.outputs if n.op != "Shape" and id(n) in inside}
-        for reader in list(readers.values())[1:]:
+        readers = {id(n): n for n in result.outputs}
+        if id(result) in outputs or not readers or not readers.keys() <= place.keys():
+            continue
+        apart = sorted((n for n in readers.values() if n.op != "Shape"), key=lambda n: place[id(n)])[1:]
+        for reader in apart:
             own = gs.Variable(next(names), result.dtype, result.shape)
             copy = gs.Node(node.op, f"{node.name}_{own.name}", dict(node.attrs), list(node.inputs), [own])
             for position, tensor in enumerate(reader.inputs):
                 if tensor is result:
                     reader.inputs[position] = own
-            graph.nodes.insert(place + 1, copy)
-            inside.add(id(copy))
+            graph.nodes.append(copy)
+            place[id(copy)] = (place[id(reader)][0], place[id(reader)][1] - 1)
+        first, depth = min(place[id(n)] for n in result.outputs)
+        place[id(node)] = (first, depth - 1)
+    if repeats:
+        graph.nodes = sorted(graph.nodes, key=lambda n: place[id(n)])
 
 
 def _unique_names(graph: gs.Graph) -> Iterator[str]:
