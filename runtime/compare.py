@@ -19,6 +19,8 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-
 """Largest difference relative to the largest magnitude of the reference, by the least precise dtype of the weights."""
 LOOSEST = {"float64": 1e-8, "float32": 1e-3, "float16": 1e-1, "bfloat16": 4e-1}
 """What a model that magnifies rounding by itself may differ by at the most; an index cut wrongly differs by far more."""
+SIGMOID_STEP = 2.0**-22
+"""ONNX Runtime computes a sigmoid to so much, however small it is: as a half and what is over it."""
 REPEATED = 1e-2
 """What two runs of one model may differ by: more than the order of a device's sums makes."""
 ROUNDING_FACTOR = 16.0
@@ -32,10 +34,10 @@ def allowed_difference(dtype: str, rounding: float) -> float:
     return max(TOLERANCES[dtype], min(ROUNDING_FACTOR * rounding, LOOSEST[dtype]))
 
 
-def relative_difference(actual: Array, reference: Array) -> float:
+def relative_difference(actual: Array, reference: Array, step: float = 0.0) -> float:
     """Returns max |actual - reference| / max |reference| (absolute where the reference is all zero); inf on a mismatch.
 
-    Positions at which both are the same infinity or NaN are equal.
+    Positions at which both are the same infinity or NaN are equal. A difference of no more than ``step`` stays absolute.
     """
     if actual.shape != reference.shape:
         return float("inf")
@@ -49,12 +51,17 @@ def relative_difference(actual: Array, reference: Array) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    scale = float(np.abs(y[finite]).max()) or 1.0
-    return float(np.abs(x[finite] - y[finite]).max()) / scale
+    scale, most = float(np.abs(y[finite]).max()) or 1.0, float(np.abs(x[finite] - y[finite]).max())
+    return most if most <= step else most / scale
 
 
 def require_close(
-    actual: Mapping[str, Array], reference: Mapping[str, Array], dtype: str, what: str, rounding: float = 0.0
+    actual: Mapping[str, Array],
+    reference: Mapping[str, Array],
+    dtype: str,
+    what: str,
+    rounding: float = 0.0,
+    steps: Mapping[str, float] | None = None,
 ) -> float:
     """Returns the largest relative difference over all outputs.
 
@@ -64,13 +71,14 @@ def require_close(
         dtype: the least precise type of the weights.
         what: names the check.
         rounding: how far the outputs move by rounding alone, where that is known.
+        steps: the steps, whatever the size of the numbers, in which outputs are computed.
 
     Raises:
         CheckError: it is above the tolerance of ``dtype``.
     """
     worst, allowed = 0.0, allowed_difference(dtype, rounding)
     for name, expected in reference.items():
-        measured = relative_difference(actual[name], expected)
+        measured = relative_difference(actual[name], expected, (steps or {}).get(name, 0.0))
         if not measured <= allowed:
             raise CheckError(
                 f"{what}: output '{name}' differs by {measured:.2e}, allowed {allowed:.0e} in {dtype}; "

@@ -24,8 +24,9 @@ TEXT = """f (float[b, s, 6] x) => (float[b, s, 5] y) { u = MatMul(x, w1)  h = Re
 WEIGHTS: graphs.Weights = {"w1": (6, 17), "w2": (17, 13), "w3": (13, 5)}
 
 
-def cut(hidden: int = 17) -> State:
-    state = load_state(graphs.parse(TEXT, {**WEIGHTS, "w1": (6, hidden), "w2": (hidden, 13)}))
+def cut(hidden: int = 17, text: str = TEXT) -> State:
+    far = {"far": np.asarray(-15, np.float32)}
+    state = load_state(graphs.parse(text, {**WEIGHTS, **far, "w1": (6, hidden), "w2": (hidden, 13)}))
     NormaliseGraphPass()(state)
     FindGroupsPass()(state)
     rng = np.random.default_rng(0)
@@ -137,3 +138,16 @@ def test_rounding_that_the_model_magnifies_by_itself_is_no_fault_of_the_cut(
     facts = state.facts["verification"]
     assert 1e-8 < facts["rounding"] < 1e-5
     assert 1e-12 < facts["exact_difference"] <= 16 * facts["rounding"]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_tiny_probabilities_come_in_steps(wrong: bool) -> None:
+    """What detects objects finds none in random images: the steps of the last sigmoid are a tenth of the output then."""
+    state = cut(hidden=801, text=TEXT.replace("y = MatMul(k, w3)", "m = MatMul(k, w3)  z = Add(m, far)  y = Sigmoid(z)"))
+    if wrong:
+        constant(state, "w3")[0, :] += 9
+        with pytest.raises(CheckError, match="differs"):
+            VerifyModelPass()(state)
+        return
+    VerifyModelPass()(state)
+    assert state.facts["verification"]["exact_difference"] < 1e-6

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from liar_opt.runtime.compare import (
+    SIGMOID_STEP,
     TOLERANCES,
     DifferenceMeter,
     relative_difference,
@@ -21,6 +22,14 @@ def test_relative_to_the_largest_magnitude() -> None:
     assert relative_difference(reference + np.float32(0.5), reference) == pytest.approx(0.125)
     assert relative_difference(np.full(3, 0.25), np.zeros(3)) == 0.25
     assert relative_difference(np.zeros((0, 3)), np.zeros((0, 3))) == 0.0
+
+
+def test_steps_of_what_computed_a_number_are_no_difference() -> None:
+    """A sigmoid of -15 is some five steps of float32 at one."""
+    value, other = (np.asarray(v, np.float32) for v in ([3e-7, 2e-7], [3.6e-7, 2e-7]))
+    assert relative_difference(other, value) > 0.1
+    assert relative_difference(other, value, SIGMOID_STEP) == pytest.approx(6e-8, rel=0.01)
+    assert relative_difference(10 * other, 10 * value, SIGMOID_STEP) > 0.1
 
 
 def test_shapes_and_integers_are_exact() -> None:
