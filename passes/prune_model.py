@@ -52,6 +52,8 @@ SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
+SIDE_BY_SIDE = 6
+"""Batches that are made smaller leave room for so many: three sessions check the result, each takes about twice as much."""
 
 
 @dataclass(frozen=True)
@@ -483,7 +485,7 @@ def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> Cali
     samples = max((len(value) for value in data.batches[0].values() if value.ndim), default=1)
     if need <= state.memory.limit or samples == 1:
         return data
-    fitted = data.in_batches_of(max(1, samples * state.memory.limit // need))
+    fitted = data.in_batches_of(max(1, samples * state.memory.limit // (SIDE_BY_SIDE * need)))
     report["model"]["notes"].append(
         f"calibration ran in {len(fitted.batches)} batches: one of {samples} samples takes {show_size(need)} of memory, "
         f"and {show_size(state.memory.limit)} may be used"
