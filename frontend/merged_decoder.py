@@ -263,22 +263,22 @@ def casts_inside(proto: onnx.ModelProto) -> onnx.ModelProto:
     Converters to float16 that keep the types of inputs and outputs put one behind each float input and one before each
     float output. A branch that gives an empty constant there gives one of the other type.
     """
-    choices = [n for n in proto.graph.node if n.op_type == "If"]
-    if len(choices) != 1 or not any(n.op_type == "Cast" for n in proto.graph.node):
+    kinds = Counter(n.op_type for n in proto.graph.node)
+    if kinds["If"] != 1 or not kinds["Cast"]:
         return proto
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     graph = result.graph
     choice = next(n for n in graph.node if n.op_type == "If")
     bodies = [a.g for a in choice.attribute if a.name in BODIES]
-    readers = Counter(name for n in graph.node if n is not choice for name in {*n.input, *names_read(n)})
+    readers = Counter(name for n in graph.node if n is not choice for name in names_read(n))
     inputs, ends = {*_names(graph.input)}, {v.name: v for v in graph.output}
     for cast in [n for n in graph.node if n.op_type == "Cast"]:
         source, made = cast.input[0], cast.output[0]
         if source in inputs and not readers[made] and made not in ends:
             for body in bodies:
                 if made in _captured(body):
-                    _insert(body, 0, cast)
+                    body.node.insert(0, cast)
             graph.node.remove(cast)
         elif source in choice.output and readers[source] == 1 and source not in ends and made in ends:
             number = list(choice.output).index(source)
@@ -287,12 +287,6 @@ def casts_inside(proto: onnx.ModelProto) -> onnx.ModelProto:
                 _cast_output(body, number, cast, ends[made])
             graph.node.remove(cast)
     return result
-
-
-def _insert(body: onnx.GraphProto, place: int, node: onnx.NodeProto) -> None:
-    nodes = [*body.node[:place], node, *body.node[place:]]
-    del body.node[:]
-    body.node.extend(nodes)
 
 
 def _cast_output(body: onnx.GraphProto, number: int, cast: onnx.NodeProto, end: onnx.ValueInfoProto) -> None:
@@ -307,7 +301,7 @@ def _cast_output(body: onnx.GraphProto, number: int, cast: onnx.NodeProto, end: 
         taken = {*_names(body.input), *_names(body.initializer), *(o for n in body.node for o in n.output)}
         made.input[0], made.output[0] = value.name, _free(f"{value.name}_cast", "", taken)
         place = next((i for i, n in enumerate(body.node) if value.name in n.output), -1) + 1
-        _insert(body, place, made)  # what the other branch reads of this one is not to wait for its end
+        body.node.insert(place, made)  # what the other branch reads of this one is not to wait for its end
         value.name = made.output[0]
     value.type.tensor_type.elem_type = kind
 

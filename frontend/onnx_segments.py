@@ -507,10 +507,10 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
     layout, repeat = "all", 1
     lookup = getattr(use, "lookup", None)
     numbers = "" if lookup is None else str(lookup.numbers.name)
-    if not batch:
-        return Tap(use.activation.name, use.activation_axis, len(axes), width, numbers=numbers, window=window, every=every)
     wanted = [s for s in batch if s != 1]
-    if sizes == wanted:
+    if not batch:
+        pass
+    elif sizes == wanted:
         layout = "bs" if len(batch) == 2 else "b"
     elif len(batch) == 2 and sizes == wanted[::-1]:
         layout = "sb"

@@ -481,9 +481,11 @@ def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> Cali
     whole = walk_sized(state.model, AxisAlgebra, data.batches[0]) if dynamic else None
     if whole is None:
         return data
-    need = live_bytes(state.model.graph.nodes, tensor_sizes(whole))
+    sizes = tensor_sizes(whole)
+    need = live_bytes(state.model.graph.nodes, sizes)
     samples = max((len(value) for value in data.batches[0].values() if value.ndim), default=1)
     if need <= state.memory.limit or samples == 1:
+        state.facts["sizes"] = sizes
         return data
     fitted = data.in_batches_of(max(1, samples * state.memory.limit // (SIDE_BY_SIDE * need)))
     report["model"]["notes"].append(

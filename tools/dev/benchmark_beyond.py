@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +264,18 @@ def gradient_scores(bench: Bench) -> str:
     def accuracy(model: torch.nn.Module) -> float:
         return sentiment.accuracy(model, test_ids, [s.label for s in test])
 
-    def make(score: str, repair: str, draw: int) -> float:
+    @cache
+    def drawn(draw: int) -> tuple[list[Any], list[Any]]:
+        """Calibration batches, and the labels of each."""
         places = np.arange(CALIBRATION) if not draw else np.random.default_rng(draw).permutation(len(parts["train"]))
         train = [parts["train"][place] for place in places[:CALIBRATION]]
         ids = sentiment.token_ids([s.sentence for s in train], bed.checkpoint)
         rows = list(sentiment.batches(ids, None))
         feeds = [sentiment.padded([ids[row] for row in own]) for own in rows]
-        truth = [torch.tensor([train[row].label for row in own]) for own in rows]
+        return feeds, [torch.tensor([train[row].label for row in own]) for own in rows]
+
+    def make(score: str, repair: str, draw: int) -> float:
+        feeds, truth = drawn(draw)
         tensors = [{name: torch.from_numpy(value) for name, value in own.items()} for own in feeds]
         given: Options = {"checkpoint": False, **HALF}  # BERT cannot say another number of heads
         if score in LABELLED_SCORES:
@@ -288,7 +293,8 @@ def gradient_scores(bench: Bench) -> str:
                 np.mean(
                     [
                         bench.kept(
-                            ["classifier", score, repair, *([draw] if draw else [])], partial(make, score, repair, draw)
+                            ["classifier", score, repair, *([draw] if draw else [])],
+                            partial(make, score, repair, draw),
                         )
                         for draw in range(bench.work.options.draws)
                     ]
