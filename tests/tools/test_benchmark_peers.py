@@ -13,6 +13,7 @@ from liar_opt.tools.dev.benchmark_peers import (
     Cells,
     PeerError,
     draws_table,
+    folds_table,
     make_cell,
     near,
     packed_bits,
@@ -109,7 +110,9 @@ def test_cells_are_kept_by_model_tool_ratio_and_seed(tmp_path: Path) -> None:
     path = tmp_path / "cells.json"
     Cells(path, 0).put("minilm", "liar-opt", 0.5, {"score": 1.0})
     Cells(path, 1).put("minilm", "liar-opt", 0.5, {"score": 2.0})
+    Cells(path, 0, 3).put("minilm", "liar-opt", 0.5, {"score": 3.0})
     assert Cells(path, 0).all() == {("minilm", "liar-opt", 0.5): {"score": 1.0}}
+    assert Cells(path, 0).seeds() == [0, 1] and Cells(path, 0).folds() == [0, 3] and Cells(path, 1).folds() == [0]
 
 
 def a_cell(score: float, seconds: float, **more: Any) -> dict[str, Any]:
@@ -156,6 +159,24 @@ def test_several_draws_are_averaged_and_compared_sample_by_sample(tmp_path: Path
     lines = [line for line in draws_table(task, Cells(path, 0)).splitlines() if line.startswith("| ")]
     assert lines[2] == "| liar-opt | 0.9050 (0.0071) |  |"
     assert lines[3].startswith("| Kwon et al. | 0.8050 (0.0071) | -10.00 (-1")
+    assert len(lines) == 4
+
+
+def test_folds_are_measured_together_each_beside_its_dense_model(tmp_path: Path) -> None:
+    task, path = a_task(tmp_path), tmp_path / "cells.json"
+    for fold, samples in ((0, 100), (1, 300)):
+        assert folds_table(task, Cells(path, 0)) == ""
+        for name, wrong in (("dense", 10), ("liar-opt", 15), ("kwon", 20)):
+            right = np.arange(samples) >= wrong
+            cell = a_cell(float(right.mean()), 1.0, right=packed_bits(right), samples=samples)
+            ratio = 0.0 if name == "dense" else 0.2
+            Cells(path, 0, fold).put("minilm", name, ratio, {**cell, "beside": {"agreement": 1.0 - fold}})
+    Cells(path, 0).put("minilm", "osscar", 0.2, cell)  # of one fold: no place in the table
+    text = folds_table(task, Cells(path, 0))
+    assert "400 held-out samples" in text and "Dense: 0.95." in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[2].startswith("| liar-opt | 0.93 | -2.50 (-") and lines[2].endswith(" |  | 0.2500 |")
+    assert lines[3].startswith("| Kwon et al. | 0.90 | -5.00 (-") and "| -2.50 (-" in lines[3]
     assert len(lines) == 4
 
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from benchmark_minilm import CALIBRATION, Held, Workplace, embeddings, say, setting, table
@@ -34,12 +34,14 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state, prune
 from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
+from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.tools.demo_assets import minilm_folder, sentences, split
 from liar_opt.tools.dev import sentiment
 
 Options = dict[str, Any]
 Array = NDArray[np.float64]
+Kept = TypeVar("Kept", float, list[int])
 HALF: Options = {"ffn": 0.5, "heads": 0.5}
 RATIOS = (0.2, 0.35, 0.5)
 SAMPLES = (16, 64, 256, 512, 1024, 3072)
@@ -78,7 +80,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.path: Path | None = options.cells
-        self.cells: dict[str, float] = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
+        self.cells: dict[str, Any] = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
         self.work = Workplace(folder, options)
         self.held, self.data = Held(self.work), self.work.batches(self.work.model)
         self.curves: dict[str, Any] = {}
@@ -98,15 +100,16 @@ class Bench:
         """The same, whatever is in the file."""
         return float(self.held.cosine(self.pruned(**options).SerializeToString())["mean"])
 
-    def kept(self, names: list[Any], make: Callable[[], float]) -> float:
-        """A figure by what it is of: from the file, or made."""
+    def kept(self, names: list[Any], make: Callable[[], Kept]) -> Kept:
+        """A figure, or one a sample, by what it is of: from the file, or made."""
         key = json.dumps([names[0], self.work.options.seed, *names[1:]])
         if key not in self.cells:
             self.cells[key] = make()
-            say(f"{key}: {self.cells[key]:.4f}")
+            say(f"{key}: {np.mean(self.cells[key]):.4f}")
             if self.path:
                 self.path.write_text(json.dumps(self.cells, indent=0) + "\n")
-        return self.cells[key]
+        found: Kept = self.cells[key]
+        return found
 
     def pruned(
         self,
@@ -249,67 +252,94 @@ def samples(bench: Bench) -> str:
 
 
 def gradient_scores(bench: Bench) -> str:
-    """Scores that need gradients, with every repair of its own layer, on the sentiment classifier as a torch module."""
-    import torch
-    from transformers import BertForSequenceClassification
+    """Scores that need gradients, with every repair of its own layer, on sentiment classifiers as torch modules.
 
-    bed = sentiment.ensure()
-    parts = sentiment.labelled(sentences("reviews"))
-    test = parts["test"]
-    test_ids = sentiment.token_ids([s.sentence for s in test], bed.checkpoint)
+    The shares right are over the test parts of all folds together, and of every draw of the calibration sentences.
+    """
+    asked = bench.work.options
+    folds = {fold: Fold(fold, asked.seed) for fold in range(asked.folds)}
+    repairs = [r for r in REPAIRS if r not in AWARE]
+    lines, ahead = [], []
+    for score in asked.gradients:
+        right = {}
+        for repair in repairs:
+            parts = []
+            for fold, one in folds.items():
+                key = ["classifier", score, repair]
+                made = [
+                    bench.kept([*key, draw, fold], partial(one.right_after, score, repair, draw))
+                    for draw in range(asked.draws)
+                ]
+                parts.append(np.mean(np.array(made, np.float64), axis=0))
+            right[repair] = np.concatenate(parts)
+        values = [float(right[repair].mean()) for repair in repairs]
+        lines.append([score, *marked(values, max(values))])
+        gaps = []
+        for repair in (repair for repair in repairs if repair != "liar"):
+            gap = paired_difference(mean_of(right[repair]), mean_of(right["liar"]), right["liar"].size)
+            gaps.append(f"{100 * gap.difference:+.2f} ({100 * gap.low:+.2f} to {100 * gap.high:+.2f})")
+        ahead.append([score, *gaps])
+    dense = np.concatenate([one.dense_right() for one in folds.values()])
+    head = (
+        "Accuracy of the classifier of `sentiment.py`, a torch module, on its test part; labels and calibration from "
+        f"{CALIBRATION} sentences of its train part; FFN 50 % and heads 50 % of every layer. Dense: {dense.mean():.4f}."
+        + (f" Over {asked.folds} folds: {dense.size:,} held-out sentences, five models." if asked.folds > 1 else "")
+        + (f" Means over {asked.draws} draws of the 512 sentences." if asked.draws > 1 else "")
+    )
+    others = [f"LIAR over {repair}, points" for repair in repairs if repair != "liar"]
+    return f"{head}\n\n{table(['score', *repairs], lines)}\n{table(['score', *others], ahead)}"
 
-    def loss(outputs: Mapping[str, torch.Tensor], labels: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(next(iter(outputs.values())), labels, reduction="sum")
 
-    def accuracy(model: torch.nn.Module) -> float:
-        return sentiment.accuracy(model, test_ids, [s.label for s in test])
+class Fold:
+    """A classifier with the sentences that it was trained without."""
 
-    @cache
-    def drawn(draw: int) -> tuple[list[Any], list[Any]]:
+    def __init__(self, fold: int, seed: int) -> None:
+        self.bed, self.seed = sentiment.ensure(fold=fold), seed
+        self.parts = sentiment.labelled(sentences("reviews"), fold)
+        self.test_ids = sentiment.token_ids([s.sentence for s in self.parts["test"]], self.bed.checkpoint)
+
+    def model(self) -> Any:
+        """The dense torch module."""
+        from transformers import BertForSequenceClassification
+
+        return BertForSequenceClassification.from_pretrained(self.bed.checkpoint).eval()
+
+    def right(self, model: Any) -> NDArray[np.bool_]:
+        """Which sentences of the test part get their class, [n]."""
+        return sentiment.right(model, self.test_ids, [s.label for s in self.parts["test"]])
+
+    @cache  # noqa: B019 - few folds, kept to the end
+    def dense_right(self) -> NDArray[np.bool_]:
+        """What the dense model is right about, [n]."""
+        return self.right(self.model())
+
+    def drawn(self, draw: int) -> tuple[list[Any], list[Any]]:
         """Calibration batches, and the labels of each."""
-        places = np.arange(CALIBRATION) if not draw else np.random.default_rng(draw).permutation(len(parts["train"]))
-        train = [parts["train"][place] for place in places[:CALIBRATION]]
-        ids = sentiment.token_ids([s.sentence for s in train], bed.checkpoint)
+        import torch
+
+        places = np.arange(CALIBRATION)
+        if draw:
+            places = np.random.default_rng(draw).permutation(len(self.parts["train"]))[:CALIBRATION]
+        train = [self.parts["train"][place] for place in places]
+        ids = sentiment.token_ids([s.sentence for s in train], self.bed.checkpoint)
         rows = list(sentiment.batches(ids, None))
         feeds = [sentiment.padded([ids[row] for row in own]) for own in rows]
         return feeds, [torch.tensor([train[row].label for row in own]) for own in rows]
 
-    def make(score: str, repair: str, draw: int) -> float:
-        feeds, truth = drawn(draw)
+    def right_after(self, score: str, repair: str, draw: int) -> list[int]:
+        """Which test sentences the pruned model is right about, zeros and ones."""
+        import torch
+
+        def loss(outputs: Mapping[str, torch.Tensor], labels: Any) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(next(iter(outputs.values())), labels, reduction="sum")
+
+        feeds, truth = self.drawn(draw)
         tensors = [{name: torch.from_numpy(value) for name, value in own.items()} for own in feeds]
         given: Options = {"checkpoint": False, **HALF}  # BERT cannot say another number of heads
         if score in LABELLED_SCORES:
             given |= {"loss": loss, "labelled": list(zip(tensors, truth, strict=True))}
-        model = BertForSequenceClassification.from_pretrained(bed.checkpoint).eval()
-        seed = bench.work.options.seed
-        result: Any = prune(model, feeds, score=score, repair=repair, seed=seed, latency=False, **given)
-        return accuracy(result.module)
-
-    repairs = [r for r in REPAIRS if r not in AWARE]
-    lines = []
-    for score in bench.work.options.gradients:
-        values = [
-            float(
-                np.mean(
-                    [
-                        bench.kept(
-                            ["classifier", score, repair, *([draw] if draw else [])],
-                            partial(make, score, repair, draw),
-                        )
-                        for draw in range(bench.work.options.draws)
-                    ]
-                )
-            )
-            for repair in repairs
-        ]
-        lines.append([score, *marked(values, max(values))])
-    dense = accuracy(BertForSequenceClassification.from_pretrained(bed.checkpoint))
-    head = (
-        "Accuracy of the classifier of `sentiment.py`, a torch module, on its test part; labels and calibration from "
-        f"{CALIBRATION} sentences of its train part; FFN 50 % and heads 50 % of every layer. Dense: {dense:.4f}."
-        + (f" Means over {bench.work.options.draws} draws of the 512 sentences." if bench.work.options.draws > 1 else "")
-    )
-    return f"{head}\n\n{table(['score', *repairs], lines)}"
+        result: Any = prune(self.model(), feeds, score=score, repair=repair, seed=self.seed, latency=False, **given)
+        return [int(right) for right in self.right(result.module)]
 
 
 SECTIONS = {
@@ -356,6 +386,13 @@ def main() -> int:
     )
     parser.add_argument(
         "--draws", type=int, default=1, help="of the calibration sentences, whose mean is taken (gradient-scores)"
+    )
+    parser.add_argument(
+        "--folds",
+        type=int,
+        choices=range(1, sentiment.FOLDS + 1),
+        default=1,
+        help="of the classifier's sentences, each with a model trained without them (gradient-scores)",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -11,8 +11,9 @@ that no registry has is looked for in `--repositories`, a folder of clones named
 A cell is one tool on one model at one ratio of the prunable parameters (FFN and heads; embeddings apart). It is kept in
 `--cells` (JSON) and not measured again, unless by `--again`; what cannot be run is a cell, too, with the reason. With
 `--budget` nothing is started after so many seconds. Pruned models stay in `--folder`, and `--latency` times those of the
-largest ratio in ONNX Runtime, each in turns with the dense model. `--seed` draws other calibration samples; cells of
-several seeds make a table of their own where the score is a share of samples.
+largest ratio in ONNX Runtime, each in turns with the dense model. `--seed` draws other calibration samples, and `--fold`
+takes another classifier, trained without other sentences; cells of several seeds or folds make tables of their own where
+the score is a share of samples.
 
 The table goes to `--markdown`. Seconds are those of the tool's own work, without imports, reading and writing; where other
 programs kept a core busy meanwhile, they are marked.
@@ -39,9 +40,12 @@ from liar_opt.tools.demo_assets import moved_into_place
 from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table, wait_for_quiet
 from liar_opt.tools.dev.peer_tasks import TASKS, Task
 from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, PUBLISHED, REPOSITORIES, Peer
+from liar_opt.tools.dev.sentiment import FOLDS
 
 RATIOS = (0.2, 0.35, 0.5)
 OURS = "liar-opt"
+DENSE = ("dense", 0.0)
+"""The cell of the dense model."""
 SHORT = 0.05
 """A tool that removed so much less, or more, than it was asked to is no rival at that ratio."""
 NEAR = 0.02
@@ -145,9 +149,13 @@ def make_cell(peer: Peer, task: Task, ratio: float, options: argparse.Namespace)
             return {"error": str(err)}
     pruned = folder / "pruned.onnx"
     scored = {"score": task.score(pruned), "removed": task.removed(pruned, peer.graph)}
-    right = task.right(pruned)
-    packed = {} if right is None else {"right": packed_bits(right), "samples": right.size}
-    return {**found, **scored, **packed, "beside": task.beside(pruned)}
+    return {**found, **scored, **right_of(task, pruned), "beside": task.beside(pruned)}
+
+
+def right_of(task: Task, model: Path) -> dict[str, Any]:
+    """Which held-out samples a model is right about, as a cell keeps it; nothing where the score is no share of them."""
+    right = task.right(model)
+    return {} if right is None else {"right": packed_bits(right), "samples": right.size}
 
 
 def packed_bits(values: NDArray[np.bool_]) -> str:
@@ -246,6 +254,12 @@ def beside_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]
     return f"\nBeside the dense model, at {100 * ratio:.0f} %:\n\n{table(['tool', task.metric, *names], rows)}"
 
 
+def ahead_of(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
+    """What the second of two shares right of each sample, [n], is ahead, in points, with its interval."""
+    ahead = paired_difference(mean_of(ours), mean_of(theirs), ours.size)
+    return f"{100 * ahead.difference:+.2f} ({100 * ahead.low:+.2f} to {100 * ahead.high:+.2f})"
+
+
 def draws_table(task: Task, store: "Cells") -> str:
     """Means over several draws of the calibration samples, and who is ahead by more than chance; "" of a single draw.
 
@@ -255,6 +269,7 @@ def draws_table(task: Task, store: "Cells") -> str:
     cells: dict[int, dict[tuple[str, float], dict[str, Any]]] = {}
     for seed in store.seeds():
         own = {(p, r): c for (t, p, r), c in Cells(store.path, seed).all().items() if t == task.name and "right" in c}
+        own.pop(DENSE, None)
         if own:
             cells[seed] = own
     if len(cells) < 2:
@@ -271,9 +286,7 @@ def draws_table(task: Task, store: "Cells") -> str:
         for ratio in ratios:
             scores, gap = [cell["score"] for cell in found.get((name, ratio), [])], ""
             if scores and name != OURS and (OURS, ratio) in found:
-                ours, theirs = right[OURS, ratio], right[name, ratio]
-                ahead = paired_difference(mean_of(ours), mean_of(theirs), ours.size)
-                gap = f"{100 * ahead.difference:+.2f} ({100 * ahead.low:+.2f} to {100 * ahead.high:+.2f})"
+                gap = ahead_of(right[OURS, ratio], right[name, ratio])
             row += [f"{np.mean(scores):.4f} ({np.std(scores, ddof=1):.4f})" if scores else "", gap]
         rows.append(row)
     head = [text for r in ratios for text in (f"{task.metric} at {100 * r:.0f} %", "over liar-opt, points")]
@@ -284,24 +297,72 @@ def draws_table(task: Task, store: "Cells") -> str:
     )
 
 
+def folds_table(task: Task, store: "Cells") -> str:
+    """Scores over the test parts of several folds together, and who is ahead by more than chance; "" of a single fold.
+
+    Every fold has a model of its own, so that samples of different folds are of different models. A tool has a place where
+    it was measured in every fold.
+    """
+    folds: dict[int, dict[tuple[str, float], dict[str, Any]]] = {}
+    for fold in store.folds():
+        cells = Cells(store.path, store.seed, fold).all()
+        own = {(p, r): c for (t, p, r), c in cells.items() if t == task.name and "right" in c}
+        if any(key != DENSE for key in own):
+            folds[fold] = own
+    if len(folds) < 2:
+        return ""
+    every = {key: [own[key] for own in folds.values()] for key in next(iter(folds.values())) if key_of_all(key, folds)}
+    right = {key: np.concatenate([unpacked_bits(cell) for cell in cells]) for key, cells in every.items()}
+    ratios = sorted({ratio for _, ratio in right} - {DENSE[1]})
+    beside = list(next((c[0]["beside"] for key, c in every.items() if key != DENSE), {}))
+    text = ""
+    for ratio in ratios:
+        rows = []
+        for name in (name for name in PEERS if (name, ratio) in right):
+            found = right[name, ratio]
+            row = [PEERS[name].label, f"{found.mean():.{task.digits}f}"]
+            row += [ahead_of(right[DENSE], found) if DENSE in right else ""]
+            row += ["" if name == OURS or (OURS, ratio) not in right else ahead_of(right[OURS, ratio], found)]
+            sizes = [cell["samples"] for cell in every[name, ratio]]
+            for value in beside:
+                row.append(f"{np.average([c['beside'][value] for c in every[name, ratio]], weights=sizes):.4f}")
+            rows.append(row)
+        head = [f"tool, {100 * ratio:.0f} %", task.metric, "over the dense model, points", "over liar-opt, points", *beside]
+        text += f"\n{table(head, rows)}"
+    dense = f" Dense: {right[DENSE].mean():.{task.digits}f}." if DENSE in right else ""
+    return (
+        f"\nOver the test parts of {len(folds)} folds (folds {', '.join(map(str, folds))}), each with a dense model and a\n"
+        f"calibration set of its own, {next(iter(right.values())).size:,} held-out samples together, with 95 % intervals "
+        f"over them.{dense}\n{text}"
+    )
+
+
+def key_of_all(key: tuple[str, float], folds: Mapping[int, Mapping[tuple[str, float], Mapping[str, Any]]]) -> bool:
+    """Whether a cell was measured in every fold, and is comparable in each."""
+    return all(key in own and (key == DENSE or comparable(own[key], key[1])) for own in folds.values())
+
+
 def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namespace) -> str:
     """All tables."""
     given = setting(options.seed)
     parts = [
         f"{INTRODUCTION}\n",
-        "`python tools/dev/benchmark_peers.py`" + (f" `--seed {options.seed}`" if options.seed else "") + "\n\n"
+        "`python tools/dev/benchmark_peers.py`"
+        + (f" `--seed {options.seed}`" if options.seed else "")
+        + (f" `--fold {options.fold}`" if options.fold else "")
+        + "\n\n"
         f"Seed {given['seed']}; printed at commit {given['commit']}, {given['date']}; {given['cores']} cores, "
         f"{given['processor']}. "
         f"Times with ~ were\ntaken while other programs kept {BUSY} cores busy or more; they are not to be quoted.\n",
     ]
     for task in tasks.values():
-        cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name}
+        cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name and p in PEERS}
         ratios = sorted({ratio for _, ratio in cells})
         if cells:
             dense = store.dense(task)
             parts.append(
                 f"### {task.title}\n\n{task.text} Dense: {dense:.{task.digits}f}.\n\n{task_table(task, cells, ratios)}"
-                f"{draws_table(task, store)}"
+                f"{draws_table(task, store) if not store.fold else ''}{folds_table(task, store)}"
             )
     parts.append("### Published, and measured here\n\n" + published_table(tasks, store))
     return "\n".join(parts)
@@ -328,32 +389,39 @@ def published_table(tasks: Mapping[str, Task], store: "Cells") -> str:
 
 
 class Cells:
-    """Finished cells, by (task, peer, ratio), in a JSON file."""
+    """Finished cells of a seed and a fold, by (task, peer, ratio), in a JSON file."""
 
-    def __init__(self, path: Path, seed: int) -> None:
-        self.path, self.seed = path, seed
+    def __init__(self, path: Path, seed: int, fold: int = 0) -> None:
+        self.path, self.seed, self.fold = path, seed, fold
 
     def _read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
         return found
 
     def seeds(self) -> list[int]:
-        """Those that cells were measured with, ascending."""
-        return sorted({json.loads(key)[3] for key in self._read()})
+        """Those that cells of this fold were measured with, ascending."""
+        keys = map(json.loads, self._read())
+        return sorted({seed for *_, seed, fold in keys if fold == self.fold})
+
+    def folds(self) -> list[int]:
+        """Those that have cells of this seed, ascending."""
+        keys = map(json.loads, self._read())
+        return sorted({fold for *_, seed, fold in keys if seed == self.seed})
 
     def _key(self, task: str, peer: str, ratio: float) -> str:
-        return json.dumps([task, peer, ratio, self.seed])
+        return json.dumps([task, peer, ratio, self.seed, self.fold])
 
     def all(self) -> dict[tuple[str, str, float], dict[str, Any]]:
-        """Those of this seed."""
+        """Those of this seed and fold, the dense model's among them."""
         split = {tuple(json.loads(key)): cell for key, cell in self._read().items()}
-        return {(t, p, r): cell for (t, p, r, s), cell in split.items() if s == self.seed and p in PEERS}
+        own = (self.seed, self.fold)
+        return {(t, p, r): c for (t, p, r, *of), c in split.items() if tuple(of) == own and p in {*PEERS, DENSE[0]}}
 
     def dense(self, task: Task) -> float:
         """The score of a dense model, measured once."""
-        key = self._key(task.name, "dense", 0.0)
+        key = self._key(task.name, *DENSE)
         if key not in self._read():
-            self.put(task.name, "dense", 0.0, {"score": task.score(task.model)})
+            self.put(task.name, *DENSE, {"score": task.score(task.model), **right_of(task, task.model)})
         return float(self._read()[key]["score"])
 
     def put(self, task: str, peer: str, ratio: float, cell: Mapping[str, Any]) -> None:
@@ -365,7 +433,7 @@ class Cells:
 
 def time_latency(task: Task, store: Cells, options: argparse.Namespace) -> None:
     """Times the pruned models of the largest ratio that is there, each in turns with the dense one."""
-    own = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name and "score" in c}
+    own = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name and p in PEERS and "score" in c}
     for peer in dict.fromkeys(p for p, _ in own):
         ratio = max(r for p, r in own if p == peer)
         cell = own[peer, ratio]
@@ -396,11 +464,15 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="measure no cell, print those that are there")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--fold", type=int, choices=range(FOLDS), default=0, help="of the classifier's sentences: which are held out"
+    )
     options = parser.parse_args()
-    options.folder = options.folder or cache_folder() / ("peer-models" + (f"-{options.seed}" if options.seed else ""))
+    drawn = (f"-{options.seed}" if options.seed else "") + (f"-fold{options.fold}" if options.fold else "")
+    options.folder = options.folder or cache_folder() / f"peer-models{drawn}"
     began = time.perf_counter()
     options.folder.mkdir(parents=True, exist_ok=True)
-    store = Cells(options.cells, options.seed)
+    store = Cells(options.cells, options.seed, options.fold)
     tasks = {name: make(options) for name, make in TASKS.items() if name in options.only}
     for task in tasks.values():
         if options.latency:

@@ -172,9 +172,9 @@ class Classifier(Encoder):
 
     def prepare(self) -> None:
         """Trains the classifier where it is not there yet."""
-        bed = sentiment.ensure(self.options.classifier)
+        bed = sentiment.ensure(self.options.classifier, fold=self.options.fold)
         self.checkpoint, self.model = bed.checkpoint, bed.model
-        parts = sentiment.labelled(sentences("reviews"))
+        parts = sentiment.labelled(sentences("reviews"), self.options.fold)
         drawn = np.random.default_rng(self.options.seed).permutation(len(parts["train"]))[:CALIBRATION]
         chosen = [parts["train"][row] for row in drawn]
         self.test, self.texts = parts["test"], [sample.sentence for sample in chosen]

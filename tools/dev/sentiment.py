@@ -5,6 +5,7 @@
 Sentences are the snippets of film reviews of `tools/demo_assets.py`, one of a review each, with the mean rating of twenty
 people on [-4, 4]. Those between -0.5 and 0.5 are left out; the others are positive (1) or negative (0). Which part a
 sentence belongs to follows from the SHA-256 of its text: 70 % train, 10 % dev, 20 % test, whatever file they come from.
+Each of five folds (`--fold`) has a test part of its own; together these are all sentences, and every fold has its model.
 
 The model is a stock BertForSequenceClassification (the pooler takes the first token). AdamW, a rate that rises over the
 first tenth and falls to zero, seeded; the epoch that is best on dev is kept. In the folder, the cache's unless told
@@ -42,6 +43,7 @@ from liar_opt.tools.demo_assets import (
 NEUTRAL = 0.5
 """Mean ratings nearer to zero than this are neither positive nor negative."""
 PARTS = {"train": 70, "dev": 10, "test": 20}
+FOLDS = 5
 LABELS = ("negative", "positive")
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 LONGEST = 128
@@ -85,9 +87,10 @@ class Testbed(NamedTuple):
 # The data --------------------------------------------------------------------------------------------------------------
 
 
-def part_of(text: str) -> str:
-    """The part that a sentence belongs to, by its text alone."""
-    place = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") % sum(PARTS.values())
+def part_of(text: str, fold: int = 0) -> str:
+    """The part that a sentence belongs to in a fold, by its text alone; it is of the test part in one of `FOLDS`."""
+    place = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+    place = (place + fold * PARTS["test"]) % sum(PARTS.values())
     for name, share in PARTS.items():
         if place < share:
             return name
@@ -95,18 +98,18 @@ def part_of(text: str) -> str:
     raise AssertionError("the shares cover every place")
 
 
-def labelled(everything: Sequence[Sentence]) -> dict[str, list[Sample]]:
+def labelled(everything: Sequence[Sentence], fold: int = 0) -> dict[str, list[Sample]]:
     """The sentences that are positive or negative, by part, in their order."""
     parts: dict[str, list[Sample]] = {name: [] for name in PARTS}
     for rating, text in everything:
         if abs(rating) >= NEUTRAL:
-            parts[part_of(text)].append(Sample(text, int(rating > 0), rating))
+            parts[part_of(text, fold)].append(Sample(text, int(rating > 0), rating))
     return parts
 
 
-def write_parts(bed: Testbed) -> dict[str, list[Sample]]:
+def write_parts(bed: Testbed, fold: int = 0) -> dict[str, list[Sample]]:
     """Writes the parts that are not there yet, and returns all."""
-    parts = labelled(sentences("reviews"))
+    parts = labelled(sentences("reviews"), fold)
     for name, samples in parts.items():
         if not bed.part(name).is_file():
             lines = (json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples)
@@ -150,15 +153,20 @@ def token_ids(texts: Sequence[str], folder: Path) -> list[list[int]]:
 
 def accuracy(model: Any, ids: Sequence[Sequence[int]], labels: Sequence[int]) -> float:
     """Share of right classes of a torch classifier; leaves it in evaluation mode."""
+    return float(right(model, ids, labels).mean())
+
+
+def right(model: Any, ids: Sequence[Sequence[int]], labels: Sequence[int]) -> NDArray[np.bool_]:
+    """Which sentences get their class of a torch classifier, [n]; leaves it in evaluation mode."""
     import torch
 
     model.eval()
-    right, truth = 0, np.array(labels)
+    found, truth = np.empty(len(labels), np.bool_), np.array(labels)
     with torch.no_grad():
         for rows in batches(ids, None):
             feeds = {name: torch.from_numpy(value) for name, value in padded([ids[row] for row in rows]).items()}
-            right += int((model(**feeds).logits.argmax(-1).numpy() == truth[rows]).sum())
-    return right / len(truth)
+            found[rows] = model(**feeds).logits.argmax(-1).numpy() == truth[rows]
+    return found
 
 
 def train(parts: dict[str, list[Sample]], epochs: int, seed: int, kept: Path) -> Any:
@@ -249,11 +257,12 @@ def save(model: Any, bed: Testbed) -> None:
         export_bert(plain, "logits", temporary)
 
 
-def ensure(folder: Path | None = None, *, epochs: int = EPOCHS, seed: int = 0) -> Testbed:
-    """Makes what is not there yet and says where it all is."""
-    bed = Testbed(cache_folder() / "sentiment" if folder is None else folder)
+def ensure(folder: Path | None = None, *, epochs: int = EPOCHS, seed: int = 0, fold: int = 0) -> Testbed:
+    """Makes what is not there yet and says where it all is (default: in the cache, one folder for each fold)."""
+    name = f"sentiment-{fold}" if fold else "sentiment"
+    bed = Testbed(cache_folder() / name if folder is None else folder)
     bed.folder.mkdir(parents=True, exist_ok=True)
-    parts = write_parts(bed)
+    parts = write_parts(bed, fold)
     if not bed.model.is_file():
         kept = bed.folder / "training.pt"
         save(train(parts, epochs, seed, kept), bed)
@@ -274,12 +283,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the files are, or are made (default: the cache)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fold", type=int, choices=range(FOLDS), default=0, help="which sentences are held out")
     options = parser.parse_args()
-    bed = ensure(options.folder, epochs=options.epochs, seed=options.seed)
+    bed = ensure(options.folder, epochs=options.epochs, seed=options.seed, fold=options.fold)
     print(bed.folder)
     with _quiet():
         model = BertForSequenceClassification.from_pretrained(bed.checkpoint)
-    for name, samples in labelled(sentences("reviews")).items():
+    for name, samples in labelled(sentences("reviews"), options.fold).items():
         found = accuracy(model, token_ids([s.sentence for s in samples], bed.checkpoint), [s.label for s in samples])
         print(f"{name}: {len(samples):,} sentences, {sum(s.label for s in samples):,} positive, accuracy {found:.4f}")
     return 0
