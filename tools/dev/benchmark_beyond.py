@@ -283,7 +283,11 @@ def gradient_scores(bench: Bench) -> str:
     head = (
         "Accuracy of the classifier of `sentiment.py`, a torch module, on its test part; labels and calibration from "
         f"{CALIBRATION} sentences of its train part; FFN 50 % and heads 50 % of every layer. Dense: {dense.mean():.4f}."
-        + (f" Over {asked.folds} folds: {dense.size:,} held-out sentences, five models." if asked.folds > 1 else "")
+        + (
+            f" Over {asked.folds} folds: {dense.size:,} held-out sentences, each of a model that had not seen it."
+            if asked.folds > 1
+            else ""
+        )
         + (f" Means over {asked.draws} draws of the 512 sentences." if asked.draws > 1 else "")
     )
     others = [f"LIAR over {repair}, points" for repair in repairs if repair != "liar"]
