@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from benchmark_minilm import CALIBRATION, Held, Workplace, embeddings, say, setting, table
+from benchmark_minilm import CALIBRATION, Held, Workplace, ahead_of, embeddings, say, setting, table
 from numpy.typing import NDArray
 
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
@@ -34,7 +34,6 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state, prune
 from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
-from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.tools.demo_assets import minilm_folder, sentences, split
 from liar_opt.tools.dev import sentiment
@@ -259,6 +258,7 @@ def gradient_scores(bench: Bench) -> str:
     asked = bench.work.options
     folds = {fold: Fold(fold, asked.seed) for fold in range(asked.folds)}
     repairs = [r for r in REPAIRS if r not in AWARE]
+    others = [r for r in repairs if r != "liar"]
     lines, ahead = [], []
     for score in asked.gradients:
         right = {}
@@ -274,12 +274,8 @@ def gradient_scores(bench: Bench) -> str:
             right[repair] = np.concatenate(parts)
         values = [float(right[repair].mean()) for repair in repairs]
         lines.append([score, *marked(values, max(values))])
-        gaps = []
-        for repair in (repair for repair in repairs if repair != "liar"):
-            gap = paired_difference(mean_of(right[repair]), mean_of(right["liar"]), right["liar"].size)
-            gaps.append(f"{100 * gap.difference:+.2f} ({100 * gap.low:+.2f} to {100 * gap.high:+.2f})")
-        ahead.append([score, *gaps])
-    dense = np.concatenate([one.dense_right() for one in folds.values()])
+        ahead.append([score, *(ahead_of(right[repair], right["liar"]) for repair in others)])
+    dense = np.concatenate([one.right(one.model()) for one in folds.values()])
     head = (
         "Accuracy of the classifier of `sentiment.py`, a torch module, on its test part; labels and calibration from "
         f"{CALIBRATION} sentences of its train part; FFN 50 % and heads 50 % of every layer. Dense: {dense.mean():.4f}."
@@ -290,8 +286,8 @@ def gradient_scores(bench: Bench) -> str:
         )
         + (f" Means over {asked.draws} draws of the 512 sentences." if asked.draws > 1 else "")
     )
-    others = [f"LIAR over {repair}, points" for repair in repairs if repair != "liar"]
-    return f"{head}\n\n{table(['score', *repairs], lines)}\n{table(['score', *others], ahead)}"
+    over = [f"LIAR over {repair}, points" for repair in others]
+    return f"{head}\n\n{table(['score', *repairs], lines)}\n{table(['score', *over], ahead)}"
 
 
 class Fold:
@@ -313,10 +309,6 @@ class Fold:
         return sentiment.right(model, self.test_ids, [s.label for s in self.parts["test"]])
 
     @cache  # noqa: B019 - few folds, kept to the end
-    def dense_right(self) -> NDArray[np.bool_]:
-        """What the dense model is right about, [n]."""
-        return self.right(self.model())
-
     def drawn(self, draw: int) -> tuple[list[Any], list[Any]]:
         """Calibration batches, and the labels of each."""
         import torch

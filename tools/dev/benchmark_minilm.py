@@ -43,6 +43,7 @@ from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.prune_model import prune
+from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.sessions import Session
@@ -256,6 +257,12 @@ def wait_for_quiet(seconds: float) -> None:
 def say(text: str) -> None:
     """Progress, to stderr."""
     print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
+
+
+def ahead_of(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
+    """What the second of two shares right of each sample, [n], is ahead, in points, with its interval."""
+    ahead = paired_difference(mean_of(ours), mean_of(theirs), ours.size)
+    return f"{100 * ahead.difference:+.2f} ({100 * ahead.low:+.2f} to {100 * ahead.high:+.2f})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

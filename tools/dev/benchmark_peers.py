@@ -34,10 +34,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import moved_into_place
-from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table, wait_for_quiet
+from liar_opt.tools.dev.benchmark_minilm import Others, ahead_of, measured, say, setting, table, wait_for_quiet
 from liar_opt.tools.dev.peer_tasks import TASKS, Task
 from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, PUBLISHED, REPOSITORIES, Peer
 from liar_opt.tools.dev.sentiment import FOLDS
@@ -254,12 +253,6 @@ def beside_table(task: Task, cells: Mapping[tuple[str, float], Mapping[str, Any]
     return f"\nBeside the dense model, at {100 * ratio:.0f} %:\n\n{table(['tool', task.metric, *names], rows)}"
 
 
-def ahead_of(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
-    """What the second of two shares right of each sample, [n], is ahead, in points, with its interval."""
-    ahead = paired_difference(mean_of(ours), mean_of(theirs), ours.size)
-    return f"{100 * ahead.difference:+.2f} ({100 * ahead.low:+.2f} to {100 * ahead.high:+.2f})"
-
-
 def draws_table(task: Task, store: "Cells") -> str:
     """Means over several draws of the calibration samples, and who is ahead by more than chance; "" of a single draw.
 
@@ -268,8 +261,8 @@ def draws_table(task: Task, store: "Cells") -> str:
     """
     cells: dict[int, dict[tuple[str, float], dict[str, Any]]] = {}
     for seed in store.seeds():
-        own = {(p, r): c for (t, p, r), c in Cells(store.path, seed).all().items() if t == task.name and "right" in c}
-        own.pop(DENSE, None)
+        drawn = Cells(store.path, seed, store.fold).all()
+        own = {(p, r): c for (t, p, r), c in drawn.items() if t == task.name and "right" in c}
         if own:
             cells[seed] = own
     if len(cells) < 2:
@@ -304,42 +297,38 @@ def folds_table(task: Task, store: "Cells") -> str:
     it was measured in every fold.
     """
     folds: dict[int, dict[tuple[str, float], dict[str, Any]]] = {}
+    dense_cells = []
     for fold in store.folds():
-        cells = Cells(store.path, store.seed, fold).all()
-        own = {(p, r): c for (t, p, r), c in cells.items() if t == task.name and "right" in c}
-        if any(key != DENSE for key in own):
+        cells = Cells(store.path, store.seed, fold)
+        own = {(p, r): c for (t, p, r), c in cells.all().items() if t == task.name and "right" in c and comparable(c, r)}
+        if own:
             folds[fold] = own
+            dense_cells.append(cells.dense_cell(task.name))
     if len(folds) < 2:
         return ""
-    every = {key: [own[key] for own in folds.values()] for key in next(iter(folds.values())) if key_of_all(key, folds)}
+    keys = set.intersection(*(set(own) for own in folds.values()))
+    every = {key: [own[key] for own in folds.values()] for key in keys}
     right = {key: np.concatenate([unpacked_bits(cell) for cell in cells]) for key, cells in every.items()}
-    ratios = sorted({ratio for _, ratio in right} - {DENSE[1]})
-    beside = list(next((c[0]["beside"] for key, c in every.items() if key != DENSE), {}))
+    measured_dense = all("right" in cell for cell in dense_cells)
+    dense = np.concatenate([unpacked_bits(cell) for cell in dense_cells]) if measured_dense else None
     text = ""
-    for ratio in ratios:
-        rows = []
-        for name in (name for name in PEERS if (name, ratio) in right):
-            found = right[name, ratio]
-            row = [PEERS[name].label, f"{found.mean():.{task.digits}f}"]
-            row += [ahead_of(right[DENSE], found) if DENSE in right else ""]
-            row += ["" if name == OURS or (OURS, ratio) not in right else ahead_of(right[OURS, ratio], found)]
-            sizes = [cell["samples"] for cell in every[name, ratio]]
-            for value in beside:
-                row.append(f"{np.average([c['beside'][value] for c in every[name, ratio]], weights=sizes):.4f}")
-            rows.append(row)
+    for ratio in sorted({ratio for _, ratio in keys}):
+        rows: list[list[str]] = []
+        beside: list[str] = []
+        for name in (name for name in PEERS if (name, ratio) in keys):
+            found, cells_of = right[name, ratio], every[name, ratio]
+            beside, sizes = list(cells_of[0]["beside"]), [cell["samples"] for cell in cells_of]
+            row = [PEERS[name].label, f"{found.mean():.{task.digits}f}", "" if dense is None else ahead_of(dense, found)]
+            row += ["" if name == OURS or (OURS, ratio) not in keys else ahead_of(right[OURS, ratio], found)]
+            rows.append(row + [f"{np.average([c['beside'][of] for c in cells_of], weights=sizes):.4f}" for of in beside])
         head = [f"tool, {100 * ratio:.0f} %", task.metric, "over the dense model, points", "over liar-opt, points", *beside]
         text += f"\n{table(head, rows)}"
-    dense = f" Dense: {right[DENSE].mean():.{task.digits}f}." if DENSE in right else ""
+    said = "" if dense is None else f" Dense: {dense.mean():.{task.digits}f}."
+    samples = sum(next(iter(own.values()))["samples"] for own in folds.values())
     return (
         f"\nOver the test parts of {len(folds)} folds (folds {', '.join(map(str, folds))}), each with a dense model and a\n"
-        f"calibration set of its own, {next(iter(right.values())).size:,} held-out samples together, with 95 % intervals "
-        f"over them.{dense}\n{text}"
+        f"calibration set of its own, {samples:,} held-out samples together, with 95 % intervals over them.{said}\n{text}"
     )
-
-
-def key_of_all(key: tuple[str, float], folds: Mapping[int, Mapping[tuple[str, float], Mapping[str, Any]]]) -> bool:
-    """Whether a cell was measured in every fold, and is comparable in each."""
-    return all(key in own and (key == DENSE or comparable(own[key], key[1])) for own in folds.values())
 
 
 def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namespace) -> str:
@@ -356,13 +345,13 @@ def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namesp
         f"Times with ~ were\ntaken while other programs kept {BUSY} cores busy or more; they are not to be quoted.\n",
     ]
     for task in tasks.values():
-        cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name and p in PEERS}
+        cells = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name}
         ratios = sorted({ratio for _, ratio in cells})
         if cells:
             dense = store.dense(task)
             parts.append(
                 f"### {task.title}\n\n{task.text} Dense: {dense:.{task.digits}f}.\n\n{task_table(task, cells, ratios)}"
-                f"{draws_table(task, store) if not store.fold else ''}{folds_table(task, store)}"
+                f"{draws_table(task, store)}{folds_table(task, store)}"
             )
     parts.append("### Published, and measured here\n\n" + published_table(tasks, store))
     return "\n".join(parts)
@@ -412,17 +401,20 @@ class Cells:
         return json.dumps([task, peer, ratio, self.seed, self.fold])
 
     def all(self) -> dict[tuple[str, str, float], dict[str, Any]]:
-        """Those of this seed and fold, the dense model's among them."""
+        """Those of this seed and fold."""
         split = {tuple(json.loads(key)): cell for key, cell in self._read().items()}
         own = (self.seed, self.fold)
-        return {(t, p, r): c for (t, p, r, *of), c in split.items() if tuple(of) == own and p in {*PEERS, DENSE[0]}}
+        return {(t, p, r): c for (t, p, r, *of), c in split.items() if tuple(of) == own and p in PEERS}
 
     def dense(self, task: Task) -> float:
         """The score of a dense model, measured once."""
-        key = self._key(task.name, *DENSE)
-        if key not in self._read():
+        if not self.dense_cell(task.name):
             self.put(task.name, *DENSE, {"score": task.score(task.model), **right_of(task, task.model)})
-        return float(self._read()[key]["score"])
+        return float(self.dense_cell(task.name)["score"])
+
+    def dense_cell(self, task: str) -> dict[str, Any]:
+        """The cell of a dense model, empty where it was not measured."""
+        return dict(self._read().get(self._key(task, *DENSE), {}))
 
     def put(self, task: str, peer: str, ratio: float, cell: Mapping[str, Any]) -> None:
         """Keeps a cell beside what others have written meanwhile."""
@@ -433,7 +425,7 @@ class Cells:
 
 def time_latency(task: Task, store: Cells, options: argparse.Namespace) -> None:
     """Times the pruned models of the largest ratio that is there, each in turns with the dense one."""
-    own = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name and p in PEERS and "score" in c}
+    own = {(p, r): c for (t, p, r), c in store.all().items() if t == task.name and "score" in c}
     for peer in dict.fromkeys(p for p, _ in own):
         ratio = max(r for p, r in own if p == peer)
         cell = own[peer, ratio]
