@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
+from liar_opt.frontend.onnx_model import detached_tensors
 from liar_opt.frontend.onnx_rules import ConsumerUse
 from liar_opt.frontend.onnx_segments import Extracted
 
@@ -31,7 +32,9 @@ def patch_constant(
     """
     graph = segment.model.graph
     name = f"{PREFIX}/{len(graph.initializer)}/{places[0][0].name}/value"
-    graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+    tensors, data = detached_tensors([gs.Constant(name, np.ascontiguousarray(value))])
+    graph.initializer.extend(tensors)
+    segment.weights.update(data)
     nodes = {tuple(n.output): (i, n) for i, n in enumerate(graph.node)}
     found = []
     for node, position in places:

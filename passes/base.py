@@ -15,7 +15,7 @@ from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
-from liar_opt.runtime.errors import InternalError, LiarOptError
+from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError
 from liar_opt.runtime.memory import Memory
 
 Progress = Callable[[str, int, int], None]
@@ -132,7 +132,7 @@ class Pipeline(Pass[None]):
             start = time.perf_counter()
             try:
                 result = step(state)
-            except (LiarOptError, KeyboardInterrupt, OSError):
+            except (LiarOptError, GroupFault, KeyboardInterrupt, OSError):
                 raise
             except Exception as err:
                 before = f" after {', '.join(done)}" if done else ""

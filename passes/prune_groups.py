@@ -13,6 +13,7 @@ before the rest, values behind it, within the heads that are left.
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -53,7 +54,7 @@ from liar_opt.passes.registry import (
 )
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
-from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, OptionError
+from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, ModelError, OptionError
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
@@ -153,6 +154,11 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
+        state.facts["blocks"] = {change.where: change.details["kept"] for change in run.changes}
+        state.facts["lost"] = {
+            change.where: max((c["error_repair"] for c in change.details.get("consumers", ()) if c), default=0.0)
+            for change in run.changes
+        }
         state.facts["query forms"] = run.bases.query_forms
         return PassResult(state, tuple(run.changes), run.refusals())
 
@@ -281,13 +287,14 @@ class SegmentRun:
         waiting = ArrayStore(self.memory.store.folder)
         for part in parts.groups:
             keys = {k for i in part for k in _keys(groups[i])} - moments.keys()
-            new = self.measure([tap for key, tap in taps.items() if key in keys], stop, first)
+            with blamed([groups[i] for i in part]):
+                new = self.measure([tap for key, tap in taps.items() if key in keys], stop, first)
             if parts.on_disk:
                 for own in new.values():
                     own.store(waiting)
             moments.update(new)
         for i, group in enumerate(groups):
-            with half_the_threads(max((c.width for c in group.consumers), default=group.size)):
+            with blamed([group]), half_the_threads(max((c.width for c in group.consumers), default=group.size)):
                 self.prune(group, moments)
             for key in _keys(group) - {k for other in groups[i + 1 :] for k in _keys(other)}:
                 moments.pop(key, None)
@@ -441,10 +448,23 @@ class SegmentRun:
             removed = np.setdiff1d(np.arange(consumer.width), kept)
             repaired: Repaired = self.repair(item, kept, removed, options.ridge)
             self.write(consumer, kept, repaired, basis)
-            details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
+            details.setdefault("consumers", []).append(self.described(consumer, item, kept, removed, repaired))
         if turn is not None:
             self.bases.turn_values(group, turn)
         self.cut(group, blocks, details, [] if turn is None else [turn])
+
+    def described(
+        self, consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
+    ) -> dict[str, Any]:
+        """Returns what the report says of one consumer."""
+        return {
+            "node": consumer.uses[0].node.name,
+            "ridge": repaired.ridge if np.isfinite(repaired.ridge) else None,
+            "ridge_raised": repaired.raised,
+            "repair": repaired.kind,
+            "calibration_gap": repaired.gap,
+            **{f"error_{name}": error for name, error in item.errors(kept, removed, repaired).items()},
+        }
 
     def cut(
         self,
@@ -608,6 +628,18 @@ class SegmentRun:
             )
 
 
+@contextmanager
+def blamed(groups: Sequence[ChannelGroup]) -> Iterator[None]:
+    """Says of what raises no sentence of ours which groups it was done for: a run can go on without them."""
+    try:
+        yield
+    except (LiarOptError, GroupFault, MemoryError, OSError):
+        raise
+    except Exception as err:
+        reason = f"{type(err).__name__}: {_line(err)}"
+        raise GroupFault(dict.fromkeys((g.name for g in groups), reason)) from err
+
+
 def by_set(group: ChannelGroup, measured: Sequence[Measured]) -> Iterator[tuple[int, Sequence[Measured]]]:
     """Yields for each index set of a group the number of its first block, and what is known of its consumers there."""
     if group.sets == 1:
@@ -640,20 +672,6 @@ def _keys(group: ChannelGroup) -> set[Place]:
 def _weights(group: ChannelGroup) -> list[Any]:
     """Returns the weights that are solved for, each once."""
     return list({id(c.uses[0].weight): c.uses[0].weight for c in group.consumers}.values())
-
-
-def _details(
-    consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
-) -> dict[str, Any]:
-    """Returns what the report says of one consumer."""
-    return {
-        "node": consumer.uses[0].node.name,
-        "ridge": repaired.ridge if np.isfinite(repaired.ridge) else None,
-        "ridge_raised": repaired.raised,
-        "repair": repaired.kind,
-        "calibration_gap": repaired.gap,
-        **{f"error_{name}": error for name, error in item.errors(kept, removed, repaired).items()},
-    }
 
 
 def load_segment(segment: Extracted, device: Any, lean: bool) -> Session:

@@ -11,7 +11,7 @@
 4. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,10 +73,9 @@ class VerifyModelPass(Pass[None]):
             ModelError: the model's outputs are not the same twice, or the data does not fit it.
         """
         dense: Stored = state.facts["dense"]
-        resized = {name: axes for name, axes in state.model.resized.items() if name in state.analysed().spared}
-        _check_interface(dense.proto, state.model.light()[0], resized)
+        require_interface(dense, state.model, state.analysed().spared)
         ends = state.facts.get("ends", {})
-        _check_format(dense, state.model)
+        require_format(dense, state.model)
         lean = state.memory.tight
         assert state.calibration is not None
         facts: dict[str, Any] = {}
@@ -96,7 +95,7 @@ class VerifyModelPass(Pass[None]):
         # The original first: what does not fit it (an image of another size, say) is no fault of the cut.
         theirs = cut_arrays(run_segment(masked, small, whole, whole), ends)
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
-        precision, what = _precision(state.model), "cut against masked original"
+        precision, what = least_precision(state.model), "cut against masked original"
         try:
             facts["exact_difference"] = require_close(ours, theirs, precision, what)
         except CheckError:
@@ -104,7 +103,8 @@ class VerifyModelPass(Pass[None]):
             if lean:  # a second set of weights would not fit
                 raise
             # A model that was hurt badly can magnify rounding: ask it how much, before blaming the cut.
-            nudged = _load(_rounded(reference.detached()), state.device, "the masked original", lean)
+            model, weights = reference.detached()
+            nudged = _load((model, rounded(weights)), state.device, "the masked original", lean)
             moved = cut_arrays(nudged.run(small, whole, arrays=True), ends)
             rounding = max(relative_difference(moved[name], value) for name, value in theirs.items())
             # Where all probabilities are tiny, the steps of a sigmoid are large beside them.
@@ -201,7 +201,7 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
     nodes = {n.name: n for n in analysis.model.graph.nodes}
     rewriter = Rewriter(analysis)
     by_place = {(u.node.name, u.weight_position): u for u in analysis.consumers}
-    for parts in _by_weight(repairs):
+    for parts in by_weight(repairs):
         repair = parts[0]
         places: list[tuple[gs.Node, int]] = [(nodes[u.holder.name], u.weight_position) for u in repair.uses]
         old = places[0][0].inputs[places[0][1]]
@@ -213,18 +213,24 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
         full = analysis.model.settled(full)
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
-            axes = repair.uses[0].column_axes
-            bias = np.zeros([full.shape[axis] for axis in axes])
-            left = [repair.index[axis] for axis in axes]
-            bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
-            rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], bias.reshape(-1))
+            own = [by_place[u.node.name, u.weight_position] for u in repair.uses]
+            rewriter.add_bias(own, spread_bias(repair, full.shape))
+
+
+def spread_bias(repair: ConsumerRepair, shape: Sequence[int]) -> np.ndarray:
+    """Returns the bias [m] of a repair at the width that its weight, of ``shape``, had: zero where columns went."""
+    axes = repair.uses[0].column_axes
+    bias = np.zeros([shape[axis] for axis in axes])
+    left = [repair.index[axis] for axis in axes]
+    bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
+    return bias.reshape(-1)
 
 
 def _inside(repair: ConsumerRepair, shape: Sequence[int]) -> bool:
     return all(not i.size or i[-1] < n for i, n in zip(repair.index, shape, strict=True))
 
 
-def _by_weight(repairs: list[ConsumerRepair]) -> list[list[ConsumerRepair]]:
+def by_weight(repairs: Sequence[ConsumerRepair]) -> list[list[ConsumerRepair]]:
     """Returns the repairs in order, those of the experts that share a constant together."""
     result: list[list[ConsumerRepair]] = []
     stacks: dict[str, list[ConsumerRepair]] = {}
@@ -247,15 +253,15 @@ def _made_by(tensor: Any) -> str | None:
     return tensor.inputs[0].op if tensor.inputs else None
 
 
-def _rounded(parts: tuple[bytes, dict[str, Any]]) -> tuple[bytes, dict[str, Any]]:
-    """Returns a model with every large weight moved by its own rounding error, up or down at random."""
+def rounded(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns weights, each moved by its own rounding error, up or down at random."""
     rng, weights = np.random.default_rng(0), {}
-    for name, value in parts[1].items():
+    for name, value in arrays.items():
         if is_float(value.dtype):
             step = np.spacing(np.abs(value)).astype(value.dtype)
             value = value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
         weights[name] = value
-    return parts[0], weights
+    return weights
 
 
 def _samples_that_fit(state: State) -> int:
@@ -291,7 +297,8 @@ def load_dense(state: State) -> Session:
     return _load(state.facts["dense"].detached(), state.device, "the original model", state.memory.tight)
 
 
-def _precision(model: OnnxModel) -> str:
+def least_precision(model: OnnxModel) -> str:
+    """Returns the least precise type of a model's weights."""
     names = {np.dtype(c.dtype).name for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1}
     return next((p for p in PRECISION if p in names), "float32")
 
@@ -322,7 +329,27 @@ def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: d
             raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
 
 
-def _check_format(dense: Stored, pruned: OnnxModel) -> None:
+def require_interface(dense: Stored, pruned: OnnxModel, spared: Collection[str]) -> None:
+    """Checks that inputs and outputs have the names, types and shapes of the original's.
+
+    Args:
+        dense: the original.
+        pruned: the cut model.
+        spared: caches, which may have lost heads.
+
+    Raises:
+        CheckError: they have not.
+    """
+    resized = {name: axes for name, axes in pruned.resized.items() if name in spared}
+    _check_interface(dense.proto, pruned.light()[0], resized)
+
+
+def require_format(dense: Stored, pruned: OnnxModel) -> None:
+    """Checks that a cut model is valid ONNX, if the original is.
+
+    Raises:
+        CheckError: it is not.
+    """
     # Graphs that ONNX Runtime's optimizer wrote may be refused from the start: they are no worse for being smaller.
     _require_valid(pruned.skeleton(), lambda: _checker_error(dense.model().skeleton()) is None)
 

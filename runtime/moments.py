@@ -322,6 +322,28 @@ class Moments:
         return both
 
 
+class MadeUpMoments(Moments):
+    """Moments of no activation: seeded, of full rank, no two channels alike. A cut is rehearsed with them.
+
+    Args:
+        width: Width n of the dimension.
+    """
+
+    def statistics(self, fold: FoldName = "all") -> Statistics:
+        """Return a mean and a covariance, the same for every fold."""
+        rng = np.random.default_rng(self.width)
+        mean, factors = rng.standard_normal(self.width), rng.standard_normal((self.width, 4))
+        return Statistics(float(self.rows()), mean, factors @ factors.T + np.diag(rng.uniform(0.5, 1.5, self.width)))
+
+    def merge(self, other: Moments) -> Moments:
+        """Return these: all of one width are alike."""
+        return self
+
+    def rows(self, fold: FoldName = "all") -> int:
+        """Return a number that is enough for every rule."""
+        return 100 * self.width
+
+
 def mirror_upper(matrix: AnyArray) -> None:
     """Copies the upper triangle of a square matrix [n, n] onto the lower one in place, a panel at a time."""
     width = matrix.shape[0]

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from liar_opt.runtime.errors import InternalError, OptionError
 
 Provider = Literal["auto", "cpu", "cuda"]
+Level = Literal["none", "all"]
+"""How far ONNX Runtime's optimizer goes."""
 PROVIDERS: tuple[Provider, ...] = ("auto", "cpu", "cuda")
 EXACT = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 """How CUDA computes what is measured: products of float32 keep its mantissa (by default they have ten bits of it), and
@@ -108,6 +110,7 @@ class Session:
             and folds what it can.
         threads: how many compute an operator, and sleep between runs; None leaves both to ONNX Runtime.
         exact: whether CUDA computes as `EXACT` says; otherwise as ONNX Runtime does for those who do not ask.
+        level: how far ONNX Runtime's optimizer goes; None leaves it to ``lean`` and, else, to ONNX Runtime ("all").
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Session:
         lean: bool = False,
         threads: int | None = None,
         exact: bool = True,
+        level: Level | None = None,
     ) -> None:
         import onnxruntime
 
@@ -140,6 +144,10 @@ class Session:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.enable_cpu_mem_arena = False
+        if level is not None:
+            levels = onnxruntime.GraphOptimizationLevel
+            options.graph_optimization_level = {"none": levels.ORT_DISABLE_ALL, "all": levels.ORT_ENABLE_ALL}[level]
+            options.add_session_config_entry("session.disable_prepacking", "1")  # it is run a few times only
         cuda = [("CUDAExecutionProvider", EXACT if exact else {})] if device == "cuda" else []
         self.device = device
         self._session: Any = onnxruntime.InferenceSession(
