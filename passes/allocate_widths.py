@@ -172,7 +172,9 @@ def menus_of(
 
 def note_widths(state: State, keep: dict[str, int]) -> None:
     """Notes how many blocks of each group stay; values, queries and keys are groups where they are named."""
-    state.groups = (*state.groups, *(g for g in (*state.queries, *state.values) if g.name in keep))
+    known = {g.name for g in state.groups}
+    others = (g for g in (*state.queries, *state.values) if g.name in keep and g.name not in known)
+    state.groups = (*state.groups, *others)
     state.keep = keep
 
 

@@ -193,16 +193,16 @@ class Proof:
             return Failure(_line(err))
         parts, ends = model.detached(), rehearsal.rewriter.ends()
         for level in self._levels():
-            how = "" if level == "none" else " with its optimizer"
+            how = f"with ONNX Runtime's optimizer {'off' if level == 'none' else 'on'}"
             try:
                 session = Session(parts[0], self.state.device, parts[1], level == "none", level=level)
             except Exception as err:
-                return Failure(f"ONNX Runtime cannot load the cut graph{how} ({_line(err)})")
+                return Failure(f"{how} the cut graph cannot be loaded: {_line(err)}")
             for feeds in self.feeds if level == "none" else self.feeds[:OPTIMIZED]:
                 wrong = self._wrong(session, feeds, reference, ends)
                 if wrong is not None:
                     sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
-                    return Failure(f"the cut graph{how} {wrong} at {sizes[:200]}")
+                    return Failure(f"{wrong} at {sizes[:200]}, {how}")
         return None
 
     def _levels(self) -> tuple[Level, ...]:
@@ -231,11 +231,11 @@ class Proof:
         try:
             expected = cut_arrays(reference.run(feeds), ends)
         except Exception as err:
-            return f"cannot be compared with the masked original, which fails ({_line(err)})"
+            return f"the masked original fails ({_line(err)})"
         try:
             found = session.run(cut_arrays(feeds, ends), list(expected), arrays=True)
         except Exception as err:
-            return f"fails ({_line(err)})"
+            return f"the cut graph fails ({_line(err)})"
         for name, value in expected.items():
             apart = relative_difference(found[name], value)
             if apart <= allowed_difference(self.precision, 0.0):
@@ -244,7 +244,7 @@ class Proof:
             moved = relative_difference(cut_arrays(reference.rounded(feeds), ends)[name], value)
             again = relative_difference(cut_arrays(reference.again(feeds), ends)[name], value)
             if not apart <= allowed_difference(self.precision, moved) and again <= REPEATED:
-                return f"differs by {apart:.1e} in output '{name}'"
+                return f"output '{name}' differs by {apart:.1e}"
         return None
 
 

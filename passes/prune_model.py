@@ -465,8 +465,8 @@ class _Job:
                 raise
             name, reason = next(iter(self.faults.items()))
             raise CheckError(
-                f"no group that could be cut is left: cutting '{name}' would be wrong ({reason}); nothing was written; please "
-                "report the model's structure as a bug"
+                f"no group that could be cut is left: cutting '{name}' would be wrong ({reason}); nothing was written; "
+                "please report the model's structure as a bug"
             ) from err
         return refusals_of(self.faults)
 

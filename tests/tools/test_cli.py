@@ -630,17 +630,17 @@ def test_a_failed_check(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyP
 def test_a_bug_shows_its_traceback(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from liar_opt.passes.prune_groups import PruneGroupsPass
+    from liar_opt.passes.allocate_widths import AllocateWidthsPass
 
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("the bug")
 
-    monkeypatch.setattr(PruneGroupsPass, "plan", broken)
+    monkeypatch.setattr(AllocateWidthsPass, "plan", broken)
     assert run(model) == 3
     shown = capsys.readouterr()
     assert "Traceback" in shown.err
     assert "ZeroDivisionError: the bug" in shown.err
-    assert "pass prune-groups failed" in shown.err
+    assert "pass allocate-widths failed" in shown.err
     assert shown.err.splitlines()[-1].startswith("liar-opt: this is a bug")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
 
