@@ -47,6 +47,7 @@ from liar_opt.runtime.errors import LiarOptError, OptionError
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.moments import MadeUpMoments, Moments
 from liar_opt.runtime.sessions import Level, Session
+from liar_opt.runtime.signatures import InputSpec, Signature
 
 BATCHES = (2, 3, 1)
 """Samples of each probe; the last one is a single token, as a decoder is run."""
@@ -302,19 +303,21 @@ def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[
         patches[place] = own, full, bias + patches[place][2] if place in patches else bias
     for own, full, bias in patches.values():
         patch_consumer(whole, own, full, bias)
+    forms: dict[tuple[str, int], NDArray[Any]] = {}
     for form in rehearsal.bases.query_forms:
-        node, position = nodes[form.source.use.node.name], form.source.use.position
-        value = np.array(node.inputs[position].values)
+        use = form.source.use
+        value = forms.setdefault((use.node.name, use.position), np.array(nodes[use.node.name].inputs[use.position].values))
         value[np.ix_(*form.index)] = form.value
-        patch_constant(whole, [(node, position)], value)
+    for (name, position), value in forms.items():
+        patch_constant(whole, [(nodes[name], position)], value)
     return whole
 
 
 def probe_feeds(state: State, session: Session) -> list[dict[str, Any]]:
     """Returns inputs of several sizes on which the original runs.
 
-    They differ in batch and in length where these are open, and no length is the size of an axis of a weight. Where the
-    model does not run on made-up inputs, a few calibration samples serve.
+    They differ in batch and in length where these are open, and no length is the size of an axis of a weight. A decoder
+    with a cache takes a step behind some tokens. Where the model does not run on made-up inputs, calibration samples serve.
     """
     taken = {int(n) for c in state.model.constants() for n in c.shape}
     limit = positions(state.model) or max(LENGTHS)
@@ -329,6 +332,9 @@ def probe_feeds(state: State, session: Session) -> list[dict[str, Any]]:
             candidates.append(made(sequence_length=length, image_size=_image_size(state), **known).batches[0])
         except OptionError:
             continue
+    step = _decoding_step(state.analysed().input_specs(), vocabulary(state.model), lengths[0])
+    if step is not None:
+        candidates.insert(2, step)
     if state.calibration is not None:
         candidates.append(first_samples(state, state.calibration.batches[0], BATCHES[0]))
     found: list[dict[str, Any]] = []
@@ -344,6 +350,23 @@ def probe_feeds(state: State, session: Session) -> list[dict[str, Any]]:
         found.append(feeds)
         shapes.append(own)
     return found
+
+
+def _decoding_step(inputs: Sequence[InputSpec], words: int | None, cached: int) -> dict[str, Any] | None:
+    """Returns one token for each of two samples, behind a cache of some tokens; None where there is no open cache."""
+    signature = Signature.read(inputs, None)
+    if not signature.past or signature.seen or signature.ids is None:
+        return None
+    rng = np.random.default_rng(cached)
+    samples = BATCHES[0]
+    ids = rng.integers(words or 2, size=(samples, 1))
+    feeds = signature.feed(ids, np.ones(ids.shape, np.bool_), cached=cached)
+    for name in signature.past:
+        spec = signature.inputs[name]
+        lead = (samples,) if len(spec.shape) == 4 else (2, samples)
+        inner = [dim if isinstance(dim, int) else cached for dim in spec.shape[-3:]]
+        feeds[name] = rng.standard_normal((*lead, *inner)).astype(spec.dtype)
+    return feeds
 
 
 def _image_size(state: State) -> int | None:

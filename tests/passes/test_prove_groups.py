@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import zoo
+import zoo_decoders
 
 import liar_opt
 from liar_opt.frontend.onnx_rewrite import Rewriter
@@ -73,6 +74,16 @@ def test_nothing_is_wrong_in_the_zoo(case: zoo.Case) -> None:
     assert proof.faults({g.name: g.size - 1 for g in state.groups}) == {}
     assert proof.faults({g.name: max(1, g.size // 2) for g in (*state.groups, *state.values)}) == {}
     assert proof.faults({g.name: max(1, g.size // 2) for g in (*state.queries, *state.groups)}) == {}
+
+
+@pytest.mark.parametrize("name", ["gpt2-torchscript-cache", "llama-dynamo", "mixtral-torchscript", "t5-gated-torchscript"])
+def test_nothing_is_wrong_in_decoders(name: str) -> None:
+    (case,) = (c for c in zoo_decoders.cases() if c.name == name)
+    state = analysed(zoo_decoders.ready(case).path)
+    proof = Proof(state, PruneGroupsPass())
+    caches = [n for n in proof.feeds[0] if n.startswith("past")]
+    assert not caches or any(feeds[caches[0]].shape[2] > 1 for feeds in proof.feeds)
+    assert proof.faults({g.name: max(1, g.size // 2) for g in (*state.queries, *state.groups, *state.values)}) == {}
 
 
 def test_probes_differ_in_batch_and_length() -> None:
