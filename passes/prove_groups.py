@@ -320,19 +320,27 @@ def probe_feeds(state: State, session: Session) -> list[dict[str, Any]]:
     with a cache takes a step behind some tokens. Where the model does not run on made-up inputs, calibration samples serve.
     """
     taken = {int(n) for c in state.model.constants() for n in c.shape}
-    limit = positions(state.model) or max(LENGTHS)
-    lengths = [n for n in LENGTHS if n not in taken and n <= limit] or [max(1, limit)]
+    inputs, words, limit = state.analysed().input_specs(), vocabulary(state.model), positions(state.model)
+    lengths = [n for n in LENGTHS if n not in taken and n <= (limit or n)] or [max(1, limit or 1)]
     candidates = []
     for samples, length in zip(BATCHES, (lengths[0], lengths[min(1, len(lengths) - 1)], 1), strict=True):
-        made = functools.partial(
-            load_calibration, None, state.analysed().input_specs(), samples=samples, batch_size=samples, seed=length
-        )
-        known = {"vocabulary": vocabulary(state.model), "positions": positions(state.model), "rows": looked_up(state.model)}
         try:
-            candidates.append(made(sequence_length=length, image_size=_image_size(state), **known).batches[0])
+            data = load_calibration(
+                None,
+                inputs,
+                samples=samples,
+                batch_size=samples,
+                seed=length,
+                sequence_length=length,
+                image_size=_image_size(state),
+                vocabulary=words,
+                positions=limit,
+                rows=looked_up(state.model),
+            )
         except OptionError:
             continue
-    step = _decoding_step(state.analysed().input_specs(), vocabulary(state.model), lengths[0])
+        candidates.append(data.batches[0])
+    step = _decoding_step(inputs, words, lengths[0])
     if step is not None:
         candidates.insert(2, step)
     if state.calibration is not None:
