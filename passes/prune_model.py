@@ -7,6 +7,7 @@
 import functools
 import hashlib
 import importlib.metadata
+import math
 import platform
 import re
 import sys
@@ -27,6 +28,7 @@ from liar_opt.frontend.weight_files import completed, external_files, lightened,
 from liar_opt.passes.allocate_widths import note_widths
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
+from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
 from liar_opt.passes.find_groups import FindGroupsPass
@@ -42,7 +44,7 @@ from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, looku
 from liar_opt.passes.verify_model import first_samples, load_dense
 from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
 from liar_opt.runtime.errors import CheckError, GroupFault, ModelError, OptionError
-from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
 from liar_opt.runtime.self_calibration import SELF, write_calibration
@@ -567,14 +569,20 @@ class _Job:
             began = time.perf_counter()
             batch = _one_batch(state, target)
             feeds = [batch, cut_arrays(batch, state.facts["ends"])]
-            sessions = [session.as_deployed() for session in state.facts["sessions"]]
-            times = measure_latency(sessions, feeds, budget=0.15 if target is None else 2.0, least=3)
+            models = [deployed(model, state.device) for model in (state.facts["dense"], state.model)]
+            try:
+                times = measure_latency(models, feeds, budget=0.3 if target is None else 2.0, least=6)
+            except CannotTime:
+                sessions = [session.as_deployed() for session in state.facts["sessions"]]
+                times = measure_latency(sessions, feeds, budget=0.3, least=6)
             report["latency"] = {
                 "dense_seconds": times.seconds[0],
                 "pruned_seconds": times.seconds[1],
                 "speedup": times.speedup,
                 "runs": times.runs,
                 "batch": times.batch,
+                "spread": times.spread if math.isfinite(times.spread) else None,
+                "apart": times.apart,
             }
             state.seconds["latency"] = time.perf_counter() - began
         report["memory"] = {
