@@ -262,9 +262,9 @@ def _choices(node: gs.Node, inputs: list[list[Array]], wanted: Wanted) -> Iterat
     elif node.op == "ReduceProd" and set(wanted) == {0}:
         for element in range(inputs[0][0].size):
             others = [np.prod(np.delete(v.reshape(-1), element)) for v in inputs[0]]
-            numbers = [_exact(w, o) for w, o in zip(wanted[0], others, strict=True)]
-            if None not in numbers:
-                yield {0: {element: tuple(n for n in numbers if n is not None)}}
+            quotients = [_exact(w, int(o)) for w, o in zip(wanted[0], others, strict=True)]
+            if None not in quotients:
+                yield {0: {element: tuple(q for q in quotients if q is not None)}}
     elif node.op == "Where":
         yield from _chosen(inputs, wanted)
 

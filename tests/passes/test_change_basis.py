@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import graphs
 import numpy as np
+import onnx
 import oracle
 import pytest
 from graphs import Weights
@@ -23,16 +24,19 @@ SOFTMAX = "p = Softmax<axis={}>(a)"
 PLAIN = "{0}p = MatMul(x, w{0})  {0}b = Add({0}p, b{0})  {0}4 = Reshape({0}b, split)"
 GEMM = "{0}x = Reshape(x, rows)  {0}p = Gemm({0}x, w{0}, b{0})  {0}4 = Reshape({0}p, split3)"
 WEIGHTS: Weights = {
-    **{f"w{n}": (10, 12) for n in "qkv"}, **{f"b{n}": (12,) for n in "qkv"}, "wo": (12, 10),
+    **{f"w{n}": (10, 12) for n in "qkv"}, "wo": (12, 10),
     "join": np.asarray([0, 0, 12]), "rows": np.asarray([-1, 10]),
 }  # fmt: skip
 
 
-def attention(made: str = PLAIN, layout: dict[str, str] = HEADS_OUTSIDE, axis: int = -1, **more: object) -> object:
+def attention(
+    made: str = PLAIN, layout: dict[str, str] = HEADS_OUTSIDE, axis: int = -1, bias: tuple[int, ...] = (12,)
+) -> onnx.ModelProto:
     split = [3, 4] if layout is not HEADS_INSIDE else [4, 3]
     text = ATTENTION.format(made="  ".join(made.format(n) for n in "qkv"), soft=SOFTMAX.format(axis), **layout)
-    shapes = {"split": np.asarray([0, 0, *split]), "split3": np.asarray([-1, 7, *split])}
-    return graphs.parse(text.replace("[b, s, 10]", "[b, 7, 10]"), {**WEIGHTS, **shapes, **more})  # type: ignore[dict-item]
+    shapes: Weights = {"split": np.asarray([0, 0, *split]), "split3": np.asarray([-1, 7, *split])}
+    weights: Weights = {**WEIGHTS, **{f"b{n}": bias for n in "qkv"}, **shapes}
+    return graphs.parse(text.replace("[b, s, 10]", "[b, 7, 10]"), weights)
 
 
 CASES = {
@@ -42,10 +46,10 @@ CASES = {
     "a softmax over heads, heads inside": attention(layout=HEADS_INSIDE, axis=1),
     "heads attend to heads": attention(layout=EACH_TOKEN),
     "Gemm": attention(GEMM),
-    "Gemm, one number": attention(GEMM, **{f"b{n}": (1,) for n in "qkv"}),
-    "Gemm, one number a row": attention(GEMM, **{f"b{n}": (1, 1) for n in "qkv"}),
-    "one number": attention(**{f"b{n}": (1,) for n in "qkv"}),
-    "one number that is 12": attention(**{f"b{n}": () for n in "qkv"}),
+    "Gemm, one number": attention(GEMM, bias=(1,)),
+    "Gemm, one number a row": attention(GEMM, bias=(1, 1)),
+    "one number": attention(bias=(1,)),
+    "one number without an axis": attention(bias=()),
 }
 
 
@@ -70,7 +74,7 @@ def test_a_change_of_basis_changes_nothing(name: str) -> None:
         assert all(g.bent is not None for g in found.values) and not found.queries
     for group in found.queries:
         turn = rng.standard_normal((group.sets, group.size, group.size))
-        bases.turn_logits(group, turn, np.linalg.inv(turn).transpose(0, 2, 1))
+        bases.turn_logits(group, turn, np.linalg.inv(turn).transpose(0, 2, 1).astype(np.float64))
     assert oracle.difference(oracle.run(model.to_proto(), feeds), wanted) <= 1e-3
 
 
