@@ -12,6 +12,7 @@ The walk records what a later rewrite has to touch:
 * :class:`ConsumerUse`: a linear contraction of an activation with a constant, where a repair can be folded;
 * :class:`SizeUse`: an attribute or an element of a shape tensor that must equal the size of some factors;
 * :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change;
+* in :attr:`GraphWalk.others`, the same graph under other sizes of its symbolic dimensions: what holds in all holds;
 * in :attr:`GraphWalk.mixed`, axes of a product of two activations: attention weights mix what such an axis holds;
 * :class:`ProductUse`: a product of two activations, by the axis that is contracted: the width of queries and keys.
 
@@ -300,6 +301,7 @@ class GraphWalk:
     growing: bool = False
     choosy: bool = False
     images: bool = False
+    others: list[GraphWalk] = field(default_factory=list)
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -895,9 +897,10 @@ class Symbols:
 
 
 def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], AxisAlgebra]) -> None:
-    """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes."""
+    """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes, which is kept."""
     other = GraphWalk(state.model, algebra(), symbols.renamed().sizes(), merging=False)
     other.run()
+    state.others.append(other)
     sizes = {(id(u.node), u.where): u.value for u in other.size_uses}
     values = {(id(u.node), u.position): u.value for u in other.value_uses}
     state.size_uses = [replace(u, dynamic=sizes.get((id(u.node), u.where)) != u.value) for u in state.size_uses]

@@ -216,6 +216,25 @@ class AxisAlgebra:
             return True
         return False
 
+    def encloses(self, factor: Factor, outer: Factor, inner: Factor) -> bool:
+        """Returns whether, wherever ``factor`` has both, ``inner`` lies within each index of ``outer`` and not around it.
+
+        Only then may each index of ``outer`` lose other indices of ``inner``: what is left lies as before.
+        """
+        refinement = self.refinement(factor)
+        if refinement is None:
+            return True
+        outer, inner = self.find(outer), self.find(inner)
+        having = [[leaf in self._with(part) for leaf in (outer, inner)] for part in refinement.parts]
+        apart = refinement.kind == "product" and not any(all(both) for both in having)
+        if not apart:
+            return all(self.encloses(part, outer, inner) for part in refinement.parts)
+        places = [[i for i, both in enumerate(having) if both[which]] for which in (0, 1)]
+        return not places[0] or not places[1] or max(places[0]) < min(places[1])
+
+    def _with(self, factor: Factor) -> set[Factor]:
+        return {self.find(factor), *self.leaves(factor)}
+
     # -- equating and pinning ---------------------------------------------------------------------------------------
 
     def pin(self, factor: Factor, reason: str, firm: bool = True) -> None:

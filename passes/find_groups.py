@@ -146,7 +146,7 @@ def find_groups(walk: GraphWalk) -> Found:
             refused["its consumer is a convolution over a window", size].append(uses[0].node.name)
             continue
         if kind == VALUES:
-            outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
+            outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes, within=True)
         inner = leaves[leaves.index(leaf) + 1 :]
         elements = _elements(walk, leaf, constant_uses)
         width = next((i for i, other in enumerate(inner) if other in mixed), len(inner) - 1)
@@ -400,11 +400,16 @@ def _parameters(elements: Mapping[tuple[object, int], tuple[int, float]]) -> int
 
 
 def _heads_of(
-    walk: GraphWalk, leaf: int, constants: Sequence[tuple[int, ...]], tensors: Sequence[tuple[int, ...]]
+    walk: GraphWalk,
+    leaf: int,
+    constants: Sequence[tuple[int, ...]],
+    tensors: Sequence[tuple[int, ...]],
+    within: bool = False,
 ) -> int | None:
     """Returns the leaf that says, for every index of ``leaf`` wherever it is, in which head it is; None if there is none.
 
-    In a constant it must be on the same axis, to be cut with it; in other tensors it may be on another one.
+    In a constant it must be on the same axis, to be cut with it; in other tensors it may be on another one. With ``within``
+    the indices of each head must lie side by side in the constants, so that each head may lose others.
     """
     algebra = walk.algebra
 
@@ -418,6 +423,7 @@ def _heads_of(
                 other
                 for other in set(algebra.leaves(factor)) - {leaf}
                 if not algebra.repeats(factor, other) and np.all(algebra.owners(factor, other)[here] >= 0)
+                if elsewhere or not within or algebra.encloses(factor, other, leaf)
             }
             for factor_ in axes if elsewhere else ():
                 if factor_ != factor:
