@@ -41,7 +41,9 @@ def kept_width(group: ChannelGroup, ratio: float, multiple_of: int) -> int:
     """
     if ratio == 0.0:
         return group.size  # left alone, a multiple or not
-    step = min(multiple_of, group.size) if group.kind == "ffn" else 1
+    step = step_of(group, multiple_of)
+    if step == group.size and step > 1:
+        return group.size  # no multiple is smaller
     kept = step * math.floor(group.size * (1.0 - ratio) / step + 0.5)
     if kept < 1:
         most = 1.0 - step / group.size

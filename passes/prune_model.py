@@ -518,6 +518,7 @@ class _Job:
         if early:
             refusals += self._prove(ProveGroupsPass(chosen.cut))
         while True:
+            state.groups = tuple(g for g in state.groups if g.kind in KINDS)  # values join them where they are cut
             decided = Pipeline(passes=chosen.deciding, observer=observer)(state)
             if state.calibration is None and not self.arguments["dry_run"]:
                 self._load_calibration(report)
