@@ -116,6 +116,8 @@ def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[Any
         w.pin([a[-1]], _where(node, "contracted between two activations"))
         w.mix(a, b)
     batch = w.broadcast(a[:-2], b[:-2]) if a[:-2] or b[:-2] else ()
+    if not any(w.constant(node, i) is not None for i in (left, right)):
+        w.batched += batch
     result = (*batch, *(a[-2:-1] if len(a) > 1 else ()), *(b[-1:] if len(b) > 1 else ()))
     w.count(a[-1], *result)
     return result
@@ -185,6 +187,7 @@ def _attention(w: GraphWalk, node: gs.Node) -> None:
             w.pin(parts[1:], _where(node, f"heads of one group inside {node.op}"))
         else:
             heads = w.broadcast(heads, (groups,))
+    w.batched += [*batch, *heads]
     if mask is not None:
         w.pin(mask[-2:], where)
         w.broadcast((*batch, *heads), mask[:-2])
@@ -567,6 +570,8 @@ def _along_axis(w: GraphWalk, node: gs.Node) -> None:
     dim = int(node.attrs["dim"]) % max(len(axes), 1)
     where = _where(node, f"{node.op} runs over it")
     w.pin(axes[dim : dim + 1], where)
+    if "softmax" in node.op:
+        w.batched += [f for i, f in enumerate(axes) if i != dim]
     for i in range(len(node.outputs)):
         w.output(node, axes, i)
 

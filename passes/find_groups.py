@@ -3,10 +3,12 @@
 A leaf factor qualifies when it is not pinned, when every contraction over it that reads data is linear with a constant
 weight (the operator rules pin it otherwise), and when no axis holds it twice. The kind follows from the layout of the
 contracted axis: the leaf alone is a feed-forward width ("ffn"; so are channels between convolutions, of which each place
-under the kernel has all); with other leaves inside it, it counts attention heads ("heads"), or the heads of one group
-("grouped") where another such factor is outside it; with others only outside, or mixed by a product of activations, it is
-the width of values within a head ("values"). A width that has one row a sample where others have one a token is a "pooler".
-"grouped" and "pooler" are reported and left alone.
+under the kernel has all); with other leaves inside it, it counts attention heads ("heads") where products of activations
+or softmaxes stand side by side along it, else runs of channels that go together, as those of a normalisation by groups or
+of a channel shuffle ("ffn" too, with a run for a block); where another such factor is outside it, the heads of one group
+("grouped"); with another that can be cut only outside, or mixed by a product of activations, it is the width of values
+within a head ("values"). A width that has one row a sample where others have one a token is a "pooler". "grouped" and
+"pooler" are reported and left alone.
 
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
@@ -109,6 +111,7 @@ def find_groups(walk: GraphWalk) -> Found:
     places = _places(walk)
     constants = _constants(walk)
     mixed = {leaf for f in walk.mixed for leaf in algebra.leaves(f)}
+    batched = {leaf for f in walk.batched for leaf in algebra.leaves(f)}
     rewriter = Rewriter(walk)
     plain = (u for uses in consumers.values() for u in uses if u.window is None)
     most_rows = max((_rows(walk, u) for u in plain), default=0)
@@ -125,7 +128,7 @@ def find_groups(walk: GraphWalk) -> Found:
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
         leaves = algebra.leaves(uses[0].contracted)
-        kind = _kind(leaves, leaf, set(consumers), mixed)
+        kind = _kind(leaves, leaf, set(consumers), mixed, batched)
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
         if size < LEAST_SIZE:
@@ -316,10 +319,11 @@ def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
     return int(np.prod([s for i, s in enumerate(sizes) if i != use.activation_axis], dtype=np.int64))
 
 
-def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int]) -> str:
+def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int], batched: set[int]) -> str:
+    alone = free.isdisjoint(leaves[: leaves.index(leaf)])
     if leaves[-1] == leaf:
-        return VALUES if leaf in mixed or len(leaves) > 1 else "ffn"
-    return "heads" if free.isdisjoint(leaves[: leaves.index(leaf)]) else "grouped"
+        return "ffn" if alone and leaf not in mixed else VALUES
+    return ("heads" if leaf in batched else "ffn") if alone else "grouped"
 
 
 def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int | None) -> tuple[Consumer, ...]:

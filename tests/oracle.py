@@ -86,7 +86,7 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                     tail = 1
                 if use.window is not None:  # every place under the kernel has the channels
                     keep = keep[: use.weight.shape[1]]
-                if use.node.op in ("Conv", "ConvTranspose"):
+                if use.node.op in ("Conv", "ConvTranspose", "FusedConv"):
                     tail = len(use.weight.shape) - 2
                 name = f"mask_{k}_{j}_{use.node.name}"
                 if vector is None:
