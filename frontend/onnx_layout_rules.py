@@ -187,7 +187,7 @@ def _tensor_scatter(w: GraphWalk, node: gs.Node) -> None:
 
 @rule("DeformConv")
 def _deformable(w: GraphWalk, node: gs.Node) -> None:
-    """X [b, n, ..] is read at offsets [b, .., places] before it meets W [m, n / groups, ..], so that this is no plain product."""
+    """X [b, n, ..] is read at offsets [b, .., places] before it meets W [m, n / groups, ..]: no plain product."""
     x, weight, offset, bias = _first(w, node), w.input_axes(node, 1), w.input_axes(node, 2), w.input_axes(node, 3)
     assert weight is not None and offset is not None
     where = f"slid over by a deformable convolution (node '{node.name}')"

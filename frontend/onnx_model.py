@@ -359,8 +359,8 @@ class OnnxModel:
         Constant nodes become initializers, Identity and no-op Dropout and Cast go, what depends on constants alone is
         folded (so that a weight under a Transpose is stored transposed), an Einsum of a weight with several axes on a
         side becomes a MatMul between Reshapes, what is repeated for several readers (a mask by heads, for all layers) is
-        repeated for each, nodes and tensors get unique names, dead nodes go. Sharing is kept: the same fold of the same
-        constant gives one constant.
+        repeated for each, initial states of zeros go, nodes and tensors get unique names, dead nodes go. Sharing is kept:
+        the same fold of the same constant gives one constant.
         """
         graph = self.graph
         before = len(graph.nodes)
@@ -388,6 +388,7 @@ class OnnxModel:
             if node.op == "Einsum" and node.domain in (None, *STANDARD):
                 graph.nodes.extend(_as_product(node, flat, names, self.settled))
             _fold(node, folded, outputs, names, self.settled)
+        _drop_zero_states(graph)
         graph.cleanup(remove_unused_node_outputs=False)
         if self.merged is None:
             graph.toposort()
@@ -646,6 +647,32 @@ def _part_repeats(graph: gs.Graph, names: Iterator[str]) -> None:
         place[id(node)] = (first, depth - 1)
     if repeats:
         graph.nodes = sorted(graph.nodes, key=lambda n: place[id(n)])
+
+
+def _drop_zero_states(graph: gs.Graph) -> None:
+    """Takes initial states of zeros from recurrent operators, which begin with zeros where none is given.
+
+    Exporters make one tensor of them for all layers, whose hidden units would have to stay the same ones then.
+    """
+    for node in graph.nodes:
+        if node.op not in ("GRU", "LSTM", "RNN") or node.domain not in (None, *STANDARD):
+            continue
+        for position in (5, 6):
+            if len(node.inputs) > position and _is_zeros(node.inputs[position]):
+                node.inputs[position] = gs.Variable.empty()
+
+
+def _is_zeros(tensor: gs.Tensor) -> bool:
+    """Returns whether a tensor holds zeros alone: a constant, or what was made or repeated of some, and moved about."""
+    while not is_constant(tensor) and tensor.inputs:
+        node = tensor.inputs[0]
+        if node.op == "ConstantOfShape":
+            value = node.attrs.get("value")
+            return value is None or not np.any(tensor_attribute(value))
+        if node.op not in (*MOVERS, "Gather", "Slice", "Split"):
+            return False
+        tensor = node.inputs[0]
+    return is_constant(tensor) and not np.any(tensor.values)
 
 
 def _unique_names(graph: gs.Graph) -> Iterator[str]:

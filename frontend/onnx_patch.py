@@ -31,7 +31,7 @@ def patch_constant(
         The segment's own nodes, with their positions.
     """
     graph = segment.model.graph
-    name = f"{PREFIX}/{len(graph.initializer)}/{places[0][0].name}/value"
+    name = f"{PREFIX}/{len(graph.initializer)}/{places[0][0].name}/{places[0][1]}/value"
     tensors, data = detached_tensors([gs.Constant(name, np.ascontiguousarray(value))])
     graph.initializer.extend(tensors)
     segment.weights.update(data)

@@ -476,8 +476,11 @@ class GraphWalk:
     def consumer(
         self, node: gs.Node, activation: int, activation_axis: int, weight: int, weight_axis: int, **more: Any
     ) -> None:
-        """Records a linear contraction of a variable input with a constant input; ``more`` are fields of `ConsumerUse`."""
-        tensor, constant = node.inputs[activation], node.inputs[weight]
+        """Records a linear contraction of a variable input with a constant input; ``more`` are fields of `ConsumerUse`.
+
+        What is contracted may be what the node makes, too, one step before: ``reads``.
+        """
+        tensor, constant = more.pop("reads", node.inputs[activation]), node.inputs[weight]
         axes = self.input_axes(node, weight)
         if not isinstance(tensor, gs.Variable) or axes is None or self.input_axes(node, activation) is None:
             return

@@ -154,7 +154,7 @@ def find_groups(walk: GraphWalk) -> Found:
         elements = _elements(walk, leaf, constant_uses)
         width = next((i for i, other in enumerate(inner) if other in mixed), len(inner) - 1)
         group = ChannelGroup(
-            name=uses[0].node.name + (" (values)" if kind == VALUES else ""),
+            name=_name(uses[0], kind),
             kind=kind,
             factor=leaf,
             size=size,
@@ -317,6 +317,13 @@ def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
     """Returns how many rows a contraction sees under the probe sizes."""
     sizes = walk.shape(walk.axes[use.activation.name] or ())
     return int(np.prod([s for i, s in enumerate(sizes) if i != use.activation_axis], dtype=np.int64))
+
+
+def _name(use: ConsumerUse, kind: str) -> str:
+    """Returns the name of a group by its first consumer; one node may contract what it reads, and what it made before."""
+    if kind == VALUES:
+        return f"{use.node.name} (values)"
+    return f"{use.node.name} (units)" if use.activation in use.node.outputs else str(use.node.name)
 
 
 def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int], batched: set[int]) -> str:
