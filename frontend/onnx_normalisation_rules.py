@@ -14,9 +14,10 @@ from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
 
 if TYPE_CHECKING:
     from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.passes.axes import Factor
 
 
-def _normalised_by_groups(w: GraphWalk, node: gs.Node, axes: Axes, channel: int, number: str) -> None:
+def normalised_by_groups(w: GraphWalk, node: gs.Node, axes: Axes, channel: int, number: str) -> Factor | None:
     """Splits the channels into groups and pins what lies within one.
 
     Args:
@@ -25,20 +26,24 @@ def _normalised_by_groups(w: GraphWalk, node: gs.Node, axes: Axes, channel: int,
         axes: of the tensor that is normalised.
         channel: the axis of the channels.
         number: the attribute that says how many groups there are.
+
+    Returns:
+        The factor that counts the groups; None where the channels cannot be split.
     """
     groups, size = int(node.attrs.get(number, 0)), w.algebra.size(axes[channel])
-    vectors = [w.input_axes(node, position) or () for position in (1, 2)]
+    vectors = [v for position in (1, 2) if (v := w.input_axes(node, position)) is not None]
     where = f"{node.op} runs over it (node '{node.name}')"
     w.pin([f for i, f in enumerate(axes) if i not in (0, channel)], where)
     if groups <= 0 or size % groups or any(w.shape(v) not in ([size], [groups]) for v in vectors):
         where = f"{node.op} of {size} channels in {groups} groups (node '{node.name}')"
         w.pin([axes[channel], *(f for v in vectors for f in v)], where)
-        return
+        return None
     outer, inner = w.algebra.split(axes[channel], [groups, size // groups])
     w.pin([inner], where)
     w.size_use(node, ("attribute", number, -1), outer)
     for (vector,) in vectors:
         w.unify(vector, axes[channel] if w.algebra.size(vector) == size else outer)
+    return outer
 
 
 @rule("GroupNormalization")
@@ -46,7 +51,7 @@ def _group_normalization(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, ..]; scale and shift [groups] in opset 18, [c] since 21."""
     axes = w.input_axes(node, 0)
     assert axes is not None
-    _normalised_by_groups(w, node, axes, 1, "num_groups")
+    normalised_by_groups(w, node, axes, 1, "num_groups")
     w.output(node, axes)
 
 
@@ -63,7 +68,7 @@ def _contrib_group_norm(w: GraphWalk, node: gs.Node) -> None:
         w.unify(skip[-1], axes[channel])
     if bias is not None:
         w.unify(bias[0], axes[channel])
-    _normalised_by_groups(w, node, axes, channel, "groups")
+    normalised_by_groups(w, node, axes, channel, "groups")
     w.output(node, axes)
     w.output(node, axes, 1)
 
