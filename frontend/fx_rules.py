@@ -151,6 +151,7 @@ def _convolution(w: GraphWalk, node: gs.Node) -> None:
     groups = int(node.attrs.get("groups", 1))
     if groups == 1:
         w.unify(x[1], weight[1])
+        w.channels += [x[1], weight[0]]
         if w.constant(node, 1) is None or any(k != 1 for k in kernel):
             w.pin([x[1]], _where(node, "input channels of a convolution that is no matrix product"))
         else:
@@ -576,8 +577,6 @@ def _along_axis(w: GraphWalk, node: gs.Node) -> None:
     dim = int(node.attrs["dim"]) % max(len(axes), 1)
     where = _where(node, f"{node.op} runs over it")
     w.pin(axes[dim : dim + 1], where)
-    if "softmax" in node.op:
-        w.batched += [f for i, f in enumerate(axes) if i != dim]
     for i in range(len(node.outputs)):
         w.output(node, axes, i)
 
@@ -643,6 +642,7 @@ def _channel_norm(w: GraphWalk, node: gs.Node) -> None:
         return
     if node.op == "instance_norm":
         w.pin(axes[2:], _where(node, f"{node.op} runs over it"))
+        w.channels.append(axes[1])
     for i in range(1, len(node.inputs)):
         vector = w.input_axes(node, i)
         if vector is not None:

@@ -322,13 +322,11 @@ def _rotary(w: GraphWalk, node: gs.Node, width: int) -> None:
     count = int(node.attrs.get("num_heads", 0))
     if len(x) == 4:
         w.pin(x[3:], where)
-        w.batched.append(x[1])
         if count and count == w.algebra.size(x[1]):
             w.size_use(node, ("attribute", "num_heads", -1), x[1])
     elif count or width:
         count = count or w.algebra.size(x[2]) // width
         heads, turned = w.algebra.split(x[2], [count, w.algebra.size(x[2]) // count])
-        w.batched.append(heads)
         w.pin([turned], where)
         if node.attrs.get("num_heads", 0):
             w.size_use(node, ("attribute", "num_heads", -1), heads)
@@ -347,7 +345,6 @@ def _gemma_rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
         assert x is not None and half is not None
         axes = w.broadcast(x, half)
         w.pin(axes[3:], where)
-        w.batched.append(axes[1])
         w.output(node, axes, i // 2)
 
 

@@ -109,6 +109,5 @@ def _gated_rms_norm(w: GraphWalk, node: gs.Node) -> None:
     axes, width = w.broadcast(x, gate), w.algebra.size(scale[-1])
     parts = w.algebra.split(axes[-1], [w.algebra.size(axes[-1]) // width, width])
     w.unify(parts[1], scale[-1])
-    w.batched += parts[:1]
     w.pin(parts[1:], f"{node.op} runs over it (node '{node.name}')")
     w.output(node, axes)

@@ -40,6 +40,7 @@ def normalised_by_groups(w: GraphWalk, node: gs.Node, axes: Axes, channel: int, 
         return None
     outer, inner = w.algebra.split(axes[channel], [groups, size // groups])
     w.pin([inner], where)
+    w.channels.append(axes[channel])
     w.size_use(node, ("attribute", number, -1), outer)
     for (vector,) in vectors:
         w.unify(vector, axes[channel] if w.algebra.size(vector) == size else outer)
@@ -99,7 +100,6 @@ def _bias_softmax(w: GraphWalk, node: gs.Node) -> None:
     where = f"{node.op} runs over it (node '{node.name}')"
     first = int(node.attrs.get("axis", 1)) % len(axes)
     w.pin(axes[first:], where)
-    w.batched += axes[:first]
     aligned = zip(w.shape(bias)[::-1], w.shape(axes)[::-1], strict=False)
     if len(bias) <= len(axes) and all(a in (1, b) for a, b in aligned):
         w.output(node, w.broadcast(axes, bias))

@@ -14,7 +14,8 @@ The walk records what a later rewrite has to touch:
 * :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change;
 * in :attr:`GraphWalk.others`, the same graph under other sizes of its symbolic dimensions: what holds in all holds;
 * in :attr:`GraphWalk.mixed`, axes of a product of two activations: attention weights mix what such an axis holds;
-* in :attr:`GraphWalk.batched`, axes along which such products, or softmaxes, stand side by side, as attention heads do;
+* in :attr:`GraphWalk.batched`, axes along which such products stand side by side: attention heads are among them;
+* in :attr:`GraphWalk.channels`, axes that are channels of a convolution or of a normalisation, of which runs are no heads;
 * :class:`ProductUse`: a product of two activations, by the axis that is contracted: the width of queries and keys.
 
 An operator without a rule pins every axis that it touches, and is named in :attr:`GraphWalk.unknown`.
@@ -298,6 +299,7 @@ class GraphWalk:
     spared: dict[str, set[int]] = field(default_factory=dict)
     mixed: list[Factor] = field(default_factory=list)
     batched: list[Factor] = field(default_factory=list)
+    channels: list[Factor] = field(default_factory=list)
     lookups: dict[str, Lookup] = field(default_factory=dict)
     products: list[ProductUse] = field(default_factory=list)
     flops: int = 0
@@ -683,7 +685,7 @@ class GraphWalk:
         """
         branch = node.attrs["then_branch" if bool(np.all(self.value(node, 0))) else "else_branch"]
         records: list[list[Any]] = [self.constant_uses, self.consumers, self.size_uses, self.value_uses]
-        records += [self.mixed, self.batched, self.products]
+        records += [self.mixed, self.batched, self.channels, self.products]
         kept = [len(r) for r in records]
         where = f"operator If has no rule (node '{node.name}')"
         for inner in branch.nodes:
@@ -1241,6 +1243,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     kernel, groups = w.shape(weight)[2:], int(node.attrs.get("group", 1))
     if groups == 1:
         w.unify(x[1], weight[1])
+        w.channels += [x[1], weight[0]]
         pointwise = all(k == 1 for k in kernel)
         window = None if pointwise else _window(node, kernel)
         if w.constant(node, 1) is None or (window is None and not pointwise):
@@ -1353,6 +1356,7 @@ def _channel_normalization(w: GraphWalk, node: gs.Node) -> None:
         return
     if node.op == "InstanceNormalization":
         w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
+        w.channels.append(axes[1])
     for position in range(1, len(node.inputs)):  # scale, shift, and mean and variance where they are given
         vector = w.input_axes(node, position)
         if vector is not None:
@@ -1772,8 +1776,6 @@ def _along_axis(w: GraphWalk, node: gs.Node) -> None:
     axis %= len(axes)
     coerced = w.model.opset < 13 and node.op in ("Softmax", "LogSoftmax", "Hardmax")
     w.pin(axes[axis:] if coerced else axes[axis : axis + 1], f"{node.op} runs over it (node '{node.name}')")
-    if node.op == "Softmax":
-        w.batched += axes[:axis] if coerced else (*axes[:axis], *axes[axis + 1 :])
     if node.op.startswith("Arg"):
         tail = axes[axis + 1 :]
         axes = (*axes[:axis], *((w.fresh(1),) if node.attrs.get("keepdims", 1) else ()), *tail)

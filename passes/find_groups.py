@@ -3,12 +3,12 @@
 A leaf factor qualifies when it is not pinned, when every contraction over it that reads data is linear with a constant
 weight (the operator rules pin it otherwise), and when no axis holds it twice. The kind follows from the layout of the
 contracted axis: the leaf alone is a feed-forward width ("ffn"; so are channels between convolutions, of which each place
-under the kernel has all); with other leaves inside it, it counts attention heads ("heads") where products of activations
-or softmaxes stand side by side along it, else runs of channels that go together, as those of a normalisation by groups or
-of a channel shuffle ("ffn" too, with a run for a block); where another such factor is outside it, the heads of one group
-("grouped"); with another that can be cut only outside, or mixed by a product of activations, it is the width of values
-within a head ("values"). A width that has one row a sample where others have one a token is a "pooler". "grouped" and
-"pooler" are reported and left alone.
+under the kernel has all); with other leaves inside it, it counts attention heads ("heads"), or runs of channels that go
+together ("ffn" too, with a run for a block), where it is a part of the channels of a convolution or of a normalisation by
+groups, or changes places with another one in a channel shuffle, and no products of activations stand side by side along
+it; where another such factor is outside it, the heads of one group ("grouped"); with another that can be cut only outside,
+or mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
+where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
 
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
@@ -20,6 +20,7 @@ The width of queries and keys ("query-key") ends in no weight: a product of two 
 where it is pinned for that reason alone and both sides are linear along it (`frontend.onnx_linear`).
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -111,7 +112,8 @@ def find_groups(walk: GraphWalk) -> Found:
     places = _places(walk)
     constants = _constants(walk)
     mixed = {leaf for f in walk.mixed for leaf in algebra.leaves(f)}
-    batched = {leaf for f in walk.batched for leaf in algebra.leaves(f)}
+    heads = {leaf for f in walk.batched for leaf in algebra.leaves(f)}
+    runs = ({leaf for f in walk.channels for leaf in algebra.leaves(f)} | _shuffled(walk)) - heads
     rewriter = Rewriter(walk)
     plain = (u for uses in consumers.values() for u in uses if u.window is None)
     most_rows = max((_rows(walk, u) for u in plain), default=0)
@@ -128,7 +130,7 @@ def find_groups(walk: GraphWalk) -> Found:
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
         leaves = algebra.leaves(uses[0].contracted)
-        kind = _kind(leaves, leaf, set(consumers), mixed, batched)
+        kind = _kind(leaves, leaf, set(consumers), mixed, runs)
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
         if size < LEAST_SIZE:
@@ -326,11 +328,21 @@ def _name(use: ConsumerUse, kind: str) -> str:
     return f"{use.node.name} (units)" if use.activation in use.node.outputs else str(use.node.name)
 
 
-def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int], batched: set[int]) -> str:
+def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int], runs: set[int]) -> str:
     alone = free.isdisjoint(leaves[: leaves.index(leaf)])
     if leaves[-1] == leaf:
         return "ffn" if alone and leaf not in mixed else VALUES
-    return ("heads" if leaf in batched else "ffn") if alone else "grouped"
+    return ("ffn" if leaf in runs else "heads") if alone else "grouped"
+
+
+def _shuffled(walk: GraphWalk) -> set[int]:
+    """Returns the leaves that lie outside another one in a constant and inside it in a second: channels are shuffled."""
+    outside: set[tuple[int, int]] = set()
+    for factor in dict.fromkeys(walk.algebra.find(f) for use in walk.constant_uses for f in use.axes):
+        refinement = walk.algebra.refinement(factor)
+        if refinement is not None and refinement.kind == "product":
+            outside |= set(itertools.combinations(walk.algebra.leaves(factor), 2))
+    return {leaf for a, b in outside if a != b and (b, a) in outside for leaf in (a, b)}
 
 
 def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int | None) -> tuple[Consumer, ...]:

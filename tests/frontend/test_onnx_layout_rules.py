@@ -59,6 +59,13 @@ MATCH: dict[str, tuple[str, Weights, int, list[tuple[str, int]]]] = {
         17,
         [("ffn", 5)],
     ),
+    "channel shuffle between matrix products": (
+        "f (float[b, s, 6] x) => (float[b, s, 7] y) { u = MatMul(x, w1)\n r = Reshape(u, apart)\n t = Transpose<perm=[0,1,3,2]>(r)\n"
+        " k = Reshape(t, back)\n h = Relu(k)\n y = MatMul(h, w2) }",
+        {"w1": (6, 15), "w2": (15, 7), "apart": ints(0, 0, 3, 5), "back": ints(0, 0, -1)},
+        17,
+        [("ffn", 5)],
+    ),
     "Col2Im": (
         "f (float[b, 6, 12] x) => (float[b, 7, 4, 5] y) { u = Conv(x, w1)\n h = Col2Im(u, size, block)\n y = Conv(h, w2) }",
         {"w1": (20, 6, 1), "w2": (7, 5, 1, 1), "size": ints(4, 5), "block": ints(2, 2)},
