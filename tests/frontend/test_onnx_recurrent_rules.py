@@ -165,7 +165,7 @@ def test_states_of_zeros_tie_no_layers() -> None:
         a = LSTM<hidden_size={H}>(v, w, r, bias, , z0, z0)  a1 = Squeeze(a, one)
         y0 = LSTM<hidden_size={H}>(a1, wb, rb, , , z1, z1)  t = Squeeze(y0, one)  q = MatMul(t, w2)  e = Relu(q)
         y = MatMul(e, w3) }}"""
-    own = {"h": ints(H), "two": ints(2), "nought": ints(0), "wb": (1, 4 * H, H), "rb": (1, 4 * H, H)}
+    own: Weights = {"h": ints(H), "two": ints(2), "nought": ints(0), "wb": (1, 4 * H, H), "rb": (1, 4 * H, H)}
     proto = graphs.parse(text, {**weights("LSTM"), **own}, 17)
     assert graphs.sizes(proto) == sorted([*ALL, ("ffn", H)])
     pruned = graphs.prove(proto, SIZES[0])
