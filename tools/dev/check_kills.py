@@ -268,7 +268,7 @@ def checkpoint_cases() -> Iterator[Case]:
     import torch
     import transformers
 
-    from liar_opt.frontend.hf_checkpoint import save_checkpoint
+    from liar_opt.frontend.hf_checkpoint import quiet_loading, save_checkpoint
 
     torch.set_num_threads(1)
     sizes = {
@@ -296,7 +296,8 @@ def checkpoint_cases() -> Iterator[Case]:
             whole_file._exchange = exchange
 
     def which(folder: Path) -> str:
-        loaded, info = transformers.LlamaForCausalLM.from_pretrained(folder / "out", output_loading_info=True)
+        with quiet_loading():
+            loaded, info = transformers.LlamaForCausalLM.from_pretrained(folder / "out", output_loading_info=True)
         assert not any(info.values()), f"does not load: {info}"
         found = loaded.state_dict()
         for name, module in modules.items():
