@@ -104,10 +104,10 @@ class Places:
                     found = file.stat()
                     self._read.setdefault((found.st_dev, found.st_ino), called)
         there = path.stat()
-        called = self._read.get((there.st_dev, there.st_ino))
-        if called is not None:
+        known = self._read.get((there.st_dev, there.st_ino))
+        if known is not None:
             raise OptionError(
-                f"{what} '{path}' is {called}, a file that this command reads or writes as well; choose another path, "
+                f"{what} '{path}' is {known}, a file that this command reads or writes as well; choose another path, "
                 "inputs are never written to"
             )
 

@@ -29,11 +29,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
+LOCKS: bool = sys.platform != "win32"
 TEMPORARY, PENDING, OLD = ".liar-opt.tmp", ".liar-opt.pending", ".liar-opt.old"
 OURS = re.compile(r"\.(.+)\.[a-z0-9_]{8}(\.liar-opt\.(?:tmp|pending|old))", re.DOTALL)
 """Names of what is not finished: the name of the result, and what it is."""
@@ -251,7 +250,7 @@ def sweep(folder: Path) -> None:
 
     A folder that was moved aside and has no successor is moved back. What cannot be removed stays.
     """
-    if fcntl is None:
+    if not LOCKS:
         return
     with contextlib.suppress(OSError):
         for path in [entry for entry in folder.iterdir() if OURS.fullmatch(entry.name)]:
@@ -291,10 +290,10 @@ def _create(path: Path, suffix: str, folder: bool = False) -> tuple[Path, int | 
     while True:
         if folder:
             name = tempfile.mkdtemp(suffix, prefix, path.parent)
-            lock = os.open(name, os.O_RDONLY) if fcntl is not None else None
+            lock = os.open(name, os.O_RDONLY) if LOCKS else None
         else:
             lock, name = tempfile.mkstemp(suffix, prefix, path.parent)
-        if fcntl is None:
+        if not LOCKS:
             _close(lock)
             return Path(name), None
         assert lock is not None
