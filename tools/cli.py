@@ -374,6 +374,8 @@ def _check_results(output: Path, options: argparse.Namespace, inputs: "Inputs") 
     from liar_opt.frontend.genai_config import NAME
     from liar_opt.runtime.places import Places
 
+    if not options.dry_run:
+        sweep(output.parent)  # first: it may bring back a folder that was moved aside
     places = Places(inputs.files)
     replace = options.force or options.dry_run
     if getattr(options, "checkpoint", False):
@@ -390,8 +392,6 @@ def _check_results(output: Path, options: argparse.Namespace, inputs: "Inputs") 
     if getattr(options, "resume", None) is not None:
         places.folder(options.resume, "resume folder")
     _check_reports(options, places)
-    if not options.dry_run:
-        sweep(output.parent)
 
 
 WHAT = {"report": "report", "html": "HTML report"}
