@@ -20,11 +20,12 @@ from typing import Any, Literal
 import onnx
 
 from liar_opt.frontend.genai_config import write_config
+from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_activations import live_bytes, tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
-from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
+from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.allocate_widths import note_widths
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
@@ -47,6 +48,7 @@ from liar_opt.runtime.errors import CheckError, GroupFault, ModelError, OptionEr
 from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
+from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session, device_unused, resolve_provider
 from liar_opt.runtime.signatures import InputSpec
@@ -93,12 +95,14 @@ class PruneResult:
         report: plain data, ready for JSON: options, sizes before and after, groups, refusals, measured differences.
         changes: what the passes did.
         refusals: what did not qualify, and why.
+        inputs: what the run read; no result is written there.
     """
 
     pruned: OnnxModel | Stored
     report: dict[str, Any]
     changes: tuple[Change, ...] = field(default_factory=tuple)
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)
+    inputs: Inputs = field(default_factory=Inputs)
 
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
@@ -108,18 +112,19 @@ class PruneResult:
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the model, whole or not at all, with GenAI's configuration where the input has one beside it.
 
+        Weights above 2 GiB are written beside it, as ``PATH.data``, or ``PATH.<8 digits>.data`` where there is such a file.
+
         Raises:
-            OptionError: the path is the input's, exists (without ``force``), or cannot be written.
+            OptionError: the path is that of a file that the input consists of (its external data, the calibration data),
+                exists (without ``force``), is no plain file (links are not followed), or cannot be written.
         """
         path = Path(path)
         source = self.report["model"]["path"]
-        check_output(path, Path(source) if source else None, force)
-        if source:
-            self._check_data(path, Path(source))
+        check_output(path, Path(source) if source else None, force, self.inputs)
         # Whoever has asked for the proto may have changed it.
         parts = lightened(self.model) if "model" in vars(self) else self.pruned.as_written()
         try:
-            write_model(*parts, path)
+            write_model(*parts, path, keep=[file for file, _ in self.inputs.files()])
         except OSError as err:
             raise OptionError(
                 f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
@@ -129,30 +134,16 @@ class PruneResult:
             self.report["model"]["notes"].append(left)
         return path
 
-    def _check_data(self, path: Path, source: Path) -> None:
-        data = path.with_name(path.name + ".data")
-        stored = self.pruned if isinstance(self.pruned, Stored) else self.pruned.stored
-        for file in external_files(stored.proto, source) if stored is not None else ():
-            if data.exists() and file.exists() and data.samefile(file):
-                raise OptionError(
-                    f"'{data}' would be written beside '{path}', and holds weights of the input; choose another output"
-                )
 
-
-def check_output(path: Path, source: Path | None, force: bool) -> None:
+def check_output(path: Path, source: Path | None, force: bool, inputs: Inputs | None = None) -> None:
     """Checks that a result may be written to ``path``.
 
     Raises:
-        OptionError: it is the input, exists without ``force``, is a folder, or its folder does not exist.
+        OptionError: it is the input or a file of it, exists without ``force``, is a folder, a link or no file, or its
+            own folder does not exist.
     """
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise OptionError(f"output '{path}' is the input; choose another path, inputs are never written to")
-    if path.is_dir():
-        raise OptionError(f"output '{path}' is a folder; give the path of a file")
-    if path.exists() and not force:
-        raise OptionError(f"output '{path}' exists; give --force to replace it or choose another path")
-    if not path.parent.is_dir():
-        raise OptionError(f"folder '{path.parent}' of output '{path}' does not exist; make it first")
+    known = Inputs(models=(source,)) if inputs is None else inputs
+    Places(known.files).file(path, "output", replace=force, probe=False)
 
 
 def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | str | None = None) -> State:
@@ -347,6 +338,12 @@ def prune(
     return _Job(arguments).run()
 
 
+def inputs_of(arguments: Mapping[str, Any]) -> Inputs:
+    """Returns what arguments of :func:`prune` name as the input."""
+    more = (arguments.get("custom_ops"),)
+    return Inputs((arguments["model"],), arguments["calibration"], (arguments["tokenizer"],), more)
+
+
 class _Job:
     """One run of :func:`prune` on an ONNX model: it starts again without groups that a fault of ours lies in.
 
@@ -424,7 +421,7 @@ class _Job:
         if dry_run:
             report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
             report["prunable"] = prunable(state)
-            return PruneResult(state.facts["dense"], report, (), tuple(refusals))
+            return PruneResult(state.facts["dense"], report, (), tuple(refusals), inputs_of(self.arguments))
         if not early:
             flops = _flops(state, target)
         assert state.calibration is not None
@@ -437,7 +434,7 @@ class _Job:
         refusals += done.refusals
         report["refusals"] = [asdict(r) for r in refusals]
         self._finish(report, changes, flops)
-        return PruneResult(state.model, report, changes, tuple(refusals))
+        return PruneResult(state.model, report, changes, tuple(refusals), inputs_of(self.arguments))
 
     def _head(self) -> dict[str, Any]:
         """Returns the report's first part: what was asked for, and of what."""

@@ -49,6 +49,7 @@ from liar_opt.frontend.hf_checkpoint import (
     save_checkpoint,
     without_cache,
 )
+from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_causal import is_causal
 from liar_opt.frontend.onnx_model import is_constant, present
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, row_mask
@@ -73,6 +74,7 @@ from liar_opt.passes.prune_model import (
     _report_head,
     _sizes,
     check_output,
+    inputs_of,
     prunable,
     prune,
 )
@@ -83,9 +85,11 @@ from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, require_close,
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF
 from liar_opt.runtime.sessions import PROVIDERS
 from liar_opt.runtime.torch_backend import BatchMoments, RunningMoments, batch_moments, real_rows, stream_gain
+from liar_opt.runtime.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -433,9 +437,17 @@ class ModuleResult(PruneResult):
         groups: what could be pruned, in execution order.
         fields: what the configuration says of the new widths; None where it cannot.
         folder: where the checkpoint came from, if it did.
+        inputs: what the run read; no result is written there.
     """
 
-    def __init__(self, state: State, report: dict[str, Any], changes: tuple[Change, ...], refusals: tuple[Refusal, ...]):
+    def __init__(
+        self,
+        state: State,
+        report: dict[str, Any],
+        changes: tuple[Change, ...],
+        refusals: tuple[Refusal, ...],
+        inputs: Inputs | None = None,
+    ):
         assert isinstance(state.model, FxModel)
         assert state.model.module is not None
         self.module: torch.nn.Module = state.facts.get("module", state.model.module)
@@ -443,6 +455,9 @@ class ModuleResult(PruneResult):
         self.groups: tuple[ChannelGroup, ...] = state.groups
         self.fields: tuple[FieldChange, ...] | None = state.facts["fields"]
         self.folder: Path | None = state.facts["folder"]
+        given = inputs or Inputs()
+        # of a name of the hub: the folder to which it was fetched
+        self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
         self._model, self._example = state.model, state.facts["example"]
 
     @functools.cached_property
@@ -464,24 +479,26 @@ class ModuleResult(PruneResult):
         """Writes the module, whole or not at all: ``.onnx`` and ``.pt2`` files, or a transformers checkpoint folder.
 
         Raises:
-            OptionError: the path exists (without ``force``) or cannot be written, or the configuration of the model cannot
-                say its widths.
+            OptionError: the path is that of a file or folder that the input consists of, exists (without ``force``), is no
+                plain file or folder (links are not followed), is a folder that holds what liar-opt did not write, or cannot
+                be written; or the configuration of the model cannot say its widths.
         """
         path = Path(path)
-        if path.suffix == ".onnx":
-            check_output(path, None, force)
-            try:
-                write_model(*lightened(self.model), path)
-            except OSError as err:
-                raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
-            return path
-        if path.suffix == ".pt2":
-            import torch
+        if path.suffix not in (".onnx", ".pt2"):
+            Places(self.inputs.files).folder(path, "output")
+            return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force)
+        check_output(path, None, force, self.inputs)
+        try:
+            if path.suffix == ".onnx":
+                write_model(*lightened(self.model), path, keep=[file for file, _ in self.inputs.files()])
+            else:
+                import torch
 
-            check_output(path, None, force)
-            torch.export.save(self.program, path)
-            return path
-        return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force)
+                with whole_file(path) as temporary, temporary.open("wb") as stream:
+                    torch.export.save(self.program, stream)
+        except OSError as err:
+            raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
+        return path
 
 
 def prune_module(
@@ -576,6 +593,7 @@ def prune_module(
     state.facts["checkpoint"] = checkpoint
     uniform = checkpoint if uniform is None else uniform
     new_bias = not checkpoint if new_bias is None else new_bias
+    inputs = inputs_of({"model": model, "calibration": calibration, "tokenizer": tokenizer})
     tokenizer = state.facts["folder"] if tokenizer is None else tokenizer
     options = CalibrationOptions(
         calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed, packing
@@ -594,7 +612,7 @@ def prune_module(
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
         report["prunable"] = prunable(state)
-        return ModuleResult(state, report, (), analysis.refusals)
+        return ModuleResult(state, report, (), analysis.refusals, inputs)
     began = time.perf_counter()
     fields = {k: v for k, v in vars(options).items() if k not in ("source", "packing")}
     fields["packing"] = is_causal(_fx(state)) if packing == "auto" else packing == "on"
@@ -623,7 +641,7 @@ def prune_module(
         report["latency"] = _latency(state)
         state.seconds["latency"] = time.perf_counter() - began
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
-    return ModuleResult(state, report, done.changes, analysis.refusals)
+    return ModuleResult(state, report, done.changes, analysis.refusals, inputs)
 
 
 def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:

@@ -226,6 +226,93 @@ def test_an_output_that_is_the_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([str(model), "-o", str(tmp_path / "out")]) == 2
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small() -> ModuleResult:
+    return pruned("llama", ffn=0.4)
+
+
+def test_a_folder_that_liar_opt_wrote_is_replaced(small: ModuleResult, tmp_path: Path) -> None:
+    out = small.save(tmp_path / "out")
+    before = files(out)
+    assert "liar_opt.json" in before and set(json.loads(before["liar_opt.json"])["files"]) == before.keys() - {
+        "liar_opt.json"
+    }
+    with pytest.raises(liar_opt.OptionError, match="exists; give --force"):
+        small.save(out)
+    moved = shutil.copytree(out, tmp_path / "copy")  # digests say it, not times
+    assert files(small.save(moved, force=True)) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "out"]
+
+
+@pytest.mark.parametrize(
+    "change", ["a file", "a file below", "a folder", "a link", "other weights", "no note", "a broken note"]
+)
+def test_a_folder_that_holds_what_others_wrote_is_refused(change: str, small: ModuleResult, tmp_path: Path) -> None:
+    out = small.save(tmp_path / "out")
+    name = {"a file": "notes.txt", "a file below": "sub/notes.txt", "a folder": "sub", "a link": "link"}.get(change)
+    if change in ("a file", "a file below"):
+        (out / str(name)).parent.mkdir(exist_ok=True)
+        (out / str(name)).write_text("precious")
+    elif change == "a folder":
+        (out / "sub").mkdir()
+    elif change == "a link":
+        (out / "link").symlink_to("config.json")
+    elif change == "other weights":  # of the same size: trained further
+        weights = bytearray((out / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (out / "model.safetensors").write_bytes(weights)
+    else:
+        (out / "liar_opt.json").write_text("{") if change == "a broken note" else (out / "liar_opt.json").unlink()
+    before = files(out)
+    with pytest.raises(liar_opt.OptionError, match="which liar-opt did not write, or not so, and which would be lost"):
+        small.save(out, force=True)
+    assert files(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, other = stored("bert", tmp_path / "model"), stored("bert", tmp_path / "other")
+    before = files(tmp_path)
+    assert main([str(model), "-o", str(other), "--force"]) == 2
+    assert "which liar-opt did not write" in capsys.readouterr().err
+    for output in (tmp_path, other / "config.json"):
+        assert main([str(model), "-o", str(output), "--force"]) == 2
+    (tmp_path / "link").symlink_to(other)
+    assert main([str(model), "-o", str(tmp_path / "link"), "--force"]) == 2
+    assert "is a symbolic link" in capsys.readouterr().err
+    calibration = data("bert", tmp_path / "data.npz")
+    for option in ("--report", "--html"):
+        for place in (model / "config.json", model / "model.safetensors", calibration):
+            arguments = [str(model), "--calibration", str(calibration), "--force", option, str(place)]
+            assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
+            assert "reads or writes as well" in capsys.readouterr().err
+    assert {k: v for k, v in files(tmp_path).items() if k != "data.npz" and not k.startswith("link")} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_out_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is copied beside the weights comes from the folder or from the blobs of the hub's cache."""
+    cache = tmp_path / "models--owner--name"
+    model = stored("bert", cache / "snapshots" / "rev")
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "abc").write_text("of the hub")
+    (model / "vocab.txt").symlink_to("../../blobs/abc")
+    options = ["--ffn", "0.5", "--no-latency", "--quiet", "--samples", "8"]
+    assert main([str(model), "-o", str(tmp_path / "out"), *options]) == 0
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "of the hub" and not (
+        tmp_path / "out" / "vocab.txt"
+    ).is_symlink()
+    (tmp_path / "secret.txt").write_text("secret")
+    (model / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    capsys.readouterr()
+    assert main([str(model), "-o", str(tmp_path / "again"), *options]) == 2
+    assert "notes.txt' is a link that leads out of the checkpoint's folder" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("name", ["bert", "clip", "vit", "wav2vec2", "whisper"])
 def test_a_configuration_says_what_a_model_reads(name: str) -> None:
     module = zoo_fx.build(name)

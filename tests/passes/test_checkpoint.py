@@ -138,6 +138,28 @@ def test_a_finished_run_leaves_nothing(model: onnx.ModelProto, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_end_of_a_run_removes_its_own_files_alone(model: onnx.ModelProto, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stop):
+        prune(model, folder, progress=stop_in(2, 12))
+    foreign = ["notes.txt", "segment-1/notes.txt", "segment-x/groups.json", "segment-9.bak"]
+    for name in foreign:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("precious")
+    assert prune(model, folder).report["resumed"] == 2
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == sorted(foreign)
+
+
+def test_a_run_that_was_killed_at_its_end(model: onnx.ModelProto, tmp_path: Path) -> None:
+    """Its segments are left without what says whose they are: the next run begins anew, and leaves nothing."""
+    folder = tmp_path / "run"
+    with pytest.raises(Stop):
+        prune(model, folder, progress=stop_in(2, 12))
+    (folder / "run.json").unlink()
+    assert prune(model, folder).report["resumed"] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
