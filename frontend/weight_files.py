@@ -8,6 +8,7 @@ Writing goes the same way back: the stubs are written around the data, which is 
 than one weight is in memory. The bytes are those that protobuf writes (fields in ascending order).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -140,8 +141,8 @@ def without_data(light: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Returns how many bytes the data of a tensor has."""
-    elements = int(np.prod(tensor.dims, dtype=np.int64))
+    """Returns how many bytes the data of a tensor has; KeyError for an element type that ONNX does not know."""
+    elements = math.prod(tensor.dims)  # of a broken file: numpy's would go round
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
     if name in ("INT4", "UINT4", "FLOAT4E2M1"):
         return (elements + 1) // 2
