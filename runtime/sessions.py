@@ -114,7 +114,7 @@ def custom_operators(libraries: Collection[str | Path]) -> Iterator[None]:
     import onnxruntime
 
     global _libraries
-    paths = tuple(Path(library).absolute() for library in libraries)
+    paths = tuple(Path(library).resolve() for library in libraries)
     for path in paths:
         if not path.is_file():
             raise OptionError(f"library '{path}' of custom operators is no file; give --custom-ops the path of a library")
@@ -125,7 +125,7 @@ def custom_operators(libraries: Collection[str | Path]) -> Iterator[None]:
                 f"library '{path}' of custom operators cannot be loaded ({' '.join(str(err).split())[:300]}); give "
                 "--custom-ops one that was built for this ONNX Runtime and this machine"
             ) from err
-    before, _libraries = _libraries, (*_libraries, *paths)
+    before, _libraries = _libraries, tuple(dict.fromkeys((*_libraries, *paths)))  # one given twice would clash
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from streams import BLOCK, STREAM, WEIGHTS, batches, data, error, pruned
 
 from liar_opt.passes.prune_model import inspect, prune
 from liar_opt.runtime import memory
-from liar_opt.runtime.errors import InternalError, ModelError, OptionError
+from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 
 
 @pytest.mark.parametrize("score", ["greedy", "activation-weighted", "magnitude", "random"])
@@ -156,7 +156,7 @@ def test_a_part_that_fails_where_the_original_does_not(monkeypatch: pytest.Monke
 
     proto = graphs.parse(POSITIONS, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
     monkeypatch.setattr("liar_opt.passes.prune_groups.Session", lambda *_: type("Broken", (), {"run": fail})())
-    with pytest.raises(InternalError, match=r"pass prune-groups failed: .*part of the model"):
+    with pytest.raises(CheckError, match=r"InternalError: ONNX Runtime fails on the part of the model that .*h/2"):
         prune(proto, of_lengths(5, 5), ffn=0.5, allocate="uniform")
 
 
