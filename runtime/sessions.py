@@ -132,6 +132,11 @@ def custom_operators(libraries: Collection[str | Path]) -> Iterator[None]:
         _libraries = before
 
 
+def operator_libraries() -> tuple[str, ...]:
+    """Returns the libraries that are in use: a process that loads models by itself needs them, too."""
+    return tuple(map(str, _libraries))
+
+
 def unknown_operators(operators: Iterable[tuple[str, str]]) -> list[str]:
     """Returns which of some operators, (domain, name), this ONNX Runtime lacks, as ``domain::name``.
 
@@ -332,6 +337,7 @@ __all__ = [
     "custom_operators",
     "device_unused",
     "element_type",
+    "operator_libraries",
     "refusal_of",
     "resolve_provider",
     "unknown_operators",
