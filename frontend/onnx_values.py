@@ -269,11 +269,11 @@ def _grown(op: str, inputs: Sequence[Any], attributes: Attributes) -> int:
         return int(first.size) * math.prod(_integers(inputs[1]))
     if op == "Range":
         start, limit, delta = (i.item() for i in inputs[:3])
-        return max(0, math.ceil((limit - start) / delta))
+        return int(max(0, math.ceil((limit - start) / delta)))
     if op == "OneHot":
         return int(first.size) * int(inputs[1].reshape(-1)[0])
     if op == "Gather":
-        return int(first.size) // max(1, first.shape[int(attributes.get("axis", 0))]) * int(inputs[1].size)
+        return int(int(first.size) // max(1, first.shape[int(attributes.get("axis", 0))]) * int(inputs[1].size))
     if op == "Pad":
         pads = _integers(attributes["pads"] if "pads" in attributes else inputs[1])
         axes = range(first.ndim) if len(inputs) < 4 or inputs[3] is None else _integers(inputs[3])
@@ -288,7 +288,9 @@ def _grown(op: str, inputs: Sequence[Any], attributes: Attributes) -> int:
     if op == "Concat":
         return sum(int(i.size) for i in inputs)
     if op == "MatMul" and min(first.ndim, inputs[1].ndim) > 1:
-        return _broadcast((*first.shape[:-2], 1, 1), (*inputs[1].shape[:-2], 1, 1)) * first.shape[-2] * inputs[1].shape[-1]
+        return int(
+            _broadcast((*first.shape[:-2], 1, 1), (*inputs[1].shape[:-2], 1, 1)) * first.shape[-2] * inputs[1].shape[-1]
+        )
     if op == "Gemm":
         return int(first.shape[attributes.get("transA", 0)]) * int(inputs[1].shape[1 - attributes.get("transB", 0)])
     return _broadcast(*(i.shape for i in inputs if i is not None)) if op in POINTWISE else 0

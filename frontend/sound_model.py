@@ -230,7 +230,7 @@ def _require_tensor(tensor: onnx.TensorProto, name: str) -> None:
 
 def _numbers(tensor: onnx.TensorProto, field: str, needed: int) -> int:
     """Returns how many numbers a typed field holds: complex ones are two, those narrower than a byte lie in bytes."""
-    elements = math.prod(tensor.dims)
+    elements = math.prod(int(n) for n in tensor.dims)
     if field == "string_data":
         return elements
     if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):

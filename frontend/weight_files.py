@@ -142,7 +142,7 @@ def without_data(light: onnx.ModelProto) -> onnx.ModelProto:
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Returns how many bytes the data of a tensor has; KeyError for an element type that ONNX does not know."""
-    elements = math.prod(tensor.dims)  # of a broken file: numpy's would go round
+    elements = math.prod(int(n) for n in tensor.dims)  # of a broken file: numpy's would go round
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
     if name in ("INT4", "UINT4", "FLOAT4E2M1"):
         return (elements + 1) // 2

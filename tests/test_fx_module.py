@@ -405,7 +405,7 @@ def test_half_precision_checkpoints(tmp_path: Path) -> None:
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 5, 16))])
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 5, 16))])  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("inside", [False, True])
 def test_script_modules_are_named(compiled: Any, inside: bool) -> None:
     module = compiled(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval())
@@ -445,7 +445,8 @@ def test_whose_fault_a_failing_part_is(monkeypatch: pytest.MonkeyPatch) -> None:
             return x
 
     ids = torch.arange(40).reshape(8, 5) % 9
-    module, options = Placed().eval(), {"ffn": 0.5, "latency": False, "example": {"input_ids": ids[:2]}}
+    module = Placed().eval()
+    options: dict[str, Any] = {"ffn": 0.5, "latency": False, "example": {"input_ids": ids[:2]}}
     monkeypatch.setattr("liar_opt.passes.prune_module.vocabulary", lambda model: None)
     with pytest.raises(ModelError, match=r"torch fails on the calibration data \('input_ids' \[8, 5\]\)"):
         liar_opt.prune(module, {"input_ids": ids + 7}, **options)

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import graphs
 import numpy as np
@@ -104,7 +105,7 @@ def test_nodes_with_one_name_are_renamed(proto: onnx.ModelProto, tmp_path: Path)
 def test_initializers(proto: onnx.ModelProto, tmp_path: Path, in_file: bool, fields: dict[str, object], match: str) -> None:
     tensor = proto.graph.initializer[0]
     for name, value in fields.items():
-        tensor.ClearField(name)  # type: ignore[arg-type]
+        tensor.ClearField(name)
         getattr(tensor, name).extend(value) if name == "dims" else setattr(tensor, name, value)
     path = tmp_path / "m.onnx"
     path.write_bytes(proto.SerializeToString())
@@ -199,7 +200,7 @@ def test_functions_nested_deep() -> None:
 # Folds that would fill the memory -------------------------------------------------------------------------------------
 
 HUGE = np.asarray([1 << 36])
-BOMBS = {
+BOMBS: dict[str, tuple[str, dict[str, Any]]] = {
     "ConstantOfShape": ("z = ConstantOfShape(n)", {"n": HUGE}),
     "Tile": ("z = Tile(one, n)", {"one": np.ones(1, np.float32), "n": HUGE}),
     "Expand": ("z = Expand(one, n)", {"one": np.ones(1, np.float32), "n": HUGE}),
