@@ -200,9 +200,26 @@ def _images(module: torch.nn.Module) -> torch.Tensor:
 
 
 def _tokens(config: Any) -> int:
+    return min([EXAMPLE_TOKENS, *_positions(config)])
+
+
+def _positions(config: Any) -> list[int]:
     names = ("max_position_embeddings", "max_target_positions", "n_positions")
     said = [getattr(c, n, None) for c in _configs(config) for n in names]
-    return min([EXAMPLE_TOKENS, *(n for n in said if isinstance(n, int) and n > 0)])
+    return [n for n in said if isinstance(n, int) and n > 0]
+
+
+def positions(module: torch.nn.Module) -> int | None:
+    """Returns for how many tokens a transformers model has positions, by its configuration; None where that says nothing.
+
+    A table of positions with a row for padding has no positions up to that row (RoBERTa's begin behind it).
+    """
+    import torch
+
+    said = _positions(module.config) if is_stock(module) else []
+    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None]
+    rows = [t.num_embeddings - int(t.padding_idx) - 1 for t in tables if t.num_embeddings in said]  # type: ignore[arg-type]
+    return min([*said, *(n for n in rows if n > 0)], default=None)
 
 
 def _sound(module: torch.nn.Module, name: str, pairs: bool) -> dict[str, torch.Tensor] | None:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
 from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, side_by_side, unfold
-from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
+from liar_opt.frontend.onnx_values import evaluate, result_elements, tensor_attribute
+from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
 from liar_opt.frontend.weight_files import (
     PLAIN,
     STUB_LIMIT,
@@ -33,9 +33,9 @@ from liar_opt.frontend.weight_files import (
     stub,
     write_model,
 )
-from liar_opt.frontend.widen_graph import narrow_values, nodes_within, widen
+from liar_opt.frontend.widen_graph import bodies_of, narrow_values, nodes_within, widen
 from liar_opt.runtime.array_store import ArrayStore
-from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.errors import LiarOptError, ModelError
 from liar_opt.runtime.signatures import InputSpec
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
@@ -46,8 +46,8 @@ QUANTISED_PREFIXES = (
     *("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulBlockQuantized", "MatMulIntegerToFloat"),
 )
 STANDARD = {"", "ai.onnx"}
-FOLD_LIMIT = 1 << 20
-"""Folding may not write more elements than this, unless the result is no larger than its largest input."""
+MOST_ELEMENTS = 1 << 31
+"""A constant that constants make may not have more elements: ONNX Runtime makes it as well, while it loads the model."""
 CACHE_SHAPES = "liar_opt.cache_shapes"
 """Key of the metadata that says the new shapes of cache inputs and outputs: JSON, name -> shape."""
 SKELETON_LIMIT = 1024
@@ -127,7 +127,8 @@ class OnnxModel:
         """Reads an ONNX file; its weights stay where they are until they are looked at.
 
         Raises:
-            ModelError: the file is missing, not ONNX, truncated, quantised, or its external data cannot be found.
+            ModelError: the file is missing, not ONNX, truncated, broken (`sound_model`), quantised, or its external data
+                cannot be found.
         """
         path = Path(path)
         return cls._imported(*read_graph(path), path)
@@ -137,13 +138,33 @@ class OnnxModel:
         """Takes a model from memory, which stays as it is.
 
         Raises:
-            ModelError: the graph is quantised, or an initializer holds fewer bytes than its shape needs.
+            ModelError: the graph is broken (`sound_model`), quantised, or an initializer holds fewer bytes than its shape
+                needs.
         """
-        return cls._imported(*lightened(proto), None)
+        try:
+            parts = lightened(proto)
+        except (DecodeError, ValueError, KeyError) as err:
+            raise ModelError("the model in memory is no valid ONNX (what onnx.checker.check_model says)") from err
+        return cls._imported(*parts, None)
 
     @classmethod
     def _imported(cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None) -> "OnnxModel":
         name = f"'{source}'" if source else "the model"
+        require_sound(proto, arrays, name)
+        try:
+            return cls._of_sound(proto, arrays, source, name)
+        except LiarOptError:
+            raise
+        except Exception as err:  # of graphsurgeon, for what is no ONNX; all else is a fault of ours
+            reason = why_invalid(proto)
+            if reason is None:
+                raise
+            raise ModelError(f"{name} is no valid ONNX ({reason}); export it again") from err
+
+    @classmethod
+    def _of_sound(
+        cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None, name: str
+    ) -> "OnnxModel":
         node = quantised_node(proto)
         if node is not None:
             raise ModelError(
@@ -156,9 +177,11 @@ class OnnxModel:
                 f"'{loose}' is read in {name} and nothing gives it: the program that wrote the model broke it; give the "
                 "model that it was made of"
             )
-        if proto.functions:
-            proto = onnx.inliner.inline_local_functions(proto)
+        proto = inlined(proto, name)
         notes = []
+        renamed = _renamed_twins(proto)
+        if renamed:
+            notes.append(f"nodes that had the name of another were renamed, since ONNX Runtime refuses them: {renamed}")
         named = {tensor.name for tensor in proto.graph.initializer}
         overridable = [i.name for i in proto.graph.input if i.name in named]
         if overridable:
@@ -431,6 +454,24 @@ def loose_end(graph: onnx.GraphProto) -> str | None:
     return next((name for name in read if name not in given), None)
 
 
+def _renamed_twins(proto: onnx.ModelProto) -> int:
+    """Gives nodes that have the name of another in their graph or branch a name of their own; returns how many."""
+    count = 0
+    for graph in (proto.graph, *(body for node in nodes_within(proto.graph.node) for body in bodies_of(node))):
+        taken = {node.name for node in graph.node}
+        numbers: dict[str, Iterator[int]] = {}
+        for node in graph.node:
+            if not node.name:
+                continue
+            if node.name in numbers:
+                names = (f"{node.name}_{k}" for k in numbers[node.name])
+                node.name = next(name for name in names if name not in taken)
+                taken.add(node.name)
+                count += 1
+            numbers.setdefault(node.name, itertools.count(2))
+    return count
+
+
 def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:
     """Returns initializers without the data of the large ones, and that data by name.
 
@@ -537,9 +578,14 @@ def _fold(
         if node.op == "Shape" and not node.attrs:
             values: list[np.ndarray] | None = [np.asarray(node.inputs[0].shape, np.int64)]
         else:
+            made = result_elements(node.op, inputs, node.attrs)
+            if made > MOST_ELEMENTS:
+                raise ModelError(
+                    f"node '{node.name}' ({node.op}) makes a constant of {made:,} elements, more than a machine holds; "
+                    "export the model again"
+                )
             values = evaluate(node.op, inputs, node.attrs)
-        largest = max((i.size for i in inputs if i is not None), default=0)
-        if values is None or len(values) < len(node.outputs) or max(v.size for v in values) > max(FOLD_LIMIT, largest):
+        if values is None or len(values) < len(node.outputs):
             return
         # The constants stay alive through the key's owner list, so that ids are not reused.
         results = [

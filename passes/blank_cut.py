@@ -16,6 +16,7 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.latency import Deployed
+from liar_opt.runtime.sessions import operator_libraries
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -47,7 +48,7 @@ def blank_cut(dense: Stored, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[s
 def deployed(model: OnnxModel | Stored, device: str) -> Deployed:
     """Returns a model as it is timed: in a process of its own."""
     data, weights = model.detached()
-    return Deployed(data, weights, device)
+    return Deployed(data, weights, device, operator_libraries())
 
 
 def file_bytes(model: OnnxModel) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,21 @@ class Checkpoint:
             old.unlink(missing_ok=True)
 
     def load(self, number: int) -> Finished:
-        """Returns a finished segment."""
+        """Returns a finished segment.
+
+        Raises:
+            OptionError: its files are damaged.
+        """
+        try:
+            return self._finished(number)
+        except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as err:
+            raise self._damaged(number) from err
+
+    def _damaged(self, number: int) -> OptionError:
+        place = self.folder / f"{STEP}{number}"
+        return OptionError(f"'{place}' of an earlier run is damaged; remove the folder '{self.folder}' and begin again")
+
+    def _finished(self, number: int) -> Finished:
         place = self.folder / f"{STEP}{number}"
         plain = json.loads((place / "groups.json").read_text(encoding="utf-8"))
         groups = []
@@ -167,12 +182,19 @@ class Checkpoint:
         return Finished(groups, plain["generator"])
 
     def alive(self) -> list[dict[str, NDArray[Any]]]:
-        """Returns what is alive behind the last finished segment, for each batch."""
+        """Returns what is alive behind the last finished segment, for each batch.
+
+        Raises:
+            OptionError: its files are damaged.
+        """
         place = self.folder / f"{STEP}{self.done}"
         result: list[dict[str, NDArray[Any]]] = []
-        while (file := place / f"alive-{len(result)}.npz").is_file():
-            with np.load(file) as values:
-                result.append({str(name): values[f"v{k}"] for k, name in enumerate(values["names"])})
+        try:
+            while (file := place / f"alive-{len(result)}.npz").is_file():
+                with np.load(file) as values:
+                    result.append({str(name): values[f"v{k}"] for k, name in enumerate(values["names"])})
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as err:
+            raise self._damaged(self.done) from err
         return result
 
     def remove(self) -> None:

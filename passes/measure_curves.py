@@ -68,7 +68,8 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         """Measures, or takes what an earlier run found on the same; the curves go to ``State.facts`` by group name."""
         place = place_of(state, {f.name: getattr(self, f.name) for f in fields(self)})
         kept = None if place is None or state.fresh else load_curves(place)
-        if kept is not None:
+        groups = (*plan[0], *(g for segment in plan[1] for g in segment.groups))
+        if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in groups):
             state.facts |= {"curves": kept, "curves from": str(place)}
             return PassResult(state)
         run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)

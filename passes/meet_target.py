@@ -339,9 +339,11 @@ class _Gauge:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if set(stored) == set(shapes) and not self.fresh:
-                self.source = f"cache {path}"
-                return {s: (list(w), list(t)) for s, (w, t) in stored.items()}
-        except (OSError, ValueError):
+                kept = {s: ([int(n) for n in w], [float(x) for x in t]) for s, (w, t) in stored.items()}
+                if all(len(w) == len(t) > 0 and np.isfinite(t).all() for w, t in kept.values()):
+                    self.source = f"cache {path}"
+                    return kept
+        except (OSError, ValueError, TypeError, AttributeError):  # somebody else's JSON
             pass
         points = {s: self._points(members, multiple_of) for s, members in shapes.items()}
         evened = smoothed(list(points.values()))

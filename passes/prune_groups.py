@@ -67,6 +67,8 @@ WEIGHTINGS = ("stream", "none")
 VALUE_CUTS = ("rotate", "select")
 LEAST_ROWS = 32
 """Calibration rows that an expert must have seen to be measured at all."""
+NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
+"""How ONNX Runtime says that there is no memory left."""
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
 
@@ -678,29 +680,30 @@ def load_segment(segment: Extracted, device: Any, lean: bool) -> Session:
     """Loads a segment; ``lean`` as ``Session``.
 
     Raises:
-        ModelError: ONNX Runtime cannot.
+        InternalError: ONNX Runtime cannot, and it could load the whole.
     """
     try:
         return Session(segment.serialise(), device, segment.weights, lean)
     except Exception as err:
-        raise ModelError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
+        raise InternalError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
 
 
 def run_segment(session: Session, feeds: dict[str, Any], outputs: list[str], arrays: list[str]) -> dict[str, Any]:
     """Runs a segment on one batch; arguments as ``Session.run``.
 
     Raises:
-        ModelError: the model fails on the data.
+        InternalError: it fails. Whether the original fails on that data as well, `verify_model.require_runs` tells.
+        MemoryError: ONNX Runtime found no memory.
     """
     try:
         return session.run(feeds, outputs, arrays)
     except (LiarOptError, InternalError):
         raise
     except Exception as err:
-        raise ModelError(
-            f"ONNX Runtime fails on the calibration data ({_line(err)}); is its size (sequence length, height, width) or a "
-            "token id not what the model was made for? --calibration takes data that fits"
-        ) from err
+        if any(text in str(err) for text in NO_MEMORY):
+            raise MemoryError(_line(err)) from err
+        part = ", ".join(f"'{name}'" for name in outputs[:3])
+        raise InternalError(f"ONNX Runtime fails on the part of the model that computes {part}: {_line(err)}") from err
 
 
 def _line(err: Exception) -> str:

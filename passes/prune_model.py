@@ -25,10 +25,11 @@ from liar_opt.frontend.onnx_activations import live_bytes, tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
+from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.allocate_widths import note_widths
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
+from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
@@ -42,15 +43,15 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prove_groups import Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
-from liar_opt.passes.verify_model import first_samples, load_dense
+from liar_opt.passes.verify_model import cannot_load, first_samples, load_dense, require_runs
 from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
-from liar_opt.runtime.errors import CheckError, GroupFault, ModelError, OptionError
+from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
-from liar_opt.runtime.sessions import Session, device_unused, resolve_provider
+from liar_opt.runtime.sessions import Session, custom_operators, device_unused, refusal_of, resolve_provider
 from liar_opt.runtime.signatures import InputSpec
 
 SCHEMA = 1
@@ -185,24 +186,38 @@ def is_module_source(model: Any) -> bool:
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
-def inspect(model: Any, *, example: Any = None, allow_pickle: bool = False) -> Inspection:
+def inspect(
+    model: Any,
+    *,
+    example: Any = None,
+    allow_pickle: bool = False,
+    custom_ops: str | Path | Sequence[str | Path] | None = None,
+) -> Inspection:
     """Finds the channel groups of a model; changes and measures nothing.
 
     Args:
         model: as for :func:`prune`.
         example: a batch to trace a torch module with, if nothing else says what it takes.
         allow_pickle: whether the weights of a checkpoint may be read from pickle files.
+        custom_ops: as for :func:`prune`.
 
     Raises:
         ModelError: the model cannot be read.
+        OptionError: a library of operators cannot be loaded.
     """
+    if custom_ops is not None:
+        with custom_operators([custom_ops] if isinstance(custom_ops, (str, Path)) else custom_ops):
+            return inspect(model, example=example, allow_pickle=allow_pickle)
     if is_module_source(model):
         from liar_opt.passes.prune_module import inspect_module
 
         return inspect_module(model, example=example, allow_pickle=allow_pickle)
     state = load_state(model)
-    result = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
+    result = _analysed(state)
     report = _report_head(state)
+    reason = refusal_of(state.facts["dense"].detached()[0])
+    if reason is not None:
+        report["model"]["notes"].append(f"{cannot_load(state.facts['dense'], reason)}; until then it cannot be pruned")
     report["groups"] = [_group(g) for g in state.groups]
     report["values"] = [_group(g) for g in (*state.values, *state.queries)]
     report["prunable_parameters"] = round(parameters_left(state.groups))
@@ -248,6 +263,7 @@ def prune(
     labelled: Labelled | None = None,
     provider: str = "auto",
     memory: int | str | None = None,
+    custom_ops: str | Path | Sequence[str | Path] | None = None,
     resume: str | Path | None = None,
     fresh: bool = False,
     seed: int = 0,
@@ -310,6 +326,7 @@ def prune(
         provider: "auto", "cpu" or "cuda".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.
+        custom_ops: shared libraries with operators that ONNX Runtime lacks and the model needs; they run code.
         resume: a folder in which finished segments are kept: a run that was interrupted goes on from the last one. It is
             made where it is not there, and removed when the run is done.
         fresh: measure error curves and latency tables again, instead of taking those that an earlier run on the same model
@@ -333,6 +350,10 @@ def prune(
         from liar_opt.passes.prune_module import prune_module
 
         return prune_module(**arguments)
+    if custom_ops is not None:
+        libraries = [custom_ops] if isinstance(custom_ops, (str, Path)) else custom_ops
+        with custom_operators(libraries):
+            return prune(**{**arguments, "custom_ops": None})
     require_labels(score, loss, labelled, torch_module=False)
     lookup("packing", dict.fromkeys(PACKINGS), packing)
     return _Job(arguments).run()
@@ -405,8 +426,9 @@ class _Job:
         """Runs the passes once."""
         state, chosen, target, observer = self.state, self.chosen, self.target, self.arguments["observer"]
         report = self._head()
-        analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
+        analysis = _analysed(state, observer, load=not state.memory.tight)
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
+        _dense_session(state)
         resume, dry_run = self.arguments["resume"], self.arguments["dry_run"]
         early = chosen.curves is not None or target is not None or resume is not None
         if early:
@@ -427,7 +449,7 @@ class _Job:
         assert state.calibration is not None
         report["resumed"] = state.checkpoint.done if state.checkpoint is not None else 0
         try:
-            done = Pipeline(passes=chosen.cutting, observer=observer)(state)
+            done = _run(state, chosen.cutting, observer)
         except CheckError as err:
             raise GroupFault(self._culprits(err)) from err
         changes = (*decided, *done.changes)
@@ -496,14 +518,13 @@ class _Job:
         if self.data is None:
             self.data = _calibrate(state, self.options)
         state.calibration = _fitted(state, self.data, report)
+        require_runs(state, _dense_session(state))
         state.seconds["load-calibration"] = state.seconds.get("load-calibration", 0.0) + time.perf_counter() - began
         report["calibration"] = _calibration_report(state.calibration)
 
     def _decide(self, report: dict[str, Any], early: bool) -> tuple[list[Change], list[Refusal]]:
         """Decides the widths of groups whose cut is proved; returns what was changed, and what is left alone."""
         state, chosen, observer = self.state, self.chosen, self.arguments["observer"]
-        if not state.memory.tight and "dense session" not in state.facts:
-            state.facts["dense session"] = Later(lambda: load_dense(state))
         checkpoint = state.checkpoint
         if checkpoint is not None and checkpoint.decided is not None:
             self.faults |= checkpoint.decided.get("left alone", {})
@@ -516,7 +537,7 @@ class _Job:
             refusals += self._prove(ProveGroupsPass(chosen.cut))
         while True:
             state.groups = tuple(g for g in state.groups if g.kind in KINDS)  # values join them where they are cut
-            decided = Pipeline(passes=chosen.deciding, observer=observer)(state)
+            decided = _run(state, chosen.deciding, observer)
             if state.calibration is None and not self.arguments["dry_run"]:
                 self._load_calibration(report)
             proved = [] if self.limited else self._prove(ProveGroupsPass(chosen.cut, decided=True))
@@ -663,11 +684,47 @@ def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, 
 
 
 def _dense_session(state: State) -> Session:
-    model, weights = state.facts["dense"].detached()
+    """Returns the session of the original: the one that there is, unless the memory is too tight to keep one."""
+    known: Later[Session] | None = state.facts.get("dense session")
+    return load_dense(state) if known is None else known.result()
+
+
+def _analysed(state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
+    """Runs the analysis; with ``load`` the original is loaded meanwhile.
+
+    Raises:
+        ModelError: it fails on a model that is no valid ONNX, or that ONNX Runtime refuses.
+    """
     try:
-        return Session(model, state.device, weights, state.memory.tight)
-    except Exception as err:
-        raise ModelError(f"ONNX Runtime cannot load the model: {' '.join(str(err).split())[:300]}") from err
+        # What folds constants first refuses those that are too large, which ONNX Runtime makes while it loads.
+        Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
+        if load and "dense session" not in state.facts:
+            state.facts["dense session"] = Later(lambda: load_dense(state))
+        return Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
+    except InternalError as err:
+        dense: Stored = state.facts["dense"]
+        reason = why_invalid(dense.proto)
+        if reason is not None:
+            name = f"'{dense.source}'" if dense.source else "the model"
+            raise ModelError(f"{name} is no valid ONNX ({reason}); export it again") from err
+        reason = refusal_of(dense.detached()[0])
+        if reason is not None:
+            raise ModelError(cannot_load(dense, reason)) from err
+        raise
+
+
+def _run(state: State, passes: Sequence[Pass[Any]], observer: Observer | None) -> PassResult:
+    """Runs passes that run parts of the model.
+
+    Raises:
+        ModelError: one fails, and so does the original on the same data; where that does not, the fault is ours.
+    """
+    try:
+        return Pipeline(passes=passes, observer=observer)(state)
+    except InternalError:
+        if state.calibration is not None:
+            require_runs(state, _dense_session(state), every=True)
+        raise
 
 
 def _one_batch(state: State, target: str | None) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from liar_opt.frontend.hf_checkpoint import (
     inexpressible,
     is_stock,
     load_module,
+    positions,
     required_arguments,
     runs,
     save_checkpoint,
@@ -82,7 +83,7 @@ from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, looku
 from liar_opt.passes.verify_model import mask_model
 from liar_opt.runtime.calibration_data import first_rows, load_calibration
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, require_close, require_repeatable
-from liar_opt.runtime.errors import CheckError, ModelError, OptionError
+from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.places import Places
@@ -286,10 +287,7 @@ class _TorchRun(SegmentRun):
             try:
                 values = {**inputs, **self.executor.run(inputs, nodes, sorted(wanted))}
             except (RuntimeError, IndexError, ValueError) as err:
-                raise ModelError(
-                    f"torch fails on the calibration data ({' '.join(str(err).split())[:300]}); is its sequence length or "
-                    "a token id beyond what the model was made for?"
-                ) from err
+                raise self._fault(feeds, " ".join(str(err).split())[:300]) from err
             for tap in taps:
                 with _finite(tap):
                     sums[tap.place].add(self._moments(tap, values, index), index in self.held)
@@ -303,6 +301,21 @@ class _TorchRun(SegmentRun):
             self.alive_at = first
         self.executor.forget()
         return result
+
+    def _fault(self, feeds: Mapping[str, Any], said: str) -> Exception:
+        """Returns what to raise for a batch that a part fails on: the data's fault, where the original fails on it, too."""
+        model = self.state.model
+        assert isinstance(model, FxModel) and model.program is not None and model.module is not None
+        try:
+            Executor(lower(model.program, model.module), device_of(model)).run(feeds)
+        except (RuntimeError, IndexError, ValueError):
+            fed = ", ".join(f"'{name}' {list(np.shape(value))}" for name, value in feeds.items())
+            made = "liar-opt made them up: give real ones (--calibration), or another length (--sequence-length)"
+            fits = "is its sequence length or a token id beyond what the model was made for?"
+            return ModelError(
+                f"torch fails on the calibration data ({fed}): {said}; {made if self.data.synthetic else fits}"
+            )
+        return InternalError(f"torch fails on a part of the model: {said}")
 
     def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
         """Adds the gradients of the consumer's group, where there are any."""
@@ -616,6 +629,10 @@ def prune_module(
     began = time.perf_counter()
     fields = {k: v for k, v in vars(options).items() if k not in ("source", "packing")}
     fields["packing"] = is_causal(_fx(state)) if packing == "auto" else packing == "on"
+    if calibration is None and sequence_length is None:  # inputs that are made up are no longer than there are positions
+        module = _fx(state).module
+        assert module is not None
+        fields["positions"] = positions(module)
     state.calibration = load_calibration(options.source, state.model.inputs(), vocabulary=vocabulary(_fx(state)), **fields)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
@@ -738,6 +755,7 @@ def _load(
         module = load_module(folder, allow_pickle).to(_device(provider))
     else:
         module = model
+        _require_python(module)
     training = module.training
     module.eval()
     try:
@@ -757,6 +775,22 @@ def _load(
         "before": _sizes(lowered),
     }
     return state
+
+
+def _require_python(module: torch.nn.Module) -> None:
+    """Checks that there is code of a module to trace.
+
+    Raises:
+        ModelError: it was compiled by torch.jit, as a whole or in part.
+    """
+    import torch
+
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"'{name}' of {type(module).__name__}" if name else "the model"
+            raise ModelError(
+                f"{what} is a ScriptModule, which torch.export cannot trace; give the nn.Module it was made of"
+            )
 
 
 def _traced(
@@ -815,6 +849,13 @@ def _example(
         )
     accepted = inspect_signature(module.forward).parameters
     named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
+    lists = {k: v for k, v in named.items() if isinstance(v, (list, tuple))}
+    listed = next((k for k, v in lists.items() if any(hasattr(x, "shape") for x in v)), None)
+    if listed is not None:
+        raise OptionError(
+            f"input '{listed}' is a list of tensors; a module is traced with one tensor an argument: give it a forward "
+            "that takes them one by one"
+        )
     if not named:
         raise OptionError(
             f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "

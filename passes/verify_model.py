@@ -23,12 +23,13 @@ from liar_opt.frontend.onnx_activations import live_bytes
 from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, walk
+from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.weight_files import without_data
-from liar_opt.frontend.widen_graph import widen
+from liar_opt.frontend.widen_graph import nodes_within, widen
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
-from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays, run_segment
+from liar_opt.passes.prune_groups import HELD_BACK, NO_MEMORY, ConsumerRepair, cut_arrays, run_segment
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
@@ -36,10 +37,10 @@ from liar_opt.runtime.compare import (
     require_close,
     require_repeatable,
 )
-from liar_opt.runtime.errors import CheckError
+from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import anonymous, trim
-from liar_opt.runtime.sessions import Session
+from liar_opt.runtime.sessions import Session, unknown_operators
 
 COMPARED = 12
 """Bytes that comparing takes for each byte of an output in float32."""
@@ -292,9 +293,55 @@ def load_dense(state: State) -> Session:
     """Returns a session of the model as it came.
 
     Raises:
-        CheckError: ONNX Runtime cannot load it.
+        ModelError: ONNX Runtime cannot load it; the message names the operator that it lacks.
     """
-    return _load(state.facts["dense"].detached(), state.device, "the original model", state.memory.tight)
+    dense: Stored = state.facts["dense"]
+    data, weights = dense.detached()
+    try:
+        return Session(data, state.device, weights, state.memory.tight)
+    except Exception as err:
+        raise ModelError(cannot_load(dense, " ".join(str(err).split())[:300])) from err
+
+
+def cannot_load(dense: Stored, reason: str) -> str:
+    """Returns a sentence on an original that ONNX Runtime does not take, for ``reason``, one line of its own."""
+    name = f"'{dense.source}'" if dense.source else "the model"
+    nodes = {(n.domain, n.op_type): shown(n) for n in nodes_within(dense.proto.graph.node)}
+    unknown = unknown_operators(nodes)
+    if not unknown:
+        return f"ONNX Runtime cannot load {name}: {reason}"
+    first = next(text for (domain, op), text in nodes.items() if unknown[0] in (op, f"{domain}::{op}"))
+    out = "--custom-ops LIBRARY.so (custom_ops=) loads it" if "::" in unknown[0] else "a newer one may have it"
+    more = f", nor {', '.join(unknown[1:4])}" if unknown[1:] else ""
+    return f"{unknown[0]} is not in this ONNX Runtime{more} (node {first} of {name}); {out}"
+
+
+def require_runs(state: State, session: Session, every: bool = False) -> None:
+    """Runs the original on one sample of the calibration data, or on all of it.
+
+    Raises:
+        ModelError: it fails: the data does not fit the model.
+        OptionError: there is no memory for it.
+    """
+    assert state.calibration is not None
+    data = state.calibration
+    for batch in data.batches if every else (first_samples(state, data.batches[0], 1), data.batches[0]):
+        try:
+            session.run(batch)
+        except Exception as err:
+            if batch is not data.batches[0] and not every:
+                continue  # a graph that was made for batches of one size
+            fed = ", ".join(f"'{name}' {list(value.shape)}" for name, value in batch.items())
+            line = " ".join(str(err).split())[:300]
+            if any(text in line for text in NO_MEMORY):
+                raise OptionError(f"no memory is left to run the model on one batch ({fed}); give smaller ones") from err
+            made = "liar-opt made them up: give real ones (--calibration), or another sequence length (--sequence-length)"
+            fits = "is a size or a token id not what the model was made for? --calibration takes data that fits"
+            raise ModelError(
+                f"ONNX Runtime fails on the calibration data ({fed}): {line}; {made if data.synthetic else fits}"
+            ) from err
+        if not every:
+            return
 
 
 def least_precision(model: OnnxModel) -> str:

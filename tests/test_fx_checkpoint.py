@@ -15,7 +15,7 @@ import transformers
 import zoo_fx
 
 import liar_opt
-from liar_opt.frontend.hf_checkpoint import example_inputs, without_cache
+from liar_opt.frontend.hf_checkpoint import example_inputs, positions, without_cache
 from liar_opt.passes.prune_module import ModuleResult, prune_module
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError
@@ -345,3 +345,14 @@ def test_arrays_in_a_file_say_what_a_model_reads(tmp_path: Path, capsys: pytest.
     options = ["--calibration", str(tmp_path / "data.npz"), "--ffn", "0.5", "--no-latency", "-o", str(tmp_path / "small")]
     assert main([str(tmp_path / "model"), *options]) == 0
     assert "decoder_ffn_dim 72 ->" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "rows", "expected"), [("Bert", 16, 16), ("Roberta", 18, 16)])
+def test_made_up_inputs_are_no_longer_than_the_positions(family: str, rows: int, expected: int, tmp_path: Path) -> None:
+    """RoBERTa's positions begin behind the row for padding."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = getattr(transformers, f"{family}Config")(**sizes, max_position_embeddings=rows)
+    module = getattr(transformers, f"{family}Model")(config).eval()
+    assert positions(module) == expected
+    result = prune_module(module, samples=8, ffn=0.5, latency=False)
+    assert result.report["calibration"]["tokens"] == 8 * expected

@@ -24,10 +24,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
 from liar_opt.runtime.whole_file import sweep, write_whole
+from liar_opt.tools.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from liar_opt.frontend.input_files import Inputs
@@ -105,12 +106,17 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 
 def _fail(code: int, message: str, kind: str = "error: ") -> int:
-    print(f"liar-opt: {kind}{' '.join(message.split())}", file=sys.stderr)
+    _say(f"liar-opt: {kind}{' '.join(message.split())}", sys.stderr)
     return code
 
 
+def _say(text: str, stream: IO[str] | None = None, keep: str = "") -> None:
+    """Prints a line, or lines where ``keep`` has the line feed; to stdout unless a stream is given."""
+    print(printable(text, keep), file=stream)
+
+
 def _bug(err: BaseException) -> int:
-    traceback.print_exception(err)
+    _say("".join(traceback.format_exception(err)).rstrip("\n"), sys.stderr, keep="\n")
     return _fail(3, "this is a bug of liar-opt; please report it with the lines above", "")
 
 
@@ -222,7 +228,7 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
 
     if options.model.exists() or is_module_source(options.model):
         _check_reports(options, Places(_inputs(options).files))
-    found = inspect(options.model, allow_pickle=options.allow_pickle).report
+    found = inspect(options.model, allow_pickle=options.allow_pickle, custom_ops=options.custom_ops).report
     _write_reports(found, options)
     console = tables.make_console(sys.stdout)
     for note in found["model"]["notes"]:
@@ -237,16 +243,17 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
     if not found["groups"]:
         because = "the table says why" if found["refusals"] else "no weight is contracted with data that could be narrower"
         verdict = f"no prunable group: {because}"
-    print(f"{verdict}; {run.seconds():.1f} s; {options.model}")
+    _say(f"{verdict}; {run.seconds():.1f} s; {options.model}")
 
 
 def _eval(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.runtime.places import Places
+    from liar_opt.runtime.sessions import custom_operators
     from liar_opt.tools import eval_command as evaluation
     from liar_opt.tools.report import make_console
 
     _check_reports(options, Places(evaluation.inputs_of(options).files))
-    with _progress(options.quiet) as progress:
+    with _progress(options.quiet) as progress, custom_operators(options.custom_ops or ()):
         report = evaluation.run(options, progress)
     _write_reports(report, options)
     if not options.quiet:
@@ -255,7 +262,7 @@ def _eval(options: argparse.Namespace, run: _Run) -> None:
         for line in evaluation.footnotes(report):
             console.print(line, soft_wrap=True)
         console.print()
-    print(f"{evaluation.verdict(report)}; {run.seconds():.1f} s")
+    _say(f"{evaluation.verdict(report)}; {run.seconds():.1f} s")
 
 
 def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run: _Run) -> dict[str, Any]:
@@ -336,11 +343,11 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
         removed = report["prunable"]["before"] - report["prunable"]["after"]
         removed += sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in within)
         share = tables.percent(removed, report["before"]["parameters"])
-        print(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
+        _say(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
         return
     before = report["before"]["parameters"]
     less = tables.percent(max(before - report["after"]["parameters"], 0), before)
-    print(f"pruned: {less} of the parameters removed; {run.seconds():.1f} s; {output}")
+    _say(f"pruned: {less} of the parameters removed; {run.seconds():.1f} s; {output}")
 
 
 def _print_between(name: str, result: Any) -> None:
@@ -350,16 +357,17 @@ def _print_between(name: str, result: Any) -> None:
     model = result.state.model
     listing = getattr(model, "listing", None)  # of a traced module
     text = onnx.printer.to_text(model.skeleton()) if listing is None else listing()
-    print(f"// after {name}: {len(model.graph.nodes)} nodes, {model.parameters():,} parameters\n{text}", file=sys.stderr)
+    head = f"// after {name}: {len(model.graph.nodes)} nodes, {model.parameters():,} parameters"
+    _say(f"{head}\n{text}", sys.stderr, keep="\n\t")
 
 
 def _warn(text: str) -> None:
-    print(f"liar-opt: warning: {text}", file=sys.stderr)
+    _say(f"liar-opt: warning: {text}", sys.stderr)
 
 
 def _note(options: argparse.Namespace, text: str) -> None:
     if not options.quiet:
-        print(f"liar-opt: {text}", file=sys.stderr)
+        _say(f"liar-opt: {text}", sys.stderr)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -418,11 +426,13 @@ def _write_reports(report: Mapping[str, Any], options: argparse.Namespace) -> No
         OptionError: one cannot be written.
     """
     if options.report is not None:
-        _write_whole(json.dumps(report, indent=1, ensure_ascii=False) + "\n", options.report, WHAT["report"])
+        _write_whole(
+            printable_json(json.dumps(report, indent=1, ensure_ascii=False)) + "\n", options.report, WHAT["report"]
+        )
     if getattr(options, "html", None) is not None:
         from liar_opt.tools.html_report import render
 
-        _write_whole(render(report), options.html, WHAT["html"])
+        _write_whole(printable(render(report), keep="\n\t"), options.html, WHAT["html"])
 
 
 def _write_whole(text: str, path: Path, what: str) -> None:
@@ -528,9 +538,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
-        self.exit(
-            2, f"liar-opt: error: {' '.join(message.split())}; 'liar-opt {_help_of(self.command)}' lists the options\n"
-        )
+        said = printable(" ".join(message.split()))
+        self.exit(2, f"liar-opt: error: {said}; 'liar-opt {_help_of(self.command)}' lists the options\n")
 
 
 def _parse(command: str, arguments: list[str]) -> argparse.Namespace:
@@ -593,6 +602,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         from liar_opt.tools import eval_command
 
         eval_command.add_arguments(parser, _Fields, _seed)
+        _add_custom_ops(parser.add_argument_group("operators"))
     elif command != "demo":
         model = parser.add_argument_group("model")
         model.add_argument(
@@ -602,6 +612,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             help="the ONNX file, the folder of a transformers checkpoint, or its hub name; it is not changed",
         )
         model.add_argument("--allow-pickle", action="store_true", help="read weights from pickle files, which can run code")
+        _add_custom_ops(model)
     if command in ("prune", "demo"):
         _add_pruning(parser, command)
         _add_calibration(parser, command)
@@ -630,6 +641,16 @@ def _parser(command: str) -> argparse.ArgumentParser:
     output.add_argument("--html", type=Path, metavar="PATH", help="write a page with tables and charts, in one file")
     output.add_argument("--quiet", action="store_true", help="no progress and no tables; the last line stays")
     return parser
+
+
+def _add_custom_ops(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--custom-ops",
+        type=Path,
+        action="append",
+        metavar="LIBRARY",
+        help="a shared library with operators that ONNX Runtime lacks and the model needs; it runs code (repeatable)",
+    )
 
 
 def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:

@@ -121,6 +121,19 @@ def test_latency_of_large_models_is_not_measured(model: onnx.ModelProto, monkeyp
     assert report["memory"]["estimated_peak"] > 0
 
 
+@pytest.mark.parametrize("name", ["groups.json", "weights-0-0.npz", "alive-1.npz"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"PK no archive"])
+def test_a_damaged_segment(name: str, content: bytes, model: onnx.ModelProto, tmp_path: Path) -> None:
+    batches = prune(model, None).report["calibration"]["batches"]
+    with pytest.raises(Stop):
+        prune(model, tmp_path / "run", progress=stop_in(1, batches))
+    file = tmp_path / "run" / "segment-1" / name
+    assert file.is_file()
+    file.write_bytes(content)
+    with pytest.raises(OptionError, match="segment-1' of an earlier run is damaged; remove the folder"):
+        prune(model, tmp_path / "run")
+
+
 def test_measured_widths_are_not_measured_again(model: onnx.ModelProto, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ffn": None, "sparsity": 0.4, "allocate": "curves"}
     whole = prune(model, None, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,10 +132,13 @@ def test_the_latency_table_is_kept_and_used_again(clock: list[int], tmp_path: Pa
     assert counts[1] < counts[0]
     (path,) = (tmp_path / "liar-opt" / "latency").iterdir()
     assert state.facts["target"]["table"] == f"cache {path}"
-    path.write_text("{", encoding="utf-8")  # a broken cache is measured again
-    state = ready()
-    MeetTargetPass(target="latency=1.3x", multiple_of=1, allocate="uniform")(state)
-    assert state.facts["target"]["table"] == "measured"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    values: list[Any] = [1, None, [["a"], ["b"]], [[], []], [[1], [float("nan")]]]
+    for text in ("{", json.dumps(list(table)), *(json.dumps(dict.fromkeys(table, value)) for value in values)):
+        path.write_text(text, encoding="utf-8")  # a broken cache is measured again
+        state = ready()
+        MeetTargetPass(target="latency=1.3x", multiple_of=1, allocate="uniform")(state)
+        assert state.facts["target"]["table"] == "measured"
 
 
 def test_a_speed_that_cannot_be_reached(clock: list[int]) -> None:
