@@ -6,7 +6,8 @@ contracted axis: the leaf alone is a feed-forward width ("ffn"; so are channels 
 under the kernel has all); with other leaves inside it, it counts attention heads ("heads"), or the heads of one group
 ("grouped") where another such factor is outside it; with others only outside, or mixed by a product of activations, it is
 the width of values within a head ("values"). A width that has one row a sample where others have one a token is a "pooler".
-"grouped" and "pooler" are reported and left alone.
+"grouped" and "pooler" are reported and left alone. Of a concatenation each part is a dimension of its own: its layout is
+that of the part, and a consumer of the whole loses the rows of the part alone.
 
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
@@ -21,10 +22,11 @@ where it is pinned for that reason alone and both sides are linear along it (`fr
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
 from liar_opt.frontend.onnx_model import is_constant
@@ -44,6 +46,7 @@ POINTWISE = (
 """Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
 LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
 PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
+BESIDE = "its consumer reads other dimensions in the same axis"
 STEM = "the first convolution over an input is left alone: it holds little, and all that follows is made of it"
 NOT_PRUNED = {
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
@@ -124,7 +127,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        leaves = algebra.leaves(uses[0].contracted)
+        leaves = _layout(algebra, uses[0].contracted, leaf)
         kind = _kind(leaves, leaf, set(consumers), mixed)
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
@@ -168,9 +171,11 @@ def find_groups(walk: GraphWalk) -> Found:
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
         cut = kind in (*KINDS, VALUES)
-        if cut and shared:
-            refused["its consumer reads other dimensions in the same axis", size].append(group.name)
+        if shared and outer is not None and kind != VALUES:
+            refused[BESIDE, size].append(group.name)
             continue
+        if shared and kind == VALUES:  # the basis of what lies beside may change, too
+            group = replace(group, bent=group.bent or BESIDE)
         unfollowed = rewriter.check({leaf: range(1)}) if cut else None
         if unfollowed is not None:
             refused[unfollowed, size].append(group.name)
@@ -187,6 +192,7 @@ def find_groups(walk: GraphWalk) -> Found:
     walk.model.graph.cleanup(remove_unused_node_outputs=False)
     for found in (groups, values):
         found.sort(key=lambda g: (g.end, g.start))
+    groups, values = _named_apart(groups), _named_apart(values)
     poolers = [g for g in others if g.kind == "pooler" and rewriter.check({g.factor: range(1)}) is None]
     return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
 
@@ -316,6 +322,29 @@ def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
     return int(np.prod([s for i, s in enumerate(sizes) if i != use.activation_axis], dtype=np.int64))
 
 
+def _layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
+    """Returns the leaves of a factor, outermost first; of a concatenation those of the first part that has ``leaf``."""
+    refinement = algebra.refinement(factor)
+    if refinement is None or leaf not in algebra.leaves(factor):
+        return algebra.leaves(factor)
+    if refinement.kind == "concat":
+        return _layout(algebra, next(p for p in refinement.parts if leaf in algebra.leaves(p)), leaf)
+    return [other for part in refinement.parts for other in _layout(algebra, part, leaf)]
+
+
+def _named_apart(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Numbers the groups that would have one name: parts of one concatenation, in the order of its axis."""
+    together: dict[str, list[ChannelGroup]] = defaultdict(list)
+    for group in groups:
+        together[group.name].append(group)
+    names: dict[int, str] = {}
+    for name, same in together.items():
+        same.sort(key=lambda g: int(np.argmax(g.consumers[0].owners >= 0)))
+        for number, group in enumerate(same, 1):
+            names[group.factor] = name if len(same) == 1 else f"{name} (part {number})"
+    return [replace(g, name=names[g.factor]) for g in groups]
+
+
 def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int]) -> str:
     if leaves[-1] == leaf:
         return VALUES if leaf in mixed or len(leaves) > 1 else "ffn"
@@ -326,7 +355,7 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
     if outer is not None and uses[0].lookup is not None:
         size = walk.algebra.size(leaf)
         return tuple(
-            Consumer((use,), walk.algebra.owners(use.width, leaf) + expert * size, expert)
+            Consumer((use,), _of_expert(walk.algebra.owners(use.width, leaf), expert * size), expert)
             for use in uses
             for expert in range(walk.algebra.size(outer))
         )
@@ -343,6 +372,11 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
         told = [] if walk.of_first is None else [u for u in same if id(u.node) in walk.of_first]
         result.append(Consumer(tuple(same), owners, told=tuple(told)))
     return tuple(result)
+
+
+def _of_expert(owners: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+    """Returns the blocks of one expert's channels, of which the first has the number ``first``."""
+    return np.where(owners < 0, -1, owners + first)
 
 
 @dataclass
