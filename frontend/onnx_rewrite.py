@@ -165,7 +165,7 @@ class Rewriter:
         for node, position, tensor in [*numbers.inputs, *frozen]:
             old = node.inputs[position]
             node.inputs[position] = tensor
-            if is_constant(old) and not old.outputs:
+            if is_constant(old) and not old.outputs and not self._handed_out(old):
                 tensor.name = old.name
 
     def ends(self) -> dict[str, dict[int, NDArray[np.int64]]]:
@@ -270,11 +270,15 @@ class Rewriter:
         node, position = places[0]
         old = node.inputs[position]
         readers = sum(t is old for n in {id(n): n for n in old.outputs}.values() for t in n.inputs)
-        shared = readers > len(set((id(n), p) for n, p in places))
+        shared = readers > len(set((id(n), p) for n, p in places)) or self._handed_out(old)
         new = gs.Constant(next(self._names) if shared else old.name, value)
         for n, p in places:
             n.inputs[p] = new
         return new
+
+    def _handed_out(self, tensor: gs.Tensor) -> bool:
+        """Returns whether a tensor is an output of the graph."""
+        return any(tensor is t for t in self.graph.outputs)
 
     # -- numbers that follow sizes ----------------------------------------------------------------------------------
 

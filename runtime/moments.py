@@ -355,6 +355,10 @@ class MadeUpMoments(Moments):
         mean, factors = rng.standard_normal(self.width), rng.standard_normal((self.width, 4))
         return Statistics(float(self.rows()), mean, factors @ factors.T + np.diag(rng.uniform(0.5, 1.5, self.width)))
 
+    def part(self, channels: NDArray[np.int64]) -> Moments:
+        """Return others, of as many channels."""
+        return MadeUpMoments(channels.size)
+
     def merge(self, other: Moments) -> Moments:
         """Return these: all of one width are alike."""
         return self
