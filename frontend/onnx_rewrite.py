@@ -547,7 +547,7 @@ class Rewriter:
         kind, position = use.bias
         if kind == "input":
             if len(use.node.inputs) > position and present(use.node.inputs[position]):
-                constant = is_constant(use.node.inputs[position])
+                constant = is_constant(use.node.inputs[position]) and not self._handed_out(use.node.inputs[position])
                 return (use.node, position, use.bias_scale) if constant and use.bias_scale else None
             return None
         output, axis = use.node.outputs[0], use.output_axis
@@ -558,7 +558,8 @@ class Rewriter:
             return None
         width = use.weight.shape[1 - use.weight_axis]
         for candidate in BIAS_INPUTS.get((reader.domain or "", reader.op), ()):
-            if len(reader.inputs) > candidate and is_constant(reader.inputs[candidate]):
+            added = reader.inputs[candidate] if len(reader.inputs) > candidate else None
+            if added is not None and is_constant(added) and not self._handed_out(added):
                 shape = list(reader.inputs[candidate].shape)
                 if len(shape) >= -axis and shape[axis] == width and int(np.prod(shape)) == width:
                     return reader, candidate, 1.0
