@@ -11,12 +11,17 @@ import numpy as np
 import onnx
 import oracle
 import pytest
+import streams
 import torch
 from graphs import Weights
 
 import liar_opt
 from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.onnx_segments import plan_segments
+from liar_opt.passes.dense_run import DenseRun, Patch, together
 from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.runtime.calibration_data import CalibrationData
 
 
 def ints(*values: int) -> np.ndarray:
@@ -226,6 +231,38 @@ def test_the_dense_output_is_fitted_once(repair: str) -> None:
     unrepaired = liar_opt.prune(proto, feeds, repair="none", **options)
     off = np.mean([oracle.run(unrepaired.model, f)[0] for f in feeds], axis=(0, 1, 2)) - means[0]
     assert np.abs(means[1] - means[0]).max() < 1e-4 < 0.01 * np.abs(off).max()
+
+
+def test_patches_for_both_parts_are_one() -> None:
+    """A search compares widths of all groups at a time, each repaired by itself."""
+    proto = model_of("packed inputs")
+    state = streams.prepared(proto, 0.5, CalibrationData(tuple(feeds_of(proto, 0)), (None,) * 6, 24, 1, "test", (), False))
+    run = _Patched(PruneGroupsPass(score="magnitude", repair="none"), state, *plan_segments(state.analysed(), state.groups))
+    run.over_all()
+    removed = [p for patches in run.patches for p in patches]
+    lost, alone = run.difference(removed), run.difference(run.patches[0])
+    (first,), (second,) = run.patches
+    (both,) = together([first, second])
+    assert np.array_equal(both.shift, first.shift + second.shift)
+    cut = PruneGroupsPass(score="magnitude", repair="none")(state).state.model.to_proto()
+    dense = [oracle.run(proto, run.data.batches[i])[0] for i in run.probed]
+    off = [oracle.run(cut, run.data.batches[i])[0] - y for i, y in zip(run.probed, dense, strict=True)]
+    about = [np.square(a - a.mean(-1, keepdims=True)).sum() for a in (np.stack(off), np.stack(dense))]
+    assert lost == pytest.approx(float(about[0] / about[1]), rel=1e-3)
+    assert lost != pytest.approx(alone, rel=0.1)
+
+
+class _Patched(DenseRun):
+    """Notes what the cut of each group makes of its consumers, with the blocks that a cut draws by magnitude."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.patches: list[list[Patch]] = []
+
+    def prune(self, group: ChannelGroup, moments: Any) -> None:
+        measured = [self.measured(c, moments) for c in group.consumers]
+        blocks = self.select(group, measured, self.state.keep[group.name])
+        self.patches.append(self.repaired(group, measured, blocks))
 
 
 def test_one_tensor_that_is_several_parts_is_one_dimension() -> None:
