@@ -328,7 +328,8 @@ def _layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
     if refinement is None or leaf not in algebra.leaves(factor):
         return algebra.leaves(factor)
     if refinement.kind == "concat":
-        return _layout(algebra, next(p for p in refinement.parts if leaf in algebra.leaves(p)), leaf)
+        own = next((p for p in refinement.parts if leaf in algebra.leaves(p)), None)
+        return [leaf] if own is None else _layout(algebra, own, leaf)  # a part of one element has no leaves
     return [other for part in refinement.parts for other in _layout(algebra, part, leaf)]
 
 

@@ -274,6 +274,13 @@ def test_one_tensor_that_is_several_parts_is_one_dimension() -> None:
     graphs.prove(proto, {"b": 2, "s": 3})
 
 
+def test_a_part_of_one_channel_stays() -> None:
+    text = PACKED.replace("p = Concat<axis=-1>(a, x, c)", "o = MatMul(x, wo)  t = Tanh(o)  p = Concat<axis=-1>(t, a, x, c)")
+    proto = graphs.parse(text, {**PACKED_WEIGHTS, "wo": (6, 1), "wp": (27, 6)})
+    assert graphs.sizes(proto) == [("ffn", 9), ("ffn", 11)]
+    graphs.prove(proto, {"b": 2, "s": 3})
+
+
 def test_a_part_that_is_an_output_stays() -> None:
     text = PACKED.replace("=> (float[b, s, 6] y)", "=> (float[b, s, 6] y, float[b, s, 9] c)")
     proto = graphs.parse(text, PACKED_WEIGHTS)
