@@ -165,7 +165,7 @@ class Rewriter:
         for node, position, tensor in [*numbers.inputs, *frozen]:
             old = node.inputs[position]
             node.inputs[position] = tensor
-            if is_constant(old) and not old.outputs:
+            if is_constant(old) and not old.outputs and not self._handed_out(old):
                 tensor.name = old.name
 
     def ends(self) -> dict[str, dict[int, NDArray[np.int64]]]:
@@ -270,11 +270,15 @@ class Rewriter:
         node, position = places[0]
         old = node.inputs[position]
         readers = sum(t is old for n in {id(n): n for n in old.outputs}.values() for t in n.inputs)
-        shared = readers > len(set((id(n), p) for n, p in places))
+        shared = readers > len(set((id(n), p) for n, p in places)) or self._handed_out(old)
         new = gs.Constant(next(self._names) if shared else old.name, value)
         for n, p in places:
             n.inputs[p] = new
         return new
+
+    def _handed_out(self, tensor: gs.Tensor) -> bool:
+        """Returns whether a tensor is an output of the graph."""
+        return any(tensor is t for t in self.graph.outputs)
 
     # -- numbers that follow sizes ----------------------------------------------------------------------------------
 
@@ -543,7 +547,7 @@ class Rewriter:
         kind, position = use.bias
         if kind == "input":
             if len(use.node.inputs) > position and present(use.node.inputs[position]):
-                constant = is_constant(use.node.inputs[position])
+                constant = is_constant(use.node.inputs[position]) and not self._handed_out(use.node.inputs[position])
                 return (use.node, position, use.bias_scale) if constant and use.bias_scale else None
             return None
         output, axis = use.node.outputs[0], use.output_axis
@@ -554,7 +558,8 @@ class Rewriter:
             return None
         width = use.weight.shape[1 - use.weight_axis]
         for candidate in BIAS_INPUTS.get((reader.domain or "", reader.op), ()):
-            if len(reader.inputs) > candidate and is_constant(reader.inputs[candidate]):
+            added = reader.inputs[candidate] if len(reader.inputs) > candidate else None
+            if added is not None and is_constant(added) and not self._handed_out(added):
                 shape = list(reader.inputs[candidate].shape)
                 if len(shape) >= -axis and shape[axis] == width and int(np.prod(shape)) == width:
                     return reader, candidate, 1.0

@@ -383,6 +383,10 @@ class GraphWalk:
         if position < len(node.outputs) and present(node.outputs[position]):
             self.axes[node.outputs[position].name] = axes
 
+    def read(self, tensor: gs.Tensor) -> bool:
+        """Returns whether a tensor is read, or handed out."""
+        return present(tensor) and (bool(tensor.outputs) or any(tensor is t for t in self.model.graph.outputs))
+
     def pin(self, axes: Axes | Sequence[Factor] | None, reason: str) -> None:
         """Pins every factor of ``axes``."""
         for factor in axes or ():
@@ -556,6 +560,8 @@ class GraphWalk:
         for what, tensors in (("input", self.model.graph.inputs), ("output", self.model.graph.outputs)):
             for tensor in tensors:
                 axes = None if is_constant(tensor) else self.axes.get(tensor.name)
+                if is_constant(tensor):  # a weight that is handed out keeps its shape wherever it is read
+                    axes = [f for use in self.constant_uses if use.constant.name == tensor.name for f in use.axes]
                 pinned = [f for i, f in enumerate(axes or ()) if i not in self.spared.get(tensor.name, ())]
                 self.pin(pinned, f"axis of graph {what} '{tensor.name}'")
 
@@ -1343,6 +1349,8 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
         return
     where = f"slid over by {node.op} (node '{node.name}')"
     w.pin(axes[2:], where)
+    if len(node.outputs) > 1 and w.read(node.outputs[1]):
+        w.pin(axes[:2], f"counted by the indices of {node.op} (node '{node.name}')")
     for position in range(len(node.outputs)):
         w.output(node, (*axes[:2], *(w.fresh(s, where) for s in shape[2:])), position)
 

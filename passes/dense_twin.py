@@ -32,10 +32,11 @@ from liar_opt.frontend.onnx_segments import (
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, Consumer
-from liar_opt.passes.measured import Measured
+from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays, load_segment, run_segment
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import as_array, element_type
+from liar_opt.runtime.subspaces import Basis
 
 SAME = 1e-2
 """How far y may be from x W plus a constant, relative, for rows of both to be taken as the same."""
@@ -86,8 +87,9 @@ class TwinRun(SegmentRun):
 
     def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
         """Measures the targets, then goes on as usual."""
-        aims = [self.aim(u) for g in groups for c in g.consumers for u in c.measured]
-        self.aware = self.targets([a for a in aims if a is not None], stop, first) if aims else {}
+        found = (self.aim(u) for g in groups for c in g.consumers for u in c.measured)
+        aims = [aim for aim in found if aim is not None]
+        self.aware = self.targets(aims, stop, first) if aims else {}
         super().segment(groups, stop, first)
 
     def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
@@ -96,7 +98,15 @@ class TwinRun(SegmentRun):
         pooled = found[0]
         for own in found[1:]:
             pooled = None if pooled is None or own is None else pooled.merge(own)
+        pooled = None if pooled is None else self.still(consumer, pooled)
         return replace(super().measured(consumer, moments), aware=pooled)
+
+    def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired, basis: Basis | None = None) -> None:
+        """Takes the new bias off the target: another group of the consumer is fitted to what is missing then."""
+        super().write(consumer, kept, repaired, basis)
+        for moments in {u.node.name: self.aware.get(u.node.name) for u in consumer.uses}.values():
+            if moments is not None:
+                moments.shift_target(repaired.bias)
 
     def aim(self, use: ConsumerUse) -> _Aim | None:
         """Returns what to read for one use; None where its output cannot be laid out beside its input."""

@@ -10,6 +10,9 @@ it; where another such factor is outside it, the heads of one group ("grouped");
 or mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
 where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
 
+Of a concatenation each part is a dimension of its own: its layout is that of the part, and a consumer of the whole loses the
+rows of the part alone.
+
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
 
@@ -24,10 +27,11 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
 from liar_opt.frontend.onnx_model import is_constant
@@ -47,6 +51,7 @@ POINTWISE = (
 """Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
 LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
 PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
+BESIDE = "its consumer reads other dimensions in the same axis"
 STEM = "the first convolution over an input is left alone: it holds little, and all that follows is made of it"
 NOT_PRUNED = {
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
@@ -129,7 +134,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        leaves = algebra.leaves(uses[0].contracted)
+        leaves = _layout(algebra, uses[0].contracted, leaf)
         kind = _kind(leaves, leaf, set(consumers), mixed, runs)
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
@@ -173,9 +178,11 @@ def find_groups(walk: GraphWalk) -> Found:
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
         cut = kind in (*KINDS, VALUES)
-        if cut and shared:
-            refused["its consumer reads other dimensions in the same axis", size].append(group.name)
+        if shared and outer is not None and kind != VALUES:
+            refused[BESIDE, size].append(group.name)
             continue
+        if shared and kind == VALUES:  # the basis of what lies beside may change, too
+            group = replace(group, bent=group.bent or BESIDE)
         unfollowed = rewriter.check({leaf: range(1)}) if cut else None
         if unfollowed is not None:
             refused[unfollowed, size].append(group.name)
@@ -192,6 +199,7 @@ def find_groups(walk: GraphWalk) -> Found:
     walk.model.graph.cleanup(remove_unused_node_outputs=False)
     for found in (groups, values):
         found.sort(key=lambda g: (g.end, g.start))
+    groups, values = _named_apart(groups), _named_apart(values)
     poolers = [g for g in others if g.kind == "pooler" and rewriter.check({g.factor: range(1)}) is None]
     return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
 
@@ -328,6 +336,30 @@ def _name(use: ConsumerUse, kind: str) -> str:
     return f"{use.node.name} (units)" if use.activation in use.node.outputs else str(use.node.name)
 
 
+def _layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
+    """Returns the leaves of a factor, outermost first; of a concatenation those of the first part that has ``leaf``."""
+    refinement = algebra.refinement(factor)
+    if refinement is None or leaf not in algebra.leaves(factor):
+        return algebra.leaves(factor)
+    if refinement.kind == "concat":
+        own = next((p for p in refinement.parts if leaf in algebra.leaves(p)), None)
+        return [leaf] if own is None else _layout(algebra, own, leaf)  # a part of one element has no leaves
+    return [other for part in refinement.parts for other in _layout(algebra, part, leaf)]
+
+
+def _named_apart(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Numbers the groups that would have one name: parts of one concatenation, in the order of its axis."""
+    together: dict[str, list[ChannelGroup]] = defaultdict(list)
+    for group in groups:
+        together[group.name].append(group)
+    names: dict[int, str] = {}
+    for name, same in together.items():
+        same.sort(key=lambda g: int(np.argmax(g.consumers[0].owners >= 0)))
+        for number, group in enumerate(same, 1):
+            names[group.factor] = name if len(same) == 1 else f"{name} (part {number})"
+    return [replace(g, name=names[g.factor]) for g in groups]
+
+
 def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int], runs: set[int]) -> str:
     alone = free.isdisjoint(leaves[: leaves.index(leaf)])
     if leaves[-1] == leaf:
@@ -349,7 +381,7 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
     if outer is not None and uses[0].lookup is not None:
         size = walk.algebra.size(leaf)
         return tuple(
-            Consumer((use,), walk.algebra.owners(use.width, leaf) + expert * size, expert)
+            Consumer((use,), _of_expert(walk.algebra.owners(use.width, leaf), expert * size), expert)
             for use in uses
             for expert in range(walk.algebra.size(outer))
         )
@@ -366,6 +398,11 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
         told = [] if walk.of_first is None else [u for u in same if id(u.node) in walk.of_first]
         result.append(Consumer(tuple(same), owners, told=tuple(told)))
     return tuple(result)
+
+
+def _of_expert(owners: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+    """Returns the blocks of one expert's channels, of which the first has the number ``first``."""
+    return np.where(owners < 0, -1, owners + first)
 
 
 @dataclass

@@ -103,7 +103,8 @@ class _CurveRun(DenseRun):
         keep = group.size - group.size // 2
         for first, own in by_set(group, measured):  # what experts lose adds up; nothing of theirs is weighted
             marks = weighted if group.sets == 1 else [False] * len(own)
-            problems = [_in_stream_units(m, w) for m, w in zip(own, marks, strict=True)]
+            wholes = measured if group.sets == 1 else own
+            problems = [_in_stream_units(*items) for items in zip(own, wholes, marks, strict=True)]
             selection = select_greedy(problems, 0, SELECTION_RIDGE)
             errors += np.concatenate([[0.0], np.maximum.accumulate(selection.errors)])[::-1]
             worth_of = np.empty(group.size)
@@ -114,7 +115,7 @@ class _CurveRun(DenseRun):
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
         lost = self.difference(self.repaired(group, measured, np.concatenate(half)), group.end) if self.probing else None
-        deviation = self.score.deviation(measured, values) if group.sets == 1 else None
+        deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
         self.note(group, errors, values, lost, errors[keep], deviation)
 
     def note_logits(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
@@ -141,16 +142,22 @@ class _CurveRun(DenseRun):
         self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
 
 
-def _in_stream_units(item: Measured, weighted: bool) -> Problem:
-    """Returns the problem scaled so that an error of 1 is the variance of the stream (or of the output alone)."""
-    statistics, columns = item.statistics, item.weight.shape[1]
+def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:
+    """Returns the problem scaled so that an error of 1 is the variance of the stream (or of the output alone).
+
+    Args:
+        item: the channels of blocks.
+        whole: with those of none.
+        weighted: whether the moments are, by the stream.
+    """
+    statistics, columns = whole.statistics, whole.weight.shape[1]
     if weighted:
         # The moments are means over weighted rows, sum w x^2 / sum w with w = 1 / variance; the error is sum w e / rows.
         scale = item.target_scale**2 * statistics.count / (item.moments.count * columns)
     else:
-        power = float(np.vdot(item.weight, statistics.covariance @ item.weight))
+        power = float(np.vdot(whole.weight, statistics.covariance @ whole.weight))
         scale = 1.0 / power if power > 0 else 0.0
-    return Problem(statistics.covariance, [item.weight], item.owners, scale)
+    return Problem(item.covariance, [item.weight], item.owners, scale)
 
 
 def curve_report(groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve]) -> dict[str, Any]:

@@ -203,6 +203,7 @@ class SegmentRun:
         self.kept: list[KeptGroup] = []
         self.stack: Any = None
         self.unseen: dict[str, list[int]] = {}
+        self.seen_at: dict[int, NDArray[np.bool_]] = {}
         self.written: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self.rng = np.random.default_rng(options.seed)
         self.steps, self.step = (len(segments) + bool(wide)) * len(self.data.batches), 0
@@ -284,6 +285,7 @@ class SegmentRun:
             first: the segment's first node: what is alive there is kept for the next segment; None keeps nothing.
         """
         taps = self.taps(groups)
+        self.seen_at = {f: self.rewriter.mask(f) for f in {c.uses[0].width for g in groups for c in g.consumers}}
         parts = self.parts(groups, taps, first)
         moments: dict[Place, Moments] = {}
         waiting = ArrayStore(self.memory.store.folder)
@@ -437,7 +439,8 @@ class SegmentRun:
         if turn is None:
             blocks = self.select(group, measured, keep)
         else:
-            sets = np.unique(np.concatenate([c.owners for c in consumers]) // group.size)
+            owners = np.concatenate([c.owners for c in consumers])
+            sets = np.unique(owners[owners >= 0] // group.size)
             blocks = (sets[:, None] * group.size + np.arange(keep)).reshape(-1)
         rows = [moments[key].count for key in _keys(group)]  # all of an activation, or those of each expert
         details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rotated": turn is not None}
@@ -530,6 +533,14 @@ class SegmentRun:
 
     # -- what is left -----------------------------------------------------------------------------------------------
 
+    def still(self, consumer: Consumer, moments: Moments) -> Moments:
+        """Returns the moments of a consumer's input without what has gone, of other groups, since it was measured."""
+        width = consumer.uses[0].width
+        now = self.rewriter.mask(width)
+        if now.sum() == moments.width:
+            return moments
+        return moments.part(np.flatnonzero(now[self.seen_at[width]]))
+
     def left(self, consumer: Consumer) -> Consumer:
         """Returns a consumer without the positions that went with a group before."""
         mask = self.rewriter.mask(consumer.uses[0].width)
@@ -553,6 +564,7 @@ class SegmentRun:
             own = moments[place_of(u, -1 if consumer.expert is None else consumer.expert)]
             pooled = own if pooled is None else pooled.merge(own)
         assert pooled is not None
+        pooled = self.still(consumer, pooled)
         value = np.asarray(use.holder.inputs[use.weight_position].values)
         if consumer.expert is not None:
             weight = np.moveaxis(value[consumer.expert], use.weight_axis - 1, 0)
@@ -643,9 +655,12 @@ def blamed(groups: Sequence[ChannelGroup]) -> Iterator[None]:
 
 
 def by_set(group: ChannelGroup, measured: Sequence[Measured]) -> Iterator[tuple[int, Sequence[Measured]]]:
-    """Yields for each index set of a group the number of its first block, and what is known of its consumers there."""
+    """Yields for each index set of a group the number of its first block, and what is known of its consumers there.
+
+    Channels of no block are left out.
+    """
     if group.sets == 1:
-        yield 0, measured
+        yield 0, [item.owned() for item in measured]
         return
     for first in range(0, group.sets * group.size, group.size):
         parts = [part for part in (item.part(first, group.size) for item in measured) if part.owners.size]

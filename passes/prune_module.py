@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from liar_opt.frontend.fx_module import (
     BATCH,
@@ -271,6 +272,7 @@ class _TorchRun(SegmentRun):
         super().__init__(options, state, wide, segments)
         assert isinstance(state.model, FxModel)
         self.executor = Executor(state.model, device_of(state.model))
+        self.gradients: NDArray[np.float64] | None = None
 
     def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[Place, Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
@@ -317,12 +319,14 @@ class _TorchRun(SegmentRun):
             )
         return InternalError(f"torch fails on a part of the model: {said}")
 
+    def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
+        """Finds the gradients of the group, where there are any, and goes on as usual."""
+        self.gradients = self.state.facts.get("gradients", {}).get(group.name)
+        super().prune(group, moments)
+
     def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
-        """Adds the gradients of the consumer's group, where there are any."""
-        item = super().measured(consumer, moments)
-        found: dict[str, Any] = self.state.facts.get("gradients", {})
-        own = (g for g in self.state.groups if any(consumer.uses == c.uses for c in g.consumers))
-        return replace(item, gradients=next((found[g.name] for g in own if g.name in found), None))
+        """Adds the gradients of the group."""
+        return replace(super().measured(consumer, moments), gradients=self.gradients)
 
     def _moments(self, tap: Tap, values: Mapping[str, Any], index: int) -> BatchMoments:
         mask = self.data.row_masks[index]
