@@ -43,6 +43,8 @@ MOVES = ("Reshape", "Dropout", "Identity", "view", "_unsafe_view", "view_copy", 
 TRIANGLE_FROM = 512
 """Widths from here on compute X^T X by blocks of the upper triangle."""
 BLOCKS = 6
+ARITHMETIC = ("Add", "Div", "Max", "Min", "Mod", "Mul", "Sub")
+"""Operators on sizes whose result is as long as the longest of what they read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,10 +364,19 @@ def _length(walk: GraphWalk, tensor: gs.Tensor) -> int | None:
         if whole is None or known is None:
             return None
         return len(range(whole)[slice(known[0][0], known[1][0], (known[3] or [1])[0])])
+    if node.op in ARITHMETIC:
+        lengths = [_length(walk, source) for source in node.inputs if not _is_number(walk, source)]
+        return None if None in lengths else max((n for n in lengths if n is not None), default=None)
     if node.op == "Concat":
         parts = [_length(walk, part) for part in node.inputs]
         return sum(p for p in parts if p is not None) if None not in parts else None
     return None
+
+
+def _is_number(walk: GraphWalk, tensor: gs.Tensor) -> bool:
+    """Returns whether a tensor is known to be one number, of no axes."""
+    value = tensor.values if is_constant(tensor) else walk.values.get(tensor.name)
+    return value is not None and np.ndim(value) == 0
 
 
 def names_read(node: gs.Node) -> set[str]:

@@ -89,6 +89,26 @@ def test_sizes_that_come_from_outside() -> None:
         np.testing.assert_allclose(run(rest, alive)["y"], oracle.run(proto, feeds)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_sizes_from_outside_that_were_computed_with() -> None:
+    """Half of a target is a product of sizes: unknown lengths would make the target's length, and so the rank, unknown."""
+    text = """f (float[b, s, 6] x) => (float[n, 3, c] y) {
+        u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)  n = Shape(z)  first = Slice(n, zero, one)  rows = Mul(first, seven)
+        last = Slice(n, one, two)  more = Add(last, nought)  wide = Mul(more, lone)  t = Concat<axis=0>(rows, wide)
+        whole = Concat<axis=0>(t, three)  r = Reshape(z, whole)  y = Transpose<perm=[0, 2, 1]>(r) }"""
+    values = {"zero": [0], "one": [1], "two": [2], "seven": [7], "nought": [0], "lone": 1, "three": [3]}
+    weights: graphs.Weights = {"w1": (6, 11), "w2": (11, 21), **{n: np.asarray(v) for n, v in values.items()}}
+    proto = graphs.parse(text, weights)
+    _, state, _ = graphs.analyse(proto)
+    feeds = graphs.feeds_of(proto, {"b": 2, "s": 5})
+    nodes = state.model.graph.nodes
+    middle = next(i for i, n in enumerate(nodes) if n.op == "Concat" and "whole" in {t.name for t in n.outputs})
+    alive = run(extract(state, 0, middle, live_tensors(state, middle), {}), feeds, arrays=False)
+    types = {name: element_type(value) for name, value in alive.items()}
+    rest = extract(state, middle, len(nodes), ["y"], types)
+    assert {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in rest.model.graph.input}["t"] == [2]
+    np.testing.assert_allclose(run(rest, alive)["y"], oracle.run(proto, feeds)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_groups_that_share_weights_over_others_are_wide() -> None:
     shared = BLOCK.replace("w{0}", "w").replace("v{0}", "v")
     text = f"f (float[b, s, 6] x0, float[b, s, 1] mask) => (float[b, s, 6] x3) {{ {shared.format(0, 1)}\n {BLOCK.format(1, 2)}\n {shared.format(2, 3)} }}"
