@@ -99,6 +99,10 @@ class DenseRun(SegmentRun):
             patches.append(Patch(consumer.uses, weight, repaired.bias))
         return patches
 
+    def behind(self, group: ChannelGroup) -> int:
+        """Returns the position of the last node that reads a group's dimension, in the graph as it is now."""
+        return max(self.position(r.node) for r in group.readings)
+
     def difference(self, patches: Sequence[Patch | ConstantPatch], behind: int | None = None) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
 

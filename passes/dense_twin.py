@@ -11,7 +11,7 @@ as Y ~ x~_U W' + b', by the cross moments E[x~^T Y] and a ridge that pulls towar
 (`runtime.solve.fit_dense_target`). Both models run on the same batches; rows of inputs and outputs are taken to the host.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,10 @@ class _Aim:
     terms: tuple[str, ...]
     weight: Array
     output: str
+
+    def alike(self, pruned: dict[str, Any], dense: dict[str, Any]) -> bool:
+        """Says whether what is read of both models has one shape; not where the stream itself was cut."""
+        return all(pruned[n].shape == dense[n].shape for n in (self.output, *self.terms))
 
     def rows(self, values: dict[str, Any], name: str, axis: int, mask: NDArray[np.bool_] | None) -> Array:
         """Lays a tensor out as the rows that count."""
@@ -140,6 +144,8 @@ class TwinRun(SegmentRun):
 
     def add(self, moments: Moments, aim: _Aim, index: int, pruned: dict[str, Any], dense: dict[str, Any]) -> bool:
         """Adds one batch of one use; says whether its rows could be laid side by side."""
+        if not aim.alike(pruned, dense):
+            return False
         mask, axis = self.data.row_masks[index], aim.use.output_axis
         x = aim.rows(pruned, aim.tap.tensor, aim.tap.axis, mask)  # [r, n]
         now, then = (aim.rows(v, aim.output, axis, mask) for v in (pruned, dense))  # [r, m]
@@ -182,7 +188,8 @@ class TwinRun(SegmentRun):
         place = {n.name: i for i, n in enumerate(nodes)}
         start = 0 if self.twin_at is None else place[self.twin_at]
         last = next(n for n in reversed(self.walk.model.graph.nodes[:stop]) if n.name in place)
-        names = [] if first is None else live_tensors(self.twin, place[first.name])
+        at = None if first is None else self.counterpart(first, place)
+        names = [] if at is None else live_tensors(self.twin, place[at])
         types = {name: element_type(value) for name, value in self.twin_alive[0].items()}
         fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in self.twin_alive[0]]
         session = load_segment(
@@ -192,7 +199,12 @@ class TwinRun(SegmentRun):
             alive = self.twin_alive[index]
             values = {**alive, **run_segment(session, {**feeds, **alive}, fresh, [n for n in fresh if n in wanted])}
             yield {n: as_array(values[n]) for n in wanted}
-            if first is not None:
+            if at is not None:
                 self.twin_alive[index] = {n: values[n] for n in names}
-        if first is not None:
-            self.twin_at = first.name
+        if at is not None:
+            self.twin_at = at
+
+    def counterpart(self, first: Any, place: Mapping[str, int]) -> str:
+        """Returns the dense model's node where a segment begins; an earlier sweep may have put ``first`` in."""
+        behind = self.walk.model.graph.nodes[self.position(first) :]
+        return next(str(n.name) for n in behind if n.name in place)

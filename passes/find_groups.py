@@ -10,8 +10,8 @@ it; where another such factor is outside it, the heads of one group ("grouped");
 or mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
 where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
 
-Of a concatenation each part is a dimension of its own: its layout is that of the part, and a consumer of the whole loses the
-rows of the part alone.
+Of a concatenation each part is a dimension of its own: its layout is that of the part, and a consumer of the whole loses
+the rows of the part alone.
 
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.

@@ -114,7 +114,8 @@ class _CurveRun(DenseRun):
                 worth_of = self.score.values(own, self.rng)
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
-        lost = self.difference(self.repaired(group, measured, np.concatenate(half)), group.end) if self.probing else None
+        patches = self.repaired(group, measured, np.concatenate(half)) if self.probing else []
+        lost = self.difference(patches, self.behind(group)) if self.probing else None
         deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
         self.note(group, errors, values, lost, errors[keep], deviation)
 
@@ -125,7 +126,7 @@ class _CurveRun(DenseRun):
         patches = [
             ConstantPatch((s.use.node, s.use.position), value) for s, value in self.bases.projected(group, turns.form)
         ]
-        lost = self.difference(patches, group.end) if self.probing else None
+        lost = self.difference(patches, self.behind(group)) if self.probing else None
         self.note(group, turns.lost, np.zeros(group.size), lost, turns.lost[keep])
 
     def note(

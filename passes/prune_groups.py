@@ -63,6 +63,7 @@ from liar_opt.runtime.subspaces import Basis
 
 Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
 """Groups that span others, and the segments of the rest."""
+Groups = tuple[ChannelGroup, ...]
 WEIGHTINGS = ("stream", "none")
 VALUE_CUTS = ("rotate", "select")
 LEAST_ROWS = 32
@@ -96,7 +97,7 @@ class ConsumerRepair:
 
 
 @dataclass(frozen=True)
-class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
+class PruneGroupsPass(Pass[tuple[Groups, ...]]):
     """Cut every group to the width allocated to it and fold the repair into its consumers.
 
     With kept U and removed M of a consumer y = x W + b:  W <- W_U + Q W_M,  b <- b + p W_M  (LIAR, arXiv 2407.13331).
@@ -139,20 +140,20 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
             raise InternalError("no calibration data")
         state.analysed()
 
-    def plan(self, state: State) -> tuple[Sweep, ...]:
-        """Returns the groups that span others and the segments of the rest: of queries and keys, of all, of values."""
+    def plan(self, state: State) -> tuple[Groups, ...]:
+        """Returns the groups that lose blocks, by sweep: of queries and keys, of all else, of values."""
         groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
-        walk = state.analysed()
         apart = {QUERY_KEY: 0, VALUES: 2}
         sweeps = [tuple(g for g in groups if apart.get(g.kind, 1) == turn) for turn in range(3)]
-        return tuple(plan_segments(walk, sweep) for sweep in sweeps if sweep)
+        return tuple(sweep for sweep in sweeps if sweep)
 
-    def apply(self, state: State, plan: tuple[Sweep, ...]) -> PassResult:
-        """Measures and cuts segment by segment."""
-        run = self._run(state, plan[0] if plan else ((), ()))
+    def apply(self, state: State, plan: tuple[Groups, ...]) -> PassResult:
+        """Measures and cuts segment by segment; each sweep's are planned on the graph that the one before has left."""
+        walk = state.analysed()
+        run = self._run(state, plan_segments(walk, plan[0] if plan else ()))
         run.over_all()
         for sweep in plan[1:]:
-            run.again(*sweep)
+            run.again(*plan_segments(walk, sweep))
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
@@ -194,6 +195,7 @@ class SegmentRun:
         self.batch = _probe_batch(self.walk, self.data)
         self.alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
         self.alive_at: Any = None
+        self.waiting: frozenset[int] = frozenset()  # leaf factors that this sweep is still to cut
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
         self.bases = BasisChange(self.walk, self.rewriter)
@@ -215,8 +217,10 @@ class SegmentRun:
         parts = (*((None,) if self.wide else ()), *self.segments)
         if self.memory.asked:
             self.require_room(parts)
-        for segment in parts:
+        for index, segment in enumerate(parts):
             groups, first = (self.wide, None) if segment is None else (segment.groups, segment.first)
+            to_come = (self.wide if s is None else s.groups for s in parts[index:])
+            self.waiting = frozenset(g.factor for own in to_come for g in own)
             self.number += 1
             if self.checkpoint is not None and self.number <= self.checkpoint.done:
                 self.replay(self.checkpoint, groups, first)
@@ -366,7 +370,8 @@ class SegmentRun:
             live_bytes(nodes, sizes) if sizes else widest + 4 * rows * sum(t.width for t in taps.values())
         )
         if first is not None:
-            between = len(self.data.batches) * sum(sizes.get(n, 0) for n in live_tensors(self.walk, self.position(first)))
+            names = live_tensors(self.walk, self.position(first), self.waiting)
+            between = len(self.data.batches) * sum(sizes.get(n, 0) for n in names)
             fixed += between if self.memory.keep(between) else 0
         if not self.memory.tight:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
@@ -375,7 +380,7 @@ class SegmentRun:
     def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[Place, Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
         start = 0 if self.alive_at is None else self.position(self.alive_at)
-        names = [] if first is None else live_tensors(self.walk, self.position(first))
+        names = [] if first is None else live_tensors(self.walk, self.position(first), self.waiting)
         made = [n for n in names if n not in self.alive[0]]
         types = {name: element_type(value) for name, value in self.alive[0].items()}
         extracted = extract(self.walk, start, stop, made, types, taps)

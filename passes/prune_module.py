@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.fx_module import (
@@ -53,8 +52,8 @@ from liar_opt.frontend.hf_checkpoint import (
 )
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_causal import is_causal
-from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, row_mask
+from liar_opt.frontend.onnx_model import is_constant
+from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, nodes_for, row_mask
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.axes import AxisAlgebra
@@ -277,11 +276,11 @@ class _TorchRun(SegmentRun):
     def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[Place, Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
         start = 0 if self.alive_at is None else self.position(self.alive_at)
-        names = [] if first is None else live_tensors(self.walk, self.position(first))
+        names = [] if first is None else live_tensors(self.walk, self.position(first), self.waiting)
         made = [n for n in names if n not in self.alive[0]]
         wanted = {*made, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
         wanted.update(term for t in taps if t.stream is not None for term in t.stream.terms)
-        nodes = _needed(self.walk.model.graph.nodes[start:stop], wanted)
+        nodes = nodes_for(self.walk.model.graph.nodes, start, stop, wanted, self.alive[0])
         result = {t.place: Moments(t.width) for t in taps}
         sums = {t.place: RunningMoments(result[t.place], t.bounds) for t in taps}
         for index, feeds in enumerate(self.data.batches):
@@ -351,16 +350,6 @@ def _finite(tap: Tap) -> Iterator[None]:
             f"activation '{tap.tensor}' has NaN or Inf on the calibration data; check the module on that data "
             "(float16 may overflow)"
         ) from err
-
-
-def _needed(nodes: Sequence[gs.Node], wanted: Iterable[str]) -> list[gs.Node]:
-    """Returns the nodes that ``wanted`` needs, in order."""
-    needed, result = set(wanted), []
-    for node in reversed(nodes):
-        if any(t.name in needed for t in node.outputs):
-            result.append(node)
-            needed.update(t.name for t in node.inputs if present(t) and not is_constant(t))
-    return result[::-1]
 
 
 @dataclass(frozen=True)
