@@ -2,8 +2,9 @@
 
     w = Mul(Cast(w_int8), scale)        w = Mul(Sub(Cast(w_uint8), zero), scale)        y = MatMul(x, w)
 
-Such a graph has no quantising operator, and ONNX Runtime computes ``w`` in float when it loads it. Converters from TensorFlow
-Lite write it, and exporters of modules that were quantised with torch alone. Folded, its file would be four times as large.
+Such a graph has no quantising operator, and ONNX Runtime computes ``w`` in float when it loads it. Converters from
+TensorFlow Lite write it, and exporters of modules that were quantised with torch alone. Folded, its file would be four
+times as large.
 """
 
 import onnx
@@ -17,7 +18,7 @@ UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr", "Mod"}
 CARRYING = {"Cast", "CastLike", "Concat", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 NARROW = {
     onnx.TensorProto.DataType.Value(name)
-    for name in onnx.TensorProto.DataType.keys()  # noqa: SIM118 - no dict: an enumeration of protobuf's
+    for name in onnx.TensorProto.DataType.keys()
     if name in ("INT8", "UINT8", "INT16", "UINT16")
     or name.startswith(("INT4", "UINT4", "INT2", "UINT2", "FLOAT8", "FLOAT4"))
 }
@@ -63,7 +64,7 @@ def _first(graph: onnx.GraphProto, outer: Constants, outer_kinds: Kinds) -> onnx
 
 
 def _kind(node: onnx.NodeProto, constants: Constants, kinds: Kinds) -> tuple[bool, bool] | None:
-    """Returns whether a node's result is float and was small integers; None where it is not computed from constants alone."""
+    """Returns whether what a node makes of constants is float and was small integers; None where it reads others."""
     data = node.input if node.op_type in ARITHMETIC | UNPACKING or node.op_type == "Concat" else node.input[:1]
     small = False
     for name in data:

@@ -168,8 +168,8 @@ class OnnxModel:
         node = hand_quantised_node(proto.graph)
         if node is not None:
             raise ModelError(
-                f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised: its weight is stored in small "
-                "integers behind a Cast; prune the float model and quantise the result"
+                f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised: its weight is stored in "
+                "small integers behind a Cast; prune the float model and quantise the result"
             )
         notes = [] if dense is None else [dense]
         named = {tensor.name for tensor in proto.graph.initializer}
@@ -315,7 +315,7 @@ class OnnxModel:
         return result
 
     def _exported_nodes(self) -> list[onnx.NodeProto]:
-        """Returns the nodes as protos; a branch holds its own initializers alone, and not those that it reads from outside."""
+        """Returns the nodes as protos; a branch holds its own initializers, and not those that it reads from outside."""
         result = [gs.exporters.onnx_exporter.OnnxExporter.export_node(node) for node in self.graph.nodes]
         for body in (body for node in nodes_within(result) for body in bodies_of(node)):
             own = [t for t in body.initializer if t.name in self.inside]
@@ -325,7 +325,7 @@ class OnnxModel:
 
     @functools.cached_property
     def inside(self) -> frozenset[str]:
-        """The initializers that lie in branches (of an If, Loop or Scan); what else a branch reads is of the graph around it."""
+        """The initializers that lie in branches (of an If, Loop or Scan); what else a branch reads is outside."""
         graph = self.graph if self.stored is None else self.stored.proto.graph
         if isinstance(graph, gs.Graph):
             return frozenset()
@@ -518,7 +518,7 @@ def _read_inside(node: gs.Node) -> Iterator[gs.Tensor]:
 
 
 def _keep_descriptions(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
-    """Copies to a model what graphsurgeon drops: its domain, version and descriptions, and those of its nodes and weights."""
+    """Copies to a model what graphsurgeon drops: domain, version, descriptions, those of nodes and weights included."""
     for name in ("domain", "model_version", "doc_string"):
         if source.HasField(name):
             setattr(target, name, getattr(source, name))
