@@ -22,6 +22,7 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
+from liar_opt.frontend.fold_weights import Left, fold_weights
 from liar_opt.frontend.hand_quantised import hand_quantised_node
 from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, side_by_side, unfold
 from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
@@ -125,6 +126,7 @@ class OnnxModel:
     stored: Stored | None = None
     resized: dict[str, dict[int, int]] = field(default_factory=dict)
     store: ArrayStore | None = None
+    computed: list[Left] = field(default_factory=list)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -396,14 +398,17 @@ class OnnxModel:
         """Returns an array as it is in the store; what is mapped already (read-only) stays where it is."""
         return self.store.put(value) if self.store is not None and value.flags.writeable else value
 
+    def _narrowed(self, node: gs.Node, name: str, values: np.ndarray, kind: np.dtype[Any]) -> gs.Constant:
+        return Narrow(name, values, np.dtype(kind), f"{name}/{np.dtype(kind).name}", node.name, self.settled)
+
     def normalise(self) -> int:
         """Brings the graph to the form that the analysis expects; returns the number of nodes removed.
 
         Constant nodes become initializers, Identity and no-op Dropout and Cast go, what depends on constants alone is
-        folded (so that a weight under a Transpose is stored transposed), an Einsum of a weight with several axes on a
-        side becomes a MatMul between Reshapes, what is repeated for several readers (a mask by heads, for all layers) is
-        repeated for each, nodes and tensors get unique names, dead nodes go. Sharing is kept: the same fold of the same
-        constant gives one constant.
+        folded (so that a weight under a Transpose is stored transposed; see ``fold_weights`` for those that are computed),
+        an Einsum of a weight with several axes on a side becomes a MatMul between Reshapes, what is repeated for several
+        readers (a mask by heads, for all layers) is repeated for each, nodes and tensors get unique names, dead nodes go.
+        Sharing is kept: the same fold of the same constant gives one constant.
         """
         graph = self.graph
         before = len(graph.nodes)
@@ -416,12 +421,15 @@ class OnnxModel:
         folded: dict[tuple[object, ...], list[gs.Constant]] = {}
         flat: dict[tuple[object, ...], tuple[gs.Constant, gs.Constant]] = {}
         outputs = {id(t) for t in graph.outputs}
-        for node in list(graph.nodes):
+        for node in graph.nodes:
             if node.op == "Constant" and node.domain in (None, *STANDARD) and len(node.outputs) == 1:
                 value = constant_value(node)
                 if value is not None and id(node.outputs[0]) not in outputs:
                     _replace(node.outputs[0], gs.Constant(node.outputs[0].name, value))
                     node.outputs.clear()
+        self.computed, untouched = fold_weights(graph, self._narrowed, self.settled)
+        for node in list(graph.nodes):
+            if node.op == "Constant":
                 continue
             if _is_identity(node) and id(node.outputs[0]) not in outputs:
                 _replace(node.outputs[0], node.inputs[0])
@@ -430,7 +438,8 @@ class OnnxModel:
                 continue
             if node.op == "Einsum" and node.domain in (None, *STANDARD):
                 graph.nodes.extend(_as_product(node, flat, names, self.settled))
-            _fold(node, folded, outputs, names, self.settled)
+            if id(node) not in untouched:
+                _fold(node, folded, outputs, names, self.settled)
         graph.cleanup(remove_unused_node_outputs=False)
         if self.merged is None:
             graph.toposort()

@@ -35,8 +35,8 @@ def densified(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, str | None]:
     if sum(sizes) > DENSE_LIMIT:
         largest = found[int(np.argmax(sizes))]
         raise ModelError(
-            f"sparse initializer '{largest.values.name}' and its like take {show_size(sum(sizes))} as dense weights, and at "
-            f"most {show_size(DENSE_LIMIT)} are read; give the model with dense weights, in a file of their own"
+            f"sparse initializer '{largest.values.name}' and its like take {show_size(sum(sizes))} as dense weights, and "
+            f"at most {show_size(DENSE_LIMIT)} are read; give the model with dense weights, in a file of their own"
         )
     stored = sum(tensor_bytes(t.values) + tensor_bytes(t.indices) for t in found)
     for graph in [result.graph, *(body for node in nodes_within(result.graph.node) for body in bodies_of(node))]:
