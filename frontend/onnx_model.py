@@ -183,6 +183,12 @@ class OnnxModel:
             proto.graph.input.extend(kept)
             proto.ir_version = max(proto.ir_version, 4)
             notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
+        parted = next((i.name for i in proto.graph.input if i.type.WhichOneof("value") not in (None, "tensor_type")), None)
+        if parted is not None:
+            raise ModelError(
+                f"input '{parted}' of {name} is no tensor (a sequence, map or optional), and liar-opt feeds tensors alone; "
+                "export the model with a tensor for each part"
+            )
         flat = unfold(proto, arrays)
         if flat is None:
             model = Stored(proto, arrays, source).model()
@@ -537,10 +543,12 @@ def _keep_descriptions(source: onnx.ModelProto, target: onnx.ModelProto) -> None
 
 def _describe(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
     target.metadata_props.extend(source.metadata_props)
-    made = {tuple(n.output): n for n in source.node}
+    made, named = {tuple(n.output): n for n in source.node}, {n.name: n for n in source.node if n.name}
     for node in target.node:
-        old = made.get(tuple(node.output))
-        if old is None or old.op_type != node.op_type:
+        # A node that got a bias behind it has another output now.
+        found = (made.get(tuple(node.output)), named.get(node.name))
+        old = next((n for n in found if n is not None and n.op_type == node.op_type), None)
+        if old is None:
             continue
         if old.doc_string:
             node.doc_string = old.doc_string
@@ -551,6 +559,7 @@ def _describe(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
     for tensor in target.initializer:
         if tensor.name in described:
             tensor.doc_string = described[tensor.name].doc_string
+            del tensor.metadata_props[:]  # those that lie in the proto have theirs
             tensor.metadata_props.extend(described[tensor.name].metadata_props)
 
 
