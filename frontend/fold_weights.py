@@ -23,7 +23,7 @@ from liar_opt.frontend.onnx_values import EVALUATORS, Array, Attributes, Evaluat
 
 STANDARD = (None, "", "ai.onnx")
 MOVES = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Shape"}
-"""What gives a weight another layout or type is folded wherever it is (``OnnxModel.normalise``)."""
+"""What gives a weight another layout or type. Where it alone reads that weight, ``OnnxModel.normalise`` folds it."""
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
 LARGER = "folded, it would make the file larger"
 LEAST_LIMIT = 1 << 12
@@ -181,6 +181,7 @@ HALVES = ("float16", "bfloat16")
 
 def fold_weights(
     graph: gs.Graph,
+    is_table: Callable[[gs.Node], bool],
     narrowed: Callable[[gs.Node, str, NDArray[Any], Any], gs.Constant],
     keep: Callable[[NDArray[Any]], NDArray[Any]],
 ) -> tuple[list[Left], set[int]]:
@@ -188,6 +189,7 @@ def fold_weights(
 
     Args:
         graph: the graph.
+        is_table: whether a node moves a table that is looked up as well, which is seen through where it stays.
         narrowed: makes a constant of a node's result (its name, its values) that is stored in a type.
         keep: puts new weights where they stay.
 
@@ -203,7 +205,9 @@ def fold_weights(
         results = [t for n in part for t in n.outputs if any(id(r) not in own for r in t.outputs)]
         readers = [(r, t) for t in results for r in t.outputs if id(r) not in own and _contracts(r, t)]
         sources = list({id(t): t for n in part for t in n.inputs if _is_constant(t)}.values())
-        if not readers or all(n.op in MOVES for n in part) or not any(map(_is_matrix, sources)):
+        if not readers or not any(map(_is_matrix, sources)):
+            continue
+        if all(n.op in MOVES for n in part) and (any(map(is_table, part)) or _alone(part, sources, ends)):
             continue
         reason = _fold_part(part, results, sources, ends, narrowed, keep)
         if reason is None:
@@ -259,6 +263,12 @@ def _parts(nodes: Sequence[gs.Node]) -> Iterator[list[gs.Node]]:
 def _contracts(node: gs.Node, tensor: gs.Tensor) -> bool:
     places = CONTRACTIONS.get(node.op, ()) if node.domain in STANDARD else ()
     return any(i < len(node.inputs) and node.inputs[i] is tensor for i in places)
+
+
+def _alone(part: Sequence[gs.Node], sources: Sequence[gs.Constant], ends: set[int]) -> bool:
+    """Returns whether a part is one node that alone reads what it moves."""
+    node = part[0]
+    return len(part) == 1 and all(id(t) not in ends and all(r is node for r in t.outputs) for t in sources if _is_matrix(t))
 
 
 def _fold_part(

@@ -370,7 +370,7 @@ class OnnxModel:
         """Yields shape and dtype, as stored, of all constants, those included that nodes and branches hold."""
         within = [n for g in self.graph.subgraphs(recursive=True) for n in g.nodes]
         held = (t for n in within for t in n.inputs if isinstance(t, gs.Constant) and t.name in self.inside)
-        for constant in itertools.chain(self.constants(), {id(t): t for t in held}.values()):
+        for constant in itertools.chain(self.constants(unread=True), {id(t): t for t in held}.values()):
             narrow = isinstance(constant, Narrow) and constant.stored is not None
             yield constant.shape, np.dtype(constant.stored.dtype if narrow else constant.dtype)
         for node in (*self.graph.nodes, *within):
@@ -433,7 +433,7 @@ class OnnxModel:
                 if value is not None and id(node.outputs[0]) not in outputs:
                     _replace(node.outputs[0], gs.Constant(node.outputs[0].name, value))
                     node.outputs.clear()
-        self.computed, untouched = fold_weights(graph, self._narrowed, self.settled)
+        self.computed, untouched = fold_weights(graph, _shares_table, self._narrowed, self.settled)
         for node in list(graph.nodes):
             if node.op == "Constant":
                 continue
@@ -672,7 +672,7 @@ def _is_looked_up(tensor: gs.Tensor) -> bool:
 
 def _shares_table(node: gs.Node) -> bool:
     """Returns whether a node makes, of embeddings, the weight of the head, or the other way round."""
-    large = [t for t in node.inputs if is_constant(t) and int(np.prod(t.shape, dtype=np.int64)) > SKELETON_LIMIT]
+    large = [t for t in node.inputs if is_constant(t) and sum(int(n) > 1 for n in t.shape) > 1]
     made = any(_is_looked_up(t) for t in node.outputs)
     return any(_is_looked_up(t) or (made and len(t.outputs) > 1) for t in large)
 

@@ -255,7 +255,8 @@ class Rewriter:
         node, position = places[0]
         old = node.inputs[position]
         readers = sum(t is old for n in {id(n): n for n in old.outputs}.values() for t in n.inputs)
-        shared = readers > len(set((id(n), p) for n, p in places))
+        given_out = any(t is old for t in self.graph.outputs)
+        shared = given_out or readers > len(set((id(n), p) for n, p in places))
         new = like(old, next(self._names) if shared else old.name, value)
         for n, p in places:
             n.inputs[p] = new

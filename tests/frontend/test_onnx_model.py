@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from liar_opt import prune
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import looked_up, vocabulary
+from liar_opt.passes.prune_model import inspect
 from liar_opt.runtime.errors import ModelError
 
 TEXT = "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"
@@ -196,11 +197,15 @@ def test_equal_folds_of_one_weight_stay_one_weight() -> None:
     assert first.input[1] == last.input[1]
 
 
-def test_other_folds_of_one_weight_are_others() -> None:
-    text = """f (float[b, 6] x) => (float[b, 6] y) { t = Transpose<perm=[1,0]>(w)  a = MatMul(x, t)  r = Relu(a)
+def test_other_folds_of_one_weight_are_not_stored_beside_it() -> None:
+    """Folded, the file would be larger; the weight that stays computed is named."""
+    text = """f (float[b, 6] x) => (float[b, 7] y) { t = Transpose<perm=[1,0]>(w)  a = MatMul(x, t)  r = Relu(a)
         y = MatMul(r, w) }"""
-    _, out = normalised(text, {"w": (6, 6)})
-    assert len(out.graph.initializer) == 2
+    proto, out = normalised(text.replace("float[b, 7]", "float[b, 6]"), {"w": (6, 6)})
+    assert len(out.graph.initializer) == 1
+    (refusal,) = (r for r in inspect(proto).refusals if "is computed" in r.reason)
+    assert refusal.reason.endswith("(node 'Transpose_0', Transpose): folded, it would make the file larger")
+    assert refusal.nodes == ("MatMul_1",)
 
 
 def test_a_table_that_is_also_multiplied_is_stored_once() -> None:
@@ -320,12 +325,14 @@ def test_a_value_beyond_the_narrow_type_is_stored_wide() -> None:
 
 
 def test_two_forms_of_one_narrow_weight_have_names_of_their_own() -> None:
-    text = """f (float[b, 6] x) => (float[b, 6] y) { w = Cast<to = 1>(w_h)  t = Transpose<perm=[1,0]>(w)  u = MatMul(x, w)
-        h = Relu(u)  y = MatMul(h, t) }"""
-    proto = graphs.parse(text, {"w_h": np.random.default_rng(0).standard_normal((6, 11)).astype(np.float16)})
+    text = """f (float[b, 6] x) => (float[b, 6] y) { w = Cast<to = 1>(w_h)  p = Slice(w, zero, four, one)  q = Slice(w, four, six, one)
+        u = MatMul(x, k)  h = Relu(u)  a = MatMul(h, p)  c = MatMul(h, q)  y = Concat<axis = 1>(a, c) }"""
+    bounds = {name: np.asarray([value]) for name, value in (("zero", 0), ("four", 4), ("six", 6), ("one", 1))}
+    weight = np.random.default_rng(0).standard_normal((11, 6)).astype(np.float16)
+    proto = graphs.parse(text, {"w_h": weight, "k": (6, 11), **bounds})
     out = graphs.prove(proto, {"b": 3})
     onnx.checker.check_model(out)
-    assert [t.data_type for t in out.graph.initializer] == [TensorProto.FLOAT16] * 2
+    assert [t.data_type for t in out.graph.initializer if len(t.dims) == 2].count(TensorProto.FLOAT16) == 2
     assert len({n.name for n in out.graph.node}) == len(out.graph.node)
 
 
