@@ -48,11 +48,11 @@ def _is_constant(tensor: object) -> bool:
 
 
 def _is_float(dtype: Any) -> bool:
-    return np.dtype(dtype).kind == "f" or np.dtype(dtype).name == "bfloat16"
+    return bool(np.dtype(dtype).kind == "f" or np.dtype(dtype).name == "bfloat16")
 
 
 def _is_matrix(tensor: gs.Constant) -> bool:
-    return not isinstance(tensor.dtype, int) and _is_float(tensor.dtype) and sum(int(n) > 1 for n in tensor.shape) > 1
+    return not isinstance(tensor.dtype, int) and _is_float(tensor.dtype) and bool(sum(int(n) > 1 for n in tensor.shape) > 1)
 
 
 def _bytes(tensor: gs.Constant) -> int:
@@ -120,7 +120,7 @@ OPERATORS: dict[str, Evaluator] = {
     "ReduceMean": _norm(np.mean),
     "LpNormalization": _lp_normalization,
     "Clip": _clip,
-    "Shape": lambda i, a: [np.asarray(np.shape(i[0])[a.get("start", 0) : a.get("end")], np.int64)],
+    "Shape": lambda i, a: [np.asarray(np.asarray(i[0]).shape[a.get("start", 0) : a.get("end")], np.int64)],
     "Sum": _sum,
     "Exp": _unary(np.exp),
     "Log": _unary(np.log),

@@ -51,7 +51,8 @@ def _first(graph: onnx.GraphProto, outer: Constants, outer_kinds: Kinds) -> onnx
         elif node.op_type in CONTRACTIONS and node.domain in ("", "ai.onnx"):
             operands = [node.input[i] for i in CONTRACTIONS[node.op_type] if i < len(node.input)]
             if any(kinds.get(name) == (True, True) for name in operands):
-                return node
+                first: onnx.NodeProto = node
+                return first
         elif node.op_type in ARITHMETIC | UNPACKING | CARRYING and node.output:
             kind = _kind(node, constants, kinds)
             if kind is not None:

@@ -131,7 +131,8 @@ def test_what_grows_is_not_made() -> None:
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 def test_operators_as_onnx_runtime_computes_them(kind: type) -> None:
     rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal(s).astype(kind) for s in ((3, 5), (5, 4)))
+    a: np.ndarray = rng.standard_normal((3, 5)).astype(kind)
+    b: np.ndarray = rng.standard_normal((5, 4)).astype(kind)
     cases = [
         *(
             (op, [a], {"axes": [1], "keepdims": k})

@@ -34,20 +34,25 @@ def integers(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     ],
 )
 def test_a_dequantised_weight_is_refused(text: str, dtype: type) -> None:
-    weights = {"q": integers((6, 11), dtype), "s": SCALES, "zero": np.asarray(3, dtype), "w2": (11, 7)}
+    weights: graphs.Weights = {"q": integers((6, 11), dtype), "s": SCALES, "zero": np.asarray(3, dtype), "w2": (11, 7)}
     with pytest.raises(ModelError, match=r"\(MatMul\) .* is quantised: .*; prune the float model and quantise the result"):
         OnnxModel.from_proto(graphs.parse(HEAD + text, weights))
 
 
 def test_packed_integers_are_refused() -> None:
     text = f"{HEAD}m = BitwiseAnd(q, low)  {CAST}(m)  w = Mul(c, s)  {REST}"
-    weights = {"q": integers((6, 11), np.int32), "low": np.asarray(15, np.int32), "s": SCALES, "w2": (11, 7)}
+    weights: graphs.Weights = {
+        "q": integers((6, 11), np.int32),
+        "low": np.asarray(15, np.int32),
+        "s": SCALES,
+        "w2": (11, 7),
+    }
     with pytest.raises(ModelError, match="is quantised"):
         OnnxModel.from_proto(graphs.parse(text, weights, opset=18))
 
 
 def test_a_branch_and_a_function_are_looked_into() -> None:
-    weights = {"q": integers((6, 7), np.int8), "s": np.float32(0.1)}
+    weights: graphs.Weights = {"q": integers((6, 7), np.int8), "s": np.float32(0.1)}
     inner = f"g () => (float[b, 7] t) {{ {CAST}(q)  w = Mul(c, s)  t = MatMul(x, w) }}"
     text = f"f (float[b, 6] x, bool k) => (float[b, 7] y) {{ y = If (k) <then_branch = {inner}, else_branch = {inner.replace('g ()', 'e ()')}> }}"
     with pytest.raises(ModelError, match="is quantised"):

@@ -168,8 +168,8 @@ def in_parts(kind: str) -> onnx.ModelProto:
     if kind == "sequence":
         nodes.append(onnx.helper.make_node("SequenceConstruct", ["v", "x"], ["all"]))
     else:
-        labels = {"classlabels_strings": ["no", "yes", "may", "be", "not"]}
-        nodes.append(onnx.helper.make_node("ZipMap", ["v"], ["all"], domain="ai.onnx.ml", **labels))
+        labels = ["no", "yes", "may", "be", "not"]
+        nodes.append(onnx.helper.make_node("ZipMap", ["v"], ["all"], domain="ai.onnx.ml", classlabels_strings=labels))
         output = onnx.ValueInfoProto(name="all")
         held = output.type.sequence_type.elem_type.map_type
         held.key_type, held.value_type.tensor_type.elem_type = onnx.TensorProto.STRING, onnx.TensorProto.FLOAT
