@@ -262,7 +262,8 @@ def extract(
                     needed.update(_captured(value))
     nodes.reverse()
     made = {t.name for n in nodes for t in n.outputs}
-    constants = {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
+    constants = {t.name: t for t in graph.outputs if is_constant(t) and t.name in needed}
+    constants |= {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
     declared = {t.name: t for t in graph.inputs}
     tensors = {t.name: t for n in graph.nodes[:start] for t in n.outputs}
     inputs = []
