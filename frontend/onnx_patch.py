@@ -40,7 +40,8 @@ def patch_constant(
     for node, position in places:
         index, own = nodes[tuple(t.name for t in node.outputs)]
         replaced, own.input[position] = own.input[position], name
-        if not any(replaced in n.input for n in graph.node):  # ONNX Runtime wants no data that nobody reads
+        read = any(replaced in n.input for n in graph.node) or any(value.name == replaced for value in graph.output)
+        if not read:  # ONNX Runtime wants no data that nobody reads
             segment.weights.pop(replaced, None)
             graph.initializer.remove(next(t for t in graph.initializer if t.name == replaced))
         found.append((index, own))

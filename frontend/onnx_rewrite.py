@@ -18,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, present
+from liar_opt.frontend.onnx_model import is_constant, like, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, SKIPS
 from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, SizeUse
 from liar_opt.frontend.onnx_sizes import Mask, Place, Probe, counterparts, is_written, operands
@@ -271,7 +271,7 @@ class Rewriter:
         old = node.inputs[position]
         readers = sum(t is old for n in {id(n): n for n in old.outputs}.values() for t in n.inputs)
         shared = readers > len(set((id(n), p) for n, p in places)) or self._handed_out(old)
-        new = gs.Constant(next(self._names) if shared else old.name, value)
+        new = like(old, next(self._names) if shared else old.name, value)
         for n, p in places:
             n.inputs[p] = new
         return new

@@ -312,7 +312,8 @@ def extract(
     nodes = nodes_for(graph.nodes, start, stop, needed, types)
     needed = needed.union(*(names_read(n) for n in nodes))
     made = {t.name for n in nodes for t in n.outputs}
-    constants = {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
+    constants = {t.name: t for t in graph.outputs if is_constant(t) and t.name in needed}
+    constants |= {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
     declared = {t.name: t for t in graph.inputs}
     tensors = {t.name: t for n in graph.nodes[:start] for t in n.outputs}
     inputs = []

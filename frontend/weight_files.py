@@ -116,6 +116,9 @@ def lightened(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, NDArra
             continue
         arrays[tensor.name] = np.frombuffer(raw, numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
         light.graph.initializer.append(stub(tensor.name, tensor.data_type, tensor.dims))
+        if tensor.doc_string:
+            light.graph.initializer[-1].doc_string = tensor.doc_string
+        light.graph.initializer[-1].metadata_props.extend(tensor.metadata_props)
     return light, arrays
 
 
@@ -441,22 +444,25 @@ def _write_inside(light: onnx.ModelProto, arrays: Arrays, stream: BinaryIO) -> N
     """Writes the model with its data in it, field by field as protobuf orders them."""
     before, after = _split(light, GRAPH)
     head, tail = _split(light.graph, INITIALIZER)
-    parts: list[tuple[bytes, NDArray[Any] | None]] = []
+    parts: list[tuple[bytes, NDArray[Any] | None, bytes]] = []
     for tensor in light.graph.initializer:
         value = arrays.get(tensor.name)
         if value is None:
             content = tensor.SerializeToString()
-            parts.append((_tag(INITIALIZER) + _varint(len(content)) + content, None))
+            parts.append((_tag(INITIALIZER) + _varint(len(content)) + content, None, b""))
             continue
         first = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).SerializeToString()
         first += _tag(RAW_DATA) + _varint(value.nbytes)
-        parts.append((_tag(INITIALIZER) + _varint(len(first) + value.nbytes) + first, value))
-    size = len(head) + len(tail) + sum(len(p) + (0 if v is None else v.nbytes) for p, v in parts)
+        last = onnx.TensorProto(doc_string=tensor.doc_string or None, metadata_props=tensor.metadata_props)
+        end = last.SerializeToString()
+        parts.append((_tag(INITIALIZER) + _varint(len(first) + value.nbytes + len(end)) + first, value, end))
+    size = len(head) + len(tail) + sum(len(p) + (0 if v is None else v.nbytes) + len(e) for p, v, e in parts)
     _write(stream, before + _tag(GRAPH) + _varint(size) + head)
-    for part, value in parts:
+    for part, value, end in parts:
         _write(stream, part)
         if value is not None:
             _write(stream, as_bytes(value))
+        _write(stream, end)
     _write(stream, tail + after)
 
 

@@ -234,7 +234,7 @@ class Proof:
         except Exception as err:
             return f"the masked original fails ({_line(err)})"
         try:
-            found = session.run(cut_arrays(feeds, ends), list(expected), arrays=True)
+            found = session.run(cut_arrays(feeds, ends), self.outputs, arrays=True)
         except Exception as err:
             return f"the cut graph fails ({_line(err)})"
         for name, value in expected.items():

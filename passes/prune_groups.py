@@ -596,7 +596,8 @@ class SegmentRun:
         self._check_written(use, flat[kept], repaired)
         places = [(u.node, u.weight_position) for u in consumer.uses]
         value = use.laid_out(flat, old.shape)
-        self.rewriter.set_constant(places, value)
+        if not np.array_equal(value, old):  # written, a weight that others read would be stored twice
+            self.rewriter.set_constant(places, value)
         if np.any(repaired.bias):
             if use.bias[0] == "none":
                 raise OptionError(

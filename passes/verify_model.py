@@ -20,7 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.onnx_activations import live_bytes
-from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
+from liar_opt.frontend.onnx_model import Narrow, OnnxModel, Stored, is_constant, is_float, like
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, walk
 from liar_opt.frontend.sound_model import shown
@@ -96,6 +96,10 @@ class VerifyModelPass(Pass[None]):
         # The original first: what does not fit it (an image of another size, say) is no fault of the cut.
         theirs = cut_arrays(run_segment(masked, small, whole, whole), ends)
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
+        # An optional that is empty, say; the parts of sequences and maps have names of their own.
+        left_out = [o for o in whole if not any(name == o or name.startswith(f"{o}[") for name in theirs)]
+        if left_out:
+            facts["not_compared"] = left_out
         precision, what = least_precision(state.model), "cut against masked original"
         try:
             facts["exact_difference"] = require_close(ours, theirs, precision, what)
@@ -194,7 +198,7 @@ def project_queries(model: OnnxModel, query_forms: Sequence[QueryForm]) -> None:
             raise CheckError(f"a constant of the queries of node '{node.name}' was not found again in the original")
         value = np.array(old.values)
         value[np.ix_(*form.index)] = form.value
-        node.inputs[position] = gs.Constant(f"{old.name}/{node.name}/queries", value)
+        node.inputs[position] = like(old, f"{old.name}/{node.name}/queries", value)
 
 
 def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
@@ -345,8 +349,9 @@ def require_runs(state: State, session: Session, every: bool = False) -> None:
 
 
 def least_precision(model: OnnxModel) -> str:
-    """Returns the least precise type of a model's weights."""
-    names = {np.dtype(c.dtype).name for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1}
+    """Returns the least precise type of a model's weights, as they are stored."""
+    weights = [c for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1]
+    names = {np.dtype(c.kind if isinstance(c, Narrow) else c.dtype).name for c in weights}
     return next((p for p in PRECISION if p in names), "float32")
 
 

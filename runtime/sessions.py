@@ -260,7 +260,8 @@ class Session:
                 not this one.
 
         Returns:
-            The outputs by name.
+            The outputs by name. What is no tensor comes back in its parts, as arrays: ``all[0]``, ``all[1]`` of a sequence
+            ``all``, ``scores[yes]`` of a map or of one for each sample; what has no numbers or strings in it is left out.
         """
         names = list(self.outputs if outputs is None else outputs)
         to_host = set(names if arrays is True else arrays or ())
@@ -284,7 +285,30 @@ class Session:
         results = binding.get_outputs()
         if to_host and self.device == "cpu":  # one that is kept would keep all outputs of its run, in ONNX Runtime's vector
             to_host = set(names)
-        return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
+        if all(v.is_tensor() for v in results):
+            return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
+        found: dict[str, Any] = {}
+        for name, value, held in zip(names, results, binding.copy_outputs_to_cpu(), strict=True):
+            if value.is_tensor():
+                found[name] = held if name in to_host else value
+            else:
+                found |= tensors_within(name, held)
+        return found
+
+
+def tensors_within(name: str, value: Any) -> dict[str, NDArray[Any]]:
+    """Returns the arrays of a sequence or a map, each by the name of the output with its place or key behind it.
+
+    A sequence of maps with the same keys (a classifier's, one for each sample) gives one array for each key.
+    """
+    if isinstance(value, np.ndarray):
+        return {name: value}
+    if isinstance(value, list) and value and all(isinstance(v, dict) and v.keys() == value[0].keys() for v in value):
+        return {f"{name}[{key}]": np.asarray([v[key] for v in value]) for key in value[0]}
+    if isinstance(value, (list, dict)):
+        places = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for place, part in places for k, v in tensors_within(f"{name}[{place}]", part).items()}
+    return {name: np.asarray(value)} if isinstance(value, (bool, int, float, str, np.generic)) else {}
 
 
 def _with_inputs(model: bytes | Path, names: Collection[str] | None) -> bytes:
@@ -340,5 +364,6 @@ __all__ = [
     "operator_libraries",
     "refusal_of",
     "resolve_provider",
+    "tensors_within",
     "unknown_operators",
 ]

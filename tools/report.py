@@ -83,6 +83,9 @@ def footnotes(report: Report) -> Iterator[str]:
     if check.get("uneven"):
         others = ", ".join(f"'{name}'" for name in check["uneven"])
         yield f"(2) {others}: the size depends on the data and is another now; compared as far as both go"
+    if check.get("not_compared"):
+        others = ", ".join(f"'{name}'" for name in check["not_compared"])
+        yield f"(2) {others}: holds no numbers or texts here and was not compared"
     if data.get("gap") is not None:
         yield f"calibration: endlessly more samples would take about {100 * data['gap']:.0f} % off the repair's error"
     yield (

@@ -323,3 +323,17 @@ def test_a_bias_of_one_number_becomes_a_vector_that_later_cuts_follow() -> None:
     rewriter.cut({second.factor: [0, 5, 12]})
     (gemm,) = (n for n in model.graph.nodes if n.op == "Gemm")
     np.testing.assert_allclose(gemm.inputs[2].values, constants(proto)["one"] + np.asarray([[0.0, 5.0, 12.0]]), rtol=1e-6)
+
+
+def test_a_weight_that_is_an_output_keeps_its_value_there() -> None:
+    text = "f (float[b, 6] x) => (float[b, 7] y, float[11, 7] w2) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7)})
+    model, state, _ = graphs.analyse(proto)
+    rewriter = Rewriter(state)
+    node = next(n for n in model.graph.nodes if n.outputs[0].name == "y")
+    new = rewriter.set_constant([(node, 1)], np.zeros((11, 7), np.float32))
+    assert new.name != "w2"
+    out = model.to_proto()
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in out.graph.initializer}
+    np.testing.assert_array_equal(stored["w2"], onnx.numpy_helper.to_array(proto.graph.initializer[1]))
+    assert model.parameters() == sum(v.size for v in stored.values())

@@ -85,7 +85,7 @@ def test_what_cannot_be_loaded_is_said() -> None:
 
 
 def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(latency.sys, "executable", os.fspath(tmp_path / "none"))
+    monkeypatch.setattr("sys.executable", os.fspath(tmp_path / "none"))
     with pytest.raises(CannotTime, match="no process can be started"):
         measure_latency(deployed(), {"x": np.eye(2, dtype=np.float32)})
 
