@@ -697,10 +697,11 @@ def _analysed(state: State, observer: Observer | None = None, load: bool = False
     """
     try:
         # What folds constants first refuses those that are too large, which ONNX Runtime makes while it loads.
-        Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
+        normalised = Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
         if load and "dense session" not in state.facts:
             state.facts["dense session"] = Later(lambda: load_dense(state))
-        return Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
+        found = Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
+        return replace(found, refusals=(*normalised.refusals, *found.refusals))
     except InternalError as err:
         dense: Stored = state.facts["dense"]
         reason = why_invalid(dense.proto)
