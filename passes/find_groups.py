@@ -8,7 +8,8 @@ together ("ffn" too, with a run for a block), where it is a part of the channels
 groups, or changes places with another one in a channel shuffle, and no products of activations stand side by side along
 it; where another such factor is outside it, the heads of one group ("grouped"); with another that can be cut only outside,
 or mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
-where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
+where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone. What a recurrent operator
+reads, its own units of the step before among it, is "recurrent".
 
 Of a concatenation each part is a dimension of its own: its layout is that of the part, and a consumer of the whole loses
 the rows of the part alone.
@@ -39,7 +40,7 @@ from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.groups import KINDS, QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal
+from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
 POINTWISE = (
@@ -49,6 +50,7 @@ POINTWISE = (
     *("square tanh").split(),
 )
 """Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
+RECURRENT_OPERATORS = ("GRU", "LSTM", "RNN")
 LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
 PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
 BESIDE = "its consumer reads other dimensions in the same axis"
@@ -136,6 +138,8 @@ def find_groups(walk: GraphWalk) -> Found:
             continue
         leaves = _layout(algebra, uses[0].contracted, leaf)
         kind = _kind(leaves, leaf, set(consumers), mixed, runs)
+        if kind in KINDS and any(u.node.op in RECURRENT_OPERATORS for u in uses):
+            kind = RECURRENT
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
         if size < LEAST_SIZE:
@@ -177,7 +181,7 @@ def find_groups(walk: GraphWalk) -> Found:
             bent=_bent(walk, leaf, places[leaf].nodes, uses) if kind == VALUES else None,
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
-        cut = kind in (*KINDS, VALUES)
+        cut = kind in (*KINDS, VALUES, RECURRENT)
         if shared and outer is not None and kind != VALUES:
             refused[BESIDE, size].append(group.name)
             continue
@@ -187,7 +191,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if unfollowed is not None:
             refused[unfollowed, size].append(group.name)
             continue
-        (groups if kind in KINDS else values if kind == VALUES else others).append(group)
+        (groups if kind in KINDS else values if kind in (VALUES, RECURRENT) else others).append(group)
     queries = _queries(walk, rewriter, places, constants)
     refusals = [Refusal(reason, tuple(dict.fromkeys(nodes)), size) for (reason, size), nodes in refused.items()]
     for kind, reason in NOT_PRUNED.items():
