@@ -13,6 +13,7 @@ import oracle
 import pytest
 import streams
 import torch
+import transformers
 from graphs import Weights
 
 import liar_opt
@@ -383,3 +384,20 @@ def test_gradients_of_a_module_are_those_of_each_part() -> None:
     )
     (part,) = (g for g in result.report["groups"] if g["before"] == 17)
     assert part["kept"] == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_whose_configuration_says_the_width_of_all_parts(tmp_path: Path) -> None:
+    """SegFormer's head puts what four stages give side by side, each as wide as one field says."""
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        hidden_sizes=[16, 32, 40, 48], depths=[1] * 4, num_attention_heads=[1, 2, 4, 6], decoder_hidden_size=24
+    )
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "dense")
+    images = {"pixel_values": np.random.default_rng(0).standard_normal((4, 3, 64, 64)).astype(np.float32)}
+    result = liar_opt.prune(tmp_path / "dense", images, ffn=0.5, multiple_of=1, latency=False, batch_size=2)
+    assert [(g["before"], g["after"]) for g in result.report["groups"]] == [(24, 12)] * 5
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    result.save(tmp_path / "cut")
+    loaded, info = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "cut", output_loading_info=True)
+    assert loaded.config.decoder_hidden_size == 12
+    assert not info["missing_keys"] and not info["mismatched_keys"]
