@@ -136,7 +136,7 @@ def find_groups(walk: GraphWalk) -> Found:
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        leaves = _layout(algebra, uses[0].contracted, leaf)
+        leaves = layout(algebra, uses[0].contracted, leaf)
         kind = _kind(leaves, leaf, set(consumers), mixed, runs)
         if kind in KINDS and any(u.node.op in RECURRENT_OPERATORS for u in uses):
             kind = RECURRENT
@@ -340,15 +340,15 @@ def _name(use: ConsumerUse, kind: str) -> str:
     return f"{use.node.name} (units)" if use.activation in use.node.outputs else str(use.node.name)
 
 
-def _layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
+def layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
     """Returns the leaves of a factor, outermost first; of a concatenation those of the first part that has ``leaf``."""
     refinement = algebra.refinement(factor)
     if refinement is None or leaf not in algebra.leaves(factor):
         return algebra.leaves(factor)
     if refinement.kind == "concat":
         own = next((p for p in refinement.parts if leaf in algebra.leaves(p)), None)
-        return [leaf] if own is None else _layout(algebra, own, leaf)  # a part of one element has no leaves
-    return [other for part in refinement.parts for other in _layout(algebra, part, leaf)]
+        return [leaf] if own is None else layout(algebra, own, leaf)  # a part of one element has no leaves
+    return [other for part in refinement.parts for other in layout(algebra, part, leaf)]
 
 
 def _named_apart(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
