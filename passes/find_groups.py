@@ -97,11 +97,12 @@ class FindGroupsPass(Pass[None]):
         return PassResult(state, (), found.refusals)
 
 
-def find_groups(walk: GraphWalk) -> Found:
+def find_groups(walk: GraphWalk, known: bool = False) -> Found:
     """Returns the channel groups of an analysed graph and the refusals.
 
     Args:
         walk: the analysis, run to its end.
+        known: whether the same graph was looked at before: that the numbers follow a cut of each group is not asked again.
     """
     algebra = walk.algebra
     order = {id(node): i for i, node in enumerate(walk.model.graph.nodes)}
@@ -187,12 +188,12 @@ def find_groups(walk: GraphWalk) -> Found:
             continue
         if shared and kind == VALUES:  # the basis of what lies beside may change, too
             group = replace(group, bent=group.bent or BESIDE)
-        unfollowed = rewriter.check({leaf: range(1)}) if cut else None
+        unfollowed = rewriter.check({leaf: range(1)}) if cut and not known else None
         if unfollowed is not None:
             refused[unfollowed, size].append(group.name)
             continue
         (groups if kind in KINDS else values if kind in (VALUES, RECURRENT) else others).append(group)
-    queries = _queries(walk, rewriter, places, constants)
+    queries = _queries(walk, rewriter, places, constants, known)
     refusals = [Refusal(reason, tuple(dict.fromkeys(nodes)), size) for (reason, size), nodes in refused.items()]
     for kind, reason in NOT_PRUNED.items():
         left = [g for g in others if g.kind == kind]
@@ -234,7 +235,11 @@ def _bent(walk: GraphWalk, leaf: int, nodes: Sequence[Any], uses: Sequence[Consu
 
 
 def _queries(
-    walk: GraphWalk, rewriter: Rewriter, places: dict[int, "_Places"], constants: dict[int, list[ConstantUse]]
+    walk: GraphWalk,
+    rewriter: Rewriter,
+    places: dict[int, "_Places"],
+    constants: dict[int, list[ConstantUse]],
+    known: bool,
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Refusal, ...]]:
     """Returns the widths of queries and keys that can be cut, in execution order, and why others cannot."""
     algebra = walk.algebra
@@ -257,7 +262,7 @@ def _queries(
             if reason is not None or any(algebra.repeats(f, leaf) for f in axes):
                 raise Bent(reason or "it occurs twice in one axis")
             sides = operands_of(walk, products[0], leaf, outer, places[leaf].nodes)
-            unfollowed = rewriter.check({leaf: range(1)})
+            unfollowed = None if known else rewriter.check({leaf: range(1)})
             if unfollowed is not None:
                 raise Bent(unfollowed)
         except Bent as err:

@@ -215,7 +215,7 @@ class Proof:
         model = self.stored.model()
         model.normalise()
         analysed = walk(model, AxisAlgebra)
-        found = find_groups(analysed)
+        found = find_groups(analysed, known=True)
         data = CalibrationData(tuple(self.feeds), (None,) * len(self.feeds), 0, 0, "probes", (), True)
         state = State(model, data, self.state.device, memory=self.state.memory, walk=analysed)
         state.groups = tuple(g for g in (*found.groups, *found.values, *found.queries) if g.name in keep)
@@ -422,7 +422,7 @@ class Rehearsal(SegmentRun):
         """Cuts the groups of one segment, and makes the models that would measure them."""
         for group in groups:
             try:
-                taps = self.taps([group])
+                taps = self.taps([group], streams=False)
                 moments: dict[Place, Moments] = {place: MadeUpMoments(tap.width) for place, tap in taps.items()}
                 self.prune(group, moments)
             except (MemoryError, OSError):
