@@ -3,8 +3,8 @@
     python tools/dev/benchmark_time.py                      MiniLM and an encoder of base size
     python tools/dev/benchmark_time.py --models minilm --turns 1
 
-Each run of `--target latency` measures its table anew (error curves are measured once). Its model and the dense one are then
-timed by a program that knows nothing of liar-opt, each in processes of its own, in turns; so is the model that
+Each run of `--target latency` measures its table anew (error curves are measured once). Its model and the dense one are
+then timed by a program that knows nothing of liar-opt, each in processes of its own, in turns; so is the model that
 `--sparsity` gives when it removes as much. Timings want an idle machine; the busy loop is this script's own.
 """
 
@@ -113,7 +113,8 @@ def rows_of(name: str, work: Workplace, turns: int) -> list[list[str]]:
             if not loops:
                 wait_for_quiet(60)
             with busy(loops):
-                result = prune(model, **given, target=TARGET, seed=work.options.seed, provider="cpu", latency=True)
+                common: dict[str, Any] = {**given, "seed": work.options.seed, "provider": "cpu"}
+                result = prune(model, **common, target=TARGET)
                 share = 1.0 - result.report["prunable"]["after"] / result.report["prunable"]["before"]
                 ratio = prune(
                     model, **given, sparsity=round(share, 4), seed=work.options.seed, provider="cpu", latency=False
