@@ -28,7 +28,7 @@ from liar_opt.runtime.subspaces import Basis, copies, logit_forms, turn_values
 
 @dataclass(frozen=True, eq=False)
 class QueryForm:
-    """What one constant of the queries became, for the check: q U V^T instead of q, at the width that it had.
+    """What one constant of queries or keys became, for the check: q U or k V at the width that it had, zeros behind.
 
     Attributes:
         source: the constant.
@@ -131,14 +131,15 @@ class BasisChange:
 
     def turn_logits(self, group: ChannelGroup, queries: Array, keys: Array) -> None:
         """Writes changes of basis, [sets, d, d] each, into the constants of queries and keys."""
-        form = queries @ keys.transpose(0, 2, 1)
-        for source, value in self.projected(group, form):
+        sides = zip(group.operands, (queries, keys), strict=True)
+        turns = [(source, turn) for operand, turn in sides for source in operand.sources]
+        for source, turn in turns:
+            value = self._turned(group, source, turn)
             left = [np.flatnonzero(self.rewriter.mask(f)) for f in source.use.axes]
             inside = source.inside[left[source.axis]]
             left[source.axis] = left[source.axis][inside]
             self.query_forms.append(QueryForm(source, tuple(left), np.compress(inside, value, source.axis)))
-        sides = zip(group.operands, (queries, keys), strict=True)
-        self._turn(group, [(s, turn) for operand, turn in sides for s in operand.sources])
+        self._turn(group, turns)
 
     def owners(self, group: ChannelGroup, factor: int, inside: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Returns index set * size + channel for every position of an axis that is left, -1 where it is not the group's."""

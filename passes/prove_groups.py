@@ -260,11 +260,11 @@ class Reference:
 
     def __init__(self, state: State, part: Extracted) -> None:
         self.state, self.part = state, part
-        self.session = self._session(part.weights)
+        self.session = self._session(part.serialise(), part.weights)
         self._known: dict[int, dict[str, NDArray[Any]]] = {}
 
-    def _session(self, weights: Mapping[str, NDArray[Any]]) -> Session:
-        return Session(self.part.serialise(), self.state.device, weights, True, level="none")
+    def _session(self, model: bytes, weights: Mapping[str, NDArray[Any]]) -> Session:
+        return Session(model, self.state.device, weights, True, level="none")
 
     def run(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Returns what it gives on a probe."""
@@ -278,7 +278,7 @@ class Reference:
 
     @functools.cached_property
     def _moved(self) -> Session:
-        return self._session(rounded(self.part.weights))
+        return self._session(*rounded(self.part.serialise(), self.part.weights))
 
     @functools.cached_property
     def _optimized(self) -> Session:
@@ -289,7 +289,7 @@ class Reference:
         return self._optimized.run(feeds, arrays=True)
 
     def rounded(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """Returns what it gives with every large weight moved by its rounding error."""
+        """Returns what it gives with every weight moved by its rounding error."""
         return self._moved.run(feeds, arrays=True)
 
 
@@ -315,15 +315,17 @@ def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[
             full[np.ix_(*part.index)] = part.weight
         bias, place = spread_bias(repair, full.shape), (own[0].node.name, own[0].weight_position)
         patches[place] = own, full, bias + patches[place][2] if place in patches else bias
-    for own, full, bias in patches.values():
-        patch_consumer(whole, own, full, bias)
     forms: dict[tuple[str, int], NDArray[Any]] = {}
     for form in rehearsal.bases.query_forms:
         use = form.source.use
         value = forms.setdefault((use.node.name, use.position), np.array(nodes[use.node.name].inputs[use.position].values))
         value[np.ix_(*form.index)] = form.value
+    repaired = {(use.holder.name, use.weight_position) for own, _, _ in patches.values() for use in own}
     for (name, position), value in forms.items():
-        patch_constant(whole, [(nodes[name], position)], value)
+        if (name, position) not in repaired:  # what was repaired later is in that basis
+            patch_constant(whole, [(nodes[name], position)], value)
+    for own, full, bias in patches.values():
+        patch_consumer(whole, own, full, bias)
     return whole
 
 

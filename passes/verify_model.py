@@ -109,7 +109,7 @@ class VerifyModelPass(Pass[None]):
                 raise
             # A model that was hurt badly can magnify rounding: ask it how much, before blaming the cut.
             model, weights = reference.detached()
-            nudged = _load((model, rounded(weights)), state.device, "the masked original", lean)
+            nudged = _load(rounded(model, weights), state.device, "the masked original", lean)
             moved = cut_arrays(nudged.run(small, whole, arrays=True), ends)
             rounding = max(relative_difference(moved[name], value) for name, value in theirs.items())
             # Where all probabilities are tiny, the steps of a sigmoid are large beside them.
@@ -178,24 +178,25 @@ def _check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], 
 def masked_reference(dense: Stored, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> OnnxModel:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
-    Where the basis of values was changed, the new weight is one of low rank; queries are projected, keys stay as they were.
-    Made from the original file by node and input position, without the code that cuts.
+    Where the basis of values was changed, the new weight is one of low rank; queries and keys are q U and k V with zeros
+    behind, and what was repaired after that is in that basis. Made from the original file by node and input position,
+    without the code that cuts.
     """
     model = dense.model()
     model.normalise()
-    mask_model(walk(model, AxisAlgebra), repairs)
     project_queries(model, query_forms)
+    mask_model(walk(model, AxisAlgebra), repairs)
     return model
 
 
 def project_queries(model: OnnxModel, query_forms: Sequence[QueryForm]) -> None:
-    """Writes q U V^T over the constants of the queries of an original."""
+    """Writes q U and k V, at the width that they had, over the constants of the queries and keys of an original."""
     nodes = {n.name: n for n in model.graph.nodes}
     for form in query_forms:
         node, position = nodes[form.source.use.node.name], form.source.use.position
         old = node.inputs[position]
         if not is_constant(old):
-            raise CheckError(f"a constant of the queries of node '{node.name}' was not found again in the original")
+            raise CheckError(f"a constant of the queries or keys of node '{node.name}' was not found again in the original")
         value = np.array(old.values)
         value[np.ix_(*form.index)] = form.value
         node.inputs[position] = like(old, f"{old.name}/{node.name}/queries", value)
@@ -258,15 +259,21 @@ def _made_by(tensor: Any) -> str | None:
     return tensor.inputs[0].op if tensor.inputs else None
 
 
-def rounded(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns weights, each moved by its own rounding error, up or down at random."""
-    rng, weights = np.random.default_rng(0), {}
-    for name, value in arrays.items():
-        if is_float(value.dtype):
-            step = np.spacing(np.abs(value)).astype(value.dtype)
-            value = value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
-        weights[name] = value
-    return weights
+def rounded(model: bytes, arrays: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """Returns a model, and the data of its large weights, each weight moved by its rounding error, up or down at random."""
+    rng = np.random.default_rng(0)
+
+    def moved(value: Any) -> Any:
+        if not is_float(value.dtype) or value.size < 2:
+            return value
+        step = np.spacing(np.abs(value)).astype(value.dtype)
+        return value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
+
+    proto = onnx.ModelProto.FromString(model)
+    for tensor in proto.graph.initializer:
+        if tensor.name not in arrays:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(tensor)), tensor.name))
+    return proto.SerializeToString(), {name: moved(value) for name, value in arrays.items()}
 
 
 def _samples_that_fit(state: State) -> int:
