@@ -28,7 +28,7 @@ FIELDS = {
     "bart": {"encoder_ffn_dim", "decoder_ffn_dim"},
     "clip": {"intermediate_size"},  # of both parts
     "deepseek-v3": {"intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads"},
-    "dinov2": {"head_dim", "num_attention_heads"},  # its FFN is an integer multiple of the stream's width
+    "dinov2": {"head_dim", "num_attention_heads", "mlp_ratio"},  # an integer: its FFN is cut by halves
     "gemma3": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "gpt2": {"n_inner"},
     "llama": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
