@@ -626,7 +626,10 @@ def _shapes(module: torch.nn.Module, changes: Sequence[FieldChange], valid: bool
 
 def read_back(config: Any) -> Any:
     """Returns a configuration as it is after writing and reading; raises what its class raises where it is not valid."""
-    return type(config).from_dict(json.loads(config.to_json_string()))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        config.to_json_file(path)
+        return type(config).from_json_file(path)
 
 
 def refused(config: Any, changes: Sequence[FieldChange]) -> str | None:
