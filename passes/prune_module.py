@@ -768,15 +768,15 @@ def inspect_module(
 ) -> Inspection:
     """Finds the channel groups of a module; :func:`liar_opt.inspect` calls this.
 
-    Of a model of transformers those are listed that a checkpoint can say, as ``prune`` makes one of it; the others are
-    refused with a reason.
+    Of a folder those are listed whose widths the checkpoint can say that ``prune`` makes of it; others are refused with a
+    reason.
 
     Raises:
         ModelError: it cannot be loaded or traced.
         OptionError: nothing says what its inputs are.
     """
     state = _load(model, None, example, allow_pickle)
-    express_widths = [ExpressWidthsPass(required=False)] if state.facts["stock"] else []
+    express_widths = [] if state.facts["folder"] is None else [ExpressWidthsPass(required=False)]
     result = Pipeline(passes=[FindModuleGroupsPass(), *express_widths])(state)
     sayable: Sayable | None = state.facts.get("sayable")
     for group in state.groups if sayable is not None else ():
