@@ -42,6 +42,7 @@ LAYER_SIZES: dict[str, dict[str, tuple[str, ...]]] = {
     "Conv2d": {"weight": ("out_channels", "in_channels")},
     "Embedding": {"weight": ("num_embeddings", "embedding_dim")},
     "_NormBase": {"weight": ("num_features",)},
+    "GroupNorm": {"weight": ("num_channels",)},
 }
 """Attributes of layers that repeat the sizes of a parameter's axes: torch's own and transformers' Conv1D."""
 MOST_TOGETHER = 3

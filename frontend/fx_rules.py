@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.fx_module import DOMAIN
 from liar_opt.frontend.onnx_model import present
+from liar_opt.frontend.onnx_normalisation_rules import normalised_by_groups
 from liar_opt.frontend.onnx_rule_table import Axes, rule
 from liar_opt.frontend.onnx_rules import GraphWalk, einsum, experts_product
 from liar_opt.frontend.onnx_values import resolve_reshape
@@ -47,7 +48,8 @@ def _where(node: gs.Node, what: str) -> str:
 
 
 @rule(
-    *("__and__ __or__ __xor__ _to_copy abs acos add alias asin atan atan2 bitwise_and bitwise_not bitwise_or").split(),
+    *("__and__ __or__ __xor__ _to_copy abs acos acosh add alias asin asinh atan atan2 atanh bitwise_and").split(),
+    *("bitwise_not bitwise_or fill log10").split(),
     *("bitwise_xor ceil celu clamp clamp_max clamp_min clip clone contiguous copy cos cosh detach detach_ div").split(),
     *("dropout elu eq erf erfc exp expm1 feature_dropout floor floor_divide fmod ge gelu gt hardsigmoid").split(),
     *("hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2").split(),
@@ -116,6 +118,8 @@ def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[Any
         w.pin([a[-1]], _where(node, "contracted between two activations"))
         w.mix(a, b)
     batch = w.broadcast(a[:-2], b[:-2]) if a[:-2] or b[:-2] else ()
+    if not any(w.constant(node, i) is not None for i in (left, right)):
+        w.batched += batch
     result = (*batch, *(a[-2:-1] if len(a) > 1 else ()), *(b[-1:] if len(b) > 1 else ()))
     w.count(a[-1], *result)
     return result
@@ -147,6 +151,7 @@ def _convolution(w: GraphWalk, node: gs.Node) -> None:
     groups = int(node.attrs.get("groups", 1))
     if groups == 1:
         w.unify(x[1], weight[1])
+        w.channels += [x[1], weight[0]]
         if w.constant(node, 1) is None or any(k != 1 for k in kernel):
             w.pin([x[1]], _where(node, "input channels of a convolution that is no matrix product"))
         else:
@@ -185,6 +190,7 @@ def _attention(w: GraphWalk, node: gs.Node) -> None:
             w.pin(parts[1:], _where(node, f"heads of one group inside {node.op}"))
         else:
             heads = w.broadcast(heads, (groups,))
+    w.batched += [*batch, *heads]
     if mask is not None:
         w.pin(mask[-2:], where)
         w.broadcast((*batch, *heads), mask[:-2])
@@ -443,9 +449,13 @@ def _repeat_interleave(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(axes))
 
 
-@rule("pad", "constant_pad_nd", domain=DOMAIN)
+@rule(
+    *("pad", "constant_pad_nd"),
+    *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
+    domain=DOMAIN,
+)
 def _pad(w: GraphWalk, node: gs.Node) -> None:
-    axes, pads = list(_axes(w, node)), [int(p) for p in node.attrs["pad"]]
+    axes, pads = list(_axes(w, node)), [int(p) for p in node.attrs["pad" if "pad" in node.attrs else "padding"]]
     where = _where(node, "padded")
     for i in range(len(pads) // 2):
         extra = pads[2 * i] + pads[2 * i + 1]
@@ -632,6 +642,7 @@ def _channel_norm(w: GraphWalk, node: gs.Node) -> None:
         return
     if node.op == "instance_norm":
         w.pin(axes[2:], _where(node, f"{node.op} runs over it"))
+        w.channels.append(axes[1])
     for i in range(1, len(node.inputs)):
         vector = w.input_axes(node, i)
         if vector is not None:
@@ -641,28 +652,99 @@ def _channel_norm(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, tuple(w.fresh(s) for s in w.inferred[node.outputs[i].name]), i)
 
 
-@rule("group_norm", domain=DOMAIN)
+@rule("group_norm", "native_group_norm", domain=DOMAIN)
 def _group_norm(w: GraphWalk, node: gs.Node) -> None:
+    """Of channels whole groups may go; the native form says the sizes again, and gives mean and deviation of each group."""
     axes = _axes(w, node)
-    where = _where(node, f"{node.op} runs over it")
-    w.pin(axes[1:], where)
-    for i in range(1, len(node.inputs)):
-        w.pin(w.input_axes(node, i), where)
+    groups = normalised_by_groups(w, node, axes, 1, "num_groups" if node.op == "group_norm" else "group")
     w.output(node, axes)
+    if node.op == "native_group_norm":
+        w.size_use(node, ("attribute", "C", -1), axes[1])
+        for i in (1, 2):
+            w.output(node, (axes[0], w.fresh(int(node.attrs["group"])) if groups is None else groups), i)
 
 
 RESAMPLED = ("linear1d", "bilinear2d", "bicubic2d", "nearest1d", "nearest2d", "_nearest_exact1d", "_nearest_exact2d")
 
 
 @rule(
-    *(f"{kind}_pool{n}d" for kind in ("adaptive_avg", "avg", "max") for n in (1, 2)),
+    *(f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)),
+    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
     *(f"upsample_{kind}" if kind[0] != "_" else f"_upsample{kind}" for kind in RESAMPLED),
+    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
     domain=DOMAIN,
 )
 def _pool(w: GraphWalk, node: gs.Node) -> None:
+    """Indices of what was the largest count through the places of one channel, so that channels may go."""
     axes = _axes(w, node)
-    spatial = int(node.op[-2])
+    spatial = int(next(c for c in node.op[::-1] if c.isdigit()))
     where = _where(node, f"{node.op} runs over it")
     w.pin(axes[-spatial:], where)
     sizes = w.inferred[node.outputs[0].name][-spatial:]
-    w.output(node, (*axes[:-spatial], *(w.fresh(s, where) for s in sizes)))
+    for i in range(len(node.outputs)):
+        w.output(node, (*axes[:-spatial], *(w.fresh(s, where) for s in sizes)), i)
+
+
+# -- channels and places ----------------------------------------------------------------------------------------------
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", domain=DOMAIN)
+def _pixel_shuffle(w: GraphWalk, node: gs.Node) -> None:
+    """[.., c*n*n, h, w] <-> [.., c, h*n, w*n]: channels outermost, then the row and the column within a block."""
+    *batch, channels, high, wide = _axes(w, node)
+    where = _where(node, "a place within a block")
+    if node.op == "pixel_shuffle":
+        n = int(node.attrs["upscale_factor"])
+        depth, row, column = w.algebra.split(channels, [w.algebra.size(channels) // n**2, n, n])
+        w.pin([row, column], where)
+        w.output(node, (*batch, depth, w.algebra.merge([high, row]), w.algebra.merge([wide, column])))
+        return
+    n = int(node.attrs["downscale_factor"])
+    (high, row), (wide, column) = (w.algebra.split(f, [w.algebra.size(f) // n, n]) for f in (high, wide))
+    w.pin([row, column], where)
+    w.output(node, (*batch, w.algebra.merge([channels, row, column]), high, wide))
+
+
+@rule("channel_shuffle", domain=DOMAIN)
+def _channel_shuffle(w: GraphWalk, node: gs.Node) -> None:
+    """[b, groups*n, ..] -> [b, n*groups, ..]: one channel of every group goes with the others of its number."""
+    axes, count = _axes(w, node), int(node.attrs["groups"])
+    groups, rest = w.algebra.split(axes[1], [count, w.algebra.size(axes[1]) // count])
+    w.pin([groups], _where(node, "dealt out by channel_shuffle"))
+    w.output(node, (axes[0], w.algebra.merge([rest, groups]), *axes[2:]))
+
+
+@rule("im2col", "col2im", domain=DOMAIN)
+def _columns(w: GraphWalk, node: gs.Node) -> None:
+    """[.., c, h, w] <-> [.., c*places, blocks], as ``unfold`` and ``fold`` say."""
+    axes, where = _axes(w, node), _where(node, f"slid over by {node.op}")
+    kernel, sizes = [int(k) for k in node.attrs["kernel_size"]], w.inferred[node.outputs[0].name]
+    if node.op == "im2col":
+        *batch, channels = axes[:-2]
+        w.pin(axes[-2:], where)
+        places = [w.fresh(k, where) for k in kernel]
+        w.output(node, (*batch, w.algebra.merge([channels, *places]), w.fresh(sizes[-1], where)))
+        return
+    *batch, packed, blocks = axes
+    channels, *places = w.algebra.split(packed, [w.algebra.size(packed) // math.prod(kernel), *kernel])
+    w.pin([blocks, *places], where)
+    w.output(node, (*batch, channels, *(w.fresh(s, where) for s in sizes[-2:])))
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", domain=DOMAIN)
+def _grid_sampler(w: GraphWalk, node: gs.Node) -> None:
+    """X [b, c, ..] is read at the places of a grid [b, .., r]."""
+    axes, grid = _axes(w, node), _axes(w, node, 1)
+    w.unify(axes[0], grid[0])
+    w.pin([*axes[2:], *grid[1:]], _where(node, f"sampled by {node.op}"))
+    w.output(node, (*axes[:2], *grid[1:-1]))
+
+
+@rule("diagonal", domain=DOMAIN)
+def _diagonal(w: GraphWalk, node: gs.Node) -> None:
+    axes = _axes(w, node)
+    where = _where(node, "paired by diagonal")
+    paired = {int(node.attrs.get(name, i)) % len(axes) for i, name in enumerate(("dim1", "dim2"))}
+    w.pin([axes[d] for d in paired], where)
+    rest = [f for i, f in enumerate(axes) if i not in paired]
+    w.output(node, (*rest, w.fresh(w.inferred[node.outputs[0].name][-1], where)))

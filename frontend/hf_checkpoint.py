@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -15,11 +15,14 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from liar_opt.frontend.weight_files import within
 from liar_opt.runtime.compare import TOLERANCES, relative_difference
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
+from liar_opt.runtime.places import Places
+from liar_opt.runtime.whole_file import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +46,8 @@ LONGEST_LIST = 64
 """Entries of a list in a configuration that are looked at one by one."""
 BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*/config.json")
+WRITTEN = "liar_opt.json"
+"""The file of a checkpoint in which liar-opt says what it wrote: path within the folder -> SHA-256."""
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -84,13 +89,14 @@ def checkpoint_folder(path: str | Path, allow_pickle: bool) -> Path:
     """Returns the folder of a checkpoint; a hub name is downloaded into the hub's cache.
 
     Raises:
-        ModelError: there is no configuration, or no weights, or weights in pickle files alone; or it is an adapter, is
-            quantised, or needs code of its own.
+        ModelError: there is no configuration, or no weights, or weights in pickle files alone; a link leads out of it;
+            or it is an adapter, is quantised, or needs code of its own.
     """
     folder = Path(path)
     if not folder.is_dir():
         _require_plain(_download(str(path), ["*.json"]), path)
         folder = _download(str(path), [*BESIDE_WEIGHTS, "*.safetensors", *(PICKLES if allow_pickle else ())])
+    _check_links(folder)
     _require_plain(folder, path)
     if any(folder.glob("*.safetensors")):
         return folder
@@ -293,9 +299,26 @@ def _images(module: torch.nn.Module) -> torch.Tensor:
 
 
 def _tokens(config: Any) -> int:
+    return min([EXAMPLE_TOKENS, *_positions(config)])
+
+
+def _positions(config: Any) -> list[int]:
     names = ("max_position_embeddings", "max_target_positions", "n_positions")
     said = [getattr(c, n, None) for c in _configs(config) for n in names]
-    return min([EXAMPLE_TOKENS, *(n for n in said if isinstance(n, int) and n > 0)])
+    return [n for n in said if isinstance(n, int) and n > 0]
+
+
+def positions(module: torch.nn.Module) -> int | None:
+    """Returns for how many tokens a transformers model has positions, by its configuration; None where that says nothing.
+
+    A table of positions with a row for padding has no positions up to that row (RoBERTa's begin behind it).
+    """
+    import torch
+
+    said = _positions(module.config) if is_stock(module) else []
+    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None]
+    rows = [t.num_embeddings - int(t.padding_idx) - 1 for t in tables if t.num_embeddings in said]  # type: ignore[arg-type]
+    return min([*said, *(n for n in rows if n > 0)], default=None)
 
 
 def _sound(module: torch.nn.Module, name: str, pairs: bool) -> dict[str, torch.Tensor] | None:
@@ -655,20 +678,55 @@ def changed_config(config: Any, changes: Sequence[FieldChange]) -> Any:
 def check_folder(path: Path, source: Path | None, force: bool) -> None:
     """Checks that a checkpoint may be written to a folder.
 
+    Of a folder that exists everything must be what liar-opt wrote there (:data:`WRITTEN` says it, with digests): what
+    anybody else has put into it or has changed would be lost.
+
     Raises:
-        OptionError: it is the input, a file, no checkpoint, exists without ``force``, or its own folder does not exist.
+        OptionError: it is the input, a file, a link, not what liar-opt wrote, exists without ``force``, or its own folder
+            does not exist.
     """
     if source is not None and path.exists() and path.samefile(source):
         raise OptionError(f"output '{path}' is the input; choose another path, inputs are never written to")
-    if path.exists() and not path.is_dir():
-        raise OptionError(f"output '{path}' is a file; give the path of a folder, or one that ends in .onnx")
+    Places().folder(path, "output")
     filled = path.is_dir() and any(path.iterdir())
     if filled and not (path / "config.json").is_file():
         raise OptionError(f"folder '{path}' is no checkpoint and is not replaced; choose another path")
     if filled and not force:
         raise OptionError(f"output folder '{path}' exists; give --force to replace it or choose another path")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"folder '{path.absolute().parent}' of output '{path}' does not exist; make it first")
+    foreign = foreign_file(path) if filled else None
+    if foreign is not None:
+        raise OptionError(
+            f"output folder '{path}' holds '{foreign}', which liar-opt did not write, or not so, and which would be lost; "
+            "remove the folder or choose another path"
+        )
+
+
+def foreign_file(folder: Path) -> str | None:
+    """Returns the first entry of a folder that is not as liar-opt wrote it, as a path within it; None: there is none."""
+    try:
+        written = json.loads((folder / WRITTEN).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        written = {}
+    folders = {parent for name in written for parent in PurePosixPath(name).parents}
+    for entry in sorted(folder.rglob("*")):
+        name = entry.relative_to(folder).as_posix()
+        if name == WRITTEN and written:
+            continue
+        if entry.is_symlink() or (entry.is_dir() and PurePosixPath(name) not in folders):
+            return name
+        if not entry.is_dir() and (not entry.is_file() or written.get(name) != _digest(entry)):
+            return name
+    return None
+
+
+def _note_written(folder: Path) -> None:
+    files = {f.relative_to(folder).as_posix(): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    (folder / WRITTEN).write_text(json.dumps({"schema": 1, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def save_checkpoint(
@@ -682,6 +740,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint folder, whole or not at all, after loading it as anybody would.
 
+    Beside it :data:`WRITTEN` says what was written: that alone is removed when it is written again.
+
     Args:
         module: the pruned model.
         path: the folder.
@@ -691,7 +751,8 @@ def save_checkpoint(
         force: replace a folder that exists.
 
     Raises:
-        OptionError: the folder exists or cannot be written, or the configuration cannot say the widths.
+        OptionError: the folder exists, holds what liar-opt did not write, or cannot be written, or the configuration cannot
+            say the widths.
         CheckError: what was loaded again is not what was saved.
     """
     if not is_stock(module):
@@ -703,23 +764,16 @@ def save_checkpoint(
         raise OptionError(inexpressible(module))
     check_folder(path, source, force)
     writer: Any = module
-    temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        with quiet_loading():
-            writer.save_pretrained(temporary)
-        if source is not None:
-            _copy_beside(source, temporary)
-        _check_loads(module, temporary, example)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with whole_folder(path) as temporary:
+            with quiet_loading():
+                writer.save_pretrained(temporary)
+            if source is not None:
+                _copy_beside(source, temporary)
+            _check_loads(module, temporary, example)
+            _note_written(temporary)
     except OSError as err:
         raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
@@ -752,12 +806,38 @@ def inexpressible(
 
 def _copy_beside(source: Path, target: Path) -> None:
     """Copies what belongs to a model beside its weights: tokenizer, generation config, modules of sentence-transformers."""
+    for file in _beside(source):
+        place = target / file.relative_to(source)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+
+
+def _beside(source: Path) -> Iterator[Path]:
+    """Yields the files of a checkpoint that belong to a model beside its weights."""
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and re.match(r"\d+_", entry.name):
-            shutil.copytree(entry, target / entry.name)
+            yield from (file for file in sorted(entry.rglob("*")) if file.is_file())
         elif entry.is_file() and entry.suffix in BESIDE and not entry.name.endswith(".index.json"):
-            if not (target / entry.name).exists():
-                shutil.copy(entry, target / entry.name)
+            if entry.name != WRITTEN:
+                yield entry
+
+
+def _check_links(folder: Path) -> None:
+    """Checks that what is copied beside the weights lies in the folder, or among the blobs of the hub's cache.
+
+    A checkpoint from somebody else could name any file of its reader, which would be in the result.
+
+    Raises:
+        ModelError: a link leads out of it.
+    """
+    hub = [folder.resolve().parents[1] / "blobs"] if folder.resolve().parent.name == "snapshots" else []
+    for file in _beside(folder):
+        if not within(file, folder, *hub):
+            raise ModelError(
+                f"'{file}' is a link that leads out of the checkpoint's folder, to '{file.resolve()}'; put the file itself "
+                "there, or remove it"
+            )
 
 
 def _check_loads(module: torch.nn.Module, folder: Path, example: Mapping[str, torch.Tensor]) -> None:

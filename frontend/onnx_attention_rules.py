@@ -31,6 +31,7 @@ def _given(tensors: Sequence[gs.Tensor], *positions: int) -> bool:
 
 def _head_split(w: GraphWalk, node: gs.Node, factor: Factor, heads: Factor, width: int) -> Factor:
     """Splits ``factor`` into heads x width, unifies the heads and returns the width's factor."""
+    w.batched.append(heads)
     parts = w.algebra.split(factor, [w.algebra.size(heads), width])
     w.unify(parts[0], heads)
     return parts[1]
@@ -38,6 +39,7 @@ def _head_split(w: GraphWalk, node: gs.Node, factor: Factor, heads: Factor, widt
 
 def _share(w: GraphWalk, node: gs.Node, heads: Factor, groups: Factor) -> None:
     """Says that ``heads`` query heads, outermost by group, share ``groups`` key and value heads."""
+    w.batched += [heads, groups]
     repeat = w.algebra.size(heads) // max(1, w.algebra.size(groups))
     if repeat <= 1:
         w.unify(heads, groups)
@@ -205,6 +207,7 @@ def _multi_head_attention(w: GraphWalk, node: gs.Node) -> None:
     ):
         return
     heads = w.fresh(count)
+    w.batched.append(heads)
     w.size_use(node, ("attribute", "num_heads", -1), heads)
     for i in (4, 8):
         w.pin(w.input_axes(node, i), where)
@@ -359,6 +362,84 @@ def _attention_left_alone(w: GraphWalk, node: gs.Node) -> None:
         "Spa": "deals its sparse layouts to the heads in turn",
     }
     _refuse(w, node, reasons[node.op[:3]])
+
+
+@rule("GatedRelativePositionBias", domain=MICROSOFT)
+def _gated_relative_position_bias(w: GraphWalk, node: gs.Node) -> None:
+    """Query [b, s, heads*width], its bias, [1, heads, s, s], weight [width, gates], [gates], [1, heads, 1, 1]."""
+    query, query_bias, positions, weight, bias, scale = (w.input_axes(node, i) for i in range(6))
+    count = int(node.attrs.get("num_heads", 0))
+    reasons = (
+        (count <= 0, "without a number of heads"),
+        (_given(node.inputs, 6) or query is None or len(query) != 3, "reads packed sequences"),
+    )
+    assert query is not None and positions is not None
+    for holds, reason in reasons:
+        if holds:
+            w.give_up(node, f"{node.op} {reason}")
+            return
+    where = f"inside {node.op} (node '{node.name}')"
+    heads = w.fresh(count)
+    w.pin([_head_split(w, node, query[2], heads, w.algebra.size(query[2]) // count)], f"width of a head {where}")
+    if query_bias is not None:
+        w.unify(query_bias[0], query[2])
+    for axes in (positions, scale):
+        if axes is not None:
+            _unify_heads(w, node, axes, 1, heads)
+    w.pin(weight, where)
+    w.pin(bias, where)
+    w.size_use(node, ("attribute", "num_heads", -1), heads)
+    w.output(node, (query[0], heads, *positions[2:]))
+
+
+@rule("LinearAttention")
+@rule("LinearAttention", domain=MICROSOFT)
+def _linear_attention(w: GraphWalk, node: gs.Node) -> None:
+    """Query [b, s, heads*k], key [b, s, groups*k], value [b, s, groups*v], state [b, groups, k, v], decay, rate of change.
+
+    Each column of the state [k, v] is moved by itself, whatever the rule of its update, so that values may go too.
+    """
+    query, key, value, state, decay, rate = (w.input_axes(node, i) for i in range(6))
+    assert query is not None and key is not None and value is not None
+    counts = int(node.attrs.get("q_num_heads", 0)), int(node.attrs.get("kv_num_heads", 0))
+    if _refused(
+        w,
+        node,
+        (min(counts) <= 0 or counts[0] % counts[1], "whose heads are no multiple of its key heads"),
+        (node.attrs.get("state_window", 0), "with a window of states"),
+    ):
+        return
+    where = f"inside {node.op} (node '{node.name}')"
+    heads, groups = w.fresh(counts[0]), w.fresh(counts[1])
+    w.size_use(node, ("attribute", "q_num_heads", -1), heads)
+    w.size_use(node, ("attribute", "kv_num_heads", -1), groups)
+    width = w.algebra.size(query[2]) // counts[0]
+    widths = [_head_split(w, node, query[2], heads, width), _head_split(w, node, key[2], groups, width)]
+    column = _head_split(w, node, value[2], groups, w.algebra.size(value[2]) // counts[1])
+    w.unify(*widths)
+    _share(w, node, heads, groups)
+    w.unify(query[1], key[1])
+    w.unify(query[1], value[1])
+    if decay is not None:
+        if w.algebra.size(decay[2]) == counts[1]:
+            w.unify(decay[2], groups)
+        else:
+            w.unify(_head_split(w, node, decay[2], groups, w.algebra.size(decay[2]) // counts[1]), widths[1])
+    if rate is not None and w.algebra.size(rate[2]) == counts[1]:
+        w.unify(rate[2], groups)
+    if state is not None:
+        w.unify(state[1], groups)
+        w.unify(state[2], widths[1])
+        w.unify(state[3], column)
+        w.need(node, 3, 2, width)
+        w.need(node, 3, 3, w.algebra.size(column))
+    w.pin(widths, f"width of a head {where}")
+    w.pin(query[1:2], where)
+    w.mixed.append(column)
+    w.count(*query[:2], groups, widths[1], column)
+    w.count(*query[:2], heads, widths[0], column)
+    w.output(node, (*query[:2], w.algebra.merge([heads, column])))
+    w.output(node, (query[0], groups, widths[1], column), 1)
 
 
 # -- ai.onnx, opset 23 ----------------------------------------------------------------------------------------------

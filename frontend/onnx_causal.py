@@ -103,12 +103,22 @@ def _is_lower_triangle(tensor: gs.Constant) -> bool:
 
 def _counts(tensor: Any, roles: dict[str, str]) -> bool:
     """Whether a tensor of indices numbers positions."""
-    origin = _origin(tensor)
-    if not isinstance(origin, gs.Node):
-        return roles.get(origin.name) == "position"
-    if origin.op in ("Add", "Sub", "Mul"):  # behind a cache, or where a mask is
-        return any(_counts(t, roles) for t in origin.inputs if not is_constant(t))
-    return origin.op in ("Range", "CumSum") or (origin.op == "Slice" and _ascends(origin.inputs[0]))
+    waiting, seen = [tensor], set()
+    while waiting:
+        origin = _origin(waiting.pop())
+        if id(origin) in seen:  # what a node doubles is looked at once
+            continue
+        seen.add(id(origin))
+        if not isinstance(origin, gs.Node):
+            found = roles.get(origin.name) == "position"
+        elif origin.op in ("Add", "Sub", "Mul"):  # behind a cache, or where a mask is
+            waiting += [t for t in origin.inputs if not is_constant(t)]
+            continue
+        else:
+            found = origin.op in ("Range", "CumSum") or (origin.op == "Slice" and _ascends(origin.inputs[0]))
+        if found:
+            return True
+    return False
 
 
 def _ascends(tensor: Any) -> bool:

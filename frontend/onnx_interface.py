@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from liar_opt.frontend.hand_quantised import hand_quantised_node
 from liar_opt.frontend.onnx_causal import positions
 from liar_opt.frontend.onnx_model import OnnxModel, quantised_node, read_graph
 from liar_opt.frontend.onnx_rules import vocabulary
+from liar_opt.frontend.sparse_weights import densified
 from liar_opt.runtime.signatures import InputSpec
 
 
@@ -37,14 +39,15 @@ def read_interface(path: Path) -> Interface:
     Raises:
         ModelError: it cannot be read as ONNX.
     """
-    proto, _ = read_graph(path)
+    proto, _ = densified(read_graph(path)[0])
     weights = {t.name: t for t in proto.graph.initializer}
     inputs = tuple(_spec(value) for value in proto.graph.input if value.name not in weights)
     parameters = sum(_elements(t) for t in weights.values() if _is_weight(t))
     size = sum(
         _elements(t) * _dtype(t.data_type).itemsize for t in weights.values() if t.data_type != onnx.TensorProto.STRING
     )
-    model = None if quantised_node(proto) is not None else OnnxModel.load(path)
+    quantised = quantised_node(proto) is not None or hand_quantised_node(proto.graph) is not None
+    model = None if quantised else OnnxModel.load(path)
     words = None if model is None else vocabulary(model)
     return Interface(inputs, parameters, size, words, None if model is None else positions(model))
 

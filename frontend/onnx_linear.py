@@ -153,8 +153,18 @@ def _is_relative(walk: GraphWalk, node: gs.Node) -> bool:
             return int(reader.attrs.get("axis", -1 if walk.model.opset >= 13 else 1)) % max(rank, 1) == rank - 1
         if reader.op not in ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Where"):
             return False
+        if reader.op in ("Div", "Mul") and any(
+            _last(walk, reader, i) > 1 for i, t in enumerate(reader.inputs) if t is not tensor
+        ):
+            return False  # a factor of each key: what the keys share is not shared by their logits
         tensor = reader.outputs[0]
     return False
+
+
+def _last(walk: GraphWalk, node: gs.Node, position: int) -> int:
+    """Returns the size of the last axis of an input, 1 where it has none."""
+    axes = walk.input_axes(node, position) or ()
+    return walk.algebra.size(axes[-1]) if axes else 1
 
 
 @dataclass(frozen=True)
@@ -280,6 +290,8 @@ def _require_linear(walk: GraphWalk, leaf: Factor, node: gs.Node) -> None:
     if (domain, node.op) in PRODUCTS:
         # A constant with the width is a projection that makes it, or a bias that is added to its result.
         rest = held[:2] if node.op == "Gemm" or node.op == "Conv" else held
+        if len(held) > len(rest) and present(node.inputs[2]) and not held[2]:
+            raise Bent(f"{name} adds the same to all channels")
         if sum(rest) == 1 and any(_has(walk, leaf, walk.axes.get(t.name)) for t in node.outputs):
             return
         raise Bent(f"{name} contracts it, or has it on both sides")

@@ -6,6 +6,7 @@ no Identity, weights stored the way they are multiplied, every node named. Weigh
 equal folds of equal constants give one constant.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -14,14 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
+from liar_opt.frontend.fold_weights import Left, fold_weights
+from liar_opt.frontend.hand_quantised import hand_quantised_node
 from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, side_by_side, unfold
-from liar_opt.frontend.onnx_values import evaluate, tensor_attribute
+from liar_opt.frontend.onnx_values import evaluate, result_elements, tensor_attribute
+from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
+from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.weight_files import (
     PLAIN,
     STUB_LIMIT,
@@ -33,9 +38,9 @@ from liar_opt.frontend.weight_files import (
     stub,
     write_model,
 )
-from liar_opt.frontend.widen_graph import narrow_values, nodes_within, widen
+from liar_opt.frontend.widen_graph import bodies_of, narrow_values, nodes_within, widen
 from liar_opt.runtime.array_store import ArrayStore
-from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.errors import LiarOptError, ModelError
 from liar_opt.runtime.signatures import InputSpec
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
@@ -46,14 +51,16 @@ QUANTISED_PREFIXES = (
     *("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulBlockQuantized", "MatMulIntegerToFloat"),
 )
 STANDARD = {"", "ai.onnx"}
-FOLD_LIMIT = 1 << 20
-"""Folding may not write more elements than this, unless the result is no larger than its largest input."""
+MOST_ELEMENTS = 1 << 31
+"""A constant that constants make may not have more elements: ONNX Runtime makes it as well, while it loads the model."""
 CACHE_SHAPES = "liar_opt.cache_shapes"
 """Key of the metadata that says the new shapes of cache inputs and outputs: JSON, name -> shape."""
 SKELETON_LIMIT = 1024
 """Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
 MOVERS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 """Operators that give a tensor another shape or type and leave its values alone."""
+NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+"""Types in which weights are stored that a graph computes with in a wider one."""
 FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
 
 
@@ -119,6 +126,7 @@ class OnnxModel:
     stored: Stored | None = None
     resized: dict[str, dict[int, int]] = field(default_factory=dict)
     store: ArrayStore | None = None
+    computed: list[Left] = field(default_factory=list)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -127,7 +135,8 @@ class OnnxModel:
         """Reads an ONNX file; its weights stay where they are until they are looked at.
 
         Raises:
-            ModelError: the file is missing, not ONNX, truncated, quantised, or its external data cannot be found.
+            ModelError: the file is missing, not ONNX, truncated, broken (`sound_model`), quantised, or its external data
+                cannot be found.
         """
         path = Path(path)
         return cls._imported(*read_graph(path), path)
@@ -137,13 +146,34 @@ class OnnxModel:
         """Takes a model from memory, which stays as it is.
 
         Raises:
-            ModelError: the graph is quantised, or an initializer holds fewer bytes than its shape needs.
+            ModelError: the graph is broken (`sound_model`), quantised, or an initializer holds fewer bytes than its shape
+                needs.
         """
-        return cls._imported(*lightened(proto), None)
+        try:
+            parts = lightened(proto)
+        except (DecodeError, ValueError, KeyError) as err:
+            raise ModelError("the model in memory is no valid ONNX (what onnx.checker.check_model says)") from err
+        return cls._imported(*parts, None)
 
     @classmethod
     def _imported(cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None) -> "OnnxModel":
         name = f"'{source}'" if source else "the model"
+        require_sound(proto, arrays, name)
+        try:
+            return cls._of_sound(proto, arrays, source, name)
+        except LiarOptError:
+            raise
+        except Exception as err:  # of graphsurgeon, for what is no ONNX; all else is a fault of ours
+            reason = why_invalid(proto)
+            if reason is None:
+                raise
+            raise ModelError(f"{name} is no valid ONNX ({reason}); export it again") from err
+
+    @classmethod
+    def _of_sound(
+        cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None, name: str
+    ) -> "OnnxModel":
+        proto, dense = densified(proto)
         node = quantised_node(proto)
         if node is not None:
             raise ModelError(
@@ -156,9 +186,17 @@ class OnnxModel:
                 f"'{loose}' is read in {name} and nothing gives it: the program that wrote the model broke it; give the "
                 "model that it was made of"
             )
-        if proto.functions:
-            proto = onnx.inliner.inline_local_functions(proto)
-        notes = []
+        proto = inlined(proto, name)
+        node = hand_quantised_node(proto.graph)
+        if node is not None:
+            raise ModelError(
+                f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised: its weight is stored in "
+                "small integers behind a Cast; prune the float model and quantise the result"
+            )
+        notes = [] if dense is None else [dense]
+        renamed = _renamed_twins(proto)
+        if renamed:
+            notes.append(f"nodes that had the name of another were renamed, since ONNX Runtime refuses them: {renamed}")
         named = {tensor.name for tensor in proto.graph.initializer}
         overridable = [i.name for i in proto.graph.input if i.name in named]
         if overridable:
@@ -168,6 +206,12 @@ class OnnxModel:
             proto.graph.input.extend(kept)
             proto.ir_version = max(proto.ir_version, 4)
             notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
+        parted = next((i.name for i in proto.graph.input if i.type.WhichOneof("value") not in (None, "tensor_type")), None)
+        if parted is not None:
+            raise ModelError(
+                f"input '{parted}' of {name} is no tensor (a sequence, map or optional), and liar-opt feeds tensors alone; "
+                "export the model with a tensor for each part"
+            )
         flat = unfold(proto, arrays)
         if flat is None:
             model = Stored(proto, arrays, source).model()
@@ -184,9 +228,8 @@ class OnnxModel:
         """Returns the graph as an ONNX model whose large initializers are stubs, and their data by name."""
         graph = self.graph
         exporter = gs.exporters.onnx_exporter.OnnxExporter
-        constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant)]
-        sparse = [t for t in constants if isinstance(t._values, gs.ir.tensor.SparseValues)]
-        tensors, arrays = detached_tensors(t for t in constants if not isinstance(t._values, gs.ir.tensor.SparseValues))
+        constants, casts = _as_stored([*self.constants(unread=True)], graph)
+        tensors, arrays = detached_tensors(constants)
         # Readers may depend on the order of initializers (ONNX Runtime's fusions name theirs by it).
         tensors.sort(key=lambda t: self.order.get(t.name, len(self.order)))
         ends = [[exporter.export_value_info_proto(t, False) for t in ends] for ends in (graph.inputs, graph.outputs)]
@@ -200,13 +243,12 @@ class OnnxModel:
                     value.type.tensor_type.shape.dim[axis].dim_value = size
         # Shapes between input and output may have changed since they were noted; readers infer them.
         inner = onnx.helper.make_graph(
-            [exporter.export_node(n) for n in graph.nodes],
+            [exporter.export_node(n) for n in casts] + self._exported_nodes(),
             graph.name,
             ends[0],
             ends[1],
             tensors,
             graph.doc_string,
-            sparse_initializer=[exporter.export_sparse_tensor_proto(t) for t in sparse],
         )
         proto = onnx.helper.make_model(inner, opset_imports=gs.exporters.onnx_exporter.update_import_domains(graph))
         proto.producer_name, proto.producer_version = graph.producer_name, graph.producer_version
@@ -214,6 +256,8 @@ class OnnxModel:
             proto.ir_version = graph.ir_version
         for key, value in self.metadata.items():
             proto.metadata_props.add(key=key, value=value)
+        if self.stored is not None:
+            _keep_descriptions(self.stored.proto, proto)
         if self.resized:
             proto.metadata_props.add(key=CACHE_SHAPES, value=json.dumps(self.resized_shapes(proto), sort_keys=True))
         return proto, arrays
@@ -269,7 +313,7 @@ class OnnxModel:
             else:
                 large.append(exporter.export_value_info_proto(tensor, False))
         ends = [[exporter.export_value_info_proto(t, False) for t in tensors] for tensors in (graph.inputs, graph.outputs)]
-        nodes = [exporter.export_node(n) for n in graph.nodes]
+        nodes = self._exported_nodes()
         proto = onnx.helper.make_graph(nodes, graph.name or "graph", [*ends[0], *large], ends[1], small)
         return onnx.helper.make_model(
             proto, opset_imports=list(graph.import_domains), ir_version=graph.ir_version or onnx.IR_VERSION
@@ -301,14 +345,41 @@ class OnnxModel:
             result.append(InputSpec(tensor.name, np.dtype(tensor.dtype or np.float32), shape))
         return result
 
-    def constants(self) -> Iterator[gs.Constant]:
-        """Yields every constant that a node uses, once."""
+    def _exported_nodes(self) -> list[onnx.NodeProto]:
+        """Returns the nodes as protos; a branch holds its own initializers, and not those that it reads from outside."""
+        result = [gs.exporters.onnx_exporter.OnnxExporter.export_node(node) for node in self.graph.nodes]
+        for body in (body for node in nodes_within(result) for body in bodies_of(node)):
+            own = [t for t in body.initializer if t.name in self.inside]
+            del body.initializer[:]
+            body.initializer.extend(own)
+        return result
+
+    @functools.cached_property
+    def inside(self) -> frozenset[str]:
+        """The initializers that lie in branches (of an If, Loop or Scan); what else a branch reads is outside."""
+        graph = self.graph if self.stored is None else self.stored.proto.graph
+        if isinstance(graph, gs.Graph):
+            return frozenset()
+        bodies = (body for node in nodes_within(graph.node) for body in bodies_of(node))
+        outer = {t.name for t in graph.initializer}
+        return frozenset(t.name for body in bodies for t in body.initializer if t.name not in outer)
+
+    def constants(self, unread: bool = False) -> Iterator[gs.Constant]:
+        """Yields every constant of the graph that a node uses, once, those that branches alone read included.
+
+        Args:
+            unread: whether those that are outputs, and that no node uses, are yielded, too.
+        """
         seen: set[int] = set()
         for node in self.graph.nodes:
-            for tensor in node.inputs:
+            for tensor in (*node.inputs, *(t for t in _read_inside(node) if t.name not in self.inside)):
                 if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield tensor
+        for tensor in self.graph.outputs if unread else ():
+            if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
 
     def parameters(self) -> int:
         """Returns the number of elements of floating-point constants."""
@@ -319,10 +390,13 @@ class OnnxModel:
         return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self._arrays())
 
     def _arrays(self) -> Iterator[tuple[Sequence[int], np.dtype[Any]]]:
-        """Yields shape and dtype of all constants, those included that are still held by nodes."""
-        for constant in self.constants():
-            yield constant.shape, np.dtype(constant.dtype)
-        for node in self.graph.nodes:
+        """Yields shape and dtype, as stored, of all constants, those included that nodes and branches hold."""
+        within = [n for g in self.graph.subgraphs(recursive=True) for n in g.nodes]
+        held = (t for n in within for t in n.inputs if isinstance(t, gs.Constant) and t.name in self.inside)
+        for constant in itertools.chain(self.constants(unread=True), {id(t): t for t in held}.values()):
+            narrow = isinstance(constant, Narrow) and constant.stored is not None
+            yield constant.shape, np.dtype(constant.stored.dtype if narrow else constant.dtype)
+        for node in (*self.graph.nodes, *within):
             value = constant_value(node) if node.op == "Constant" else None
             if value is not None:
                 yield value.shape, value.dtype
@@ -353,14 +427,17 @@ class OnnxModel:
         """Returns an array as it is in the store; what is mapped already (read-only) stays where it is."""
         return self.store.put(value) if self.store is not None and value.flags.writeable else value
 
+    def _narrowed(self, node: gs.Node, name: str, values: np.ndarray, kind: np.dtype[Any]) -> gs.Constant:
+        return Narrow(name, values, np.dtype(kind), f"{name}/{np.dtype(kind).name}", node.name, self.settled)
+
     def normalise(self) -> int:
         """Brings the graph to the form that the analysis expects; returns the number of nodes removed.
 
         Constant nodes become initializers, Identity and no-op Dropout and Cast go, what depends on constants alone is
-        folded (so that a weight under a Transpose is stored transposed), an Einsum of a weight with several axes on a
-        side becomes a MatMul between Reshapes, what is repeated for several readers (a mask by heads, for all layers) is
-        repeated for each, nodes and tensors get unique names, dead nodes go. Sharing is kept: the same fold of the same
-        constant gives one constant.
+        folded (so that a weight under a Transpose is stored transposed; see ``fold_weights`` for those that are computed),
+        an Einsum of a weight with several axes on a side becomes a MatMul between Reshapes, what is repeated for several
+        readers (a mask by heads, for all layers) is repeated for each, initial states of zeros go, nodes and
+        tensors get unique names, dead nodes go. Sharing is kept: the same fold of the same constant gives one constant.
         """
         graph = self.graph
         before = len(graph.nodes)
@@ -373,12 +450,15 @@ class OnnxModel:
         folded: dict[tuple[object, ...], list[gs.Constant]] = {}
         flat: dict[tuple[object, ...], tuple[gs.Constant, gs.Constant]] = {}
         outputs = {id(t) for t in graph.outputs}
-        for node in list(graph.nodes):
+        for node in graph.nodes:
             if node.op == "Constant" and node.domain in (None, *STANDARD) and len(node.outputs) == 1:
                 value = constant_value(node)
                 if value is not None and id(node.outputs[0]) not in outputs:
                     _replace(node.outputs[0], gs.Constant(node.outputs[0].name, value))
                     node.outputs.clear()
+        self.computed, untouched = fold_weights(graph, _shares_table, self._narrowed, self.settled)
+        for node in list(graph.nodes):
+            if node.op == "Constant":
                 continue
             if _is_identity(node) and id(node.outputs[0]) not in outputs:
                 _replace(node.outputs[0], node.inputs[0])
@@ -387,7 +467,9 @@ class OnnxModel:
                 continue
             if node.op == "Einsum" and node.domain in (None, *STANDARD):
                 graph.nodes.extend(_as_product(node, flat, names, self.settled))
-            _fold(node, folded, outputs, names, self.settled)
+            if id(node) not in untouched:
+                _fold(node, folded, outputs, names, self.settled)
+        _drop_zero_states(graph)
         graph.cleanup(remove_unused_node_outputs=False)
         if self.merged is None:
             graph.toposort()
@@ -395,6 +477,114 @@ class OnnxModel:
         else:
             graph.nodes = side_by_side(graph.nodes, self.merged.nodes_of_first(graph.nodes))
         return before - len(graph.nodes)
+
+
+class Narrow(gs.Constant):  # type: ignore[misc]
+    """A weight in float32 that its file holds in a narrower type, behind a Cast.
+
+    It is cut and repaired as what the graph computes with, and written as it was: rounded, with its Cast.
+
+    Attributes:
+        kind: the type in the file.
+        source: the name that it has there.
+        cast: the name of the Cast.
+        keep: puts what is written where new weights go.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: np.ndarray,
+        kind: np.dtype[Any],
+        source: str,
+        cast: str,
+        keep: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        super().__init__(name, values)
+        self.kind, self.source, self.cast, self.keep = kind, source, cast, keep
+        self._rounded: tuple[np.ndarray, np.ndarray | None] | None = None
+
+    @property
+    def stored(self) -> np.ndarray | None:
+        """The values as they are written; None where some are too large for the type, and stay in float32."""
+        values = self.values
+        if self._rounded is None or self._rounded[0] is not values:
+            with np.errstate(over="ignore"):
+                rounded: np.ndarray = values.astype(self.kind)
+            fits = bool(np.array_equal(np.isfinite(values), np.isfinite(rounded)))
+            self._rounded = values, self.keep(rounded) if fits else None
+        return self._rounded[1]
+
+
+def like(old: gs.Constant, name: str, values: np.ndarray) -> gs.Constant:
+    """Returns a constant that is written as ``old`` is, with other values."""
+    if isinstance(old, Narrow) and values.dtype == old.dtype:
+        return Narrow(name, values, old.kind, old.source, old.cast, old.keep)
+    return gs.Constant(name, values)
+
+
+def _as_stored(constants: Sequence[gs.Constant], graph: gs.Graph) -> tuple[list[gs.Constant], list[gs.Node]]:
+    """Returns the constants as they are written, and the Casts behind those that are stored in a narrower type."""
+    if not any(isinstance(c, Narrow) for c in constants):
+        return list(constants), []
+    taken, labels = {t.name for t in constants} | set(graph.tensors()), {node.name for node in graph.nodes}
+    result, casts = [], []
+    for constant in constants:
+        stored = constant.stored if isinstance(constant, Narrow) else None
+        if stored is None:
+            result.append(constant)
+            continue
+        others = (f"{constant.name}/{constant.kind.name}{k or ''}" for k in itertools.count())
+        name = next(n for n in itertools.chain([constant.source], others) if n not in taken)
+        taken.add(name)
+        result.append(gs.Constant(name, stored))
+        to = {"to": element_type(constant.dtype)}
+        # Not wired to the graph: it stays as it is.
+        label = constant.cast if constant.cast not in labels else f"{constant.cast}/{constant.name}"
+        labels.add(label)
+        casts.append(gs.Node("Cast", label, to, [gs.Variable(name)], [gs.Variable(constant.name)]))
+    return result, casts
+
+
+def _read_inside(node: gs.Node) -> Iterator[gs.Tensor]:
+    """Yields what the branches of a node read, and give out as it is."""
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            for inner in value.nodes:
+                yield from inner.inputs
+                yield from _read_inside(inner)
+            yield from value.outputs
+
+
+def _keep_descriptions(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
+    """Copies to a model what graphsurgeon drops: domain, version, descriptions, those of nodes and weights included."""
+    for name in ("domain", "model_version", "doc_string"):
+        if source.HasField(name):
+            setattr(target, name, getattr(source, name))
+    target.training_info.extend(source.training_info)
+    _describe(source.graph, target.graph)
+
+
+def _describe(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
+    target.metadata_props.extend(source.metadata_props)
+    made, named = {tuple(n.output): n for n in source.node}, {n.name: n for n in source.node if n.name}
+    for node in target.node:
+        # A node that got a bias behind it has another output now.
+        found = (made.get(tuple(node.output)), named.get(node.name))
+        old = next((n for n in found if n is not None and n.op_type == node.op_type), None)
+        if old is None:
+            continue
+        if old.doc_string:
+            node.doc_string = old.doc_string
+        node.metadata_props.extend(old.metadata_props)
+        for before, after in zip(bodies_of(old), bodies_of(node), strict=False):
+            _describe(before, after)
+    described = {t.name: t for t in source.initializer if t.doc_string or t.metadata_props}
+    for tensor in target.initializer:
+        if tensor.name in described:
+            tensor.doc_string = described[tensor.name].doc_string
+            del tensor.metadata_props[:]  # those that lie in the proto have theirs
+            tensor.metadata_props.extend(described[tensor.name].metadata_props)
 
 
 def read_graph(path: Path) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
@@ -428,6 +618,24 @@ def loose_end(graph: onnx.GraphProto) -> str | None:
         (name for node in graph.node for name in sorted(names_read(node))), (v.name for v in graph.output)
     )
     return next((name for name in read if name not in given), None)
+
+
+def _renamed_twins(proto: onnx.ModelProto) -> int:
+    """Gives nodes that have the name of another in their graph or branch a name of their own; returns how many."""
+    count = 0
+    for graph in (proto.graph, *(body for node in nodes_within(proto.graph.node) for body in bodies_of(node))):
+        taken = {node.name for node in graph.node}
+        numbers: dict[str, Iterator[int]] = {}
+        for node in graph.node:
+            if not node.name:
+                continue
+            if node.name in numbers:
+                names = (f"{node.name}_{k}" for k in numbers[node.name])
+                node.name = next(name for name in names if name not in taken)
+                taken.add(node.name)
+                count += 1
+            numbers.setdefault(node.name, itertools.count(2))
+    return count
 
 
 def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:
@@ -506,7 +714,7 @@ def _is_looked_up(tensor: gs.Tensor) -> bool:
 
 def _shares_table(node: gs.Node) -> bool:
     """Returns whether a node makes, of embeddings, the weight of the head, or the other way round."""
-    large = [t for t in node.inputs if is_constant(t) and int(np.prod(t.shape, dtype=np.int64)) > SKELETON_LIMIT]
+    large = [t for t in node.inputs if is_constant(t) and sum(int(n) > 1 for n in t.shape) > 1]
     made = any(_is_looked_up(t) for t in node.outputs)
     return any(_is_looked_up(t) or (made and len(t.outputs) > 1) for t in large)
 
@@ -524,7 +732,7 @@ def _fold(
         return
     if any(id(t) in outputs for t in node.outputs) or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
         return
-    if _shares_table(node):
+    if _shares_table(node) or _shares_narrow(node):
         return  # folded, the table would be stored twice
     attributes = tuple(sorted((k, repr(v)) for k, v in node.attrs.items() if not hasattr(v, "values")))
     key: tuple[object, ...] = (node.op, attributes, tuple(id(t) for t in node.inputs))
@@ -536,13 +744,18 @@ def _fold(
         if node.op == "Shape" and not node.attrs:
             values: list[np.ndarray] | None = [np.asarray(node.inputs[0].shape, np.int64)]
         else:
+            made = result_elements(node.op, inputs, node.attrs)
+            if made > MOST_ELEMENTS:
+                raise ModelError(
+                    f"node '{node.name}' ({node.op}) makes a constant of {made:,} elements, more than a machine holds; "
+                    "export the model again"
+                )
             values = evaluate(node.op, inputs, node.attrs)
-        largest = max((i.size for i in inputs if i is not None), default=0)
-        if values is None or len(values) < len(node.outputs) or max(v.size for v in values) > max(FOLD_LIMIT, largest):
+        if values is None or len(values) < len(node.outputs):
             return
         # The constants stay alive through the key's owner list, so that ids are not reused.
         results = [
-            gs.Constant(t.name or next(names), keep(np.ascontiguousarray(v).reshape(v.shape)))
+            _result(node, t.name or next(names), keep(np.ascontiguousarray(v).reshape(v.shape)), keep)
             for t, v in zip(node.outputs, values, strict=False)
         ]
         folded[key] = results
@@ -551,6 +764,22 @@ def _fold(
         _replace(old, new)
     node.outputs.clear()
     node.inputs.clear()
+
+
+def _result(node: gs.Node, name: str, value: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> gs.Constant:
+    """Returns what a node gives, folded; a weight that it widens, or moves after that, is still stored as it was."""
+    old = node.inputs[0]
+    if node.op == "Cast" and old.dtype in NARROW and value.dtype in (np.float32, np.float64):
+        return Narrow(name, value, np.dtype(old.dtype), old.name, node.name, keep)
+    carried = node.op in (*MOVERS, "Gather", "Slice", "Split")
+    return like(old, name, value) if carried else gs.Constant(name, value)
+
+
+def _shares_narrow(node: gs.Node) -> bool:
+    """Returns whether a node widens a large weight that others read as it is."""
+    old = node.inputs[0]
+    large = node.op == "Cast" and old.dtype in NARROW and int(np.prod(old.shape, dtype=np.int64)) > SKELETON_LIMIT
+    return large and any(reader.op not in MOVERS for reader in old.outputs)
 
 
 def _as_product(
@@ -584,7 +813,7 @@ def _as_product(
     if key not in flat:
         matrix = constant.values.transpose(order).reshape(-1, int(np.prod([sizes[c] for c in columns], dtype=np.int64)))
         # The weight itself is held, too, so that its id is not another's.
-        flat[key] = (gs.Constant(f"{constant.name}_{next(names)}", keep(np.ascontiguousarray(matrix))), constant)
+        flat[key] = (like(constant, f"{constant.name}_{next(names)}", keep(np.ascontiguousarray(matrix))), constant)
     nodes: list[gs.Node] = []
 
     def then(op: str, tensor: gs.Tensor, *inputs: gs.Tensor, **attributes: Any) -> gs.Tensor:
@@ -646,6 +875,32 @@ def _part_repeats(graph: gs.Graph, names: Iterator[str]) -> None:
         place[id(node)] = (first, depth - 1)
     if repeats:
         graph.nodes = sorted(graph.nodes, key=lambda n: place[id(n)])
+
+
+def _drop_zero_states(graph: gs.Graph) -> None:
+    """Takes initial states of zeros from recurrent operators, which begin with zeros where none is given.
+
+    Exporters make one tensor of them for all layers, whose hidden units would have to stay the same ones then.
+    """
+    for node in graph.nodes:
+        if node.op not in ("GRU", "LSTM", "RNN") or node.domain not in (None, *STANDARD):
+            continue
+        for position in (5, 6):
+            if len(node.inputs) > position and _is_zeros(node.inputs[position]):
+                node.inputs[position] = gs.Variable.empty()
+
+
+def _is_zeros(tensor: gs.Tensor) -> bool:
+    """Returns whether a tensor holds zeros alone: a constant, or what was made or repeated of some, and moved about."""
+    while not is_constant(tensor) and tensor.inputs:
+        node = tensor.inputs[0]
+        if node.op == "ConstantOfShape":
+            value = node.attrs.get("value")
+            return value is None or not np.any(tensor_attribute(value))
+        if node.op not in (*MOVERS, "Gather", "Slice", "Split"):
+            return False
+        tensor = node.inputs[0]
+    return is_constant(tensor) and not np.any(tensor.values)
 
 
 def _unique_names(graph: gs.Graph) -> Iterator[str]:

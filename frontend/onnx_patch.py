@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
+from liar_opt.frontend.onnx_model import detached_tensors
 from liar_opt.frontend.onnx_rules import ConsumerUse
 from liar_opt.frontend.onnx_segments import Extracted
 
@@ -30,14 +31,17 @@ def patch_constant(
         The segment's own nodes, with their positions.
     """
     graph = segment.model.graph
-    name = f"{PREFIX}/{len(graph.initializer)}/{places[0][0].name}/value"
-    graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+    name = f"{PREFIX}/{len(graph.initializer)}/{places[0][0].name}/{places[0][1]}/value"
+    tensors, data = detached_tensors([gs.Constant(name, np.ascontiguousarray(value))])
+    graph.initializer.extend(tensors)
+    segment.weights.update(data)
     nodes = {tuple(n.output): (i, n) for i, n in enumerate(graph.node)}
     found = []
     for node, position in places:
         index, own = nodes[tuple(t.name for t in node.outputs)]
         replaced, own.input[position] = own.input[position], name
-        if not any(replaced in n.input for n in graph.node):  # ONNX Runtime wants no data that nobody reads
+        read = any(replaced in n.input for n in graph.node) or any(value.name == replaced for value in graph.output)
+        if not read:  # ONNX Runtime wants no data that nobody reads
             segment.weights.pop(replaced, None)
             graph.initializer.remove(next(t for t in graph.initializer if t.name == replaced))
         found.append((index, own))

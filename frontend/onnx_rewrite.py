@@ -18,13 +18,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, present
+from liar_opt.frontend.onnx_model import is_constant, like, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, SKIPS
-from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, SizeUse, shape_value
-from liar_opt.frontend.onnx_values import Array, evaluate
+from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, SizeUse
+from liar_opt.frontend.onnx_sizes import Mask, Place, Probe, counterparts, is_written, operands
+from liar_opt.frontend.onnx_values import Array, resolve_reshape
 from liar_opt.runtime.errors import InternalError
 
-Mask = NDArray[np.bool_]
 Use = TypeVar("Use")
 BIAS_INPUTS = {
     ("", "Add"): (0, 1),
@@ -88,7 +88,9 @@ class Rewriter:
         self.walk = walk
         self.algebra = walk.algebra
         self.graph: gs.Graph = walk.model.graph
-        self.kept: dict[int, Mask] = {}  # of leaves: [size], or [heads, size] where each head has its own
+        self._probes = [Probe(walk), *(Probe(other) for other in walk.others)]
+        self._counterparts = [counterparts(walk, other) for other in walk.others]
+        self._unlike: set[int] = set()  # leaves that are another dimension under other sizes of the inputs
         self._heads: dict[int, int] = {}
         self._sources: dict[int, frozenset[int]] = {}
         self._alive: list[gs.Tensor] = []  # what the ids in _sources belong to
@@ -99,16 +101,18 @@ class Rewriter:
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
+    @property
+    def kept(self) -> dict[int, Mask]:
+        """Of leaves that were cut, which indices stay: [size], or [heads, size] where each head has its own."""
+        return self._probes[0].kept
+
+    @kept.setter
+    def kept(self, kept: dict[int, Mask]) -> None:
+        self._probes[0].kept = kept
+
     def size(self, factor: int) -> int:
         """Returns how many indices of ``factor`` are left."""
-        root = self.algebra.find(factor)
-        if root in self.kept:
-            return int(self.kept[root].reshape(-1, self.algebra.size(root))[0].sum())
-        refinement = self.algebra.refinement(root)
-        if refinement is None:
-            return self.algebra.size(root)
-        sizes = [self.size(part) for part in refinement.parts]
-        return int(np.prod(sizes)) if refinement.kind == "product" else sum(sizes)
+        return self._probes[0].size(factor)
 
     def mask(self, factor: int) -> Mask:
         """Returns bool [size]: the positions of ``factor``, as analysed, that are left."""
@@ -147,8 +151,7 @@ class Rewriter:
             numbers = self._followed_sizes(roots)
             frozen = self._frozen_values(roots)
         except CannotFollow:
-            for root in roots:
-                del self.kept[root]
+            self._unmark()
             raise
         self._slice_constants(touched, before)
         for tensor in (*self.graph.inputs, *self.graph.outputs):
@@ -162,7 +165,7 @@ class Rewriter:
         for node, position, tensor in [*numbers.inputs, *frozen]:
             old = node.inputs[position]
             node.inputs[position] = tensor
-            if is_constant(old) and not old.outputs:
+            if is_constant(old) and not old.outputs and not self._handed_out(old):
                 tensor.name = old.name
 
     def ends(self) -> dict[str, dict[int, NDArray[np.int64]]]:
@@ -181,8 +184,7 @@ class Rewriter:
         except CannotFollow as err:
             return str(err)
         finally:
-            for root in roots:
-                del self.kept[root]
+            self._unmark()
         return None
 
     def _mark(self, cuts: Mapping[int, Cut]) -> set[int]:
@@ -204,7 +206,20 @@ class Rewriter:
                 mask = np.zeros(size, bool)
                 mask[list(kept)] = True
             self.kept[root] = mask
+        self._probes[0].cutting = set(roots)
+        for probe, counterpart in zip(self._probes[1:], self._counterparts, strict=True):
+            found = {root: counterpart(root) for root in roots}
+            self._unlike |= {root for root, leaf in found.items() if leaf is None}
+            probe.cutting = {leaf for leaf in found.values() if leaf is not None}
+            probe.kept |= {leaf: self.kept[root] for root, leaf in found.items() if leaf is not None}
         return set(roots)
+
+    def _unmark(self) -> None:
+        """Takes back what :meth:`_mark` noted last."""
+        self._unlike -= self._probes[0].cutting
+        for probe in self._probes:
+            for leaf in probe.cutting:
+                probe.kept.pop(leaf, None)
 
     def _masks(self, use: ConstantUse) -> list[Mask]:
         """Returns which positions of each axis are left; [outer, size] where each index of the first axis has its own."""
@@ -255,18 +270,24 @@ class Rewriter:
         node, position = places[0]
         old = node.inputs[position]
         readers = sum(t is old for n in {id(n): n for n in old.outputs}.values() for t in n.inputs)
-        shared = readers > len(set((id(n), p) for n, p in places))
-        new = gs.Constant(next(self._names) if shared else old.name, value)
+        shared = readers > len(set((id(n), p) for n, p in places)) or self._handed_out(old)
+        new = like(old, next(self._names) if shared else old.name, value)
         for n, p in places:
             n.inputs[p] = new
         return new
+
+    def _handed_out(self, tensor: gs.Tensor) -> bool:
+        """Returns whether a tensor is an output of the graph."""
+        return any(tensor is t for t in self.graph.outputs)
 
     # -- numbers that follow sizes ----------------------------------------------------------------------------------
 
     def _followed_sizes(self, roots: set[int]) -> "_Numbers":
         """Returns what must be written so that every number equals its size again; writes nothing itself."""
-        known: dict[int, Array | None] = {}
+        if not self._unlike.isdisjoint(roots):
+            raise CannotFollow("how it is laid out depends on the sizes of the graph's inputs")
         made: dict[tuple[object, ...], gs.Tensor] = {}
+        readers = [_Reader(probe) for probe in self._probes]
         result = _Numbers([], [], [])
         wanted: dict[tuple[int, str, int | str], list[tuple[SizeUse, int]]] = defaultdict(list)
         for use in _of_leaves(self._size_uses, roots):
@@ -292,23 +313,58 @@ class Rewriter:
                 result.attributes.append((node, str(place), value))
                 continue
             assert isinstance(place, int)
-            actual = self._evaluate(node.inputs[place], known)
-            if actual is None:
-                raise CannotFollow(f"the sizes that node '{node.name}' reads cannot be followed")
-            changes = {
-                use.where[2]: (size, use.dynamic)
-                for use, size in entries
-                if int(actual.reshape(-1)[use.where[2]]) != size and not self._implicit(node, place, actual, use.where[2])
-            }
-            if not changes:
-                continue
-            tensor = node.inputs[place]
-            if any(dynamic for _, dynamic in changes.values()):
-                patched = self._substituted(tensor, {e: s for e, (s, _) in changes.items()}, roots, node)
-            else:
-                patched = self._patched(tensor, {e: s for e, (s, _) in changes.items()}, node, made)
-            result.inputs.append((node, place, patched))
+            followed = self._followed(node, place, [reader.read(node, place) for reader in readers], made)
+            if followed is not None:
+                result.inputs.append((node, place, followed))
         return result
+
+    def _followed(
+        self, node: gs.Node, place: int, read: Sequence["_Read"], made: dict[tuple[object, ...], gs.Tensor]
+    ) -> gs.Tensor | None:
+        """Returns the shape tensor that a node must read now, or None where the one that it reads has followed."""
+        tensor = node.inputs[place]
+        if len({r.now.size for r in read}) != 1:
+            raise CannotFollow(f"how many sizes node '{node.name}' reads depends on the graph's inputs")
+        elements = set(range(read[0].now.size))
+        wanted = {e: tuple(int(r.wanted[e]) for r in read) for e in elements}
+        static = {e for e in elements if len(set(wanted[e])) == 1}
+        implicit = set.intersection(*(r.implicit for r in read))
+        wrong = {e for e in elements - implicit if any(r.now[e] != r.wanted[e] for r in read)}
+        if not wrong and all(r.fits(r.now) for r in read):
+            return None
+        # Where a 0 or a -1 that stays would say another size than it did, all that can be written is.
+        for fixed in (wrong & static, static) if node.op == "Reshape" else (wrong & static,):
+            changes, free = {e: wanted[e][0] for e in fixed}, implicit - fixed
+            solved = {e: wanted[e] for e in wrong - static}
+            overrides = operands(self._probes, tensor, solved) if solved else {}
+            left = [int(r.now[e]) for r in read for e in elements - fixed - set(solved)]
+            if overrides is None and node.op == "Reshape" and len(solved) == 1 and -1 not in left:
+                # What is left of all elements is what it must be, if the others are right.
+                overrides, free = {}, free | set(solved)
+                changes |= dict.fromkeys(solved, -1)
+            if overrides is None:
+                continue
+            follows = self._written(tensor, changes, overrides, node, made)
+            found = [p.evaluate(follows, {}) for p in self._probes]
+            if all(v is not None and r.right(v.reshape(-1), free) for v, r in zip(found, read, strict=True)):
+                return follows
+        raise CannotFollow(f"a size that node '{node.name}' reads is computed in a way that cannot be followed")
+
+    def _written(
+        self,
+        tensor: gs.Tensor,
+        changes: dict[int, int],
+        overrides: dict[Place, Array],
+        before: gs.Node,
+        made: dict[tuple[object, ...], gs.Tensor],
+    ) -> gs.Tensor:
+        """Returns a copy of a shape tensor with operands of its arithmetic replaced, then elements by constants."""
+        if overrides:
+            key = ("recomputed", id(tensor), *sorted((k, v.tobytes()) for k, v in overrides.items()))
+            if key not in made:
+                made[key] = self._copied(tensor, overrides, before, {})
+            tensor = made[key]
+        return self._patched(tensor, changes, before, made) if changes else tensor
 
     def _told(self, node: gs.Node) -> bool:
         return "split" in node.attrs or (len(node.inputs) > 1 and present(node.inputs[1]))
@@ -324,48 +380,6 @@ class Rewriter:
             node.inputs[1] = told
         else:
             node.inputs.append(told)
-
-    def _substituted(self, tensor: gs.Tensor, wanted: dict[int, int], roots: set[int], before: gs.Node) -> gs.Tensor:
-        """Returns a copy of the computation of ``tensor`` in which constants that were the size of a cut factor follow it.
-
-        Elements that depend on the graph's inputs cannot be written as constants: "5 heads x batch" becomes
-        "3 heads x batch" by replacing the 5. The replacement is taken only where it gives what is wanted.
-        """
-        sizes = {self.algebra.size(r): self.size(r) for r in roots}
-        for use in _of_leaves(self._size_uses, roots):
-            for factor in use.factors:
-                if not use.dynamic and self._changed(factor, roots):
-                    sizes.setdefault(self.algebra.size(factor), self.size(factor))
-        places: list[tuple[gs.Node, int]] = []
-        self._constants_behind(tensor, sizes, places, set())
-        for chosen in [places, *([place] for place in places)]:
-            overrides: dict[tuple[int, int], Array] = {}
-            for node, position in chosen:
-                value = np.array(node.inputs[position].values)
-                for old, new in sizes.items():
-                    value = np.where(np.asarray(node.inputs[position].values) == old, new, value)
-                overrides[id(node), position] = value.astype(node.inputs[position].dtype)
-            result = self._evaluate(tensor, {}, overrides)
-            if result is not None and all(int(result.reshape(-1)[e]) == size for e, size in wanted.items()):
-                return self._copied(tensor, overrides, before, {})
-        raise CannotFollow(f"a size that node '{before.name}' reads is computed in a way that cannot be followed")
-
-    def _constants_behind(
-        self, tensor: gs.Tensor, sizes: dict[int, int], found: list[tuple[gs.Node, int]], seen: set[int]
-    ) -> None:
-        if is_constant(tensor) or not tensor.inputs or id(tensor) in seen:
-            return
-        seen.add(id(tensor))
-        node = tensor.inputs[0]
-        if node.op in ("Shape", "Size"):
-            return
-        for position, source in enumerate(node.inputs):
-            if is_constant(source):
-                values = np.asarray(source.values)
-                if np.issubdtype(values.dtype, np.integer) and values.size <= 8 and np.isin(values, list(sizes)).any():
-                    found.append((node, position))
-            elif present(source):
-                self._constants_behind(source, sizes, found, seen)
 
     def _copied(
         self, tensor: gs.Tensor, overrides: dict[tuple[int, int], Array], before: gs.Node, made: dict[int, gs.Tensor]
@@ -388,50 +402,9 @@ class Rewriter:
             made[id(tensor)] = self._insert(node.op, inputs, dict(node.attrs), tensor.dtype, before)
         return made[id(tensor)]
 
-    def _implicit(self, node: gs.Node, place: int, actual: Array, element: int) -> bool:
-        """Whether an element says "whatever is left" (-1) or "as it was" (0), which needs no change."""
-        value = int(actual.reshape(-1)[element])
-        if node.op == "Reshape" and place == 1:
-            return value == -1 or (value == 0 and not node.attrs.get("allowzero", 0))
-        return node.op == "Expand" and value == 1
-
-    def _evaluate(
-        self,
-        tensor: gs.Tensor,
-        known: dict[int, Array | None],
-        overrides: dict[tuple[int, int], Array] | None = None,
-    ) -> Array | None:
+    def _evaluate(self, tensor: gs.Tensor, known: dict[int, Array | None]) -> Array | None:
         """Returns the value of a tensor computed from shapes, under the sizes that are left."""
-        overrides = overrides or {}
-        if is_constant(tensor):
-            return np.asarray(tensor.values)
-        if id(tensor) in known:
-            return known[id(tensor)]
-        result: Array | None = None
-        if tensor.inputs:
-            node = tensor.inputs[0]
-            if node.op in ("Shape", "Size"):
-                source = node.inputs[0]
-                axes = self.walk.axes.get(source.name)
-                sizes = (
-                    list(source.shape)
-                    if is_constant(source)
-                    else [self.size(f) for f in axes]
-                    if axes is not None
-                    else None
-                )
-                result = None if sizes is None else shape_value(node, sizes)
-            else:
-                inputs = [
-                    overrides.get((id(node), i), self._evaluate(t, known, overrides)) if present(t) else None
-                    for i, t in enumerate(node.inputs)
-                ]
-                if not any(v is None and present(t) for v, t in zip(inputs, node.inputs, strict=True)):
-                    outputs = evaluate(node.op, inputs, node.attrs)
-                    if outputs is not None:
-                        result = outputs[next(i for i, t in enumerate(node.outputs) if t is tensor)]
-        known[id(tensor)] = result
-        return result
+        return self._probes[0].evaluate(tensor, known)
 
     def _patched(
         self, tensor: gs.Tensor, changes: dict[int, int], before: gs.Node, made: dict[tuple[object, ...], gs.Tensor]
@@ -457,15 +430,16 @@ class Rewriter:
                     inputs[index] = self._patched(inputs[index], inner, before, made)
             result = self._insert("Concat", inputs, {"axis": 0}, tensor.dtype, before)
         else:
-            rank = int(self._evaluate(tensor, {}).size)  # type: ignore[union-attr]
+            whole = self._evaluate(tensor, {})
+            assert whole is not None  # it was read before
+            rank, dtype = whole.size, whole.dtype
             inputs, start = [], 0
-            dtype = np.dtype(np.int64)
             for element, size in [*sorted(changes.items()), (rank, 0)]:
                 if element > start:
                     bounds = [gs.Constant(next(self._names), np.asarray([v], np.int64)) for v in (start, element, 0)]
                     inputs.append(self._insert("Slice", [tensor, *bounds], {}, dtype, before))
                 if element < rank:
-                    inputs.append(gs.Constant(next(self._names), np.asarray([size], np.int64)))
+                    inputs.append(gs.Constant(next(self._names), np.asarray([size], dtype)))
                 start = element + 1
             result = inputs[0] if len(inputs) == 1 else self._insert("Concat", inputs, {"axis": 0}, dtype, before)
         made[key] = result
@@ -474,7 +448,8 @@ class Rewriter:
     def _single(self, tensor: gs.Tensor, size: int, made: dict[tuple[object, ...], gs.Tensor]) -> gs.Constant:
         key = ("single", id(tensor), size)
         if key not in made:
-            made[key] = gs.Constant(next(self._names), np.asarray([size], np.int64))
+            value = self._evaluate(tensor, {})
+            made[key] = gs.Constant(next(self._names), np.asarray([size], np.int64 if value is None else value.dtype))
         return made[key]
 
     def _pieces(self, concat: gs.Node) -> list[tuple[int, int]] | None:
@@ -544,18 +519,20 @@ class Rewriter:
             uses: contractions that share a weight; a bias vector they share, under one scale, stays shared.
             delta: what to add to x W; each use multiplies it by its own scale.
         """
-        shared: dict[tuple[int, float], list[tuple[gs.Node, int]]] = defaultdict(list)
+        shared: dict[tuple[int, float, int], list[tuple[gs.Node, int]]] = defaultdict(list)
         for use in uses:
             place = self._bias_place(use)
             if place is None:
                 self._insert_bias(use, delta * use.scale)
             else:
                 node, position, scale = place
-                shared[id(node.inputs[position]), use.scale / scale].append((node, position))
-        for (_, factor), places in shared.items():
+                axis = -1 if use.bias[0] == "input" else use.output_axis
+                shared[id(node.inputs[position]), use.scale / scale, axis].append((node, position))
+        for (_, factor, axis), places in shared.items():
             node, position = places[0]
             old = np.asarray(node.inputs[position].values)
-            value = (old.astype(np.float64) + delta * factor).astype(old.dtype)
+            along = _laid_along(delta, axis)
+            value = (old.astype(np.float64) + along * factor).astype(old.dtype)
             constant = self.set_constant(places, value)
             if old.ndim < 1 or old.size < delta.size:
                 for use in uses:  # a scalar has become a vector
@@ -570,18 +547,21 @@ class Rewriter:
         kind, position = use.bias
         if kind == "input":
             if len(use.node.inputs) > position and present(use.node.inputs[position]):
-                constant = is_constant(use.node.inputs[position])
+                constant = is_constant(use.node.inputs[position]) and not self._handed_out(use.node.inputs[position])
                 return (use.node, position, use.bias_scale) if constant and use.bias_scale else None
             return None
-        output = use.node.outputs[0]
-        if use.output_axis != -1 or len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
+        output, axis = use.node.outputs[0], use.output_axis
+        if len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
             return None
         reader = output.outputs[0]
+        if axis != -1 and reader.op != "Add":
+            return None
         width = use.weight.shape[1 - use.weight_axis]
         for candidate in BIAS_INPUTS.get((reader.domain or "", reader.op), ()):
-            if len(reader.inputs) > candidate and is_constant(reader.inputs[candidate]):
+            added = reader.inputs[candidate] if len(reader.inputs) > candidate else None
+            if added is not None and is_constant(added) and not self._handed_out(added):
                 shape = list(reader.inputs[candidate].shape)
-                if shape and shape[-1] == width and int(np.prod(shape)) == width:
+                if len(shape) >= -axis and shape[axis] == width and int(np.prod(shape)) == width:
                     return reader, candidate, 1.0
         return None
 
@@ -618,10 +598,13 @@ class Rewriter:
         output = node.outputs[0]
         product = gs.Variable(next(self._names), output.dtype, output.shape)
         node.outputs[0] = product
-        constant.values = constant.values.reshape(-1, *([1] * (-1 - use.output_axis)))
-        addition = gs.Node("Add", f"{node.name}_bias", {}, [product, constant], [output])
+        constant.values = _laid_along(constant.values, use.output_axis)
+        taken_names = {n.name for n in self.graph.nodes}
+        label = next(n for n in (f"{node.name}_bias{k or ''}" for k in itertools.count()) if n not in taken_names)
+        addition = gs.Node("Add", label, {}, [product, constant], [output])
         self.graph.nodes.insert(self._index(node) + 1, addition)
-        self.walk.axes[product.name] = self.walk.axes[output.name]
+        for probe in self._probes:
+            probe.walk.axes[product.name] = probe.walk.axes.get(output.name)
         self._follow(addition, 1, constant, use)
 
     def _follow(self, node: gs.Node, position: int, constant: gs.Constant, use: ConsumerUse) -> None:
@@ -629,10 +612,67 @@ class Rewriter:
         axes = self.walk.input_axes(use.node, use.weight_position)
         assert axes is not None
         rest = (self.algebra.fresh(1),) * (len(constant.shape) - 1)
+        width = (axes[1 - use.weight_axis],)
         known = [u for u in self.walk.constant_uses if u.node is node and u.position == position]
         for record in known:
             self.walk.constant_uses.remove(record)
-        self.walk.constant_uses.append(ConstantUse(node, position, constant, (axes[1 - use.weight_axis], *rest)))
+        shape = (*rest, *width) if use.bias[0] == "input" else (*width, *rest)
+        self.walk.constant_uses.append(ConstantUse(node, position, constant, shape))
+
+
+class _Read(NamedTuple):
+    """The elements of a shape tensor under one probe.
+
+    Attributes:
+        now: what they are, int [n].
+        wanted: what they must be; for those that no cut changes, what they were.
+        implicit: those that say "as it was" (0) or "whatever is left" (-1): they are written so in the graph.
+        data: for a Reshape, the sizes of what it lays out anew.
+        zeros: whether a 0 is a size for it.
+    """
+
+    now: Array
+    wanted: Array
+    implicit: set[int]
+    data: list[int] | None
+    zeros: bool
+
+    def fits(self, numbers: Array) -> bool:
+        """Returns whether a Reshape to these numbers gives what is wanted."""
+        return self.data is None or resolve_reshape(numbers.tolist(), self.data, self.zeros) == self.wanted.tolist()
+
+    def right(self, numbers: Array, free: set[int]) -> bool:
+        """Returns whether numbers are what is wanted, but for those that are ``free`` to be so implicitly."""
+        same = numbers.size == self.wanted.size and all(numbers[e] == n or e in free for e, n in enumerate(self.wanted))
+        return bool(same) and self.fits(numbers)
+
+
+class _Reader:
+    """Reads shape tensors under one probe, before and after the cut that is being made."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe, self.before = probe, probe.before()
+        self._known: tuple[dict[int, Array | None], dict[int, Array | None]] = ({}, {})
+
+    def read(self, node: gs.Node, place: int) -> _Read:
+        """Returns the elements of the shape tensor at an input of a node.
+
+        Raises:
+            CannotFollow: what they are or must be is not known.
+        """
+        tensor, probe, reshape = node.inputs[place], self.probe, node.op == "Reshape" and place == 1
+        then, now = (p.evaluate(tensor, k) for p, k in zip((self.before, probe), self._known, strict=True))
+        data = probe.sizes(node, 0) if reshape else None
+        uses = probe.uses(node, place)
+        if then is None or now is None or then.shape != now.shape or (reshape and (data is None or len(uses) != now.size)):
+            raise CannotFollow(f"the sizes that node '{node.name}' reads cannot be followed")
+        wanted = np.array(then.reshape(-1))
+        for element, use in uses.items():
+            if reshape or probe.touched(use):
+                wanted[element] = sum(probe.size(f) for f in use.factors)
+        zeros = bool(node.attrs.get("allowzero", 0))
+        said = {e for e, n in enumerate(then.reshape(-1)) if n == -1 or (n == 0 and not zeros)} if reshape else set()
+        return _Read(now.reshape(-1), wanted, {e for e in said if is_written(probe, tensor, e)}, data, zeros)
 
 
 def _within(new: Mask, old: Mask) -> Mask:
@@ -649,6 +689,11 @@ def _compressed(value: NDArray[Any], mask: Mask, axis: int) -> NDArray[Any]:
     if mask.ndim == 1:
         return np.compress(mask, value, axis)
     return np.stack([np.compress(own, part, axis - 1) for own, part in zip(mask, value, strict=True)])
+
+
+def _laid_along(vector: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Returns a vector [m] as a tensor that has it along ``axis``, counted from the end."""
+    return vector.reshape(-1, *([1] * (-1 - axis)))
 
 
 def _set_input(node: gs.Node, position: int, tensor: gs.Tensor) -> None:

@@ -12,7 +12,10 @@ The walk records what a later rewrite has to touch:
 * :class:`ConsumerUse`: a linear contraction of an activation with a constant, where a repair can be folded;
 * :class:`SizeUse`: an attribute or an element of a shape tensor that must equal the size of some factors;
 * :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change;
+* in :attr:`GraphWalk.others`, the same graph under other sizes of its symbolic dimensions: what holds in all holds;
 * in :attr:`GraphWalk.mixed`, axes of a product of two activations: attention weights mix what such an axis holds;
+* in :attr:`GraphWalk.batched`, axes along which such products stand side by side: attention heads are among them;
+* in :attr:`GraphWalk.channels`, axes that are channels of a convolution or of a normalisation, of which runs are no heads;
 * :class:`ProductUse`: a product of two activations, by the axis that is contracted: the width of queries and keys.
 
 An operator without a rule pins every axis that it touches, and is named in :attr:`GraphWalk.unknown`.
@@ -33,7 +36,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 import liar_opt.frontend.onnx_attention_rules
-import liar_opt.frontend.onnx_fused_rules  # noqa: F401 (imports of both put their rules into the table)
+import liar_opt.frontend.onnx_fused_rules
+import liar_opt.frontend.onnx_layout_rules
+import liar_opt.frontend.onnx_normalisation_rules
+import liar_opt.frontend.onnx_recurrent_rules  # noqa: F401 (these imports put their rules into the table)
 from liar_opt.frontend.onnx_model import MOVERS, OnnxModel, constant_value, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, RULES, Axes, rule
 from liar_opt.frontend.onnx_values import (
@@ -292,6 +298,8 @@ class GraphWalk:
     left: dict[str, list[str]] = field(default_factory=dict)
     spared: dict[str, set[int]] = field(default_factory=dict)
     mixed: list[Factor] = field(default_factory=list)
+    batched: list[Factor] = field(default_factory=list)
+    channels: list[Factor] = field(default_factory=list)
     lookups: dict[str, Lookup] = field(default_factory=dict)
     products: list[ProductUse] = field(default_factory=list)
     flops: int = 0
@@ -300,6 +308,7 @@ class GraphWalk:
     growing: bool = False
     choosy: bool = False
     images: bool = False
+    others: list[GraphWalk] = field(default_factory=list)
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -373,6 +382,10 @@ class GraphWalk:
         """Sets the factors of an output's axes."""
         if position < len(node.outputs) and present(node.outputs[position]):
             self.axes[node.outputs[position].name] = axes
+
+    def read(self, tensor: gs.Tensor) -> bool:
+        """Returns whether a tensor is read, or handed out."""
+        return present(tensor) and (bool(tensor.outputs) or any(tensor is t for t in self.model.graph.outputs))
 
     def pin(self, axes: Axes | Sequence[Factor] | None, reason: str) -> None:
         """Pins every factor of ``axes``."""
@@ -469,8 +482,11 @@ class GraphWalk:
     def consumer(
         self, node: gs.Node, activation: int, activation_axis: int, weight: int, weight_axis: int, **more: Any
     ) -> None:
-        """Records a linear contraction of a variable input with a constant input; ``more`` are fields of `ConsumerUse`."""
-        tensor, constant = node.inputs[activation], node.inputs[weight]
+        """Records a linear contraction of a variable input with a constant input; ``more`` are fields of `ConsumerUse`.
+
+        What is contracted may be what the node makes, too, one step before: ``reads``.
+        """
+        tensor, constant = more.pop("reads", node.inputs[activation]), node.inputs[weight]
         axes = self.input_axes(node, weight)
         if not isinstance(tensor, gs.Variable) or axes is None or self.input_axes(node, activation) is None:
             return
@@ -544,6 +560,8 @@ class GraphWalk:
         for what, tensors in (("input", self.model.graph.inputs), ("output", self.model.graph.outputs)):
             for tensor in tensors:
                 axes = None if is_constant(tensor) else self.axes.get(tensor.name)
+                if is_constant(tensor):  # a weight that is handed out keeps its shape wherever it is read
+                    axes = [f for use in self.constant_uses if use.constant.name == tensor.name for f in use.axes]
                 pinned = [f for i, f in enumerate(axes or ()) if i not in self.spared.get(tensor.name, ())]
                 self.pin(pinned, f"axis of graph {what} '{tensor.name}'")
 
@@ -637,6 +655,16 @@ class GraphWalk:
         self.give_up(node, f"{node.op} over fewer elements than its window")
         return False
 
+    def misfit(self, node: gs.Node, reason: str) -> None:
+        """Gives a node up whose blocks do not divide the sizes tried.
+
+        Raises:
+            Misfit: the sizes of images are still to be chosen; the walk starts again with some that blocks divide.
+        """
+        if self.choosy:
+            raise Misfit
+        self.give_up(node, reason)
+
     def leave(self, node: gs.Node, reason: str) -> None:
         """Says why something inside an operator, which no axis of the graph shows, is not pruned."""
         self.left.setdefault(reason, []).append(node.name)
@@ -663,7 +691,7 @@ class GraphWalk:
         """
         branch = node.attrs["then_branch" if bool(np.all(self.value(node, 0))) else "else_branch"]
         records: list[list[Any]] = [self.constant_uses, self.consumers, self.size_uses, self.value_uses]
-        records += [self.mixed, self.products]
+        records += [self.mixed, self.batched, self.channels, self.products]
         kept = [len(r) for r in records]
         where = f"operator If has no rule (node '{node.name}')"
         for inner in branch.nodes:
@@ -895,9 +923,10 @@ class Symbols:
 
 
 def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], AxisAlgebra]) -> None:
-    """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes."""
+    """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes, which is kept."""
     other = GraphWalk(state.model, algebra(), symbols.renamed().sizes(), merging=False)
     other.run()
+    state.others.append(other)
     sizes = {(id(u.node), u.where): u.value for u in other.size_uses}
     values = {(id(u.node), u.position): u.value for u in other.value_uses}
     state.size_uses = [replace(u, dynamic=sizes.get((id(u.node), u.where)) != u.value) for u in state.size_uses]
@@ -992,7 +1021,9 @@ def _sources(tensor: gs.Tensor) -> set[str]:
 
 
 @rule(
-    *("Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid").split(),
+    *(
+        "Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid"
+    ).split(),
     *(
         "HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin"
     ).split(),
@@ -1055,6 +1086,8 @@ def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, 
         w.mix(left, right)
     batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
     batch = w.broadcast(batch_left, batch_right) if batch_left or batch_right else ()
+    if w.products and w.products[-1].node is node:
+        w.batched += batch
     rows = () if vector_left else (left[-2],)
     columns = () if vector_right else (right[-1],)
     result = (*batch, *rows, *columns)
@@ -1201,17 +1234,22 @@ def einsum(w: GraphWalk, node: gs.Node, contract: Callable[[Factor], None]) -> N
         else:
             w.pin([factors[s] for s in summed], f"summed over by {node.op} (node '{node.name}')")
         w.mixed += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) == 1]
+        if not any(w.constant(node, i) is not None for i in range(len(terms))):
+            w.batched += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) > 1]
     w.output(node, tuple(factors[letter] for letter in right))
 
 
 @rule("Conv")
+@rule("FusedConv", domain=MICROSOFT)
 def _conv(w: GraphWalk, node: gs.Node) -> None:
+    """X [b, n, ..], W [m, n / groups, ..], bias [m]; a fused one adds a tensor like the result, before an activation."""
     x, weight = w.input_axes(node, 0), w.input_axes(node, 1)
     assert x is not None and weight is not None
     where = f"(node '{node.name}')"
     kernel, groups = w.shape(weight)[2:], int(node.attrs.get("group", 1))
     if groups == 1:
         w.unify(x[1], weight[1])
+        w.channels += [x[1], weight[0]]
         pointwise = all(k == 1 for k in kernel)
         window = None if pointwise else _window(node, kernel)
         if w.constant(node, 1) is None or (window is None and not pointwise):
@@ -1236,7 +1274,9 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     if not w.slid(node, spatial, w.shape(x)[2:]):
         return
     w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *spatial], dtype=np.int64))
-    w.output(node, (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial)))
+    result: Axes = (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial))
+    added = w.input_axes(node, 3)
+    w.output(node, result if added is None else w.broadcast(result, added))
 
 
 @rule("ConvTranspose")
@@ -1309,6 +1349,8 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
         return
     where = f"slid over by {node.op} (node '{node.name}')"
     w.pin(axes[2:], where)
+    if len(node.outputs) > 1 and w.read(node.outputs[1]):
+        w.pin(axes[:2], f"counted by the indices of {node.op} (node '{node.name}')")
     for position in range(len(node.outputs)):
         w.output(node, (*axes[:2], *(w.fresh(s, where) for s in shape[2:])), position)
 
@@ -1322,6 +1364,7 @@ def _channel_normalization(w: GraphWalk, node: gs.Node) -> None:
         return
     if node.op == "InstanceNormalization":
         w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
+        w.channels.append(axes[1])
     for position in range(1, len(node.inputs)):  # scale, shift, and mean and variance where they are given
         vector = w.input_axes(node, position)
         if vector is not None:
@@ -1670,19 +1713,21 @@ def _pad(w: GraphWalk, node: gs.Node) -> None:
     axes, pads = w.input_axes(node, 0), w.value(node, 1)
     assert axes is not None
     pads = np.asarray(node.attrs["pads"]) if "pads" in node.attrs else pads
-    if pads is None or len(pads) != 2 * len(axes):
+    chosen: Array | None = np.arange(len(axes))
+    if len(node.inputs) > 3 and present(node.inputs[3]):  # the axes that are padded, in any order
+        chosen = w.value(node, 3)
+    if pads is None or chosen is None or len(pads) != 2 * len(chosen):
         w.give_up(node, "Pad by widths that are not known")
         return
     where = f"padded (node '{node.name}')"
-    result = []
-    for i, factor in enumerate(axes):
-        extra = int(pads[i]) + int(pads[i + len(axes)])
-        if pads[i] or pads[i + len(axes)]:
-            if not w.slid(node, [w.algebra.size(factor) + extra]):
+    result = list(axes)
+    for i, axis in enumerate(int(a) % len(axes) for a in chosen):
+        factor, before, behind = axes[axis], int(pads[i]), int(pads[i + len(chosen)])
+        if before or behind:
+            if not w.slid(node, [w.algebra.size(factor) + before + behind]):
                 return
             w.pin([factor], where)
-            factor = w.fresh(w.algebra.size(factor) + extra, where)
-        result.append(factor)
+            result[axis] = w.fresh(w.algebra.size(factor) + before + behind, where)
     w.output(node, tuple(result))
 
 
@@ -1724,16 +1769,16 @@ def _random(w: GraphWalk, node: gs.Node) -> None:
 # -- what needs the whole axis --------------------------------------------------------------------------------------
 
 
-@rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "CumSum", "ArgMax", "ArgMin")
+@rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "CumSum", "CumProd", "ArgMax", "ArgMin")
 def _along_axis(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     default = -1 if node.op in ("LpNormalization",) or (w.model.opset >= 13 and node.op not in ("ArgMax", "ArgMin")) else 1
     axis = int(node.attrs.get("axis", 0 if node.op.startswith("Arg") else default))
-    if node.op == "CumSum":
+    if node.op in ("CumSum", "CumProd"):
         known = w.value(node, 1)
         if known is None:
-            w.give_up(node, "CumSum over an axis that is not known")
+            w.give_up(node, f"{node.op} over an axis that is not known")
             return
         axis = int(known)
     axis %= len(axes)
@@ -1779,7 +1824,7 @@ def _reduce(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(w.fresh(1) if i in gone else f for i, f in enumerate(axes) if keep or i not in gone))
 
 
-@rule("GlobalAveragePool", "GlobalMaxPool")
+@rule("GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool")
 def _global_pool(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None

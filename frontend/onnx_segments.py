@@ -12,7 +12,7 @@ computed. All of it stays inside the graph, on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,8 @@ MOVES = ("Reshape", "Dropout", "Identity", "view", "_unsafe_view", "view_copy", 
 TRIANGLE_FROM = 512
 """Widths from here on compute X^T X by blocks of the upper triangle."""
 BLOCKS = 6
+ARITHMETIC = ("Add", "Div", "Max", "Min", "Mod", "Mul", "Sub")
+"""Operators on sizes whose result is as long as the longest of what they read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,27 +154,28 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
 
     Args:
         walk: the analysis.
-        groups: channel groups with ``start`` and ``end`` positions.
+        groups: channel groups.
 
     Returns:
         The groups that are used on both sides of another group (shared weights, a position bias that ties the heads of
-        all layers): they are measured on the whole model first. Then the segments, in order.
+        all layers): they are measured on the whole model first. Then the segments, in the order in which weights are used.
     """
     nodes = walk.model.graph.nodes
     order = {id(n): i for i, n in enumerate(nodes)}
+    # Found anew: cuts of an earlier sweep have moved what the groups' own positions were taken from.
+    uses = {id(g): sorted(order[id(r.node)] for r in g.readings) for g in groups}
 
-    def uses(group: Any) -> list[int]:
-        return sorted(order[id(r.node)] for r in group.readings)
+    def spans(group: Any, other: Any) -> bool:
+        return group is not other and uses[id(group)][0] <= uses[id(other)][-1] < uses[id(group)][-1]
 
-    wide = tuple(g for g in groups if any(uses(g)[0] <= uses(o)[-1] < uses(g)[-1] for o in groups if o is not g))
-    narrow = sorted((g for g in groups if g not in wide), key=lambda g: (g.start, g.end))
+    wide = tuple(g for g in groups if any(spans(g, o) for o in groups))
+    places = [(min(uses[id(g)][0], _first_weight(walk, g, order)), uses[id(g)][-1], g) for g in groups if g not in wide]
     merged: list[tuple[int, int, list[Any]]] = []
-    for group in narrow:
-        start = min(uses(group)[0], _producers_start(walk, group, order))
+    for start, end, group in sorted(places, key=lambda place: place[:2]):
         if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], group.end), [*merged[-1][2], group])
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end), [*merged[-1][2], group])
         else:
-            merged.append((start, group.end, [group]))
+            merged.append((start, end, [group]))
     segments, low = [], 0
     for start, end, members in merged:
         segments.append(Segment(nodes[_cheapest_cut(walk, low, start)], nodes[end], tuple(members)))
@@ -180,12 +183,14 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
     return wide, tuple(segments)
 
 
-def _producers_start(walk: GraphWalk, group: Any, order: dict[int, int]) -> int:
-    """Returns the position of the first node that reads a weight of the group (shape arithmetic left out)."""
-    positions = [
-        order[id(u.node)] for u in walk.constant_uses if any(group.factor in walk.algebra.leaves(f) for f in u.axes)
-    ]
-    return min(positions, default=group.start)
+def _first_weight(walk: GraphWalk, group: Any, order: Mapping[int, int]) -> int:
+    """Returns the position of the first node that reads a constant with the group's dimension.
+
+    Shapes are left out: an exporter asks for those of all caches at the top of the graph, long before any layer.
+    """
+    leaf = walk.algebra.find(group.factor)
+    own = (u for u in walk.constant_uses if any(leaf in walk.algebra.leaves(f) for f in u.axes))
+    return min((order[id(u.node)] for u in own if id(u.node) in order), default=len(order))
 
 
 def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
@@ -218,22 +223,72 @@ def _elements(walk: GraphWalk, names: set[str]) -> int:
     return total
 
 
-def live_tensors(walk: GraphWalk, position: int) -> list[str]:
+def live_tensors(walk: GraphWalk, position: int, waiting: Collection[int] = ()) -> list[str]:
     """Returns the names of the tensors made before ``position`` and read from there on; graph inputs left out.
 
     The graph's outputs are no readers: what is returned is not measured, and a cache of every layer is large. What a shape
     was computed from is alive with it: a cut behind ``position`` may compute that shape anew.
+
+    Args:
+        walk: the analysis.
+        position: of the first node behind.
+        waiting: leaf factors that are still to be cut. A tensor that has one of them (a cache that was cast on top of the
+            graph), or a size computed from one, will not be then what it is now: what it is made of is alive instead, and
+            :func:`extract` makes it anew.
     """
-    nodes = walk.model.graph.nodes
-    made = {t.name: n for n in nodes[:position] for t in n.outputs if present(t)}
-    read = set().union(*(names_read(n) for n in nodes[position:]))
-    alive = made.keys() & read
-    pending = [name for name in alive if name in walk.values]
+    nodes = walk.model.graph.nodes[:position]
+    made = {t.name: n for n in nodes for t in n.outputs if present(t)}
+    changing = _changing(walk, nodes, waiting)
+    found: set[str] = set()
+    pending = list(made.keys() & set().union(*(names_read(n) for n in walk.model.graph.nodes[position:])))
     while pending:
-        behind = {n for n in names_read(made[pending.pop()]) if n in walk.values and n in made} - alive
-        alive |= behind
-        pending += behind
-    return sorted(alive)
+        name = pending.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name in changing:
+            pending += made.keys() & names_read(made[name])
+        elif name in walk.values:
+            pending += (n for n in names_read(made[name]) if n in walk.values and n in made)
+    return sorted(found - changing)
+
+
+def _changing(walk: GraphWalk, nodes: Sequence[gs.Node], waiting: Collection[int]) -> set[str]:
+    """Returns the names of the tensors made by ``nodes`` that have a leaf factor of ``waiting``, or count one."""
+    if not waiting:
+        return set()
+    leaves = {walk.algebra.find(leaf) for leaf in waiting}
+
+    def has_one(name: str) -> bool:
+        return any(not leaves.isdisjoint(walk.algebra.leaves(f)) for f in walk.axes.get(name) or ())
+
+    found: set[str] = set()
+    for node in nodes:
+        read = names_read(node)
+        counts = not found.isdisjoint(read) or any(has_one(name) for name in read)
+        found |= {t.name for t in node.outputs if present(t) and (has_one(t.name) or (counts and t.name in walk.values))}
+    return found
+
+
+def nodes_for(
+    nodes: Sequence[gs.Node], start: int, stop: int, wanted: Collection[str], given: Collection[str]
+) -> list[gs.Node]:
+    """Returns the nodes before ``stop`` that ``wanted`` needs, in order: of those before ``start`` only what is not given.
+
+    Args:
+        nodes: of the graph, in order.
+        start: position of the first node behind what is given.
+        stop: position behind the last node.
+        wanted: names of tensors.
+        given: names of tensors made before ``start`` that are at hand.
+    """
+    needed, result = set(wanted), []
+    for index in reversed(range(stop)):
+        node = nodes[index]
+        if any(t.name in needed and (index >= start or t.name not in given) for t in node.outputs):
+            result.append(node)
+            needed |= names_read(node)
+    return result[::-1]
 
 
 def extract(
@@ -241,28 +296,24 @@ def extract(
 ) -> Extracted:
     """Makes a model of the nodes [start, stop) that ``outputs`` and ``taps`` need.
 
+    What they need that was made before ``start`` and is not at hand is made again, from what is at hand and the inputs.
+
     Args:
         walk: the analysis; the graph may have been cut since.
         start: position of the first node.
         stop: position behind the last node.
         outputs: tensors to return.
-        types: ONNX element types of tensors made before ``start``.
+        types: ONNX element types of the tensors that were made before ``start`` and are at hand.
         taps: activations whose moments are computed and returned.
     """
     graph = walk.model.graph
     needed = {*outputs, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
     needed.update(name for t in taps if t.stream is not None for name in t.stream.terms)
-    nodes: list[gs.Node] = []
-    for node in reversed(graph.nodes[start:stop]):
-        if any(t.name in needed for t in node.outputs):
-            nodes.append(node)
-            needed.update(t.name for t in node.inputs if present(t) and not is_constant(t))
-            for value in node.attrs.values():
-                if isinstance(value, gs.Graph):
-                    needed.update(_captured(value))
-    nodes.reverse()
+    nodes = nodes_for(graph.nodes, start, stop, needed, types)
+    needed = needed.union(*(names_read(n) for n in nodes))
     made = {t.name for n in nodes for t in n.outputs}
-    constants = {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
+    constants = {t.name: t for t in graph.outputs if is_constant(t) and t.name in needed}
+    constants |= {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
     declared = {t.name: t for t in graph.inputs}
     tensors = {t.name: t for n in graph.nodes[:start] for t in n.outputs}
     inputs = []
@@ -314,10 +365,19 @@ def _length(walk: GraphWalk, tensor: gs.Tensor) -> int | None:
         if whole is None or known is None:
             return None
         return len(range(whole)[slice(known[0][0], known[1][0], (known[3] or [1])[0])])
+    if node.op in ARITHMETIC:
+        lengths = [_length(walk, source) for source in node.inputs if not _is_number(walk, source)]
+        return None if None in lengths else max((n for n in lengths if n is not None), default=None)
     if node.op == "Concat":
         parts = [_length(walk, part) for part in node.inputs]
         return sum(p for p in parts if p is not None) if None not in parts else None
     return None
+
+
+def _is_number(walk: GraphWalk, tensor: gs.Tensor) -> bool:
+    """Returns whether a tensor is known to be one number, of no axes."""
+    value = tensor.values if is_constant(tensor) else walk.values.get(tensor.name)
+    return value is not None and np.ndim(value) == 0
 
 
 def names_read(node: gs.Node) -> set[str]:
@@ -337,7 +397,8 @@ def _captured(graph: gs.Graph) -> set[str]:
         for value in node.attrs.values():
             if isinstance(value, gs.Graph):
                 names |= _captured(value)
-    return names - {t.name for n in graph.nodes for t in n.outputs}
+    # The body of a Loop or Scan has inputs of its own.
+    return names - {t.name for n in graph.nodes for t in n.outputs} - {t.name for t in graph.inputs}
 
 
 def place_of(use: Any, expert: int = -1) -> Place:
@@ -541,9 +602,11 @@ def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None
     """
     graph = walk.model.graph
     order = {id(n): i for i, n in enumerate(graph.nodes)}
-    columns = use.weight.shape[1 - use.weight_axis] if len(use.weight.shape) == 2 else 0
-    if not columns or use.output_axis != -1:
+    if len(use.weight.shape) != 2 or use.output_axis != -1:
         return None
+    # The stream may have been cut since it was analysed: the values are those of now, sizes are compared as they were.
+    values = np.moveaxis(np.asarray(use.holder.inputs[use.weight_position].values), use.weight_axis, 0).astype(np.float32)
+    analysed, columns = use.weight.shape[1 - use.weight_axis], values.shape[1]
     constant = np.zeros(columns, np.float32)
     if use.bias[0] == "input" and len(use.node.inputs) > use.bias[1] and is_constant(use.node.inputs[use.bias[1]]):
         constant = (
@@ -574,14 +637,13 @@ def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None
                 return None
             terms.append(other.name)
         tensor, axes = reader.outputs[0], walk.axes.get(reader.outputs[0].name)
-        if skip or axes is None or walk.algebra.size(axes[-1]) != columns:
+        if skip or axes is None or walk.algebra.size(axes[-1]) != analysed:
             break
     if not terms:
         return None
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (columns, PROJECTION))
     signs = ((signs - signs.mean(axis=0)) / np.sqrt(columns)).astype(np.float32)
-    live = np.moveaxis(np.asarray(use.holder.inputs[use.weight_position].values), use.weight_axis, 0).astype(np.float32)
-    return Stream(tuple(terms), signs, (live * np.float32(use.scale)) @ signs, constant @ signs)
+    return Stream(tuple(terms), signs, (values * np.float32(use.scale)) @ signs, constant @ signs)
 
 
 def row_mask(mask: np.ndarray, layout: str, repeat: int) -> np.ndarray:

@@ -6,8 +6,17 @@ again. Sizes are compared at once, so that a truncated file is named before any 
 
 Writing goes the same way back: the stubs are written around the data, which is copied array by array, so that no more
 than one weight is in memory. The bytes are those that protobuf writes (fields in ascending order).
+
+External data is read from within the model's folder. A link there is followed where ONNX Runtime follows it: within that
+folder, and to the folder in which the model's own file is, where the model is a link itself (the cache of the Hugging Face
+hub keeps both as links to its blobs). A link to elsewhere is refused: a model from somebody else could name any file of
+its reader, whose bytes would be in the result.
 """
 
+import filecmp
+import hashlib
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -19,7 +28,7 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import ModelError
-from liar_opt.runtime.whole_file import whole_file
+from liar_opt.runtime.whole_file import kind_of, replace_file, temporary_file
 
 Arrays = Mapping[str, NDArray[Any]]
 STUB_LIMIT = 4096
@@ -29,6 +38,8 @@ MAP_FROM = 1 << 28
 program, and every array is aligned, which a session needs and a place in a file is not."""
 EXTERNAL_LIMIT = (1 << 31) - (1 << 20)
 """Bytes of weights above which the output is written with external data (protobuf's own limit is 2 GiB)."""
+DATA_KEY = "liar_opt.external_data"
+"""Key of the metadata that says which file of external data liar-opt wrote with the model."""
 PLAIN = {
     onnx.TensorProto.DataType.Value(name)
     for name in (
@@ -105,6 +116,9 @@ def lightened(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, NDArra
             continue
         arrays[tensor.name] = np.frombuffer(raw, numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
         light.graph.initializer.append(stub(tensor.name, tensor.data_type, tensor.dims))
+        if tensor.doc_string:
+            light.graph.initializer[-1].doc_string = tensor.doc_string
+        light.graph.initializer[-1].metadata_props.extend(tensor.metadata_props)
     return light, arrays
 
 
@@ -140,8 +154,8 @@ def without_data(light: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Returns how many bytes the data of a tensor has."""
-    elements = int(np.prod(tensor.dims, dtype=np.int64))
+    """Returns how many bytes the data of a tensor has; KeyError for an element type that ONNX does not know."""
+    elements = math.prod(int(n) for n in tensor.dims)  # of a broken file: numpy's would go round
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
     if name in ("INT4", "UINT4", "FLOAT4E2M1"):
         return (elements + 1) // 2
@@ -172,10 +186,45 @@ def _short(tensor: onnx.TensorProto, size: int, name: str) -> ModelError:
     )
 
 
-def external_files(proto: onnx.ModelProto, path: Path) -> set[Path]:
-    """Returns the files in which the initializers of a light proto are, beside the model's own."""
-    names = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
-    return {path.parent / name for name in names - {path.name}}
+def external_files(path: Path) -> set[Path]:
+    """Returns the files beside a model file in which its tensors are, wherever in the model they stand.
+
+    None where the file is no model: whoever reads it will say so.
+    """
+    try:
+        proto = onnx.ModelProto.FromString(_without_data(_buffer(path).data, path.name))
+        return {path.parent / name for name in _locations(proto) - {path.name}}
+    except (ModelError, DecodeError, OSError):
+        return set()
+
+
+def _locations(message: Message) -> set[str]:
+    """Returns what all tensors within a message say of where their data is."""
+    if isinstance(message, onnx.TensorProto):
+        return {e.value for e in message.external_data if e.key == "location"}
+    found: set[str] = set()
+    for described, value in message.ListFields():
+        if described.message_type is None:
+            continue
+        for part in value if isinstance(value, Iterable) else (value,):
+            found |= _locations(part)
+    return found
+
+
+def _written_data(path: Path) -> set[Path]:
+    """Returns the external data that liar-opt wrote with the model that is at ``path``, if it did."""
+    try:
+        proto = onnx.ModelProto.FromString(_without_data(_buffer(path).data, path.name))
+    except (ModelError, DecodeError, OSError):
+        return set()
+    said = {p.value for p in proto.metadata_props if p.key == DATA_KEY}
+    return {path.with_name(name) for name in said & _locations(proto) if _data_name(name, path.name)}
+
+
+def within(file: Path, *folders: Path) -> bool:
+    """Returns whether a file is in one of some folders when links are followed."""
+    place = file.resolve()
+    return any(place.is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _buffer(path: Path) -> NDArray[np.uint8]:
@@ -198,6 +247,11 @@ def _place(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int]:
     file = path.parent / location
     if not file.is_file():
         raise ModelError(f"external data '{location}' of '{path}' is missing; put it beside the model as it was exported")
+    if not within(file, path.parent, path.resolve().parent):
+        raise ModelError(
+            f"external data '{location}' of '{path}' is a link that leads out of the model's folder, to "
+            f"'{file.resolve()}'; put the file itself beside the model"
+        )
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", tensor_bytes(tensor)))
     except ValueError:
@@ -286,33 +340,86 @@ def _read_varint(data: memoryview, position: int, end: int) -> tuple[int, int]:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def write_model(light: onnx.ModelProto, arrays: Arrays, path: Path) -> None:
+def write_model(light: onnx.ModelProto, arrays: Arrays, path: Path, keep: Iterable[Path] = ()) -> None:
     """Writes a model whole or not at all: to temporary files in the same folder, then moved into place.
 
-    Weights above 2 GiB go to ``path`` + ``.data``.
+    Weights above 2 GiB go to ``path`` + ``.data``. Where there is such a file it stays as long as the model that is
+    replaced names it, so the new data gets another name (``path`` + ``.<8 digits>.data``), which the new model names. Data
+    that liar-opt wrote with the model that is replaced is removed behind it.
+
+    Args:
+        light: the model; what has its data in ``arrays`` is a stub.
+        arrays: the data by name.
+        path: where to; a file is replaced.
+        keep: files that are not removed.
 
     Raises:
         OSError: the folder cannot be written or is full; nothing is left behind.
     """
-    data = path.with_name(path.name + ".data")
-    with whole_file(path) as temporary:
-        if sum(a.nbytes for a in arrays.values()) > EXTERNAL_LIMIT:
-            with whole_file(data) as temporary_data:
-                with temporary_data.open("wb") as stream:
-                    light = _write_external(light, arrays, stream, data.name)
-                with temporary.open("wb") as stream:
-                    _write(stream, light.SerializeToString())
-        else:
+    light = _without_data_key(light)
+    with temporary_file(path) as temporary:
+        old = {file for file in _written_data(path) if not any(k.exists() and file.samefile(k) for k in keep)}
+        if sum(a.nbytes for a in arrays.values()) <= EXTERNAL_LIMIT:
             with temporary.open("wb") as stream:
                 _write_inside(light, arrays, stream)
+            replace_file(temporary, path, old=old)
+            return
+        with temporary_file(path) as data:
+            with data.open("wb") as stream:
+                light = _write_external(light, arrays, stream)
+            place = _data_place(path, data, old)
+            with temporary.open("wb") as stream:
+                _write(stream, _located(light, place.name).SerializeToString())
+            same = place in old  # the same bytes: they stay
+            replace_file(temporary, path, None if same else (data, place), old - {place})
+
+
+def _without_data_key(light: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns a model without the name of another file's data."""
+    if all(p.key != DATA_KEY for p in light.metadata_props):
+        return light
+    result = onnx.ModelProto()
+    result.CopyFrom(light)
+    del result.metadata_props[:]
+    result.metadata_props.extend(p for p in light.metadata_props if p.key != DATA_KEY)
+    return result
+
+
+def _data_place(path: Path, data: Path, old: Iterable[Path]) -> Path:
+    """Returns the place for data: no file is there, or one of ``old`` that is equal."""
+    plain = path.with_name(f"{path.name}.data")
+    for place in old:
+        if place.is_file() and filecmp.cmp(place, data, shallow=False):
+            return place
+    if kind_of(plain) is None:
+        return plain
+    with data.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    names = (path.with_name(f"{path.name}.{digest[i : i + 8]}.data") for i in range(len(digest) - 7))
+    return next(place for place in names if kind_of(place) is None)
+
+
+def _data_name(name: str, model: str) -> bool:
+    """Returns whether liar-opt gives the data of a model such a name."""
+    return re.fullmatch(re.escape(model) + r"(\.[0-9a-f]{8})?\.data", name) is not None
+
+
+def _located(light: onnx.ModelProto, location: str) -> onnx.ModelProto:
+    """Says in which file the data is that was written (`_write_external`)."""
+    for tensor in light.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and not entry.value:
+                entry.value = location
+    light.metadata_props.add(key=DATA_KEY, value=location)
+    return light
 
 
 def _write(stream: BinaryIO, data: bytes | memoryview) -> None:
     stream.write(data)
 
 
-def _write_external(light: onnx.ModelProto, arrays: Arrays, stream: BinaryIO, location: str) -> onnx.ModelProto:
-    """Writes the data and returns the model that says where it is."""
+def _write_external(light: onnx.ModelProto, arrays: Arrays, stream: BinaryIO) -> onnx.ModelProto:
+    """Writes the data and returns a model of its own that says where it is; the file has no name yet."""
     result = onnx.ModelProto()
     result.CopyFrom(light)
     offset = 0
@@ -326,7 +433,7 @@ def _write_external(light: onnx.ModelProto, arrays: Arrays, stream: BinaryIO, lo
         offset += padding
         tensor.data_location = onnx.TensorProto.EXTERNAL
         del tensor.external_data[:]
-        for key, entry in (("location", location), ("offset", offset), ("length", value.nbytes)):
+        for key, entry in (("location", ""), ("offset", offset), ("length", value.nbytes)):
             tensor.external_data.add(key=key, value=str(entry))
         _write(stream, value)
         offset += value.nbytes
@@ -337,22 +444,25 @@ def _write_inside(light: onnx.ModelProto, arrays: Arrays, stream: BinaryIO) -> N
     """Writes the model with its data in it, field by field as protobuf orders them."""
     before, after = _split(light, GRAPH)
     head, tail = _split(light.graph, INITIALIZER)
-    parts: list[tuple[bytes, NDArray[Any] | None]] = []
+    parts: list[tuple[bytes, NDArray[Any] | None, bytes]] = []
     for tensor in light.graph.initializer:
         value = arrays.get(tensor.name)
         if value is None:
             content = tensor.SerializeToString()
-            parts.append((_tag(INITIALIZER) + _varint(len(content)) + content, None))
+            parts.append((_tag(INITIALIZER) + _varint(len(content)) + content, None, b""))
             continue
         first = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).SerializeToString()
         first += _tag(RAW_DATA) + _varint(value.nbytes)
-        parts.append((_tag(INITIALIZER) + _varint(len(first) + value.nbytes) + first, value))
-    size = len(head) + len(tail) + sum(len(p) + (0 if v is None else v.nbytes) for p, v in parts)
+        last = onnx.TensorProto(doc_string=tensor.doc_string or None, metadata_props=tensor.metadata_props)
+        end = last.SerializeToString()
+        parts.append((_tag(INITIALIZER) + _varint(len(first) + value.nbytes + len(end)) + first, value, end))
+    size = len(head) + len(tail) + sum(len(p) + (0 if v is None else v.nbytes) + len(e) for p, v, e in parts)
     _write(stream, before + _tag(GRAPH) + _varint(size) + head)
-    for part, value in parts:
+    for part, value, end in parts:
         _write(stream, part)
         if value is not None:
             _write(stream, as_bytes(value))
+        _write(stream, end)
     _write(stream, tail + after)
 
 

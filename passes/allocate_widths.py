@@ -80,7 +80,9 @@ def kept_width(
     if allowed is not None:
         exact = group.size * (1.0 - ratio)
         return min((*allowed, group.size), key=lambda n: (abs(n - exact), -n if more else n))
-    step = min(multiple_of, group.size) if group.kind == "ffn" else 1
+    step = step_of(group, multiple_of)
+    if step == group.size and step > 1:
+        return group.size  # no multiple is smaller
     kept = step * math.floor(group.size * (1.0 - ratio) / step + 0.5)
     if kept < 1:
         most = 1.0 - step / group.size
@@ -211,7 +213,9 @@ def menus_of(
 
 def note_widths(state: State, keep: dict[str, int]) -> None:
     """Notes how many blocks of each group stay; values, queries and keys are groups where they are named."""
-    state.groups = (*state.groups, *(g for g in (*state.queries, *state.values) if g.name in keep))
+    known = {g.name for g in state.groups}
+    others = (g for g in (*state.queries, *state.values) if g.name in keep and g.name not in known)
+    state.groups = (*state.groups, *others)
     state.keep = keep
 
 
@@ -432,8 +436,8 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             free = tuple(g for g in groups if g.name not in sayable.allowed)
             if free:
                 rest = (goal - removed_parameters(held, keep)) / sum(g.parameters for g in free)
-                most = min(1.0 - step_of(g, self.multiple_of) / g.size for g in free)
-                ratios = {g.name: sparsity for g in held} | {g.name: min(max(rest, 0.0), most) for g in free}
+                most = {g.name: 1.0 - step_of(g, self.multiple_of) / g.size for g in free}
+                ratios = {g.name: sparsity for g in held} | {name: min(max(rest, 0.0), m) for name, m in most.items()}
                 keep = self._at(groups, ratios, sayable, more=True)
         if self.uniform:
             return keep

@@ -38,6 +38,10 @@ class Refinement(NamedTuple):
     parts: tuple[Factor, ...]
 
 
+WIDEST = 1 << 25
+"""Elements of a product of dimensions beyond which its parts are left alone."""
+
+
 class AxisAlgebra:
     """Union-find over factors, with refinements and pins."""
 
@@ -66,11 +70,16 @@ class AxisAlgebra:
         return len(self._parent) - 1
 
     def merge(self, factors: Sequence[Factor]) -> Factor:
-        """Returns the product of ``factors`` (outermost first); parts of size one vanish."""
+        """Returns the product of ``factors`` (outermost first); parts of size one vanish.
+
+        What is longer than `WIDEST` is pinned: whose index each position is would be a list as long.
+        """
         parts = tuple(f for f in factors if self.size(f) != 1)
         if len(parts) == 1:
             return parts[0]
         merged = self.fresh(math.prod(self.size(f) for f in parts))
+        if self.size(merged) > WIDEST:
+            self._pin_all([merged, *parts], f"an axis of {self.size(merged):,}, longer than {WIDEST:,}")
         if parts:
             self._refinement[merged] = Refinement("product", parts)
         return merged
@@ -209,12 +218,36 @@ class AxisAlgebra:
         return result
 
     def repeats(self, factor: Factor, leaf: Factor) -> bool:
-        """Returns whether ``leaf`` occurs more than once within one product of ``factor`` (it cannot be cut then)."""
+        """Returns whether ``leaf`` occurs more than once within one product of ``factor`` (it cannot be cut then).
+
+        In what is longer than `WIDEST` it may: that would take too long to tell.
+        """
+        if self.size(factor) > WIDEST:
+            return True
         try:
             self.owners(factor, leaf)
         except InternalError:
             return True
         return False
+
+    def encloses(self, factor: Factor, outer: Factor, inner: Factor) -> bool:
+        """Returns whether, wherever ``factor`` has both, ``inner`` lies within each index of ``outer`` and not around it.
+
+        Only then may each index of ``outer`` lose other indices of ``inner``: what is left lies as before.
+        """
+        refinement = self.refinement(factor)
+        if refinement is None:
+            return True
+        outer, inner = self.find(outer), self.find(inner)
+        having = [[leaf in self._with(part) for leaf in (outer, inner)] for part in refinement.parts]
+        apart = refinement.kind == "product" and not any(all(both) for both in having)
+        if not apart:
+            return all(self.encloses(part, outer, inner) for part in refinement.parts)
+        places = [[i for i, both in enumerate(having) if both[which]] for which in (0, 1)]
+        return not places[0] or not places[1] or max(places[0]) < min(places[1])
+
+    def _with(self, factor: Factor) -> set[Factor]:
+        return {self.find(factor), *self.leaves(factor)}
 
     # -- equating and pinning ---------------------------------------------------------------------------------------
 

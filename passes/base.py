@@ -15,7 +15,7 @@ from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
-from liar_opt.runtime.errors import InternalError, LiarOptError
+from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, OptionError
 from liar_opt.runtime.memory import Memory
 
 Progress = Callable[[str, int, int], None]
@@ -124,7 +124,12 @@ class Pipeline(Pass[None]):
         """Plans nothing: each pass plans when its turn comes."""
 
     def apply(self, state: State, plan: None) -> PassResult:
-        """Runs the passes; a bug in one is reported with its name and those before it."""
+        """Runs the passes; a bug in one is reported with its name and those before it.
+
+        Raises:
+            OptionError: the memory did not do.
+            InternalError: what a pass raises that is not meant for the user.
+        """
         changes: list[Change] = []
         refusals: list[Refusal] = []
         done: list[str] = []
@@ -132,8 +137,13 @@ class Pipeline(Pass[None]):
             start = time.perf_counter()
             try:
                 result = step(state)
-            except (LiarOptError, KeyboardInterrupt, OSError):
+            except (LiarOptError, GroupFault, KeyboardInterrupt, OSError):
                 raise
+            except MemoryError as err:
+                raise OptionError(
+                    f"pass {step.name} ran out of memory ({err or 'there is no more'}); give smaller batches (batch-size) "
+                    "or fewer samples"
+                ) from err
             except Exception as err:
                 before = f" after {', '.join(done)}" if done else ""
                 raise InternalError(f"pass {step.name} failed{before}: {err}") from err

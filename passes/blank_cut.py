@@ -15,7 +15,8 @@ from liar_opt.frontend.onnx_rules import count_flops, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.runtime.errors import InternalError
-from liar_opt.runtime.sessions import Session
+from liar_opt.runtime.latency import Deployed
+from liar_opt.runtime.sessions import operator_libraries
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -44,10 +45,10 @@ def blank_cut(dense: Stored, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[s
     return model, rewriter.ends()
 
 
-def session_of(model: OnnxModel, device: Any) -> Session:
-    """Loads a model that is timed."""
+def deployed(model: OnnxModel | Stored, device: str) -> Deployed:
+    """Returns a model as it is timed: in a process of its own."""
     data, weights = model.detached()
-    return Session(data, device, weights, exact=False)
+    return Deployed(data, weights, device, operator_libraries())
 
 
 def file_bytes(model: OnnxModel) -> int:

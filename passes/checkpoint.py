@@ -4,11 +4,16 @@ The folder holds ``run.json`` (which model, data and options it belongs to, and 
 for each finished segment: the kept blocks, the new weights and biases, the state of the random numbers, and what is alive
 behind it. A segment's folder appears whole or not at all. Cuts are made again from these, by the code that made them the
 first time, so that the result is the same to the last bit; nothing is measured again.
+
+What is removed, at the end of the run or behind one that was killed there, is what bears these names; any other file stays,
+and the folder with it.
 """
 
+import contextlib
 import hashlib
 import json
-import shutil
+import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +31,9 @@ from liar_opt.runtime.errors import OptionError
 RUN = "run.json"
 STEP = "segment-"
 UNFINISHED = ".unfinished"
+SEGMENT = re.compile(rf"{STEP}\d+({re.escape(UNFINISHED)})?")
+CONTENT = re.compile(r"groups\.json|(weights-\d+-\d+|turns-\d+|alive-\d+)\.npz")
+"""Names of the folders of segments, and of the files in them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +86,11 @@ class Checkpoint:
         if folder.exists() and not folder.is_dir():
             raise OptionError(f"resume '{folder}' is a file; give a folder")
         if not run.is_file():
-            if folder.is_dir() and any(not p.name.endswith(UNFINISHED) for p in folder.iterdir()):
+            if folder.is_dir() and not all(map(_is_ours, folder.iterdir())):
                 raise OptionError(f"resume folder '{folder}' holds other files; give a new one, or that of an earlier run")
             try:
                 folder.mkdir(exist_ok=True)
+                _remove_ours(folder)  # of a run that was killed when it was done
             except OSError as err:
                 raise OptionError(f"resume folder '{folder}' cannot be made ({err.strerror or err}); give another") from err
             checkpoint = cls(folder, identity=identity)
@@ -115,7 +124,7 @@ class Checkpoint:
         """
         place = self.folder / f"{STEP}{number}"
         temporary = self.folder / f"{STEP}{number}{UNFINISHED}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_segment(temporary)
         try:
             temporary.mkdir()
             plain = {
@@ -133,7 +142,7 @@ class Checkpoint:
                 np.savez(temporary / f"alive-{i}.npz", names=np.asarray(list(values), dtype=np.str_), **named)
             temporary.rename(place)
         except OSError as err:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_segment(temporary)
             raise OptionError(
                 f"resume folder '{self.folder}' cannot take a segment ({err.strerror or err}); free space and go on"
             ) from err
@@ -142,7 +151,21 @@ class Checkpoint:
             old.unlink(missing_ok=True)
 
     def load(self, number: int) -> Finished:
-        """Returns a finished segment."""
+        """Returns a finished segment.
+
+        Raises:
+            OptionError: its files are damaged.
+        """
+        try:
+            return self._finished(number)
+        except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as err:
+            raise self._damaged(number) from err
+
+    def _damaged(self, number: int) -> OptionError:
+        place = self.folder / f"{STEP}{number}"
+        return OptionError(f"'{place}' of an earlier run is damaged; remove the folder '{self.folder}' and begin again")
+
+    def _finished(self, number: int) -> Finished:
         place = self.folder / f"{STEP}{number}"
         plain = json.loads((place / "groups.json").read_text(encoding="utf-8"))
         groups = []
@@ -159,22 +182,57 @@ class Checkpoint:
         return Finished(groups, plain["generator"])
 
     def alive(self) -> list[dict[str, NDArray[Any]]]:
-        """Returns what is alive behind the last finished segment, for each batch."""
+        """Returns what is alive behind the last finished segment, for each batch.
+
+        Raises:
+            OptionError: its files are damaged.
+        """
         place = self.folder / f"{STEP}{self.done}"
         result: list[dict[str, NDArray[Any]]] = []
-        while (file := place / f"alive-{len(result)}.npz").is_file():
-            with np.load(file) as values:
-                result.append({str(name): values[f"v{k}"] for k, name in enumerate(values["names"])})
+        try:
+            while (file := place / f"alive-{len(result)}.npz").is_file():
+                with np.load(file) as values:
+                    result.append({str(name): values[f"v{k}"] for k, name in enumerate(values["names"])})
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as err:
+            raise self._damaged(self.done) from err
         return result
 
     def remove(self) -> None:
-        """Removes the folder: the run is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes what was kept, and the folder if nothing else is in it: the run is done."""
+        _remove_ours(self.folder)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _write_run(self) -> None:
         temporary = self.folder / f"{RUN}{UNFINISHED}"
         temporary.write_text(json.dumps({"identity": self.identity, "decided": self.decided}), encoding="utf-8")
         temporary.replace(self.folder / RUN)
+
+
+def _is_ours(entry: Path) -> bool:
+    """Returns whether an entry of the folder is what a run keeps there, with nothing else in it."""
+    if SEGMENT.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+        return all(CONTENT.fullmatch(file.name) and file.is_file() for file in entry.iterdir())
+    return entry.name in (RUN, f"{RUN}{UNFINISHED}") and entry.is_file()
+
+
+def _remove_ours(folder: Path) -> None:
+    """Removes what runs keep; first what says that there is one, so that none goes on from half of it."""
+    for name in (RUN, f"{RUN}{UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+    for entry in list(folder.iterdir()):
+        if SEGMENT.fullmatch(entry.name):
+            _remove_segment(entry)
+
+
+def _remove_segment(place: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not place.is_symlink():
+            for file in list(place.iterdir()):
+                if CONTENT.fullmatch(file.name):
+                    file.unlink()
+            place.rmdir()
 
 
 def digests_of(state: State) -> dict[str, str]:

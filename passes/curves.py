@@ -86,7 +86,8 @@ def load_curves(path: Path) -> dict[str, GroupCurve] | None:
         path.touch()
     except Exception:  # whatever a broken archive raises
         return None
-    return found
+    numbers = (a for c in found.values() for a in (c.errors, c.values, np.asarray(c.worth)))
+    return found if all(a.dtype.kind == "f" and np.isfinite(a).all() for a in numbers) else None
 
 
 def store_curves(path: Path, curves: Mapping[str, GroupCurve]) -> None:

@@ -99,6 +99,10 @@ class DenseRun(SegmentRun):
             patches.append(Patch(consumer.uses, weight, repaired.bias))
         return patches
 
+    def behind(self, group: ChannelGroup) -> int:
+        """Returns the position of the last node that reads a group's dimension, in the graph as it is now."""
+        return max(self.position(r.node) for r in group.readings)
+
     def difference(self, patches: Sequence[Patch | ConstantPatch], behind: int | None = None) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
 
@@ -116,7 +120,7 @@ class DenseRun(SegmentRun):
         made = {t.name for n in nodes[behind or 0 :] for t in n.outputs}
         outputs = [n for n in self.outputs if n in made]
         rest = self._rest(None if behind is None else self.alive_at, outputs)
-        for patch in patches:
+        for patch in together(patches):
             if isinstance(patch, ConstantPatch):
                 patch_constant(rest, [patch.place], patch.value)
             else:
@@ -145,6 +149,30 @@ class DenseRun(SegmentRun):
             values = run_segment(session, {**self.data.batches[i], **self.alive[i]}, outputs, outputs)
             result.append({n: _some_rows(as_array(v), self.data.row_masks[i]) for n, v in values.items()})
         return result
+
+
+def together(patches: Sequence[Patch | ConstantPatch]) -> list[Patch | ConstantPatch]:
+    """Returns patches of which those of one consumer, made for several of its groups, are one.
+
+    Rows that any of them removes are zero, what they change of the others adds up: what they would be if one were repaired
+    where the other was cut differs by a product of both changes.
+    """
+    result: list[Patch | ConstantPatch] = []
+    places: dict[int, int] = {}
+    for patch in patches:
+        known = places.get(id(patch.uses[0])) if isinstance(patch, Patch) else None
+        if known is None:
+            if isinstance(patch, Patch):
+                places[id(patch.uses[0])] = len(result)
+            result.append(patch)
+            continue
+        before, use = result[known], patch.uses[0]
+        assert isinstance(before, Patch)
+        dense = np.asarray(use.node.inputs[use.weight_position].values)
+        first, second, rows = (use.matrix(value) for value in (before.weight, patch.weight, dense))
+        both = np.where(first.any(axis=1, keepdims=True) & second.any(axis=1, keepdims=True), first + second - rows, 0)
+        result[known] = Patch(patch.uses, use.laid_out(both.astype(dense.dtype), dense.shape), before.shift + patch.shift)
+    return result
 
 
 def _some_rows(output: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:

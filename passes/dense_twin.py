@@ -11,7 +11,7 @@ as Y ~ x~_U W' + b', by the cross moments E[x~^T Y] and a ridge that pulls towar
 (`runtime.solve.fit_dense_target`). Both models run on the same batches; rows of inputs and outputs are taken to the host.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,10 +32,11 @@ from liar_opt.frontend.onnx_segments import (
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, Consumer
-from liar_opt.passes.measured import Measured
+from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays, load_segment, run_segment
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import as_array, element_type
+from liar_opt.runtime.subspaces import Basis
 
 SAME = 1e-2
 """How far y may be from x W plus a constant, relative, for rows of both to be taken as the same."""
@@ -52,6 +53,10 @@ class _Aim:
     terms: tuple[str, ...]
     weight: Array
     output: str
+
+    def alike(self, pruned: dict[str, Any], dense: dict[str, Any]) -> bool:
+        """Says whether what is read of both models has one shape; not where the stream itself was cut."""
+        return all(pruned[n].shape == dense[n].shape for n in (self.output, *self.terms))
 
     def rows(self, values: dict[str, Any], name: str, axis: int, mask: NDArray[np.bool_] | None) -> Array:
         """Lays a tensor out as the rows that count."""
@@ -86,8 +91,9 @@ class TwinRun(SegmentRun):
 
     def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
         """Measures the targets, then goes on as usual."""
-        aims = [self.aim(u) for g in groups for c in g.consumers for u in c.measured]
-        self.aware = self.targets([a for a in aims if a is not None], stop, first) if aims else {}
+        found = (self.aim(u) for g in groups for c in g.consumers for u in c.measured)
+        aims = [aim for aim in found if aim is not None]
+        self.aware = self.targets(aims, stop, first) if aims else {}
         super().segment(groups, stop, first)
 
     def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
@@ -96,7 +102,15 @@ class TwinRun(SegmentRun):
         pooled = found[0]
         for own in found[1:]:
             pooled = None if pooled is None or own is None else pooled.merge(own)
+        pooled = None if pooled is None else self.still(consumer, pooled)
         return replace(super().measured(consumer, moments), aware=pooled)
+
+    def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired, basis: Basis | None = None) -> None:
+        """Takes the new bias off the target: another group of the consumer is fitted to what is missing then."""
+        super().write(consumer, kept, repaired, basis)
+        for moments in {u.node.name: self.aware.get(u.node.name) for u in consumer.uses}.values():
+            if moments is not None:
+                moments.shift_target(repaired.bias)
 
     def aim(self, use: ConsumerUse) -> _Aim | None:
         """Returns what to read for one use; None where its output cannot be laid out beside its input."""
@@ -130,6 +144,8 @@ class TwinRun(SegmentRun):
 
     def add(self, moments: Moments, aim: _Aim, index: int, pruned: dict[str, Any], dense: dict[str, Any]) -> bool:
         """Adds one batch of one use; says whether its rows could be laid side by side."""
+        if not aim.alike(pruned, dense):
+            return False
         mask, axis = self.data.row_masks[index], aim.use.output_axis
         x = aim.rows(pruned, aim.tap.tensor, aim.tap.axis, mask)  # [r, n]
         now, then = (aim.rows(v, aim.output, axis, mask) for v in (pruned, dense))  # [r, m]
@@ -172,7 +188,8 @@ class TwinRun(SegmentRun):
         place = {n.name: i for i, n in enumerate(nodes)}
         start = 0 if self.twin_at is None else place[self.twin_at]
         last = next(n for n in reversed(self.walk.model.graph.nodes[:stop]) if n.name in place)
-        names = [] if first is None else live_tensors(self.twin, place[first.name])
+        at = None if first is None else self.counterpart(first, place)
+        names = [] if at is None else live_tensors(self.twin, place[at])
         types = {name: element_type(value) for name, value in self.twin_alive[0].items()}
         fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in self.twin_alive[0]]
         session = load_segment(
@@ -182,7 +199,12 @@ class TwinRun(SegmentRun):
             alive = self.twin_alive[index]
             values = {**alive, **run_segment(session, {**feeds, **alive}, fresh, [n for n in fresh if n in wanted])}
             yield {n: as_array(values[n]) for n in wanted}
-            if first is not None:
+            if at is not None:
                 self.twin_alive[index] = {n: values[n] for n in names}
-        if first is not None:
-            self.twin_at = first.name
+        if at is not None:
+            self.twin_at = at
+
+    def counterpart(self, first: Any, place: Mapping[str, int]) -> str:
+        """Returns the dense model's node where a segment begins; an earlier sweep may have put ``first`` in."""
+        behind = self.walk.model.graph.nodes[self.position(first) :]
+        return next(str(n.name) for n in behind if n.name in place)

@@ -3,10 +3,15 @@
 A leaf factor qualifies when it is not pinned, when every contraction over it that reads data is linear with a constant
 weight (the operator rules pin it otherwise), and when no axis holds it twice. The kind follows from the layout of the
 contracted axis: the leaf alone is a feed-forward width ("ffn"; so are channels between convolutions, of which each place
-under the kernel has all); with other leaves inside it, it counts attention heads ("heads"), or the heads of one group
-("grouped") where another such factor is outside it; with others only outside, or mixed by a product of activations, it is
-the width of values within a head ("values"). A width that has one row a sample where others have one a token is a "pooler".
-"grouped" and "pooler" are reported and left alone.
+under the kernel has all); with other leaves inside it, it counts attention heads ("heads"), or runs of channels that go
+together ("ffn" too, with a run for a block), where it is a part of the channels of a convolution or of a normalisation by
+groups, or changes places with another one in a channel shuffle, and no products of activations stand side by side along
+it; where another such factor is outside it, the heads of one group ("grouped"); with another that can be cut only outside,
+or mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
+where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
+
+Of a concatenation each part is a dimension of its own: its layout is that of the part, and a consumer of the whole loses
+the rows of the part alone.
 
 Of the values each head may keep channels of its own, as many as the others: wherever the width is, the head must be too.
 Where that is not so (a weight that all heads share) all heads keep the same channels.
@@ -18,13 +23,15 @@ The width of queries and keys ("query-key") ends in no weight: a product of two 
 where it is pinned for that reason alone and both sides are linear along it (`frontend.onnx_linear`).
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
 from liar_opt.frontend.onnx_model import is_constant
@@ -44,6 +51,7 @@ POINTWISE = (
 """Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
 LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
 PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
+BESIDE = "its consumer reads other dimensions in the same axis"
 STEM = "the first convolution over an input is left alone: it holds little, and all that follows is made of it"
 NOT_PRUNED = {
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
@@ -109,6 +117,8 @@ def find_groups(walk: GraphWalk) -> Found:
     places = _places(walk)
     constants = _constants(walk)
     mixed = {leaf for f in walk.mixed for leaf in algebra.leaves(f)}
+    heads = {leaf for f in walk.batched for leaf in algebra.leaves(f)}
+    runs = ({leaf for f in walk.channels for leaf in algebra.leaves(f)} | _shuffled(walk)) - heads
     rewriter = Rewriter(walk)
     plain = (u for uses in consumers.values() for u in uses if u.window is None)
     most_rows = max((_rows(walk, u) for u in plain), default=0)
@@ -124,8 +134,8 @@ def find_groups(walk: GraphWalk) -> Found:
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        leaves = algebra.leaves(uses[0].contracted)
-        kind = _kind(leaves, leaf, set(consumers), mixed)
+        leaves = _layout(algebra, uses[0].contracted, leaf)
+        kind = _kind(leaves, leaf, set(consumers), mixed, runs)
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
         if size < LEAST_SIZE:
@@ -146,12 +156,12 @@ def find_groups(walk: GraphWalk) -> Found:
             refused["its consumer is a convolution over a window", size].append(uses[0].node.name)
             continue
         if kind == VALUES:
-            outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes)
+            outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes, within=True)
         inner = leaves[leaves.index(leaf) + 1 :]
         elements = _elements(walk, leaf, constant_uses)
         width = next((i for i, other in enumerate(inner) if other in mixed), len(inner) - 1)
         group = ChannelGroup(
-            name=uses[0].node.name + (" (values)" if kind == VALUES else ""),
+            name=_name(uses[0], kind),
             kind=kind,
             factor=leaf,
             size=size,
@@ -168,9 +178,11 @@ def find_groups(walk: GraphWalk) -> Found:
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
         cut = kind in (*KINDS, VALUES)
-        if cut and shared:
-            refused["its consumer reads other dimensions in the same axis", size].append(group.name)
+        if shared and outer is not None and kind != VALUES:
+            refused[BESIDE, size].append(group.name)
             continue
+        if shared and kind == VALUES:  # the basis of what lies beside may change, too
+            group = replace(group, bent=group.bent or BESIDE)
         unfollowed = rewriter.check({leaf: range(1)}) if cut else None
         if unfollowed is not None:
             refused[unfollowed, size].append(group.name)
@@ -187,6 +199,7 @@ def find_groups(walk: GraphWalk) -> Found:
     walk.model.graph.cleanup(remove_unused_node_outputs=False)
     for found in (groups, values):
         found.sort(key=lambda g: (g.end, g.start))
+    groups, values = _named_apart(groups), _named_apart(values)
     poolers = [g for g in others if g.kind == "pooler" and rewriter.check({g.factor: range(1)}) is None]
     return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
 
@@ -316,17 +329,59 @@ def _rows(walk: GraphWalk, use: ConsumerUse) -> int:
     return int(np.prod([s for i, s in enumerate(sizes) if i != use.activation_axis], dtype=np.int64))
 
 
-def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int]) -> str:
+def _name(use: ConsumerUse, kind: str) -> str:
+    """Returns the name of a group by its first consumer; one node may contract what it reads, and what it made before."""
+    if kind == VALUES:
+        return f"{use.node.name} (values)"
+    return f"{use.node.name} (units)" if use.activation in use.node.outputs else str(use.node.name)
+
+
+def _layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
+    """Returns the leaves of a factor, outermost first; of a concatenation those of the first part that has ``leaf``."""
+    refinement = algebra.refinement(factor)
+    if refinement is None or leaf not in algebra.leaves(factor):
+        return algebra.leaves(factor)
+    if refinement.kind == "concat":
+        own = next((p for p in refinement.parts if leaf in algebra.leaves(p)), None)
+        return [leaf] if own is None else _layout(algebra, own, leaf)  # a part of one element has no leaves
+    return [other for part in refinement.parts for other in _layout(algebra, part, leaf)]
+
+
+def _named_apart(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Numbers the groups that would have one name: parts of one concatenation, in the order of its axis."""
+    together: dict[str, list[ChannelGroup]] = defaultdict(list)
+    for group in groups:
+        together[group.name].append(group)
+    names: dict[int, str] = {}
+    for name, same in together.items():
+        same.sort(key=lambda g: int(np.argmax(g.consumers[0].owners >= 0)))
+        for number, group in enumerate(same, 1):
+            names[group.factor] = name if len(same) == 1 else f"{name} (part {number})"
+    return [replace(g, name=names[g.factor]) for g in groups]
+
+
+def _kind(leaves: list[int], leaf: int, free: set[int], mixed: set[int], runs: set[int]) -> str:
+    alone = free.isdisjoint(leaves[: leaves.index(leaf)])
     if leaves[-1] == leaf:
-        return VALUES if leaf in mixed or len(leaves) > 1 else "ffn"
-    return "heads" if free.isdisjoint(leaves[: leaves.index(leaf)]) else "grouped"
+        return "ffn" if alone and leaf not in mixed else VALUES
+    return ("ffn" if leaf in runs else "heads") if alone else "grouped"
+
+
+def _shuffled(walk: GraphWalk) -> set[int]:
+    """Returns the leaves that lie outside another one in a constant and inside it in a second: channels are shuffled."""
+    outside: set[tuple[int, int]] = set()
+    for factor in dict.fromkeys(walk.algebra.find(f) for use in walk.constant_uses for f in use.axes):
+        refinement = walk.algebra.refinement(factor)
+        if refinement is not None and refinement.kind == "product":
+            outside |= set(itertools.combinations(walk.algebra.leaves(factor), 2))
+    return {leaf for a, b in outside if a != b and (b, a) in outside for leaf in (a, b)}
 
 
 def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int | None) -> tuple[Consumer, ...]:
     if outer is not None and uses[0].lookup is not None:
         size = walk.algebra.size(leaf)
         return tuple(
-            Consumer((use,), walk.algebra.owners(use.width, leaf) + expert * size, expert)
+            Consumer((use,), _of_expert(walk.algebra.owners(use.width, leaf), expert * size), expert)
             for use in uses
             for expert in range(walk.algebra.size(outer))
         )
@@ -343,6 +398,11 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
         told = [] if walk.of_first is None else [u for u in same if id(u.node) in walk.of_first]
         result.append(Consumer(tuple(same), owners, told=tuple(told)))
     return tuple(result)
+
+
+def _of_expert(owners: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+    """Returns the blocks of one expert's channels, of which the first has the number ``first``."""
+    return np.where(owners < 0, -1, owners + first)
 
 
 @dataclass
@@ -400,11 +460,16 @@ def _parameters(elements: Mapping[tuple[object, int], tuple[int, float]]) -> int
 
 
 def _heads_of(
-    walk: GraphWalk, leaf: int, constants: Sequence[tuple[int, ...]], tensors: Sequence[tuple[int, ...]]
+    walk: GraphWalk,
+    leaf: int,
+    constants: Sequence[tuple[int, ...]],
+    tensors: Sequence[tuple[int, ...]],
+    within: bool = False,
 ) -> int | None:
     """Returns the leaf that says, for every index of ``leaf`` wherever it is, in which head it is; None if there is none.
 
-    In a constant it must be on the same axis, to be cut with it; in other tensors it may be on another one.
+    In a constant it must be on the same axis, to be cut with it; in other tensors it may be on another one. With ``within``
+    the indices of each head must lie side by side in the constants, so that each head may lose others.
     """
     algebra = walk.algebra
 
@@ -418,6 +483,7 @@ def _heads_of(
                 other
                 for other in set(algebra.leaves(factor)) - {leaf}
                 if not algebra.repeats(factor, other) and np.all(algebra.owners(factor, other)[here] >= 0)
+                if elsewhere or not within or algebra.encloses(factor, other, leaf)
             }
             for factor_ in axes if elsewhere else ():
                 if factor_ != factor:

@@ -144,7 +144,8 @@ def _of_group(group: ChannelGroup, activations: Mapping[str, torch.Tensor]) -> N
             product = (x.detach() * grad).double() if grad is not None else x.detach().double() * 0.0
             product = product.movedim(use.activation_axis, -1).reshape(x.shape[0], -1, consumer.width).sum(1)
             ones = np.zeros((consumer.width, group.size))
-            ones[np.arange(consumer.width), consumer.owners] = 1.0
+            inside = np.flatnonzero(consumer.owners >= 0)
+            ones[inside, consumer.owners[inside]] = 1.0
             total = total + product.cpu().numpy() @ ones
     return np.asarray(total)
 

@@ -57,8 +57,8 @@ class ChannelGroup:
 
     Attributes:
         name: the first consumer's node, with the kind; unique within a graph.
-        kind: "ffn" (each block one channel), "heads" (a block is all channels of a head), "values" (a block is one
-            channel of a head), "grouped" or "pooler".
+        kind: "ffn" (each block one channel, or a run of them that goes together), "heads" (a block is all channels of a
+            head), "values" (a block is one channel of a head), "grouped" or "pooler".
         factor: the leaf factor of the axis algebra.
         size: number of blocks; of each head for "values".
         consumers: the weights that contract the dimension.

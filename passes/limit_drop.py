@@ -122,7 +122,7 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
         trial, changes, sparsity = search.best
         state.model, state.walk, state.groups = trial.model, trial.walk, trial.groups
         state.keep, state.repairs = trial.keep, trial.repairs
-        state.facts |= {name: trial.facts[name] for name in ("ends", "query forms")}
+        state.facts |= {name: trial.facts[name] for name in ("ends", "query forms", "blocks", "lost")}
         state.facts["target"] = {
             "asked": f"max-drop {self.max_drop}",
             "kind": "drop",

@@ -68,7 +68,8 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         """Measures, or takes what an earlier run found on the same; the curves go to ``State.facts`` by group name."""
         place = place_of(state, {f.name: getattr(self, f.name) for f in fields(self)})
         kept = None if place is None or state.fresh else load_curves(place)
-        if kept is not None:
+        groups = (*plan[0], *(g for segment in plan[1] for g in segment.groups))
+        if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in groups):
             state.facts |= {"curves": kept, "curves from": str(place)}
             return PassResult(state)
         run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)
@@ -102,7 +103,8 @@ class _CurveRun(DenseRun):
         keep = group.size - group.size // 2
         for first, own in by_set(group, measured):  # what experts lose adds up; nothing of theirs is weighted
             marks = weighted if group.sets == 1 else [False] * len(own)
-            problems = [_in_stream_units(m, w) for m, w in zip(own, marks, strict=True)]
+            wholes = measured if group.sets == 1 else own
+            problems = [_in_stream_units(*items) for items in zip(own, wholes, marks, strict=True)]
             selection = select_greedy(problems, 0, SELECTION_RIDGE)
             errors += np.concatenate([[0.0], np.maximum.accumulate(selection.errors)])[::-1]
             worth_of = np.empty(group.size)
@@ -112,8 +114,9 @@ class _CurveRun(DenseRun):
                 worth_of = self.score.values(own, self.rng)
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
-        lost = self.difference(self.repaired(group, measured, np.concatenate(half)), group.end) if self.probing else None
-        deviation = self.score.deviation(measured, values) if group.sets == 1 else None
+        patches = self.repaired(group, measured, np.concatenate(half)) if self.probing else []
+        lost = self.difference(patches, self.behind(group)) if self.probing else None
+        deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
         self.note(group, errors, values, lost, errors[keep], deviation)
 
     def note_logits(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
@@ -123,7 +126,7 @@ class _CurveRun(DenseRun):
         patches = [
             ConstantPatch((s.use.node, s.use.position), value) for s, value in self.bases.projected(group, turns.form)
         ]
-        lost = self.difference(patches, group.end) if self.probing else None
+        lost = self.difference(patches, self.behind(group)) if self.probing else None
         self.note(group, turns.lost, np.zeros(group.size), lost, turns.lost[keep])
 
     def note(
@@ -140,16 +143,22 @@ class _CurveRun(DenseRun):
         self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
 
 
-def _in_stream_units(item: Measured, weighted: bool) -> Problem:
-    """Returns the problem scaled so that an error of 1 is the variance of the stream (or of the output alone)."""
-    statistics, columns = item.statistics, item.weight.shape[1]
+def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:
+    """Returns the problem scaled so that an error of 1 is the variance of the stream (or of the output alone).
+
+    Args:
+        item: the channels of blocks.
+        whole: with those of none.
+        weighted: whether the moments are, by the stream.
+    """
+    statistics, columns = whole.statistics, whole.weight.shape[1]
     if weighted:
         # The moments are means over weighted rows, sum w x^2 / sum w with w = 1 / variance; the error is sum w e / rows.
         scale = item.target_scale**2 * statistics.count / (item.moments.count * columns)
     else:
-        power = float(np.vdot(item.weight, statistics.covariance @ item.weight))
+        power = float(np.vdot(whole.weight, statistics.covariance @ whole.weight))
         scale = 1.0 / power if power > 0 else 0.0
-    return Problem(statistics.covariance, [item.weight], item.owners, scale)
+    return Problem(item.covariance, [item.weight], item.owners, scale)
 
 
 def curve_report(groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.moments import CrossStatistics, FoldName, Moments, Statistics
-from liar_opt.runtime.solve import sketched
+from liar_opt.runtime.solve import sketched, unexplained
 from liar_opt.runtime.subspaces import Basis
 
 
@@ -38,7 +38,7 @@ class Measured:
 
     Attributes:
         weight: W, [n, m], float64 or the model's own type.
-        owners: block of each channel, int64 [n].
+        owners: block of each channel, int64 [n]; -1 for one of no block. A score is given none of these.
         moments: of its input x [.., n], all uses pooled.
         target_scale: what the node multiplies x W by.
         aware: of the same input, with the dense model's target beside it (`passes.dense_twin`); None where the repair does
@@ -48,6 +48,7 @@ class Measured:
             not ask for them (`passes.gradient_scores`).
         centred: whether the repair may change a bias; without, moments are about zero: min E|x W - x_U W'|^2.
         basis: the basis in which ``weight``, the statistics and the channels are; that of the moments where it is None.
+        beside: channels of the moments that are of no block (other parts of a concatenation) and stay; see ``owned``.
     """
 
     weight: NDArray[Any]
@@ -59,6 +60,7 @@ class Measured:
     centred: bool = True
     gradients: NDArray[np.float64] | None = None
     basis: Basis | None = None
+    beside: NDArray[np.int64] | None = None
 
     @property
     def blocks(self) -> int:
@@ -86,6 +88,24 @@ class Measured:
         if self.channels is None:
             return whole
         return Statistics(whole.count, whole.mean[self.channels], whole.covariance[np.ix_(self.channels, self.channels)])
+
+    @functools.cached_property
+    def covariance(self) -> NDArray[np.float64]:
+        """Of the channels, [n, n]: what is left of it where those ``beside`` explain the rest."""
+        if self.beside is None:
+            return self.statistics.covariance
+        assert self.channels is not None
+        whole = self.moments.statistics()
+        return unexplained(whole.covariance if self.centred else whole.uncentred, self.channels, self.beside)
+
+    def owned(self) -> "Measured":
+        """Returns what is known of the channels of blocks alone, beside those of none: what a score is about."""
+        inside = self.owners >= 0
+        if inside.all():
+            return self
+        channels = np.arange(self.owners.size) if self.channels is None else self.channels
+        weight, owners = self.weight[inside], self.owners[inside]
+        return replace(self, weight=weight, owners=owners, channels=channels[inside], beside=channels[~inside], aware=None)
 
     def with_target(self, fold: FoldName) -> tuple[Statistics, CrossStatistics] | None:
         """Returns the moments of one fold of ``aware``, about zero where no bias may change; None where there are none."""

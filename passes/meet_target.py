@@ -10,7 +10,15 @@ then picks the widths whose costs add up to the target. The model cut to them is
 the target by is added to the goal, a few times, until it lands.
 
 Latency is not linear in the width. All groups of one shape are cut together to a few widths, and the time that is saved,
-shared among them, gives the table of that shape on this machine, provider and batch. The table is kept in the user's cache.
+shared among them, gives the table of that shape on this machine, provider and batch, each model in a process of its own
+(`runtime.latency`). What is noise in it is evened out, so that the error decides among what the clock cannot tell apart:
+
+    line      saved(w) = b (n - w), b by weighted least squares, where no point is further than two standard errors from it
+    rate      b is the pooled time of one operation, for all shapes whose own is within two standard errors of that
+    otherwise the weighted isotonic regression of the points
+
+Widths by that table and widths by parameters are both brought to the target, and those are taken that lose less. The
+table is kept in the user's cache.
 """
 
 import hashlib
@@ -23,13 +31,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from liar_opt.frontend.onnx_model import Stored
 from liar_opt.passes.allocate_widths import (
     Cost,
+    Meaning,
     joined,
     meant,
     menus_of,
@@ -38,13 +49,13 @@ from liar_opt.passes.allocate_widths import (
     require_sharing,
     step_of,
 )
-from liar_opt.passes.allocations import ALLOCATIONS
+from liar_opt.passes.allocations import ALLOCATIONS, Menu
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.blank_cut import blank_cut, file_bytes, operations, session_of
+from liar_opt.passes.blank_cut import blank_cut, deployed, file_bytes, operations
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
-from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.latency import Latency, measure_latency
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.runtime.whole_file import write_whole
 
@@ -65,6 +76,8 @@ FRACTIONS = (0.75, 0.5, 0.25)
 """Widths of the latency table between all and the least."""
 TABLE_SECONDS = 1.0
 CHECK_SECONDS = 2.0
+SPREAD = 0.01
+"""Relative standard error of a ratio of times at which it was measured long enough."""
 
 
 @dataclass(frozen=True)
@@ -161,26 +174,81 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
             least = gauge.value(narrowest)
             if wanted < least * (1.0 - CLOSE[target.kind]):
                 raise OptionError(_unreachable(self.target, target, least, gauge.dense, groups, state))
-        goal, best, tried = wanted - fixed, None, []
-        for _ in range(ROUNDS):
-            keep = meant(ALLOCATIONS[self.allocate](menus, max(goal, sum(float(m.costs[0]) for m in menus))), meaning)
-            value = gauge.value(keep)
-            tried.append(value)
-            miss = abs(value / wanted - 1.0)
-            if best is None or miss < best[0]:
-                best = (miss, keep, value)
-            if miss <= CLOSE[target.kind] or keep == narrowest:
-                break
-            goal += wanted - value
-        assert best is not None
-        facts = {"asked": self.target, "kind": target.kind, "wanted": wanted, "dense": gauge.dense, "found": best[2]}
-        return best[1], {**facts, "tried": tried, "table": gauge.source}
+        search = _Search(self, gauge, wanted, menus, meaning)
+        search.run(wanted - fixed)
+        if target.kind == "latency" and self.allocate == "curves" and curves:
+            # Never worse than the ratio that reaches the same time: a table is only as good as the clock.
+            plain, plain_meaning = joined(
+                menus_of(groups, self.multiple_of, curves), groups, queries, self.multiple_of, curves
+            )
+            other = _Search(self, gauge, wanted, plain, plain_meaning)
+            everything = sum(float(m.costs[-1]) for m in plain)
+            other.run(everything * (1.0 - search.removed))
+            search = min(search, other, key=lambda s: (s.best.miss > CLOSE[target.kind], s.best.error))
+        facts = {"asked": self.target, "kind": target.kind, "wanted": wanted, "dense": gauge.dense}
+        facts |= {"found": search.best.value, "tried": search.tried, "table": gauge.source}
+        return search.best.keep, facts
 
     def apply(self, state: State, plan: tuple[dict[str, int], dict[str, Any]]) -> PassResult:
         """Notes the widths; the rest goes to ``State.facts``."""
         keep, state.facts["target"] = plan
         note_widths(state, keep)
         return PassResult(state)
+
+
+class _Landed(NamedTuple):
+    """Widths, what they come to, how far that is from the target, and what they lose by the curves."""
+
+    keep: dict[str, int]
+    value: float
+    miss: float
+    error: float
+
+
+class _Search:
+    """Brings one allocation to the target: the goal is corrected by what the model that is cut to it comes to."""
+
+    def __init__(
+        self, options: MeetTargetPass, gauge: "_Gauge", wanted: float, menus: Sequence[Menu], meaning: Meaning
+    ) -> None:
+        self.allocate, self.kind = ALLOCATIONS[options.allocate], gauge.kind
+        self.gauge, self.wanted, self.menus, self.meaning = gauge, wanted, menus, meaning
+        self.least, self.most = (sum(float(m.costs[i]) for m in menus) for i in (0, -1))
+        self.tried: list[float] = []
+        self.landed: list[_Landed] = []
+        self.goals: list[float] = []
+
+    @property
+    def best(self) -> _Landed:
+        """Where it came nearest to the target."""
+        return min(self.landed, key=lambda one: one.miss)
+
+    @property
+    def removed(self) -> float:
+        """The share of the costs that went at the best."""
+        at = self.landed.index(self.best)
+        return (self.most - self.goals[at]) / (self.most or 1.0)
+
+    def run(self, goal: float) -> None:
+        """Starts from a goal in the currency of the menus."""
+        narrowest = meant({m.name: int(m.widths[0]) for m in self.menus}, self.meaning)
+        for _ in range(ROUNDS):
+            goal = min(max(goal, self.least), self.most)
+            chosen = self.allocate(self.menus, goal)
+            keep = meant(chosen, self.meaning)
+            value = self.gauge.value(keep)
+            error = sum(float(m.errors[np.searchsorted(m.widths, chosen[m.name])]) for m in self.menus)
+            self.landed.append(_Landed(keep, value, abs(value / self.wanted - 1.0), error))
+            self.tried.append(value)
+            self.goals.append(goal)
+            if self.best.miss <= CLOSE[self.kind] or keep == narrowest:
+                return
+            if self.kind != "latency":
+                goal += self.wanted - value
+            elif value < self.gauge.dense:  # from the whole model in a straight line
+                goal = self.most - (self.most - goal) * (self.gauge.dense - self.wanted) / (self.gauge.dense - value)
+            else:
+                goal = (goal + self.least) / 2
 
 
 def _unreachable(
@@ -207,13 +275,13 @@ class _Gauge:
         self.device, self.fresh = state.device, state.fresh
         self.feeds = state.calibration.batches[0]
         self.source = "counted"
-        self.session: Any = None
+        self.original: Any = None
         if kind == "latency":
             self.source = "measured"
             model, _ = blank_cut(self.stored, {})
             self.digest = hashlib.sha256(model.skeleton().SerializeToString()).hexdigest()
-            self.session = session_of(model, self.device)
-            self.dense = measure_latency([self.session], self.feeds, budget=TABLE_SECONDS).seconds[0]
+            self.original = deployed(model, self.device)
+            self.dense = measure_latency([self.original], self.feeds, budget=TABLE_SECONDS).seconds[0]
         else:
             self.dense = self.value({})
         if not self.dense > 0:
@@ -229,11 +297,12 @@ class _Gauge:
         feeds = cut_arrays(dict(self.feeds), ends)
         if self.kind == "flops":
             return operations(model, feeds)
-        return self.dense / self._speedup(model, feeds, CHECK_SECONDS)
+        return self.dense / self._beside(model, feeds, CHECK_SECONDS).speedup
 
-    def _speedup(self, model: Any, feeds: Mapping[str, Any], budget: float) -> float:
-        sessions = [self.session, session_of(model, self.device)]
-        return measure_latency(sessions, [self.feeds, feeds], budget=budget, most=2000).speedup
+    def _beside(self, model: Any, feeds: Mapping[str, Any], budget: float) -> Latency:
+        """Times a model and the dense one in turns."""
+        models = [self.original, deployed(model, self.device)]
+        return measure_latency(models, [self.feeds, feeds], budget=budget, most=2000, close=SPREAD)
 
     def costs(self, groups: Sequence[ChannelGroup], multiple_of: int) -> Cost:
         """Returns what a group costs at each width, up to a constant."""
@@ -263,35 +332,89 @@ class _Gauge:
             "runtime": [onnxruntime.__version__, self.device],
             "multiple_of": multiple_of,
             "fractions": FRACTIONS,
+            "clock": "a process each",
         }
         key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
         path = cache_folder() / "latency" / f"{key}.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if set(stored) == set(shapes) and not self.fresh:
-                self.source = f"cache {path}"
-                return {s: (list(w), list(t)) for s, (w, t) in stored.items()}
-        except (OSError, ValueError):
+                kept = {s: ([int(n) for n in w], [float(x) for x in t]) for s, (w, t) in stored.items()}
+                if all(len(w) == len(t) > 0 and np.isfinite(t).all() for w, t in kept.values()):
+                    self.source = f"cache {path}"
+                    return kept
+        except (OSError, ValueError, TypeError, AttributeError):  # somebody else's JSON
             pass
-        table = {s: self._saved(members, multiple_of) for s, members in shapes.items()}
+        points = {s: self._points(members, multiple_of) for s, members in shapes.items()}
+        evened = smoothed(list(points.values()))
+        table = {s: (own.widths.tolist(), times.tolist()) for (s, own), times in zip(points.items(), evened, strict=True)}
         _store(path, table)
         return table
 
-    def _saved(self, members: Sequence[ChannelGroup], multiple_of: int) -> tuple[list[int], list[float]]:
+    def _points(self, members: Sequence[ChannelGroup], multiple_of: int) -> "Points":
+        """Times models in which all groups of one shape are cut to a few widths."""
         size = members[0].size
         step = step_of(members[0], multiple_of)
-        widths = sorted({max(step, step * round(size * f / step)) for f in FRACTIONS} | {step, size})
-        seconds = []
-        for width in widths:
-            if width == size:
-                seconds.append(0.0)
-                continue
+        widths = sorted({max(step, step * round(size * f / step)) for f in FRACTIONS} | {step})
+        saved, errors, operations_saved = [], [], []
+        whole = operations(blank_cut(self.stored, {})[0], self.feeds)
+        for width in (w for w in widths if w < size):
             model, ends = blank_cut(self.stored, {g.name: width for g in members})
-            ratio = self._speedup(model, cut_arrays(dict(self.feeds), ends), TABLE_SECONDS)
-            seconds.append(-self.dense * (1.0 - 1.0 / ratio) / len(members))
-        # More is never faster: what noise says against it is evened out. The narrowest costs nothing, by convention.
-        rising = np.maximum.accumulate(np.asarray(seconds) - seconds[0])
-        return widths, rising.tolist()
+            feeds = cut_arrays(dict(self.feeds), ends)
+            found = self._beside(model, feeds, TABLE_SECONDS)
+            each = self.dense / len(members)
+            saved.append(each * (1.0 - 1.0 / found.speedup))
+            known = found.spread if math.isfinite(found.spread) else SPREAD
+            errors.append(each * max(known, SPREAD / 2) / found.speedup)
+            operations_saved.append((whole - operations(model, feeds)) / len(members))
+        kept = np.asarray([w for w in widths if w < size] + [size])
+        return Points(kept, np.asarray(saved), np.asarray(errors), np.asarray(operations_saved, dtype=np.float64))
+
+
+class Points(NamedTuple):
+    """What groups of one shape save at a few widths.
+
+    Attributes:
+        widths: ascending, [w]; the last is the whole, at which nothing is saved.
+        saved: seconds for each group at the others, [w - 1].
+        errors: their standard errors, [w - 1].
+        operations: that go for each group, [w - 1].
+    """
+
+    widths: NDArray[np.int64]
+    saved: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    operations: NDArray[np.float64]
+
+
+def smoothed(shapes: Sequence[Points]) -> list[NDArray[np.float64]]:
+    """Returns what a group of each shape costs at its widths, seconds [w] over that of the narrowest; never falling.
+
+    Args:
+        shapes: what was measured.
+    """
+    slopes: list[tuple[float, float, bool]] = []  # seconds of a block, its standard error, whether a line fits
+    for own in shapes:
+        gone, weights = (own.widths[-1] - own.widths[:-1]).astype(np.float64), own.errors**-2.0
+        power = float(weights @ gone**2)
+        slope = float(weights @ (gone * own.saved)) / power
+        slopes.append((slope, power**-0.5, bool(np.all(np.abs(own.saved - slope * gone) <= 2 * own.errors))))
+    # Seconds of one operation, of each shape that is a line and of all.
+    each = [float(np.mean(own.operations / (own.widths[-1] - own.widths[:-1]))) for own in shapes]
+    lines = [i for i, (_, _, fits) in enumerate(slopes) if fits and each[i] > 0]
+    weight = {i: (each[i] / slopes[i][1]) ** 2 for i in lines}
+    rate = sum(weight[i] * slopes[i][0] / each[i] for i in lines) / (sum(weight.values()) or 1.0)
+    result = []
+    for i, (own, (slope, error, fits)) in enumerate(zip(shapes, slopes, strict=True)):
+        if fits:
+            slope = rate * each[i] if i in weight and abs(slope - rate * each[i]) <= 2 * error else slope
+            times = max(slope, 0.0) * (own.widths - own.widths[0])
+        else:
+            falling = isotonic_regression(own.saved, weights=own.errors**-2.0, increasing=False).x
+            times = falling[0] - np.append(np.maximum(falling, 0.0), 0.0)
+            times = np.maximum.accumulate(times - times[0])
+        result.append(np.asarray(times, np.float64))
+    return result
 
 
 def _shape(group: ChannelGroup) -> str:

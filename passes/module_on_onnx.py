@@ -32,20 +32,19 @@ class OnnxRun(SegmentRun):
         """
         groups = [*self.wide, *(g for s in self.segments for g in s.groups)]
         exported = self._exported()
-        named = {g.name: g for g in exported.groups}
         partners = _partners(groups, exported.groups)
         exported.keep = {g.name: g.size for g in exported.groups}
         exported.keep |= {theirs: self.state.keep[ours] for ours, theirs in partners.items()}
         done = PruneGroupsPass(**vars(self.options))(exported)
-        changes = {c.where: c for c in done.changes}
-        repairs = {(id(r.uses[0].node), r.expert): r for r in exported.repairs}
-        for group in groups:
-            details = dict(changes[partners[group.name]].details)
+        ours = {partners[g.name]: g for g in groups}
+        repairs = iter(exported.repairs)
+        # In the order of the export: a consumer that groups share was rewritten for each of them.
+        for change in done.changes:
+            group, details = ours[change.where], dict(change.details)
             blocks = np.asarray(details["kept"], np.int64)
-            for consumer, theirs in zip(group.consumers, named[partners[group.name]].consumers, strict=True):
-                repair = repairs[id(theirs.uses[0].node), theirs.expert]
-                use = theirs.uses[0]
-                rows = use.matrix(np.asarray(repair.weight)).astype(np.float64)
+            for consumer in (self.left(c) for c in group.consumers):
+                repair = next(repairs)
+                rows = repair.uses[0].matrix(np.asarray(repair.weight)).astype(np.float64)
                 repaired = Repaired(rows, repair.bias, np.inf, "repair")
                 self.write(consumer, kept_positions(consumer.owners, blocks), repaired)
             self.cut(group, blocks, details)
@@ -75,7 +74,8 @@ def _partners(ours: list[ChannelGroup], theirs: tuple[ChannelGroup, ...]) -> dic
 
 
 def _weights(group: ChannelGroup) -> tuple[Any, ...]:
-    return group.kind, group.size, *(_laid_out(c).tobytes() for c in group.consumers)
+    places = ((c.owners >= 0).tobytes() for c in group.consumers)  # other groups may have the same consumers
+    return group.kind, group.size, *places, *(_laid_out(c).tobytes() for c in group.consumers)
 
 
 def _laid_out(consumer: Consumer) -> NDArray[Any]:

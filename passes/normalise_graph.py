@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from liar_opt.passes.base import Change, Pass, PassResult, State
+from liar_opt.passes.groups import Refusal
 
 
 @dataclass(frozen=True)
@@ -23,4 +24,4 @@ class NormaliseGraphPass(Pass[None]):
         nodes = len(state.model.graph.nodes)
         removed = state.model.normalise()
         changes = (Change("nodes folded or dropped", "graph", nodes, nodes - removed),) if removed else ()
-        return PassResult(state, changes)
+        return PassResult(state, changes, tuple(Refusal(left.reason, (left.reader,)) for left in state.model.computed))

@@ -13,6 +13,7 @@ before the rest, values behind it, within the heads that are left.
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -53,7 +54,7 @@ from liar_opt.passes.registry import (
 )
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
-from liar_opt.runtime.errors import InternalError, LiarOptError, ModelError, OptionError
+from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, ModelError, OptionError
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
@@ -62,10 +63,13 @@ from liar_opt.runtime.subspaces import Basis
 
 Sweep = tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]
 """Groups that span others, and the segments of the rest."""
+Groups = tuple[ChannelGroup, ...]
 WEIGHTINGS = ("stream", "none")
 VALUE_CUTS = ("rotate", "select")
 LEAST_ROWS = 32
 """Calibration rows that an expert must have seen to be measured at all."""
+NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
+"""How ONNX Runtime says that there is no memory left."""
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
 
@@ -93,7 +97,7 @@ class ConsumerRepair:
 
 
 @dataclass(frozen=True)
-class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
+class PruneGroupsPass(Pass[tuple[Groups, ...]]):
     """Cut every group to the width allocated to it and fold the repair into its consumers.
 
     With kept U and removed M of a consumer y = x W + b:  W <- W_U + Q W_M,  b <- b + p W_M  (LIAR, arXiv 2407.13331).
@@ -136,23 +140,28 @@ class PruneGroupsPass(Pass[tuple[Sweep, ...]]):
             raise InternalError("no calibration data")
         state.analysed()
 
-    def plan(self, state: State) -> tuple[Sweep, ...]:
-        """Returns the groups that span others and the segments of the rest: of queries and keys, of all, of values."""
+    def plan(self, state: State) -> tuple[Groups, ...]:
+        """Returns the groups that lose blocks, by sweep: of queries and keys, of all else, of values."""
         groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
-        walk = state.analysed()
         apart = {QUERY_KEY: 0, VALUES: 2}
         sweeps = [tuple(g for g in groups if apart.get(g.kind, 1) == turn) for turn in range(3)]
-        return tuple(plan_segments(walk, sweep) for sweep in sweeps if sweep)
+        return tuple(sweep for sweep in sweeps if sweep)
 
-    def apply(self, state: State, plan: tuple[Sweep, ...]) -> PassResult:
-        """Measures and cuts segment by segment."""
-        run = self._run(state, plan[0] if plan else ((), ()))
+    def apply(self, state: State, plan: tuple[Groups, ...]) -> PassResult:
+        """Measures and cuts segment by segment; each sweep's are planned on the graph that the one before has left."""
+        walk = state.analysed()
+        run = self._run(state, plan_segments(walk, plan[0] if plan else ()))
         run.over_all()
         for sweep in plan[1:]:
-            run.again(*sweep)
+            run.again(*plan_segments(walk, sweep))
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
         state.facts["ends"] = run.rewriter.ends()
+        state.facts["blocks"] = {change.where: change.details["kept"] for change in run.changes}
+        state.facts["lost"] = {
+            change.where: max((c["error_repair"] for c in change.details.get("consumers", ()) if c), default=0.0)
+            for change in run.changes
+        }
         state.facts["query forms"] = run.bases.query_forms
         return PassResult(state, tuple(run.changes), run.refusals())
 
@@ -186,6 +195,7 @@ class SegmentRun:
         self.batch = _probe_batch(self.walk, self.data)
         self.alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
         self.alive_at: Any = None
+        self.waiting: frozenset[int] = frozenset()  # leaf factors that this sweep is still to cut
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
         self.bases = BasisChange(self.walk, self.rewriter)
@@ -195,6 +205,7 @@ class SegmentRun:
         self.kept: list[KeptGroup] = []
         self.stack: Any = None
         self.unseen: dict[str, list[int]] = {}
+        self.seen_at: dict[int, NDArray[np.bool_]] = {}
         self.written: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self.rng = np.random.default_rng(options.seed)
         self.steps, self.step = (len(segments) + bool(wide)) * len(self.data.batches), 0
@@ -206,8 +217,10 @@ class SegmentRun:
         parts = (*((None,) if self.wide else ()), *self.segments)
         if self.memory.asked:
             self.require_room(parts)
-        for segment in parts:
+        for index, segment in enumerate(parts):
             groups, first = (self.wide, None) if segment is None else (segment.groups, segment.first)
+            to_come = (self.wide if s is None else s.groups for s in parts[index:])
+            self.waiting = frozenset(g.factor for own in to_come for g in own)
             self.number += 1
             if self.checkpoint is not None and self.number <= self.checkpoint.done:
                 self.replay(self.checkpoint, groups, first)
@@ -276,18 +289,20 @@ class SegmentRun:
             first: the segment's first node: what is alive there is kept for the next segment; None keeps nothing.
         """
         taps = self.taps(groups)
+        self.seen_at = {f: self.rewriter.mask(f) for f in {c.uses[0].width for g in groups for c in g.consumers}}
         parts = self.parts(groups, taps, first)
         moments: dict[Place, Moments] = {}
         waiting = ArrayStore(self.memory.store.folder)
         for part in parts.groups:
             keys = {k for i in part for k in _keys(groups[i])} - moments.keys()
-            new = self.measure([tap for key, tap in taps.items() if key in keys], stop, first)
+            with blamed([groups[i] for i in part]):
+                new = self.measure([tap for key, tap in taps.items() if key in keys], stop, first)
             if parts.on_disk:
                 for own in new.values():
                     own.store(waiting)
             moments.update(new)
         for i, group in enumerate(groups):
-            with half_the_threads(max((c.width for c in group.consumers), default=group.size)):
+            with blamed([group]), half_the_threads(max((c.width for c in group.consumers), default=group.size)):
                 self.prune(group, moments)
             for key in _keys(group) - {k for other in groups[i + 1 :] for k in _keys(other)}:
                 moments.pop(key, None)
@@ -355,7 +370,8 @@ class SegmentRun:
             live_bytes(nodes, sizes) if sizes else widest + 4 * rows * sum(t.width for t in taps.values())
         )
         if first is not None:
-            between = len(self.data.batches) * sum(sizes.get(n, 0) for n in live_tensors(self.walk, self.position(first)))
+            names = live_tensors(self.walk, self.position(first), self.waiting)
+            between = len(self.data.batches) * sum(sizes.get(n, 0) for n in names)
             fixed += between if self.memory.keep(between) else 0
         if not self.memory.tight:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
@@ -364,7 +380,7 @@ class SegmentRun:
     def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[Place, Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
         start = 0 if self.alive_at is None else self.position(self.alive_at)
-        names = [] if first is None else live_tensors(self.walk, self.position(first))
+        names = [] if first is None else live_tensors(self.walk, self.position(first), self.waiting)
         made = [n for n in names if n not in self.alive[0]]
         types = {name: element_type(value) for name, value in self.alive[0].items()}
         extracted = extract(self.walk, start, stop, made, types, taps)
@@ -428,7 +444,8 @@ class SegmentRun:
         if turn is None:
             blocks = self.select(group, measured, keep)
         else:
-            sets = np.unique(np.concatenate([c.owners for c in consumers]) // group.size)
+            owners = np.concatenate([c.owners for c in consumers])
+            sets = np.unique(owners[owners >= 0] // group.size)
             blocks = (sets[:, None] * group.size + np.arange(keep)).reshape(-1)
         rows = [moments[key].count for key in _keys(group)]  # all of an activation, or those of each expert
         details: dict[str, Any] = {"kind": group.kind, "kept": blocks.tolist(), "rotated": turn is not None}
@@ -441,10 +458,23 @@ class SegmentRun:
             removed = np.setdiff1d(np.arange(consumer.width), kept)
             repaired: Repaired = self.repair(item, kept, removed, options.ridge)
             self.write(consumer, kept, repaired, basis)
-            details.setdefault("consumers", []).append(_details(consumer, item, kept, removed, repaired))
+            details.setdefault("consumers", []).append(self.described(consumer, item, kept, removed, repaired))
         if turn is not None:
             self.bases.turn_values(group, turn)
         self.cut(group, blocks, details, [] if turn is None else [turn])
+
+    def described(
+        self, consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
+    ) -> dict[str, Any]:
+        """Returns what the report says of one consumer."""
+        return {
+            "node": consumer.uses[0].node.name,
+            "ridge": repaired.ridge if np.isfinite(repaired.ridge) else None,
+            "ridge_raised": repaired.raised,
+            "repair": repaired.kind,
+            "calibration_gap": repaired.gap,
+            **{f"error_{name}": error for name, error in item.errors(kept, removed, repaired).items()},
+        }
 
     def cut(
         self,
@@ -508,6 +538,14 @@ class SegmentRun:
 
     # -- what is left -----------------------------------------------------------------------------------------------
 
+    def still(self, consumer: Consumer, moments: Moments) -> Moments:
+        """Returns the moments of a consumer's input without what has gone, of other groups, since it was measured."""
+        width = consumer.uses[0].width
+        now = self.rewriter.mask(width)
+        if now.sum() == moments.width:
+            return moments
+        return moments.part(np.flatnonzero(now[self.seen_at[width]]))
+
     def left(self, consumer: Consumer) -> Consumer:
         """Returns a consumer without the positions that went with a group before."""
         mask = self.rewriter.mask(consumer.uses[0].width)
@@ -531,6 +569,7 @@ class SegmentRun:
             own = moments[place_of(u, -1 if consumer.expert is None else consumer.expert)]
             pooled = own if pooled is None else pooled.merge(own)
         assert pooled is not None
+        pooled = self.still(consumer, pooled)
         value = np.asarray(use.holder.inputs[use.weight_position].values)
         if consumer.expert is not None:
             weight = np.moveaxis(value[consumer.expert], use.weight_axis - 1, 0)
@@ -557,7 +596,8 @@ class SegmentRun:
         self._check_written(use, flat[kept], repaired)
         places = [(u.node, u.weight_position) for u in consumer.uses]
         value = use.laid_out(flat, old.shape)
-        self.rewriter.set_constant(places, value)
+        if not np.array_equal(value, old):  # written, a weight that others read would be stored twice
+            self.rewriter.set_constant(places, value)
         if np.any(repaired.bias):
             if use.bias[0] == "none":
                 raise OptionError(
@@ -608,10 +648,25 @@ class SegmentRun:
             )
 
 
+@contextmanager
+def blamed(groups: Sequence[ChannelGroup]) -> Iterator[None]:
+    """Says of what raises no sentence of ours which groups it was done for: a run can go on without them."""
+    try:
+        yield
+    except (LiarOptError, GroupFault, MemoryError, OSError):
+        raise
+    except Exception as err:
+        reason = f"{type(err).__name__}: {_line(err)}"
+        raise GroupFault(dict.fromkeys((g.name for g in groups), reason)) from err
+
+
 def by_set(group: ChannelGroup, measured: Sequence[Measured]) -> Iterator[tuple[int, Sequence[Measured]]]:
-    """Yields for each index set of a group the number of its first block, and what is known of its consumers there."""
+    """Yields for each index set of a group the number of its first block, and what is known of its consumers there.
+
+    Channels of no block are left out.
+    """
     if group.sets == 1:
-        yield 0, measured
+        yield 0, [item.owned() for item in measured]
         return
     for first in range(0, group.sets * group.size, group.size):
         parts = [part for part in (item.part(first, group.size) for item in measured) if part.owners.size]
@@ -642,47 +697,34 @@ def _weights(group: ChannelGroup) -> list[Any]:
     return list({id(c.uses[0].weight): c.uses[0].weight for c in group.consumers}.values())
 
 
-def _details(
-    consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
-) -> dict[str, Any]:
-    """Returns what the report says of one consumer."""
-    return {
-        "node": consumer.uses[0].node.name,
-        "ridge": repaired.ridge if np.isfinite(repaired.ridge) else None,
-        "ridge_raised": repaired.raised,
-        "repair": repaired.kind,
-        "calibration_gap": repaired.gap,
-        **{f"error_{name}": error for name, error in item.errors(kept, removed, repaired).items()},
-    }
-
-
 def load_segment(segment: Extracted, device: Any, lean: bool) -> Session:
     """Loads a segment; ``lean`` as ``Session``.
 
     Raises:
-        ModelError: ONNX Runtime cannot.
+        InternalError: ONNX Runtime cannot, and it could load the whole.
     """
     try:
         return Session(segment.serialise(), device, segment.weights, lean)
     except Exception as err:
-        raise ModelError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
+        raise InternalError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
 
 
 def run_segment(session: Session, feeds: dict[str, Any], outputs: list[str], arrays: list[str]) -> dict[str, Any]:
     """Runs a segment on one batch; arguments as ``Session.run``.
 
     Raises:
-        ModelError: the model fails on the data.
+        InternalError: it fails. Whether the original fails on that data as well, `verify_model.require_runs` tells.
+        MemoryError: ONNX Runtime found no memory.
     """
     try:
         return session.run(feeds, outputs, arrays)
     except (LiarOptError, InternalError):
         raise
     except Exception as err:
-        raise ModelError(
-            f"ONNX Runtime fails on the calibration data ({_line(err)}); is its size (sequence length, height, width) or a "
-            "token id not what the model was made for? --calibration takes data that fits"
-        ) from err
+        if any(text in str(err) for text in NO_MEMORY):
+            raise MemoryError(_line(err)) from err
+        part = ", ".join(f"'{name}'" for name in outputs[:3])
+        raise InternalError(f"ONNX Runtime fails on the part of the model that computes {part}: {_line(err)}") from err
 
 
 def _line(err: Exception) -> str:

@@ -7,6 +7,7 @@
 import functools
 import hashlib
 import importlib.metadata
+import math
 import platform
 import re
 import sys
@@ -19,14 +20,17 @@ from typing import Any, Literal
 import onnx
 
 from liar_opt.frontend.genai_config import write_config
+from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_activations import live_bytes, tensor_sizes
 from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
-from liar_opt.frontend.weight_files import completed, external_files, lightened, write_model
+from liar_opt.frontend.sound_model import why_invalid
+from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.allocate_widths import note_widths
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Change, Observer, Pass, Pipeline, Progress, State, no_progress
+from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
+from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
 from liar_opt.passes.find_groups import FindGroupsPass
@@ -36,16 +40,18 @@ from liar_opt.passes.limit_drop import LimitDropPass, Metric
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prove_groups import Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
-from liar_opt.passes.verify_model import first_samples, load_dense
+from liar_opt.passes.verify_model import cannot_load, first_samples, load_dense, require_runs
 from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
-from liar_opt.runtime.errors import ModelError, OptionError
-from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
+from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
+from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
-from liar_opt.runtime.sessions import Session, device_unused, resolve_provider
+from liar_opt.runtime.sessions import Session, custom_operators, device_unused, refusal_of, resolve_provider
 from liar_opt.runtime.signatures import InputSpec
 
 SCHEMA = 1
@@ -90,12 +96,14 @@ class PruneResult:
         report: plain data, ready for JSON: options, sizes before and after, groups, refusals, measured differences.
         changes: what the passes did.
         refusals: what did not qualify, and why.
+        inputs: what the run read; no result is written there.
     """
 
     pruned: OnnxModel | Stored
     report: dict[str, Any]
     changes: tuple[Change, ...] = field(default_factory=tuple)
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)
+    inputs: Inputs = field(default_factory=Inputs)
 
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
@@ -105,18 +113,19 @@ class PruneResult:
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the model, whole or not at all, with GenAI's configuration where the input has one beside it.
 
+        Weights above 2 GiB are written beside it, as ``PATH.data``, or ``PATH.<8 digits>.data`` where there is such a file.
+
         Raises:
-            OptionError: the path is the input's, exists (without ``force``), or cannot be written.
+            OptionError: the path is that of a file that the input consists of (its external data, the calibration data),
+                exists (without ``force``), is no plain file (links are not followed), or cannot be written.
         """
         path = Path(path)
         source = self.report["model"]["path"]
-        check_output(path, Path(source) if source else None, force)
-        if source:
-            self._check_data(path, Path(source))
+        check_output(path, Path(source) if source else None, force, self.inputs)
         # Whoever has asked for the proto may have changed it.
         parts = lightened(self.model) if "model" in vars(self) else self.pruned.as_written()
         try:
-            write_model(*parts, path)
+            write_model(*parts, path, keep=[file for file, _ in self.inputs.files()])
         except OSError as err:
             raise OptionError(
                 f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
@@ -126,30 +135,16 @@ class PruneResult:
             self.report["model"]["notes"].append(left)
         return path
 
-    def _check_data(self, path: Path, source: Path) -> None:
-        data = path.with_name(path.name + ".data")
-        stored = self.pruned if isinstance(self.pruned, Stored) else self.pruned.stored
-        for file in external_files(stored.proto, source) if stored is not None else ():
-            if data.exists() and file.exists() and data.samefile(file):
-                raise OptionError(
-                    f"'{data}' would be written beside '{path}', and holds weights of the input; choose another output"
-                )
 
-
-def check_output(path: Path, source: Path | None, force: bool) -> None:
+def check_output(path: Path, source: Path | None, force: bool, inputs: Inputs | None = None) -> None:
     """Checks that a result may be written to ``path``.
 
     Raises:
-        OptionError: it is the input, exists without ``force``, is a folder, or its folder does not exist.
+        OptionError: it is the input or a file of it, exists without ``force``, is a folder, a link or no file, or its
+            own folder does not exist.
     """
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise OptionError(f"output '{path}' is the input; choose another path, inputs are never written to")
-    if path.is_dir():
-        raise OptionError(f"output '{path}' is a folder; give the path of a file")
-    if path.exists() and not force:
-        raise OptionError(f"output '{path}' exists; give --force to replace it or choose another path")
-    if not path.parent.is_dir():
-        raise OptionError(f"folder '{path.parent}' of output '{path}' does not exist; make it first")
+    known = Inputs(models=(source,)) if inputs is None else inputs
+    Places(known.files).file(path, "output", replace=force, probe=False)
 
 
 def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | str | None = None) -> State:
@@ -191,24 +186,38 @@ def is_module_source(model: Any) -> bool:
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
-def inspect(model: Any, *, example: Any = None, allow_pickle: bool = False) -> Inspection:
+def inspect(
+    model: Any,
+    *,
+    example: Any = None,
+    allow_pickle: bool = False,
+    custom_ops: str | Path | Sequence[str | Path] | None = None,
+) -> Inspection:
     """Finds the channel groups of a model; changes and measures nothing.
 
     Args:
         model: as for :func:`prune`.
         example: a batch to trace a torch module with, if nothing else says what it takes.
         allow_pickle: whether the weights of a checkpoint may be read from pickle files.
+        custom_ops: as for :func:`prune`.
 
     Raises:
         ModelError: the model cannot be read.
+        OptionError: a library of operators cannot be loaded.
     """
+    if custom_ops is not None:
+        with custom_operators([custom_ops] if isinstance(custom_ops, (str, Path)) else custom_ops):
+            return inspect(model, example=example, allow_pickle=allow_pickle)
     if is_module_source(model):
         from liar_opt.passes.prune_module import inspect_module
 
         return inspect_module(model, example=example, allow_pickle=allow_pickle)
     state = load_state(model)
-    result = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
+    result = _analysed(state)
     report = _report_head(state)
+    reason = refusal_of(state.facts["dense"].detached()[0])
+    if reason is not None:
+        report["model"]["notes"].append(f"{cannot_load(state.facts['dense'], reason)}; until then it cannot be pruned")
     report["groups"] = [_group(g) for g in state.groups]
     report["values"] = [_group(g) for g in (*state.values, *state.queries)]
     report["prunable_parameters"] = round(parameters_left(state.groups))
@@ -254,6 +263,7 @@ def prune(
     labelled: Labelled | None = None,
     provider: str = "auto",
     memory: int | str | None = None,
+    custom_ops: str | Path | Sequence[str | Path] | None = None,
     resume: str | Path | None = None,
     fresh: bool = False,
     seed: int = 0,
@@ -316,6 +326,7 @@ def prune(
         provider: "auto", "cpu" or "cuda".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.
+        custom_ops: shared libraries with operators that ONNX Runtime lacks and the model needs; they run code.
         resume: a folder in which finished segments are kept: a run that was interrupted goes on from the last one. It is
             made where it is not there, and removed when the run is done.
         fresh: measure error curves and latency tables again, instead of taking those that an earlier run on the same model
@@ -339,115 +350,270 @@ def prune(
         from liar_opt.passes.prune_module import prune_module
 
         return prune_module(**arguments)
+    if custom_ops is not None:
+        libraries = [custom_ops] if isinstance(custom_ops, (str, Path)) else custom_ops
+        with custom_operators(libraries):
+            return prune(**{**arguments, "custom_ops": None})
     require_labels(score, loss, labelled, torch_module=False)
-    start = time.perf_counter()
-    watch = MemoryWatch()
     lookup("packing", dict.fromkeys(PACKINGS), packing)
-    state = load_state(model, memory)
-    state.progress = progress
-    state.device, state.fresh = resolve_provider(provider), fresh
-    if passes is None:
-        chosen = passes_of_options(arguments)
-    else:
-        chosen = passes_of_text(passes, arguments, prune.__kwdefaults__ or {})
-    widths = chosen.widths
-    target = widths.target if isinstance(widths, MeetTargetPass) else None
-    if resume is not None and (isinstance(widths, LimitDropPass) or chosen.cut.repair in AWARE):
-        raise OptionError("resume works with ratios or a target, and with repairs that do not look at the dense model")
-    analysis = Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()], observer=observer)(state)
-    widths.requires(state)  # before any work that it might stop
-    options = CalibrationOptions(
-        calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed, packing
-    )
-    report = _report_head(state)
-    report["options"] = _options([widths, chosen.cut], options, provider)
-    report["seed"] = seed
-    report["device"] = state.device
-    if provider == "auto" and device_unused(state.device):
-        report["model"]["notes"].append(
-            "the CPU was used: this machine has a CUDA device, but the libraries that ONNX Runtime needs for it were not "
-            "found; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them"
-        )
-    report["refusals"] = [asdict(r) for r in analysis.refusals]
-    early = chosen.curves is not None or target is not None or resume is not None
-    if early:
-        _load_calibration(state, options, report)
-    if resume is not None:
-        seconds = None if chosen.search is None else chosen.search.search
-        state.checkpoint = Checkpoint.open(Path(resume), _identity(state, report, seconds))
-    flops = _flops(state, target)
-    resumed = state.checkpoint is not None and state.checkpoint.decided is not None
-    if resumed:
-        note_widths(state, {name: int(keep) for name, keep in state.checkpoint.decided["keep"].items()})
-        report.update(state.checkpoint.decided["report"])
-    decided = Pipeline(passes=[] if resumed else chosen.deciding, observer=observer)(state)
-    if "curves" in state.facts:
-        report["curves"] = curve_report(state.groups, state.facts["curves"])
-    if "curves from" in state.facts:
-        report["model"]["notes"].append(
-            "the error curves are those of an earlier run on the same data; --fresh measures them again"
-        )
-    for fact in ("target", "search"):
-        if fact in state.facts:
-            report[fact] = state.facts[fact]
-    if state.checkpoint is not None and not resumed:
-        said = {fact: report[fact] for fact in ("curves", "target", "search") if fact in report}
-        state.checkpoint.decide({"keep": {name: int(keep) for name, keep in state.keep.items()}, "report": said})
-    if dry_run:
-        report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
-        report["prunable"] = prunable(state)
-        return PruneResult(state.facts["dense"], report, (), analysis.refusals)
-    if not early:
-        _load_calibration(state, options, report)
+    return _Job(arguments).run()
+
+
+def inputs_of(arguments: Mapping[str, Any]) -> Inputs:
+    """Returns what arguments of :func:`prune` name as the input."""
+    more = (arguments.get("custom_ops"),)
+    return Inputs((arguments["model"],), arguments["calibration"], (arguments["tokenizer"],), more)
+
+
+class _Job:
+    """One run of :func:`prune` on an ONNX model: it starts again without groups that a fault of ours lies in.
+
+    Args:
+        arguments: those of ``prune``, by name.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+        self.start, self.watch = time.perf_counter(), MemoryWatch()
+        self.state = load_state(arguments["model"], arguments["memory"])
+        self.state.progress, self.state.fresh = arguments["progress"], arguments["fresh"]
+        self.state.device = resolve_provider(arguments["provider"])
+        if arguments["passes"] is None:
+            self.chosen = passes_of_options(arguments)
+        else:
+            self.chosen = passes_of_text(arguments["passes"], arguments, prune.__kwdefaults__ or {})
+        self.target = self.chosen.widths.target if isinstance(self.chosen.widths, MeetTargetPass) else None
+        self.limited = isinstance(self.chosen.widths, LimitDropPass)
+        if arguments["resume"] is not None and (self.limited or self.chosen.cut.repair in AWARE):
+            raise OptionError("resume works with ratios or a target, and with repairs that do not look at the dense model")
+        named = ("tokenizer", "text_column", "samples", "batch_size", "sequence_length", "mask_input", "seed", "packing")
+        self.options = CalibrationOptions(arguments["calibration"], **{name: arguments[name] for name in named})
+        self.notes = list(self.state.model.notes)
+        self.faults: dict[str, str] = {}
+        self.data: CalibrationData | None = None
+        self.dropped = 0
+
+    def run(self) -> PruneResult:
+        """Runs, and again without what turned out to be wrong.
+
+        Raises:
+            CheckError: nothing was left to cut.
+        """
+        while True:
+            try:
+                return self._attempt()
+            except GroupFault as fault:
+                news = {name: reason for name, reason in fault.reasons.items() if name not in self.faults}
+                if not news:
+                    raise
+                self.faults |= news
+            if self.state.checkpoint is not None:
+                self.state.checkpoint.remove()
+            self.state = self._anew()
+
+    def _anew(self) -> State:
+        """Returns the state as it was when the model was loaded."""
+        old = self.state
+        model = old.facts["dense"].model()
+        model.notes = list(self.notes)
+        state = State(model, None, old.device, old.progress, memory=old.memory, fresh=old.fresh)
+        kept = ("digest", "dense", "before", "dense session", "digests")
+        state.facts = {name: old.facts[name] for name in kept if name in old.facts}
+        state.seconds = old.seconds
+        return state
+
+    def _attempt(self) -> PruneResult:
+        """Runs the passes once."""
+        state, chosen, target, observer = self.state, self.chosen, self.target, self.arguments["observer"]
+        report = self._head()
+        analysis = _analysed(state, observer, load=not state.memory.tight)
+        refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
+        _dense_session(state)
+        resume, dry_run = self.arguments["resume"], self.arguments["dry_run"]
+        early = chosen.curves is not None or target is not None or resume is not None
+        if early:
+            self._load_calibration(report)
+        if resume is not None:
+            seconds = None if chosen.search is None else chosen.search.search
+            state.checkpoint = Checkpoint.open(Path(resume), _identity(state, report, seconds))
         flops = _flops(state, target)
-    assert state.calibration is not None
-    if not state.memory.tight:
-        state.facts["dense session"] = Later(lambda: load_dense(state))
-    report["resumed"] = state.checkpoint.done if state.checkpoint is not None else 0
-    done = Pipeline(passes=chosen.cutting, observer=observer)(state)
-    changes = (*decided.changes, *done.changes)
-    refusals = (*analysis.refusals, *done.refusals)
-    report["refusals"] = [asdict(r) for r in refusals]
-    details = {c.where: c for c in changes}
-    report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
-    report["prunable"] = prunable(state)
-    gaps = [c["calibration_gap"] for g in report["groups"] for c in g.get("repairs", ())]
-    known = [gap for gap in gaps if gap is not None]
-    report["calibration"]["gap"] = sum(known) / len(known) if known else None
-    report["cache_shapes"] = state.model.resized_shapes(state.model.as_written()[0])
-    report["before"]["flops"] = flops
-    report["after"] = {**_sizes(state.model), "flops": _flops(state, target)}
-    verification = state.facts["verification"]
-    report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
-    if latency and state.memory.tight:
-        report["model"]["notes"].append(
-            f"latency was not measured: the models are too large for the memory of {show_size(state.memory.limit)}"
-        )
-    elif latency:
-        began = time.perf_counter()
-        batch = _one_batch(state, target)
-        feeds = [batch, cut_arrays(batch, state.facts["ends"])]
-        sessions = [session.as_deployed() for session in state.facts["sessions"]]
-        times = measure_latency(sessions, feeds, budget=0.15 if target is None else 2.0, least=3)
-        report["latency"] = {
-            "dense_seconds": times.seconds[0],
-            "pruned_seconds": times.seconds[1],
-            "speedup": times.speedup,
-            "runs": times.runs,
-            "batch": times.batch,
+        decided, proofs = self._decide(report, early)
+        refusals += proofs
+        report["refusals"] = [asdict(r) for r in refusals]
+        if dry_run:
+            report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
+            report["prunable"] = prunable(state)
+            return PruneResult(state.facts["dense"], report, (), tuple(refusals), inputs_of(self.arguments))
+        if not early:
+            flops = _flops(state, target)
+        assert state.calibration is not None
+        report["resumed"] = state.checkpoint.done if state.checkpoint is not None else 0
+        try:
+            done = _run(state, chosen.cutting, observer)
+        except CheckError as err:
+            raise GroupFault(self._culprits(err)) from err
+        changes = (*decided, *done.changes)
+        refusals += done.refusals
+        report["refusals"] = [asdict(r) for r in refusals]
+        self._finish(report, changes, flops)
+        return PruneResult(state.model, report, changes, tuple(refusals), inputs_of(self.arguments))
+
+    def _head(self) -> dict[str, Any]:
+        """Returns the report's first part: what was asked for, and of what."""
+        state, arguments = self.state, self.arguments
+        report = _report_head(state)
+        report["options"] = _options([self.chosen.widths, self.chosen.cut], self.options, arguments["provider"])
+        report["seed"] = arguments["seed"]
+        report["device"] = state.device
+        if arguments["provider"] == "auto" and device_unused(state.device):
+            report["model"]["notes"].append(
+                "the CPU was used: this machine has a CUDA device, but the libraries that ONNX Runtime needs for it were "
+                "not found; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them"
+            )
+        return report
+
+    def _leave_alone(self) -> tuple[Refusal, ...]:
+        """Takes out the groups whose cut turned out to be wrong.
+
+        Raises:
+            CheckError: nothing is left.
+        """
+        leave_alone(self.state, self.faults)
+        try:
+            self.chosen.widths.requires(self.state)
+        except ModelError as err:
+            if not self.faults:
+                raise
+            name, reason = next(iter(self.faults.items()))
+            raise CheckError(
+                f"no group that could be cut is left: cutting '{name}' would be wrong ({reason}); nothing was written; "
+                "please report the model's structure as a bug"
+            ) from err
+        return refusals_of(self.faults)
+
+    def _culprits(self, error: CheckError) -> dict[str, str]:
+        """Returns the groups whose cut fails the check of the result.
+
+        What was cut is rehearsed on the samples that it failed on. Where that is right, the numbers are at fault, and not
+        the cut: the groups that lost most go, twice as many each time.
+        """
+        cut, state = self.state, self._anew()
+        Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(state)
+        state.calibration = cut.calibration
+        assert cut.calibration is not None
+        proof = Proof(state, self.chosen.cut, [first_samples(state, cut.calibration.batches[0], 4)])
+        blocks = cut.facts.get("blocks", {})
+        faults = proof.faults({name: cut.keep[name] for name in blocks}, blocks)
+        if faults:
+            return faults
+        self.dropped = 2 * self.dropped or 1
+        lost: dict[str, float] = cut.facts.get("lost", {})
+        worst = sorted(lost, key=lambda name: -lost[name])[: self.dropped]
+        if not worst:
+            raise error
+        return dict.fromkeys(worst, str(error).partition(";")[0])
+
+    def _load_calibration(self, report: dict[str, Any]) -> None:
+        state, began = self.state, time.perf_counter()
+        if self.data is None:
+            self.data = _calibrate(state, self.options)
+        state.calibration = _fitted(state, self.data, report)
+        require_runs(state, _dense_session(state))
+        state.seconds["load-calibration"] = state.seconds.get("load-calibration", 0.0) + time.perf_counter() - began
+        report["calibration"] = _calibration_report(state.calibration)
+
+    def _decide(self, report: dict[str, Any], early: bool) -> tuple[list[Change], list[Refusal]]:
+        """Decides the widths of groups whose cut is proved; returns what was changed, and what is left alone."""
+        state, chosen, observer = self.state, self.chosen, self.arguments["observer"]
+        checkpoint = state.checkpoint
+        if checkpoint is not None and checkpoint.decided is not None:
+            self.faults |= checkpoint.decided.get("left alone", {})
+            left = self._leave_alone()
+            note_widths(state, {name: int(keep) for name, keep in checkpoint.decided["keep"].items()})
+            report.update(checkpoint.decided["report"])
+            return [], list(left)
+        refusals: list[Refusal] = []
+        if early:
+            refusals += self._prove(ProveGroupsPass(chosen.cut))
+        while True:
+            state.groups = tuple(g for g in state.groups if g.kind in KINDS)  # values join them where they are cut
+            decided = _run(state, chosen.deciding, observer)
+            if state.calibration is None and not self.arguments["dry_run"]:
+                self._load_calibration(report)
+            proved = [] if self.limited else self._prove(ProveGroupsPass(chosen.cut, decided=True))
+            if not proved:
+                break
+            refusals += proved
+        if "curves" in state.facts:
+            report["curves"] = curve_report(state.groups, state.facts["curves"])
+        if "curves from" in state.facts:
+            report["model"]["notes"].append(
+                "the error curves are those of an earlier run on the same data; --fresh measures them again"
+            )
+        for fact in ("target", "search"):
+            if fact in state.facts:
+                report[fact] = state.facts[fact]
+        if checkpoint is not None:
+            said = {fact: report[fact] for fact in ("curves", "target", "search") if fact in report}
+            keep = {name: int(keep) for name, keep in state.keep.items()}
+            checkpoint.decide({"keep": keep, "report": said, "left alone": self.faults})
+        return list(decided.changes), refusals
+
+    def _prove(self, step: ProveGroupsPass) -> list[Refusal]:
+        """Leaves groups alone whose cut is wrong; returns why."""
+        result = Pipeline(passes=[step], observer=self.arguments["observer"])(self.state)
+        self.faults |= self.state.facts["faults"]
+        self._leave_alone()
+        return list(result.refusals)
+
+    def _finish(self, report: dict[str, Any], changes: Sequence[Change], flops: int | None) -> None:
+        """Fills in what is known when everything is done."""
+        state, target = self.state, self.target
+        details = {c.where: c for c in changes}
+        report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
+        report["prunable"] = prunable(state)
+        gaps = [c["calibration_gap"] for g in report["groups"] for c in g.get("repairs", ())]
+        known = [gap for gap in gaps if gap is not None]
+        report["calibration"]["gap"] = sum(known) / len(known) if known else None
+        report["cache_shapes"] = state.model.resized_shapes(state.model.as_written()[0])
+        report["before"]["flops"] = flops
+        report["after"] = {**_sizes(state.model), "flops": _flops(state, target)}
+        verification = state.facts["verification"]
+        report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
+        if self.arguments["latency"] and state.memory.tight:
+            report["model"]["notes"].append(
+                f"latency was not measured: the models are too large for the memory of {show_size(state.memory.limit)}"
+            )
+        elif self.arguments["latency"]:
+            began = time.perf_counter()
+            batch = _one_batch(state, target)
+            feeds = [batch, cut_arrays(batch, state.facts["ends"])]
+            models = [deployed(model, state.device) for model in (state.facts["dense"], state.model)]
+            try:
+                times = measure_latency(models, feeds, budget=0.3 if target is None else 2.0, least=6)
+            except CannotTime:
+                sessions = [session.as_deployed() for session in state.facts["sessions"]]
+                times = measure_latency(sessions, feeds, budget=0.3, least=6)
+            report["latency"] = {
+                "dense_seconds": times.seconds[0],
+                "pruned_seconds": times.seconds[1],
+                "speedup": times.speedup,
+                "runs": times.runs,
+                "batch": times.batch,
+                "spread": times.spread if math.isfinite(times.spread) else None,
+                "apart": times.apart,
+            }
+            state.seconds["latency"] = time.perf_counter() - began
+        report["memory"] = {
+            "limit": state.memory.limit,
+            "estimated_peak": state.memory.estimated,
+            "anonymous_peak": self.watch.anonymous,
+            "resident_peak": self.watch.resident,
+            "on_disk": state.memory.store.bytes,
         }
-        state.seconds["latency"] = time.perf_counter() - began
-    report["memory"] = {
-        "limit": state.memory.limit,
-        "estimated_peak": state.memory.estimated,
-        "anonymous_peak": watch.anonymous,
-        "resident_peak": watch.resident,
-        "on_disk": state.memory.store.bytes,
-    }
-    report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
-    if state.checkpoint is not None:
-        state.checkpoint.remove()
-    return PruneResult(state.model, report, changes, refusals)
+        report["seconds"] = {**state.seconds, "total": time.perf_counter() - self.start}
+        if state.checkpoint is not None:
+            state.checkpoint.remove()
 
 
 def _identity(state: State, report: dict[str, Any], search: float | None) -> dict[str, Any]:
@@ -466,13 +632,6 @@ def _identity(state: State, report: dict[str, Any], search: float | None) -> dic
         "lean sessions": state.memory.tight,
         "liar-opt": report["liar_opt"],
     }
-
-
-def _load_calibration(state: State, options: CalibrationOptions, report: dict[str, Any]) -> None:
-    began = time.perf_counter()
-    state.calibration = _fitted(state, _calibrate(state, options), report)
-    state.seconds["load-calibration"] = time.perf_counter() - began
-    report["calibration"] = _calibration_report(state.calibration)
 
 
 def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> CalibrationData:
@@ -525,11 +684,48 @@ def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, 
 
 
 def _dense_session(state: State) -> Session:
-    model, weights = state.facts["dense"].detached()
+    """Returns the session of the original: the one that there is, unless the memory is too tight to keep one."""
+    known: Later[Session] | None = state.facts.get("dense session")
+    return load_dense(state) if known is None else known.result()
+
+
+def _analysed(state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
+    """Runs the analysis; with ``load`` the original is loaded meanwhile.
+
+    Raises:
+        ModelError: it fails on a model that is no valid ONNX, or that ONNX Runtime refuses.
+    """
     try:
-        return Session(model, state.device, weights, state.memory.tight)
-    except Exception as err:
-        raise ModelError(f"ONNX Runtime cannot load the model: {' '.join(str(err).split())[:300]}") from err
+        # What folds constants first refuses those that are too large, which ONNX Runtime makes while it loads.
+        normalised = Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
+        if load and "dense session" not in state.facts:
+            state.facts["dense session"] = Later(lambda: load_dense(state))
+        found = Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
+        return replace(found, refusals=(*normalised.refusals, *found.refusals))
+    except InternalError as err:
+        dense: Stored = state.facts["dense"]
+        reason = why_invalid(dense.proto)
+        if reason is not None:
+            name = f"'{dense.source}'" if dense.source else "the model"
+            raise ModelError(f"{name} is no valid ONNX ({reason}); export it again") from err
+        reason = refusal_of(dense.detached()[0])
+        if reason is not None:
+            raise ModelError(cannot_load(dense, reason)) from err
+        raise
+
+
+def _run(state: State, passes: Sequence[Pass[Any]], observer: Observer | None) -> PassResult:
+    """Runs passes that run parts of the model.
+
+    Raises:
+        ModelError: one fails, and so does the original on the same data; where that does not, the fault is ours.
+    """
+    try:
+        return Pipeline(passes=passes, observer=observer)(state)
+    except InternalError:
+        if state.calibration is not None:
+            require_runs(state, _dense_session(state), every=True)
+        raise
 
 
 def _one_batch(state: State, target: str | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from liar_opt.frontend.fx_module import (
     BATCH,
@@ -47,6 +47,7 @@ from liar_opt.frontend.hf_checkpoint import (
     inexpressible,
     is_stock,
     load_module,
+    positions,
     ratio_widths,
     refused,
     required_arguments,
@@ -55,9 +56,10 @@ from liar_opt.frontend.hf_checkpoint import (
     save_checkpoint,
     without_cache,
 )
+from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_causal import is_causal
-from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, row_mask
+from liar_opt.frontend.onnx_model import is_constant
+from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, nodes_for, row_mask
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
 from liar_opt.passes.axes import AxisAlgebra
@@ -80,6 +82,7 @@ from liar_opt.passes.prune_model import (
     _report_head,
     _sizes,
     check_output,
+    inputs_of,
     prunable,
     prune,
 )
@@ -87,12 +90,14 @@ from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, looku
 from liar_opt.passes.verify_model import first_samples, mask_model
 from liar_opt.runtime.calibration_data import first_rows, load_calibration
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, require_close, require_repeatable
-from liar_opt.runtime.errors import CheckError, ModelError, OptionError
+from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF
 from liar_opt.runtime.sessions import PROVIDERS
 from liar_opt.runtime.torch_backend import BatchMoments, RunningMoments, batch_moments, real_rows, stream_gain
+from liar_opt.runtime.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -373,15 +378,16 @@ class _TorchRun(SegmentRun):
         super().__init__(options, state, wide, segments)
         assert isinstance(state.model, FxModel)
         self.executor = Executor(state.model, device_of(state.model))
+        self.gradients: NDArray[np.float64] | None = None
 
     def measure(self, taps: list[Tap], stop: int, first: Any) -> dict[Place, Moments]:
         """Runs from the segment before, as it was cut, to the activations, and adds their moments up in float64."""
         start = 0 if self.alive_at is None else self.position(self.alive_at)
-        names = [] if first is None else live_tensors(self.walk, self.position(first))
+        names = [] if first is None else live_tensors(self.walk, self.position(first), self.waiting)
         made = [n for n in names if n not in self.alive[0]]
         wanted = {*made, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
         wanted.update(term for t in taps if t.stream is not None for term in t.stream.terms)
-        nodes = _needed(self.walk.model.graph.nodes[start:stop], wanted)
+        nodes = nodes_for(self.walk.model.graph.nodes, start, stop, wanted, self.alive[0])
         result = {t.place: Moments(t.width) for t in taps}
         sums = {t.place: RunningMoments(result[t.place], t.bounds) for t in taps}
         for index, feeds in enumerate(self.data.batches):
@@ -389,10 +395,7 @@ class _TorchRun(SegmentRun):
             try:
                 values = {**inputs, **self.executor.run(inputs, nodes, sorted(wanted))}
             except (RuntimeError, IndexError, ValueError) as err:
-                raise ModelError(
-                    f"torch fails on the calibration data ({' '.join(str(err).split())[:300]}); is its sequence length or "
-                    "a token id beyond what the model was made for?"
-                ) from err
+                raise self._fault(feeds, " ".join(str(err).split())[:300]) from err
             for tap in taps:
                 with _finite(tap):
                     sums[tap.place].add(self._moments(tap, values, index), index in self.held)
@@ -407,12 +410,29 @@ class _TorchRun(SegmentRun):
         self.executor.forget()
         return result
 
+    def _fault(self, feeds: Mapping[str, Any], said: str) -> Exception:
+        """Returns what to raise for a batch that a part fails on: the data's fault, where the original fails on it, too."""
+        model = self.state.model
+        assert isinstance(model, FxModel) and model.program is not None and model.module is not None
+        try:
+            Executor(lower(model.program, model.module), device_of(model)).run(feeds)
+        except (RuntimeError, IndexError, ValueError):
+            fed = ", ".join(f"'{name}' {list(np.shape(value))}" for name, value in feeds.items())
+            made = "liar-opt made them up: give real ones (--calibration), or another length (--sequence-length)"
+            fits = "is its sequence length or a token id beyond what the model was made for?"
+            return ModelError(
+                f"torch fails on the calibration data ({fed}): {said}; {made if self.data.synthetic else fits}"
+            )
+        return InternalError(f"torch fails on a part of the model: {said}")
+
+    def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
+        """Finds the gradients of the group, where there are any, and goes on as usual."""
+        self.gradients = self.state.facts.get("gradients", {}).get(group.name)
+        super().prune(group, moments)
+
     def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
-        """Adds the gradients of the consumer's group, where there are any."""
-        item = super().measured(consumer, moments)
-        found: dict[str, Any] = self.state.facts.get("gradients", {})
-        own = (g for g in self.state.groups if any(consumer.uses == c.uses for c in g.consumers))
-        return replace(item, gradients=next((found[g.name] for g in own if g.name in found), None))
+        """Adds the gradients of the group."""
+        return replace(super().measured(consumer, moments), gradients=self.gradients)
 
     def _moments(self, tap: Tap, values: Mapping[str, Any], index: int) -> BatchMoments:
         mask = self.data.row_masks[index]
@@ -437,16 +457,6 @@ def _finite(tap: Tap) -> Iterator[None]:
             f"activation '{tap.tensor}' has NaN or Inf on the calibration data; check the module on that data "
             "(float16 may overflow)"
         ) from err
-
-
-def _needed(nodes: Sequence[gs.Node], wanted: Iterable[str]) -> list[gs.Node]:
-    """Returns the nodes that ``wanted`` needs, in order."""
-    needed, result = set(wanted), []
-    for node in reversed(nodes):
-        if any(t.name in needed for t in node.outputs):
-            result.append(node)
-            needed.update(t.name for t in node.inputs if present(t) and not is_constant(t))
-    return result[::-1]
 
 
 @dataclass(frozen=True)
@@ -540,9 +550,17 @@ class ModuleResult(PruneResult):
         groups: what could be pruned, in execution order.
         fields: what the configuration says of the new widths; None where it cannot.
         folder: where the checkpoint came from, if it did.
+        inputs: what the run read; no result is written there.
     """
 
-    def __init__(self, state: State, report: dict[str, Any], changes: tuple[Change, ...], refusals: tuple[Refusal, ...]):
+    def __init__(
+        self,
+        state: State,
+        report: dict[str, Any],
+        changes: tuple[Change, ...],
+        refusals: tuple[Refusal, ...],
+        inputs: Inputs | None = None,
+    ):
         assert isinstance(state.model, FxModel)
         assert state.model.module is not None
         self.module: torch.nn.Module = state.facts.get("module", state.model.module)
@@ -550,6 +568,9 @@ class ModuleResult(PruneResult):
         self.groups: tuple[ChannelGroup, ...] = state.groups
         self.fields: tuple[FieldChange, ...] | None = state.facts["fields"]
         self.folder: Path | None = state.facts["folder"]
+        given = inputs or Inputs()
+        # of a name of the hub: the folder to which it was fetched
+        self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
         self._model, self._example = state.model, state.facts["example"]
 
     @functools.cached_property
@@ -571,24 +592,26 @@ class ModuleResult(PruneResult):
         """Writes the module, whole or not at all: ``.onnx`` and ``.pt2`` files, or a transformers checkpoint folder.
 
         Raises:
-            OptionError: the path exists (without ``force``) or cannot be written, or the configuration of the model cannot
-                say its widths.
+            OptionError: the path is that of a file or folder that the input consists of, exists (without ``force``), is no
+                plain file or folder (links are not followed), is a folder that holds what liar-opt did not write, or cannot
+                be written; or the configuration of the model cannot say its widths.
         """
         path = Path(path)
-        if path.suffix == ".onnx":
-            check_output(path, None, force)
-            try:
-                write_model(*lightened(self.model), path)
-            except OSError as err:
-                raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
-            return path
-        if path.suffix == ".pt2":
-            import torch
+        if path.suffix not in (".onnx", ".pt2"):
+            Places(self.inputs.files).folder(path, "output")
+            return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force)
+        check_output(path, None, force, self.inputs)
+        try:
+            if path.suffix == ".onnx":
+                write_model(*lightened(self.model), path, keep=[file for file, _ in self.inputs.files()])
+            else:
+                import torch
 
-            check_output(path, None, force)
-            torch.export.save(self.program, path)
-            return path
-        return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force)
+                with whole_file(path) as temporary, temporary.open("wb") as stream:
+                    torch.export.save(self.program, stream)
+        except OSError as err:
+            raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
+        return path
 
 
 def prune_module(
@@ -683,6 +706,7 @@ def prune_module(
     state.facts["checkpoint"] = checkpoint
     uniform = checkpoint if uniform is None else uniform
     new_bias = not checkpoint if new_bias is None else new_bias
+    inputs = inputs_of({"model": model, "calibration": calibration, "tokenizer": tokenizer})
     tokenizer = state.facts["folder"] if tokenizer is None else tokenizer
     options = CalibrationOptions(
         calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed, packing
@@ -702,10 +726,14 @@ def prune_module(
     if dry_run:
         report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
         report["prunable"] = prunable(state)
-        return ModuleResult(state, report, (), analysis.refusals)
+        return ModuleResult(state, report, (), analysis.refusals, inputs)
     began = time.perf_counter()
     fields = {k: v for k, v in vars(options).items() if k not in ("source", "packing")}
     fields["packing"] = is_causal(_fx(state)) if packing == "auto" else packing == "on"
+    if calibration is None and sequence_length is None:  # inputs that are made up are no longer than there are positions
+        module = _fx(state).module
+        assert module is not None
+        fields["positions"] = positions(module)
     state.calibration = load_calibration(options.source, state.model.inputs(), vocabulary=vocabulary(_fx(state)), **fields)
     state.seconds["load-calibration"] = time.perf_counter() - began
     report["calibration"] = _calibration_report(state.calibration)
@@ -731,7 +759,7 @@ def prune_module(
         report["latency"] = _latency(state)
         state.seconds["latency"] = time.perf_counter() - began
     report["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
-    return ModuleResult(state, report, done.changes, analysis.refusals)
+    return ModuleResult(state, report, done.changes, analysis.refusals, inputs)
 
 
 def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:
@@ -837,6 +865,7 @@ def _load(
         module = load_module(folder, allow_pickle).to(_device(provider))
     else:
         module = model
+        _require_python(module)
     training = module.training
     module.eval()
     try:
@@ -856,6 +885,22 @@ def _load(
         "before": _sizes(lowered),
     }
     return state
+
+
+def _require_python(module: torch.nn.Module) -> None:
+    """Checks that there is code of a module to trace.
+
+    Raises:
+        ModelError: it was compiled by torch.jit, as a whole or in part.
+    """
+    import torch
+
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"'{name}' of {type(module).__name__}" if name else "the model"
+            raise ModelError(
+                f"{what} is a ScriptModule, which torch.export cannot trace; give the nn.Module it was made of"
+            )
 
 
 def _traced(
@@ -914,6 +959,13 @@ def _example(
         )
     accepted = inspect_signature(module.forward).parameters
     named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
+    lists = {k: v for k, v in named.items() if isinstance(v, (list, tuple))}
+    listed = next((k for k, v in lists.items() if any(hasattr(x, "shape") for x in v)), None)
+    if listed is not None:
+        raise OptionError(
+            f"input '{listed}' is a list of tensors; a module is traced with one tensor an argument: give it a forward "
+            "that takes them one by one"
+        )
     if not named:
         raise OptionError(
             f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "

@@ -108,7 +108,7 @@ def row_squares(consumer: Measured) -> Array:
 
 def problems_of(consumers: Sequence[Measured]) -> list[Problem]:
     """Returns the consumers as the solver's problems."""
-    return [Problem(c.statistics.covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers]
+    return [Problem(c.covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers]
 
 
 def random(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:

@@ -11,7 +11,7 @@
 4. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,15 +20,16 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.onnx_activations import live_bytes
-from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
+from liar_opt.frontend.onnx_model import Narrow, OnnxModel, Stored, is_constant, is_float, like
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, walk
+from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.weight_files import without_data
-from liar_opt.frontend.widen_graph import widen
+from liar_opt.frontend.widen_graph import nodes_within, widen
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
-from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays, run_segment
+from liar_opt.passes.prune_groups import HELD_BACK, NO_MEMORY, ConsumerRepair, cut_arrays, run_segment
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
@@ -36,10 +37,10 @@ from liar_opt.runtime.compare import (
     require_close,
     require_repeatable,
 )
-from liar_opt.runtime.errors import CheckError
+from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import anonymous, trim
-from liar_opt.runtime.sessions import Session
+from liar_opt.runtime.sessions import Session, unknown_operators
 
 COMPARED = 12
 """Bytes that comparing takes for each byte of an output in float32."""
@@ -73,10 +74,9 @@ class VerifyModelPass(Pass[None]):
             ModelError: the model's outputs are not the same twice, or the data does not fit it.
         """
         dense: Stored = state.facts["dense"]
-        resized = {name: axes for name, axes in state.model.resized.items() if name in state.analysed().spared}
-        _check_interface(dense.proto, state.model.light()[0], resized)
+        require_interface(dense, state.model, state.analysed().spared)
         ends = state.facts.get("ends", {})
-        _check_format(dense, state.model)
+        require_format(dense, state.model)
         lean = state.memory.tight
         assert state.calibration is not None
         facts: dict[str, Any] = {}
@@ -96,7 +96,11 @@ class VerifyModelPass(Pass[None]):
         # The original first: what does not fit it (an image of another size, say) is no fault of the cut.
         theirs = cut_arrays(run_segment(masked, small, whole, whole), ends)
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
-        precision, what = _precision(state.model), "cut against masked original"
+        # An optional that is empty, say; the parts of sequences and maps have names of their own.
+        left_out = [o for o in whole if not any(name == o or name.startswith(f"{o}[") for name in theirs)]
+        if left_out:
+            facts["not_compared"] = left_out
+        precision, what = least_precision(state.model), "cut against masked original"
         try:
             facts["exact_difference"] = require_close(ours, theirs, precision, what)
         except CheckError:
@@ -104,7 +108,8 @@ class VerifyModelPass(Pass[None]):
             if lean:  # a second set of weights would not fit
                 raise
             # A model that was hurt badly can magnify rounding: ask it how much, before blaming the cut.
-            nudged = _load(_rounded(reference.detached()), state.device, "the masked original", lean)
+            model, weights = reference.detached()
+            nudged = _load((model, rounded(weights)), state.device, "the masked original", lean)
             moved = cut_arrays(nudged.run(small, whole, arrays=True), ends)
             rounding = max(relative_difference(moved[name], value) for name, value in theirs.items())
             # Where all probabilities are tiny, the steps of a sigmoid are large beside them.
@@ -193,7 +198,7 @@ def project_queries(model: OnnxModel, query_forms: Sequence[QueryForm]) -> None:
             raise CheckError(f"a constant of the queries of node '{node.name}' was not found again in the original")
         value = np.array(old.values)
         value[np.ix_(*form.index)] = form.value
-        node.inputs[position] = gs.Constant(f"{old.name}/{node.name}/queries", value)
+        node.inputs[position] = like(old, f"{old.name}/{node.name}/queries", value)
 
 
 def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
@@ -201,7 +206,7 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
     nodes = {n.name: n for n in analysis.model.graph.nodes}
     rewriter = Rewriter(analysis)
     by_place = {(u.node.name, u.weight_position): u for u in analysis.consumers}
-    for parts in _by_weight(repairs):
+    for parts in by_weight(repairs):
         repair = parts[0]
         places: list[tuple[gs.Node, int]] = [(nodes[u.holder.name], u.weight_position) for u in repair.uses]
         old = places[0][0].inputs[places[0][1]]
@@ -213,18 +218,24 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
         full = analysis.model.settled(full)
         rewriter.set_constant(places, full)
         if np.any(repair.bias):
-            axes = repair.uses[0].column_axes
-            bias = np.zeros([full.shape[axis] for axis in axes])
-            left = [repair.index[axis] for axis in axes]
-            bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
-            rewriter.add_bias([by_place[u.node.name, u.weight_position] for u in repair.uses], bias.reshape(-1))
+            own = [by_place[u.node.name, u.weight_position] for u in repair.uses]
+            rewriter.add_bias(own, spread_bias(repair, full.shape))
+
+
+def spread_bias(repair: ConsumerRepair, shape: Sequence[int]) -> np.ndarray:
+    """Returns the bias [m] of a repair at the width that its weight, of ``shape``, had: zero where columns went."""
+    axes = repair.uses[0].column_axes
+    bias = np.zeros([shape[axis] for axis in axes])
+    left = [repair.index[axis] for axis in axes]
+    bias[np.ix_(*left)] = repair.bias.reshape([len(i) for i in left])
+    return bias.reshape(-1)
 
 
 def _inside(repair: ConsumerRepair, shape: Sequence[int]) -> bool:
     return all(not i.size or i[-1] < n for i, n in zip(repair.index, shape, strict=True))
 
 
-def _by_weight(repairs: list[ConsumerRepair]) -> list[list[ConsumerRepair]]:
+def by_weight(repairs: Sequence[ConsumerRepair]) -> list[list[ConsumerRepair]]:
     """Returns the repairs in order, those of the experts that share a constant together."""
     result: list[list[ConsumerRepair]] = []
     stacks: dict[str, list[ConsumerRepair]] = {}
@@ -247,15 +258,15 @@ def _made_by(tensor: Any) -> str | None:
     return tensor.inputs[0].op if tensor.inputs else None
 
 
-def _rounded(parts: tuple[bytes, dict[str, Any]]) -> tuple[bytes, dict[str, Any]]:
-    """Returns a model with every large weight moved by its own rounding error, up or down at random."""
+def rounded(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns weights, each moved by its own rounding error, up or down at random."""
     rng, weights = np.random.default_rng(0), {}
-    for name, value in parts[1].items():
+    for name, value in arrays.items():
         if is_float(value.dtype):
             step = np.spacing(np.abs(value)).astype(value.dtype)
             value = value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
         weights[name] = value
-    return parts[0], weights
+    return weights
 
 
 def _samples_that_fit(state: State) -> int:
@@ -286,13 +297,61 @@ def load_dense(state: State) -> Session:
     """Returns a session of the model as it came.
 
     Raises:
-        CheckError: ONNX Runtime cannot load it.
+        ModelError: ONNX Runtime cannot load it; the message names the operator that it lacks.
     """
-    return _load(state.facts["dense"].detached(), state.device, "the original model", state.memory.tight)
+    dense: Stored = state.facts["dense"]
+    data, weights = dense.detached()
+    try:
+        return Session(data, state.device, weights, state.memory.tight)
+    except Exception as err:
+        raise ModelError(cannot_load(dense, " ".join(str(err).split())[:300])) from err
 
 
-def _precision(model: OnnxModel) -> str:
-    names = {np.dtype(c.dtype).name for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1}
+def cannot_load(dense: Stored, reason: str) -> str:
+    """Returns a sentence on an original that ONNX Runtime does not take, for ``reason``, one line of its own."""
+    name = f"'{dense.source}'" if dense.source else "the model"
+    nodes = {(n.domain, n.op_type): shown(n) for n in nodes_within(dense.proto.graph.node)}
+    unknown = unknown_operators(nodes)
+    if not unknown:
+        return f"ONNX Runtime cannot load {name}: {reason}"
+    first = next(text for (domain, op), text in nodes.items() if unknown[0] in (op, f"{domain}::{op}"))
+    out = "--custom-ops LIBRARY.so (custom_ops=) loads it" if "::" in unknown[0] else "a newer one may have it"
+    more = f", nor {', '.join(unknown[1:4])}" if unknown[1:] else ""
+    return f"{unknown[0]} is not in this ONNX Runtime{more} (node {first} of {name}); {out}"
+
+
+def require_runs(state: State, session: Session, every: bool = False) -> None:
+    """Runs the original on one sample of the calibration data, or on all of it.
+
+    Raises:
+        ModelError: it fails: the data does not fit the model.
+        OptionError: there is no memory for it.
+    """
+    assert state.calibration is not None
+    data = state.calibration
+    for batch in data.batches if every else (first_samples(state, data.batches[0], 1), data.batches[0]):
+        try:
+            session.run(batch)
+        except Exception as err:
+            if batch is not data.batches[0] and not every:
+                continue  # a graph that was made for batches of one size
+            fed = ", ".join(f"'{name}' {list(value.shape)}" for name, value in batch.items())
+            line = " ".join(str(err).split())[:300]
+            if any(text in line for text in NO_MEMORY):
+                raise OptionError(f"no memory is left to run the model on one batch ({fed}); give smaller ones") from err
+            made = "liar-opt made them up: give real ones (--calibration), or another sequence length (--sequence-length)"
+            fits = "is a size or a token id not what the model was made for? --calibration takes data that fits"
+            raise ModelError(
+                f"ONNX Runtime fails on the calibration data ({fed}): {line}; {made if data.synthetic else fits}"
+            ) from err
+        if not every:
+            return
+
+
+def least_precision(model: OnnxModel) -> str:
+    """Returns the least precise type of a model's weights, as they are stored."""
+    weights = [c for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1]
+    names = {np.dtype(c.kind if isinstance(c, Narrow) else c.dtype).name for c in weights}
     return next((p for p in PRECISION if p in names), "float32")
 
 
@@ -322,7 +381,27 @@ def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: d
             raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
 
 
-def _check_format(dense: Stored, pruned: OnnxModel) -> None:
+def require_interface(dense: Stored, pruned: OnnxModel, spared: Collection[str]) -> None:
+    """Checks that inputs and outputs have the names, types and shapes of the original's.
+
+    Args:
+        dense: the original.
+        pruned: the cut model.
+        spared: caches, which may have lost heads.
+
+    Raises:
+        CheckError: they have not.
+    """
+    resized = {name: axes for name, axes in pruned.resized.items() if name in spared}
+    _check_interface(dense.proto, pruned.light()[0], resized)
+
+
+def require_format(dense: Stored, pruned: OnnxModel) -> None:
+    """Checks that a cut model is valid ONNX, if the original is.
+
+    Raises:
+        CheckError: it is not.
+    """
     # Graphs that ONNX Runtime's optimizer wrote may be refused from the start: they are no worse for being smaller.
     _require_valid(pruned.skeleton(), lambda: _checker_error(dense.model().skeleton()) is None)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -47,6 +48,7 @@ _TEXT_COLUMNS = ("text", "sentence")
 _LONGEST = 512  # tokens of a text when neither the graph nor the tokenizer says less
 _SYNTHETIC_SEQUENCE = 64  # noise needs no more, and position tables are rarely shorter
 _SYNTHETIC_VOCABULARY = 64  # below the embedding table of every model that we know
+_SYNTHETIC_BYTES = 1 << 33  # of one input: more comes of a graph with absurd sizes
 _COLUMN_PROBE = 20  # rows looked at to tell which columns hold text
 _BLOCK_BYTES = 1 << 22  # read at once from a compressed array
 
@@ -1012,6 +1014,12 @@ def _synthesise(job: _Job) -> CalibrationData:
     made = signature.made(name for name in signature.inputs if signature.roles.get(name) not in STATE_ROLES)
     for spec in (spec for name, spec in signature.inputs.items() if name not in made):
         shape = _synthetic_shape(spec, job, sizes)
+        need = math.prod(shape) * spec.dtype.itemsize
+        if need > _SYNTHETIC_BYTES:
+            raise OptionError(
+                f"{job.samples} made-up samples of model input {describe(spec)} would take {need:,} bytes; give fewer "
+                "samples, or real ones (--calibration)."
+            )
         group[spec.name] = _synthetic_values(spec, shape, job)
     for spec in signature.inputs.values():
         if _counts(spec, signature) and (length := _open_length(group, signature)) is not None:

@@ -1,8 +1,11 @@
 """The exceptions of liar-opt: one root, and who can act on it.
 
 ``ModelError``, ``OptionError`` and ``CheckError`` are for the user: a model that cannot be used, an option or a
-data file that does not fit, a result that failed its check. ``InternalError`` is a bug of ours and is not their kin.
+data file that does not fit, a result that failed its check. ``InternalError`` is a bug of ours and is not their kin;
+where it is known which groups bring it out, it is a ``GroupFault``, and costs their sparsity instead of the run.
 """
+
+from collections.abc import Mapping
 
 
 class LiarOptError(Exception):
@@ -23,3 +26,15 @@ class CheckError(LiarOptError):
 
 class InternalError(Exception):
     """A bug of liar-opt; shown with its traceback (exit code 3)."""
+
+
+class GroupFault(InternalError):
+    """A bug of liar-opt that some groups bring out: the run starts again without them.
+
+    Attributes:
+        reasons: by the name of each group, what failed.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"'{name}': {reason}" for name, reason in reasons.items()))
+        self.reasons = dict(reasons)

@@ -240,6 +240,26 @@ class Moments:
             fold.include(other._folds[name])
         return pooled
 
+    def part(self, channels: NDArray[np.int64]) -> "Moments":
+        """Return the moments of some channels, ascending, [u]: what was measured before others went."""
+        result = Moments(channels.size)
+        for name, fold in result._folds.items():
+            whole = self._folds[name]
+            fold.count, fold.seen, fold.cross_count = whole.count, whole.seen, whole.cross_count
+            fold.total, fold.second = whole.total[channels], np.asarray(whole.second[np.ix_(channels, channels)])
+            fold.cross = None if whole.cross is None else whole.cross[channels]
+            fold.target_total, fold.target_square = whole.target_total, whole.target_square
+        return result
+
+    def shift_target(self, by: AnyArray) -> None:
+        """Take ``by``, [m], off every row of the target, whose cross moments all rows have."""
+        for fold in self._folds.values():
+            if fold.cross is None or fold.target_total is None:
+                continue
+            fold.target_square += float(fold.cross_count * (by @ by) - 2.0 * (by @ fold.target_total))
+            fold.cross = fold.cross - np.outer(fold.total, by)
+            fold.target_total = fold.target_total - fold.cross_count * by
+
     def statistics(self, fold: FoldName = "all") -> Statistics:
         """Return count, mean and covariance of one fold, or of both together.
 
@@ -320,6 +340,32 @@ class Moments:
         for sums in self._folds.values():
             both.include(sums)
         return both
+
+
+class MadeUpMoments(Moments):
+    """Moments of no activation: seeded, of full rank, no two channels alike. A cut is rehearsed with them.
+
+    Args:
+        width: Width n of the dimension.
+    """
+
+    def statistics(self, fold: FoldName = "all") -> Statistics:
+        """Return a mean and a covariance, the same for every fold."""
+        rng = np.random.default_rng(self.width)
+        mean, factors = rng.standard_normal(self.width), rng.standard_normal((self.width, 4))
+        return Statistics(float(self.rows()), mean, factors @ factors.T + np.diag(rng.uniform(0.5, 1.5, self.width)))
+
+    def part(self, channels: NDArray[np.int64]) -> Moments:
+        """Return others, of as many channels."""
+        return MadeUpMoments(channels.size)
+
+    def merge(self, other: Moments) -> Moments:
+        """Return these: all of one width are alike."""
+        return self
+
+    def rows(self, fold: FoldName = "all") -> int:
+        """Return a number that is enough for every rule."""
+        return 100 * self.width
 
 
 def mirror_upper(matrix: AnyArray) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from liar_opt.runtime.errors import InternalError, OptionError
 
 Provider = Literal["auto", "cpu", "cuda"]
+Level = Literal["none", "all"]
+"""How far ONNX Runtime's optimizer goes."""
 PROVIDERS: tuple[Provider, ...] = ("auto", "cpu", "cuda")
 EXACT = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 """How CUDA computes what is measured: products of float32 keep its mantissa (by default they have ten bits of it), and
@@ -96,6 +98,88 @@ def _device_present() -> bool:
     )
 
 
+_libraries: tuple[Path, ...] = ()
+
+
+@contextlib.contextmanager
+def custom_operators(libraries: Collection[str | Path]) -> Iterator[None]:
+    """Every session that is made within the block, in any thread, knows the operators of these libraries besides.
+
+    Args:
+        libraries: shared libraries that export ``RegisterCustomOps``. They run code in this process.
+
+    Raises:
+        OptionError: one is missing, or is no library of operators for this ONNX Runtime.
+    """
+    import onnxruntime
+
+    global _libraries
+    paths = tuple(Path(library).resolve() for library in libraries)
+    for path in paths:
+        if not path.is_file():
+            raise OptionError(f"library '{path}' of custom operators is no file; give --custom-ops the path of a library")
+        try:
+            onnxruntime.SessionOptions().register_custom_ops_library(str(path))
+        except Exception as err:  # of ONNX Runtime: a class of its own for each release
+            raise OptionError(
+                f"library '{path}' of custom operators cannot be loaded ({' '.join(str(err).split())[:300]}); give "
+                "--custom-ops one that was built for this ONNX Runtime and this machine"
+            ) from err
+    before, _libraries = _libraries, tuple(dict.fromkeys((*_libraries, *paths)))  # one given twice would clash
+    try:
+        yield
+    finally:
+        _libraries = before
+
+
+def operator_libraries() -> tuple[str, ...]:
+    """Returns the libraries that are in use: a process that loads models by itself needs them, too."""
+    return tuple(map(str, _libraries))
+
+
+def unknown_operators(operators: Iterable[tuple[str, str]]) -> list[str]:
+    """Returns which of some operators, (domain, name), this ONNX Runtime lacks, as ``domain::name``.
+
+    What libraries of custom operators bring cannot be listed: where there is one, no operator is unknown.
+    """
+    import onnxruntime
+
+    domains = {name: "" if name == "ai.onnx" else name for name, _ in operators}
+    schemas = onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema() if not _libraries else ()
+    known = {(schema.domain, schema.name) for schema in schemas}
+    found = ((domains[domain], name) for domain, name in dict.fromkeys(operators))
+    return [f"{domain}::{name}" if domain else name for domain, name in found if known and (domain, name) not in known]
+
+
+def refusal_of(model: bytes) -> str | None:
+    """Returns what ONNX Runtime says against a light model, on one line; None where it takes it. It needs no weights."""
+    try:
+        _plain_session(_with_inputs(model, None))
+    except Exception as err:  # of ONNX Runtime: a class of its own for each release
+        return " ".join(str(err).split())[:300]
+    return None
+
+
+def _plain_session(model: bytes) -> None:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    options = _options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+
+def _options() -> Any:
+    """Returns the options of a session, with the libraries of custom operators; nothing is logged."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for library in _libraries:
+        options.register_custom_ops_library(str(library))
+    return options
+
+
 class Session:
     """One model, loaded in ONNX Runtime.
 
@@ -108,6 +192,7 @@ class Session:
             and folds what it can.
         threads: how many compute an operator, and sleep between runs; None leaves both to ONNX Runtime.
         exact: whether CUDA computes as `EXACT` says; otherwise as ONNX Runtime does for those who do not ask.
+        level: how far ONNX Runtime's optimizer goes; None leaves it to ``lean`` and, else, to ONNX Runtime ("all").
     """
 
     def __init__(
@@ -118,14 +203,14 @@ class Session:
         lean: bool = False,
         threads: int | None = None,
         exact: bool = True,
+        level: Level | None = None,
     ) -> None:
         import onnxruntime
 
         self._made: tuple[Any, ...] = (model, device, weights, lean, threads) if device == "cuda" else ()
 
         onnxruntime.set_default_logger_severity(4)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
+        options = _options()
         if threads is not None:
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -140,6 +225,10 @@ class Session:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.enable_cpu_mem_arena = False
+        if level is not None:
+            levels = onnxruntime.GraphOptimizationLevel
+            options.graph_optimization_level = {"none": levels.ORT_DISABLE_ALL, "all": levels.ORT_ENABLE_ALL}[level]
+            options.add_session_config_entry("session.disable_prepacking", "1")  # it is run a few times only
         cuda = [("CUDAExecutionProvider", EXACT if exact else {})] if device == "cuda" else []
         self.device = device
         self._session: Any = onnxruntime.InferenceSession(
@@ -147,6 +236,7 @@ class Session:
             options,
             providers=[*cuda, "CPUExecutionProvider"],
             disabled_optimizers=["ConstantFolding"] if lean else None,
+            **({} if cuda else {"enable_fallback": 0}),  # to the CPU again, and a banner on stdout
         )
         self.inputs = [i.name for i in self._session.get_inputs() if i.name not in self._fed]
         self.outputs = [o.name for o in self._session.get_outputs()]
@@ -170,7 +260,8 @@ class Session:
                 not this one.
 
         Returns:
-            The outputs by name.
+            The outputs by name. What is no tensor comes back in its parts, as arrays: ``all[0]``, ``all[1]`` of a sequence
+            ``all``, ``scores[yes]`` of a map or of one for each sample; what has no numbers or strings in it is left out.
         """
         names = list(self.outputs if outputs is None else outputs)
         to_host = set(names if arrays is True else arrays or ())
@@ -194,11 +285,34 @@ class Session:
         results = binding.get_outputs()
         if to_host and self.device == "cpu":  # one that is kept would keep all outputs of its run, in ONNX Runtime's vector
             to_host = set(names)
-        return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
+        if all(v.is_tensor() for v in results):
+            return {n: (v.numpy() if n in to_host else v) for n, v in zip(names, results, strict=True)}
+        found: dict[str, Any] = {}
+        for name, value, held in zip(names, results, binding.copy_outputs_to_cpu(), strict=True):
+            if value.is_tensor():
+                found[name] = held if name in to_host else value
+            else:
+                found |= tensors_within(name, held)
+        return found
 
 
-def _with_inputs(model: bytes | Path, names: Collection[str]) -> bytes:
-    """Returns a light model in which initializers are inputs."""
+def tensors_within(name: str, value: Any) -> dict[str, NDArray[Any]]:
+    """Returns the arrays of a sequence or a map, each by the name of the output with its place or key behind it.
+
+    A sequence of maps with the same keys (a classifier's, one for each sample) gives one array for each key.
+    """
+    if isinstance(value, np.ndarray):
+        return {name: value}
+    if isinstance(value, list) and value and all(isinstance(v, dict) and v.keys() == value[0].keys() for v in value):
+        return {f"{name}[{key}]": np.asarray([v[key] for v in value]) for key in value[0]}
+    if isinstance(value, (list, dict)):
+        places = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for place, part in places for k, v in tensors_within(f"{name}[{place}]", part).items()}
+    return {name: np.asarray(value)} if isinstance(value, (bool, int, float, str, np.generic)) else {}
+
+
+def _with_inputs(model: bytes | Path, names: Collection[str] | None) -> bytes:
+    """Returns a light model in which initializers are inputs; if None, all whose data is not in it."""
     import onnx
 
     proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.ModelProto.FromString(model)
@@ -206,7 +320,8 @@ def _with_inputs(model: bytes | Path, names: Collection[str]) -> bytes:
     del proto.graph.initializer[:]
     listed = {value.name for value in proto.graph.input}
     for tensor in tensors:
-        if tensor.name not in names:
+        held = tensor.data_location != onnx.TensorProto.EXTERNAL if names is None else tensor.name not in names
+        if held:
             proto.graph.initializer.append(tensor)
         elif tensor.name not in listed:
             proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -243,7 +358,12 @@ __all__ = [
     "Session",
     "as_array",
     "cuda_works",
+    "custom_operators",
     "device_unused",
     "element_type",
+    "operator_libraries",
+    "refusal_of",
     "resolve_provider",
+    "tensors_within",
+    "unknown_operators",
 ]

@@ -44,6 +44,9 @@ RepairKind = Literal["repair", "bias", "none"]
 RIDGE_GRID: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative ridges tried by `choose_ridge`, ascending."""
 
+BESIDE_RIDGE = 1e-3
+"""Relative ridge with which channels that all stay explain others."""
+
 _SMALLEST_RIDGE = 1e-10
 _COMPACT_BELOW = 0.8
 _ALONE_BELOW = 4096
@@ -378,6 +381,25 @@ def choose_ridge(
     best = min(reversed(candidates), key=lambda candidate: candidate[0])
     own = fitted[best[2]] if best[1] == "repair" else math.nan
     return RidgeChoice(best[1], best[2], max(best[0], 0.0), bias_error, none_error, own)
+
+
+def unexplained(covariance: AnyArray, inside: Indices, beside: Indices, ridge: float = BESIDE_RIDGE) -> Array:
+    """Returns the covariance of the channels ``inside`` that those ``beside``, which all stay, leave unexplained.
+
+    S_II - S_IB (S_BB + lam I)^-1 S_BI: the residual of what goes is the same with it as with all channels.
+
+    Args:
+        covariance: S, [n, n].
+        inside: channels, [i].
+        beside: channels, [b].
+        ridge: relative ridge > 0.
+    """
+    cross = _part(covariance, beside, inside)
+    result = _part(covariance, inside, inside) - cross.T @ _factor(_part(covariance, beside, beside), ridge).solve(cross)
+    result = (result + result.T) / 2.0
+    diagonal = np.einsum("ii->i", result)
+    np.maximum(diagonal, 0.0, out=diagonal)
+    return result
 
 
 # Error-aware target -------------------------------------------------------------------------------------------------

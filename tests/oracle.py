@@ -75,6 +75,11 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
             keep[kept_positions(consumer.owners, kept[group.name + group.kind])] = 1
             for j, use in enumerate(consumer.uses):
                 node = nodes[use.node.name] if use.node.name in nodes else outputs[use.node.outputs[0].name]
+                if use.activation in use.node.outputs:  # what an operator made one step before: zero columns of its weight
+                    tensor = next(t for t in proto.graph.initializer if t.name == node.input[use.weight_position])
+                    value = onnx.numpy_helper.to_array(tensor) * keep.astype(use.weight.dtype)
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+                    continue
                 position = list(use.node.inputs).index(use.activation)
                 dtype = use.weight.dtype
                 vector = None
@@ -86,7 +91,7 @@ def masked(path: Path, found: Found, kept: Kept) -> onnx.ModelProto:
                     tail = 1
                 if use.window is not None:  # every place under the kernel has the channels
                     keep = keep[: use.weight.shape[1]]
-                if use.node.op in ("Conv", "ConvTranspose"):
+                if use.node.op in ("Conv", "ConvTranspose", "FusedConv"):
                     tail = len(use.weight.shape) - 2
                 name = f"mask_{k}_{j}_{use.node.name}"
                 if vector is None:

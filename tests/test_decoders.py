@@ -49,8 +49,7 @@ def test_pruned_equals_masked_original(case: zoo_decoders.Case, record_property:
     model, state, found = oracle.analyse(built.path)
     refused = sorted({f"{r.reason} ({r.size})" for r in found.refusals if "no rule" in r.reason or "follow" in r.reason})
     record_property("zoo", [case.architecture, case.exporter + (" cache" if case.cache else ""), kinds(found), refused])
-    expected = zoo_decoders.BY_NAME[case.architecture].expected
-    assert {kind: n for kind, n in kinds(found).items() if kind != VALUES} == expected
+    assert {kind: n for kind, n in kinds(found).items() if kind != VALUES} == case.expected
     one_width = case.cache or case.architecture in zoo_decoders.ONE_WIDTH[case.exporter]
     attentions = (1 if zoo_decoders.BY_NAME[case.architecture].reads == "text" else 3) * zoo_decoders.LAYERS
     assert len(found.values) == (0 if one_width else attentions)

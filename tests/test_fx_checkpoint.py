@@ -15,7 +15,7 @@ import transformers
 import zoo_fx
 
 import liar_opt
-from liar_opt.frontend.hf_checkpoint import example_inputs, without_cache
+from liar_opt.frontend.hf_checkpoint import example_inputs, positions, without_cache
 from liar_opt.passes.prune_module import ModuleResult, prune_module
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError
@@ -104,15 +104,22 @@ def test_a_configuration_that_says_no_width() -> None:
     assert report["verification"]["exact_difference"] < 1e-4
 
 
-def test_some_widths_of_a_kind_can_be_said() -> None:
-    """MobileBERT's bottlenecks have a width that other parts of it have as well; its feed-forward layers have a field."""
+def test_some_widths_of_a_kind_can_be_said(tmp_path: Path) -> None:
+    """MobileBERT's bottlenecks have a width that other parts of it have as well; its feed-forward layers have a field.
+
+    So has its embedding, which is read as three parts beside each other.
+    """
     config = transformers.MobileBertConfig(
         **{"vocab_size": 97, "hidden_size": 48, "embedding_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"intermediate_size": 72, "intra_bottleneck_size": 32, "true_hidden_size": 32},
     )
     data = [{"input_ids": torch.randint(3, 97, (2, 16))} for _ in range(3)]
     result = prune_module(transformers.MobileBertModel(config).eval(), data, ffn=0.5, latency=False)
-    assert {g.size for g in result.groups} == {72}
+    assert {g.size for g in result.groups} == {24, 72}
+    loaded = transformers.MobileBertModel.from_pretrained(result.save(tmp_path / "out")).eval()
+    arrays = {"input_ids": data[0]["input_ids"].numpy()}
+    for a, b in zip(run(loaded, arrays), run(result.module, arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert any(n.startswith("ffn of width 32 are left alone") for n in result.report["model"]["notes"])
 
 
@@ -224,6 +231,93 @@ def test_an_output_that_is_the_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "is the input" in capsys.readouterr().err
     shutil.rmtree(model)
     assert main([str(model), "-o", str(tmp_path / "out")]) == 2
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small() -> ModuleResult:
+    return pruned("llama", ffn=0.4)
+
+
+def test_a_folder_that_liar_opt_wrote_is_replaced(small: ModuleResult, tmp_path: Path) -> None:
+    out = small.save(tmp_path / "out")
+    before = files(out)
+    assert "liar_opt.json" in before and set(json.loads(before["liar_opt.json"])["files"]) == before.keys() - {
+        "liar_opt.json"
+    }
+    with pytest.raises(liar_opt.OptionError, match="exists; give --force"):
+        small.save(out)
+    moved = shutil.copytree(out, tmp_path / "copy")  # digests say it, not times
+    assert files(small.save(moved, force=True)) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "out"]
+
+
+@pytest.mark.parametrize(
+    "change", ["a file", "a file below", "a folder", "a link", "other weights", "no note", "a broken note"]
+)
+def test_a_folder_that_holds_what_others_wrote_is_refused(change: str, small: ModuleResult, tmp_path: Path) -> None:
+    out = small.save(tmp_path / "out")
+    name = {"a file": "notes.txt", "a file below": "sub/notes.txt", "a folder": "sub", "a link": "link"}.get(change)
+    if change in ("a file", "a file below"):
+        (out / str(name)).parent.mkdir(exist_ok=True)
+        (out / str(name)).write_text("precious")
+    elif change == "a folder":
+        (out / "sub").mkdir()
+    elif change == "a link":
+        (out / "link").symlink_to("config.json")
+    elif change == "other weights":  # of the same size: trained further
+        weights = bytearray((out / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (out / "model.safetensors").write_bytes(weights)
+    else:
+        (out / "liar_opt.json").write_text("{") if change == "a broken note" else (out / "liar_opt.json").unlink()
+    before = files(out)
+    with pytest.raises(liar_opt.OptionError, match="which liar-opt did not write, or not so, and which would be lost"):
+        small.save(out, force=True)
+    assert files(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, other = stored("bert", tmp_path / "model"), stored("bert", tmp_path / "other")
+    before = files(tmp_path)
+    assert main([str(model), "-o", str(other), "--force"]) == 2
+    assert "which liar-opt did not write" in capsys.readouterr().err
+    for output in (tmp_path, other / "config.json"):
+        assert main([str(model), "-o", str(output), "--force"]) == 2
+    (tmp_path / "link").symlink_to(other)
+    assert main([str(model), "-o", str(tmp_path / "link"), "--force"]) == 2
+    assert "is a symbolic link" in capsys.readouterr().err
+    calibration = data("bert", tmp_path / "data.npz")
+    for option in ("--report", "--html"):
+        for place in (model / "config.json", model / "model.safetensors", calibration):
+            arguments = [str(model), "--calibration", str(calibration), "--force", option, str(place)]
+            assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
+            assert "reads or writes as well" in capsys.readouterr().err
+    assert {k: v for k, v in files(tmp_path).items() if k != "data.npz" and not k.startswith("link")} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_out_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is copied beside the weights comes from the folder or from the blobs of the hub's cache."""
+    cache = tmp_path / "models--owner--name"
+    model = stored("bert", cache / "snapshots" / "rev")
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "abc").write_text("of the hub")
+    (model / "vocab.txt").symlink_to("../../blobs/abc")
+    options = ["--ffn", "0.5", "--no-latency", "--quiet", "--samples", "8"]
+    assert main([str(model), "-o", str(tmp_path / "out"), *options]) == 0
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "of the hub" and not (
+        tmp_path / "out" / "vocab.txt"
+    ).is_symlink()
+    (tmp_path / "secret.txt").write_text("secret")
+    (model / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    capsys.readouterr()
+    assert main([str(model), "-o", str(tmp_path / "again"), *options]) == 2
+    assert "notes.txt' is a link that leads out of the checkpoint's folder" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("name", ["bert", "clip", "vit", "wav2vec2", "whisper"])
@@ -458,3 +552,14 @@ def test_eight_samples_are_timed() -> None:
     module = zoo_fx.build("llama")
     result = prune_module(module, [zoo_fx.feeds("llama", batch=12)] * 2, ffn=0.5)
     assert result.report["latency"]["batch"].startswith("input_ids [8, ")
+
+
+@pytest.mark.parametrize(("family", "rows", "expected"), [("Bert", 16, 16), ("Roberta", 18, 16)])
+def test_made_up_inputs_are_no_longer_than_the_positions(family: str, rows: int, expected: int, tmp_path: Path) -> None:
+    """RoBERTa's positions begin behind the row for padding."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = getattr(transformers, f"{family}Config")(**sizes, max_position_embeddings=rows)
+    module = getattr(transformers, f"{family}Model")(config).eval()
+    assert positions(module) == expected
+    result = prune_module(module, samples=8, ffn=0.5, latency=False)
+    assert result.report["calibration"]["tokens"] == 8 * expected

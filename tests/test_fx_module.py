@@ -18,7 +18,7 @@ from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prune_module import ModuleResult, vocabulary
-from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.errors import InternalError, ModelError, OptionError
 from liar_opt.runtime.sessions import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -403,3 +403,60 @@ def test_half_precision_checkpoints(tmp_path: Path) -> None:
         loaded.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=c).tolist() for c in (True, False)
     ]
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 5, 16))])  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("inside", [False, True])
+def test_script_modules_are_named(compiled: Any, inside: bool) -> None:
+    module = compiled(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval())
+    module = nn.Sequential(module, nn.Identity()) if inside else module
+    with pytest.raises(
+        ModelError, match="'0' of Sequential is a ScriptModule" if inside else "the model is a ScriptModule"
+    ):
+        liar_opt.prune(module, {"input": torch.randn(8, 5, 16)}, ffn=0.5)
+
+
+def test_a_list_of_tensors_is_named() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(16, 64)
+
+        def forward(self, parts: list[torch.Tensor]) -> torch.Tensor:
+            joined: torch.Tensor = self.up(torch.cat(parts, 1))
+            return joined
+
+    data = {"parts": [torch.randn(8, 3, 16), torch.randn(8, 2, 16)]}
+    with pytest.raises(OptionError, match="input 'parts' is a list of tensors"):
+        liar_opt.prune(Joined().eval(), data, ffn=0.5)
+
+
+def test_whose_fault_a_failing_part_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module runs on the data: it is ours. It does not: it is the data's, and the sizes are named."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(9, 16)
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x: torch.Tensor = self.down(torch.relu(self.up(self.places(input_ids))))
+            return x
+
+    ids = torch.arange(40).reshape(8, 5) % 9
+    module = Placed().eval()
+    options: dict[str, Any] = {"ffn": 0.5, "latency": False, "example": {"input_ids": ids[:2]}}
+    monkeypatch.setattr("liar_opt.passes.prune_module.vocabulary", lambda model: None)
+    with pytest.raises(ModelError, match=r"torch fails on the calibration data \('input_ids' \[8, 5\]\)"):
+        liar_opt.prune(module, {"input_ids": ids + 7}, **options)
+
+    def fail(self: Any, inputs: Any, nodes: Any = None, wanted: Any = None) -> Any:
+        if nodes is not None:
+            raise RuntimeError("broken")
+        return run(self, inputs)
+
+    run = Executor.run
+    monkeypatch.setattr(Executor, "run", fail)
+    with pytest.raises(InternalError, match="torch fails on a part of the model: broken"):
+        liar_opt.prune(module, {"input_ids": ids}, **options)

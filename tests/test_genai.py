@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,6 +32,27 @@ def test_generation_through_the_pruned_cache_is_the_masked_originals(name: str, 
     assert [(g.kind, g.size) for g in found.groups] == [*heads, ("ffn", shape.ffn)] * shape.layers
     blocks = [g.block_width for g in found.groups if g.kind == "heads"]
     assert blocks == [shape.heads // shape.groups * shape.width] * len(blocks)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt2, stacked", "opset 23"])
+def test_four_layers_not_all_alike(name: str, tmp_path: Path) -> None:
+    """All kinds at once by random cuts, then as the command does it when nothing is said."""
+    shape = zoo_genai.SHAPES[name]
+    odd = (4, 2 if shape.groups < shape.heads else 4, 28)
+    shape = dataclasses.replace(shape, layers=4, odd=odd)
+    path = tmp_path / "model.onnx"
+    onnx.save(zoo_genai.decoder(shape), path)
+    found, _ = decoding.prove_decoder(path, PROMPT, seeds=1)
+    assert [(g.kind, g.size) for g in found.groups] == [
+        pair for i in range(4) for pair in (("heads", shape.of(i).groups), ("ffn", shape.of(i).ffn))
+    ]
+    result = liar_opt.prune(path, samples=8, sequence_length=9, latency=False)
+    assert result.report["verification"]["exact_difference"] <= TOLERANCES["float32"]
+    assert {g["kind"] for g in result.report["groups"] if g["after"] < g["before"]} == {"heads", "ffn"}
+    tokens, logits = decoding.Decoder(result.model).generate(PROMPT, 4)
+    whole = decoding.Decoder(result.model)
+    values, _ = whole.step(np.concatenate([PROMPT, tokens[:, :3]], axis=1), 0, whole.empty(1))
+    assert np.abs(values[:, -1] - logits[:, 3]).max() <= TOLERANCES["float32"] * np.abs(logits).max()
 
 
 def test_the_check_of_generation_can_fail(tmp_path: Path) -> None:

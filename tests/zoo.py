@@ -30,6 +30,7 @@ import numpy as np
 
 LAYERS, HEADS, HEAD_DIM, FFN, VOCABULARY, POSITIONS = 2, 5, 12, 88, 101, 37
 HIDDEN = HEADS * HEAD_DIM
+DEPTH, ODD_HEADS = 4, 4  # layers of a deep model, and the heads of every second one of them
 PADDING = 1  # the padding word; RoBERTa and MPNet count positions from it
 BATCH, OTHER_BATCH = (2, 13), (3, 9)  # (batch, sequence) exported, and the other one run where axes are dynamic
 IMAGE, PATCH = (24, 28), 4  # 6 x 7 patches and the class token: a sequence of 43
@@ -39,6 +40,7 @@ OPSETS = {"torchscript": 17, "dynamo": 18}  # what each exporter is asked for un
 OLDEST, FUSED, NEWEST = 13, 23, 25
 RTOL = {"float32": 1e-4, "float16": 3e-2}  # relative to the largest magnitude of the reference output
 ONE_ATTENTION = frozenset({"deberta-v3", "mpnet"})  # transformers has no SDPA variant of these
+ONE_BIAS = frozenset({"mpnet"})  # by position, with an axis of heads, for all layers
 NO_MASK = frozenset({"vit"})
 TOKEN_TYPES = frozenset({"bert", "bert-pooler", "bert-classifier", "electra", "albert"})
 
@@ -60,6 +62,7 @@ class Case:
     optimiser: str = ""  # "" | "transformers" | "transformers-mha" | "extended" (ONNX Runtime's own, saved)
     weights: str = "random"  # "random" | "initial"
     half_by: str = "torch"  # who made a float16 model: "torch" (module.half()) | "onnxruntime" (converted graph)
+    deep: bool = False
     expected: dict[str, int] | str = dataclasses.field(default_factory=dict, hash=False)
 
     @property
@@ -88,7 +91,7 @@ class Built:
 # --------------------------------------------------------------------------------------------------------- the matrix
 
 
-def expected_groups(architecture: str, exporter: str, axes: str) -> dict[str, int]:
+def expected_groups(architecture: str, exporter: str, axes: str, layers: int = LAYERS) -> dict[str, int]:
     """Groups that must be found, by kind.
 
     ALBERT uses one layer's weights twice: the TorchScript exporter keeps one tensor, so its layers prune together; the
@@ -97,7 +100,7 @@ def expected_groups(architecture: str, exporter: str, axes: str) -> dict[str, in
     dynamo exporter folds that of a fixed length to a small constant, of which each layer can have its own part. DeBERTa
     looks relative positions up by an index that the dynamo exporter expands over the heads once, for all layers.
     """
-    groups = {"ffn": LAYERS, "heads": LAYERS}
+    groups = {"ffn": layers, "heads": layers}
     if architecture == "albert" and exporter == "torchscript":
         groups = {"ffn": 1, "heads": 1}
     shared = architecture == "mpnet" and (exporter, axes) != ("dynamo", "static")
@@ -114,9 +117,12 @@ def _case(architecture: str, exporter: str, attention: str, axes: str, opset: in
     if more.get("dtype") == "float16":
         marks.append("fp16" if more.get("half_by", "torch") == "torch" else "fp16ort")
     marks += [more[key] for key in ("optimiser", "weights") if more.get(key)]
+    marks += ["deep"] if more.get("deep") else []
     name = "-".join([architecture, exporter, attention, axes, *marks])
     return Case(
-        name, architecture, exporter, attention, axes, opset, expected=expected_groups(architecture, exporter, axes), **more
+        *(name, architecture, exporter, attention, axes, opset),
+        expected=expected_groups(architecture, exporter, axes, DEPTH if more.get("deep") else LAYERS),
+        **more,
     )
 
 
@@ -140,6 +146,11 @@ def cases(fast: bool) -> list[Case]:
     """All cases; with `fast` a handful that shows each exporter, attention, kind of axes and fused operator once."""
     everything = [case for case in every_case() if case.name not in IMPOSSIBLE]
     return [case for case in everything if case.name in QUICK] if fast else everything
+
+
+def deep_cases() -> list[Case]:
+    """Models of more layers, every second one of other widths, by both exporters."""
+    return [_case(a, e, attentions(a)[-1], "dynamic", deep=True) for a in ARCHITECTURES for e in EXPORTERS]
 
 
 QUICK = {
@@ -216,9 +227,8 @@ def every_case() -> list[Case]:
 # --------------------------------------------------------------------------------------------------------- the models
 
 
-def _module(case: Case) -> Any:
-    """The torch module of a case, in evaluation mode, returning a tuple of tensors."""
-    import torch
+def _model(case: Case, layers: int = LAYERS, heads: int = HEADS, ffn: int = FFN) -> Any:
+    """The model of a case, as it was initialised."""
     import transformers
 
     tf: Any = transformers  # the configurations' own types leave fields out
@@ -226,9 +236,9 @@ def _module(case: Case) -> Any:
     attention = "eager" if case.attention == "classic" else case.attention
     common: dict[str, Any] = {
         "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
         "attn_implementation": attention,
     }
     text: dict[str, Any] = {
@@ -244,9 +254,9 @@ def _module(case: Case) -> Any:
         "distilbert": lambda: tf.DistilBertModel(
             tf.DistilBertConfig(
                 dim=HIDDEN,
-                n_layers=LAYERS,
-                n_heads=HEADS,
-                hidden_dim=FFN,
+                n_layers=layers,
+                n_heads=heads,
+                hidden_dim=ffn,
                 vocab_size=VOCABULARY,
                 max_position_embeddings=POSITIONS,
                 pad_token_id=PADDING,
@@ -273,8 +283,30 @@ def _module(case: Case) -> Any:
         "mpnet": lambda: tf.MPNetModel(tf.MPNetConfig(**text), add_pooling_layer=False),
         "vit": lambda: tf.ViTModel(tf.ViTConfig(**common, image_size=IMAGE, patch_size=PATCH), add_pooling_layer=False),
     }
+    return makers[case.architecture]()
+
+
+def mixed(model: Any, other: Any, depth: int) -> Any:
+    """Returns a model of `depth` layers with every second layer of another one, whose layers have other widths."""
+    import torch
+
+    for name, layers in model.named_modules():
+        if isinstance(layers, torch.nn.ModuleList) and len(layers) == depth:
+            for i in range(1, depth, 2):
+                layers[i] = other.get_submodule(name)[i]
+    return model
+
+
+def _module(case: Case) -> Any:
+    """The torch module of a case, in evaluation mode, returning a tuple of tensors."""
+    import torch
+
     torch.manual_seed(0)
-    model = makers[case.architecture]().eval()
+    model = _model(case)
+    if case.deep:
+        heads = HEADS if case.architecture in ONE_BIAS else ODD_HEADS
+        model = mixed(_model(case, DEPTH), _model(case, DEPTH, heads, FFN + 12), DEPTH)
+    model.eval()
     if case.weights == "random":
         _randomise(model)
     if case.attention == "classic":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ import zoo
 LAYERS, HEADS, GROUPS, HEAD_DIM, FFN, VOCABULARY, POSITIONS = 2, 6, 2, 8, 44, 101, 41
 HIDDEN = HEADS * HEAD_DIM
 EXPERTS, EXPERT_FFN = 4, 20
+DEPTH, ODD_GROUPS, ODD_HEADS = 4, 3, 4  # layers of a deep model; key-value heads, or heads, of every second one of them
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+FFN_WIDTHS = (
+    *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+)
+GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads")
 PADDING, START = 1, 2
 BATCH, OTHER_BATCH = (2, 13), (3, 9)
 PAST = 5  # positions in the cache of the exported example
@@ -36,7 +43,7 @@ class Decoder:
     """An architecture: how to make it, and the channel groups that must be found in any export of it."""
 
     name: str
-    make: Callable[[str], Any]
+    make: Maker
     expected: dict[str, int]
     reads: str = "text"  # "text" (a decoder) | "texts" (encoder-decoder) | "sound" (encoder-decoder over a spectrogram)
     attention: str = "sdpa"
@@ -61,20 +68,29 @@ def _grouped(**more: Any) -> dict[str, Any]:
     return _common(num_key_value_heads=GROUPS, **more)
 
 
-def _causal(family: str, **fields: Any) -> Callable[[str], Any]:
-    return _pairs(family, f"{'Gemma3' if family == 'Gemma3Text' else family}ForCausalLM", **fields)
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """Makes a model of `transformers`; attention is "eager" or "sdpa", `changes` are fields of the configuration."""
 
+    family: str
+    model: str
+    fields: dict[str, Any]
 
-def _pairs(family: str, model: str, **fields: Any) -> Callable[[str], Any]:
-    def make(attention: str) -> Any:
+    def __call__(self, attention: str, **changes: Any) -> Any:
         import transformers
 
         tf: Any = transformers
-        config = getattr(tf, f"{family}Config")(**fields)
+        config = getattr(tf, f"{self.family}Config")(**{**self.fields, **changes})
         config._experts_implementation = "batched_mm"  # the only one that the exporters know
-        return getattr(tf, model)._from_config(config, attn_implementation=attention)
+        return getattr(tf, self.model)._from_config(config, attn_implementation=attention)
 
-    return make
+
+def _causal(family: str, **fields: Any) -> Maker:
+    return _pairs(family, f"{'Gemma3' if family == 'Gemma3Text' else family}ForCausalLM", **fields)
+
+
+def _pairs(family: str, model: str, **fields: Any) -> Maker:
+    return Maker(family, model, fields)
 
 
 _BART = {
@@ -232,6 +248,17 @@ DECODERS = (
     ),
 )
 BY_NAME = {d.name: d for d in DECODERS}
+# Beside the widths of all feed-forward layers and the numbers of heads that share keys. One rotary table serves all layers,
+# and one bias by position: there, heads are as wide, or as many, in all.
+ODD_PAIR = {"encoder_attention_heads": ODD_HEADS, "decoder_attention_heads": ODD_HEADS}
+ODD: dict[str, dict[str, Any]] = {
+    "gpt2": {"num_attention_heads": ODD_HEADS},
+    "opt": {"num_attention_heads": ODD_HEADS},
+    "gpt-neo": {"num_heads": ODD_HEADS},
+    "gpt-bigcode": {"num_attention_heads": ODD_HEADS},
+    **{name: ODD_PAIR for name in ("bart", "marian", "pegasus", "whisper")},
+    **{name: {"num_key_value_heads": 1} for name in ("qwen3", "mistral", "gemma2", "gemma3")},
+}
 Caches = Sequence[tuple[int, int]]  # of each layer: key-value heads, width of a head
 
 
@@ -244,11 +271,19 @@ class Case:
     cache: bool = False
     opset: int = 0
     attention: str = ""
+    deep: bool = False
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """Groups that must be found, by kind; what is tied over layers is one, however many there are."""
+        found = BY_NAME[self.architecture].expected
+        return {k: n * DEPTH // LAYERS if self.deep and n % LAYERS == 0 else n for k, n in found.items()}
 
     @property
     def name(self) -> str:
         """Unique among the cases."""
         marks = [f"opset{self.opset}"] if self.opset else []
+        marks += ["deep"] if self.deep else []
         marks += [self.attention] if self.attention else []
         return "-".join([self.architecture, self.exporter, *(["cache"] if self.cache else []), *marks])
 
@@ -289,6 +324,11 @@ def cases() -> list[Case]:
     return [c for c in every if c.exporter == "torchscript" or c.architecture not in ALIKE]
 
 
+def deep_cases() -> list[Case]:
+    """Deep models: whole texts and caches by TorchScript, and those of `cases` by dynamo."""
+    return [Case(c.architecture, c.exporter, c.cache, deep=True) for c in cases() if not c.opset]
+
+
 def is_quick(case: Case) -> bool:
     """Whether an export takes less than a second, or stands for the others of its exporter."""
     return case.exporter == "torchscript" or (case.architecture in QUICK_DYNAMO and not case.cache and not case.opset)
@@ -305,6 +345,19 @@ class Built:
 
 
 # --------------------------------------------------------------------------------------------------------- the models
+
+
+def deep_model(architecture: str, attention: str) -> Any:
+    """Returns a model of `DEPTH` layers, of which every second one has other widths, as far as the architecture allows."""
+    make = BY_NAME[architecture].make
+    longer: dict[str, Any] = {name: DEPTH for name in LAYER_COUNTS if name in make.fields}
+    if "no_rope_layers" in make.fields:
+        longer["no_rope_layers"] = make.fields["no_rope_layers"] * (DEPTH // LAYERS)
+    if "attention_types" in make.fields:
+        longer["attention_types"] = [[["global", "local"], DEPTH // 2]]
+    odd: dict[str, Any] = {name: make.fields[name] + 12 for name in FFN_WIDTHS if name in make.fields}
+    odd |= {name: ODD_GROUPS for name in GROUP_COUNTS if make.fields.get(name) == GROUPS} | ODD.get(architecture, {})
+    return zoo.mixed(make(attention, **longer), make(attention, **{**longer, **odd}), DEPTH)
 
 
 def cache_width(model: Any) -> list[tuple[int, int]]:
@@ -347,7 +400,8 @@ def _module(case: Case) -> tuple[Any, list[tuple[int, int]]]:
     import torch
 
     torch.manual_seed(0)
-    model = BY_NAME[case.architecture].make(case.attention or BY_NAME[case.architecture].attention).eval()
+    attention = case.attention or BY_NAME[case.architecture].attention
+    model = (deep_model(case.architecture, attention) if case.deep else BY_NAME[case.architecture].make(attention)).eval()
     zoo._randomise(model)
     caches = cache_width(model) if case.cache else []
     names = list(feeds_of(case, BATCH, 0, caches))

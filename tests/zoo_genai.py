@@ -5,7 +5,7 @@ One layer is  x -> (Skip)SimplifiedLayerNormalization -> q, k, v -> attention wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Shape:
         window: the local window, -1 for none; with ``sliding`` the cache is no longer than that.
         bias: projections have biases.
         gated: the FFN is gated.
+        odd: heads, groups and FFN width of every second layer, where they are others.
     """
 
     operator: str = "GroupQueryAttention"
@@ -48,6 +49,14 @@ class Shape:
     ffn: int = 40
     layers: int = 2
     dtype: str = "float32"
+    odd: tuple[int, int, int] | None = None
+
+    def of(self, layer: int) -> Shape:
+        """What one layer is."""
+        if self.odd is None or layer % 2 == 0:
+            return self
+        heads, groups, ffn = self.odd
+        return replace(self, heads=heads, groups=groups, ffn=ffn)
 
 
 SHAPES = {
@@ -207,9 +216,9 @@ class _Builder:
         stream = self.node("Gather", [self.normal("embed.weight", VOCABULARY, s.hidden, scale=1.0), "input_ids"], "embed")
         added = ""
         for i in range(s.layers):
-            layer = f"layers.{i}"
+            layer, self.shape = f"layers.{i}", s.of(i)
             x, stream = self.norm(stream, f"{layer}.input_norm", added)
-            y = self.linear(self.attention(x, layer, i), f"{layer}.o", s.heads * s.width, s.hidden)
+            y = self.linear(self.attention(x, layer, i), f"{layer}.o", self.shape.heads * s.width, s.hidden)
             x, stream = self.norm(stream, f"{layer}.post_norm", y)
             added = self.ffn(x, layer)
         x, _ = self.norm(stream, "final_norm", added)
@@ -223,9 +232,9 @@ class _Builder:
         past_length, length = ("past_sliding", "total_sliding") if s.sliding else ("past", "total")
         for i in range(s.layers):
             ends = [(f"past_key_values.{i}.{n}", f"present.{i}.{n}") for n in ("key", "value")]
-            sizes: list[int | str] = ["batch", s.groups]
+            sizes: list[int | str] = ["batch", s.of(i).groups]
             if s.operator == "stacked":
-                ends, sizes = [(f"past_{i}", f"present_{i}")], [2, "batch", s.groups]
+                ends, sizes = [(f"past_{i}", f"present_{i}")], [2, "batch", s.of(i).groups]
             for before, after in ends:
                 last = s.width if s.operator == "stacked" else "width"
                 inputs.append(helper.make_tensor_value_info(before, self.kind, [*sizes, past_length, last]))

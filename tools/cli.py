@@ -2,7 +2,8 @@
 
 Results go to stdout, with the verdict in the last line; progress, warnings and errors go to stderr. Exit codes: 0 done,
 1 a check failed and nothing was written, 2 something that the user can change (one line says what), 3 a bug of ours, with
-its traceback, 130 interrupted. Paths of results are checked before the long work.
+its traceback, 130 interrupted (Ctrl-C, or SIGTERM or SIGHUP, which do the same). Paths of results are checked before the
+long work: none may be a file that the input consists of, or anything but a plain file or folder; links are refused.
 
 The options of ``prune`` are the parameters of :func:`liar_opt.prune`; those that are fields of a pass take their help and
 their default from that field, the others from the function.
@@ -16,16 +17,22 @@ import inspect as introspection
 import json
 import os
 import re
+import signal
 import sys
-import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
-from liar_opt.runtime.whole_file import write_whole
+from liar_opt.runtime.whole_file import sweep, write_whole
+from liar_opt.tools.printable import printable, printable_json
+
+if TYPE_CHECKING:
+    from liar_opt.frontend.input_files import Inputs
+    from liar_opt.runtime.places import Places
 
 COMMANDS = ("prune", "inspect", "eval", "demo")
 DEMO_MODEL = "all-MiniLM-L6-v2.onnx"
@@ -53,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "prune"
     run = _Run()
     try:
-        options = _parse(command, arguments)
-        {"prune": _prune, "inspect": _inspect, "eval": _eval, "demo": _demo}[command](options, run)
-        sys.stdout.flush()
+        with _ended_like_ctrl_c():
+            options = _parse(command, arguments)
+            {"prune": _prune, "inspect": _inspect, "eval": _eval, "demo": _demo}[command](options, run)
+            sys.stdout.flush()
     except SystemExit as request:  # --help, --version, and argparse's errors
         return request.code if isinstance(request.code, int) else 2
     except KeyboardInterrupt:
@@ -79,13 +87,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Has a request to end, and a terminal that is closed, do what Ctrl-C does: nothing half-written stays.
+
+    What somebody handles or ignores already (nohup) stays so.
+    """
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    found = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [number for number in found if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _fail(code: int, message: str, kind: str = "error: ") -> int:
-    print(f"liar-opt: {kind}{' '.join(message.split())}", file=sys.stderr)
+    _say(f"liar-opt: {kind}{' '.join(message.split())}", sys.stderr)
     return code
 
 
+def _say(text: str, stream: IO[str] | None = None, keep: str = "") -> None:
+    """Prints a line, or lines where ``keep`` has the line feed; to stdout unless a stream is given."""
+    print(printable(text, keep), file=stream)
+
+
 def _bug(err: BaseException) -> int:
-    traceback.print_exception(err)
+    _say("".join(traceback.format_exception(err)).rstrip("\n"), sys.stderr, keep="\n")
     return _fail(3, "this is a bug of liar-opt; please report it with the lines above", "")
 
 
@@ -108,13 +139,11 @@ class _Run:
 
 def _prune(options: argparse.Namespace, run: _Run) -> None:
     output = _output_of(options)
-    if options.checkpoint:
-        from liar_opt.frontend.hf_checkpoint import check_folder
-
-        check_folder(output, options.model if options.model.is_dir() else None, options.force or options.dry_run)
-        _check_reports(options, (options.calibration,))
-    elif options.model.exists():  # otherwise loading it says what is wrong, before anything about results
-        _check_results(output, options, inputs=(options.model, options.calibration))
+    _set_resume(options, output)
+    if (
+        options.checkpoint or options.model.exists()
+    ):  # otherwise loading it says what is wrong, before anything about results
+        _check_results(output, options, _inputs(options, options.calibration))
     report = _run_passes(options, options.calibration, output, run)
     _finish(report, options, output, run)
 
@@ -141,7 +170,21 @@ def _output_of(options: argparse.Namespace) -> Path:
     return output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")
 
 
+def _set_resume(options: argparse.Namespace, output: Path) -> None:
+    """Settles which folder ``--resume`` means without one."""
+    if options.resume == BESIDE_OUTPUT:
+        options.resume = output.parent / f"{output.name}.resume"
+
+
+def _inputs(options: argparse.Namespace, calibration: Any = None) -> "Inputs":
+    from liar_opt.passes.prune_model import inputs_of
+
+    given = {"model": options.model, "calibration": calibration, "tokenizer": getattr(options, "tokenizer", None)}
+    return inputs_of({**vars(options), **given})
+
+
 def _demo(options: argparse.Namespace, run: _Run) -> None:
+    from liar_opt.frontend.input_files import Inputs
     from liar_opt.tools import demo_assets
 
     if all(
@@ -156,7 +199,7 @@ def _demo(options: argparse.Namespace, run: _Run) -> None:
     calibration = [s.text for s in demo_assets.split("nyt", options.samples, options.seed).chosen]
     reviews = [s.text for s in demo_assets.split("reviews", DEMO_SENTENCES, options.seed).chosen]
     options.folder.mkdir(parents=True, exist_ok=True)
-    _check_results(output, options, inputs=(model,))
+    _check_results(output, options, Inputs((model,), None, (options.tokenizer,)))
     if not model.is_file():
         _note(options, f"exporting all-MiniLM-L6-v2 to '{model}'")
         demo_assets.export_minilm(model)
@@ -179,12 +222,13 @@ def _demo(options: argparse.Namespace, run: _Run) -> None:
 
 
 def _inspect(options: argparse.Namespace, run: _Run) -> None:
-    from liar_opt.passes.prune_model import inspect
+    from liar_opt.passes.prune_model import inspect, is_module_source
+    from liar_opt.runtime.places import Places
     from liar_opt.tools import report as tables
 
-    if options.model.is_file():
-        _check_reports(options, (options.model,))
-    found = inspect(options.model, allow_pickle=options.allow_pickle).report
+    if options.model.exists() or is_module_source(options.model):
+        _check_reports(options, Places(_inputs(options).files))
+    found = inspect(options.model, allow_pickle=options.allow_pickle, custom_ops=options.custom_ops).report
     _write_reports(found, options)
     console = tables.make_console(sys.stdout)
     for note in found["model"]["notes"]:
@@ -199,15 +243,17 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
     if not found["groups"]:
         because = "the table says why" if found["refusals"] else "no weight is contracted with data that could be narrower"
         verdict = f"no prunable group: {because}"
-    print(f"{verdict}; {run.seconds():.1f} s; {options.model}")
+    _say(f"{verdict}; {run.seconds():.1f} s; {options.model}")
 
 
 def _eval(options: argparse.Namespace, run: _Run) -> None:
+    from liar_opt.runtime.places import Places
+    from liar_opt.runtime.sessions import custom_operators
     from liar_opt.tools import eval_command as evaluation
     from liar_opt.tools.report import make_console
 
-    _check_reports(options, (*options.models, options.data))
-    with _progress(options.quiet) as progress:
+    _check_reports(options, Places(evaluation.inputs_of(options).files))
+    with _progress(options.quiet) as progress, custom_operators(options.custom_ops or ()):
         report = evaluation.run(options, progress)
     _write_reports(report, options)
     if not options.quiet:
@@ -216,7 +262,7 @@ def _eval(options: argparse.Namespace, run: _Run) -> None:
         for line in evaluation.footnotes(report):
             console.print(line, soft_wrap=True)
         console.print()
-    print(f"{evaluation.verdict(report)}; {run.seconds():.1f} s")
+    _say(f"{evaluation.verdict(report)}; {run.seconds():.1f} s")
 
 
 def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run: _Run) -> dict[str, Any]:
@@ -242,8 +288,6 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
             )
         progress(stage, done, total)
 
-    if getattr(options, "resume", None) == BESIDE_OUTPUT:
-        options.resume = output.with_name(output.name + ".resume")
     names = introspection.signature(prune).parameters
     chosen = {k: v for k, v in vars(options).items() if k in names and k not in ("model", "calibration")}
     with _progress(options.quiet) as progress:
@@ -299,11 +343,11 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
         removed = report["prunable"]["before"] - report["prunable"]["after"]
         removed += sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in within)
         share = tables.percent(removed, report["before"]["parameters"])
-        print(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
+        _say(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
         return
     before = report["before"]["parameters"]
     less = tables.percent(max(before - report["after"]["parameters"], 0), before)
-    print(f"pruned: {less} of the parameters removed; {run.seconds():.1f} s; {output}")
+    _say(f"pruned: {less} of the parameters removed; {run.seconds():.1f} s; {output}")
 
 
 def _print_between(name: str, result: Any) -> None:
@@ -313,75 +357,66 @@ def _print_between(name: str, result: Any) -> None:
     model = result.state.model
     listing = getattr(model, "listing", None)  # of a traced module
     text = onnx.printer.to_text(model.skeleton()) if listing is None else listing()
-    print(f"// after {name}: {len(model.graph.nodes)} nodes, {model.parameters():,} parameters\n{text}", file=sys.stderr)
+    head = f"// after {name}: {len(model.graph.nodes)} nodes, {model.parameters():,} parameters"
+    _say(f"{head}\n{text}", sys.stderr, keep="\n\t")
 
 
 def _warn(text: str) -> None:
-    print(f"liar-opt: warning: {text}", file=sys.stderr)
+    _say(f"liar-opt: warning: {text}", sys.stderr)
 
 
 def _note(options: argparse.Namespace, text: str) -> None:
     if not options.quiet:
-        print(f"liar-opt: {text}", file=sys.stderr)
+        _say(f"liar-opt: {text}", sys.stderr)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _check_results(output: Path, options: argparse.Namespace, inputs: Sequence[str | Path | None]) -> None:
-    from liar_opt.passes.prune_model import check_output
+def _check_results(output: Path, options: argparse.Namespace, inputs: "Inputs") -> None:
+    """Checks all places that will be written to, before the work, and removes what killed runs left there.
 
-    with _named_by(output, "output"):
-        model = Path(inputs[0]) if inputs[0] else None
-        check_output(output, model, options.force or options.dry_run)
-        _check_place(output, "output", inputs)
-    _check_reports(options, (*inputs, output))
+    Raises:
+        OptionError: one cannot be written, is part of the input, or is another.
+    """
+    from liar_opt.frontend.genai_config import NAME
+    from liar_opt.runtime.places import Places
+
+    if not options.dry_run:
+        sweep(output.parent)  # first: it may bring back a folder that was moved aside
+    places = Places(inputs.files)
+    replace = options.force or options.dry_run
+    if getattr(options, "checkpoint", False):
+        from liar_opt.frontend.hf_checkpoint import check_folder
+
+        places.folder(output, "output")
+        check_folder(output, options.model if options.model.is_dir() else None, replace)
+    else:
+        places.file(output, "output", replace=replace)
+        config = output.with_name(NAME)
+        model: Path | None = getattr(options, "model", None)  # the demo makes its own
+        if model is not None and (model.parent / NAME).is_file() and not config.exists():
+            places.file(config, "configuration for GenAI", probe=False)
+    if getattr(options, "resume", None) is not None:
+        places.folder(options.resume, "resume folder")
+    _check_reports(options, places)
 
 
-REPORTS = {"report": ("report", b'{\n "schema"'), "html": ("HTML report", b"<!DOCTYPE html><!-- liar-opt report -->")}
-"""Options that write a report: what messages call it, and how one begins."""
+WHAT = {"report": "report", "html": "HTML report"}
+"""What messages call the result of an option."""
 
 
-def _check_reports(options: argparse.Namespace, inputs: Sequence[str | Path | None]) -> None:
+def _check_reports(options: argparse.Namespace, places: "Places") -> None:
     """Earlier reports are replaced; any other file only with --force."""
-    taken = list(inputs)
-    for option, (what, begin) in REPORTS.items():
+    from liar_opt.frontend.input_files import REPORTS, began_by
+
+    for option, what in WHAT.items():
         path: Path | None = getattr(options, option, None)
         if path is None:
             continue
-        with _named_by(path, what):
-            _check_place(path, what, taken)
-            if path.is_file() and not options.force and not path.read_bytes()[:64].lstrip().startswith(begin):
-                raise OptionError(
-                    f"{what} '{path}' exists and is no report; give --force to replace it or choose another path"
-                )
-        taken.append(path)
-
-
-def _check_place(path: Path, what: str, inputs: Sequence[str | Path | None]) -> None:
-    """A result is no folder and no input, and its folder can be written.
-
-    Raises:
-        OptionError: it is not so.
-    """
-    if path.is_dir():
-        raise OptionError(f"{what} '{path}' is a folder; give the path of a file")
-    for other in (Path(i) for i in inputs if i is not None):
-        if path.absolute() == other.absolute() or (path.exists() and other.exists() and path.samefile(other)):
-            raise OptionError(f"{what} '{path}' is a file that this command reads or writes as well; choose another path")
-    if not path.parent.is_dir():
-        raise OptionError(f"folder '{path.parent}' of {what} '{path}' does not exist; make it first")
-    # Asking for permission says little (root, read-only disks); a nameless file shows it and leaves nothing behind.
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
-
-
-@contextlib.contextmanager
-def _named_by(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        raise OptionError(f"{what} '{path}' cannot be written ({err.strerror or err}); choose another path") from err
+        places.file(path, what)
+        if path.is_file() and not options.force and not began_by(path, REPORTS[option]):
+            raise OptionError(f"{what} '{path}' exists and is no report; give --force to replace it or choose another path")
 
 
 def _write_reports(report: Mapping[str, Any], options: argparse.Namespace) -> None:
@@ -391,11 +426,13 @@ def _write_reports(report: Mapping[str, Any], options: argparse.Namespace) -> No
         OptionError: one cannot be written.
     """
     if options.report is not None:
-        _write_whole(json.dumps(report, indent=1, ensure_ascii=False) + "\n", options.report, "report")
+        _write_whole(
+            printable_json(json.dumps(report, indent=1, ensure_ascii=False)) + "\n", options.report, WHAT["report"]
+        )
     if getattr(options, "html", None) is not None:
         from liar_opt.tools.html_report import render
 
-        _write_whole(render(report), options.html, "HTML report")
+        _write_whole(printable(render(report), keep="\n\t"), options.html, WHAT["html"])
 
 
 def _write_whole(text: str, path: Path, what: str) -> None:
@@ -501,9 +538,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
-        self.exit(
-            2, f"liar-opt: error: {' '.join(message.split())}; 'liar-opt {_help_of(self.command)}' lists the options\n"
-        )
+        said = printable(" ".join(message.split()))
+        self.exit(2, f"liar-opt: error: {said}; 'liar-opt {_help_of(self.command)}' lists the options\n")
 
 
 def _parse(command: str, arguments: list[str]) -> argparse.Namespace:
@@ -566,6 +602,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         from liar_opt.tools import eval_command
 
         eval_command.add_arguments(parser, _Fields, _seed)
+        _add_custom_ops(parser.add_argument_group("operators"))
     elif command != "demo":
         model = parser.add_argument_group("model")
         model.add_argument(
@@ -575,6 +612,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             help="the ONNX file, the folder of a transformers checkpoint, or its hub name; it is not changed",
         )
         model.add_argument("--allow-pickle", action="store_true", help="read weights from pickle files, which can run code")
+        _add_custom_ops(model)
     if command in ("prune", "demo"):
         _add_pruning(parser, command)
         _add_calibration(parser, command)
@@ -603,6 +641,16 @@ def _parser(command: str) -> argparse.ArgumentParser:
     output.add_argument("--html", type=Path, metavar="PATH", help="write a page with tables and charts, in one file")
     output.add_argument("--quiet", action="store_true", help="no progress and no tables; the last line stays")
     return parser
+
+
+def _add_custom_ops(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--custom-ops",
+        type=Path,
+        action="append",
+        metavar="LIBRARY",
+        help="a shared library with operators that ONNX Runtime lacks and the model needs; it runs code (repeatable)",
+    )
 
 
 def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:

@@ -9,7 +9,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_interface import Interface, read_interface
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.evaluation import evaluate
@@ -24,14 +24,16 @@ from liar_opt.runtime.evaluation_data import Table as EvaluationSet
 from liar_opt.runtime.evaluation_data import read_table
 from liar_opt.runtime.evaluation_feeds import Candidate, EvaluationOptions, Progress
 from liar_opt.runtime.evaluation_tasks import TASKS
-from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.latency import CannotTime, Deployed, measure_latency
 from liar_opt.runtime.sessions import PROVIDERS, Session, resolve_provider
 from liar_opt.runtime.signatures import names, one_line
 from liar_opt.runtime.text_tokenizer import TOKENIZER_FILES
+from liar_opt.runtime.whole_file import scratch_folder
 from liar_opt.tools import lm_eval_task
 from liar_opt.tools.report import Report, make_table, milliseconds, quantity
 
 SCHEMA = 1
+ONNX_IN_FOLDER = ("model.onnx", "onnx/model.onnx")
 DATA = (
     "the evaluation set: a .txt, .jsonl, .csv or .npz file, a folder of .npy files, a saved dataset, or the name of one "
     "(name[:config][:split])"
@@ -98,6 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser, fields: Callable[[Any, Any], 
     task.add_argument("--no-latency", dest="latency", action="store_false", help="do not time the models")
 
 
+def inputs_of(options: argparse.Namespace) -> Inputs:
+    """Returns what a command reads: the models and what lies beside them, the set, the tokenizer."""
+    inside = [path / place for path in options.models for place in ONNX_IN_FOLDER if path.is_dir()]
+    beside = [folder for path in options.models for folder in ((path,) if path.is_dir() else _beside(path))]
+    return Inputs((*options.models, *inside), options.data, (options.tokenizer, *beside))
+
+
 def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Evaluates the models of a command and returns the report.
 
@@ -110,8 +119,8 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         raise OptionError(f"task '{options.task}' is unknown; choose one of {names(TASKS)}, or lm-eval:NAME")
     if harness:
         lm_eval_task.require()
-    with tempfile.TemporaryDirectory() as exports:
-        places = [Path(exports) / str(index) for index in range(len(options.models))]
+    with scratch_folder() as exports:
+        places = [exports / str(index) for index in range(len(options.models))]
         files = [_files(path, place) for path, place in zip(options.models, places, strict=True)]
         return _run(options, files, harness, progress)
 
@@ -157,7 +166,10 @@ def _run(options: argparse.Namespace, files: list[Files], harness: bool, progres
         **figures,
     }
     if options.latency and feeds:
-        times = measure_latency([c.session.as_deployed() for c in candidates], feeds, budget=0.5, least=3)
+        try:
+            times = measure_latency([Deployed(f.onnx, device=device) for f in files], feeds, budget=0.5, least=3)
+        except CannotTime:  # what ONNX Runtime loads here alone (bfloat16 on a CPU)
+            times = measure_latency([c.session.as_deployed() for c in candidates], feeds, budget=0.5, least=3)
         for model, seconds in zip(report["models"], times.seconds, strict=True):
             model["latency_seconds"] = seconds
         report["latency"] = {"runs": times.runs, "batch": times.batch}
@@ -178,7 +190,7 @@ def _files(path: Path, place: Path) -> Files:
     """
     if not path.is_dir():
         return Files(path, path, _beside(path))
-    found = next((f for f in (path / "model.onnx", path / "onnx" / "model.onnx") if f.is_file()), None)
+    found = next((path / place for place in ONNX_IN_FOLDER if (path / place).is_file()), None)
     if found is not None:
         return Files(path, found, _beside(found))
     if not (path / "config.json").is_file():

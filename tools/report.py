@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from liar_opt.runtime.compare import TOLERANCES
+from liar_opt.tools.printable import printable
 
 Report = Mapping[str, Any]
 PLAIN_WIDTH = 160
@@ -21,7 +22,11 @@ SHOWN_NODES = 3
 
 
 class _Console(Console):
-    """Leaves it to the command what a closed pipe means; rich would exit with code 1."""
+    """Leaves it to the command what a closed pipe means (rich would exit with code 1), and prints what is harmless."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Prints lines and tables; those of `make_table` see to their cells."""
+        super().print(*(printable(o, keep="\n") if isinstance(o, str) else o for o in objects), **settings)
 
     def on_broken_pipe(self) -> None:
         """Called by rich while it handles the error."""
@@ -78,6 +83,9 @@ def footnotes(report: Report) -> Iterator[str]:
     if check.get("uneven"):
         others = ", ".join(f"'{name}'" for name in check["uneven"])
         yield f"(2) {others}: the size depends on the data and is another now; compared as far as both go"
+    if check.get("not_compared"):
+        others = ", ".join(f"'{name}'" for name in check["not_compared"])
+        yield f"(2) {others}: holds no numbers or texts here and was not compared"
     if data.get("gap") is not None:
         yield f"calibration: endlessly more samples would take about {100 * data['gap']:.0f} % off the repair's error"
     yield (
@@ -223,9 +231,17 @@ def milliseconds(value: float) -> str:
     return f"{1000 * value:.2f} ms"
 
 
+class _Table(Table):
+    """A table whose cells have nothing in them that a terminal would obey; their lines stay."""
+
+    def add_row(self, *cells: Any, **settings: Any) -> None:
+        """Adds a row of texts."""
+        super().add_row(*(printable(c, keep="\n") if isinstance(c, str) else c for c in cells), **settings)
+
+
 def make_table(*columns: str, left: Set[int] = frozenset({0})) -> Table:
     """Returns an empty table in the style of all; ``left`` are the columns that are aligned so."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, column in enumerate(columns):
+    table = _Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(map(printable, columns)):
         table.add_column(column, justify="left" if index in left else "right", overflow="fold", no_wrap=index not in left)
     return table

@@ -118,6 +118,54 @@ def test_heads_go_with_all_that_is_theirs(name: str) -> None:
     assert numbers == {n: left // (H // K) if n.startswith("kv") else left for n in numbers}
 
 
+V = 5  # width of values
+LINEAR = "a, state = com.microsoft.LinearAttention<q_num_heads = {}, kv_num_heads = {}{}>(q, k, v{})"
+LINEAR_CASES = {
+    "linear": ("", "", {}),
+    "a decay by head": (', update_rule = "gated"', ", , g", {"wg": (M, K)}),
+    "a decay by channel": (', update_rule = "gated", scale = 0.4', ", , g", {"wg": (M, KV)}),
+    "delta rule": (', update_rule = "delta"', ", , , r", {"wr": (M, K)}),
+    "one rate for all heads": (', update_rule = "delta"', ", , , r", {"wr": (M, 1)}),
+    "all of it": ("", ", , g, r", {"wg": (M, K), "wr": (M, K)}),
+}
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_heads_of_a_linear_attention(name: str, shared: int) -> None:
+    """Heads with their keys, rates and states; the values of each, too, since every column of a state is moved alone."""
+    attributes, inputs, more = LINEAR_CASES[name]
+    if name == "linear":
+        attributes = ', update_rule = "linear"'
+    gates = "  ".join(f"{k[1]}0 = MatMul(x, {k})  {k[1]} = {'Softsign' if k == 'wg' else 'Sigmoid'}({k[1]}0)" for k in more)
+    text = f"""f (float[b, s, {M}] x) => (float[b, s, {M}] y) {{ {PROJECT}  {gates}
+        {LINEAR.format(K * shared, K, attributes, inputs)}  y = MatMul(a, wo) }}"""
+    widths = {"wq": (M, K * shared * D), "wv": (M, K * V), "wo": (K * shared * V, M)}
+    scaled = {
+        k: np.random.default_rng(3).standard_normal(s).astype(np.float32) * 0.3 for k, s in ({"wk": (M, KV)} | more).items()
+    }
+    proto = graphs.parse(text, weights(**widths, **scaled))
+    assert graphs.sizes(proto) == [("heads", K)]
+    assert [(g.kind, g.size) for g in graphs.analyse(proto)[2].values] == [("values", V)]
+    graphs.prove(proto, SIZES)
+    graphs.prove(proto, {**SIZES, "s": 5}, seeds=2, values=True)
+
+
+def test_a_gated_position_bias_has_heads() -> None:
+    """The bias of WavLM, which an attention adds: as many heads as its query. ONNX Runtime has no kernel on the CPU."""
+    text = f"""f (float[b, s, {M}] x) => (float[b, s, {M}] y) {{ q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+        g = com.microsoft.GatedRelativePositionBias<num_heads = {H}>(q, d, positions, wg, bg, eco)
+        c = com.microsoft.MultiHeadAttention<num_heads = {H}>(q, k, v, , , g)  y = MatMul(c, wo) }}"""
+    more = {"d": (Q,), "positions": (1, H, 3, 3), "wg": (D, 8), "bg": (8,), "eco": (1, H, 1, 1)}
+    proto = graphs.parse(text, weights(**FULL, **more))
+    assert graphs.sizes(proto) == [("heads", H)]
+    (group,) = graphs.analyse(proto)[2].groups
+    pruned = graphs.cut(proto, {group.name + group.kind: [1, 4]})
+    dims = {t.name: list(t.dims) for t in pruned.graph.initializer}
+    assert (dims["d"], dims["positions"], dims["eco"], dims["wg"]) == ([2 * D], [1, 2, 3, 3], [1, 2, 1, 1], [D, 8])
+    assert [a.i for n in pruned.graph.node for a in n.attribute if a.name == "num_heads"] == [2, 2]
+
+
 ROTARY: dict[str, tuple[int, str, Values]] = {
     "flat, the number of heads from the tables": (
         17,

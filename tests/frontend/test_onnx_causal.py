@@ -1,5 +1,6 @@
 """Causal or not, and how many positions: by structure, held against what the models compute."""
 
+import graphs
 import numpy as np
 import onnx
 import pytest
@@ -122,3 +123,13 @@ def test_a_buffer_counts_where_it_rises(buffer: str, limit: int | None) -> None:
         "float[5, 2] table = {" + ", ".join("0" * 10) + "}",
     )
     assert positions(attention(node, *constants)) == limit
+
+
+def test_a_sum_that_doubles_is_looked_at_once() -> None:
+    """Sixty additions of a tensor to itself are 2^60 ways back to the input."""
+    doubled = "\n".join(f"a{i + 1} = Add(a{i}, a{i})" for i in range(60))
+    text = f"f (int64[b, s] a0) => (float[b, s, 6] y) {{ {doubled}  y = Gather(table, a60) }}"
+    model = OnnxModel.from_proto(graphs.parse(text, {"table": (9, 6)}))
+    assert positions(model) is None
+    named = text.replace("a0", "position_ids").replace("aposition", "position")
+    assert positions(OnnxModel.from_proto(graphs.parse(named, {"table": (9, 6)}))) == 9

@@ -90,3 +90,14 @@ def test_keys_that_something_else_reads_stay_whole() -> None:
     weights: dict[str, tuple[int, ...] | np.ndarray] = {k: np.asarray(v, np.int64) for k, v in ints.items()}
     result = graphs.analyse(graphs.parse(text, {**weights, "w": (10, 36), "bias": (36,), "wo": (12, 10)}))[2]
     assert not result.queries and result.whole
+
+
+@pytest.mark.parametrize("scaled, relative", [("a2 = Mul(a, eight)", True), ("a2 = Div(a, each)", True), ("g = ReduceMean<axes=[2], keepdims=0>(x)  g4 = Unsqueeze(g, axes)  a2 = Mul(a, g4)", False)])  # fmt: skip
+def test_keys_are_relative_unless_each_is_scaled_by_its_own(scaled: str, relative: bool) -> None:
+    """What all keys share adds one number to the logits of a query, but not where each key has a factor of its own."""
+    text = ATTENTION.format("  ".join(PLAIN)).replace("p = Softmax(a)", f"{scaled}  p = Softmax(a2)")
+    ints = {"n": [12, 12, 12], "split": [0, 0, 3, 4], "join": [0, 0, 12], "axes": [1, 2]}
+    weights: dict[str, tuple[int, ...] | np.ndarray] = {k: np.asarray(v, np.int64) for k, v in ints.items()}
+    weights |= {"w": (10, 36), "bias": (36,), "wo": (12, 10), "eight": np.asarray(8.0, np.float32), "each": (3, 1, 1)}
+    (queries,) = graphs.analyse(graphs.parse(text, weights))[2].queries
+    assert [o.relative for o in queries.operands] == [False, relative]

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import graphs
+import ml_dtypes
 import numpy as np
 import onnx
 import oracle
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
+from liar_opt import prune
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import looked_up, vocabulary
+from liar_opt.passes.prune_model import inspect
 from liar_opt.runtime.errors import ModelError
 
 TEXT = "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"
@@ -193,11 +197,15 @@ def test_equal_folds_of_one_weight_stay_one_weight() -> None:
     assert first.input[1] == last.input[1]
 
 
-def test_other_folds_of_one_weight_are_others() -> None:
-    text = """f (float[b, 6] x) => (float[b, 6] y) { t = Transpose<perm=[1,0]>(w)  a = MatMul(x, t)  r = Relu(a)
+def test_other_folds_of_one_weight_are_not_stored_beside_it() -> None:
+    """Folded, the file would be larger; the weight that stays computed is named."""
+    text = """f (float[b, 6] x) => (float[b, 7] y) { t = Transpose<perm=[1,0]>(w)  a = MatMul(x, t)  r = Relu(a)
         y = MatMul(r, w) }"""
-    _, out = normalised(text, {"w": (6, 6)})
-    assert len(out.graph.initializer) == 2
+    proto, out = normalised(text.replace("float[b, 7]", "float[b, 6]"), {"w": (6, 6)})
+    assert len(out.graph.initializer) == 1
+    (refusal,) = (r for r in inspect(proto).refusals if "is computed" in r.reason)
+    assert refusal.reason.endswith("(node 'Transpose_0', Transpose): folded, it would make the file larger")
+    assert refusal.nodes == ("MatMul_1",)
 
 
 def test_a_table_that_is_also_multiplied_is_stored_once() -> None:
@@ -257,3 +265,183 @@ def test_a_file_is_written_whole(proto: onnx.ModelProto, tmp_path: Path) -> None
     reference = tmp_path / "reference"
     reference.touch()
     assert path.stat().st_mode == reference.stat().st_mode
+
+
+# -- weights as they are stored --------------------------------------------------------------------------------------
+
+NARROW = """f (float[b, 6] x) => (float[b, 7] y) { w = Cast<to = 1>(w_h)  t = Transpose<perm=[1,0]>(v_h)  v = Cast<to = 1>(t)
+    u = MatMul(x, w)  h = Relu(u)  y = MatMul(h, v) }"""
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+def narrow(kind: np.dtype[Any], hidden: int = 300) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    weights = {"w_h": rng.standard_normal((6, hidden)), "v_h": rng.standard_normal((7, hidden))}
+    proto = graphs.parse(NARROW)
+    for name, value in weights.items():
+        proto.graph.initializer.append(numpy_helper.from_array(value.astype(kind), name))
+    return proto
+
+
+def stored(proto: onnx.ModelProto) -> dict[str, tuple[int, list[int]]]:
+    return {t.name: (t.data_type, list(t.dims)) for t in proto.graph.initializer}
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_what_is_stored_narrow_stays_so(kind: np.dtype[Any]) -> None:
+    proto = narrow(kind)
+    code = helper.np_dtype_to_tensor_dtype(kind)
+    model, _, found = graphs.analyse(proto)
+    assert [(g.kind, g.size) for g in found.groups] == [("ffn", 300)]
+    assert model.parameters() == OnnxModel.from_proto(proto).parameters() == 6 * 300 + 7 * 300
+    assert model.weight_bytes() == OnnxModel.from_proto(proto).weight_bytes() == 2 * 13 * 300
+    out = graphs.prove(proto, {"b": 3})
+    kept = stored(out)["w_h"][1][1]
+    assert sorted(stored(out).values()) == sorted([(code, [6, kept]), (code, [kept, 7])])
+    assert [n.name for n in out.graph.node if n.op_type == "Cast"]
+    assert out.ByteSize() < proto.ByteSize()
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_repaired_weight_is_rounded_behind_its_cast(kind: np.dtype[Any], tmp_path: Path) -> None:
+    proto = narrow(kind)
+    x = np.random.default_rng(1).standard_normal((600, 6)).astype(np.float32)
+    result = prune(proto, {"x": x}, ffn=0.5, latency=False, provider="cpu")
+    out = onnx.load(result.save(tmp_path / "out.onnx"))
+    code = helper.np_dtype_to_tensor_dtype(kind)
+    assert [t.data_type for t in out.graph.initializer if len(t.dims) == 2] == [code, code]
+    assert result.report["after"]["parameters"] == sum(int(np.prod(t.dims)) for t in out.graph.initializer)
+    assert result.report["after"]["bytes"] < result.report["before"]["bytes"]
+    assert out.ByteSize() < proto.ByteSize()
+
+
+def test_a_value_beyond_the_narrow_type_is_stored_wide() -> None:
+    model, _, _ = graphs.analyse(narrow(HALVES[0]))
+    (weight,) = (c for c in model.constants() if c.shape == [300, 7] or tuple(c.shape) == (300, 7))
+    weight.values = np.where(np.arange(300)[:, None] == 4, np.float32(1e6), weight.values)
+    out = model.to_proto()
+    assert sorted(t.data_type for t in out.graph.initializer) == [TensorProto.FLOAT, TensorProto.FLOAT16]
+    assert np.isfinite(oracle.run(out, {"x": np.ones((2, 6), np.float32)})[0]).all()
+
+
+def test_two_forms_of_one_narrow_weight_have_names_of_their_own() -> None:
+    text = """f (float[b, 6] x) => (float[b, 6] y) { w = Cast<to = 1>(w_h)  p = Slice(w, zero, four, one)  q = Slice(w, four, six, one)
+        u = MatMul(x, k)  h = Relu(u)  a = MatMul(h, p)  c = MatMul(h, q)  y = Concat<axis = 1>(a, c) }"""
+    bounds = {name: np.asarray([value]) for name, value in (("zero", 0), ("four", 4), ("six", 6), ("one", 1))}
+    weight = np.random.default_rng(0).standard_normal((11, 6)).astype(np.float16)
+    proto = graphs.parse(text, {"w_h": weight, "k": (6, 11), **bounds})
+    out = graphs.prove(proto, {"b": 3})
+    onnx.checker.check_model(out)
+    assert [t.data_type for t in out.graph.initializer if len(t.dims) == 2].count(TensorProto.FLOAT16) == 2
+    assert len({n.name for n in out.graph.node}) == len(out.graph.node)
+
+
+# -- branches --------------------------------------------------------------------------------------------------------
+
+BRANCHES = """f (float[b, 6] x, bool c) => (float[b, 7] y, float[b, 300] z) { u = MatMul(x, w1)  r = Relu(u)  v = MatMul(r, w2)
+    z = If (c) <then_branch = g () => (float[b, 300] t) { t = MatMul(x, w1) },
+                else_branch = e () => (float[b, 300] s) { k = Constant<value = float[2] {2.0, 3.0}>()  n = ReduceSum(k)  m = MatMul(x, w3)  s = Mul(m, n) }>
+    a = MatMul(x, w5)  o = Relu(a)  p = MatMul(o, w6)  q = Add(v, p)  y = Add(q, w4) }"""
+READ_INSIDE: graphs.Weights = {
+    **{"w1": (6, 300), "w2": (300, 7), "w3": (6, 300), "w4": (7,)},
+    **{"w5": (6, 11), "w6": (11, 7)},
+}
+
+
+def test_a_weight_that_branches_read_is_stored_and_counted_once() -> None:
+    proto = graphs.parse(BRANCHES, READ_INSIDE)
+    size = sum(int(np.prod(t.dims)) for t in proto.graph.initializer) + 2
+    assert OnnxModel.from_proto(proto).parameters() == size
+    model, _, found = graphs.analyse(proto)
+    assert model.parameters() == size
+    assert model.weight_bytes() == 4 * size
+    assert [(g.kind, g.size) for g in found.groups] == [("ffn", 11)]  # what a branch reads is not cut
+    out = graphs.prove(proto, {"b": 3})
+    onnx.checker.check_model(out)
+    assert [t.name for t in out.graph.initializer] == ["w1", "w2", "w3", "w4", "w5", "w6"]
+    bodies = [a.g for n in out.graph.node for a in n.attribute if n.op_type == "If"]
+    assert len(bodies) == 2
+    assert not any(body.initializer for body in bodies)
+
+
+def test_what_lies_in_a_branch_stays_there() -> None:
+    proto = graphs.parse(BRANCHES, {k: v for k, v in READ_INSIDE.items() if k != "w3"})
+    choice = next(n for n in proto.graph.node if n.op_type == "If")
+    body = next(a.g for a in choice.attribute if a.name == "else_branch")
+    body.initializer.append(numpy_helper.from_array(np.ones((6, 300), np.float32), "w3"))
+    model = OnnxModel.from_proto(proto)
+    before = model.parameters()
+    model.normalise()
+    assert model.parameters() == before == 6 * 300 * 2 + 300 * 7 + 7 + 6 * 11 + 11 * 7 + 2
+    out = model.to_proto()
+    assert "w3" not in {t.name for t in out.graph.initializer}
+    for chosen in (True, False):
+        feeds = {"x": np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32), "c": np.asarray(chosen)}
+        for a, b in zip(oracle.run(out, feeds), oracle.run(proto, feeds), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_bias_that_a_branch_reads_too_is_cut_outside_alone() -> None:
+    """A vector ties nothing: the branch keeps the old one."""
+    text = """f (float[b, 6] x, bool c) => (float[b, 7] y, float[11] z) { u = MatMul(x, w1)  v = Add(u, bias)  r = Relu(v)
+        y = MatMul(r, w2)  z = If (c) <then_branch = g () => (float[11] t) { t = Neg(bias) },
+        else_branch = e () => (float[11] s) { s = Exp(bias) }> }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7), "bias": (11,)})
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    graphs.prove(proto, {"b": 3})
+
+
+def test_a_loop_reads_weights_from_outside() -> None:
+    text = """f (float[b, 6] x) => (float[b, 7] y, float[b, 6] z) { z = Loop (times, , x) <body = g (int64 i, bool k, float[b, 6] a) => (bool again, float[b, 6] out)
+        { again = Identity(k)  m = MatMul(a, square)  out = Tanh(m) }>  u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"""
+    weights: graphs.Weights = {"times": np.asarray(3), "square": (6, 6), "w1": (6, 11), "w2": (11, 7)}
+    proto = graphs.parse(text, weights)
+    assert OnnxModel.from_proto(proto).parameters() == 36 + 66 + 77
+    out = graphs.prove(proto, {"b": 3})
+    assert "square" in {t.name for t in out.graph.initializer}
+    assert not any(a.g.initializer for n in out.graph.node for a in n.attribute)
+
+
+# -- descriptions ----------------------------------------------------------------------------------------------------
+
+
+def test_descriptions_are_kept(proto: onnx.ModelProto, tmp_path: Path) -> None:
+    proto.domain, proto.model_version, proto.doc_string = "org.example", 7, "what it is for"
+    proto.producer_name, proto.producer_version, proto.ir_version = "someone", "1.2", 10
+    proto.metadata_props.add(key="license", value="none")
+    proto.graph.name, proto.graph.doc_string = "main", "the graph"
+    proto.graph.metadata_props.add(key="place", value="graph")
+    for node in proto.graph.node:
+        node.name, node.doc_string = f"n_{node.output[0]}", f"makes {node.output[0]}"
+        node.metadata_props.add(key="scope", value=node.output[0])
+    proto.graph.initializer[0].doc_string = "the first weight"
+    proto.graph.input[0].doc_string = "an input"
+    x = np.random.default_rng(1).standard_normal((600, 6)).astype(np.float32)
+    result = prune(proto, {"x": x}, ffn=0.5, latency=False, provider="cpu")
+    out = onnx.load(result.save(tmp_path / "out.onnx"))
+    for field in (
+        "domain",
+        "model_version",
+        "doc_string",
+        "producer_name",
+        "producer_version",
+        "ir_version",
+        "metadata_props",
+    ):
+        assert getattr(out, field) == getattr(proto, field), field
+    assert sorted((o.domain, o.version) for o in out.opset_import) == sorted(
+        (o.domain, o.version) for o in proto.opset_import
+    )
+    for field in ("name", "doc_string", "metadata_props", "input", "output"):
+        assert getattr(out.graph, field) == getattr(proto.graph, field), field
+    described = {n.name: (n.doc_string, [p.value for p in n.metadata_props]) for n in out.graph.node}
+    assert {
+        n.name: (n.doc_string, [p.value for p in n.metadata_props]) for n in proto.graph.node
+    }.items() <= described.items()
+    assert next(t.doc_string for t in out.graph.initializer if t.name == "w1") == "the first weight"
+
+
+def test_an_input_that_is_no_tensor_is_named(proto: onnx.ModelProto) -> None:
+    proto.graph.input.append(helper.make_tensor_sequence_value_info("many", 1, None))
+    with pytest.raises(ModelError, match="input 'many' of the model is no tensor"):
+        OnnxModel.from_proto(proto)

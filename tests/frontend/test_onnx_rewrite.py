@@ -274,3 +274,66 @@ def test_an_inserted_bias_is_cut_with_the_layer_behind_it(second: str) -> None:
     wanted = oracle.run(whole, feeds)
     rewriter.cut({last.factor: [0, 1, 2]})
     assert oracle.difference(oracle.run(model.to_proto(), feeds), wanted) <= 1e-5
+
+
+LEFT = "f (float[b, 6, s] x) => (float[b, 7, s] y) { u = MatMul(w1, x)  h = Relu(u)  y = MatMul(w2, h) }"
+
+
+def test_two_biases_behind_one_consumer() -> None:
+    """The second goes into the first where it can, also behind a weight on the left; else each addition has its own name."""
+    proto = graphs.parse(LEFT, {"w1": (11, 6), "w2": (7, 11)})
+    model, state, found = graphs.analyse(proto)
+    (use,) = found.groups[0].consumers[0].uses
+    rewriter, first, second = Rewriter(state), np.arange(7.0), np.linspace(-1, 1, 7)
+    rewriter.add_bias([use], first)
+    assert rewriter.has_bias(use)
+    rewriter.add_bias([use], second)
+    feeds = graphs.feeds_of(proto, {"b": 2, "s": 4})
+    moved = model.to_proto()
+    wanted = oracle.run(proto, feeds)[0] + (first + second)[:, None]
+    np.testing.assert_allclose(oracle.run(moved, feeds)[0], wanted, rtol=1e-4, atol=1e-5)
+    assert [n.op_type for n in moved.graph.node] == ["MatMul", "Relu", "MatMul", "Add"]
+
+
+def test_a_name_that_is_taken_is_not_given_to_an_addition() -> None:
+    """Two additions behind one node: something else reads what is between them."""
+    text = """f (float[b, 6] x) => (float[b, 7] y, float[b, 7] z) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2)
+        z = Sigmoid(y) }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7)})
+    model, state, found = graphs.analyse(proto)
+    (use,) = found.groups[0].consumers[0].uses
+    rewriter = Rewriter(state)
+    for _ in range(2):
+        rewriter.add_bias([use], np.ones(7))
+        output = use.node.outputs[0]
+        rewriter.walk.model.graph.outputs.append(output)  # now nothing may be folded into what is added to it
+    names = [n.name for n in model.graph.nodes]
+    assert len(set(names)) == len(names) and sum(n.op == "Add" for n in model.graph.nodes) == 2
+
+
+def test_a_bias_of_one_number_becomes_a_vector_that_later_cuts_follow() -> None:
+    """A Gemm adds one number, as a matrix [1, 1], to the channels of the next group; it becomes [1, 13] and is cut with them."""
+    text = """f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  v = Gemm(h, w2, one)  r = Relu(v)
+        y = MatMul(r, w3) }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 13), "one": (1, 1), "w3": (13, 7)})
+    model, state, found = graphs.analyse(proto)
+    first, second = found.groups
+    rewriter = Rewriter(state)
+    rewriter.add_bias(first.consumers[0].uses, np.arange(13.0))
+    rewriter.cut({second.factor: [0, 5, 12]})
+    (gemm,) = (n for n in model.graph.nodes if n.op == "Gemm")
+    np.testing.assert_allclose(gemm.inputs[2].values, constants(proto)["one"] + np.asarray([[0.0, 5.0, 12.0]]), rtol=1e-6)
+
+
+def test_a_weight_that_is_an_output_keeps_its_value_there() -> None:
+    text = "f (float[b, 6] x) => (float[b, 7] y, float[11, 7] w2) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7)})
+    model, state, _ = graphs.analyse(proto)
+    rewriter = Rewriter(state)
+    node = next(n for n in model.graph.nodes if n.outputs[0].name == "y")
+    new = rewriter.set_constant([(node, 1)], np.zeros((11, 7), np.float32))
+    assert new.name != "w2"
+    out = model.to_proto()
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in out.graph.initializer}
+    np.testing.assert_array_equal(stored["w2"], onnx.numpy_helper.to_array(proto.graph.initializer[1]))
+    assert model.parameters() == sum(v.size for v in stored.values())

@@ -466,6 +466,97 @@ def test_windows_longer_than_the_sizes_tried_first() -> None:
     graphs.prove(proto, {"b": 2, "n": 300, "k": 2})
 
 
+COUNTED = """f (float[b, 6, 5, 3] x) => (float[b, 7, 4, 2] y{}) {{ u = Conv(x, w1)
+    h, i = MaxPool<kernel_shape=[2,2]>(u)  {}  v = Conv(k, w2)  r = Relu(v)  y = Conv(r, w3) }}"""
+COUNTED_WEIGHTS: Weights = {
+    "few": np.asarray([0.01], np.float32),
+    "w1": (11, 6, 1, 1),
+    "w2": (9, 11, 1, 1),
+    "w3": (7, 9, 1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("output", "then"),
+    [("", "c = Cast<to=1>(i)  n = Mul(c, few)  k = Add(h, n)"), (", int64[b, 11, 4, 2] i", "k = Relu(h)")],
+)
+def test_channels_that_the_indices_of_a_pool_count_stay(output: str, then: str) -> None:
+    """The number of a maximum counts the channels before its own; what lies behind them may go."""
+    proto = graphs.parse(COUNTED.format(output, then), COUNTED_WEIGHTS)
+    assert graphs.sizes(proto) == [("ffn", 9)]
+    assert "counted by the indices of MaxPool" in graphs.reasons(proto)
+    graphs.prove(proto, {"b": 2})
+
+
+def test_indices_of_a_pool_that_nobody_reads_count_nothing() -> None:
+    proto = graphs.parse(COUNTED.format("", "k = Relu(h)"), COUNTED_WEIGHTS)
+    assert graphs.sizes(proto) == [("ffn", 9), ("ffn", 11)]
+    graphs.prove(proto, {"b": 2})
+
+
+@pytest.mark.parametrize(
+    "then", ["i = ArgMax<axis=1, keepdims=1>(v)", "t, i = TopK<axis=1, largest=1>(v, two)", "t, i = TopK<axis=1>(h, two)"]
+)
+def test_positions_that_are_used_as_data_count_the_tokens(then: str) -> None:
+    """They number places of an axis that stays, not channels: each channel has numbers of its own."""
+    text = (
+        FFN.replace("{{", "{")
+        .replace("}}", "}")
+        .replace("{}", f"h = Relu(v)  {then}  c = Cast<to=1>(i)  s = ReduceSum<keepdims=0>(c, one)")
+    )
+    text = text.replace("float[b, s, 7] y", "float[b, s, 7] y, float[b, 11] s")
+    proto = graphs.parse(text, {**FFN_WEIGHTS, "two": ints(2), "one": ints(1)})
+    assert graphs.sizes(proto) == []  # the sums are an output
+    text = text.replace(", float[b, 11] s", ", float[b, 5] o").replace(
+        "y = MatMul(h, w2)", "y = MatMul(h, w2)  o = MatMul(s, w3)"
+    )
+    proto = graphs.parse(text, {**FFN_WEIGHTS, "two": ints(2), "one": ints(1), "w3": (11, 5)})
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    graphs.prove(proto, {"b": 2, "s": 4})
+
+
+def test_a_number_of_channels_that_is_chosen_stays() -> None:
+    """Which channels are the largest is told by their numbers."""
+    proto = graphs.parse(
+        FFN.format("t, i = TopK(v, all)  c = Cast<to=1>(i)  h = Add(t, c)"), {**FFN_WEIGHTS, "all": ints(11)}
+    )
+    assert graphs.sizes(proto) == []
+    assert "TopK runs over it" in graphs.reasons(proto)
+
+
+HANDED_OUT = """f (float[b, s, 6] x) => (float[b, s, 7] y, {}) {{ u = MatMul(x, w1)  v = Add(u, b1)  h = Relu(v)
+    z = MatMul(h, w2)  zb = Add(z, b2)  g = Relu(zb)  y = MatMul(g, w3) }}"""
+HANDED_WEIGHTS: Weights = {"w1": (6, 11), "b1": (11,), "w2": (11, 9), "b2": (9,), "w3": (9, 7)}
+
+
+@pytest.mark.parametrize(
+    ("output", "left"),
+    [
+        ("float[6, 11] w1", [("ffn", 9)]),
+        ("float[11] b1", [("ffn", 9)]),
+        ("float[11, 9] w2", []),
+        ("float[9] b2", [("ffn", 11)]),
+    ],
+)
+def test_a_weight_that_is_an_output_keeps_its_shape(output: str, left: list[tuple[str, int]]) -> None:
+    proto = graphs.parse(HANDED_OUT.format(output), HANDED_WEIGHTS)
+    assert graphs.sizes(proto) == left
+    assert f"axis of graph output '{output.split()[-1]}'" in graphs.reasons(proto)
+    if left:
+        graphs.prove(proto, {"b": 2, "s": 3})
+
+
+def test_a_bias_that_is_an_output_keeps_its_numbers() -> None:
+    """A repair adds to a copy of it."""
+    proto = graphs.parse(HANDED_OUT.format("float[9] b2"), HANDED_WEIGHTS)
+    feeds = [graphs.feeds_of(proto, {"b": 4, "s": 3}, seed) for seed in range(4)]
+    result = prune(proto, feeds, ffn=0.5, multiple_of=1, latency=False, fresh=True)
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    assert np.array_equal(oracle.run(result.model, feeds[0])[1], oracle.run(proto, feeds[0])[1])
+    changed = [t for t in result.model.graph.initializer if list(t.dims) == [9] and t.name != "b2"]
+    assert len(changed) == 1
+
+
 def test_a_window_longer_than_a_fixed_axis_is_refused() -> None:
     text = """f (float[b, 6, 5] x) => (float[b, 7, k] y) { u = Conv(x, w1)  h = Relu(u)  y = Conv(h, w2) }"""
     proto = graphs.parse(text, {"w1": (11, 6, 9), "w2": (7, 11, 1)})

@@ -13,8 +13,19 @@ import pytest
 import torch
 
 from liar_opt.frontend import onnx_segments
+from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import Window
-from liar_opt.frontend.onnx_segments import ROWS, Tap, extract, live_tensors, plan_segments, row_mask, tap_for
+from liar_opt.frontend.onnx_segments import (
+    ROWS,
+    Tap,
+    extract,
+    live_tensors,
+    names_read,
+    plan_segments,
+    row_mask,
+    stream_of,
+    tap_for,
+)
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
 
@@ -78,6 +89,26 @@ def test_sizes_that_come_from_outside() -> None:
         np.testing.assert_allclose(run(rest, alive)["y"], oracle.run(proto, feeds)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_sizes_from_outside_that_were_computed_with() -> None:
+    """Half of a target is a product of sizes: unknown lengths would make the target's length, and so the rank, unknown."""
+    text = """f (float[b, s, 6] x) => (float[n, 3, c] y) {
+        u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)  n = Shape(z)  first = Slice(n, zero, one)  rows = Mul(first, seven)
+        last = Slice(n, one, two)  more = Add(last, nought)  wide = Mul(more, lone)  t = Concat<axis=0>(rows, wide)
+        whole = Concat<axis=0>(t, three)  r = Reshape(z, whole)  y = Transpose<perm=[0, 2, 1]>(r) }"""
+    values = {"zero": [0], "one": [1], "two": [2], "seven": [7], "nought": [0], "lone": 1, "three": [3]}
+    weights: graphs.Weights = {"w1": (6, 11), "w2": (11, 21), **{n: np.asarray(v) for n, v in values.items()}}
+    proto = graphs.parse(text, weights)
+    _, state, _ = graphs.analyse(proto)
+    feeds = graphs.feeds_of(proto, {"b": 2, "s": 5})
+    nodes = state.model.graph.nodes
+    middle = next(i for i, n in enumerate(nodes) if n.op == "Concat" and "whole" in {t.name for t in n.outputs})
+    alive = run(extract(state, 0, middle, live_tensors(state, middle), {}), feeds, arrays=False)
+    types = {name: element_type(value) for name, value in alive.items()}
+    rest = extract(state, middle, len(nodes), ["y"], types)
+    assert {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in rest.model.graph.input}["t"] == [2]
+    np.testing.assert_allclose(run(rest, alive)["y"], oracle.run(proto, feeds)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_groups_that_share_weights_over_others_are_wide() -> None:
     shared = BLOCK.replace("w{0}", "w").replace("v{0}", "v")
     text = f"f (float[b, s, 6] x0, float[b, s, 1] mask) => (float[b, s, 6] x3) {{ {shared.format(0, 1)}\n {BLOCK.format(1, 2)}\n {shared.format(2, 3)} }}"
@@ -111,6 +142,127 @@ def test_branches_keep_what_they_read() -> None:
     result = run(extract(state, place, len(nodes), ["y"], types), {**feeds, **alive})
     np.testing.assert_allclose(result["y"], oracle.run(proto, feeds)[0], rtol=1e-6)
     plan_segments(state, found.groups)
+
+
+# Each layer reads a cache of its own, whose sizes are asked for on top of the graph, and casts it there, as exporters do.
+CACHED = """p{0} = Cast<to=1>(past{0})  n{0} = Shape(past{0})  q{0} = Gather(n{0}, one)"""
+LAYER = """a{0} = MatMul(x{0}, k{0})  t{0} = Concat<axis=0>(bs, q{0}, four)  r{0} = Reshape(a{0}, t{0})
+    c{0} = Transpose<perm=[0, 2, 1, 3]>(r{0})  j{0} = Concat<axis=2>(p{0}, c{0})  present{0} = Cast<to=10>(j{0})
+    m{0} = ReduceMean<axes=[2], keepdims=0>(j{0})  f{0} = Reshape(m{0}, flat)
+    o{0} = MatMul(f{0}, v{0})  w{0} = Unsqueeze(o{0}, one)  y{0} = Add(x{0}, w{0})  u{0} = MatMul(y{0}, up{0})
+    h{0} = Relu(u{0})  z{0} = MatMul(h{0}, down{0})  x{1} = Add(y{0}, z{0})"""
+HEADS = (3, 5, 4)
+
+
+def cached() -> onnx.ModelProto:
+    """Three layers of unlike heads (of 4) and feed-forward widths on a stream of 6."""
+    pasts = "".join(f", float16[b, {n}, p, 4] past{i}" for i, n in enumerate(HEADS))
+    tops, layers = ("\n".join(part.format(i, i + 1) for i in range(3)) for part in (CACHED, LAYER))
+    ends = "".join(f", float16[b, {n}, t, 4] present{i}" for i, n in enumerate(HEADS))
+    text = f"f (float[b, s, 6] x0{pasts}) => (float[b, s, 6] x3{ends}) {{ n = Shape(x0)  bs = Slice(n, zero, two)\n {tops}\n {layers} }}"
+    weights: graphs.Weights = {
+        name: np.asarray(value)
+        for name, value in {"zero": [0], "one": [1], "two": [2], "four": [4], "flat": [0, -1]}.items()
+    }
+    for i, heads in enumerate(HEADS):
+        weights = {
+            **weights,
+            f"k{i}": (6, 4 * heads),
+            f"v{i}": (4 * heads, 6),
+            f"up{i}": (6, 9 + i),
+            f"down{i}": (9 + i, 6),
+        }
+    return graphs.parse(text, weights)
+
+
+def test_segments_come_in_the_order_of_the_weights() -> None:
+    """Shapes that are read on top of the graph, far from any layer, put nothing before anything else."""
+    _, state, found = graphs.analyse(cached())
+    wide, segments = plan_segments(state, found.groups)
+    assert wide == ()
+    assert [(g.kind, g.size) for s in segments for g in s.groups] == [
+        (kind, size) for i, n in enumerate(HEADS) for kind, size in (("heads", n), ("ffn", 9 + i))
+    ]
+    assert len(segments) == 6
+    nodes = state.model.graph.nodes
+    first = [next(i for i, n in enumerate(nodes) if n is s.first) for s in segments]
+    last = [next(i for i, n in enumerate(nodes) if n is s.last) for s in segments]
+    assert first == sorted(first) and all(end < start for end, start in zip(last, first[1:], strict=False))
+
+
+def test_what_a_cut_will_change_is_not_kept_but_made_anew() -> None:
+    """A cache that was laid out on top of the graph, and the number of its heads, are those of the cut graph behind a cut."""
+    proto = cached()
+    _, state, found = graphs.analyse(proto)
+    _, segments = plan_segments(state, found.groups)
+    nodes = state.model.graph.nodes
+    groups = [segment.groups[0] for segment in segments]
+    place = next(i for i, n in enumerate(nodes) if n is segments[2].first)
+    plain, waiting = live_tensors(state, place), live_tensors(state, place, [g.factor for g in groups[2:]])
+    assert {"p1", "q1", "p2", "q2"} <= set(plain)
+    assert set(plain) - set(waiting) == {name for name in plain if name[0] in "npqt" and name[1:] in ("1", "2")}
+    # The second layer is cut behind what was kept; so are the caches that are given.
+    feeds = graphs.feeds_of(proto, {"b": 2, "s": 5, "p": 3})
+    alive = run(extract(state, 0, place, waiting, {}), feeds, arrays=False)
+    kept = [0, 2, 3]
+    Rewriter(state).cut(groups[2].cut(kept))
+    given = {**feeds, "past1": feeds["past1"][:, kept]}
+    types = {name: element_type(value) for name, value in alive.items()}
+    place = next(i for i, n in enumerate(nodes) if n is segments[2].first)
+    rest = run(extract(state, place, len(nodes), ["x3"], types), {**given, **alive})
+    masked = {t.name: onnx.numpy_helper.to_array(t).copy() for t in proto.graph.initializer}
+    masked["v1"].reshape(5, 4, 6)[[1, 4]] = 0.0
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(masked[tensor.name], tensor.name))
+    np.testing.assert_allclose(rest["x3"], oracle.run(proto, feeds)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_at_hand_is_made_again() -> None:
+    """A segment needs no tensor that was not kept: it is made from the inputs, however far before."""
+    proto = graphs.parse(STREAM, WEIGHTS)
+    _, state, _ = graphs.analyse(proto)
+    feeds = graphs.feeds_of(proto, {"b": 2, "s": 5})
+    nodes = state.model.graph.nodes
+    for start in (0, 4, 9, len(nodes)):
+        result = run(extract(state, start, len(nodes), ["x3"], {}), feeds)
+        np.testing.assert_allclose(result["x3"], oracle.run(proto, feeds)[0], rtol=1e-6)
+
+
+def test_names_inside_a_loop_are_its_own() -> None:
+    """A body's inputs, and what a branch inside it reads of them, are no tensors of the graph around it."""
+    text = """f (float[b, 6] x, bool c) => (float[b, 6] y) {
+        u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)
+        y = Loop (three, yes, z) <body = again (int64 i, bool go, float[b, 6] carried) => (bool on, float[b, 6] made) {
+            on = Identity(go)
+            t = If (c) <
+                then_branch = g1 () => (float[b, 6] r1) { r1 = Tanh(carried) },
+                else_branch = g2 () => (float[b, 6] r2) { r2 = Mul(carried, x) }
+            >
+            made = Add(t, carried)
+        }> }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 6), "three": np.asarray(3), "yes": np.asarray(True)})
+    _, state, found = graphs.analyse(proto)
+    assert [g.size for g in found.groups] == [11]
+    nodes = state.model.graph.nodes
+    loop = next(i for i, n in enumerate(nodes) if n.op == "Loop")
+    assert names_read(nodes[loop]) == {"z", "x", "c"}
+    feeds = {"x": np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32), "c": np.asarray(True)}
+    alive = run(extract(state, 0, loop, live_tensors(state, loop), {}), feeds)
+    types = {name: element_type(value) for name, value in alive.items()}
+    result = run(extract(state, loop, len(nodes), ["y"], types), {**feeds, **alive})
+    np.testing.assert_allclose(result["y"], oracle.run(proto, feeds)[0], rtol=1e-6)
+
+
+def test_a_stream_that_was_cut_is_the_one_of_now() -> None:
+    """The width of the stream went first: what is seen of it has as many columns as are left."""
+    text = f"f (float[b, s, 7] x) => (float[b, s, 7] y) {{ x0 = MatMul(x, into)\n {BLOCK.format(0, 1).replace('mask', 'half')}\n y = MatMul(x1, out) }}"
+    proto = graphs.parse(text, {**WEIGHTS, "into": (7, 6), "out": (6, 7), "half": np.asarray(0.5, np.float32)})
+    _, state, found = graphs.analyse(proto)
+    stream = next(g for g in found.groups if g.size == 6)
+    use = next(u for u in state.consumers if u.node.outputs[0].name == "z0")
+    Rewriter(state).cut(stream.cut([0, 2, 3, 5]))
+    seen = stream_of(state, use)
+    assert seen is None or (seen.projection.shape[0], seen.weight.shape[0]) == (4, 9)
 
 
 # -- moments ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,116 @@ def test_large_models_keep_their_weights_beside_them(
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert (tmp_path / "first.onnx.data").stat().st_size < 2 * 7200 + 2 * 8400 + 3 * 4096
     np.testing.assert_array_equal(oracle.run(out.to_proto(), feeds)[0], wanted)
+
+
+def two_files(
+    proto: onnx.ModelProto, path: Path, monkeypatch: pytest.MonkeyPatch, factor: float = 1.0, **options: Any
+) -> None:
+    """Writes a model with its data beside it, its weights times a factor."""
+    monkeypatch.setattr(weight_files, "EXTERNAL_LIMIT", 1000)
+    light, arrays = lightened(proto)
+    write_model(light, {n: a * a.dtype.type(factor) for n, a in arrays.items()}, path, **options)
+
+
+def check_weights(proto: onnx.ModelProto, path: Path, factor: float) -> None:
+    for read in (OnnxModel.load(path).to_proto(), onnx.load(path)):
+        found = {t.name: onnx.numpy_helper.to_array(t) for t in read.graph.initializer}
+        for tensor in proto.graph.initializer:
+            if tensor.name in ("w1", "w2"):
+                value = onnx.numpy_helper.to_array(tensor)
+                np.testing.assert_array_equal(found[tensor.name], value * value.dtype.type(factor))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_data_gets_a_name_that_no_file_has(proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model before stays whole until the new one has its place; its data goes behind it."""
+    path = tmp_path / "m.onnx"
+    for factor in (1.0, 2.0, 3.0, 4.0):
+        two_files(proto, path, monkeypatch, factor)
+        check_weights(proto, path, factor)
+        model, data = names(tmp_path)
+        assert model == "m.onnx" and re.fullmatch(r"m\.onnx(\.[0-9a-f]{8})?\.data", data)
+        assert (data == "m.onnx.data") == (factor in (1.0, 3.0))
+    monkeypatch.undo()
+    write_model(*lightened(proto), path)  # its weights are within it now
+    assert names(tmp_path) == ["m.onnx"]
+    assert [p.key for p in onnx.load(path).metadata_props] == ["author"]
+
+
+def test_data_of_others_stays(proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    (tmp_path / "m.onnx.data").write_text("precious")
+    two_files(proto, path, monkeypatch, 2.0)
+    two_files(proto, path, monkeypatch, 3.0)
+    check_weights(proto, path, 3.0)
+    assert (tmp_path / "m.onnx.data").read_text() == "precious" and len(names(tmp_path)) == 3
+
+
+def test_data_that_another_exporter_wrote_stays(
+    proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same name: other models may share it."""
+    path = tmp_path / "m.onnx"
+    save(proto, path, save_as_external_data=True, location="m.onnx.data", size_threshold=64)
+    onnx.save(onnx.load(path, load_external_data=False), tmp_path / "shares.onnx")
+    two_files(proto, path, monkeypatch, 2.0)
+    check_weights(proto, path, 2.0)
+    check_weights(proto, tmp_path / "shares.onnx", 1.0)
+
+
+def test_data_that_the_input_needs_stays(proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    two_files(proto, path, monkeypatch)
+    (tmp_path / "copy.onnx").write_bytes(path.read_bytes())
+    (tmp_path / "link").symlink_to("m.onnx.data")
+    two_files(proto, path, monkeypatch, 2.0, keep=[tmp_path / "none", tmp_path / "link"])
+    check_weights(proto, path, 2.0)
+    check_weights(proto, tmp_path / "copy.onnx", 1.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_are_followed_within_the_folder_and_the_hubs_cache(proto: onnx.ModelProto, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    save(proto, made / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=64)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "rev" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for name in ("m.onnx", "m.bin"):
+        (blobs / f"{name}.blob").write_bytes((made / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../../blobs/{name}.blob")
+    inside = tmp_path / "inside"
+    (inside / "sub").mkdir(parents=True)
+    (inside / "m.onnx").write_bytes((made / "m.onnx").read_bytes())
+    (inside / "sub" / "data").write_bytes((made / "m.bin").read_bytes())
+    (inside / "m.bin").symlink_to("sub/data")
+    for path in (made / "m.onnx", snapshot / "m.onnx", inside / "m.onnx"):
+        _, arrays = read_model(path)
+        for tensor in proto.graph.initializer:
+            if tensor.name in ("w1", "w2"):
+                np.testing.assert_array_equal(arrays[tensor.name], onnx.numpy_helper.to_array(tensor))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("folder", [False, True])
+def test_links_out_of_the_folder_are_refused(folder: bool, proto: onnx.ModelProto, tmp_path: Path) -> None:
+    """As ONNX Runtime does: the bytes of any file of the reader could be in the result."""
+    model, secret = tmp_path / "model", tmp_path / "secret"
+    model.mkdir()
+    secret.mkdir()
+    location = "sub/m.bin" if folder else "m.bin"
+    (model / "sub").mkdir()
+    save(proto, model / "m.onnx", save_as_external_data=True, location=location, size_threshold=64)
+    (model / location).rename(secret / "m.bin")
+    if folder:
+        (model / "sub").rmdir()
+        (model / "sub").symlink_to(secret)
+    else:
+        (model / "m.bin").symlink_to("../secret/m.bin")
+    with pytest.raises(
+        ModelError, match=r"m.bin' of '.*' is a link that leads out of the model's folder, to '.*secret/m.bin'"
+    ):
+        read_model(model / "m.onnx")

@@ -94,6 +94,12 @@ def test_a_ratio_that_empties_a_group_is_refused_with_what_is_possible() -> None
     assert keep(group("h0", "heads", 12, 1), heads=0.916) == {"h0": 1}
 
 
+def test_a_group_that_no_multiple_fits_into_stays_whole() -> None:
+    narrow = (*LAYERS, group("narrow", "ffn", 6, 600))
+    assert keep(*narrow, ffn=0.75)["narrow"] == 6
+    assert keep(*narrow, ffn=0.75) == {**keep(*LAYERS, ffn=0.75), "narrow": 6}
+
+
 @pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.4, 0.55, 0.8])
 def test_sparsity_is_met_within_one_step(sparsity: float) -> None:
     kept = keep(*LAYERS, sparsity=sparsity)

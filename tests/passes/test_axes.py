@@ -246,3 +246,14 @@ def test_unified_layouts_own_alike(seed: int) -> None:
     for leaf in leaves:
         if algebra.pinned(leaf) is None and not any(algebra.repeats(a, leaf) for a in axes):
             np.testing.assert_array_equal(algebra.owners(axes[0], leaf), algebra.owners(axes[1], leaf))
+
+
+def test_what_encloses_what(algebra: AxisAlgebra) -> None:
+    axis = algebra.fresh(60)
+    heads, middle, width = algebra.split(axis, [3, 4, 5])
+    assert algebra.encloses(axis, heads, width) and algebra.encloses(axis, middle, width)
+    assert not algebra.encloses(axis, width, heads)
+    packed = algebra.join([axis, algebra.merge([width, heads]), algebra.fresh(7)])
+    assert not algebra.encloses(packed, heads, width) and not algebra.encloses(packed, width, heads)
+    assert algebra.encloses(packed, heads, middle)
+    assert algebra.encloses(algebra.fresh(4), heads, width) and algebra.encloses(width, heads, width)

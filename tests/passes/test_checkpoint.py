@@ -121,6 +121,19 @@ def test_latency_of_large_models_is_not_measured(model: onnx.ModelProto, monkeyp
     assert report["memory"]["estimated_peak"] > 0
 
 
+@pytest.mark.parametrize("name", ["groups.json", "weights-0-0.npz", "alive-1.npz"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"PK no archive"])
+def test_a_damaged_segment(name: str, content: bytes, model: onnx.ModelProto, tmp_path: Path) -> None:
+    batches = prune(model, None).report["calibration"]["batches"]
+    with pytest.raises(Stop):
+        prune(model, tmp_path / "run", progress=stop_in(1, batches))
+    file = tmp_path / "run" / "segment-1" / name
+    assert file.is_file()
+    file.write_bytes(content)
+    with pytest.raises(OptionError, match="segment-1' of an earlier run is damaged; remove the folder"):
+        prune(model, tmp_path / "run")
+
+
 def test_measured_widths_are_not_measured_again(model: onnx.ModelProto, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ffn": None, "sparsity": 0.4, "allocate": "curves"}
     whole = prune(model, None, **options)
@@ -135,6 +148,28 @@ def test_measured_widths_are_not_measured_again(model: onnx.ModelProto, tmp_path
 
 def test_a_finished_run_leaves_nothing(model: onnx.ModelProto, tmp_path: Path) -> None:
     prune(model, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_a_run_removes_its_own_files_alone(model: onnx.ModelProto, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stop):
+        prune(model, folder, progress=stop_in(2, 12))
+    foreign = ["notes.txt", "segment-1/notes.txt", "segment-x/groups.json", "segment-9.bak"]
+    for name in foreign:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("precious")
+    assert prune(model, folder).report["resumed"] == 2
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == sorted(foreign)
+
+
+def test_a_run_that_was_killed_at_its_end(model: onnx.ModelProto, tmp_path: Path) -> None:
+    """Its segments are left without what says whose they are: the next run begins anew, and leaves nothing."""
+    folder = tmp_path / "run"
+    with pytest.raises(Stop):
+        prune(model, folder, progress=stop_in(2, 12))
+    (folder / "run.json").unlink()
+    assert prune(model, folder).report["resumed"] == 0
     assert list(tmp_path.iterdir()) == []
 
 

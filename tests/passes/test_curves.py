@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_a_broken_file_is_measured_again(measured: list[int], tmp_path: Path) ->
     measured[0] = 0
     prune()
     assert measured[0] > 0 and load_curves(path) is not None
+
+
+@pytest.mark.parametrize("change", [lambda a: a[:-1], lambda a: a * np.nan, lambda a: a.astype(np.str_), lambda a: a[None]])
+def test_an_altered_file_is_measured_again(measured: list[int], tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    prune()
+    (path,) = (tmp_path / "cache" / "curves").iterdir()
+    with np.load(path) as file:
+        arrays = {n: change(file[n]) if n.startswith("errors") else file[n] for n in file.files}
+    np.savez(path, **arrays)
+    measured[0] = 0
+    prune()
+    assert measured[0] > 0
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -94,3 +94,30 @@ def test_without_new_biases_there_are_none(repair: str) -> None:
     cut, _, _ = pruned(proto, 0.5, repair=repair, new_bias=False)
     assert weights(cut).keys() == weights(proto).keys()
     assert error(proto, cut) < error(proto, pruned(proto, 0.5, repair="none")[0])
+
+
+@pytest.mark.parametrize("repair", AWARE)
+def test_where_nothing_can_be_aimed_the_repair_is_local(repair: str) -> None:
+    """The output of a 1x1 convolution has its channels in the middle: it is not laid out beside its input."""
+    text = """f (float[b, s, 6] x0) => (float[b, s, 7] y) {
+        u = MatMul(x0, w)  t = Transpose<perm=[0, 2, 1]>(u)  h = Relu(t)  z = Conv(h, v)
+        y = Transpose<perm=[0, 2, 1]>(z) }"""
+    proto = graphs.parse(text, {"w": (6, 17), "v": (7, 17, 1)})
+    local, aware = (weights(pruned(proto, 0.5, repair=r)[0]) for r in ("liar", repair))
+    for name, value in local.items():
+        np.testing.assert_array_equal(aware[name], value)
+    assert error(proto, pruned(proto, 0.5, repair=repair)[0]) < error(proto, pruned(proto, 0.5, repair="none")[0])
+
+
+@pytest.mark.parametrize("repair", ["none", "liar", *AWARE])
+def test_a_layer_inside_a_stream_that_was_cut(repair: str) -> None:
+    """No normalisation keeps the stream whole: it goes before the layer inside, whose output has fewer columns then."""
+    text = """f (float[b, s, 6] x0) => (float[b, s, 7] y) {
+        t = MatMul(x0, into)  u = MatMul(t, w)  h = Relu(u)  z = MatMul(h, v)  r = Add(t, z)  y = MatMul(r, out) }"""
+    proto = graphs.parse(text, {"into": (6, 11), "w": (11, 17), "v": (17, 11), "out": (11, 7)})
+    cut, _, result = pruned(proto, 0.5, repair=repair)
+    assert [(c.before, c.after) for c in result.changes] == [(11, 6), (17, 8)]
+    shapes = {n: v.shape for n, v in weights(cut).items()}
+    assert [shapes[n] for n in ("into", "w", "v", "out")] == [(6, 6), (6, 8), (8, 6), (6, 7)]
+    if repair != "none":
+        assert error(proto, cut) < error(proto, pruned(proto, 0.5, repair="none")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,9 +106,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     def measure(sessions: Any, feeds: Any, **options: Any) -> Any:
         asked[0] += 1
         seconds = [time_of(s) for s in sessions]
-        return SimpleNamespace(seconds=seconds, speedup=seconds[0] / seconds[-1])
+        return SimpleNamespace(seconds=seconds, speedup=seconds[0] / seconds[-1], spread=0.001)
 
-    monkeypatch.setattr(meet_target, "session_of", lambda model, device: model)
+    monkeypatch.setattr(meet_target, "deployed", lambda model, device: model)
     monkeypatch.setattr(meet_target, "measure_latency", measure)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return asked
@@ -131,10 +132,13 @@ def test_the_latency_table_is_kept_and_used_again(clock: list[int], tmp_path: Pa
     assert counts[1] < counts[0]
     (path,) = (tmp_path / "liar-opt" / "latency").iterdir()
     assert state.facts["target"]["table"] == f"cache {path}"
-    path.write_text("{", encoding="utf-8")  # a broken cache is measured again
-    state = ready()
-    MeetTargetPass(target="latency=1.3x", multiple_of=1, allocate="uniform")(state)
-    assert state.facts["target"]["table"] == "measured"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    values: list[Any] = [1, None, [["a"], ["b"]], [[], []], [[1], [float("nan")]]]
+    for text in ("{", json.dumps(list(table)), *(json.dumps(dict.fromkeys(table, value)) for value in values)):
+        path.write_text(text, encoding="utf-8")  # a broken cache is measured again
+        state = ready()
+        MeetTargetPass(target="latency=1.3x", multiple_of=1, allocate="uniform")(state)
+        assert state.facts["target"]["table"] == "measured"
 
 
 def test_a_speed_that_cannot_be_reached(clock: list[int]) -> None:
@@ -147,3 +151,31 @@ def test_groups_of_one_shape_share_their_costs() -> None:
     state = prepared(graphs.parse(WIDE, same), 1.0, data(batches(3, 0)))
     MeetTargetPass(target="params=0.5x", multiple_of=1, allocate="uniform")(state)
     assert len(set(state.keep.values())) == 1
+
+
+def points(saved: list[float], error: float, work: float = 1.0) -> meet_target.Points:
+    widths = np.asarray([8, 16, 32, 48, 64])
+    gone = (widths[-1] - widths[:-1]) * work
+    return meet_target.Points(widths, np.asarray(saved), np.full(4, error), gone.astype(np.float64))
+
+
+def test_noise_in_a_table_is_evened_out() -> None:
+    noisy = points([0.0563, 0.0474, 0.0325, 0.0155], 0.001)
+    (times,) = meet_target.smoothed([noisy])
+    np.testing.assert_allclose(times, 0.001 * np.asarray([0, 8, 24, 40, 56]), rtol=0.02)
+
+
+def test_shapes_that_the_clock_cannot_tell_apart_cost_the_same_an_operation() -> None:
+    one, other = points([0.056, 0.048, 0.032, 0.016], 0.001), points([0.114, 0.097, 0.0645, 0.0325], 0.002, 2.0)
+    times = meet_target.smoothed([one, other])
+    np.testing.assert_allclose(times[1], 2.0 * times[0], rtol=1e-9)
+    dear = points([0.3, 0.255, 0.17, 0.085], 0.002, 2.0)  # five seconds an operation, and no doubt about it
+    times = meet_target.smoothed([one, dear])
+    assert times[1][-1] > 4.0 * times[0][-1]
+
+
+def test_steps_that_are_real_stay_and_never_fall() -> None:
+    (times,) = meet_target.smoothed([points([0.050, 0.050, 0.010, 0.012], 0.0005)])
+    assert np.all(np.diff(times) >= 0)
+    assert times[1] == pytest.approx(0.0, abs=1e-3)  # narrower than 16 saves nothing more
+    assert times[-1] == pytest.approx(0.050, rel=0.02)

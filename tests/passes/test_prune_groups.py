@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import graphs
@@ -13,9 +14,9 @@ import pytest
 from onnx import numpy_helper
 from streams import BLOCK, STREAM, WEIGHTS, batches, data, error, pruned
 
-from liar_opt.passes.prune_model import prune
+from liar_opt.passes.prune_model import inspect, prune
 from liar_opt.runtime import memory
-from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 
 
 @pytest.mark.parametrize("score", ["greedy", "activation-weighted", "magnitude", "random"])
@@ -123,10 +124,70 @@ def test_nan_is_the_models_fault_or_the_datas() -> None:
         pruned(graphs.parse(STREAM, WEIGHTS), 0.5, data(feeds))
 
 
-def test_a_feed_that_does_not_run_is_reported() -> None:
+def test_a_part_that_does_not_run_is_ours() -> None:
+    """Whether the data is at fault is asked of the original, in `prune`; a part by itself says nothing of it."""
     feeds = ({"x0": np.zeros((2, 3, 7), np.float32)},)
-    with pytest.raises(ModelError, match="ONNX Runtime fails on the calibration data"):
+    with pytest.raises(InternalError, match=r"fails on the part of the model that computes .*h0"):
         pruned(graphs.parse(STREAM, WEIGHTS), 0.5, data(feeds))
+
+
+POSITIONS = (
+    "f (float[b, s, 6] x) => (float[b, s, 6] y) { p = Add(x, table)  u = MatMul(p, w)  h = Relu(u)  y = MatMul(h, v) }"
+)
+
+
+def of_lengths(*lengths: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [{"x": rng.standard_normal((3, n, 6)).astype(np.float32)} for n in lengths]
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (5, 7), (7, 5)])
+@pytest.mark.parametrize("memory", [None, "1GB"])
+def test_data_on_which_the_original_fails(lengths: tuple[int, ...], memory: str | None) -> None:
+    """The graph says any length; a constant fits one alone. Told before the work if the first batch says it."""
+    proto = graphs.parse(POSITIONS, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
+    with pytest.raises(ModelError, match=r"ONNX Runtime fails on the calibration data \('x' \[[136], 7, 6\]\)"):
+        prune(proto, of_lengths(*lengths), ffn=0.5, allocate="uniform", memory=memory)
+
+
+def test_a_part_that_fails_where_the_original_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Got invalid dimensions")
+
+    proto = graphs.parse(POSITIONS, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
+    monkeypatch.setattr("liar_opt.passes.prune_groups.Session", lambda *_: type("Broken", (), {"run": fail})())
+    with pytest.raises(CheckError, match=r"InternalError: ONNX Runtime fails on the part of the model that .*h/2"):
+        prune(proto, of_lengths(5, 5), ffn=0.5, allocate="uniform")
+
+
+@pytest.mark.parametrize("said", ["Failed to allocate memory for requested buffer of size 99", "std::bad_alloc"])
+def test_memory_that_runs_out_is_no_bug(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(said)
+
+    proto = graphs.parse(POSITIONS, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
+    monkeypatch.setattr("liar_opt.passes.prune_groups.Session", lambda *_: type("Full", (), {"run": fail})())
+    with pytest.raises(OptionError, match="prune-groups ran out of memory"):
+        prune(proto, of_lengths(5, 5), ffn=0.5, allocate="uniform")
+
+
+def test_an_operator_that_onnx_runtime_lacks_is_named_before_any_work() -> None:
+    text = POSITIONS.replace("y = MatMul(h, v)", "z = MatMul(h, v)  y = test.MyNorm(z)")
+    proto = graphs.parse(text, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
+    said = r"test::MyNorm is not in this ONNX Runtime \(node '\w+' \(test::MyNorm\) of the model\); --custom-ops"
+    for dry_run in (False, True):
+        with pytest.raises(ModelError, match=said):
+            prune(proto, "missing.npz", ffn=0.5, dry_run=dry_run)
+    found = inspect(proto)
+    assert [g.size for g in found.groups] == [40]
+    assert any(re.search(said, note) for note in found.report["model"]["notes"])
+
+
+def test_a_graph_that_onnx_runtime_refuses() -> None:
+    proto = graphs.parse(POSITIONS, {"table": (1, 5, 7), "w": (6, 40), "v": (40, 6)})
+    with pytest.raises(ModelError, match="ONNX Runtime cannot load the model: "):
+        prune(proto, of_lengths(5), ffn=0.5)
+    assert any("cannot load" in note for note in inspect(proto).report["model"]["notes"])
 
 
 def test_options() -> None:

@@ -151,3 +151,71 @@ def test_tiny_probabilities_come_in_steps(wrong: bool) -> None:
         return
     VerifyModelPass()(state)
     assert state.facts["verification"]["exact_difference"] < 1e-6
+
+
+# -- outputs that are no tensors -------------------------------------------------------------------------------------
+
+
+def in_parts(kind: str) -> onnx.ModelProto:
+    """Returns a model whose only output is a sequence of its result, or a map of classes for each sample."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w1"], ["u"], name="up"),
+        onnx.helper.make_node("Relu", ["u"], ["h"]),
+        onnx.helper.make_node("MatMul", ["h", "w2"], ["v"], name="down"),
+    ]
+    output = onnx.helper.make_tensor_sequence_value_info("all", 1, None)
+    if kind == "sequence":
+        nodes.append(onnx.helper.make_node("SequenceConstruct", ["v", "x"], ["all"]))
+    else:
+        labels = ["no", "yes", "may", "be", "not"]
+        nodes.append(onnx.helper.make_node("ZipMap", ["v"], ["all"], domain="ai.onnx.ml", classlabels_strings=labels))
+        output = onnx.ValueInfoProto(name="all")
+        held = output.type.sequence_type.elem_type.map_type
+        held.key_type, held.value_type.tensor_type.elem_type = onnx.TensorProto.STRING, onnx.TensorProto.FLOAT
+    weights = {"w1": rng.standard_normal((6, 17)), "w2": rng.standard_normal((17, 5))}
+    initializers = [onnx.numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()]
+    given = onnx.helper.make_tensor_value_info("x", 1, ["b", 6])
+    graph = onnx.helper.make_graph(nodes, "g", [given], [output], initializers)
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("ai.onnx.ml", 3)]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def cut_in_parts(kind: str) -> State:
+    state = load_state(in_parts(kind))
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    rng = np.random.default_rng(0)
+    feeds = tuple({"x": rng.standard_normal((6, 6)).astype(np.float32)} for _ in range(12))
+    state.calibration = CalibrationData(feeds, (None,) * 12, 72, 72, "test", (), False)
+    state.keep = {g.name: g.size // 2 for g in state.groups}
+    PruneGroupsPass()(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("sequence", {"all[0]", "all[1]"}), ("map", {f"all[{k}]" for k in ("no", "yes", "may", "be", "not")})],
+)
+def test_sequences_and_maps_are_compared_in_their_parts(kind: str, names: set[str]) -> None:
+    state = cut_in_parts(kind)
+    assert [(g.kind, g.size) for g in state.groups] == [("ffn", 17)]
+    VerifyModelPass()(state)
+    facts = state.facts["verification"]
+    assert facts["exact_difference"] <= 1e-5
+    assert set(facts["outputs"]) == names
+    assert "not_compared" not in facts
+    written = onnx.shape_inference.infer_shapes(state.model.to_proto())
+    assert written.graph.output[0].type.WhichOneof("value") == "sequence_type"
+    assert (
+        onnx.ModelProto.FromString(state.model.to_proto().SerializeToString()).graph.output[0]
+        == in_parts(kind).graph.output[0]
+    )
+
+
+@pytest.mark.parametrize("kind", ["sequence", "map"])
+def test_a_wrong_weight_behind_a_sequence_is_caught(kind: str) -> None:
+    state = cut_in_parts(kind)
+    constant(state, "w2")[0, 0] += 0.5
+    with pytest.raises(CheckError, match=r"output 'all\["):
+        VerifyModelPass()(state)

@@ -968,3 +968,12 @@ def test_positions_bound_the_sequence_length(tmp_path: Path) -> None:
     assert max(batch["input_ids"].shape[1] for batch in data.batches) == 64
     made = load_calibration(None, GPT, samples=3, vocabulary=9, positions=7)
     assert {batch["input_ids"].shape[1] for batch in made.batches} == {7}
+
+
+def test_made_up_inputs_of_absurd_sizes() -> None:
+    refuse(
+        "samples of model input 'x' (float32 [b, 1073741824])",
+        "--calibration",
+        source=None,
+        inputs=[spec("x", ("b", 1 << 30), "float32")],
+    )

@@ -134,6 +134,41 @@ def test_cross_moments_must_cover_every_row() -> None:
         moments.add_cross(23, x.T @ x, x.sum(axis=0), 1.0)
 
 
+def test_some_channels_are_those_that_were_measured_alone() -> None:
+    x, y, left = rows_of(0, 23), rows_of(1, 23)[:, :M], np.asarray([0, 2, 3, 6])
+    whole, alone = Moments(N), Moments(left.size)
+    for moments, rows in ((whole, x), (alone, x[:, left])):
+        for held, part in ((False, slice(0, 17)), (True, slice(17, 23))):
+            add(moments, rows[part], held)
+            moments.add_cross(
+                len(rows[part]), rows[part].T @ y[part], y[part].sum(0), float(np.square(y[part]).sum()), held
+            )
+    whole._folds["training"].second = np.triu(whole._folds["training"].second)  # as block rows leave it
+    found = whole.part(left)
+    for fold in ("all", "training", "held_back"):
+        assert found.rows(fold) == alone.rows(fold)
+        assert np.allclose(found.statistics(fold).covariance, alone.statistics(fold).covariance)
+        assert np.allclose(found.statistics(fold).mean, alone.statistics(fold).mean)
+        assert np.allclose(found.cross_statistics(fold).covariance, alone.cross_statistics(fold).covariance)
+
+
+def test_a_target_that_is_partly_met_is_what_is_left_of_it() -> None:
+    x, y, by = rows_of(0, 23), rows_of(1, 23)[:, :M], np.asarray([0.5, -2.0, 3.0])
+    weights = np.random.default_rng(2).uniform(0.5, 2.0, (23, 1))
+    shifted, made = Moments(N), Moments(N)
+    for moments, target in ((shifted, y), (made, y - by)):
+        total, second = (weights * x).sum(axis=0), (weights * x).T @ x
+        moments.add_block_rows(float(weights.sum()), total, [second], [0, N], seen=23)
+        square = float((weights * target * target).sum())
+        moments.add_cross(float(weights.sum()), (weights * x).T @ target, (weights * target).sum(axis=0), square)
+    shifted.shift_target(by)
+    found, wanted = shifted.cross_statistics(), made.cross_statistics()
+    assert np.allclose(found.covariance, wanted.covariance)
+    assert np.allclose(found.target_mean, wanted.target_mean)
+    assert found.target_variance == pytest.approx(wanted.target_variance)
+    assert shifted._folds["training"].target_square == pytest.approx(made._folds["training"].target_square)
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     moments = Moments(N)
     with pytest.raises(InternalError, match="no rows in fold 'held_back'"):

@@ -10,7 +10,7 @@ import pytest
 
 from liar_opt.frontend.weight_files import lightened
 from liar_opt.runtime.errors import InternalError, OptionError
-from liar_opt.runtime.sessions import Session, as_array, cuda_works, element_type, resolve_provider
+from liar_opt.runtime.sessions import Session, as_array, cuda_works, element_type, resolve_provider, tensors_within
 
 PROTO = graphs.parse("f (float[a, b] x, float z) => (float[a, b] y, float[b, a] t) { y = Mul(x, z)  t = Transpose(y) }")
 
@@ -96,3 +96,13 @@ def test_cuda_keeps_values_on_the_device() -> None:
     second = own.run({"x": first["y"], "z": np.asarray(5, np.float32)}, arrays=True)
     np.testing.assert_allclose(second["y"], 15 * x)
     assert own.run({"x": x, "z": np.asarray(1, np.float32)}, arrays=True)["t"].shape == (3, 2)
+
+
+def test_the_parts_of_what_is_no_tensor() -> None:
+    one, two = np.ones(2), np.zeros(3)
+    assert list(tensors_within("all", [one, [two]])) == ["all[0]", "all[1][0]"]
+    found = tensors_within("scores", [{"yes": 0.25, "no": 0.75}, {"yes": 0.5, "no": 0.5}])
+    np.testing.assert_array_equal(found["scores[yes]"], [0.25, 0.5])
+    np.testing.assert_array_equal(found["scores[no]"], [0.75, 0.5])
+    assert tensors_within("map", {3: "text"})["map[3]"] == "text"
+    assert tensors_within("empty", []) == tensors_within("nothing", None) == {}

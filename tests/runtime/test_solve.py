@@ -65,6 +65,27 @@ def test_repair_is_the_least_squares_fit(seed: int) -> None:
     np.testing.assert_allclose(b_add, best[-1], rtol=1e-6, atol=1e-8)
 
 
+def test_the_residual_of_what_goes_is_the_same_beside_what_stays() -> None:
+    """Of channels that others explain, only the rest of the covariance decides which of them go."""
+    x = rows_of(3, 60)
+    statistics, weight = statistics_of(x), weight_of(4)
+    inside, kept = np.asarray([0, 2, 3, 5]), np.asarray([0, 3])
+    beside = np.setdiff1d(np.arange(N), inside)
+    rest = solve.unexplained(statistics.covariance, inside, beside, 1e-12)
+    removed = np.setdiff1d(np.arange(inside.size), kept)
+    alone = solve.residual_error(rest, weight[inside], kept, removed, 1e-12)
+    left = np.sort(np.concatenate([beside, inside[kept]]))
+    together = solve.residual_error(statistics.covariance, weight, left, inside[removed], 1e-12)
+    assert alone == pytest.approx(together, rel=1e-6)
+    assert alone < 0.9 * solve.residual_error(
+        statistics.covariance[np.ix_(inside, inside)], weight[inside], kept, removed, 1e-12
+    )
+    copied = np.concatenate([x, x[:, :2]], axis=1)  # wholly explained, however singular
+    again = solve.unexplained(statistics_of(copied).covariance, np.asarray([N, N + 1]), np.arange(N))
+    assert np.abs(again).max() < 1e-2 * statistics.covariance.diagonal().max()
+    assert (np.diagonal(again) >= 0).all()
+
+
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.3, np.inf])
 @pytest.mark.parametrize("seed", range(3))
 def test_errors_are_those_of_the_rows(seed: int, ridge: float) -> None:

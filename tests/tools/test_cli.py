@@ -591,6 +591,81 @@ def test_the_report_is_the_output(refuse: Refuse, model: Path, tmp_path: Path) -
     refuse(model, "-o", tmp_path / "x", "--report", tmp_path / "x", needles=("report", "reads or writes as well"))
 
 
+OPTIONS = ("-o", "--report", "--html")
+
+
+@pytest.fixture
+def everything(tmp_path: Path) -> tuple[list[object], list[Path]]:
+    """A command that reads files of each kind, and those files."""
+    model = make(tmp_path / "model.onnx")
+    onnx.save(onnx.load(model), model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "genai_config.json").write_text('{"model": {}}')
+    (tmp_path / "texts.txt").write_text("one two three\n" * 20)
+    folder = tokenizer(tmp_path / "tokenizer")
+    read = [model, *(tmp_path / name for name in ("weights.bin", "genai_config.json", "texts.txt")), *folder.iterdir()]
+    return [model, "--calibration", tmp_path / "texts.txt", "--tokenizer", folder, "--force"], read
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_result_is_written_over_the_input(
+    refuse: Refuse, everything: tuple[list[object], list[Path]], tmp_path: Path, option: str
+) -> None:
+    command, read = everything
+    (tmp_path / "links").mkdir()
+    for i, file in enumerate(read):
+        (tmp_path / "links" / f"{i}").hardlink_to(file)
+        for place in (file, tmp_path / "links" / f"{i}"):
+            refuse(*command, option, place, needles=(f"'{place}' is ", "reads or writes as well"))
+    for other in {"--html", "--report"} - {option}:
+        refuse(*command, option, tmp_path / "one", other, tmp_path / "one", needles=("reads or writes as well",))
+    assert run(*command, option, tmp_path / "new.x", "--no-latency", "--quiet") == 0  # the command itself is sound
+
+
+@pytest.mark.parametrize("option", ["--report", "--html"])
+def test_inspect_does_not_write_over_the_input(
+    refuse: Refuse, everything: tuple[list[object], list[Path]], tmp_path: Path, option: str
+) -> None:
+    for file in everything[1][:3]:
+        refuse("inspect", everything[0][0], "--force", option, file, needles=("reads or writes as well",))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    refuse("inspect", checkpoint, "--force", option, checkpoint / "config.json", needles=("reads or writes as well",))
+
+
+def test_the_result_in_memory_is_not_written_over_the_input(everything: tuple[list[object], list[Path]]) -> None:
+    import liar_opt
+
+    command, read = everything
+    before = [file.read_bytes() for file in read]
+    result = liar_opt.prune(str(command[0]), str(command[2]), tokenizer=str(command[4]), samples=8, latency=False)
+    for file in read:
+        with pytest.raises(liar_opt.OptionError, match="reads or writes as well"):
+            result.save(file, force=True)
+    assert [file.read_bytes() for file in read] == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.parametrize("command", [(), ("inspect",)])
+def test_what_is_no_file_is_not_replaced(refuse: Refuse, model: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to("precious")
+    os.mkfifo(tmp_path / "pipe")
+    options = OPTIONS[1:] if command else OPTIONS
+    for option in options:
+        refuse(*command, model, "--force", option, tmp_path / "pipe", needles=("pipe' is a pipe; give the path of a file",))
+        refuse(*command, model, "--force", option, tmp_path / "link", needles=("is a symbolic link to", "precious'"))
+        refuse(*command, model, "--force", option, os.devnull, needles=("is a device; give the path of a file",))
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink() and not Path(os.devnull).is_file()
+
+
+def test_a_resume_folder_that_is_another_result(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    refuse(
+        model, "-o", tmp_path / "x", "--resume", tmp_path / "r", "--report", tmp_path / "r", needles=("within the resume",)
+    )
+    refuse(model, "--resume", tmp_path, needles=("is the input, or holds it",))
+
+
 def full(*_: Any, **__: Any) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -630,17 +705,17 @@ def test_a_failed_check(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyP
 def test_a_bug_shows_its_traceback(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from liar_opt.passes.prune_groups import PruneGroupsPass
+    from liar_opt.passes.allocate_widths import AllocateWidthsPass
 
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("the bug")
 
-    monkeypatch.setattr(PruneGroupsPass, "plan", broken)
+    monkeypatch.setattr(AllocateWidthsPass, "plan", broken)
     assert run(model) == 3
     shown = capsys.readouterr()
     assert "Traceback" in shown.err
     assert "ZeroDivisionError: the bug" in shown.err
-    assert "pass prune-groups failed" in shown.err
+    assert "pass allocate-widths failed" in shown.err
     assert shown.err.splitlines()[-1].startswith("liar-opt: this is a bug")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
 
@@ -690,19 +765,62 @@ def test_interrupted_while_writing(refuse: Refuse, model: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process there")
-def test_ctrl_c(model: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c(model: Path, name: str) -> None:
+    number = getattr(signal, name)
     command = [sys.executable, "-m", "liar_opt", str(model), "--samples", "400000", "--no-latency"]
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
-    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    restore = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore) as child:
         assert child.stderr is not None
         assert child.stderr.readline().startswith("liar-opt: warning: ")  # the model is read, the work begins
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         out, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert out == ""
     assert err.splitlines() == ["liar-opt: interrupted; nothing was written"]
     assert sorted(p.name for p in model.parent.iterdir()) == ["model.onnx"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+def test_a_request_to_end_while_writing(refuse: Refuse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written so far goes, and whoever calls has the signal as it was."""
+    write = weight_files._write
+
+    def half(stream: Any, data: bytes) -> None:
+        write(stream, data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(weight_files, "_write", half)
+    refuse(model, "--samples", 4, needles=("interrupted; nothing was written",), code=130, warned=True)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP there")
+def test_what_is_ignored_already_stays_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(weight_files, "as_bytes", _after_a_hangup(weight_files.as_bytes))
+        assert run(model, "--samples", 4, "--quiet", "--no-latency") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _after_a_hangup(function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return function(*arguments)
+
+    return called
+
+
+def test_what_a_killed_run_left_goes(model: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".model.liar.onnx.abcdefgh.liar-opt.tmp"
+    left.write_text("half")
+    assert run(model, "--samples", 4, "--quiet", "--dry-run") == 0
+    assert left.exists() or sys.platform == "win32"
+    assert run(model, "--samples", 4, "--quiet", "--no-latency") == 0
+    assert not left.exists() or sys.platform == "win32"
 
 
 def test_a_reader_that_has_seen_enough(model: Path) -> None:

@@ -30,7 +30,7 @@ from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import count_flops
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.prune_model import prune
-from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session, cuda_works
 from liar_opt.tools.demo_assets import MINILM_INPUTS
 
@@ -84,13 +84,13 @@ def latency(work: Workplace) -> str:
     counted = [OnnxModel.from_proto(onnx.load_from_string(models[name])) for name in ("float32", "float32, pruned")]
     for model in counted:
         model.normalise()
-    sessions = [Session(m, "cuda", exact=False) for m in models.values()]
+    timed = [Deployed(m, device="cuda") for m in models.values()]
     rng, rows = np.random.default_rng(work.options.seed), []
     for b, s in SHAPES:
         values = (rng.integers(1000, 2000, (b, s)), np.ones((b, s), np.int64), np.zeros((b, s), np.int64))
         feeds = dict(zip(MINILM_INPUTS, values, strict=True))
         dense, pruned = (count_flops(m, AxisAlgebra, feeds) or 0 for m in counted)
-        found = measure_latency(sessions, feeds, 6.0, least=10, most=4000)
+        found = measure_latency(timed, feeds, 6.0, least=10, most=4000)
         times = dict(zip(models, found.seconds, strict=True))
         cells = [f"{b} x {s}", f"{dense / pruned:.2f}"]
         for name in ("float32", "float16"):
@@ -111,9 +111,9 @@ def targets(work: Workplace) -> str:
         result = work.prune(work.model, provider="cuda", target=target, batch_size=BATCH)
         seconds = time.perf_counter() - began
         report, model = result.report["target"], result.model.SerializeToString()
-        sessions = [Session(m, "cuda", exact=False) for m in (work.model.read_bytes(), model)]
+        timed = [Deployed(m, device="cuda") for m in (work.model, model)]
         feeds = work.batches(work.model, batch_size=BATCH).batches[0]
-        asked, found = report["dense"] / report["wanted"], measure_latency(sessions, feeds, 4.0, most=4000).speedup
+        asked, found = report["dense"] / report["wanted"], measure_latency(timed, feeds, 4.0, most=4000).speedup
         cosine = held.cosine(model)["mean"]
         rows.append([target, f"{asked:.2f}x", f"{found:.3f}x", f"{found / asked - 1:+.1%}"])
         rows[-1] += [f"{cosine:.4f}", f"{seconds:.0f} s"]

@@ -45,7 +45,7 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
-from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo import tokenise
@@ -468,8 +468,8 @@ def latency(work: Workplace) -> dict[str, Any]:
         feeds = dict(zip(MINILM_INPUTS, values, strict=True))
         flops = [count_flops(m, AxisAlgebra, feeds) or 0 for m in analysed.values()]
         for threads in THREADS:
-            sessions = [Session(m, threads=threads) for m in models.values()]
-            found = measure_latency(sessions, feeds, LATENCY_SECONDS, least=10, most=2000)
+            timed = [Deployed(m, threads=threads) for m in models.values()]
+            found = measure_latency(timed, feeds, LATENCY_SECONDS, least=10, most=2000)
             times = dict(zip(models, found.seconds, strict=True))
             rows.append({"shape": [b, s], "threads": threads, "flops": flops, "seconds": times, "runs": found.runs})
             say(f"latency: {b} x {s}, {threads} threads: " + ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in times.items()))

@@ -17,8 +17,7 @@ from typing import Any
 
 from benchmark_minilm import Held, Others, Workplace, say, setting, table
 
-from liar_opt.runtime.latency import measure_latency
-from liar_opt.runtime.sessions import Session
+from liar_opt.runtime.latency import Deployed, measure_latency
 
 TARGETS = ("size=80MB", "size=75MB", "flops=0.75x", "flops=0.5x", "latency=1.5x", "latency=2x")
 DROPS = ("5%", "10%", "20%")
@@ -41,10 +40,10 @@ def met(work: Workplace, held: Held, target: str) -> dict[str, Any]:
     elif kind == "flops":
         asked, found = report["target"]["wanted"], float(report["after"]["flops"])
     else:  # both models in turns, in this run: their ratio is what was asked for
-        sessions = [Session(work.model.read_bytes(), "cpu"), Session(model, "cpu")]
+        models = [Deployed(work.model), Deployed(model)]
         batch = work.batches(work.model).batches[0]
         asked = report["target"]["dense"] / report["target"]["wanted"]
-        found = measure_latency(sessions, batch, LATENCY_SECONDS, most=100_000).speedup
+        found = measure_latency(models, batch, LATENCY_SECONDS, most=100_000).speedup
     return {"kind": kind, "asked": asked, "found": found, "seconds": seconds, "cosine": held.cosine(model)["mean"]}
 
 

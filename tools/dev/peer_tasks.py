@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import vocabulary
 from liar_opt.runtime.calibration_data import load_calibration
-from liar_opt.runtime.latency import measure_latency
+from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.metrics import accuracy, divergences
 from liar_opt.runtime.sessions import Session
 from liar_opt.tools.demo_assets import export_minilm, minilm_folder, sentences, split
@@ -107,11 +107,14 @@ class Task:
 
     def latency(self, pruned: Path) -> tuple[float, float]:
         """Median seconds of a run of the dense and of the pruned model, in turns, two threads."""
-        sessions = [Session(path.read_bytes(), threads=2) for path in (self.model, pruned)]
+        models = [Deployed(path, threads=2) for path in (self.model, pruned)]
         rng = np.random.default_rng(self.options.seed)
-        feeds = {name: np.ones(self.batch, np.int64) for name in sessions[0].inputs}
+        feeds = {
+            name: np.ones(self.batch, np.int64)
+            for name in (i.name for i in onnx.load(self.model, load_external_data=False).graph.input)
+        }
         feeds["input_ids"] = rng.integers(1000, 2000, self.batch)
-        found = measure_latency(sessions, feeds, LATENCY_SECONDS, least=10, most=500)
+        found = measure_latency(models, feeds, LATENCY_SECONDS, least=10, most=500)
         return found.seconds[0], found.seconds[-1]
 
     def store(self, batches: list[dict[str, Any]]) -> None:

@@ -1,0 +1,239 @@
+"""The rules of operators that move elements between axes or pick places; :mod:`liar_opt.frontend.onnx_rules` imports them.
+
+Channels go through most of them one by one: what is mixed, sampled or counted through (rows and columns, places within a
+block, boxes) is pinned, and outputs have known sizes, so that what is behind them is found.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from liar_opt.frontend.onnx_model import present
+from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
+
+if TYPE_CHECKING:
+    from liar_opt.frontend.onnx_rules import GraphWalk
+
+
+def _known(w: GraphWalk, node: gs.Node, position: int) -> list[int] | None:
+    """Returns the whole numbers of an input, or None where they are not known."""
+    value = w.value(node, position)
+    return None if value is None else [int(v) for v in np.asarray(value).reshape(-1)]
+
+
+def _first(w: GraphWalk, node: gs.Node) -> Axes:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    return axes
+
+
+# -- blocks ---------------------------------------------------------------------------------------------------------
+
+
+@rule("DepthToSpace")
+def _depth_to_space(w: GraphWalk, node: gs.Node) -> None:
+    """[b, n*n*c, h, w] -> [b, c, h*n, w*n]; with mode CRD the channels are [c, n, n]."""
+    axes, block = _first(w, node), int(node.attrs["blocksize"])
+    channels = w.algebra.size(axes[1])
+    if channels % block**2:
+        w.give_up(node, f"DepthToSpace of {channels} channels into blocks of {block}")
+        return
+    rest, first = channels // block**2, str(node.attrs.get("mode", "DCR")) == "DCR"
+    parts = w.algebra.split(axes[1], [block, block, rest] if first else [rest, block, block])
+    high, wide = parts[:2] if first else parts[1:]
+    w.pin([high, wide], f"a place within a block (node '{node.name}')")
+    depth = parts[2] if first else parts[0]
+    w.output(node, (axes[0], depth, w.algebra.merge([axes[2], high]), w.algebra.merge([axes[3], wide])))
+
+
+@rule("SpaceToDepth")
+def _space_to_depth(w: GraphWalk, node: gs.Node) -> None:
+    """[b, c, h*n, w*n] -> [b, n*n*c, h, w]; with mode CRD (opset 28) the channels are [c, n, n]."""
+    axes, block = _first(w, node), int(node.attrs["blocksize"])
+    sizes = w.shape(axes[2:])
+    if any(size % block for size in sizes):
+        w.misfit(node, f"SpaceToDepth of {sizes[0]} x {sizes[1]} places in blocks of {block}")
+        return
+    split = [w.algebra.split(f, [size // block, block]) for f, size in zip(axes[2:], sizes, strict=True)]
+    places = [parts[1] for parts in split]
+    w.pin(places, f"a place within a block (node '{node.name}')")
+    first = str(node.attrs.get("mode", "DCR")) == "DCR"
+    w.output(node, (axes[0], w.algebra.merge([*places, axes[1]] if first else [axes[1], *places]), *(p[0] for p in split)))
+
+
+@rule("Col2Im")
+def _columns_to_image(w: GraphWalk, node: gs.Node) -> None:
+    """[b, c*places, blocks] -> [b, c, image]: blocks are added up where they overlap."""
+    axes, image, block = _first(w, node), _known(w, node, 1), _known(w, node, 2)
+    if image is None or block is None or w.algebra.size(axes[1]) % math.prod(block):
+        w.give_up(node, "Col2Im of sizes that are not known")
+        return
+    where = f"added up by Col2Im (node '{node.name}')"
+    channels, *places = w.algebra.split(axes[1], [w.algebra.size(axes[1]) // math.prod(block), *block])
+    w.pin([*places, axes[2]], where)
+    w.output(node, (axes[0], channels, *(w.fresh(size, where) for size in image)))
+
+
+@rule("CenterCropPad")
+def _center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
+    axes, target = _first(w, node), _known(w, node, 1)
+    chosen = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
+    if target is None or len(target) != len(chosen):
+        w.give_up(node, "CenterCropPad to a size that is not known")
+        return
+    result, where = list(axes), f"{node.op} runs over it (node '{node.name}')"
+    for element, (axis, size) in enumerate(zip(chosen, target, strict=True)):
+        if size == w.algebra.size(axes[axis]):
+            w.size_use(node, ("input", 1, element), axes[axis])
+            continue
+        w.pin([axes[axis]], where)
+        result[axis] = w.fresh(size, where)
+    w.output(node, tuple(result))
+
+
+# -- places that are picked -----------------------------------------------------------------------------------------
+
+
+@rule("Trilu")
+@rule("Trilu", domain=MICROSOFT)
+def _triangle(w: GraphWalk, node: gs.Node) -> None:
+    axes = _first(w, node)
+    w.pin(axes[-2:], f"a triangle of it is taken (node '{node.name}')")
+    w.output(node, axes)
+
+
+@rule("Det")
+def _determinant(w: GraphWalk, node: gs.Node) -> None:
+    axes = _first(w, node)
+    w.pin(axes[-2:], f"Det runs over it (node '{node.name}')")
+    w.output(node, axes[:-2])
+
+
+@rule("ReverseSequence")
+def _reverse_sequence(w: GraphWalk, node: gs.Node) -> None:
+    axes = _first(w, node)
+    w.pin(axes[:2], f"reversed by {node.op} (node '{node.name}')")  # one is the time, the other the batch
+    w.output(node, axes)
+
+
+@rule("GridSample")
+@rule("GridSample", domain=MICROSOFT)
+def _grid_sample(w: GraphWalk, node: gs.Node) -> None:
+    """X [b, c, ..] is read at the places of a grid [b, .., r]: the output has its channels and the grid's places."""
+    axes, grid = _first(w, node), w.input_axes(node, 1)
+    assert grid is not None
+    where = f"sampled by {node.op} (node '{node.name}')"
+    w.unify(axes[0], grid[0])
+    w.pin([*axes[2:], *grid[1:]], where)
+    w.output(node, (*axes[:2], *grid[1:-1]))
+
+
+@rule("AffineGrid")
+def _affine_grid(w: GraphWalk, node: gs.Node) -> None:
+    """Matrices [b, r, r + 1] and a size [b, c, ..] -> the places of a grid [b, .., r]."""
+    axes, size = _first(w, node), _known(w, node, 1)
+    where = f"made by AffineGrid (node '{node.name}')"
+    w.pin(axes, where)
+    if size is None:
+        w.give_up(node, "AffineGrid of a size that is not known")
+        return
+    w.output(node, (axes[0], *(w.fresh(n, where) for n in size[2:]), w.fresh(len(size) - 2, where)))
+
+
+@rule("RoiAlign", "MaxRoiPool")
+def _regions(w: GraphWalk, node: gs.Node) -> None:
+    """X [b, c, h, w] is pooled within boxes [n, ..]: [n, c, rows, columns]."""
+    axes, boxes = _first(w, node), w.input_axes(node, 1)
+    assert boxes is not None
+    where = f"pooled by {node.op} (node '{node.name}')"
+    w.pin([axes[0], *axes[2:], *boxes, *(w.input_axes(node, 2) or ())], where)
+    pooled = node.attrs.get("pooled_shape") or [node.attrs.get(f"output_{k}", 1) for k in ("height", "width")]
+    w.output(node, (boxes[0], axes[1], *(w.fresh(int(n), where) for n in pooled)))
+
+
+@rule("MaxUnpool")
+def _max_unpool(w: GraphWalk, node: gs.Node) -> None:
+    """The indices count through channels and places alike, so that all of them stay."""
+    axes, kernel = _first(w, node), [int(k) for k in node.attrs["kernel_shape"]]
+    n, where = len(kernel), f"written to places that are counted by {node.op} (node '{node.name}')"
+    w.pin([*axes, *(w.input_axes(node, 1) or ())], where)
+    strides, pads = node.attrs.get("strides") or [1] * n, node.attrs.get("pads") or [0] * 2 * n
+    spatial = [(s - 1) * strides[i] + kernel[i] - pads[i] - pads[n + i] for i, s in enumerate(w.shape(axes[2:]))]
+    if len(node.inputs) > 2 and present(node.inputs[2]):
+        written = _known(w, node, 2)
+        if written is None:
+            w.give_up(node, "MaxUnpool to a size that is not known")
+            return
+        spatial = written[-n:]
+    w.output(node, (*axes[:2], *(w.fresh(int(s), where) for s in spatial)))
+
+
+@rule("TensorScatter")
+def _tensor_scatter(w: GraphWalk, node: gs.Node) -> None:
+    """A cache [b, .., length, ..] is written over from places of its own for each sample."""
+    past, update = _first(w, node), w.input_axes(node, 1)
+    assert update is not None
+    axis, where = int(node.attrs.get("axis", -2)) % len(past), f"written to by {node.op} (node '{node.name}')"
+    for i, (a, b) in enumerate(zip(past, update, strict=True)):
+        if i != axis:
+            w.unify(a, b)
+    w.pin([past[axis], update[axis], *(w.input_axes(node, 2) or ())], where)
+    w.output(node, past)
+
+
+@rule("DeformConv")
+def _deformable(w: GraphWalk, node: gs.Node) -> None:
+    """X [b, n, ..] is read at offsets [b, .., places] before it meets W [m, n / groups, ..]: no plain product."""
+    x, weight, offset, bias = _first(w, node), w.input_axes(node, 1), w.input_axes(node, 2), w.input_axes(node, 3)
+    assert weight is not None and offset is not None
+    where = f"slid over by a deformable convolution (node '{node.name}')"
+    w.unify(x[0], offset[0])
+    w.pin([*x[1:], *weight[1:], *offset[1:], *(w.input_axes(node, 4) or ())], where)
+    if int(node.attrs.get("group", 1)) > 1:
+        w.pin(weight[:1], where)
+    if bias is not None:
+        w.unify(weight[0], bias[0])
+    w.flops += 2 * math.prod([w.algebra.size(x[0]), *w.shape(weight), *w.shape(offset[2:])])
+    w.output(node, (x[0], weight[0], *offset[2:]))
+
+
+# -- as many as the data says ---------------------------------------------------------------------------------------
+
+
+@rule("NonMaxSuppression")
+def _suppression(w: GraphWalk, node: gs.Node) -> None:
+    where = f"counted through by {node.op} (node '{node.name}')"
+    for i in range(len(node.inputs)):
+        w.pin(w.input_axes(node, i), where)
+    w.output(node, (w.fresh(w.unforeseen(), where), w.fresh(3, where)))
+
+
+@rule("Unique")
+def _unique(w: GraphWalk, node: gs.Node) -> None:
+    axes, where = _first(w, node), f"compared by {node.op} (node '{node.name}')"
+    w.pin(axes, where)
+    found = w.fresh(w.unforeseen(), where)
+    axis = None if "axis" not in node.attrs else int(node.attrs["axis"]) % len(axes)
+    total = math.prod(w.shape(axes)) if axis is None else w.algebra.size(axes[axis])
+    w.output(node, (found,) if axis is None else (*axes[:axis], found, *axes[axis + 1 :]))
+    w.output(node, (found,), 1)
+    w.output(node, (w.fresh(total, where),), 2)
+    w.output(node, (found,), 3)
+
+
+@rule("Multinomial")
+def _drawn(w: GraphWalk, node: gs.Node) -> None:
+    axes, where = _first(w, node), f"drawn from by {node.op} (node '{node.name}')"
+    w.pin(axes, where)
+    w.output(node, (axes[0], w.fresh(int(node.attrs.get("sample_size", 1)), where)))
+
+
+@rule("RandomNormal", "RandomUniform")
+def _random(w: GraphWalk, node: gs.Node) -> None:
+    w.output(
+        node, tuple(w.fresh(int(s), f"random numbers are drawn for it (node '{node.name}')") for s in node.attrs["shape"])
+    )

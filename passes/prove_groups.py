@@ -1,0 +1,440 @@
+"""Prove every group on the graph itself before anything is measured: doubt costs sparsity, never the run.
+
+The cut is rehearsed on a copy of the graph with made-up moments: blocks of every group go, what stays gets other weights
+and a bias, by the very code that cuts later. The copy must be a valid model with the same interface, load in ONNX Runtime
+with its optimizer on and off, and compute what the original computes when the removed rows of every consumer are zero, at
+several sets of input sizes that differ in batch and in length. Where that fails, the groups at fault are found by
+bisection; they are left alone, each with its reason, and the rest is proved without them.
+
+    failure(G)   None where the cut of all groups of G together is right, else what is wrong
+    proved(A, C) A + C where failure(A + C) is None; A where C is one group, which is at fault; else the halves of C in turn
+
+Each group at fault costs about log2 of their number in rehearsals, however many cause a failure together.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.onnx_causal import positions
+from liar_opt.frontend.onnx_model import Stored
+from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
+from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, looked_up, vocabulary, walk
+from liar_opt.frontend.onnx_segments import Extracted, Place, extract
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.find_groups import find_groups
+from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
+from liar_opt.passes.measured import Measured, Repaired
+from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays
+from liar_opt.passes.verify_model import (
+    by_weight,
+    first_samples,
+    least_precision,
+    load_dense,
+    require_format,
+    require_interface,
+    rounded,
+    spread_bias,
+)
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
+from liar_opt.runtime.errors import LiarOptError, OptionError
+from liar_opt.runtime.later import Later
+from liar_opt.runtime.moments import MadeUpMoments, Moments
+from liar_opt.runtime.sessions import Level, Session
+from liar_opt.runtime.signatures import InputSpec, Signature
+
+BATCHES = (2, 3, 1)
+"""Samples of each probe; the last one is a single token, as a decoder is run."""
+LENGTHS = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+"""Lengths to choose from: primes, of which those are taken that no axis of a weight has."""
+OPTIMIZED = 2
+"""Probes that run with ONNX Runtime's optimizer, too."""
+SHRUNK = 0.96875
+"""What stays is multiplied by this in a rehearsal, so that a weight that was not written is seen."""
+
+
+class Failure(NamedTuple):
+    """What is wrong with a cut, and the group at fault, where that is known."""
+
+    reason: str
+    group: str | None = None
+
+
+class RaisedAt(Exception):
+    """Cutting a group raised an exception."""
+
+    def __init__(self, group: str, error: Exception) -> None:
+        super().__init__(_line(error))
+        self.group = group
+
+
+@dataclass(frozen=True)
+class ProveGroupsPass(Pass[Mapping[str, int]]):
+    """Rehearse the cut of every group, and leave those alone whose cut is wrong.
+
+    Attributes:
+        cut: how groups are cut.
+        decided: whether each group is cut to the width that was decided for it; otherwise it loses one block.
+    """
+
+    name: ClassVar[str] = "prove-groups"
+    cut: PruneGroupsPass = field(default_factory=PruneGroupsPass)
+    decided: bool = False
+
+    def plan(self, state: State) -> Mapping[str, int]:
+        """Returns how many blocks of each group are to stay in the rehearsal."""
+        if self.decided:
+            found = {g.name: g.size for g in (*state.groups, *state.values, *state.queries)}
+            return {name: keep for name, keep in state.keep.items() if keep < found.get(name, 0)}
+        cut = list(state.groups)  # what is cut when asked for alone is proved when it was
+        return {g.name: g.size - 1 for g in cut if g.size > 1}
+
+    def apply(self, state: State, plan: Mapping[str, int]) -> PassResult:
+        """Proves the groups; those at fault are no groups any more."""
+        proof = Proof(state, self.cut)
+        faults = proof.faults(plan)
+        leave_alone(state, faults)
+        state.facts["faults"] = faults
+        return PassResult(state, (), refusals_of(faults))
+
+
+def leave_alone(state: State, reasons: Mapping[str, str]) -> None:
+    """Takes groups out of the state: they stay whole."""
+    state.groups = tuple(g for g in state.groups if g.name not in reasons)
+    state.values = tuple(g for g in state.values if g.name not in reasons)
+    state.queries = tuple(g for g in state.queries if g.name not in reasons)
+    for name in reasons:
+        state.keep.pop(name, None)
+
+
+def refusals_of(reasons: Mapping[str, str]) -> tuple[Refusal, ...]:
+    """Returns why groups are left alone, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return tuple(
+        Refusal(
+            f"left alone, for cutting it would be wrong here (a fault of liar-opt; please report it): {reason}",
+            tuple(names),
+        )
+        for reason, names in by_reason.items()
+    )
+
+
+class Proof:
+    """Rehearsals on one model.
+
+    Args:
+        state: the analysed model, not cut yet.
+        cut: how groups are cut; score and repair are those of a rehearsal.
+        feeds: inputs to compare on; None makes some up.
+    """
+
+    def __init__(self, state: State, cut: PruneGroupsPass, feeds: Sequence[dict[str, Any]] | None = None) -> None:
+        self.state = state
+        self.stored: Stored = state.facts["dense"]
+        self.cut = RehearseCutPass(**{**vars(cut), "score": "random", "repair": moved_weights, "ridge": None})
+        self.precision = least_precision(state.model)
+        # What an operator leaves open cannot be compared.
+        self.outputs = [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
+        self.feeds = list(probe_feeds(state, self._dense) if feeds is None else feeds)
+
+    @functools.cached_property
+    def _dense(self) -> Session:
+        known: Later[Session] | None = self.state.facts.get("dense session")
+        return known.result() if known is not None else load_dense(self.state)
+
+    def faults(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> dict[str, str]:
+        """Returns the groups that cannot be cut, with the reason of each.
+
+        Args:
+            keep: how many blocks of each group stay; groups that are not named stay whole.
+            blocks: which; None draws them.
+        """
+        faults: dict[str, str] = {}
+        if not self.feeds or not keep:
+            return faults
+        # In the order in which they are cut: halves are neighbours in the graph.
+        proved: list[str] = []
+        waiting = [list(keep)]
+        while waiting:
+            names = waiting.pop()
+            failure = self.failure({n: keep[n] for n in [*proved, *names]}, blocks or {}) if names else None
+            if failure is None:
+                proved += names
+            elif failure.group in names:
+                faults[str(failure.group)] = failure.reason
+                waiting.append([n for n in names if n != failure.group])
+            elif len(names) == 1:
+                faults[names[0]] = failure.reason
+            else:
+                half = len(names) // 2
+                waiting += [names[half:], names[:half]]
+        return faults
+
+    def failure(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> Failure | None:
+        """Returns what is wrong with the cut of some groups together, or None."""
+        try:
+            rehearsal = self._rehearse(keep, blocks)
+            model = rehearsal.state.model
+            require_interface(self.stored, model, rehearsal.walk.spared)
+            require_format(self.stored, model)
+            reference = Reference(self.state, masked_graph(self.state.analysed(), rehearsal, self.outputs))
+        except RaisedAt as err:
+            return Failure(str(err), err.group)
+        except (MemoryError, OSError):
+            raise
+        except Exception as err:
+            return Failure(_line(err))
+        parts, ends = model.detached(), rehearsal.rewriter.ends()
+        for level in self._levels():
+            how = f"with ONNX Runtime's optimizer {'off' if level == 'none' else 'on'}"
+            try:
+                session = Session(parts[0], self.state.device, parts[1], level == "none", level=level)
+            except Exception as err:
+                return Failure(f"{how} the cut graph cannot be loaded: {_line(err)}")
+            for feeds in self.feeds if level == "none" else self.feeds[:OPTIMIZED]:
+                wrong = self._wrong(session, feeds, reference, ends)
+                if wrong is not None:
+                    sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+                    return Failure(f"{wrong} at {sizes[:200]}, {how}")
+        return None
+
+    def _levels(self) -> tuple[Level, ...]:
+        """How far ONNX Runtime's optimizer goes, in turns; what it packs does not fit where memory is tight."""
+        return ("none",) if self.state.memory.tight else ("none", "all")
+
+    def _rehearse(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> "Rehearsal":
+        """Cuts a copy of the model."""
+        model = self.stored.model()
+        model.normalise()
+        analysed = walk(model, AxisAlgebra)
+        found = find_groups(analysed)
+        data = CalibrationData(tuple(self.feeds), (None,) * len(self.feeds), 0, 0, "probes", (), True)
+        state = State(model, data, self.state.device, memory=self.state.memory, walk=analysed)
+        state.groups = tuple(g for g in (*found.groups, *found.values, *found.queries) if g.name in keep)
+        state.keep = dict(keep)
+        state.facts["blocks"] = blocks
+        self.cut.apply(state, self.cut.plan(state))
+        rehearsal: Rehearsal = state.facts["rehearsal"]
+        return rehearsal
+
+    def _wrong(
+        self, session: Session, feeds: dict[str, Any], reference: "Reference", ends: Mapping[str, Any]
+    ) -> str | None:
+        """Returns how a cut model differs from the masked original on a probe, or None."""
+        try:
+            expected = cut_arrays(reference.run(feeds), ends)
+        except Exception as err:
+            return f"the masked original fails ({_line(err)})"
+        try:
+            found = session.run(cut_arrays(feeds, ends), self.outputs, arrays=True)
+        except Exception as err:
+            return f"the cut graph fails ({_line(err)})"
+        for name, value in expected.items():
+            apart = relative_difference(found[name], value)
+            if apart <= allowed_difference(self.precision, 0.0):
+                continue
+            # A model may magnify rounding by itself, or draw random numbers: ask it, before blaming the cut.
+            moved = relative_difference(cut_arrays(reference.rounded(feeds), ends)[name], value)
+            again = relative_difference(cut_arrays(reference.again(feeds), ends)[name], value)
+            if not apart <= allowed_difference(self.precision, moved) and again <= REPEATED:
+                return f"output '{name}' differs by {apart:.1e}"
+        return None
+
+
+class Reference:
+    """The masked original, run without ONNX Runtime's optimizer."""
+
+    def __init__(self, state: State, part: Extracted) -> None:
+        self.state, self.part = state, part
+        self.session = self._session(part.weights)
+        self._known: dict[int, dict[str, NDArray[Any]]] = {}
+
+    def _session(self, weights: Mapping[str, NDArray[Any]]) -> Session:
+        return Session(self.part.serialise(), self.state.device, weights, True, level="none")
+
+    def run(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns what it gives on a probe."""
+        if id(feeds) not in self._known:
+            self._known[id(feeds)] = self.again(feeds)
+        return self._known[id(feeds)]
+
+    def again(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        """Runs it once more."""
+        return self.session.run(feeds, arrays=True)
+
+    @functools.cached_property
+    def _moved(self) -> Session:
+        return self._session(rounded(self.part.weights))
+
+    def rounded(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns what it gives with every large weight moved by its rounding error."""
+        return self._moved.run(feeds, arrays=True)
+
+
+def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[str]) -> Extracted:
+    """Returns a graph that nothing was cut out of, with zeros in the removed rows and the new biases.
+
+    Args:
+        analysed: the graph as it was.
+        rehearsal: of a copy of it.
+        outputs: what the result computes.
+    """
+    whole = extract(analysed, 0, len(analysed.model.graph.nodes), list(outputs), {})
+    nodes = {n.name: n for n in analysed.model.graph.nodes}
+    uses = {(u.node.name, u.weight_position): u for u in analysed.consumers}
+    # A weight that was repaired again is what it became last; biases were added to those before.
+    patches: dict[tuple[str, int], tuple[list[ConsumerUse], NDArray[Any], NDArray[np.float64]]] = {}
+    for parts in by_weight(rehearsal.repairs):
+        repair = parts[0]
+        own = [uses[u.node.name, u.weight_position] for u in repair.uses]
+        old = own[0].holder.inputs[own[0].weight_position]
+        full = np.zeros(old.shape, old.dtype)
+        for part in parts:
+            full[np.ix_(*part.index)] = part.weight
+        bias, place = spread_bias(repair, full.shape), (own[0].node.name, own[0].weight_position)
+        patches[place] = own, full, bias + patches[place][2] if place in patches else bias
+    for own, full, bias in patches.values():
+        patch_consumer(whole, own, full, bias)
+    forms: dict[tuple[str, int], NDArray[Any]] = {}
+    for form in rehearsal.bases.query_forms:
+        use = form.source.use
+        value = forms.setdefault((use.node.name, use.position), np.array(nodes[use.node.name].inputs[use.position].values))
+        value[np.ix_(*form.index)] = form.value
+    for (name, position), value in forms.items():
+        patch_constant(whole, [(nodes[name], position)], value)
+    return whole
+
+
+def probe_feeds(state: State, session: Session) -> list[dict[str, Any]]:
+    """Returns inputs of several sizes on which the original runs.
+
+    They differ in batch and in length where these are open, and no length is the size of an axis of a weight. A decoder
+    with a cache takes a step behind some tokens. Where the model does not run on made-up inputs, calibration samples serve.
+    """
+    taken = {int(n) for c in state.model.constants() for n in c.shape}
+    inputs, words, limit = state.analysed().input_specs(), vocabulary(state.model), positions(state.model)
+    lengths = [n for n in LENGTHS if n not in taken and n <= (limit or n)] or [max(1, limit or 1)]
+    candidates = []
+    for samples, length in zip(BATCHES, (lengths[0], lengths[min(1, len(lengths) - 1)], 1), strict=True):
+        try:
+            data = load_calibration(
+                None,
+                inputs,
+                samples=samples,
+                batch_size=samples,
+                seed=length,
+                sequence_length=length,
+                image_size=_image_size(state),
+                vocabulary=words,
+                positions=limit,
+                rows=looked_up(state.model),
+            )
+        except OptionError:
+            continue
+        candidates.append(data.batches[0])
+    step = _decoding_step(inputs, words, lengths[0])
+    if step is not None:
+        candidates.insert(2, step)
+    if state.calibration is not None:
+        candidates.append(first_samples(state, state.calibration.batches[0], BATCHES[0]))
+    found: list[dict[str, Any]] = []
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    for feeds in candidates:
+        own = {name: np.shape(value) for name, value in feeds.items()}
+        if own in shapes or len(found) == len(BATCHES):
+            continue
+        try:
+            session.run(feeds)
+        except Exception:  # of ONNX Runtime: a class of its own for each release
+            continue
+        found.append(feeds)
+        shapes.append(own)
+    return found
+
+
+def _decoding_step(inputs: Sequence[InputSpec], words: int | None, cached: int) -> dict[str, Any] | None:
+    """Returns one token for each of two samples, behind a cache of some tokens; None where there is no open cache."""
+    signature = Signature.read(inputs, None)
+    if not signature.past or signature.seen or signature.ids is None:
+        return None
+    rng = np.random.default_rng(cached)
+    samples = BATCHES[0]
+    ids = rng.integers(words or 2, size=(samples, 1))
+    feeds = signature.feed(ids, np.ones(ids.shape, np.bool_), cached=cached)
+    for name in signature.past:
+        spec = signature.inputs[name]
+        lead = (samples,) if len(spec.shape) == 4 else (2, samples)
+        inner = [dim if isinstance(dim, int) else cached for dim in spec.shape[-3:]]
+        feeds[name] = rng.standard_normal((*lead, *inner)).astype(spec.dtype)
+    return feeds
+
+
+def _image_size(state: State) -> int | None:
+    """Returns the size of the pictures of the calibration data; None where there are none."""
+    feeds = {} if state.calibration is None else state.calibration.batches[0]
+    return next((v.shape[-1] for v in feeds.values() if v.ndim == 4 and v.dtype.kind == "f"), None)
+
+
+def _line(error: Exception) -> str:
+    """Returns what an exception says in one line, with its class where it is no sentence of ours."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, LiarOptError) else f"{type(error).__name__}: {text}"
+
+
+@dataclass(frozen=True)
+class RehearseCutPass(PruneGroupsPass):
+    """Cut a copy with made-up moments."""
+
+    name: ClassVar[str] = "rehearse-cut"
+
+    def _run(self, state: State, sweep: Any) -> SegmentRun:
+        run = Rehearsal(self, state, *sweep)
+        state.facts["rehearsal"] = run
+        return run
+
+
+class Rehearsal(SegmentRun):
+    """Cuts without measuring: what a group is cut to is drawn, or given."""
+
+    def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
+        """Cuts the groups of one segment, and makes the models that would measure them."""
+        for group in groups:
+            try:
+                taps = self.taps([group])
+                moments: dict[Place, Moments] = {place: MadeUpMoments(tap.width) for place, tap in taps.items()}
+                self.prune(group, moments)
+            except (MemoryError, OSError):
+                raise
+            except Exception as err:
+                raise RaisedAt(group.name, err) from err
+
+    def require_room(self, segments: Sequence[Any]) -> None:
+        """Nothing is measured, so nothing is too large to be."""
+
+    def select(self, group: ChannelGroup, measured: Sequence[Measured], keep: int) -> NDArray[np.int64]:
+        """Returns the blocks that were asked for, or draws some."""
+        asked = self.state.facts["blocks"].get(group.name)
+        return super().select(group, measured, keep) if asked is None else np.asarray(asked, np.int64)
+
+    def described(
+        self, consumer: Consumer, item: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64], repaired: Repaired
+    ) -> dict[str, Any]:
+        """Returns nothing: no error was measured."""
+        return {}
+
+
+def moved_weights(
+    consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns other weights for what stays, and a bias where there may be one: a repair that knows nothing."""
+    weight = consumer.weight[kept].astype(np.float64) * SHRUNK
+    scale = float(np.sqrt(np.mean(np.square(weight)))) if weight.size and consumer.centred else 0.0
+    return weight, scale * np.linspace(-1.0, 1.0, consumer.weight.shape[1])
