@@ -7,11 +7,14 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +34,18 @@ FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_chan
 """Fields that say how many features a frame of sound has."""
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 """Fields that say how many heads have keys and values of their own; code may divide by them where no weight shows it."""
+MOST_CHOICES = 8
+"""Values of known fields that are tried together before the fields are searched."""
 MOST_TOGETHER = 3
 """Fields changed together where the fewer do not bring the shapes nearer."""
+HEAD_WIDTH = re.compile(r"(^|_)(head_dim|head_size|head_width|head_channels|d_head|dim_head|d_kv|kv_channels)$")
+"""Names of fields that say how wide one head is. Cuts leave that alone: they are not changed, whatever number they hold."""
+RATIO = re.compile(r"ratio|expan|mult")
+"""Names of fields that say a width as a multiple of another one."""
+LONGEST_LIST = 64
+"""Entries of a list in a configuration that are looked at one by one."""
 BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*/config.json")
 WRITTEN = "liar_opt.json"
 """The file of a checkpoint in which liar-opt says what it wrote: path within the folder -> SHA-256."""
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -77,16 +89,15 @@ def checkpoint_folder(path: str | Path, allow_pickle: bool) -> Path:
     """Returns the folder of a checkpoint; a hub name is downloaded into the hub's cache.
 
     Raises:
-        ModelError: there is no configuration, or no weights, or weights in pickle files alone, or a link leads out of it.
+        ModelError: there is no configuration, or no weights, or weights in pickle files alone; a link leads out of it;
+            or it is an adapter, is quantised, or needs code of its own.
     """
     folder = Path(path)
     if not folder.is_dir():
-        folder = _download(str(path), allow_pickle)
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"folder '{path}' has no config.json; give the folder of a transformers checkpoint, or an ONNX file"
-        )
+        _require_plain(_download(str(path), ["*.json"]), path)
+        folder = _download(str(path), [*BESIDE_WEIGHTS, "*.safetensors", *(PICKLES if allow_pickle else ())])
     _check_links(folder)
+    _require_plain(folder, path)
     if any(folder.glob("*.safetensors")):
         return folder
     if any(True for p in PICKLES for _ in folder.glob(p)):
@@ -99,10 +110,99 @@ def checkpoint_folder(path: str | Path, allow_pickle: bool) -> Path:
     raise ModelError(f"folder '{path}' has no weights (*.safetensors); download them, or give another folder")
 
 
-def _download(name: str, allow_pickle: bool) -> Path:
+def _require_plain(folder: Path, path: str | Path) -> None:
+    """Checks what the files of a checkpoint say it is, before anything of it is loaded.
+
+    Args:
+        folder: where its files are.
+        path: what the user called it.
+
+    Raises:
+        ModelError: it has no configuration that can be read, is an adapter, is quantised, or needs code of its own.
+    """
+    if (folder / "adapter_config.json").is_file():
+        base = _fields_of(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ModelError(
+            f"'{path}' holds an adapter (adapter_config.json), no model of its own; merge it into its base model"
+            f"{f' {base!r}' if base else ''} (peft: merge_and_unload), save that with save_pretrained, and give its folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"folder '{path}' has no config.json; give the folder of a transformers checkpoint, or an ONNX file"
+        )
+    config = _fields_of(folder / "config.json")
+    method = _quantised(folder, config)
+    if method is not None:
+        raise ModelError(f"'{path}' is quantised ({method}); prune the float checkpoint and quantise the result")
+    if config.get("auto_map") and _stock_class(config) is None:
+        raise ModelError(
+            f"'{path}' needs code of its own (auto_map in config.json), which liar-opt does not run; load it yourself and "
+            "give the module to liar_opt.prune, or export it to ONNX and give that file"
+        )
+
+
+def _fields_of(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        ModelError: it holds none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ModelError(
+            f"'{path}' cannot be read ({' '.join(str(err).split())[:200]}); repair it or fetch it again"
+        ) from err
+    if not isinstance(result, dict):
+        raise ModelError(f"'{path}' holds no JSON object; repair it or fetch it again")
+    return result
+
+
+def _quantised(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Returns how the weights of a checkpoint are quantised, if they are."""
+    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
+    for part in parts:
+        for name in ("quantization_config", "compression_config"):
+            said = part.get(name)
+            if isinstance(said, dict) and said:
+                return str(said.get("quant_method") or ("bitsandbytes" if _bits_and_bytes(said) else name))
+    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):  # of GPTQ, AWQ, ModelOpt
+        if (folder / name).is_file():
+            return name
+    for path in sorted(folder.glob("*.safetensors")):
+        kinds = {str(v.get("dtype")) for v in _header(path).values() if isinstance(v, dict)}
+        narrow = sorted(k for k in kinds if k.startswith(("F8", "F4", "F6")))
+        if narrow:
+            return f"weights of type {', '.join(narrow)}"
+    return None
+
+
+def _bits_and_bytes(said: Mapping[str, Any]) -> bool:
+    return any(name.startswith(("load_in_", "bnb_")) for name in said)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Returns what a safetensors file says of its tensors; nothing where it is damaged, which loading it will say."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size)) if size <= path.stat().st_size else {}
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _stock_class(config: Mapping[str, Any]) -> Any:
+    """Returns the class of transformers that a configuration names; None where it names none or another."""
+    import transformers
+
+    name = next(iter(config.get("architectures") or ()), None)
+    return getattr(transformers, name, None) if isinstance(name, str) else None
+
+
+def _download(name: str, patterns: list[str]) -> Path:
     import huggingface_hub
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json", *(PICKLES if allow_pickle else ())]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as err:  # no network, no such name, no permission: the hub has many classes for it
@@ -118,12 +218,11 @@ def load_module(folder: Path, allow_pickle: bool) -> torch.nn.Module:
     """
     import transformers
 
-    name = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None])[0]
-    model_class = getattr(transformers, name, None) if name else None
-    model_class = model_class or transformers.AutoModel
+    model_class = _stock_class(_fields_of(folder / "config.json")) or transformers.AutoModel
+    safe = None if allow_pickle else True
     try:
-        with quiet_loading():
-            model: Any = model_class.from_pretrained(folder, use_safetensors=None if allow_pickle else True, dtype="auto")
+        with quiet_loading():  # without code of the folder's own, and so without a question about it
+            model: Any = model_class.from_pretrained(folder, use_safetensors=safe, dtype="auto", trust_remote_code=False)
     except Exception as err:
         raise ModelError(f"transformers cannot load '{folder}': {' '.join(str(err).split())[:300]}") from err
     module: torch.nn.Module = model.eval()
@@ -250,56 +349,83 @@ def _sound(module: torch.nn.Module, name: str, pairs: bool) -> dict[str, torch.T
 
 @dataclass(frozen=True)
 class FieldChange:
-    """One field of a configuration: ``path`` leads from the outermost to the one that has it."""
+    """One field of a configuration: ``path`` leads from the outermost to the one that has it; ``index`` is into a list."""
 
     path: tuple[str, ...]
     name: str
     before: Any
     after: Any
+    index: int | None = None
+
+    @property
+    def place(self) -> FieldPlace:
+        """What is changed."""
+        return self.path, self.name, self.index
 
     def apply(self, config: Any) -> None:
         """Sets the field."""
         for part in self.path:
             config = getattr(config, part)
-        setattr(config, self.name, self.after)
+        old, value = getattr(config, self.name, None), self.after
+        if self.index is not None and old is not None:
+            value = (*old[: self.index], self.after, *old[self.index + 1 :])
+        setattr(config, self.name, list(value) if isinstance(old, list) else value)
 
     def __str__(self) -> str:
-        return f"{'.'.join((*self.path, self.name))} {self.before} -> {self.after}"
+        within = "" if self.index is None else f"[{self.index}]"
+        return f"{'.'.join((*self.path, self.name))}{within} {self.before} -> {self.after}"
 
 
+FieldPlace = tuple[tuple[str, ...], str, int | None]
 Shapes = dict[str, tuple[int, ...]]
 
 
 def express(
-    module: torch.nn.Module, wanted: Shapes, sizes: Iterable[tuple[int, int]], head_widths: Iterable[int]
+    module: torch.nn.Module,
+    wanted: Shapes,
+    sizes: Iterable[tuple[int, int]],
+    head_widths: Iterable[int],
+    *,
+    ratios: Iterable[tuple[int, int]] = (),
+    places: Collection[FieldPlace] | None = None,
+    valid: bool = True,
 ) -> tuple[FieldChange, ...] | None:
     """Finds the fields of a configuration with which the model's class makes tensors of the wanted shapes.
 
-    Candidates are the integers in the configuration that equal a size that changes, fields that are None, and ``head_dim``,
-    which is derived from the others where it is not said. They are tried by making the model without memory (on the meta
-    device); fields are added while they bring more tensors to their shape.
+    Candidates are the integers in the configuration that equal a size that changes, ratios, fields that are None, and
+    ``head_dim``, which is derived from the others where it is not said. They are tried by making the model without memory
+    (on the meta device); fields are added while they bring more tensors to their shape.
 
     Args:
         module: the model, as it was.
         wanted: the shapes of all its tensors, as they will be.
         sizes: (before, after) of every dimension that changes.
         head_widths: widths of heads, which do not change.
+        ratios: those of ``sizes`` that may be said as a multiple of another width.
+        places: the fields that may be changed; all if None.
+        valid: the configuration must be one that can be written and read again, as transformers checks it.
 
     Returns:
         The changes, or None where no set of fields says these widths.
     """
-    pairs = sorted(set(sizes))
-    candidates = list(_candidates(module.config, pairs, sorted(set(head_widths))))
+    candidates = _candidates_of(module, sizes, head_widths, ratios, places)
+    if places is not None:
+        # Together first: a part of them may be no valid configuration.
+        by_place = [[c for c in candidates if c.place == p] for p in dict.fromkeys(c.place for c in candidates)]
+        for together in itertools.islice(itertools.product(*by_place), MOST_CHOICES):
+            if _missing(module, together, wanted, valid) == 0:
+                return _needed(module, together, wanted, valid)
     chosen: tuple[FieldChange, ...] = ()
-    missing = _missing(module, chosen, wanted)
+    missing = _missing(module, chosen, wanted, valid)
+    tried = candidates if len(candidates) <= MOST_TOGETHER else _touching(module, candidates, wanted)
     while missing:
         better = None
         for count in range(1, MOST_TOGETHER + 1):
-            for subset in itertools.combinations(candidates, count):
-                places = [(c.path, c.name) for c in (*chosen, *subset)]
-                if len(set(places)) < len(places):
+            for subset in itertools.combinations(tried, count):
+                changed = [c.place for c in (*chosen, *subset)]
+                if len(set(changed)) < len(changed):
                     continue
-                left = _missing(module, (*chosen, *subset), wanted)
+                left = _missing(module, (*chosen, *subset), wanted, valid)
                 if left < missing and (better is None or left < better[0]):
                     better = (left, (*chosen, *subset))
                 if left == 0:
@@ -309,39 +435,179 @@ def express(
         if better is None:
             return None
         missing, chosen = better
-    return (*chosen, *_divisors(module, chosen, candidates, wanted))
+    return (*chosen, *_divisors(module, chosen, candidates, wanted, valid))
+
+
+def _needed(
+    module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Shapes, valid: bool
+) -> tuple[FieldChange, ...]:
+    """Returns changes without those of fields that are not said and need not be."""
+    needed = list(changes)
+    for change in changes:
+        fewer = [c for c in needed if c is not change]
+        if change.before is None and _missing(module, fewer, wanted, valid) == 0:
+            needed = fewer
+    return tuple(needed)
+
+
+def _touching(module: torch.nn.Module, candidates: Sequence[FieldChange], wanted: Shapes) -> list[FieldChange]:
+    """Returns the candidates that can have a part in saying the shapes.
+
+    Those that alone change tensors, but none of those that are to change, have none.
+    """
+    before = _shapes(module, (), False)
+    if before is None:
+        return list(candidates)
+    result = []
+    for change in candidates:
+        alone = _shapes(module, (change,), False)
+        moved = None if alone is None else {n for n in before if alone.get(n) != before[n]}
+        if not moved or any(wanted.get(n) != before[n] for n in moved):
+            result.append(change)
+    return result
+
+
+def completed(
+    module: torch.nn.Module,
+    changes: Sequence[FieldChange],
+    wanted: Shapes,
+    sizes: Iterable[tuple[int, int]],
+    head_widths: Iterable[int],
+) -> tuple[FieldChange, ...] | None:
+    """Returns changes that make a valid configuration, with one more field if its class asks for it; else None."""
+    if refused(module.config, changes) is None:
+        return tuple(changes)
+    said = {c.place for c in changes}
+    for more in _candidates_of(module, sizes, head_widths, sizes, None):
+        if more.place not in said and refused(module.config, [*changes, more]) is None:
+            if _missing(module, [*changes, more], wanted, True) == 0:
+                return (*changes, more)
+    return None
+
+
+def restate(
+    module: torch.nn.Module,
+    places: Collection[FieldPlace],
+    sizes: Iterable[tuple[int, int]],
+    head_widths: Iterable[int],
+    ratios: Iterable[tuple[int, int]] = (),
+) -> tuple[FieldChange, ...] | None:
+    """Returns what fields that said some widths say for others; None where there is a choice."""
+    candidates = _candidates_of(module, sizes, head_widths, ratios, places)
+    found = {c.place for c in candidates}
+    return tuple(candidates) if len(found) == len(candidates) and found == set(places) else None
+
+
+def _candidates_of(
+    module: torch.nn.Module,
+    sizes: Iterable[tuple[int, int]],
+    head_widths: Iterable[int],
+    ratios: Iterable[tuple[int, int]],
+    places: Collection[FieldPlace] | None,
+) -> list[FieldChange]:
+    found = _candidates(module.config, sorted(set(sizes)), sorted(set(head_widths)), sorted(set(ratios)))
+    return [c for c in dict.fromkeys(found) if (places is None or c.place in places) and _settable(module.config, c)]
+
+
+def _settable(config: Any, change: FieldChange) -> bool:
+    """Returns whether a field takes a value: those of transformers 5 have types."""
+    try:
+        changed_config(config, [change])
+    except Exception:  # a configuration may refuse values in any way
+        return False
+    return True
 
 
 def _divisors(
-    module: torch.nn.Module, chosen: Sequence[FieldChange], candidates: Iterable[FieldChange], wanted: Shapes
+    module: torch.nn.Module,
+    chosen: Sequence[FieldChange],
+    candidates: Iterable[FieldChange],
+    wanted: Shapes,
+    valid: bool,
 ) -> list[FieldChange]:
     """Returns the changes of `KEY_VALUE_HEADS` that were as many as the heads and stay so (latent attention: DeepSeek)."""
-    said = {(c.path, c.name) for c in chosen}
+    said = {c.place for c in chosen}
     alike = {(c.path, c.before, c.after) for c in chosen}
     found = [
-        c
-        for c in candidates
-        if c.name in KEY_VALUE_HEADS and (c.path, c.name) not in said and (c.path, c.before, c.after) in alike
+        c for c in candidates if c.name in KEY_VALUE_HEADS and c.place not in said and (c.path, c.before, c.after) in alike
     ]
-    return [c for c in found if _missing(module, (*chosen, c), wanted) == 0]
+    return [c for c in found if _missing(module, (*chosen, c), wanted, valid) == 0]
 
 
 def _candidates(
-    config: Any, pairs: Sequence[tuple[int, int]], head_widths: Sequence[int], path: tuple[str, ...] = ()
+    config: Any,
+    pairs: Sequence[tuple[int, int]],
+    head_widths: Sequence[int],
+    ratios: Sequence[tuple[int, int]],
+    path: tuple[str, ...] = (),
 ) -> Iterator[FieldChange]:
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
-    numbers = {k: v for k, v in fields.items() if type(v) is int}
-    for name, value in numbers.items():
-        yield from (FieldChange(path, name, value, after) for before, after in pairs if value == before)
+    for name, value in fields.items():
+        if HEAD_WIDTH.search(name):
+            continue
+        if isinstance(value, (list, tuple)) and 0 < len(value) <= LONGEST_LIST:
+            yield from _whole_lists(path, name, value, pairs, ratios)
+            entries: list[tuple[int | None, Any]] = list(enumerate(value))
+        else:
+            entries = [(None, value)]
+        for index, entry in entries:
+            yield from (FieldChange(path, name, entry, new, index) for new in _numbers(name, entry, pairs, ratios))
     if fields.get("head_dim") is None:
         yield from (FieldChange(path, "head_dim", None, width) for width in head_widths)
     for name, value in fields.items():
         if value is None and name in type(config).__init__.__code__.co_names + tuple(_own_fields(type(config))):
-            if name.endswith(("_id", "_ids", "_type", "_dtype")) or name == "head_dim":
+            if name.endswith(("_id", "_ids", "_type", "_dtype")) or HEAD_WIDTH.search(name):
                 continue
             yield from (FieldChange(path, name, None, after) for _, after in pairs)
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            yield from _candidates(value, pairs, head_widths, (*path, name))
+            yield from _candidates(value, pairs, head_widths, ratios, (*path, name))
+
+
+def _numbers(
+    name: str, value: Any, pairs: Iterable[tuple[int, int]], ratios: Iterable[tuple[int, int]]
+) -> Iterator[int | float]:
+    """Yields what a number may become: the new size where it is the old one, a ratio times what the size is."""
+    if type(value) is int:
+        yield from (after for before, after in pairs if value == before)
+    if type(value) not in (int, float) or value <= 0 or not RATIO.search(name):
+        return
+    for before, after in ratios:
+        exact = Fraction(value) * after / before
+        if type(value) is int and exact.denominator == 1:
+            yield int(exact)
+            continue
+        # Models take the integer part of a product: what lies just below one loses it.
+        yield from (float(exact), math.nextafter(float(exact), math.inf))
+
+
+def _whole_lists(
+    path: tuple[str, ...],
+    name: str,
+    values: Sequence[Any],
+    pairs: Sequence[tuple[int, int]],
+    ratios: Sequence[tuple[int, int]],
+) -> Iterator[FieldChange]:
+    """Yields lists in which all entries become what a size becomes."""
+    if len(values) < 2 or any(type(v) not in (int, float) for v in values):
+        return
+    for pair in pairs:
+        options = [next(_numbers(name, v, [pair], [pair] if pair in ratios else []), None) for v in values]
+        if sum(o is not None for o in options) > 1:
+            new = [v if o is None else o for v, o in zip(values, options, strict=True)]
+            yield FieldChange(path, name, tuple(values), tuple(new))
+
+
+def ratio_widths(config: Any, size: int) -> list[int]:
+    """Returns the widths below ``size`` that whole numbers can say where a field says a multiple, ascending."""
+    found: set[int] = set()
+    for part in _configs(config):
+        for name, value in vars(part).items():
+            if name.startswith("_") or not RATIO.search(name):
+                continue
+            for number in value if isinstance(value, (list, tuple)) else (value,):
+                if type(number) in (int, float) and number == int(number) > 1:
+                    found |= {size * n // int(number) for n in range(1, int(number)) if size * n % int(number) == 0}
+    return sorted(found)
 
 
 def _own_fields(config_class: type) -> list[str]:
@@ -357,20 +623,45 @@ def _own_fields(config_class: type) -> list[str]:
     return names
 
 
-def _missing(module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Shapes) -> int:
+def _missing(module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Shapes, valid: bool) -> int:
     """Returns how many tensors of the model that a changed configuration makes have other shapes than are wanted."""
+    shapes = _shapes(module, changes, valid)
+    if shapes is None:
+        return len(wanted) + 1
+    return len(shapes.keys() ^ wanted.keys()) + sum(shapes[k] != s for k, s in wanted.items() if k in shapes)
+
+
+def _shapes(module: torch.nn.Module, changes: Sequence[FieldChange], valid: bool) -> Shapes | None:
+    """Returns the shapes of the model that a changed configuration makes; None where it makes none."""
     import torch
 
     module_class: Any = type(module)
     try:
         config = changed_config(module.config, changes)
+        config = read_back(config) if valid else config
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = module_class(config)
     except Exception:  # a configuration may refuse values in any way
-        return len(wanted) + 1
-    shapes = {k: tuple(v.shape) for k, v in made.state_dict().items()}
-    return len(shapes.keys() ^ wanted.keys()) + sum(shapes[k] != s for k, s in wanted.items() if k in shapes)
+        return None
+    return {k: tuple(v.shape) for k, v in made.state_dict().items()}
+
+
+def read_back(config: Any) -> Any:
+    """Returns a configuration as it is after writing and reading; raises what its class raises where it is not valid."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        config.to_json_file(path)
+        return type(config).from_json_file(path)
+
+
+def refused(config: Any, changes: Sequence[FieldChange]) -> str | None:
+    """Returns why a configuration with some fields changed is not valid, in the words of its class; None where it is."""
+    try:
+        read_back(changed_config(config, changes))
+    except Exception as err:  # a configuration may refuse values in any way
+        return str(err).strip().splitlines()[-1].strip().partition("Error: ")[2].rstrip(".") or type(err).__name__
+    return None
 
 
 def changed_config(config: Any, changes: Sequence[FieldChange]) -> Any:
@@ -486,11 +777,21 @@ def save_checkpoint(
     return path
 
 
-def inexpressible(module: torch.nn.Module, kinds: Collection[str] = (), rest: bool = True) -> str:
-    """Returns the sentence for widths of kinds of groups (of all, if none is named) that a configuration cannot say."""
+def inexpressible(
+    module: torch.nn.Module, kinds: Collection[str] = (), rest: bool = True, because: str | None = None
+) -> str:
+    """Returns the sentence for widths of kinds of groups (of all, if none is named) that a configuration cannot say.
+
+    Args:
+        module: the model.
+        kinds: the kinds.
+        rest: whether other kinds can be said.
+        because: what the class of the configuration says against it.
+    """
     config: Any = module.config
-    names = ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size")
+    names = ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size", "mlp_ratio", "mlp_ratios")
     fields = ", ".join(k for k in names if any(hasattr(c, k) for c in _configs(config))) or "none"
+    fields += f": {because}" if because else ""
     named = ["another number of heads" if k == "heads" else "another feed-forward width" for k in sorted(kinds)]
     what = " or ".join(named) or "these widths"
     lacks = " has no field 'head_dim' and" if "heads" in kinds and "head_dim" not in fields else ""
@@ -545,7 +846,7 @@ def _check_loads(module: torch.nn.Module, folder: Path, example: Mapping[str, to
     model_class: Any = type(module)
     device = next((p.device for p in module.parameters()), "cpu")
     with quiet_loading():
-        loaded, info = model_class.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        loaded, info = model_class.from_pretrained(folder, output_loading_info=True, dtype="auto", trust_remote_code=False)
     loaded = loaded.eval().to(device)
     wrong = {k: v for k, v in info.items() if v}
     if wrong:

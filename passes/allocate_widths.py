@@ -10,8 +10,8 @@ kind as a whole, ``sparsity`` that of all kinds together.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +33,53 @@ Meaning = dict[str, list[dict[str, int]]]
 """By the name of a menu that several groups share: the kept blocks of each that its widths 1, 2, ... stand for."""
 
 
-def kept_width(group: ChannelGroup, ratio: float, multiple_of: int) -> int:
+@dataclass(frozen=True)
+class Sayable:
+    """What the configuration of a checkpoint can say of the widths of its groups.
+
+    Attributes:
+        owner: what says it, for messages.
+        allowed: by group name the numbers of blocks below all of them that it can say; groups not named may keep any.
+        linked: names of the feed-forward groups of which one field says several widths, which stay in proportion.
+        places: the fields that say widths.
+        reasons: by group name why others are not allowed, where that was said.
+    """
+
+    owner: str
+    allowed: Mapping[str, tuple[int, ...]]
+    linked: frozenset[str]
+    places: frozenset[Any] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self, group: ChannelGroup) -> str:
+        """Returns a sentence about what a group may keep."""
+        numbers = ", ".join(map(str, self.allowed[group.name])) or "none"
+        unit = "heads" if group.kind == "heads" else "channels"
+        unit = f"groups of {group.queries} heads" if group.kind == "heads" and group.queries > 1 else unit
+        why = f" ({self.reasons[group.name]})" if group.name in self.reasons else ""
+        return f"of {group.size} {unit} {self.owner} can say {numbers}, no other number below{why}"
+
+
+def kept_width(
+    group: ChannelGroup, ratio: float, multiple_of: int, allowed: Sequence[int] | None = None, more: bool = False
+) -> int:
     """Returns how many blocks of ``group`` stay at ``ratio``.
+
+    Args:
+        group: the group.
+        ratio: the fraction to remove.
+        multiple_of: kept feed-forward widths are multiples of this.
+        allowed: the numbers below the group's size that may stay, if not any may: the nearest is taken.
+        more: of two that are as near the larger one is taken, else the smaller one.
 
     Raises:
         OptionError: none would.
     """
     if ratio == 0.0:
         return group.size  # left alone, a multiple or not
+    if allowed is not None:
+        exact = group.size * (1.0 - ratio)
+        return min((*allowed, group.size), key=lambda n: (abs(n - exact), -n if more else n))
     step = step_of(group, multiple_of)
     if step == group.size and step > 1:
         return group.size  # no multiple is smaller
@@ -236,12 +275,13 @@ def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:
     return keep
 
 
-def _proportional(groups: Sequence[ChannelGroup], keep: dict[str, int]) -> dict[str, int]:
+def _proportional(groups: Sequence[ChannelGroup], keep: dict[str, int], sayable: Sayable | None) -> dict[str, int]:
     """Returns widths of which one is as many times another as before: a configuration may say both by one field.
 
-    So it says the width of experts that all tokens share: as that of the others, and how many they are.
+    So it says the width of experts that all tokens share: as that of the others, and how many they are. Where it is known
+    which widths one field says, the others are left as they are.
     """
-    ffn = [g for g in groups if g.kind == "ffn"]
+    ffn = [g for g in groups if g.kind == "ffn" and (sayable is None or g.name in sayable.linked)]
     kept = {g.size: keep[g.name] for g in ffn}
     for size in sorted(kept):
         base = next((b for b in sorted(kept) if b < size and size % b == 0), size)
@@ -325,11 +365,46 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             if self.by_kind or sharing:
                 return self._shared_out(groups, sharing, curves, sparsity) | values
             return _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s)) | values
+        sayable: Sayable | None = state.facts.get("sayable")
         if self.by_kind:
-            ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
-            keep = {g.name: kept_width(g, ratios[g.kind], self.multiple_of) for g in groups}
-            return (_proportional(groups, keep) if self.uniform else keep) | values
-        return _in_all(groups, sparsity, lambda s: self._uniform(groups, s)) | values
+            ratios = {g.name: self._ratio(g) for g in groups}
+            keep = self._at(groups, ratios, sayable, more=False)
+        else:
+            keep = _in_all(groups, sparsity, lambda s: self._uniform(groups, s, sayable))
+        if sayable is not None:
+            self._require_less(groups, keep, sayable)
+        return keep | values
+
+    def _ratio(self, group: ChannelGroup) -> float:
+        """Returns the ratio that was asked for of a group."""
+        if self.by_kind:
+            return {"ffn": self.ffn, "heads": self.heads}[group.kind] or 0.0
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    def _at(
+        self, groups: Sequence[ChannelGroup], ratios: Mapping[str, float], sayable: Sayable | None, more: bool
+    ) -> dict[str, int]:
+        """Returns the widths at ratios by group name."""
+        allowed = {} if sayable is None else sayable.allowed
+        keep = {g.name: kept_width(g, ratios[g.name], self.multiple_of, allowed.get(g.name), more) for g in groups}
+        return _proportional(groups, keep, sayable) if self.uniform else keep
+
+    def _require_less(self, groups: Sequence[ChannelGroup], keep: Mapping[str, int], sayable: Sayable) -> None:
+        """Checks that what a configuration can say is not all that there is.
+
+        Raises:
+            OptionError: the ratios would narrow groups, and the nearest widths that can be said are those of today.
+        """
+        if any(keep[g.name] < g.size for g in groups):
+            return
+        held = [g for g in groups if g.name in sayable.allowed]
+        held = [g for g in held if kept_width(g, self._ratio(g), self.multiple_of) < g.size]
+        if held:
+            said = "; ".join(dict.fromkeys(sayable.describe(g) for g in held))
+            raise OptionError(
+                f"nothing would go: {said}; give a larger ratio, or write ONNX with --format onnx (in Python: "
+                "checkpoint=False), which may have any"
+            )
 
     def _shared_out(
         self,
@@ -356,11 +431,20 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             keep |= meant(chosen, meaning)
         return keep
 
-    def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float) -> dict[str, int]:
-        keep = {g.name: kept_width(g, sparsity, self.multiple_of) for g in groups}
-        if self.uniform:
-            return _proportional(groups, keep)
+    def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float, sayable: Sayable | None) -> dict[str, int]:
+        keep = self._at(groups, {g.name: sparsity for g in groups}, sayable, more=True)
         goal = sparsity * sum(g.parameters for g in groups)
+        if sayable is not None and sayable.allowed:
+            # What the nearest width leaves over, or takes too much, is made up for by groups that may have any.
+            held = tuple(g for g in groups if g.name in sayable.allowed)
+            free = tuple(g for g in groups if g.name not in sayable.allowed)
+            if free:
+                rest = (goal - removed_parameters(held, keep)) / sum(g.parameters for g in free)
+                most = {g.name: 1.0 - step_of(g, self.multiple_of) / g.size for g in free}
+                ratios = {g.name: sparsity for g in held} | {name: min(max(rest, 0.0), m) for name, m in most.items()}
+                keep = self._at(groups, ratios, sayable, more=True)
+        if self.uniform:
+            return keep
         # Rounding moves all layers at once; single steps bring the sum to the goal.
         for group in sorted(groups, key=lambda g: -g.parameters):
             step = min(self.multiple_of, group.size) if group.kind == "ffn" else 1
@@ -374,5 +458,14 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
 
     def apply(self, state: State, plan: dict[str, int]) -> PassResult:
         """Notes the widths; groups of values, queries and keys join the others where they are to be cut."""
+        sayable: Sayable | None = state.facts.get("sayable")
+        for group in state.groups if sayable is not None else ():
+            assert sayable is not None
+            if group.name not in sayable.allowed or not self._ratio(group):
+                continue
+            alone, kept = kept_width(group, self._ratio(group), self.multiple_of), plan[group.name]
+            note = f"{group.kind}: {kept} stay, where the ratio alone leaves {alone}: {sayable.describe(group)}"
+            if kept != alone and note not in state.model.notes:
+                state.model.notes.append(note)
         note_widths(state, plan)
         return PassResult(state)

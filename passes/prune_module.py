@@ -37,7 +37,10 @@ from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, cut_program, planned_state
 from liar_opt.frontend.hf_checkpoint import (
     FieldChange,
+    FieldPlace,
+    Shapes,
     checkpoint_folder,
+    completed,
     example_inputs,
     experts_by_lookup,
     express,
@@ -45,7 +48,10 @@ from liar_opt.frontend.hf_checkpoint import (
     is_stock,
     load_module,
     positions,
+    ratio_widths,
+    refused,
     required_arguments,
+    restate,
     runs,
     save_checkpoint,
     without_cache,
@@ -55,7 +61,7 @@ from liar_opt.frontend.onnx_causal import is_causal
 from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, nodes_for, row_mask
 from liar_opt.frontend.weight_files import lightened, write_model
-from liar_opt.passes.allocate_widths import AllocateWidthsPass
+from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups, layout
@@ -65,6 +71,7 @@ from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun, Sweep
 from liar_opt.passes.prune_model import (
     PACKINGS,
+    TIMED_SAMPLES,
     CalibrationOptions,
     Inspection,
     PruneResult,
@@ -80,7 +87,7 @@ from liar_opt.passes.prune_model import (
     prune,
 )
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
-from liar_opt.passes.verify_model import mask_model
+from liar_opt.passes.verify_model import first_samples, mask_model
 from liar_opt.runtime.calibration_data import first_rows, load_calibration
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, require_close, require_repeatable
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
@@ -98,6 +105,8 @@ if TYPE_CHECKING:
 
 RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream; export to ONNX to prune it"
 BACKENDS = ("torch", "onnxruntime")
+TIMED_SECONDS = 0.3
+"""Seconds that timing may take beside a first run of each model, and one more where that takes longer."""
 LABELS = {"labels", "label", "return_loss"}
 """Arguments that are for training."""
 
@@ -133,25 +142,36 @@ def _module(walk: FxWalk) -> torch.nn.Module:
     return walk.model.module
 
 
-class Sayable(NamedTuple):
-    """The names of the groups that a configuration cannot say, and the poolers whose width it says with that of others."""
+class Said(NamedTuple):
+    """How a configuration says widths: by which fields, and by group name which widths, where that is not any."""
 
-    unsaid: tuple[str, ...]
+    places: frozenset[FieldPlace]
+    allowed: dict[str, tuple[int, ...]]
+    reason: str | None = None
+
+
+class Sayings(NamedTuple):
+    """What a configuration can say, the groups of which it can say nothing, with reasons, and the poolers that go along."""
+
+    sayable: Sayable
+    unsaid: dict[str, str | None]
     poolers: tuple[ChannelGroup, ...]
 
 
 @dataclass(frozen=True)
-class ExpressWidthsPass(Pass[Sayable]):
-    """Leave alone what the configuration of a transformers model has no field for.
+class ExpressWidthsPass(Pass[Sayings]):
+    """Leave alone what the configuration of a transformers model has no field for, and find which widths it can say.
 
     Where one field says the width of a pooler and of other layers (SigLIP), the pooler is cut with them.
 
     Attributes:
-        heads_asked: whether heads were asked for by name; then it is an error that there is no field.
+        asked: kinds that were asked for by name; that there is no field for them is an error then.
+        required: whether it is an error that it can say no width at all.
     """
 
     name: ClassVar[str] = "express-widths"
-    heads_asked: bool = False
+    asked: tuple[str, ...] = ()
+    required: bool = True
 
     def requires(self, state: State) -> None:
         """Checks that there is a configuration.
@@ -166,34 +186,48 @@ class ExpressWidthsPass(Pass[Sayable]):
                 f"{type(module).__name__} is no model of transformers: it has no checkpoint; leave checkpoint out"
             )
 
-    def plan(self, state: State) -> Sayable:
-        """Returns the groups that the configuration cannot say: of a kind all, or those of some widths.
-
-        Tried at the largest width below their own, and at the largest ones that stay in proportion (see `_proportional` of
-        the allocation).
-        """
-        unsaid: list[str] = []
+    def plan(self, state: State) -> Sayings:
+        """Returns what can be said of each kind: of every width by itself, else of several in proportion."""
+        found: list[Said] = []
+        linked: set[str] = set()
+        unsaid: dict[str, str | None] = {}
         poolers: list[ChannelGroup] = []
         for kind in sorted({g.kind for g in state.groups}):
             groups = [g for g in state.groups if g.kind == kind]
-            if _said(state, groups):
+            rest: list[ChannelGroup] = []
+            for width in sorted({g.size for g in groups}):
+                own = [g for g in groups if g.size == width]
+                said = _said(state, own)
+                if said is None:
+                    rest += own
+                elif said.reason is not None:
+                    unsaid |= dict.fromkeys((g.name for g in own), said.reason)
+                else:
+                    found.append(said)
+            if not rest:
                 continue
-            alike = [replace(p, kind=kind) for p in state.facts["poolers"] if p.size in {g.size for g in groups}]
-            if kind == "ffn" and alike and _said(state, [*groups, *alike]):
-                poolers += alike
-                continue
-            widths = sorted({g.size for g in groups})
-            alone = {w for w in widths if len(widths) > 1 and _said(state, [g for g in groups if g.size == w])}
-            some = [g for g in groups if g.size in alone]
-            kept = alone if some and _said(state, some) else set()
-            unsaid += [g.name for g in groups if g.size not in kept]
-        return Sayable(tuple(unsaid), tuple(poolers))
+            alike = [replace(p, kind=kind) for p in state.facts["poolers"] if p.size in {g.size for g in rest}]
+            choices = [rest, groups] if kind == "heads" else [rest, groups, [*rest, *alike], [*groups, *alike]]
+            for members in choices:
+                said = _said(state, members) if members != rest or len({g.size for g in rest}) > 1 else None
+                if said is not None and said.reason is None:
+                    found.append(said)
+                    linked |= {g.name for g in members}
+                    poolers += [p for p in members if p in alike]
+                    break
+            else:
+                unsaid |= dict.fromkeys((g.name for g in rest), None)
+        module = _fx(state).module
+        allowed = {name: widths for said in found for name, widths in said.allowed.items()}
+        places = frozenset(p for said in found for p in said.places)
+        sayable = Sayable(f"the configuration of {type(module).__name__}", allowed, frozenset(linked), places)
+        return Sayings(sayable, unsaid, tuple(poolers))
 
-    def apply(self, state: State, plan: Sayable) -> PassResult:
+    def apply(self, state: State, plan: Sayings) -> PassResult:
         """Drops those groups, and adds the poolers.
 
         Raises:
-            OptionError: heads were asked for.
+            OptionError: a kind of them was asked for.
             ModelError: no group is left.
         """
         module = _fx(state).module
@@ -202,15 +236,16 @@ class ExpressWidthsPass(Pass[Sayable]):
         dropped = [g for g in state.groups if g.name in plan.unsaid]
         left = tuple(g for g in state.groups if g.name not in plan.unsaid)
         for kind in sorted({g.kind for g in dropped}):
-            reason = inexpressible(module, (kind,))
-            if kind == "heads" and self.heads_asked:
-                raise OptionError(reason)
             own = [g for g in dropped if g.kind == kind]
+            because = next((r for g in own if (r := plan.unsaid[g.name]) is not None), None)
+            reason = inexpressible(module, (kind,), because=because)
+            if kind in self.asked and not any(g.kind == kind for g in left):
+                raise OptionError(reason)
             refusals.append(Refusal(reason, tuple(g.name for g in own)))
             widths = ", ".join(str(w) for w in sorted({g.size for g in own}))
             of = f" of width {widths}" if any(g.kind == kind for g in left) else ""
             state.model.notes.append(f"{kind}{of} are left alone: {reason}")
-        if state.groups and not left:
+        if state.groups and not left and self.required:
             raise ModelError(inexpressible(module, {g.kind for g in dropped}, rest=False))
         if plan.poolers:
             named = ", ".join(f"'{g.name}'" for g in plan.poolers)
@@ -218,27 +253,99 @@ class ExpressWidthsPass(Pass[Sayable]):
                 f"the pooler {named} is cut as well: one field says its width and that of other layers"
             )
         state.groups = tuple(sorted((*left, *plan.poolers), key=lambda g: (g.end, g.start)))
+        state.facts["sayable"] = plan.sayable
         return PassResult(state, (), tuple(refusals))
 
 
-def _said(state: State, groups: Sequence[ChannelGroup]) -> bool:
-    """Returns whether the configuration can say narrower groups of one kind."""
-    common = math.gcd(*(g.size for g in groups))
+def _said(state: State, groups: Sequence[ChannelGroup]) -> Said | None:
+    """Returns how the configuration says narrower groups of one kind; None where it has no fields for that.
+
+    Tried at the largest widths below their own, and at the largest ones that stay in proportion (see `_proportional` of the
+    allocation). Which numbers of heads its class takes is tried for each.
+    """
+    module: Any = _fx(state).module
+    sizes = {g.size for g in groups}
+    common = math.gcd(*sizes)
     steps = [{g.name: g.size - 1 for g in groups}]
-    if groups[0].kind == "ffn" and len({g.size for g in groups}) > 1 and common > 1:
+    if groups[0].kind == "ffn" and len(sizes) > 1 and common > 1:
         steps.append({g.name: g.size - g.size // common for g in groups})
-    return any(_fields(state, groups, keep) is not None for keep in steps)
+    fields = next((f for keep in steps if (f := _fields(state, groups, keep, valid=False)) is not None), None)
+    refusal = None if fields is None else refused(module.config, fields)
+    if fields is not None and refusal is None and (groups[0].kind == "ffn" or len(sizes) > 1):
+        return Said(frozenset(c.place for c in fields), {})
+    if groups[0].kind == "heads" and (fields is None or len(sizes) > 1):
+        return None
+    least = min(sizes)
+    narrower = range(1, least) if groups[0].kind == "heads" else ratio_widths(module.config, least)
+    places = None if fields is None else frozenset(c.place for c in fields)
+    said: list[int] = []
+    for width in narrower:
+        keep = {g.name: g.size * width // least for g in groups}
+        planned = _planned(state, groups, keep)
+        options = None
+        if places is not None:
+            options = restate(module, places, planned.sizes, planned.head_widths, planned.ratios)
+        if options is None:
+            options = _fields(state, groups, keep, places)
+        elif refused(module.config, options) is not None:
+            options = completed(module, options, planned.shapes, planned.sizes, planned.head_widths)
+        if options is not None:
+            said.append(width)
+            places = frozenset(c.place for c in options)
+    if not said:
+        return None if fields is None or places is None else Said(places, {}, refusal)
+    assert places is not None
+    anything = len(said) == least - 1
+    return Said(places, {} if anything else {g.name: tuple(g.size * w // least for w in said) for g in groups})
 
 
-def _fields(state: State, groups: Iterable[ChannelGroup], keep: Mapping[str, int]) -> tuple[FieldChange, ...] | None:
-    """Returns what the configuration must say for the widths that ``groups`` will have."""
-    walk, module = state.walk, _fx(state).module
-    assert isinstance(walk, FxWalk) and module is not None
-    groups = list(groups)
+def _fields(
+    state: State,
+    groups: Iterable[ChannelGroup],
+    keep: Mapping[str, int],
+    places: frozenset[FieldPlace] | None = None,
+    valid: bool = True,
+) -> tuple[FieldChange, ...] | None:
+    """Returns what the configuration must say for the widths that ``groups`` will have; see `express`."""
+    module = _fx(state).module
+    assert module is not None
+    shapes, sizes, ratios, heads = _planned(state, list(groups), keep)
+    return express(module, shapes, sizes, heads, ratios=ratios, places=places, valid=valid)
+
+
+class Planned(NamedTuple):
+    """The shapes that all tensors will have, the sizes that change, those of feed-forward layers, and widths of heads."""
+
+    shapes: Shapes
+    sizes: set[tuple[int, int]]
+    ratios: set[tuple[int, int]]
+    head_widths: set[int]
+
+
+def _planned(state: State, groups: Sequence[ChannelGroup], keep: Mapping[str, int]) -> Planned:
+    walk = state.walk
+    assert isinstance(walk, FxWalk)
     shapes, sizes = planned_state(walk, {g.factor: keep[g.name] for g in groups})
+    ratios = {(g.size, keep[g.name]) for g in groups if g.kind == "ffn" and keep[g.name] < g.size}
     heads = [g for g in groups if g.kind == "heads"]
     leaves = [layout(walk.algebra, g.consumers[0].uses[0].width, g.factor) for g in heads]
-    return express(module, shapes, sizes, {walk.algebra.size(parts[-1]) for parts in leaves})
+    return Planned(shapes, sizes, ratios, {walk.algebra.size(parts[-1]) for parts in leaves})
+
+
+def _final_fields(state: State) -> tuple[FieldChange, ...]:
+    """Returns what the configuration must say for the widths that were decided, before any of the work.
+
+    Raises:
+        OptionError: it cannot say them.
+    """
+    sayable: Sayable = state.facts["sayable"]
+    fields = _fields(state, state.groups, state.keep, sayable.places)
+    fields = _fields(state, state.groups, state.keep) if fields is None else fields
+    if fields is None:
+        module = _fx(state).module
+        assert module is not None
+        raise OptionError(inexpressible(module))
+    return fields
 
 
 @dataclass(frozen=True)
@@ -607,11 +714,12 @@ def prune_module(
     )
     widths = AllocateWidthsPass(sparsity, ffn, heads, multiple_of=multiple_of, uniform=uniform)
     cut = PruneModulePass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting, new_bias=new_bias)
-    express_widths = [ExpressWidthsPass(heads is not None)] if checkpoint else []
+    asked = tuple(kind for kind, ratio in (("ffn", ffn), ("heads", heads)) if ratio)
+    express_widths = [ExpressWidthsPass(asked)] if checkpoint else []
     passes: list[Pass[Any]] = [FindModuleGroupsPass(), *express_widths, widths]
     analysis = Pipeline(passes=passes, observer=observer)(state)
     if checkpoint:
-        state.facts["fields"] = _fields(state, state.groups, state.keep)
+        state.facts["fields"] = _final_fields(state)
     report = _report_head(state)
     report["options"] = _options([widths, cut], options, backend)
     report["seed"], report["device"] = seed, str(device_of(_fx(state)))
@@ -689,12 +797,21 @@ def inspect_module(
 ) -> Inspection:
     """Finds the channel groups of a module; :func:`liar_opt.inspect` calls this.
 
+    Of a folder those are listed whose widths the checkpoint can say that ``prune`` makes of it; others are refused with a
+    reason.
+
     Raises:
         ModelError: it cannot be loaded or traced.
         OptionError: nothing says what its inputs are.
     """
     state = _load(model, None, example, allow_pickle)
-    result = Pipeline(passes=[FindModuleGroupsPass()])(state)
+    express_widths = [] if state.facts["folder"] is None else [ExpressWidthsPass(required=False)]
+    result = Pipeline(passes=[FindModuleGroupsPass(), *express_widths])(state)
+    sayable: Sayable | None = state.facts.get("sayable")
+    for group in state.groups if sayable is not None else ():
+        assert sayable is not None
+        if group.name in sayable.allowed and (note := sayable.describe(group)) not in state.model.notes:
+            state.model.notes.append(note)
     report = _report_head(state)
     report["groups"] = [_group(g) for g in state.groups]
     report["prunable_parameters"] = round(parameters_left(state.groups))
@@ -910,9 +1027,10 @@ class _Runner:
 def _latency(state: State) -> dict[str, Any]:
     model, data = _fx(state), state.calibration
     assert data is not None and model.module is not None
-    feeds = {k: v for k, v in data.batches[0].items() if k in {s.name for s in model.signature}}
+    batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
+    feeds = {k: v for k, v in batch.items() if k in {s.name for s in model.signature}}
     runners = [_Runner(m, feeds, device_of(model)) for m in (model.module, state.facts["module"])]
-    measured = measure_latency(runners, feeds, budget=0.3, least=3)
+    measured = measure_latency(runners, feeds, budget=TIMED_SECONDS, least=1)
     return {
         "dense_seconds": measured.seconds[0],
         "pruned_seconds": measured.seconds[1],

@@ -135,7 +135,7 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
 def _slow_tokenizer(folder: Path) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError("its vocabulary is empty")
 

@@ -28,7 +28,7 @@ FIELDS = {
     "bart": {"encoder_ffn_dim", "decoder_ffn_dim"},
     "clip": {"intermediate_size"},  # of both parts
     "deepseek-v3": {"intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads"},
-    "dinov2": {"head_dim", "num_attention_heads"},  # its FFN is an integer multiple of the stream's width
+    "dinov2": {"head_dim", "num_attention_heads", "mlp_ratio"},  # an integer: its FFN is cut by halves
     "gemma3": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
     "gpt2": {"n_inner"},
     "llama": {"intermediate_size", "num_attention_heads", "num_key_value_heads"},
@@ -104,15 +104,22 @@ def test_a_configuration_that_says_no_width() -> None:
     assert report["verification"]["exact_difference"] < 1e-4
 
 
-def test_some_widths_of_a_kind_can_be_said() -> None:
-    """MobileBERT's bottlenecks have a width that other parts of it have as well; its feed-forward layers have a field."""
+def test_some_widths_of_a_kind_can_be_said(tmp_path: Path) -> None:
+    """MobileBERT's bottlenecks have a width that other parts of it have as well; its feed-forward layers have a field.
+
+    So has its embedding, which is read as three parts beside each other.
+    """
     config = transformers.MobileBertConfig(
         **{"vocab_size": 97, "hidden_size": 48, "embedding_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"intermediate_size": 72, "intra_bottleneck_size": 32, "true_hidden_size": 32},
     )
     data = [{"input_ids": torch.randint(3, 97, (2, 16))} for _ in range(3)]
     result = prune_module(transformers.MobileBertModel(config).eval(), data, ffn=0.5, latency=False)
-    assert {g.size for g in result.groups} == {72}
+    assert {g.size for g in result.groups} == {24, 72}
+    loaded = transformers.MobileBertModel.from_pretrained(result.save(tmp_path / "out")).eval()
+    arrays = {"input_ids": data[0]["input_ids"].numpy()}
+    for a, b in zip(run(loaded, arrays), run(result.module, arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert any(n.startswith("ffn of width 32 are left alone") for n in result.report["model"]["notes"])
 
 
@@ -345,6 +352,206 @@ def test_arrays_in_a_file_say_what_a_model_reads(tmp_path: Path, capsys: pytest.
     options = ["--calibration", str(tmp_path / "data.npz"), "--ffn", "0.5", "--no-latency", "-o", str(tmp_path / "small")]
     assert main([str(tmp_path / "model"), *options]) == 0
     assert "decoder_ffn_dim 72 ->" in capsys.readouterr().out
+
+
+# -- what a configuration's class takes ------------------------------------------------------------------------------
+
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 72,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    **zoo_fx.SPECIAL,
+}
+GEMMA3 = {**LLAMA, "hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24}
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 24, "depths": [1, 1], "num_heads": [3, 6], "window_size": 4}
+SEGFORMER = {
+    **{"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 24], "patch_sizes": [7, 3]},
+    **{"strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [4, 3], "image_size": 32},
+}
+DINO = {"image_size": 28, "patch_size": 14, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+MAMBA = {"vocab_size": 97, "hidden_size": 48, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 16}
+
+# Class, configuration, ratios, and what the configuration says in the end.
+SAID: dict[str, tuple[str, dict[str, Any], dict[str, float], set[str]]] = {
+    "llama-heads": (
+        "LlamaForCausalLM",
+        LLAMA,
+        {"heads": 0.25},
+        {"num_attention_heads 8 -> 4", "num_key_value_heads 4 -> 2"},
+    ),
+    "gemma3-270m": ("Gemma3ForCausalLM", GEMMA3, {"sparsity": 0.2}, {"intermediate_size 72 -> 48"}),
+    "eight-of-eight": (
+        "LlamaForCausalLM",
+        {**LLAMA, "num_key_value_heads": 8, "head_dim": 8},
+        {"heads": 0.5},
+        {"num_attention_heads 8 -> 4", "num_key_value_heads 8 -> 4"},
+    ),
+    "t5-eight-of-eight": (
+        "T5EncoderModel",
+        {"vocab_size": 97, "d_model": 40, "d_kv": 8, "num_heads": 8, "d_ff": 72, "num_layers": 1},
+        {"heads": 0.25},
+        {"num_heads 8 -> 6"},
+    ),
+    "swin": ("SwinModel", SWIN, {"ffn": 0.25}, {"mlp_ratio 4.0 -> 3.0"}),
+    "segformer": ("SegformerModel", SEGFORMER, {"ffn": 0.3}, {"mlp_ratios[0] 4 -> 3", "mlp_ratios[1] 3 -> 2"}),
+    "dinov2": ("Dinov2Model", DINO, {"ffn": 0.3}, {"mlp_ratio 4 -> 3"}),
+    "mamba": ("MambaForCausalLM", MAMBA, {"ffn": 0.3}, {"intermediate_size 96 -> 64", "time_step_rank 16 -> 8"}),
+}
+
+
+def made(model: str, config: dict[str, Any]) -> Any:
+    model_class = getattr(transformers, model)
+    torch.manual_seed(0)
+    module = model_class(model_class.config_class(**config)).eval()
+    for p in module.parameters():
+        if p.ndim == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    return module
+
+
+def drawn(module: Any, batch: int, seed: int) -> dict[str, np.ndarray]:
+    generator = torch.Generator().manual_seed(seed)
+    example = example_inputs(module)
+    assert example is not None
+    if "pixel_values" in example:
+        return {"pixel_values": torch.randn(batch, *example["pixel_values"].shape[1:], generator=generator).numpy()}
+    return {"input_ids": torch.randint(3, 97, (batch, 11), generator=generator).numpy()}
+
+
+@pytest.mark.parametrize("name", sorted(SAID))
+def test_widths_that_the_class_of_a_configuration_takes(name: str, tmp_path: Path) -> None:
+    model, config, ratios, fields = SAID[name]
+    module = made(model, config)
+    result = prune_module(module, [drawn(module, 4, s) for s in range(3)], latency=False, **ratios)  # type: ignore[arg-type]
+    assert {str(f) for f in result.fields or ()} == fields
+    loaded, info = type(module).from_pretrained(result.save(tmp_path / "out"), output_loading_info=True)
+    assert not any(info.values())
+    assert loaded.num_parameters() < module.num_parameters()
+    arrays = drawn(module, 2, 9)
+    for a, b in zip(run(loaded.eval(), arrays), run(result.module, arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_no_number_can_say_are_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five heads of a stream of 65 that no number between one and five divides."""
+    config = {**LLAMA, "hidden_size": 65, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 12}
+    made("LlamaForCausalLM", config).save_pretrained(tmp_path / "model")
+
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("liar_opt.passes.prune_module.load_calibration", work)
+    assert main([str(tmp_path / "model"), "--heads", "0.2", "-o", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "nothing would go: of 5 heads the configuration of LlamaForCausalLM can say 1, no other" in told
+    assert "--format onnx" in told and told.count("\n") == 1
+
+
+def test_inspect_counts_what_will_be_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made("Dinov2Model", DINO).save_pretrained(tmp_path / "dino")
+    made("SwinModel", SWIN).save_pretrained(tmp_path / "swin")
+    zoo_fx.build("bert").save_pretrained(tmp_path / "bert")
+    for name in ("dino", "swin", "bert"):
+        assert main(["inspect", str(tmp_path / name), "--report", str(tmp_path / f"{name}.json"), "--explain"]) == 0
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        arguments = [str(tmp_path / name), "--dry-run", "--report", str(tmp_path / "dry.json"), "-o", str(tmp_path / "out")]
+        assert main([*arguments, "--force"]) == 0
+        dry = json.loads((tmp_path / "dry.json").read_text())
+        assert [g["name"] for g in found["groups"]] == [g["name"] for g in dry["groups"]]
+        assert found["refusals"] == dry["refusals"]
+        assert found["prunable_parameters"] == dry["prunable"]["before"]
+    told = capsys.readouterr()
+    assert "of 96 channels the configuration of Dinov2Model can say 24, 48, 72" in told.err
+    assert "cannot say another number of heads" in " ".join(told.out.split())
+
+
+# -- what is no plain checkpoint --------------------------------------------------------------------------------------
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}},
+}
+
+
+@pytest.mark.parametrize("method", sorted(QUANTISED))
+def test_quantised_checkpoints_are_named(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = stored("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTISED[method]}))
+    for arguments in (["inspect", str(model)], [str(model), "-o", str(tmp_path / "out")]):
+        assert main(arguments) == 2
+        told = capsys.readouterr()
+        assert f"is quantised ({method}); prune the float checkpoint and quantise the result" in told.err
+        assert told.err.count("\n") == 1 and not told.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_float8_weights_are_quantised_without_a_configuration_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = stored("llama", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in weights.items()}, model / "model.safetensors")
+    assert main(["inspect", str(model)]) == 2
+    assert "is quantised (weights of type F8_E4M3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_adapters_are_named(beside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = stored("llama", tmp_path / "model")
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/base"}))
+    if not beside:
+        (model / "config.json").unlink()
+    assert main(["inspect", str(model)]) == 2
+    told = capsys.readouterr().err
+    assert "holds an adapter (adapter_config.json)" in told and "'owner/base'" in told and "merge_and_unload" in told
+    assert told.count("\n") == 1
+
+
+def test_code_of_a_checkpoint_is_named_and_never_asked_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: Any) -> str:
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    model = stored("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyModel"}}
+    # A class of transformers needs no code of the folder's, whatever else is named.
+    (model / "config.json").write_text(json.dumps({**config, **own}))
+    assert main(["inspect", str(model), "--quiet"]) == 0
+    capsys.readouterr()
+    (model / "config.json").write_text(json.dumps({**config, **own, "model_type": "my", "architectures": ["MyModel"]}))
+    assert main(["inspect", str(model)]) == 2
+    told = capsys.readouterr()
+    assert "needs code of its own (auto_map in config.json), which liar-opt does not run" in told.err
+    assert told.err.count("\n") == 1 and not told.out
+
+
+def test_a_configuration_that_is_no_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = stored("bert", tmp_path / "model")
+    for text in ("{", "[]"):
+        (model / "config.json").write_text(text)
+        assert main(["inspect", str(model)]) == 2
+        assert "config.json' " in (told := capsys.readouterr().err) and told.count("\n") == 1
+
+
+def test_eight_samples_are_timed() -> None:
+    module = zoo_fx.build("llama")
+    result = prune_module(module, [zoo_fx.feeds("llama", batch=12)] * 2, ffn=0.5)
+    assert result.report["latency"]["batch"].startswith("input_ids [8, ")
 
 
 @pytest.mark.parametrize(("family", "rows", "expected"), [("Bert", 16, 16), ("Roberta", 18, 16)])

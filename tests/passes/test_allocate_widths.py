@@ -11,7 +11,7 @@ import pytest
 
 import liar_opt
 from liar_opt import prune
-from liar_opt.passes.allocate_widths import AllocateWidthsPass, joined, kept_width, menus_of, removed_parameters
+from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable, joined, kept_width, menus_of, removed_parameters
 from liar_opt.passes.base import State
 from liar_opt.passes.curves import GroupCurve
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup, Consumer
@@ -210,3 +210,53 @@ def test_parts_of_one_weight_are_counted_by_themselves() -> None:
     assert sorted(g["parameters"] for g in report["groups"]) == [2 * 16 * 16, 2 * 16 * 24]
     assert report["prunable"] == {"before": 2 * 16 * 40, "after": 16 * 40}
     assert report["after"]["parameters"] == 16 * 40
+
+
+def said(
+    allowed: dict[str, tuple[int, ...]],
+    linked: tuple[str, ...] = (),
+    groups: tuple[ChannelGroup, ...] | None = None,
+    **options: Any,
+) -> tuple[dict[str, int], list[str]]:
+    """Widths where a configuration can say some alone, and the notes."""
+    result = state(*(SAID if groups is None else groups))
+    notes: list[str] = []
+    result.model.notes = notes
+    result.facts["sayable"] = Sayable("the configuration", allowed, frozenset(linked))
+    AllocateWidthsPass(uniform=True, **options)(result)
+    return result.keep, notes
+
+
+SAID = (group("h", "heads", 8, 8 * 500), group("f", "ffn", 96, 96 * 125))
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.1, 8), (0.25, 4), (0.45, 4), (0.7, 2)])
+def test_the_nearest_number_that_can_be_said(ratio: float, kept: int) -> None:
+    """Of two that are as near the smaller one, where heads were asked for by name."""
+    assert kept_width(SAID[0], ratio, 8, (1, 2, 4)) == kept
+    assert kept_width(SAID[0], 0.25, 8, (1, 2, 4), more=True) == 8
+
+
+def test_others_make_up_for_what_cannot_be_said() -> None:
+    keep, notes = said({"h": (1, 2, 4)}, sparsity=0.25)
+    assert keep == {"h": 8, "f": 64}  # 4,000 of 16,000
+    assert notes == [
+        "heads: 8 stay, where the ratio alone leaves 6: of 8 heads the configuration can say 1, 2, 4, no other number below"
+    ]
+    assert said({"h": (1, 2, 4)}, sparsity=0.375)[0] == {"h": 4, "f": 64}
+    assert said({}, sparsity=0.25) == ({"h": 6, "f": 72}, [])
+
+
+def test_nothing_that_can_be_said_would_go() -> None:
+    with pytest.raises(
+        OptionError, match=r"nothing would go: of 8 heads the configuration can say 1, no other .*--format onnx"
+    ):
+        said({"h": (1,)}, heads=0.25)
+    assert said({"h": (1,)}, heads=0.0, ffn=0.5)[0] == {"h": 8, "f": 48}
+
+
+def test_widths_that_one_field_says_stay_in_proportion_and_others_do_not() -> None:
+    """Mamba's time-step rank, and its inner width that happens to be a multiple of it."""
+    both = (group("rank", "ffn", 3, 300), group("inner", "ffn", 96, 9600))
+    assert said({}, groups=both, ffn=0.5)[0] == {"rank": 3, "inner": 48}
+    assert said({}, ("rank", "inner"), both, ffn=0.5)[0] == {"rank": 3, "inner": 96}
