@@ -18,11 +18,11 @@ import inspect
 import io
 import logging
 import math
-import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +34,6 @@ from liar_opt.runtime.errors import InternalError, ModelError
 from liar_opt.runtime.signatures import InputSpec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch.export import ExportedProgram
 
@@ -267,7 +265,7 @@ def _reason(err: Exception) -> str:
 
     text = " ".join(str(err).split())
     where = ""
-    own = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), "<")
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
     trace_back = err.__traceback__
     while trace_back is not None:
         code = trace_back.tb_frame.f_code

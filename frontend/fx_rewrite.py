@@ -16,7 +16,7 @@ import inspect
 import itertools
 import operator
 import warnings
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -232,6 +232,8 @@ def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.Graph
     leaves = next(n for n in graph.nodes if n.op == "output")
     out_spec = model.program.call_spec.out_spec
     if not _is_plain(out_spec):
+        graph.lint()
+        module.recompile()
         return module
     # Anew, so that the arguments come in the order of the signature.
     plain = torch.fx.Graph()
@@ -273,7 +275,7 @@ def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.Graph
 
 def _is_plain(spec: Any) -> bool:
     """Returns whether what a module returns can be written down: containers of Python and classes with named fields."""
-    known = spec.is_leaf() or spec.type in (tuple, list, dict, type(None)) or hasattr(spec.type, "_fields")
+    known = spec.is_leaf() or spec.type in (tuple, list, dict, type(None), namedtuple)
     named = isinstance(spec.context, list) and all(isinstance(n, str) for n in spec.context)
     return (known or named) and all(map(_is_plain, spec.children()))
 
@@ -289,8 +291,8 @@ def _structured(graph: torch.fx.Graph, spec: Any, leaves: Iterator[Any]) -> Any:
         return dict(zip(spec.context, parts, strict=True))
     if spec.type is type(None):
         return None
-    if hasattr(spec.type, "_fields"):  # a named tuple
-        return graph.call_function(spec.type, tuple(parts))
+    if spec.type is namedtuple:
+        return graph.call_function(spec.context, tuple(parts))
     return graph.call_function(spec.type, (), dict(zip(spec.context, parts, strict=True)))
 
 

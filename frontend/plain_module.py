@@ -48,6 +48,7 @@ def plain_module(module: torch.nn.Module) -> PlainModule:
     if not folds:
         return PlainModule(module, tuple(notes))
     copied = copied_module(module)
+    _give_own_classes(copied)
     with evaluating(copied):  # spectral normalisation goes on iterating while it trains
         for fold in _folds(copied):
             fold()
@@ -130,6 +131,17 @@ def _require_plain(module: torch.nn.Module) -> None:
                 f"{where} sharded over processes (FSDP): load its whole state into the module that it was made "
                 "of, and give that"
             )
+
+
+def _give_own_classes(module: torch.nn.Module) -> None:
+    """Gives parametrised parts classes of their own: folding deletes a property of the class that a copy shares."""
+    from torch.nn.utils import parametrize
+
+    for part in module.modules():
+        if parametrize.is_parametrized(part):
+            kind = type(part)
+            members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            part.__class__ = type(kind.__name__, kind.__bases__, members)
 
 
 def _folds(module: torch.nn.Module) -> list[Callable[[], Any]]:
