@@ -238,7 +238,7 @@ def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.Graph
     # Anew, so that the arguments come in the order of the signature.
     plain = torch.fx.Graph()
     made: dict[Any, Any] = {}
-    checks: list[tuple[Any, Any, Any, str]] = []
+    checks: list[tuple[Callable[[Any, Any], bool], Any, Any, str]] = []
     names = [p.name for p in inspect.signature(model.module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     last = max((i for i, name in enumerate(names) if name in given), default=-1)
     gap = False
@@ -253,9 +253,11 @@ def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.Graph
     for spec in model.signature:
         for axis, size in enumerate(spec.shape):
             if isinstance(size, int):
-                length = plain.call_function(torch.ops.aten.sym_size.int, (made[given[spec.name]], axis))
+                length = (made[given[spec.name]], axis)
                 checks.append((operator.eq, length, size, f"axis {axis} of '{spec.name}' must be {size}, as it was traced"))
     for compare, value, expected, message in checks:
+        if isinstance(value, tuple):
+            value = plain.call_function(torch.ops.aten.sym_size.int, value)
         plain.call_function(torch._assert, (plain.call_function(compare, (value, expected)), message))
     for node in graph.nodes:
         if node.op not in ("placeholder", "output"):
@@ -263,12 +265,8 @@ def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.Graph
     values = [made.get(v, v) for v in leaves.args[0]]
     plain.output(_structured(plain, out_spec, iter(values)))
     plain.lint()
-    state = set(model.module.state_dict())
+    # All buffers are in its state: copies of a GraphModule know no others.
     result = torch.fx.GraphModule(module, plain, type(model.module).__name__)
-    for name, _ in list(result.named_buffers()):
-        if name not in state:
-            path, _, attribute = name.rpartition(".")
-            result.get_submodule(path)._non_persistent_buffers_set.add(attribute)
     # Parts that were never put into a mode are in training mode; nothing in the graph reads it.
     return result.eval()
 
