@@ -64,6 +64,7 @@ from liar_opt.passes.find_groups import FindGroupsPass, find_groups, layout
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal, parameters_left
 from liar_opt.passes.measured import Measured
+from liar_opt.passes.prove_module import ProveModuleGroupsPass
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun, Sweep
 from liar_opt.passes.prune_model import (
     PACKINGS,
@@ -624,7 +625,12 @@ def prune_module(
     widths = AllocateWidthsPass(sparsity, ffn, heads, multiple_of=multiple_of, uniform=uniform)
     cut = PruneModulePass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting, new_bias=new_bias)
     express_widths = [ExpressWidthsPass(heads is not None)] if checkpoint else []
-    passes: list[Pass[Any]] = [FindModuleGroupsPass(traced=not checkpoint), *express_widths, widths]
+    passes: list[Pass[Any]] = [
+        FindModuleGroupsPass(traced=not checkpoint),
+        ProveModuleGroupsPass(cut),
+        *express_widths,
+        widths,
+    ]
     analysis = Pipeline(passes=passes, observer=observer)(state)
     if checkpoint:
         state.facts["fields"] = _fields(state, state.groups, state.keep)
