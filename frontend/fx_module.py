@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import logging
 import math
@@ -21,6 +22,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,8 +34,6 @@ from liar_opt.runtime.errors import InternalError, ModelError
 from liar_opt.runtime.signatures import InputSpec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch.export import ExportedProgram
 
@@ -211,7 +211,7 @@ def trace(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor], free: bool
         token = value.ndim >= 2 and value.shape[1] in lengths
         shapes[name] = {axis: torch.export.Dim.AUTO for axis in range(min(value.ndim, 2 if token else 1))}
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), named_arguments(module, feeds):
             program = torch.export.export(module, (), dict(feeds), dynamic_shapes=shapes, strict=False)
             result: ExportedProgram = program.run_decompositions({})
             return result
@@ -220,6 +220,30 @@ def trace(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor], free: bool
             f"torch.export refuses {type(module).__name__}: {_reason(err)}; rewrite what cannot be traced, or export the "
             "module to ONNX by other means and give that file"
         ) from err
+
+
+@contextlib.contextmanager
+def named_arguments(module: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Lets a forward that takes ``**kwargs`` say the names that it is given, which ``torch.export`` reads from there."""
+    forward, names = module.forward, list(names)
+    if all(name in inspect.signature(forward).parameters for name in names):
+        yield
+        return
+
+    @functools.wraps(forward)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    own = vars(module).get("forward")
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    vars(named)["__signature__"] = inspect.Signature(parameters)
+    vars(module)["forward"] = named
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
 
 
 @contextlib.contextmanager
@@ -236,16 +260,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(err: Exception) -> str:
+    """Returns what was said, and where: in the last code that is neither torch's nor ours."""
+    import torch
+
     text = " ".join(str(err).split())
     where = ""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
     trace_back = err.__traceback__
     while trace_back is not None:
         code = trace_back.tb_frame.f_code
-        if (
-            "/torch/" not in code.co_filename
-            and "liar_opt" not in code.co_filename
-            and "/frontend/" not in code.co_filename
-        ):
+        if not code.co_filename.startswith(own):
             where = f" (at {code.co_filename}:{trace_back.tb_lineno}, in {code.co_qualname})"
         trace_back = trace_back.tb_next
     return f"{text[:300]}{where}"
@@ -723,6 +747,7 @@ __all__ = [
     "arguments_of",
     "example_from",
     "lower",
+    "named_arguments",
     "precision",
     "to_numpy",
     "to_torch",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from liar_opt.frontend.fx_module import named_arguments
 from liar_opt.frontend.hf_checkpoint import experts_by_lookup, without_cache
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.signatures import InputSpec
@@ -45,7 +46,8 @@ def export_onnx(
     try:
         registration.setLevel(logging.ERROR)
         quiet = contextlib.redirect_stdout(io.StringIO())
-        with torch.no_grad(), warnings.catch_warnings(), quiet, without_cache(module), experts_by_lookup(module):
+        asked = named_arguments(module, feeds)
+        with torch.no_grad(), warnings.catch_warnings(), quiet, without_cache(module), experts_by_lookup(module), asked:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module, (), kwargs=dict(feeds), input_names=list(feeds), dynamic_shapes=shapes, dynamo=True, verbose=False

@@ -12,10 +12,11 @@ the module computes what the cut graph computes.
 
 from __future__ import annotations
 
-import copy
+import inspect
 import itertools
+import operator
 import warnings
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,6 +29,7 @@ from liar_opt.frontend.fx_module import Call, Executor, FxModel, FxWalk, Sym, ar
 from liar_opt.frontend.hf_checkpoint import FieldChange, changed_config, quiet_loading, without_cache
 from liar_opt.frontend.onnx_model import is_constant, present
 from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.plain_module import copied_module
 from liar_opt.runtime.compare import relative_difference
 from liar_opt.runtime.errors import ModelError
 
@@ -190,9 +192,11 @@ def _pairs(before: Any, after: Any) -> Iterator[tuple[int, int]]:
 
 
 def cut_graph_module(model: FxModel) -> torch.fx.GraphModule:
-    """Returns the traced graph with what was cut: a GraphModule that is called like the module."""
-    import torch
+    """Returns the traced graph with what was cut: a GraphModule that is called like the module.
 
+    Its arguments are those that were traced, under their names and in the order of the module's signature. It is in
+    evaluation mode for good: what the trace has left out, such as dropout, does not come back with ``train()``.
+    """
     assert model.program is not None
     module = model.program.module(check_guards=False)
     graph = module.graph
@@ -212,10 +216,82 @@ def cut_graph_module(model: FxModel) -> torch.fx.GraphModule:
             inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
             positional, keywords = arguments_of(call, inputs, node.attrs, lambda a, b: _fx_number(graph, a, b, nodes))
         target.target, target.args, target.kwargs = call.target, tuple(positional), keywords
-    graph.lint()
-    module.recompile()
-    assert isinstance(module, torch.fx.GraphModule)
-    return module
+    return _called_like(model, module)
+
+
+def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Returns a traced graph as a plain GraphModule, which can be copied, pickled, trained and called by position.
+
+    What ``torch.export`` makes refuses all of that; it checks sizes that the trace has fixed, and so does this.
+    """
+    import torch
+
+    assert model.module is not None and model.program is not None
+    graph = module.graph
+    given = {n.target: n for n in graph.nodes if n.op == "placeholder"}
+    leaves = next(n for n in graph.nodes if n.op == "output")
+    out_spec = model.program.call_spec.out_spec
+    if not _is_plain(out_spec):
+        graph.lint()
+        module.recompile()
+        return module
+    # Anew, so that the arguments come in the order of the signature.
+    plain = torch.fx.Graph()
+    made: dict[Any, Any] = {}
+    checks: list[tuple[Callable[[Any, Any], bool], Any, Any, str]] = []
+    names = [p.name for p in inspect.signature(model.module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    last = max((i for i, name in enumerate(names) if name in given), default=-1)
+    gap = False
+    for name in [*names[: last + 1], *(n for n in given if n not in names)]:
+        if name in given:
+            made[given[name]] = value = plain.placeholder(name, default_value=None) if gap else plain.placeholder(name)
+            checks += [(operator.ne, value, None, f"argument '{name}' is missing")] if gap else []
+        else:
+            gap = True
+            value = plain.placeholder(name, default_value=None)
+            checks.append((operator.eq, value, None, f"argument '{name}' was not traced; leave it out"))
+    for spec in model.signature:
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, int):
+                length = (made[given[spec.name]], axis)
+                checks.append((operator.eq, length, size, f"axis {axis} of '{spec.name}' must be {size}, as it was traced"))
+    for compare, value, expected, message in checks:
+        if isinstance(value, tuple):
+            value = plain.call_function(torch.ops.aten.sym_size.int, value)
+        plain.call_function(torch._assert, (plain.call_function(compare, (value, expected)), message))
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            made[node] = plain.node_copy(node, made.__getitem__)
+    values = [made.get(v, v) for v in leaves.args[0]]
+    plain.output(_structured(plain, out_spec, iter(values)))
+    plain.lint()
+    # All buffers are in its state: copies of a GraphModule know no others.
+    result = torch.fx.GraphModule(module, plain, type(model.module).__name__)
+    # Parts that were never put into a mode are in training mode; nothing in the graph reads it.
+    return result.eval()
+
+
+def _is_plain(spec: Any) -> bool:
+    """Returns whether what a module returns can be written down: containers of Python and classes with named fields."""
+    known = spec.is_leaf() or spec.type in (tuple, list, dict, type(None), namedtuple)
+    named = isinstance(spec.context, list) and all(isinstance(n, str) for n in spec.context)
+    return (known or named) and all(map(_is_plain, spec.children()))
+
+
+def _structured(graph: torch.fx.Graph, spec: Any, leaves: Iterator[Any]) -> Any:
+    """Returns what the module returns, of the leaves of a pytree: tuples, lists, dicts, or a call of another class."""
+    if spec.is_leaf():
+        return next(leaves)
+    parts = [_structured(graph, child, leaves) for child in spec.children()]
+    if spec.type in (tuple, list):
+        return spec.type(parts)
+    if spec.type is dict:
+        return dict(zip(spec.context, parts, strict=True))
+    if spec.type is type(None):
+        return None
+    if spec.type is namedtuple:
+        return graph.call_function(spec.context, tuple(parts))
+    return graph.call_function(spec.type, (), dict(zip(spec.context, parts, strict=True)))
 
 
 def cut_program(model: FxModel, feeds: Mapping[str, torch.Tensor]) -> ExportedProgram:
@@ -243,16 +319,12 @@ def _fx_value(graph: Any, tensor: gs.Tensor, nodes: dict[str, Any], stored: dict
         return None
     name, _, index = tensor.name.partition(".")
     if index:
-        import operator
-
         return graph.call_function(operator.getitem, (nodes[name], int(index)))
     return nodes[name]
 
 
 def _fx_number(graph: Any, before: int, after: int, nodes: Mapping[str, Any]) -> Any:
     """Returns what an int becomes: a number, the node that computed it, or that node scaled as the cut scaled it."""
-    import operator
-
     if not isinstance(before, Sym):
         return int(after)
     node = nodes[before.node]
@@ -364,7 +436,7 @@ def _device(module: torch.nn.Module) -> Any:
 def _copy_without(module: torch.nn.Module, names: set[str]) -> torch.nn.Module:
     """Returns a deep copy; the data of the parameters ``names`` is not copied (it will be replaced)."""
     memo = {id(p): p for n, p in module.named_parameters(remove_duplicate=False) if n in names}
-    return copy.deepcopy(module, memo)
+    return copied_module(module, memo)
 
 
 def _set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:

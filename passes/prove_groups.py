@@ -13,7 +13,7 @@ Each group at fault costs about log2 of their number in rehearsals, however many
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -127,6 +127,33 @@ def refusals_of(reasons: Mapping[str, str]) -> tuple[Refusal, ...]:
     )
 
 
+def groups_at_fault(keep: Mapping[str, int], failure: Callable[[dict[str, int]], Failure | None]) -> dict[str, str]:
+    """Returns the groups that cannot be cut together with the others, with the reason of each, found by bisection.
+
+    Args:
+        keep: how many blocks of each group stay, in the order in which they are cut.
+        failure: says of some of them what is wrong with cutting all of these together.
+    """
+    faults: dict[str, str] = {}
+    # In the order in which they are cut: halves are neighbours in the graph.
+    proved: list[str] = []
+    waiting = [list(keep)]
+    while waiting:
+        names = waiting.pop()
+        found = failure({n: keep[n] for n in [*proved, *names]}) if names else None
+        if found is None:
+            proved += names
+        elif found.group in names:
+            faults[str(found.group)] = found.reason
+            waiting.append([n for n in names if n != found.group])
+        elif len(names) == 1:
+            faults[names[0]] = found.reason
+        else:
+            half = len(names) // 2
+            waiting += [names[half:], names[:half]]
+    return faults
+
+
 class Proof:
     """Rehearsals on one model.
 
@@ -157,26 +184,9 @@ class Proof:
             keep: how many blocks of each group stay; groups that are not named stay whole.
             blocks: which; None draws them.
         """
-        faults: dict[str, str] = {}
         if not self.feeds or not keep:
-            return faults
-        # In the order in which they are cut: halves are neighbours in the graph.
-        proved: list[str] = []
-        waiting = [list(keep)]
-        while waiting:
-            names = waiting.pop()
-            failure = self.failure({n: keep[n] for n in [*proved, *names]}, blocks or {}) if names else None
-            if failure is None:
-                proved += names
-            elif failure.group in names:
-                faults[str(failure.group)] = failure.reason
-                waiting.append([n for n in names if n != failure.group])
-            elif len(names) == 1:
-                faults[names[0]] = failure.reason
-            else:
-                half = len(names) // 2
-                waiting += [names[half:], names[:half]]
-        return faults
+            return {}
+        return groups_at_fault(keep, lambda some: self.failure(some, blocks or {}))
 
     def failure(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> Failure | None:
         """Returns what is wrong with the cut of some groups together, or None."""

@@ -57,9 +57,11 @@ from liar_opt.frontend.hf_checkpoint import (
     without_cache,
 )
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
 from liar_opt.frontend.onnx_causal import is_causal
 from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, nodes_for, row_mask
+from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
 from liar_opt.passes.axes import AxisAlgebra
@@ -68,6 +70,7 @@ from liar_opt.passes.find_groups import FindGroupsPass, find_groups, layout
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal, parameters_left
 from liar_opt.passes.measured import Measured
+from liar_opt.passes.prove_module import ProveModuleGroupsPass
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun, Sweep
 from liar_opt.passes.prune_model import (
     PACKINGS,
@@ -103,26 +106,30 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream; export to ONNX to prune it"
+RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream: no checkpoint can say fewer heads"
 BACKENDS = ("torch", "onnxruntime")
 TIMED_SECONDS = 0.3
 """Seconds that timing may take beside a first run of each model, and one more where that takes longer."""
-LABELS = {"labels", "label", "return_loss"}
-"""Arguments that are for training."""
 
 
 @dataclass(frozen=True)
 class FindModuleGroupsPass(FindGroupsPass):
-    """Analyse the traced module and list its channel groups."""
+    """Analyse the traced module and list its channel groups.
+
+    Attributes:
+        traced: whether the result may be the traced graph; else layers whose width is that of the stream stay whole.
+    """
+
+    traced: bool = True
 
     def apply(self, state: State, plan: None) -> PassResult:
         """Adds the analysis and the groups to the state."""
         assert isinstance(state.model, FxModel)
         state.walk = analyse(state.model, AxisAlgebra())
         found = find_groups(state.walk)
-        rigid = [g for g in found.groups if _rigid(state.walk, g)]
+        rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
         state.groups = tuple(g for g in found.groups if g not in rigid)
-        state.facts["poolers"] = tuple(g for g in found.poolers if not _rigid(state.walk, g))
+        state.facts["poolers"] = tuple(g for g in found.poolers if self.traced or not _rigid(state.walk, g))
         refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
         return PassResult(state, (), (*found.refusals, *refusals))
 
@@ -135,6 +142,11 @@ def _rigid(walk: FxWalk, group: ChannelGroup) -> bool:
     names = {u.constant.name for u in walk.constant_uses if id(u.constant) in group.constants}
     owners = [module.get_submodule(n.rpartition(".")[0]) for n in names if n in dict(module.named_parameters())]
     return any(isinstance(o, torch.nn.MultiheadAttention) for o in owners)
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """Returns the number of elements of a module's parameters, each counted once."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def _module(walk: FxWalk) -> torch.nn.Module:
@@ -544,7 +556,7 @@ class ModuleResult(PruneResult):
 
     Attributes:
         module: the module, smaller; called as before. Where no attributes make its own code fit the cut weights, the
-            traced graph, which is called with arguments by name; a note in the report says why.
+            traced graph, with the arguments that were traced and no dropout; a note in the report says why.
         report: plain data, as for ONNX files; ``verification.attributes`` names the attributes that were changed.
         changes: what the passes did.
         refusals: what did not qualify, and why.
@@ -576,7 +588,7 @@ class ModuleResult(PruneResult):
 
     @functools.cached_property
     def graph_module(self) -> torch.fx.GraphModule:
-        """The traced graph, cut: a ``torch.fx.GraphModule`` that is called with the module's arguments by name."""
+        """The traced graph, cut: a ``torch.fx.GraphModule`` that is called like the module."""
         return cut_graph_module(self._model)
 
     @functools.cached_property
@@ -619,7 +631,7 @@ def prune_module(
     model: torch.nn.Module | str | Path,
     calibration: Any = None,
     *,
-    example: Mapping[str, Any] | None = None,
+    example: Any = None,
     checkpoint: bool | None = None,
     uniform: bool | None = None,
     new_bias: bool | None = None,
@@ -653,9 +665,13 @@ def prune_module(
     """Makes a torch module smaller; :func:`liar_opt.prune` calls this for modules and for folders of checkpoints.
 
     Args:
-        model: a module (it is not changed), a folder with a transformers checkpoint, or a hub name.
-        calibration: as for ONNX files; dicts have the names of the module's arguments.
-        example: a batch to trace the module with; made from the calibration data or the configuration if None.
+        model: a module (it is not changed), a folder with a transformers checkpoint, or a hub name. Of what
+            ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel hold, the module inside is pruned.
+        calibration: as for ONNX files; dicts have the names of the module's arguments. Also a tensor of samples, or
+            tensors in the order of the arguments: a tuple is one batch, a list, a DataLoader or a Dataset holds batches.
+            One item more than ``forward`` takes is a label, and left out.
+        example: a batch to trace the module with, a tensor, a tuple or a dict; made from the calibration data or the
+            configuration if None.
         checkpoint: whether the result must be one that stock transformers loads; None is true for transformers models.
         uniform: one width for all layers; None is what a checkpoint needs.
         new_bias: whether layers without a bias may get one; None is what a checkpoint allows.
@@ -700,7 +716,8 @@ def prune_module(
         raise OptionError(f"score '{score}' needs gradients; backend '{backend}' has none, give backend 'torch'")
     if isinstance(calibration, str) and calibration == SELF:
         raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
-    state = _load(model, calibration, example, allow_pickle, provider)
+    state = _load(model, calibration, example, allow_pickle, provider, batch_size)
+    calibration = state.facts.pop("calibration")
     state.progress = progress
     state.facts["backend"] = backend
     checkpoint = state.facts["stock"] if checkpoint is None else checkpoint
@@ -716,7 +733,12 @@ def prune_module(
     cut = PruneModulePass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting, new_bias=new_bias)
     asked = tuple(kind for kind, ratio in (("ffn", ffn), ("heads", heads)) if ratio)
     express_widths = [ExpressWidthsPass(asked)] if checkpoint else []
-    passes: list[Pass[Any]] = [FindModuleGroupsPass(), *express_widths, widths]
+    passes: list[Pass[Any]] = [
+        FindModuleGroupsPass(traced=not checkpoint),
+        ProveModuleGroupsPass(cut),
+        *express_widths,
+        widths,
+    ]
     analysis = Pipeline(passes=passes, observer=observer)(state)
     if checkpoint:
         state.facts["fields"] = _final_fields(state)
@@ -746,7 +768,7 @@ def prune_module(
     details = {c.where: c for c in done.changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
     report["prunable"] = prunable(state)
-    report["after"] = _sizes(state.model)
+    report["after"] = {**_sizes(state.model), "parameters": parameter_count(state.facts["module"])}
     if "traced" in state.facts:
         report["model"]["notes"].append(f"the result is the traced graph: {state.facts['traced']}")
     verification = state.facts["verification"]
@@ -792,9 +814,7 @@ def _check_others(options: Mapping[str, Any]) -> None:
             )
 
 
-def inspect_module(
-    model: torch.nn.Module | str | Path, *, example: Mapping[str, Any] | None = None, allow_pickle: bool = False
-) -> Inspection:
+def inspect_module(model: torch.nn.Module | str | Path, *, example: Any = None, allow_pickle: bool = False) -> Inspection:
     """Finds the channel groups of a module; :func:`liar_opt.inspect` calls this.
 
     Of a folder those are listed whose widths the checkpoint can say that ``prune`` makes of it; others are refused with a
@@ -806,7 +826,7 @@ def inspect_module(
     """
     state = _load(model, None, example, allow_pickle)
     express_widths = [] if state.facts["folder"] is None else [ExpressWidthsPass(required=False)]
-    result = Pipeline(passes=[FindModuleGroupsPass(), *express_widths])(state)
+    result = Pipeline(passes=[FindModuleGroupsPass(traced=not state.facts["stock"]), *express_widths])(state)
     sayable: Sayable | None = state.facts.get("sayable")
     for group in state.groups if sayable is not None else ():
         assert sayable is not None
@@ -855,29 +875,28 @@ def _fx(state: State) -> FxModel:
 def _load(
     model: torch.nn.Module | str | Path,
     calibration: Any,
-    example: Mapping[str, Any] | None,
+    example: Any,
     allow_pickle: bool,
     provider: str = "cpu",
+    batch_size: int = 32,
 ) -> State:
     """Takes a module from memory or from a checkpoint, traces it and lowers it."""
-    folder = None
+    folder, notes = None, ()
     if isinstance(model, (str, Path)):
         folder = checkpoint_folder(model, allow_pickle)
         module = load_module(folder, allow_pickle).to(_device(provider))
     else:
-        module = model
-        _require_python(module)
-    training = module.training
-    module.eval()
-    try:
-        with without_cache(module):
-            feeds, program = _traced(module, calibration, example)
-            lowered = lower(program, module, folder)
-            names = _output_names(module, feeds, lowered)
-    finally:
-        module.train(training)
+        module, notes = plain_module(model)
+    calibration = named_source(module, calibration, batch_size)
+    example = example if example is None else named_batch(module, example, "example")
+    with evaluating(module), without_cache(module):
+        feeds, program = _traced(module, calibration, example)
+        lowered = lower(program, module, folder)
+        names = _output_names(module, feeds, lowered)
+    lowered.notes += notes
     state = State(lowered)
     state.facts |= {
+        "calibration": calibration,
         "example": feeds,
         "folder": folder,
         "stock": is_stock(module),
@@ -886,22 +905,6 @@ def _load(
         "before": _sizes(lowered),
     }
     return state
-
-
-def _require_python(module: torch.nn.Module) -> None:
-    """Checks that there is code of a module to trace.
-
-    Raises:
-        ModelError: it was compiled by torch.jit, as a whole or in part.
-    """
-    import torch
-
-    for name, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            what = f"'{name}' of {type(module).__name__}" if name else "the model"
-            raise ModelError(
-                f"{what} is a ScriptModule, which torch.export cannot trace; give the nn.Module it was made of"
-            )
 
 
 def _traced(
@@ -956,22 +959,18 @@ def _example(
     if batch is None:
         raise OptionError(
             f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each of "
-            f"{_arguments(module)} (an .npz file, or a folder of .npy files), or example={{'name of an argument': tensor}}"
+            f"{_arguments(module)} (tensors or a DataLoader, an .npz file, a folder of .npy files), or an example"
         )
     accepted = inspect_signature(module.forward).parameters
     named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
-    lists = {k: v for k, v in named.items() if isinstance(v, (list, tuple))}
-    listed = next((k for k, v in lists.items() if any(hasattr(x, "shape") for x in v)), None)
-    if listed is not None:
-        raise OptionError(
-            f"input '{listed}' is a list of tensors; a module is traced with one tensor an argument: give it a forward "
-            "that takes them one by one"
-        )
+    if not named and any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        named = {k: v for k, v in batch.items() if k not in LABELS}
     if not named:
         raise OptionError(
             f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "
             f"{', '.join(accepted)}"
         )
+    required_tensors(module, named, "the example" if example is not None else "the calibration data")
     return example_from(named, taken, device, free)
 
 

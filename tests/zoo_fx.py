@@ -187,7 +187,7 @@ MODELS = {
     "qwen2": Model("Qwen2ForCausalLM", GROUPED),
     "qwen3": Model("Qwen3ForCausalLM", GROUPED),
     "roberta": Model("RobertaModel", {**TEXT, "pad_token_id": 1}),
-    "siglip-vision": Model("SiglipVisionModel", IMAGE, "image"),  # its pooler's MultiheadAttention cannot be narrower
+    "siglip-vision": Model("SiglipVisionModel", IMAGE, "image", groups={"ffn": 2, "heads": 3}),  # one in its pooler
     "siglip2-vision": Model(
         "Siglip2VisionModel", {**_without(IMAGE, "image_size"), "num_patches": 16, "vision_use_head": False}, "patches"
     ),
