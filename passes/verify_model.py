@@ -29,6 +29,7 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, cut_arrays, run_segment
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
@@ -253,13 +254,14 @@ def _made_by(tensor: Any) -> str | None:
     return tensor.inputs[0].op if tensor.inputs else None
 
 
-def rounded(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns weights, each moved by its own rounding error, up or down at random."""
+def rounded(arrays: Mapping[str, Any], store: ArrayStore | None = None) -> dict[str, Any]:
+    """Returns weights, each moved by its own rounding error, up or down at random; they lie in ``store``, if there is one."""
     rng, weights = np.random.default_rng(0), {}
     for name, value in arrays.items():
         if is_float(value.dtype):
             step = np.spacing(np.abs(value)).astype(value.dtype)
             value = value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
+            value = value if store is None else store.put(value)
         weights[name] = value
     return weights
 
