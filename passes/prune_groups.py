@@ -42,7 +42,7 @@ from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.change_basis import BasisChange, basis_of, value_turn
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
 from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
-from liar_opt.passes.plan_memory import Need, Parts, measure_together, require_room
+from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room
 from liar_opt.passes.registry import (
     AWARE,
     Measured,
@@ -335,6 +335,10 @@ class SegmentRun:
         gc.collect()
         trim()
         base = anonymous() or 0
+        if self.memory.start is None:
+            self.memory.start = base
+        # By as much a process grows: what was enough before the work is enough in the middle of it.
+        base = max(self.memory.start, base - SPARE)
 
         def needs_under(memory: Memory) -> list[tuple[Need, int]]:
             needs, start = [], 0

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.onnx_activations import live_bytes
 from liar_opt.frontend.onnx_model import OnnxModel, Stored, is_constant, is_float
 from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, walk
+from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, vocabulary, walk
 from liar_opt.frontend.weight_files import without_data
 from liar_opt.frontend.widen_graph import widen
 from liar_opt.passes.axes import AxisAlgebra
@@ -33,6 +33,7 @@ from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
+    holds_logits,
     relative_difference,
     require_close,
     require_repeatable,
@@ -121,7 +122,8 @@ class VerifyModelPass(Pass[None]):
         known: Later[Session] | None = state.facts.get("dense session")
         original = known.result() if known is not None else load_dense(state)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
-        meter = DifferenceMeter()
+        meter, words = DifferenceMeter(), vocabulary(state.model)
+        made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
         for done, i in enumerate(held[: self.batches]):
             some = first_samples(state, batches[i], min(self.samples, room))
             x = pruned.run(cut_arrays(some, ends), arrays=True)
@@ -129,7 +131,7 @@ class VerifyModelPass(Pass[None]):
             mask = masks[i]
             mask = mask if mask is None or all(some[k] is batches[i][k] for k in some) else mask[: min(self.samples, room)]
             for name, value in y.items():
-                meter.add(name, x[name], value, mask)
+                meter.add(name, x[name], value, mask, holds_logits(name, value.shape, words, made_by.get(name)))
             state.progress("verify", done + 1, len(held[: self.batches]))
         facts["outputs"] = meter.result()
         if meter.uneven:
@@ -255,7 +257,7 @@ def _made_by(tensor: Any) -> str | None:
 
 
 def rounded(arrays: Mapping[str, Any], store: ArrayStore | None = None) -> dict[str, Any]:
-    """Returns weights, each moved by its own rounding error, up or down at random; they lie in ``store``, if there is one."""
+    """Returns weights, each moved by its own rounding error, up or down at random; in ``store``, if there is one."""
     rng, weights = np.random.default_rng(0), {}
     for name, value in arrays.items():
         if is_float(value.dtype):

@@ -207,7 +207,7 @@ class _Job:
 
     @property
     def characters(self) -> int:
-        """Of a text that is kept at most: what its tokens need, which are one sample, or all of them where texts are packed."""
+        """Kept of a text at most: what the tokens of one sample need, or those of all samples where texts are packed."""
         longest = self.sequence_length or min(self.positions or _LONGEST, _LONGEST)
         return CHARACTERS * longest * (self.samples if self.packing else _SPARED)
 
@@ -565,7 +565,9 @@ def _file_texts(path: Path, suffix: str, job: _Job) -> Iterator[str]:
         if suffix == ".txt":
             yield from _line_beginnings(stream, job.characters, where)
         elif suffix == ".jsonl":
-            yield from _column_texts(jsonl_rows(_short_strings(stream, job.characters, where), where), path, job.text_column)
+            yield from _column_texts(
+                jsonl_rows(_short_strings(stream, job.characters, where), where), path, job.text_column
+            )
         else:
             yield from _column_texts(csv_rows(_bounded(stream, where), where), path, job.text_column)
 

@@ -25,6 +25,9 @@ def group(name: str, kind: str, size: int, parameters: int) -> ChannelGroup:
 class Model:
     source = None
 
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
 
 def state(*groups: ChannelGroup) -> State:
     model: Any = Model()
