@@ -19,6 +19,7 @@ more is kept than the tokens that it can give need, and of a long line no more i
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import re
@@ -53,6 +54,7 @@ _COLUMN_PROBE = 20  # rows looked at to tell which columns hold text
 _BLOCK_BYTES = 1 << 22  # read at once from a compressed array
 _PIECE = 1 << 16  # characters of a line that are read at once
 _SPARED = 4  # times as many characters are kept as tokens are likely to need: what has longer ones is no text
+DOUBTFUL = 0.5  # share of the samples that are of one token, or repeat another, above which nothing can be trusted
 _TEXT_ROOM = 1 << 24  # characters of all texts that are kept in any case
 _LONGEST_ROW = 1 << 24  # characters of a line of a .csv file
 _JSON_PART = re.compile(r'"|\\u[0-9a-fA-F]{4}|\\[^u]|[^"\\]+', re.DOTALL)
@@ -227,8 +229,11 @@ def _finish(
     samples: int,
     source: str,
     warnings: list[str],
+    shared: frozenset[str],
+    specials: int = 0,
 ) -> CalibrationData:
     tokens = sum(int(mask.sum()) for mask in masks)
+    warnings = [*warnings, *_doubts(batches, masks, shared, specials)]
     full = all(mask.all() for mask in masks)
     return CalibrationData(
         batches=tuple(batches),
@@ -239,6 +244,44 @@ def _finish(
         warnings=tuple(warnings),
         synthetic=False,
     )
+
+
+def _doubts(
+    batches: Sequence[Mapping[str, Array]], masks: Sequence[NDArray[np.bool_]], shared: frozenset[str], specials: int
+) -> Iterator[str]:
+    """Yields why nothing that is measured on the samples can be trusted.
+
+    Args:
+        batches: feeds by input.
+        masks: real rows of each batch, [b, s] or [b]; a sample without any fills a batch up.
+        shared: inputs without a batch axis.
+        specials: tokens that are in every sample.
+    """
+    seen: set[bytes] = set()
+    samples = short = 0
+    for batch, mask in zip(batches, masks, strict=True):
+        for row in np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1)):
+            samples += 1
+            short += mask.ndim == 2 and int(mask[row].sum()) <= specials + 1
+            sample = hashlib.blake2b(digest_size=16)
+            for name, whole in batch.items():
+                if name in shared or whole.shape[:1] != mask.shape[:1]:
+                    continue
+                value = whole[row]
+                real = value[mask[row]] if mask.ndim == 2 and value.shape[:1] == mask.shape[1:] else value
+                sample.update(f"{name} {real.shape}".encode())
+                sample.update(np.ascontiguousarray(real).tobytes())
+            seen.add(sample.digest())
+    if samples > 1 and samples - len(seen) > DOUBTFUL * samples:
+        yield (
+            f"only {len(seen)} of {samples} samples differ: what is held back was fitted as well, and errors look smaller "
+            "than they are; give distinct samples."
+        )
+    if short > DOUBTFUL * samples:
+        yield (
+            f"{short} of {samples} samples are one token long: attention has nothing to choose from there, and what it "
+            "does elsewhere is not seen; give longer samples."
+        )
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -795,7 +838,9 @@ def _batch_texts(drawn: _Texts, job: _Job) -> CalibrationData:
         batch, real = pad_texts([encoded[row] for row in rows], static or int(lengths[chunk].max()), tokenizer, signature)
         batches.append(batch)
         masks.append(real & (np.arange(len(rows)) < len(chunk))[:, None])
-    data = _finish(batches, masks, len(encoded), f"{drawn.source}, {said}", warnings)
+    specials = 0 if job.packing else tokenizer.specials
+    source = f"{drawn.source}, {said}"
+    data = _finish(batches, masks, len(encoded), source, warnings, signature.shared, specials)
     # a causal model's real tokens never see the padding behind them
     return data if job.packing else replace(data, warnings=data.warnings + tuple(_mask_warnings(signature, masks)))
 
@@ -1006,7 +1051,7 @@ def _batch_feeds(drawn: _Feeds, job: _Job) -> CalibrationData:
     batches, masks = _batch_rows([_stack(group, signature) for group in groups.values()], job)
     _check_masks(masks, signature, drawn, warnings)
     said = f"the first {len(rows)} rows" if drawn.first_only else job.drawn(len(rows), total, "rows")
-    return _finish(batches, masks, len(rows), f"{drawn.label}, {said}", warnings)
+    return _finish(batches, masks, len(rows), f"{drawn.label}, {said}", warnings, signature.shared)
 
 
 def _check_feed(where: str, feed: Mapping[str, Column], signature: Signature) -> int:
@@ -1149,7 +1194,8 @@ def _synthesise(job: _Job) -> CalibrationData:
         warnings.append(
             f"the vocabulary is not known: ids for input '{signature.ids}' are drawn below {_SYNTHETIC_VOCABULARY}."
         )
-    data = _finish(batches, masks, job.samples, f"synthetic inputs, {job.samples} drawn with seed {job.seed}", warnings)
+    said = f"synthetic inputs, {job.samples} drawn with seed {job.seed}"
+    data = _finish(batches, masks, job.samples, said, warnings, signature.shared)
     return replace(data, synthetic=True)
 
 
