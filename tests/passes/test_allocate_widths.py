@@ -213,3 +213,27 @@ def test_parts_of_one_weight_are_counted_by_themselves() -> None:
     assert sorted(g["parameters"] for g in report["groups"]) == [2 * 16 * 16, 2 * 16 * 24]
     assert report["prunable"] == {"before": 2 * 16 * 40, "after": 16 * 40}
     assert report["after"]["parameters"] == 16 * 40
+
+
+def test_a_multiple_that_leaves_groups_whole_is_told() -> None:
+    narrow = state(group("a", "ffn", 7, 70), group("b", "ffn", 8, 80))
+    with pytest.raises(
+        OptionError, match=r"multiple-of 8 leaves every group whole: the widest has 8 channels.*--multiple-of 2"
+    ):
+        AllocateWidthsPass(ffn=0.5)(narrow)
+    some = state(group("a", "ffn", 7, 70), group("b", "ffn", 24, 240))
+    AllocateWidthsPass(ffn=0.5)(some)
+    assert some.keep == {"a": 7, "b": 16}
+    assert len(some.model.notes) == 1 and "'a': no wider than the multiple of 8" in some.model.notes[0]
+    wide = state(group("b", "ffn", 24, 240))
+    AllocateWidthsPass(ffn=0.5)(wide)
+    assert wide.model.notes == []
+
+
+def test_ratios_that_round_to_nothing() -> None:
+    for asked in ({"ffn": 0.05}, {"sparsity": 0.02}, {"heads": 0.1, "ffn": 0.0}):
+        with pytest.raises(OptionError, match="the ratios round to nothing"):
+            AllocateWidthsPass(**asked)(state(group("a", "ffn", 40, 400), group("b", "heads", 3, 300)))
+    whole = state(group("a", "ffn", 40, 400))
+    AllocateWidthsPass(ffn=0.0)(whole)  # that was asked for
+    assert whole.keep == {"a": 40}
