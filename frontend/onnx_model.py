@@ -131,15 +131,15 @@ class OnnxModel:
     # -- files ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | Path) -> "OnnxModel":
-        """Reads an ONNX file; its weights stay where they are until they are looked at.
+    def load(cls, path: str | Path, map_from: int | None = None) -> "OnnxModel":
+        """Reads an ONNX file; weights stay in files of ``map_from`` bytes or more (`weight_files.MAP_FROM` if None).
 
         Raises:
             ModelError: the file is missing, not ONNX, truncated, broken (`sound_model`), quantised, or its external data
                 cannot be found.
         """
         path = Path(path)
-        return cls._imported(*read_graph(path), path)
+        return cls._imported(*read_graph(path, map_from), path)
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto) -> "OnnxModel":
@@ -402,17 +402,20 @@ class OnnxModel:
                 yield value.shape, value.dtype
 
     def align(self, store: ArrayStore) -> None:
-        """Copies weights to ``store`` that lie in their file where no number may begin: every session would copy them."""
+        """Moves weights to ``store`` that are in memory, or lie in their file where no number may begin.
+
+        Of these every session would make a copy.
+        """
         moved: dict[int, np.ndarray] = {}
         for constant in self.constants():
             values = constant._values
-            if isinstance(values, np.ndarray) and not values.flags.aligned:
+            if isinstance(values, np.ndarray) and (values.flags.writeable or not values.flags.aligned):
                 if id(values) not in moved:
                     moved[id(values)] = store.put(values)
                 constant.values = moved[id(values)]
         if self.stored is not None:
             for name, values in self.stored.arrays.items():
-                if not values.flags.aligned:
+                if id(values) in moved or not values.flags.aligned:
                     self.stored.arrays[name] = moved[id(values)] if id(values) in moved else store.put(values)
 
     # -- normal form ------------------------------------------------------------------------------------------------
@@ -587,8 +590,8 @@ def _describe(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
             tensor.metadata_props.extend(described[tensor.name].metadata_props)
 
 
-def read_graph(path: Path) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """Reads an ONNX file: the proto, and the weights, which stay where they are.
+def read_graph(path: Path, map_from: int | None = None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Reads an ONNX file: the proto, and the weights, which stay where they are in large files (`read_model`).
 
     Raises:
         ModelError: the file is missing, not ONNX, truncated, or its external data cannot be found.
@@ -596,7 +599,7 @@ def read_graph(path: Path) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     if not path.is_file():
         raise ModelError(f"'{path}' is not a file; give the path of an ONNX model")
     try:
-        proto, arrays = read_model(path)
+        proto, arrays = read_model(path, map_from)
     except (DecodeError, ValueError, OSError, RuntimeError) as err:
         raise ModelError(f"'{path}' cannot be read as ONNX (truncated or another format); export it again") from err
     if not proto.graph.node or not proto.opset_import:

@@ -56,8 +56,12 @@ BYTES = 2
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read_model(path: Path) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+def read_model(path: Path, map_from: int | None = None) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
     """Reads a model file: the light proto, and the data of its large initializers.
+
+    Args:
+        path: of the file.
+        map_from: bytes of a file from which its data stays there; `MAP_FROM` if None.
 
     Raises:
         ModelError: external data is missing, shorter than the initializers need, or outside the model's folder.
@@ -82,7 +86,7 @@ def read_model(path: Path) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
             )
         data = buffers[file][offset : offset + size]
         if tensor.name in outer and tensor.data_type in PLAIN:
-            data = data if buffers[file].size >= MAP_FROM else np.array(data)
+            data = data if buffers[file].size >= (MAP_FROM if map_from is None else map_from) else np.array(data)
             arrays[tensor.name] = data.view(numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
             continue
         tensor.raw_data = data.tobytes()

@@ -25,6 +25,8 @@ from liar_opt.runtime.errors import ModelError, OptionError
 
 DEFAULT_SPARSITY = 0.3
 ROUNDS = 6
+NAMED = 3
+"""Groups that a note names; of others it says how many they are."""
 CLOSE = 2e-3
 """How near to the sparsity that was asked for is near enough, where groups share weights."""
 Cost = Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]]
@@ -103,7 +105,7 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
         others: whether there are widths to cut beside the groups.
 
     Raises:
-        OptionError: the allocation is unknown, or ``multiple_of`` is below one.
+        OptionError: the allocation is unknown, or ``multiple_of`` is below one, or leaves every group whole.
         ModelError: there is nothing to prune.
     """
     lookup("allocation", ALLOCATIONS, allocate)
@@ -112,6 +114,22 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
     if not state.groups and not others:
         name = f"'{state.model.source}'" if state.model.source else "the model"
         raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+    if state.groups and not others and all(step_of(g, multiple_of) == g.size for g in state.groups):
+        widest = max(g.size for g in state.groups)
+        raise OptionError(
+            f"multiple-of {multiple_of} leaves every group whole: the widest has {widest} channels; give a smaller one, "
+            f"such as --multiple-of {max(1, widest // 4)}"
+        )
+    whole = [g.name for g in state.groups if g.kind == "ffn" and step_of(g, multiple_of) == g.size]
+    if whole:
+        named = ", ".join(f"'{name}'" for name in whole[:NAMED])
+        more = f" and {len(whole) - NAMED} more" if len(whole) > NAMED else ""
+        note = (
+            f"{named}{more}: no wider than the multiple of {multiple_of} that kept widths are, so nothing of that goes; a "
+            "smaller --multiple-of cuts it"
+        )
+        if note not in state.model.notes:
+            state.model.notes.append(note)
 
 
 def require_sharing(query_key: object, allocate: str, by_kind: bool = False) -> None:
@@ -457,7 +475,11 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         return keep
 
     def apply(self, state: State, plan: dict[str, int]) -> PassResult:
-        """Notes the widths; groups of values, queries and keys join the others where they are to be cut."""
+        """Notes the widths; groups of values, queries and keys join the others where they are to be cut.
+
+        Raises:
+            OptionError: something was asked for, and no group would lose anything.
+        """
         sayable: Sayable | None = state.facts.get("sayable")
         for group in state.groups if sayable is not None else ():
             assert sayable is not None
@@ -467,5 +489,19 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             note = f"{group.kind}: {kept} stay, where the ratio alone leaves {alone}: {sayable.describe(group)}"
             if kept != alone and note not in state.model.notes:
                 state.model.notes.append(note)
+        sizes = {g.name: g.size for g in (*state.groups, *state.values, *state.queries)}
+        ratios = [
+            self.sparsity,
+            self.ffn,
+            self.heads,
+            self.values,
+            self.recurrent,
+            None if self.query_key == "auto" else self.query_key,
+        ]
+        given = [ratio for ratio in ratios if ratio is not None] or [DEFAULT_SPARSITY]
+        if any(given) and all(keep == sizes[name] for name, keep in plan.items()):
+            raise OptionError(
+                "the ratios round to nothing, every group keeps its width; give larger ratios or a smaller --multiple-of"
+            )
         note_widths(state, plan)
         return PassResult(state)

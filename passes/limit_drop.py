@@ -4,8 +4,9 @@ The error curves say what every sparsity loses, up to a factor: the sum of the e
 picks. An evaluation prunes the model to one sparsity and measures the loss; the quotient of the two is carried to the next
 guess, between the largest sparsity that was inside and the smallest that was not.
 
-The loss is 1 - the mean cosine of the model's first output to the dense model's on held-back calibration batches, or what a
-user's metric loses, relative to its value on the dense model: (metric(dense) - metric(pruned)) / |metric(dense)|.
+The loss is 1 - the mean cosine of the model's first output to the dense model's on calibration batches that nothing is
+fitted to, or what a user's metric loses, relative to its value on the dense model:
+(metric(dense) - metric(pruned)) / |metric(dense)|.
 """
 
 import math
@@ -13,7 +14,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -120,6 +121,12 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
                 "one kind alone (--ffn, --heads)"
             )
         trial, changes, sparsity = search.best
+        trial.model.notes = state.model.notes
+        if not search.unseen:
+            trial.model.notes.append(
+                "max-drop was measured on the rows that the repair was fitted to, since there is nothing to hold back: the "
+                "loss on other data is larger; give more calibration samples, or a metric of your own"
+            )
         state.model, state.walk, state.groups = trial.model, trial.walk, trial.groups
         state.keep, state.repairs = trial.keep, trial.repairs
         state.facts |= {name: trial.facts[name] for name in ("ends", "query forms", "blocks", "lost")}
@@ -131,6 +138,7 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
             "sparsity": sparsity,
             "tried": [[s, loss] for s, loss in search.losses.items()],
             "stopped": search.stopped,
+            "held_back": search.unseen,
         }
         return PassResult(state, changes)
 
@@ -156,6 +164,13 @@ class _Search:
         self.reference: float | None = None
         held = [i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2]
         self.held = held or [len(self.data.batches) - 1]
+        self.unseen = options.metric is not None or len(self.held) < len(self.data.batches)
+        """Whether the loss is measured on rows that nothing was fitted to."""
+        self.fitted = self.data
+        if options.metric is None and self.unseen:
+            rest = [i for i in range(len(self.data.batches)) if i not in self.held]
+            batches, masks = tuple(self.data.batches[i] for i in rest), tuple(self.data.row_masks[i] for i in rest)
+            self.fitted = replace(self.data, batches=batches, row_masks=masks)
         self.original: Session | None = None
         if options.metric is None:
             self.original = Session(*_swapped(self.dense.detached(), state.device, state.memory.tight))
@@ -192,7 +207,7 @@ class _Search:
 
     def _evaluate(self, sparsity: float) -> float | None:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""
-        trial = State(self.dense.model(), self.data, self.state.device, self.state.progress, memory=self.state.memory)
+        trial = State(self.dense.model(), self.fitted, self.state.device, self.state.progress, memory=self.state.memory)
         trial.facts = {k: self.state.facts[k] for k in ("dense", "before") if k in self.state.facts}
         NormaliseGraphPass()(trial)
         FindGroupsPass()(trial)

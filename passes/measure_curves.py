@@ -114,9 +114,10 @@ class _CurveRun(DenseRun):
                 worth_of = self.score.values(own, self.rng)
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
-        patches = self.repaired(group, measured, np.concatenate(half)) if self.probing else []
-        lost = self.difference(patches, self.behind(group)) if self.probing else None
         deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
+        patches = self.repaired(group, measured, np.concatenate(half)) if self.probing else []
+        del measured, own, problems, selection  # the rest of the model runs now
+        lost = self.difference(patches, self.behind(group)) if self.probing else None
         self.note(group, errors, values, lost, errors[keep], deviation)
 
     def note_logits(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:

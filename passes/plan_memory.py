@@ -11,7 +11,7 @@ Groups of one segment whose moments do not fit together are measured one after t
 and their moments wait on disk: the results are the same. Whether the largest group fits is asked before the first segment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,22 +60,43 @@ SPARE = 1 << 25
 """Bytes by which a process grows while it works, beside what is counted: sessions, code that is loaded late."""
 
 
-def require_room(needs: Sequence[tuple[Need, int]], limit: int) -> None:
+SLACK = 1 << 23
+"""What is added where the least that would do is said: no two runs begin with the same memory."""
+ROUNDS = 8
+"""How often the least is asked for again: with more room, more stays in memory."""
+
+
+def require_room(
+    needs: Sequence[tuple[Need, int]], limit: int, anew: Callable[[int], Sequence[tuple[Need, int]]] | None = None
+) -> None:
     """Checks that every group fits by itself.
 
     Args:
         needs: each with the bytes that are needed beside it.
         limit: bytes that may be used.
+        anew: the same under another limit, where what is needed depends on it.
 
     Raises:
         OptionError: one does not; the least that would do for all is said.
     """
-    least, need = max(((fixed + max(n.measuring, n.solving) + SPARE, n) for n, fixed in needs), key=lambda pair: pair[0])
-    if least > limit:
-        raise OptionError(
-            f"memory {show_size(limit)} is too small for the moments of group '{need.name}' (width {max(need.widths)}); "
-            f"give at least {show_size(least)}, or a smaller batch size"
-        )
+    least, need = _largest(needs)
+    if least <= limit:
+        return
+    for _ in range(ROUNDS if anew is not None else 0):
+        assert anew is not None
+        more, _need = _largest(anew(least + SLACK))
+        if more <= least:
+            break
+        least, need = more, _need
+    raise OptionError(
+        f"memory {show_size(limit)} is too small for the moments of group '{need.name}' (width {max(need.widths)}); "
+        f"give at least {show_size(least + SLACK)}, or a smaller batch size"
+    )
+
+
+def _largest(needs: Sequence[tuple[Need, int]]) -> tuple[int, Need]:
+    """Returns the most that one group needs with what is beside it, and the group."""
+    return max(((fixed + max(n.measuring, n.solving) + SPARE, n) for n, fixed in needs), key=lambda pair: pair[0])
 
 
 class Parts(NamedTuple):
@@ -98,8 +119,9 @@ def measure_together(needs: Sequence[Need], fixed: int, limit: int) -> Parts:
     Args:
         needs: of the groups, in order.
         fixed: bytes that are needed whatever is measured.
-        limit: bytes that may be used.
+        limit: bytes that may be used; `SPARE` of them stay free.
     """
+    limit -= SPARE
     whole = max(sum(n.measuring for n in needs), sum(n.moments for n in needs) + max((n.solving for n in needs), default=0))
     if fixed + whole <= limit:
         return Parts([list(range(len(needs)))], False, fixed + whole)

@@ -14,7 +14,7 @@ Each group at fault costs about log2 of their number in rehearsals, however many
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ from liar_opt.passes.verify_model import (
     rounded,
     spread_bias,
 )
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 from liar_opt.runtime.errors import LiarOptError, OptionError
@@ -227,7 +228,10 @@ class Proof:
         analysed = walk(model, AxisAlgebra)
         found = find_groups(analysed, known=True)
         data = CalibrationData(tuple(self.feeds), (None,) * len(self.feeds), 0, 0, "probes", (), True)
-        state = State(model, data, self.state.device, memory=self.state.memory, walk=analysed)
+        # What a rehearsal writes goes from the disk with it.
+        memory = replace(self.state.memory, store=ArrayStore(self.state.memory.store.folder))
+        model.store = memory.store if memory.tight else None
+        state = State(model, data, self.state.device, memory=memory, walk=analysed)
         state.groups = tuple(g for g in (*found.groups, *found.values, *found.queries) if g.name in keep)
         state.keep = dict(keep)
         state.facts["blocks"] = blocks
@@ -288,7 +292,9 @@ class Reference:
 
     @functools.cached_property
     def _moved(self) -> Session:
-        return self._session(*rounded(self.part.serialise(), self.part.weights))
+        memory = self.state.memory
+        store = ArrayStore(memory.store.folder) if memory.tight else None
+        return self._session(*rounded(self.part.serialise(), self.part.weights, store))
 
     @functools.cached_property
     def _optimized(self) -> Session:
@@ -312,7 +318,7 @@ def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[
         outputs: what the result computes.
     """
     whole = extract(analysed, 0, len(analysed.model.graph.nodes), list(outputs), {})
-    nodes = {n.name: n for n in analysed.model.graph.nodes}
+    memory, nodes = rehearsal.memory, {n.name: n for n in analysed.model.graph.nodes}
     uses = {(u.node.name, u.weight_position): u for u in analysed.consumers}
     # A weight that was repaired again is what it became last; biases were added to those before.
     patches: dict[tuple[str, int], tuple[list[ConsumerUse], NDArray[Any], NDArray[np.float64]]] = {}
@@ -323,6 +329,7 @@ def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[
         full = np.zeros(old.shape, old.dtype)
         for part in parts:
             full[np.ix_(*part.index)] = part.weight
+        full = memory.store.put(full) if memory.tight else full
         bias, place = spread_bias(repair, full.shape), (own[0].node.name, own[0].weight_position)
         patches[place] = own, full, bias + patches[place][2] if place in patches else bias
     forms: dict[tuple[str, int], NDArray[Any]] = {}
@@ -437,6 +444,7 @@ class Rehearsal(SegmentRun):
                 taps = self.taps([group], streams=False)
                 moments: dict[Place, Moments] = {place: MadeUpMoments(tap.width) for place, tap in taps.items()}
                 self.prune(group, moments)
+                self.state.model.settle()
             except (MemoryError, OSError):
                 raise
             except Exception as err:

@@ -26,7 +26,7 @@ from liar_opt.passes.prove_groups import (
     refusals_of,
 )
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.verify_model import mask_model, rounded
+from liar_opt.passes.verify_model import mask_model, nudged
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 
@@ -123,9 +123,10 @@ def _blamed(reference: FxModel, masked: Executor, feeds: Mapping[str, Any], name
     if relative_difference(again, value) > REPEATED:
         return False
     nodes = [(node, i) for node in reference.graph.nodes for i, t in enumerate(node.inputs) if is_constant(t)]
+    rng = np.random.default_rng(0)
     before = {id(node.inputs[i]): (node.inputs[i], node.inputs[i].values) for node, i in nodes}
     for constant, values in before.values():
-        constant.values = rounded({"": values})[""]
+        constant.values = nudged(values, rng)
     moved = _array(masked.run(feeds)[name])
     for constant, values in before.values():
         constant.values = values

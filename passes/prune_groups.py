@@ -11,6 +11,7 @@ some of its channels (`passes.change_basis`): values, and queries with keys. The
 before the rest, values behind it, within the heads that are left.
 """
 
+import functools
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.change_basis import BasisChange, basis_of, value_turn
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
 from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
-from liar_opt.passes.plan_memory import Need, Parts, measure_together, require_room
+from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room
 from liar_opt.passes.registry import (
     AWARE,
     Measured,
@@ -55,7 +56,7 @@ from liar_opt.passes.registry import (
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, ModelError, OptionError
-from liar_opt.runtime.memory import anonymous, trim
+from liar_opt.runtime.memory import Memory, anonymous, trim
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
 from liar_opt.runtime.solve import half_the_threads
@@ -324,7 +325,8 @@ class SegmentRun:
         if self.memory.tight:
             gc.collect()  # graphs refer to themselves in circles
             trim()
-        needs, fixed = self.needs(groups, taps, 0 if self.alive_at is None else self.position(self.alive_at), first)
+        start = 0 if self.alive_at is None else self.position(self.alive_at)
+        needs, fixed = self.needs(groups, taps, start, first, self.memory)
         parts = measure_together(needs, (anonymous() or 0) + fixed, self.memory.limit)
         self.memory.estimated = max(self.memory.estimated, parts.need)
         self.steps += (len(parts.groups) - 1) * len(self.data.batches)
@@ -339,17 +341,28 @@ class SegmentRun:
         Raises:
             OptionError: one does not; the least that would do is said.
         """
+        gc.collect()
         trim()
-        base, needs, start = anonymous() or 0, [], 0
-        for segment in segments:
-            groups = self.wide if segment is None else segment.groups
-            own, fixed = self.needs(groups, self.taps(groups, streams=False), start, None)
-            needs += [(need, base + fixed) for need in own]
-            start = 0 if segment is None else self.position(segment.first)
-        require_room(needs, self.memory.limit)
+        base = anonymous() or 0
+        if self.memory.start is None:
+            self.memory.start = base
+        # By as much a process grows: what was enough before the work is enough in the middle of it.
+        base = max(self.memory.start, base - SPARE)
+
+        def needs_under(memory: Memory) -> list[tuple[Need, int]]:
+            needs, start = [], 0
+            for segment in segments:
+                groups, first = (self.wide, None) if segment is None else (segment.groups, segment.first)
+                own, fixed = self.needs(groups, self.taps(groups, streams=False), start, first, memory)
+                needs += [(need, base + fixed) for need in own]
+                start = 0 if segment is None else self.position(segment.first)
+            return needs
+
+        under = functools.partial(replace, self.memory)
+        require_room(needs_under(self.memory), self.memory.limit, lambda limit: needs_under(under(limit=limit)))
 
     def needs(
-        self, groups: Sequence[ChannelGroup], taps: Mapping[Place, Tap], start: int, first: Any
+        self, groups: Sequence[ChannelGroup], taps: Mapping[Place, Tap], start: int, first: Any, memory: Memory
     ) -> tuple[list[Need], int]:
         """Returns what each group of a segment needs, and the bytes that are needed beside, whatever is measured.
 
@@ -358,6 +371,7 @@ class SegmentRun:
             taps: their activations.
             start: position of the first node that runs.
             first: the segment's first node; None where nothing is kept for the next.
+            memory: the limit, and what follows from it.
         """
         elements = {g.name: sum(int(np.prod(w.shape)) for w in _weights(g)) for g in groups}
         needs = [Need(g.name, tuple(taps[k].width for k in _keys(g)), elements[g.name]) for g in groups]
@@ -373,8 +387,8 @@ class SegmentRun:
         if first is not None:
             names = live_tensors(self.walk, self.position(first), self.waiting)
             between = len(self.data.batches) * sum(sizes.get(n, 0) for n in names)
-            fixed += between if self.memory.keep(between) else 0
-        if not self.memory.tight:
+            fixed += between if memory.keep(between) else 0
+        if not memory.tight:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
         return needs, fixed
 

@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,8 @@ from liar_opt.frontend.onnx_causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
 from liar_opt.frontend.sound_model import why_invalid
-from liar_opt.frontend.weight_files import completed, lightened, write_model
-from liar_opt.passes.allocate_widths import note_widths
+from liar_opt.frontend.weight_files import MAP_FROM, completed, lightened, write_model
+from liar_opt.passes.allocate_widths import NAMED, note_widths
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.blank_cut import deployed
@@ -41,14 +41,14 @@ from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prove_groups import Proof, ProveGroupsPass, leave_alone, refusals_of
-from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.passes.prune_groups import HELD_BACK, cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.verify_model import cannot_load, first_samples, load_dense, require_runs
 from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.later import Later
-from liar_opt.runtime.memory import Memory, MemoryWatch, show_size
+from liar_opt.runtime.memory import LARGE_MODEL, Memory, MemoryWatch, show_size
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session, custom_operators, device_unused, refusal_of, resolve_provider
@@ -58,6 +58,8 @@ SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
+LEAST_BATCHES = 3
+"""One to measure a loss on, one to choose the ridge on, and one to fit to."""
 SIDE_BY_SIDE = 6
 """Batches that are made smaller leave room for so many: three sessions check the result, each takes about twice as much."""
 
@@ -153,17 +155,19 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     Raises:
         ModelError: it cannot be read.
     """
+    limit = Memory.of(memory)
     if isinstance(model, OnnxModel):
         loaded = model
     elif isinstance(model, onnx.ModelProto):
         loaded = OnnxModel.from_proto(model)
     elif isinstance(model, (str, Path)):
-        loaded = OnnxModel.load(model)
+        # Of what is large beside the limit nothing is copied.
+        loaded = OnnxModel.load(model, min(MAP_FROM, limit.limit // LARGE_MODEL))
     else:
         raise OptionError(f"a model is a path or an onnx.ModelProto, not {type(model).__name__}")
     if not loaded.graph.inputs:
         raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
-    state = State(loaded, memory=Memory.of(memory))
+    state = State(loaded, memory=limit)
     source = loaded.source
     if source is not None and source.is_file():
         state.facts["digest"] = Later(lambda: _sha256(source))
@@ -429,6 +433,7 @@ class _Job:
         state, chosen, target, observer = self.state, self.chosen, self.target, self.arguments["observer"]
         report = self._head()
         analysis = _analysed(state, observer, load=not state.memory.tight)
+        state.model.settle()
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
         _dense_session(state)
         resume, dry_run = self.arguments["resume"], self.arguments["dry_run"]
@@ -519,6 +524,8 @@ class _Job:
         state, began = self.state, time.perf_counter()
         if self.data is None:
             self.data = _calibrate(state, self.options)
+            if self.limited:  # what is lost is measured on rows that nothing is fitted to
+                self.data = divided(self.data, state.analysed().input_specs())
         state.calibration = _fitted(state, self.data, report)
         require_runs(state, _dense_session(state))
         state.seconds["load-calibration"] = state.seconds.get("load-calibration", 0.0) + time.perf_counter() - began
@@ -546,6 +553,8 @@ class _Job:
             if not proved:
                 break
             refusals += proved
+        known = report["model"]["notes"]
+        known += [note for note in state.model.notes if note not in known]
         if "curves" in state.facts:
             report["curves"] = curve_report(state.groups, state.facts["curves"])
         if "curves from" in state.facts:
@@ -574,6 +583,7 @@ class _Job:
         details = {c.where: c for c in changes}
         report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
         report["prunable"] = prunable(state)
+        report["model"]["notes"] += unrepaired(report, self.chosen.cut.repair)
         gaps = [c["calibration_gap"] for g in report["groups"] for c in g.get("repairs", ())]
         known = [gap for gap in gaps if gap is not None]
         report["calibration"]["gap"] = sum(known) / len(known) if known else None
@@ -654,6 +664,15 @@ def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> Cali
         f"and {show_size(state.memory.limit)} may be used"
     )
     return fitted
+
+
+def divided(data: CalibrationData, inputs: Sequence[InputSpec]) -> CalibrationData:
+    """Returns data of few batches in smaller ones, some of which can be held back, where the batch axis is free."""
+    free = all(not i.shape or not isinstance(i.shape[0], int) for i in inputs)
+    if len(data.batches) >= LEAST_BATCHES or not free:
+        return data
+    samples = sum(max((len(v) for v in batch.values() if v.ndim), default=1) for batch in data.batches)
+    return data.in_batches_of(max(1, samples // HELD_BACK))
 
 
 def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
@@ -811,9 +830,33 @@ def _calibration_report(data: CalibrationData) -> dict[str, Any]:
 
 
 def prunable(state: State) -> dict[str, int]:
-    """Returns the parameters of all layers and heads together, before and after; values, queries and keys are theirs."""
+    """Returns the parameters of all that may be cut together, before and after.
+
+    Values, queries and keys hold weights of their layer's heads, and are cut within those that are left.
+    """
     counted = [g for g in state.groups if g.kind in KINDS]
-    return {"before": round(parameters_left(counted)), "after": round(parameters_left(counted, state.keep))}
+    before, after = parameters_left(counted), parameters_left(counted, state.keep)
+    for group in (g for g in state.groups if g.kind not in KINDS):
+        heads = next((g for g in counted if g.kind == "heads" and group.constants <= g.constants), None)
+        left = 1.0 if heads is None else state.keep.get(heads.name, heads.size) / heads.size
+        before += group.parameters if heads is None else 0
+        after += group.parameters if heads is None else 0
+        after -= left * group.parameters * (1.0 - state.keep.get(group.name, group.size) / group.size)
+    return {"before": round(before), "after": round(after)}
+
+
+def unrepaired(report: Mapping[str, Any], repair: str | RepairFunction) -> Iterator[str]:
+    """Yields a note about weights whose repair was not written, if there are some."""
+    told = {node for refusal in report["refusals"] for node in refusal["nodes"]}
+    repairs = [c for g in report["groups"] for c in g.get("repairs", ())]
+    alone = [c["node"] for c in repairs if c["repair"] == "none" and c["node"] not in told]
+    if alone and repair != "none":
+        named = ", ".join(f"'{node}'" for node in alone[:NAMED])
+        named += f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""
+        yield (
+            f"{len(alone)} of {len(repairs)} repairs would be worse than none on held-back rows and were not written "
+            f"({named}): the calibration data says too little; give more samples"
+        )
 
 
 def _group(group: ChannelGroup) -> dict[str, Any]:

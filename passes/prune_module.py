@@ -88,11 +88,12 @@ from liar_opt.passes.prune_model import (
     inputs_of,
     prunable,
     prune,
+    unrepaired,
 )
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.verify_model import first_samples, mask_model
 from liar_opt.runtime.calibration_data import first_rows, load_calibration
-from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, require_close, require_repeatable
+from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, holds_logits, require_close, require_repeatable
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import measure_latency
 from liar_opt.runtime.moments import Moments
@@ -528,7 +529,8 @@ class VerifyModulePass(Pass[None]):
         for done, i in enumerate(held[: self.batches]):
             x, y = _arrays(cut.run(data.batches[i])), _arrays(dense.run(data.batches[i]))
             for name, value in y.items():
-                meter.add(names.get(name, name), x[name], value, data.row_masks[i])
+                shown = names.get(name, name)
+                meter.add(shown, x[name], value, data.row_masks[i], holds_logits(shown, value.shape, vocabulary(model)))
             state.progress("verify", done + 1, len(held[: self.batches]))
         facts["outputs"] = meter.result()
         facts["attributes"] = attributes
@@ -768,6 +770,7 @@ def prune_module(
     details = {c.where: c for c in done.changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
     report["prunable"] = prunable(state)
+    report["model"]["notes"] += unrepaired(report, cut.repair)
     report["after"] = {**_sizes(state.model), "parameters": parameter_count(state.facts["module"])}
     if "traced" in state.facts:
         report["model"]["notes"].append(f"the result is the traced graph: {state.facts['traced']}")
@@ -881,7 +884,8 @@ def _load(
     batch_size: int = 32,
 ) -> State:
     """Takes a module from memory or from a checkpoint, traces it and lowers it."""
-    folder, notes = None, ()
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)):
         folder = checkpoint_folder(model, allow_pickle)
         module = load_module(folder, allow_pickle).to(_device(provider))

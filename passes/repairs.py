@@ -7,7 +7,8 @@
     dense            the same, to the dense model's output                              K-prune (arXiv 2308.03449)
     residual         the same, to the dense model's residual stream                     see `passes.dense_twin`
 
-A ridge that is not given is chosen on held-back calibration rows, "leave it alone" among the choices.
+A ridge that is not given is chosen on held-back calibration rows, "leave it alone" among the choices. Whatever the repair
+and its ridge: where what is fitted to the other rows is worse there than leaving the weights alone, they are left alone.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from liar_opt.runtime.solve import (
     RidgeChoice,
     choose_dense_ridge,
     choose_ridge,
+    dense_target_error,
     fit_dense_target,
     repair_weight,
 )
@@ -78,6 +80,10 @@ def none(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
 
 def bias(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
     """Adds the mean of what is lost."""
+    if consumer.folds is not None:
+        training, held_back = (fold.mean[removed] @ consumer.weight[removed] for fold in consumer.folds)
+        if np.square(held_back - training).sum() > np.square(held_back).sum():
+            return none(consumer, kept, removed, ridge)
     return _chosen(consumer, kept, removed, _fixed("bias", np.inf))
 
 
@@ -92,6 +98,10 @@ def liar(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
     """Fits the kept weights and the bias to the consumer's output on the inputs that it sees."""
     if ridge is None and consumer.folds is not None:
         return _chosen(consumer, kept, removed, choose_ridge(*consumer.folds, [consumer.weight], kept, removed))
+    if ridge is not None and consumer.folds is not None:
+        choice = choose_ridge(*consumer.folds, [consumer.weight], kept, removed, [ridge])
+        if choice.kind == "none":
+            return _chosen(consumer, kept, removed, choice)
     return _chosen(consumer, kept, removed, _fixed("repair", DEFAULT_RIDGE if ridge is None else ridge))
 
 
@@ -101,10 +111,17 @@ def dense(consumer: Measured, kept: Channels, removed: Channels, ridge: float | 
     if aware is None or everything is None:
         return local
     used = DEFAULT_RIDGE if ridge is None else ridge
-    if ridge is None and min(aware.rows("training"), aware.rows("held_back")) >= 2:
+    if min(aware.rows("training"), aware.rows("held_back")) >= 2:
         training, held_back = consumer.with_target("training"), consumer.with_target("held_back")
         assert training is not None and held_back is not None
-        used = choose_dense_ridge(training, held_back, kept, local.weight)
+        if ridge is None:
+            used = choose_dense_ridge(training, held_back, kept, local.weight)
+        tried = fit_dense_target(*training, kept, local.weight, used)
+        alone = consumer.weight[kept].astype(np.float64)
+        if dense_target_error(*held_back, kept, tried.weight, tried.bias) > dense_target_error(
+            *held_back, kept, alone, np.zeros(alone.shape[1])
+        ):
+            return none(consumer, kept, removed, ridge)
     fit = fit_dense_target(*everything, kept, local.weight, used)
     return Repaired(fit.weight, fit.bias, fit.ridge_used, "dense", fit.raised)
 

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.onnx_activations import live_bytes
 from liar_opt.frontend.onnx_model import Narrow, OnnxModel, Stored, is_constant, is_float, like
 from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, walk
+from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, vocabulary, walk
 from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.weight_files import without_data
 from liar_opt.frontend.widen_graph import nodes_within, widen
@@ -30,9 +30,11 @@ from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.prune_groups import HELD_BACK, NO_MEMORY, ConsumerRepair, cut_arrays, run_segment
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
+    holds_logits,
     relative_difference,
     require_close,
     require_repeatable,
@@ -125,7 +127,8 @@ class VerifyModelPass(Pass[None]):
         known: Later[Session] | None = state.facts.get("dense session")
         original = known.result() if known is not None else load_dense(state)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
-        meter = DifferenceMeter()
+        meter, words = DifferenceMeter(), vocabulary(state.model)
+        made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
         for done, i in enumerate(held[: self.batches]):
             some = first_samples(state, batches[i], min(self.samples, room))
             x = pruned.run(cut_arrays(some, ends), arrays=True)
@@ -133,7 +136,7 @@ class VerifyModelPass(Pass[None]):
             mask = masks[i]
             mask = mask if mask is None or all(some[k] is batches[i][k] for k in some) else mask[: min(self.samples, room)]
             for name, value in y.items():
-                meter.add(name, x[name], value, mask)
+                meter.add(name, x[name], value, mask, holds_logits(name, value.shape, words, made_by.get(name)))
             state.progress("verify", done + 1, len(held[: self.batches]))
         facts["outputs"] = meter.result()
         if meter.uneven:
@@ -259,21 +262,27 @@ def _made_by(tensor: Any) -> str | None:
     return tensor.inputs[0].op if tensor.inputs else None
 
 
-def rounded(model: bytes, arrays: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """Returns a model, and the data of its large weights, each weight moved by its rounding error, up or down at random."""
+def nudged(value: Any, rng: np.random.Generator) -> Any:
+    """Returns a weight moved by its rounding error, up or down at random; what is no weight stays."""
+    if not is_float(value.dtype) or value.size < 2:
+        return value
+    step = np.spacing(np.abs(value)).astype(value.dtype)
+    return value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
+
+
+def rounded(model: bytes, arrays: Mapping[str, Any], store: ArrayStore | None = None) -> tuple[bytes, dict[str, Any]]:
+    """Returns a model, and the data of its large weights, with every weight moved by its rounding error.
+
+    The large ones are in ``store`` then, if there is one.
+    """
     rng = np.random.default_rng(0)
-
-    def moved(value: Any) -> Any:
-        if not is_float(value.dtype) or value.size < 2:
-            return value
-        step = np.spacing(np.abs(value)).astype(value.dtype)
-        return value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
-
     proto = onnx.ModelProto.FromString(model)
     for tensor in proto.graph.initializer:
         if tensor.name not in arrays:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(tensor)), tensor.name))
-    return proto.SerializeToString(), {name: moved(value) for name, value in arrays.items()}
+            value = nudged(onnx.numpy_helper.to_array(tensor), rng)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    moved = ((name, nudged(value, rng)) for name, value in arrays.items())
+    return proto.SerializeToString(), {name: v if store is None else store.put(v) for name, v in moved}
 
 
 def _samples_that_fit(state: State) -> int:

@@ -12,12 +12,14 @@ For causal models texts are packed instead (`packing`): written behind each othe
 that neither texts nor feeds fill, such as an empty key-value cache, are made here.
 
 Only the rows that were drawn are read and checked: ``.npy`` files and stored ``.npz`` members are memory-mapped,
-compressed members are read block by block, text files line by line (reservoir sampling, Vitter's algorithm R).
+compressed members are read block by block, text files line by line (reservoir sampling, Vitter's algorithm R). Of a text no
+more is kept than the tokens that it can give need, and of a long line no more is read at a time than a piece.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -35,10 +37,11 @@ from numpy.typing import NDArray
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.packing import pack, packed_rows
 from liar_opt.runtime.signatures import STATE_ROLES, InputSpec, Signature, cast, describe, is_float, names, one_line
-from liar_opt.runtime.text_tokenizer import TextTokenizer, load_tokenizer
+from liar_opt.runtime.text_tokenizer import CHARACTERS, TextTokenizer, all_tokens, cut_text, first_tokens, load_tokenizer
 
 Array = NDArray[Any]
 Source = str | Path | Mapping[str, Any] | Iterable[str] | Iterable[Mapping[str, Any]] | None
+Tokens = Sequence[int] | NDArray[np.int32]
 T = TypeVar("T")
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".csv")
@@ -51,6 +54,12 @@ _SYNTHETIC_VOCABULARY = 64  # below the embedding table of every model that we k
 _SYNTHETIC_BYTES = 1 << 33  # of one input: more comes of a graph with absurd sizes
 _COLUMN_PROBE = 20  # rows looked at to tell which columns hold text
 _BLOCK_BYTES = 1 << 22  # read at once from a compressed array
+_PIECE = 1 << 16  # characters of a line that are read at once
+_SPARED = 4  # times as many characters are kept as tokens are likely to need: what has longer ones is no text
+DOUBTFUL = 0.5  # share of the samples that are of one token, or repeat another, above which nothing can be trusted
+_TEXT_ROOM = 1 << 24  # characters of all texts that are kept in any case
+_LONGEST_ROW = 1 << 24  # characters of a line of a .csv file
+_JSON_PART = re.compile(r'"|\\u[0-9a-fA-F]{4}|\\[^u]|[^"\\]+', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,12 @@ class _Job:
     rows: Mapping[str, int]
     rng: np.random.Generator
 
+    @property
+    def characters(self) -> int:
+        """Kept of a text at most: what the tokens of one sample need, or those of all samples where texts are packed."""
+        longest = self.sequence_length or min(self.positions or _LONGEST, _LONGEST)
+        return CHARACTERS * longest * (self.samples if self.packing else _SPARED)
+
     def drawn(self, count: int, total: int, what: str) -> str:
         return f"{count} {what}" if count == total else f"{count} of {total} {what} drawn with seed {self.seed}"
 
@@ -216,8 +231,11 @@ def _finish(
     samples: int,
     source: str,
     warnings: list[str],
+    shared: frozenset[str],
+    specials: int = 0,
 ) -> CalibrationData:
     tokens = sum(int(mask.sum()) for mask in masks)
+    warnings = [*warnings, *_doubts(batches, masks, shared, specials)]
     full = all(mask.all() for mask in masks)
     return CalibrationData(
         batches=tuple(batches),
@@ -228,6 +246,44 @@ def _finish(
         warnings=tuple(warnings),
         synthetic=False,
     )
+
+
+def _doubts(
+    batches: Sequence[Mapping[str, Array]], masks: Sequence[NDArray[np.bool_]], shared: frozenset[str], specials: int
+) -> Iterator[str]:
+    """Yields why nothing that is measured on the samples can be trusted.
+
+    Args:
+        batches: feeds by input.
+        masks: real rows of each batch, [b, s] or [b]; a sample without any fills a batch up.
+        shared: inputs without a batch axis.
+        specials: tokens that are in every sample.
+    """
+    seen: set[bytes] = set()
+    samples = short = 0
+    for batch, mask in zip(batches, masks, strict=True):
+        for row in np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1)):
+            samples += 1
+            short += mask.ndim == 2 and int(mask[row].sum()) <= specials + 1
+            sample = hashlib.blake2b(digest_size=16)
+            for name, whole in batch.items():
+                if name in shared or whole.shape[:1] != mask.shape[:1]:
+                    continue
+                value = whole[row]
+                real = value[mask[row]] if mask.ndim == 2 and value.shape[:1] == mask.shape[1:] else value
+                sample.update(f"{name} {real.shape}".encode())
+                sample.update(np.ascontiguousarray(real).tobytes())
+            seen.add(sample.digest())
+    if samples > 1 and samples - len(seen) > DOUBTFUL * samples:
+        yield (
+            f"only {len(seen)} of {samples} samples differ: what is held back was fitted as well, and errors look smaller "
+            "than they are; give distinct samples."
+        )
+    if short > DOUBTFUL * samples:
+        yield (
+            f"{short} of {samples} samples are one token long: attention has nothing to choose from there, and what it "
+            "does elsewhere is not seen; give longer samples."
+        )
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -302,7 +358,7 @@ def _draw_from_path(source: str | Path, job: _Job) -> _Texts | _Feeds:
         return _Feeds([(f"calibration file '{path}'", {next(iter(job.signature.inputs)): npy_column(path)})], path.name)
     _require_tokenizer(job, f"calibration file '{path}'")
     try:
-        return _draw_texts(_file_texts(path, suffix, job.text_column), f"calibration file '{path}'", path.name, job)
+        return _draw_texts(_file_texts(path, suffix, job), f"calibration file '{path}'", path.name, job)
     except UnicodeDecodeError as err:
         raise OptionError(f"calibration file '{path}' is not UTF-8 text; save it as such or give {_ACCEPTED}.") from err
     except OSError as err:
@@ -400,11 +456,13 @@ def _draw_from_dataset(dataset: Any, where: str, label: str, job: _Job) -> _Text
     column = _text_column(columns, strings, job.text_column, where)
     if column not in strings:
         raise OptionError(f"column '{column}' of {where} does not hold text; its text columns are {names(strings)}.")
-    texts = [row[column] for row in dataset.select_columns([column]).select(rows)]
-    texts = [text for text in texts if text and text.strip()]
-    if not texts:
+    kept = _Kept(job)
+    for row in dataset.select_columns([column]).select(rows):
+        if row[column] and (text := row[column].strip()):
+            kept.put(text)
+    if not kept.texts:
         raise OptionError(f"column '{column}' of {where} holds only blank texts; name another text column.")
-    return _Texts(texts, f"{label}, {job.drawn(len(texts), total, 'texts')}")
+    return _Texts(kept.texts, f"{label}, {job.drawn(len(kept.texts), total, 'texts')}")
 
 
 def _draw_from_python(source: object, job: _Job) -> _Texts | _Feeds:
@@ -491,23 +549,51 @@ def _require_tokenizer(job: _Job, where: str) -> None:
         raise OptionError(f"{where} holds texts, and no tokenizer was given; pass --tokenizer DIR.")
 
 
+class _Kept:
+    """Texts that were drawn: of each what its tokens need, and of all no more than there is room for.
+
+    Args:
+        job: says how many tokens are wanted.
+    """
+
+    def __init__(self, job: _Job) -> None:
+        self.texts: list[str] = []
+        self._most = job.characters
+        self._room = max(_TEXT_ROOM, self._most if job.packing else self._most * job.samples)
+        self._size = 0
+
+    def put(self, text: str, slot: int | None = None) -> None:
+        """Keeps a text, in the place of another one where ``slot`` says which."""
+        text = cut_text(text, self._most)
+        if slot is None:
+            self.texts.append(text)
+        else:
+            self._size -= len(self.texts[slot])
+            self.texts[slot] = text
+        self._size += len(text)
+        if self._size > self._room:  # of packed texts some give all tokens that are wanted
+            self._most = self._room // (2 * len(self.texts))
+            self.texts = [cut_text(own, self._most) for own in self.texts]
+            self._size = sum(map(len, self.texts))
+
+
 def _draw_texts(texts: Iterator[str], where: str, label: str, job: _Job, *, ends: bool = True) -> _Texts:
     """Draw without replacement in one pass; blank texts do not count."""
-    kept: list[str] = []
+    kept = _Kept(job)
     seen = 0
-    for text in texts:
-        if not text.strip():
+    for text in (text.strip() for text in texts):
+        if not text:
             continue
         seen += 1
-        if len(kept) < job.samples:
-            kept.append(text)
-            if not ends and len(kept) == job.samples:
-                return _Texts(kept, f"{label}, the first {seen} texts")
+        if len(kept.texts) < job.samples:
+            kept.put(text)
+            if not ends and len(kept.texts) == job.samples:
+                return _Texts(kept.texts, f"{label}, the first {seen} texts")
         elif (slot := int(job.rng.integers(seen))) < job.samples:
-            kept[slot] = text
-    if not kept:
+            kept.put(text, slot)
+    if not kept.texts:
         raise OptionError(f"{where} is empty: it has no text that is not blank; give at least one.")
-    return _Texts(kept, f"{label}, {job.drawn(len(kept), seen, 'texts')}")
+    return _Texts(kept.texts, f"{label}, {job.drawn(len(kept.texts), seen, 'texts')}")
 
 
 def _checked_texts(items: Iterable[object]) -> Iterator[str]:
@@ -518,14 +604,91 @@ def _checked_texts(items: Iterable[object]) -> Iterator[str]:
         yield item
 
 
-def _file_texts(path: Path, suffix: str, text_column: str | None) -> Iterator[str]:
+def _file_texts(path: Path, suffix: str, job: _Job) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as stream:
         where = f"calibration file '{path}'"
         if suffix == ".txt":
-            yield from _without_nul(stream, where)
+            yield from _line_beginnings(stream, job.characters, where)
+        elif suffix == ".jsonl":
+            yield from _column_texts(
+                jsonl_rows(_short_strings(stream, job.characters, where), where), path, job.text_column
+            )
         else:
-            rows = (jsonl_rows if suffix == ".jsonl" else csv_rows)(stream, where)
-            yield from _column_texts(rows, path, text_column)
+            yield from _column_texts(csv_rows(_bounded(stream, where), where), path, job.text_column)
+
+
+def _pieces(stream: IO[str], where: str) -> Iterator[Iterator[str]]:
+    """Yields the lines of a file, each as pieces; one that is not read to its end is skipped."""
+    number = 0
+
+    def line(piece: str) -> Iterator[str]:
+        while piece:
+            if "\0" in piece:
+                raise OptionError(f"{where} holds binary data (line {number}); give {_ACCEPTED}.")
+            yield piece
+            piece = "" if piece.endswith("\n") else stream.readline(_PIECE)
+
+    while piece := stream.readline(_PIECE):
+        number += 1
+        rest = line(piece)
+        yield rest
+        for _ in rest:
+            pass
+
+
+def _line_beginnings(stream: IO[str], most: int, where: str) -> Iterator[str]:
+    """Yields lines without the blanks before them, of each what ``cut_text`` needs to keep so many characters."""
+    for line in _pieces(stream, where):
+        parts: list[str] = []
+        size = 0
+        for piece in line:
+            piece = piece if parts else piece.lstrip()
+            if piece and size <= most:
+                parts.append(piece)
+                size += len(piece)
+        yield "".join(parts)
+
+
+def _short_strings(stream: IO[str], most: int, where: str) -> Iterator[str]:
+    """Yields lines of JSON; in long ones, strings of more characters than ``cut_text`` needs end before."""
+    for line in _pieces(stream, where):
+        first = next(line)
+        second = next(line, None)
+        if second is None:
+            yield first
+            continue
+        parts: list[str] = []
+        held, inside, size = "", False, 0
+        for piece in itertools.chain([first, second], line):
+            text, place = held + piece, 0
+            while found := _JSON_PART.match(text, place):
+                part, place = found[0], found.end()
+                if part == '"':
+                    inside, size = not inside, 0
+                elif inside:
+                    part = "" if size > most else part if part[0] == "\\" else part[: most + 1 - size]
+                    size += len(part)
+                parts.append(part)
+            held = text[place:]  # an escape that goes on, or none that JSON knows
+            if len(held) > len("\\u0000"):
+                parts.append(held)
+                held = ""
+        yield "".join([*parts, held])
+
+
+def _bounded(stream: IO[str], where: str) -> Iterator[str]:
+    """Yields lines.
+
+    Raises:
+        OptionError: one has no end in sight.
+    """
+    for number, line in enumerate(_pieces(stream, where), 1):
+        parts: list[str] = []
+        for piece in line:
+            parts.append(piece)
+            if len(parts) * _PIECE > _LONGEST_ROW:
+                raise OptionError(f"line {number} of {where} is longer than {_LONGEST_ROW:,} characters; quote or cut it.")
+        yield "".join(parts)
 
 
 def _without_nul(lines: Iterable[str], where: str) -> Iterator[str]:
@@ -645,13 +808,17 @@ def _batch_texts(drawn: _Texts, job: _Job) -> CalibrationData:
     static = signature.length()
     longest = _longest_text(tokenizer, static, job)
     # lone surrogates (JSON allows them) are not text for a tokenizer
-    texts = [text.strip().encode("utf-8", "replace").decode() for text in drawn.texts]
-    encoded = [pair for pair in tokenizer.encode(texts, None if job.packing else longest) if pair[0]]
+    texts = [text.encode("utf-8", "replace").decode() for text in drawn.texts]
+    if job.packing:
+        tokens = all_tokens(tokenizer, texts, job.samples * longest)
+        encoded: list[tuple[Tokens, list[int]]] = [(ids, []) for ids in tokens if len(ids)]
+    else:
+        encoded = [pair for pair in first_tokens(tokenizer, texts, longest) if pair[0]]
     if not encoded:
         raise OptionError(f"tokenizer '{job.tokenizer}' finds no token in the texts; is it the model's?")
     if len(encoded) < len(texts):
         warnings.append(f"{len(texts) - len(encoded)} texts have no token and were left out.")
-    _check_vocabulary(max(max(ids) for ids, _ in encoded), tokenizer, job, warnings)
+    _check_vocabulary(max(int(np.max(ids)) for ids, _ in encoded), tokenizer, job, warnings)
     said = f"at most {longest} tokens each"
     size = signature.batch or job.batch_size
     if job.packing:
@@ -673,14 +840,16 @@ def _batch_texts(drawn: _Texts, job: _Job) -> CalibrationData:
         batch, real = pad_texts([encoded[row] for row in rows], static or int(lengths[chunk].max()), tokenizer, signature)
         batches.append(batch)
         masks.append(real & (np.arange(len(rows)) < len(chunk))[:, None])
-    data = _finish(batches, masks, len(encoded), f"{drawn.source}, {said}", warnings)
+    specials = 0 if job.packing else tokenizer.specials
+    source = f"{drawn.source}, {said}"
+    data = _finish(batches, masks, len(encoded), source, warnings, signature.shared, specials)
     # a causal model's real tokens never see the padding behind them
     return data if job.packing else replace(data, warnings=data.warnings + tuple(_mask_warnings(signature, masks)))
 
 
 def _packed(
-    encoded: list[tuple[list[int], list[int]]], window: int, tokenizer: TextTokenizer, job: _Job, warnings: list[str]
-) -> tuple[list[tuple[list[int], list[int]]], str]:
+    encoded: Sequence[tuple[Tokens, list[int]]], window: int, tokenizer: TextTokenizer, job: _Job, warnings: list[str]
+) -> tuple[list[tuple[Tokens, list[int]]], str]:
     """Windows in place of texts, `samples` of them at most, and what the report says of them."""
     separator = None if tokenizer.specials else tokenizer.separator
     if separator is None and not tokenizer.specials and len(encoded) > 1:
@@ -722,7 +891,7 @@ def _check_vocabulary(largest: int, tokenizer: TextTokenizer, job: _Job, warning
 
 
 def pad_texts(
-    encoded: Sequence[tuple[list[int], list[int]]], length: int, tokenizer: TextTokenizer, signature: Signature
+    encoded: Sequence[tuple[Tokens, list[int]]], length: int, tokenizer: TextTokenizer, signature: Signature
 ) -> tuple[dict[str, Array], NDArray[np.bool_]]:
     """Feed of one batch, and its real tokens [b, s]."""
     shape = (len(encoded), length)
@@ -884,7 +1053,7 @@ def _batch_feeds(drawn: _Feeds, job: _Job) -> CalibrationData:
     batches, masks = _batch_rows([_stack(group, signature) for group in groups.values()], job)
     _check_masks(masks, signature, drawn, warnings)
     said = f"the first {len(rows)} rows" if drawn.first_only else job.drawn(len(rows), total, "rows")
-    return _finish(batches, masks, len(rows), f"{drawn.label}, {said}", warnings)
+    return _finish(batches, masks, len(rows), f"{drawn.label}, {said}", warnings, signature.shared)
 
 
 def _check_feed(where: str, feed: Mapping[str, Column], signature: Signature) -> int:
@@ -1033,7 +1202,8 @@ def _synthesise(job: _Job) -> CalibrationData:
         warnings.append(
             f"the vocabulary is not known: ids for input '{signature.ids}' are drawn below {_SYNTHETIC_VOCABULARY}."
         )
-    data = _finish(batches, masks, job.samples, f"synthetic inputs, {job.samples} drawn with seed {job.seed}", warnings)
+    said = f"synthetic inputs, {job.samples} drawn with seed {job.seed}"
+    data = _finish(batches, masks, job.samples, said, warnings, signature.shared)
     return replace(data, synthetic=True)
 
 

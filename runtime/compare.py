@@ -5,7 +5,7 @@ Two claims are kept apart. *Exact*: a cut graph computes what the masked origina
 is measured and reported, never asserted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,11 +113,14 @@ class OutputDifference:
         relative_rms: sqrt(mean |x - y|^2 / mean |y|^2).
         cosine: mean cosine over the last axis, rows that are padding left out; nan for outputs of rank 0.
         rows: number of rows.
+        changed_top1: share of the rows in which another position is the largest, where the output holds logits or
+            probabilities; None elsewhere.
     """
 
     relative_rms: float
     cosine: float
     rows: int
+    changed_top1: float | None = None
 
 
 def output_rows(output: Array, mask: NDArray[np.bool_] | None) -> Array:
@@ -132,6 +135,23 @@ def output_rows(output: Array, mask: NDArray[np.bool_] | None) -> Array:
     elif mask is not None and output.ndim > 1 and output.shape[0] == mask.shape[0]:
         output = output[mask if mask.ndim == 1 else mask.any(axis=1)]
     return output.reshape(-1, output.shape[-1])
+
+
+def holds_logits(name: str, shape: Sequence[int], vocabulary: int | None = None, made_by: str | None = None) -> bool:
+    """Returns whether the largest number of a row of an output decides: rows are logits or probabilities.
+
+    They are where the output's name says so ("logits"), where it is as wide as the vocabulary, and where a softmax makes
+    it; other rows are embeddings.
+
+    Args:
+        name: of the output.
+        shape: [b, classes] or [b, s, classes]; others hold none in their last axis.
+        vocabulary: rows of the embedding table, where there is one.
+        made_by: the operator that computes it, where that is known.
+    """
+    if len(shape) not in (2, 3) or shape[-1] < 2:
+        return False
+    return "logit" in name.lower() or shape[-1] == vocabulary or made_by in ("Softmax", "LogSoftmax")
 
 
 def common_part(one: Array, other: Array) -> tuple[Array, Array]:
@@ -154,9 +174,18 @@ class DifferenceMeter:
         self._power: dict[str, float] = {}
         self._cosine: dict[str, float] = {}
         self._rows: dict[str, int] = {}
+        self._changed: dict[str, int] = {}
 
-    def add(self, name: str, actual: Array, reference: Array, mask: NDArray[np.bool_] | None) -> None:
-        """Adds one batch of one output; ``mask`` [b, s] or [b] says which rows are real, where its shape fits."""
+    def add(self, name: str, actual: Array, reference: Array, mask: NDArray[np.bool_] | None, logits: bool = False) -> None:
+        """Adds one batch of one output.
+
+        Args:
+            name: of the output.
+            actual: what the pruned model gives.
+            reference: what the dense one gives.
+            mask: [b, s] or [b], which rows are real, where its shape fits.
+            logits: whether its rows are logits or probabilities, so that the largest decides.
+        """
         if (reference.dtype.kind != "f" and reference.dtype.name != "bfloat16") or reference.ndim == 0:
             return
         if actual.shape != reference.shape:
@@ -171,12 +200,17 @@ class DifferenceMeter:
         self._power[name] = self._power.get(name, 0.0) + float((y**2).sum())
         self._cosine[name] = self._cosine.get(name, 0.0) + float(cosines.sum())
         self._rows[name] = self._rows.get(name, 0) + len(x)
+        if logits and x.shape[1] > 1:
+            self._changed[name] = self._changed.get(name, 0) + int((x.argmax(axis=1) != y.argmax(axis=1)).sum())
 
     def result(self) -> dict[str, OutputDifference]:
         """Returns the differences by output name."""
         return {
             name: OutputDifference(
-                float(np.sqrt(self._square[name] / (self._power[name] or 1.0))), self._cosine[name] / max(rows, 1), rows
+                float(np.sqrt(self._square[name] / (self._power[name] or 1.0))),
+                self._cosine[name] / max(rows, 1),
+                rows,
+                self._changed[name] / max(rows, 1) if name in self._changed else None,
             )
             for name, rows in self._rows.items()
         }

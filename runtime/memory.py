@@ -96,6 +96,7 @@ class Memory:
         asked: whether somebody gave the limit: what does not fit is refused then, and tried otherwise.
         estimated: the largest need that was foreseen, in bytes.
         store: where arrays go that need not be in memory.
+        start: bytes of anonymous memory when it was first asked whether there is room; None before.
     """
 
     limit: int
@@ -103,6 +104,7 @@ class Memory:
     asked: bool = True
     estimated: int = 0
     store: ArrayStore = field(default_factory=ArrayStore)
+    start: int | None = None
 
     @property
     def tight(self) -> bool:

@@ -63,7 +63,8 @@ def scale_blocks(
         weight: W, [n, m].
         owners: block of each channel, [n].
         kept: kept channels, [u].
-        ridge: relative ridge; None chooses it on the held-back rows, "no scaling" among the choices.
+        ridge: relative ridge; None chooses it on the held-back rows. With either there is no scaling where it is worse
+            there.
     """
     gram = weight.astype(np.float64) @ weight.T.astype(np.float64)
     blocks, index = np.unique(owners[kept], return_inverse=True)
@@ -75,11 +76,12 @@ def scale_blocks(
         matrix = product @ ones.T
         return _System((matrix + matrix.T) / 2.0, product.sum(axis=1) - matrix.sum(axis=1))
 
-    if ridge is None and folds is not None:
+    if folds is not None:
         training, held = system(folds[0]), system(folds[1])
-        errors = [held.change(training.fit(tried)) for tried in RIDGE_GRID]
+        grid = RIDGE_GRID if ridge is None else [ridge]
+        errors = [held.change(training.fit(tried)) for tried in grid]
         best = int(np.argmin(errors))
-        ridge = RIDGE_GRID[best] if errors[best] < 0.0 else math.inf
+        ridge = grid[best] if errors[best] < 0.0 else math.inf
     used = 1e-1 if ridge is None else ridge
     if math.isinf(used):
         return Scaling(np.ones(kept.size), math.inf)

@@ -1,18 +1,33 @@
-"""Tokenizers: what calibration needs of one, whichever library reads it."""
+"""Tokenizers: what calibration needs of one, whichever library reads it.
+
+A tokenizer takes some 200 bytes for each character that it is given, also for those whose tokens are cut off afterwards. So
+texts are cut at a blank before (:func:`first_tokens`), long ones are read piece by piece (:func:`all_tokens`), and only so
+many characters are given at once.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.signatures import one_line
 
 Text = str | tuple[str, str]
 """A text, or a pair that the tokenizer joins as its model was taught."""
+CHARACTERS = 16
+"""Characters for each token that is wanted of a text: several times what a token has in any language. Where they are not
+enough, four times as many are taken."""
+WORD = 256
+"""Characters within which a blank is looked for to cut a text at."""
+AT_ONCE = 1 << 17
+"""Characters that are tokenised at once."""
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -114,7 +129,7 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
             tokenizer.no_truncation()
         else:
             tokenizer.enable_truncation(longest)
-        return [(found.ids, found.type_ids) for found in tokenizer.encode_batch(list(texts))]
+        return [(found.ids, found.type_ids) for some in _portions(texts) for found in tokenizer.encode_batch(some)]
 
     return TextTokenizer(
         encode=encode,
@@ -141,8 +156,11 @@ def _slow_tokenizer(folder: Path) -> TextTokenizer:
 
     def encode(texts: Sequence[Text], longest: int | None) -> list[tuple[list[int], list[int]]]:
         cut = longest is not None
-        found = tokenizer(list(texts), truncation=cut, max_length=longest, padding=False, return_token_type_ids=True)
-        return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
+        encoded: list[tuple[list[int], list[int]]] = []
+        for some in _portions(texts):
+            found = tokenizer(some, truncation=cut, max_length=longest, padding=False, return_token_type_ids=True)
+            encoded += zip(found["input_ids"], found["token_type_ids"], strict=True)
+        return encoded
 
     return TextTokenizer(
         encode=encode,
@@ -155,3 +173,93 @@ def _slow_tokenizer(folder: Path) -> TextTokenizer:
         separator=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id,
         special=frozenset(tokenizer.all_special_ids),
     )
+
+
+def cut_text(text: str, most: int) -> str:
+    """Returns the beginning of a text, at most so many characters: it ends where a blank follows, if there is one near."""
+    if len(text) <= most:
+        return text
+    return text[: next((i for i in range(most, max(most - WORD, 0), -1) if text[i].isspace()), most)]
+
+
+def first_tokens(tokenizer: TextTokenizer, texts: Sequence[str], longest: int) -> list[tuple[list[int], list[int]]]:
+    """Tokenises the beginnings of texts: as many characters as ``longest`` tokens need.
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: the texts.
+        longest: tokens of a text at most, special ones included.
+
+    Returns:
+        (token ids, type ids) of each text, as if it had been tokenised whole and cut.
+    """
+    result: list[tuple[list[int], list[int]]] = [([], [])] * len(texts)
+    waiting, most = list(range(len(texts))), CHARACTERS * longest
+    while waiting:
+        beginnings = [cut_text(texts[i], most) for i in waiting]
+        short = []
+        for i, beginning, found in zip(waiting, beginnings, tokenizer.encode(beginnings, longest), strict=True):
+            result[i] = found
+            if len(found[0]) < longest and len(beginning) < len(texts[i]):
+                short.append(i)
+        waiting, most = short, 4 * most
+    return result
+
+
+def all_tokens(tokenizer: TextTokenizer, texts: Sequence[str], most: int) -> list[NDArray[np.int32]]:
+    """Tokenises texts for packing, long ones piece by piece until there are enough tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: the texts.
+        most: tokens of a text at most; special ones stand at its ends alone.
+
+    Returns:
+        The token ids of each text, int32.
+    """
+    result = [np.empty(0, np.int32)] * len(texts)
+    short = [i for i, text in enumerate(texts) if len(text) <= AT_ONCE]
+    taken = iter(short)
+    for some in _portions([texts[i] for i in short]):
+        for ids, _ in tokenizer.encode(some, None):
+            result[next(taken)] = np.asarray(ids, np.int32)[:most]
+    for i, text in enumerate(texts):
+        if len(text) > AT_ONCE:
+            result[i] = _piecewise(tokenizer, text, most)
+    return result
+
+
+def _piecewise(tokenizer: TextTokenizer, text: str, most: int) -> NDArray[np.int32]:
+    parts: list[NDArray[np.int32]] = []
+    place = count = 0
+    while place < len(text) and count < most:
+        piece = cut_text(text[place : place + AT_ONCE + 1], AT_ONCE)
+        ((ids, _),) = tokenizer.encode([piece], None)
+        first, last = place == 0, place + len(piece) >= len(text)
+        start, stop = (0 if first else _specials(ids, tokenizer)), (0 if last else _specials(ids[::-1], tokenizer))
+        parts.append(np.asarray(ids[start : len(ids) - stop], np.int32))
+        place, count = place + len(piece), count + len(parts[-1])
+    return np.concatenate(parts)[:most]
+
+
+def _specials(ids: Sequence[int], tokenizer: TextTokenizer) -> int:
+    """Returns how many special tokens were added at the beginning of a text."""
+    found = 0
+    while found < min(tokenizer.specials, len(ids)) and ids[found] in tokenizer.special:
+        found += 1
+    return found
+
+
+def _portions(texts: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yields texts, or pairs of them, in order: as many as are tokenised at once."""
+    some: list[Any] = []
+    size = 0
+    for text in texts:
+        own = len(text) if isinstance(text, str) else sum(map(len, text))
+        if some and size + own > AT_ONCE:
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += own
+    if some:
+        yield some

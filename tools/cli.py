@@ -340,9 +340,7 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
                 console.print(tables.target_met(report), soft_wrap=True)
             console.print()
     if options.dry_run:
-        within = (g for g in report["groups"] if g["kind"] not in ("ffn", "heads"))  # of values, queries and keys
         removed = report["prunable"]["before"] - report["prunable"]["after"]
-        removed += sum(g["parameters"] * (1 - g["after"] / g["before"]) for g in within)
         share = tables.percent(removed, report["before"]["parameters"])
         _say(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
         return

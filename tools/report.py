@@ -64,6 +64,8 @@ def before_after(report: Report) -> Table:
     for output, difference in report["verification"]["outputs"].items():
         table.add_row(f"cosine of '{output}' (2)", "1.0000", f"{difference['cosine']:.4f}", "")
         table.add_row("  relative RMS difference (2)", "", f"{difference['relative_rms']:.4f}", "")
+        if difference.get("changed_top1") is not None:
+            table.add_row("  another one is the largest (2)", "", f"{100 * difference['changed_top1']:.2f} %", "")
     evaluation = report.get("evaluation")
     if evaluation:
         table.add_row(evaluation["name"], "1.0000", f"{evaluation['cosine']:.4f}", "")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import graphs
 import numpy as np
 import onnx
@@ -133,7 +135,7 @@ def test_operators_as_onnx_runtime_computes_them(kind: type) -> None:
     rng = np.random.default_rng(0)
     a: np.ndarray = rng.standard_normal((3, 5)).astype(kind)
     b: np.ndarray = rng.standard_normal((5, 4)).astype(kind)
-    cases = [
+    cases: list[tuple[str, list[np.ndarray], dict[str, Any]]] = [
         *(
             (op, [a], {"axes": [1], "keepdims": k})
             for op in ("ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceMean")

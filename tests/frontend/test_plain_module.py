@@ -60,7 +60,8 @@ def test_parametrisations_are_folded_on_a_copy(kind: str) -> None:
 def test_wrappers_are_taken_off() -> None:
     module = nn.Sequential(nn.Linear(5, 3))
     assert plain_module(module) == (module, ())
-    for wrapped in (torch.compile(module), nn.DataParallel(module), nn.DataParallel(torch.compile(module))):  # type: ignore[arg-type]
+    compiled: Any = torch.compile(module)
+    for wrapped in (compiled, nn.DataParallel(module), nn.DataParallel(compiled)):
         assert plain_module(wrapped).module is module
     averaged = AveragedModel(module)
     found = plain_module(averaged)

@@ -25,6 +25,9 @@ def group(name: str, kind: str, size: int, parameters: int) -> ChannelGroup:
 class Model:
     source = None
 
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
 
 def state(*groups: ChannelGroup) -> State:
     model: Any = Model()
@@ -260,3 +263,28 @@ def test_widths_that_one_field_says_stay_in_proportion_and_others_do_not() -> No
     both = (group("rank", "ffn", 3, 300), group("inner", "ffn", 96, 9600))
     assert said({}, groups=both, ffn=0.5)[0] == {"rank": 3, "inner": 48}
     assert said({}, ("rank", "inner"), both, ffn=0.5)[0] == {"rank": 3, "inner": 96}
+
+
+def test_a_multiple_that_leaves_groups_whole_is_told() -> None:
+    narrow = state(group("a", "ffn", 7, 70), group("b", "ffn", 8, 80))
+    with pytest.raises(
+        OptionError, match=r"multiple-of 8 leaves every group whole: the widest has 8 channels.*--multiple-of 2"
+    ):
+        AllocateWidthsPass(ffn=0.5)(narrow)
+    some = state(group("a", "ffn", 7, 70), group("b", "ffn", 24, 240))
+    AllocateWidthsPass(ffn=0.5)(some)
+    assert some.keep == {"a": 7, "b": 16}
+    assert len(some.model.notes) == 1 and "'a': no wider than the multiple of 8" in some.model.notes[0]
+    wide = state(group("b", "ffn", 24, 240))
+    AllocateWidthsPass(ffn=0.5)(wide)
+    assert wide.model.notes == []
+
+
+def test_ratios_that_round_to_nothing() -> None:
+    given: list[dict[str, Any]] = [{"ffn": 0.05}, {"sparsity": 0.02}, {"heads": 0.1, "ffn": 0.0}]
+    for asked in given:
+        with pytest.raises(OptionError, match="the ratios round to nothing"):
+            AllocateWidthsPass(**asked)(state(group("a", "ffn", 40, 400), group("b", "heads", 3, 300)))
+    whole = state(group("a", "ffn", 40, 400))
+    AllocateWidthsPass(ffn=0.0)(whole)  # that was asked for
+    assert whole.keep == {"a": 40}

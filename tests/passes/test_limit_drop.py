@@ -12,6 +12,7 @@ import pytest
 from streams import BLOCK, batches
 
 from liar_opt import prune
+from liar_opt.passes import limit_drop
 from liar_opt.passes.limit_drop import parse_drop
 from liar_opt.runtime.errors import OptionError
 
@@ -110,3 +111,29 @@ def test_forms_exclude_each_other() -> None:
             run(max_drop=0.1, **options)
     with pytest.raises(OptionError, match="a metric needs max-drop"):
         run(metric=distance)
+
+
+def test_the_loss_is_measured_on_rows_that_nothing_is_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, held = [], []
+    evaluate = limit_drop._Search._difference
+
+    def noted(self: Any, trial: Any) -> float:
+        fitted.append({id(feeds) for feeds in trial.calibration.batches})
+        held.append({id(self.data.batches[i]) for i in self.held})
+        return evaluate(self, trial)
+
+    monkeypatch.setattr(limit_drop._Search, "_difference", noted)
+    report = run(max_drop=0.02).report
+    assert fitted and not any(a & b for a, b in zip(fitted, held, strict=True))
+    assert len(fitted[0] | held[0]) == report["calibration"]["batches"]
+    assert report["target"]["held_back"] and not any("max-drop was" in note for note in report["model"]["notes"])
+
+
+def test_few_samples_are_divided_and_one_is_told() -> None:
+    options: dict[str, Any] = {"max_drop": 0.3, "multiple_of": 1, "latency": False}
+    report = prune(PROTO, FEEDS[0], **options).report
+    assert report["target"]["held_back"] and report["calibration"]["batches"] == 8
+    one = {"x0": FEEDS[0]["x0"][:1]}
+    report = prune(PROTO, one, **options).report
+    assert not report["target"]["held_back"]
+    assert any("measured on the rows that the repair was fitted to" in note for note in report["model"]["notes"])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import graphs
 import numpy as np
 import onnx
@@ -10,10 +12,12 @@ import pytest
 import streams
 from onnx import numpy_helper
 
+from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.passes import plan_memory, prune_groups
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room
+from liar_opt.passes.prove_groups import ProveGroupsPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state
 from liar_opt.passes.verify_model import VerifyModelPass
@@ -122,3 +126,63 @@ def test_no_work_is_done_where_a_later_group_does_not_fit(monkeypatch: pytest.Mo
     with pytest.raises(OptionError, match=r"\(width 900\); give at least"):
         PruneGroupsPass()(state)
     assert state.model.to_proto() == before
+
+
+def test_the_least_does_where_more_room_takes_more() -> None:
+    """What stays in memory under a larger limit is asked for, too."""
+
+    def needs(limit: int) -> list[tuple[Need, int]]:
+        return [(need, 1000 + (3 * 10**7 if limit > 10**7 else 0) + (10**7 if limit > 7 * 10**7 else 0)) for need in NEEDS]
+
+    with pytest.raises(OptionError) as caught:
+        require_room(needs(1000), 1000, needs)
+    least = parse_size(str(caught.value).split("at least ")[1].split(",")[0])
+    require_room(needs(least), least, needs)
+    assert least > 10**7 + 3 * 10**7 + NEEDS[1].solving
+
+
+def test_what_was_enough_before_the_work_is_enough_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, now = SPARE + 10**6, [0]
+    monkeypatch.setattr(prune_groups, "anonymous", lambda: now[0])
+    state = load_state(graphs.parse(PARALLEL, WEIGHTS), limit)
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    state.calibration = streams.data(streams.batches(20, 0))
+    state.keep = {g.name: g.size // 2 for g in state.groups}
+    (groups,) = PruneGroupsPass().plan(state)
+    run = prune_groups.SegmentRun(PruneGroupsPass(), state, *plan_segments(state.analysed(), groups))
+    run.require_room(run.segments)
+    now[0] = SPARE
+    run.require_room(run.segments)
+    now[0] = SPARE + 10**7
+    with pytest.raises(OptionError, match="is too small"):
+        run.require_room(run.segments)
+
+
+def test_a_model_that_is_large_beside_the_limit_is_not_in_memory(tmp_path: Path) -> None:
+    onnx.save(graphs.parse(PARALLEL, {**WEIGHTS, "w1": (6, 4700), "w2": (4700, 6)}), tmp_path / "m.onnx")
+    held = {
+        limit: sum(
+            c.values.nbytes for c in load_state(tmp_path / "m.onnx", limit).model.constants() if c.values.flags.writeable
+        )
+        for limit in (10**5, 10**9)
+    }
+    assert held[10**5] < 10**5 < held[10**9]
+
+
+def test_a_rehearsal_under_a_tight_limit_writes_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    put, stored = array_store.ArrayStore.put, []
+
+    def everything(self: array_store.ArrayStore, array: np.ndarray, least: int = 0) -> np.ndarray:
+        stored.append((self, array.shape))
+        return put(self, array, 0)
+
+    state = load_state(graphs.parse(PARALLEL, WEIGHTS), 5000)
+    assert state.memory.tight
+    NormaliseGraphPass()(state)
+    FindGroupsPass()(state)
+    monkeypatch.setattr(array_store.ArrayStore, "put", everything)
+    result = ProveGroupsPass()(state)
+    assert result.refusals == ()
+    assert {(47, 6), (46, 6), (53, 6), (52, 6)} <= {shape for _, shape in stored}  # masked, and cut
+    assert state.memory.store not in [store for store, _ in stored]  # they go with the rehearsal

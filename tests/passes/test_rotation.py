@@ -253,6 +253,7 @@ def test_queries_that_share_in_a_sparsity() -> None:
     prunable = sum(g["parameters"] for g in report["groups"] if g["kind"] != "query-key")
     removed = report["before"]["parameters"] - report["after"]["parameters"]
     assert removed / prunable == pytest.approx(0.4, abs=0.05)
+    assert 1 - report["prunable"]["after"] / report["prunable"]["before"] == pytest.approx(0.4, abs=0.03)
     assert report["verification"]["exact_difference"] < 1e-4
 
 
@@ -293,3 +294,12 @@ def test_bad_options() -> None:
         ModelError, match=r"width of queries and keys cannot be cut: .*Relu.* is not linear; leave query-key out"
     ):
         prune(graphs.parse(normed, WEIGHTS), FEEDS, query_key=0.5, **OPTIONS)
+
+
+def test_what_goes_within_heads_counts_among_the_prunable() -> None:
+    """As many parameters as the shapes say: values, queries and keys of the heads that are left."""
+    given: list[dict[str, Any]] = [{"values": 0.5}, {"query_key": 0.5}, {"heads": 0.5, "values": 0.34, "query_key": 0.34}]
+    for ratios in given:
+        report = prune(model(), FEEDS, repair="none", **ratios, **OPTIONS).report
+        removed = report["before"]["parameters"] - report["after"]["parameters"]
+        assert report["prunable"]["before"] - report["prunable"]["after"] == removed > 0

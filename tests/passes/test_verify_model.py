@@ -6,9 +6,11 @@ from __future__ import annotations
 import graphs
 import numpy as np
 import onnx
+import oracle
 import pytest
 import zoo
 
+import liar_opt
 from liar_opt.passes.base import State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -219,3 +221,15 @@ def test_a_wrong_weight_behind_a_sequence_is_caught(kind: str) -> None:
     constant(state, "w2")[0, 0] += 0.5
     with pytest.raises(CheckError, match=r"output 'all\["):
         VerifyModelPass()(state)
+
+
+def test_logits_tell_how_often_the_largest_changes() -> None:
+    """Of two outputs the one whose name says it."""
+    text = "f (float[b, s, 6] x0) => (float[b, s, 6] hidden, float[b, s, 5] logits) { u = MatMul(x0, w0)  h = Relu(u)  z = MatMul(h, v0)  hidden = Add(x0, z)  logits = MatMul(hidden, c0) }"
+    proto = graphs.parse(text, {"w0": (6, 47), "v0": (47, 6), "c0": (6, 5)})
+    feeds = {"x0": np.random.default_rng(0).standard_normal((7, 9, 6)).astype(np.float32)}
+    report = liar_opt.prune(proto, feeds, ffn=0.7, repair="none", latency=False, multiple_of=1)
+    outputs = report.report["verification"]["outputs"]
+    assert outputs["hidden"]["changed_top1"] is None
+    x, y = (oracle.run(model, feeds)[1].argmax(-1) for model in (report.model, proto))
+    assert 0 < outputs["logits"]["changed_top1"] == pytest.approx((x != y).mean())

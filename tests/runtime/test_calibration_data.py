@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 from words import CLS, PAD, SEP, SPECIALS, UNK, WORDS, plain_tokenizer, save_tokenizer
 
-from liar_opt.runtime import calibration_data
+from liar_opt.runtime import calibration_data, text_tokenizer
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.signatures import InputSpec
+from liar_opt.runtime.text_tokenizer import TextTokenizer
 
 
 def spec(name: str, shape: tuple[int | str | None, ...] = ("b", "s"), dtype: str = "int64") -> InputSpec:
@@ -977,3 +979,141 @@ def test_made_up_inputs_of_absurd_sizes() -> None:
         source=None,
         inputs=[spec("x", ("b", 1 << 30), "float32")],
     )
+
+
+# ------------------------------------------------------------------------------------------ long texts, and odd samples
+
+
+class Counted:
+    """Notes what a tokenizer is given."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.longest = 0
+        self.tokenizer = replace(tokenizer, encode=self.encode)
+        self.inner = tokenizer.encode
+
+    def encode(self, texts: Any, longest: int | None) -> list[tuple[list[int], list[int]]]:
+        self.longest = max(self.longest, *map(len, texts))
+        return self.inner(texts, longest)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
+    found: list[Counted] = []
+
+    def load(where: Any) -> TextTokenizer:
+        found.append(Counted(text_tokenizer.load_tokenizer(where)))
+        return found[-1].tokenizer
+
+    monkeypatch.setattr(calibration_data, "load_tokenizer", load)
+    return found
+
+
+def written(path: Path, lines: list[str]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": line, "n": 1}) + "\n" for line in lines))
+    else:
+        path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_long_text_is_cut_before_it_is_tokenised(
+    tmp_path: Path, tokenizer: Path, counted: list[Counted], suffix: str, packing: bool
+) -> None:
+    long = " ".join(texts(60_000, 1))
+    path = written(tmp_path / f"long{suffix}", [long, "\t" + long[1000:] + " ", *texts(3)])
+    assert len(long) > 10 * text_tokenizer.AT_ONCE
+    data = load_calibration(path, BERT, tokenizer=tokenizer, sequence_length=9, samples=5, packing=packing)
+    assert counted[0].longest <= (text_tokenizer.AT_ONCE if packing else 9 * text_tokenizer.CHARACTERS)
+    if packing:
+        assert {b["input_ids"].shape[1] for b in data.batches} == {9}
+    else:
+        assert real_ids(data) == sorted(encode(text, 9) for text in [long, long[1000:], *texts(3)])
+
+
+def test_a_text_whose_tokens_are_long_is_read_on(tmp_path: Path, tokenizer: Path) -> None:
+    spaced = (" " * 50).join(WORDS)
+    data = load_calibration([spaced], BERT, tokenizer=tokenizer, sequence_length=11)
+    assert real_ids(data) == [encode(spaced, 11)]
+
+
+def test_long_strings_end_without_breaking_the_line(tmp_path: Path, tokenizer: Path) -> None:
+    for filler in ('\\"', "\\\\", "\\u00e9", "\\n", "é", "a b "):
+        for shift in range(7):
+            body = " " * shift + "cat sat on " + filler * 40_000
+            (tmp_path / "a.jsonl").write_text(f'{{"n": [1, "x"], "text": "{body}", "after": "rain"}}\n', encoding="utf-8")
+            data = load_calibration(tmp_path / "a.jsonl", BERT, tokenizer=tokenizer, sequence_length=5, text_column="text")
+            assert real_ids(data)[0][:4] == encode("cat sat on")[:4]
+
+
+@pytest.mark.parametrize("specials", [False, True])
+def test_pieces_give_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, specials: bool) -> None:
+    folder = (save_tokenizer if specials else plain_tokenizer)(tmp_path / "t")
+    tokenizer = text_tokenizer.load_tokenizer(folder)
+    given = texts(40, 2, 30)
+    whole = [ids for ids, _ in tokenizer.encode(given, None)]
+    monkeypatch.setattr(text_tokenizer, "AT_ONCE", 23)
+    monkeypatch.setattr(text_tokenizer, "WORD", 15)
+    assert [ids.tolist() for ids in text_tokenizer.all_tokens(tokenizer, given, 10**6)] == whole
+    assert [ids.tolist() for ids in text_tokenizer.all_tokens(tokenizer, given, 7)] == [ids[:7] for ids in whole]
+    assert [ids for ids, _ in tokenizer.encode(given, None)] == whole
+
+
+def test_texts_are_cut_at_blanks() -> None:
+    assert text_tokenizer.cut_text("one two three", 7) == "one two"
+    assert text_tokenizer.cut_text("one two three", 8) == "one two"
+    assert text_tokenizer.cut_text("one two three", 13) == "one two three"
+    assert text_tokenizer.cut_text("x" * 1000, 300) == "x" * 300
+
+
+def test_many_long_texts_for_packing_have_no_more_room_than_all(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_data, "_TEXT_ROOM", 5000)
+    kept: list[calibration_data._Kept] = []
+    put = calibration_data._Kept.put
+
+    def noted(self: Any, text: str, slot: int | None = None) -> None:
+        put(self, text, slot)
+        kept.append(self)
+        assert sum(map(len, self.texts)) <= 5000
+
+    monkeypatch.setattr(calibration_data._Kept, "put", noted)
+    long = [" ".join(texts(40, i)) for i in range(30)]
+    load_calibration(long, BERT, tokenizer=tokenizer, sequence_length=7, samples=20, packing=True)
+    assert min(map(len, kept[-1].texts)) > 50
+
+
+def test_a_row_of_csv_without_an_end(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_data, "_LONGEST_ROW", calibration_data._PIECE)
+    (tmp_path / "a.csv").write_text("text\ncat\n" + "cat," * 40_000 + "\n")
+    refuse("line 3 of", "longer than 65,536 characters", source=tmp_path / "a.csv", tokenizer=tokenizer)
+
+
+def test_binary_data_far_in_a_line(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.txt").write_text("cat\n" + "cat " * 40_000 + "\0\n")
+    refuse("holds binary data (line 2)", source=tmp_path / "a.txt", tokenizer=tokenizer)
+
+
+def doubts(data: CalibrationData) -> list[str]:
+    return [w.split(":")[0] for w in data.warnings if "samples" in w]
+
+
+def test_samples_that_repeat_are_told(tokenizer: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 90, (20, 6))
+    same = {"input_ids": np.repeat(ids[:5], 4, 0)}
+    assert doubts(load_calibration(same, BERT[:1], batch_size=3)) == ["only 5 of 20 samples differ"]
+    assert doubts(load_calibration({"input_ids": ids}, BERT[:1], batch_size=3)) == []
+    assert doubts(load_calibration(["the cat sat"] * 9 + ["a mat"], BERT, tokenizer=tokenizer, batch_size=4)) == [
+        "only 2 of 10 samples differ"
+    ]
+    fixed = [spec("input_ids", (8, "s"))]  # what fills a batch up is no repeat
+    assert doubts(load_calibration({"input_ids": ids[:9]}, fixed)) == []
+
+
+def test_samples_of_one_token_are_told(tokenizer: Path) -> None:
+    ids = np.arange(20)[:, None]
+    assert doubts(load_calibration({"input_ids": ids}, BERT[:1])) == ["20 of 20 samples are one token long"]
+    found = load_calibration(["cat", "mat", "rain", "the cat sat"], BERT, tokenizer=tokenizer)
+    assert doubts(found) == ["3 of 4 samples are one token long"]
+    assert doubts(load_calibration(["cat", "mat", "the rain", "the cat sat"], BERT, tokenizer=tokenizer)) == []

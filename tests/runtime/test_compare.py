@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     TOLERANCES,
     DifferenceMeter,
+    holds_logits,
     relative_difference,
     require_close,
     require_repeatable,
@@ -114,3 +117,34 @@ def test_a_model_that_is_not_the_same_twice() -> None:
     require_repeatable(first, {"y": first["y"] * np.float32(1 + 1e-6)})
     with pytest.raises(ModelError, match=r"another output 'y' each time it runs .* draws random numbers"):
         require_repeatable(first, {"y": first["y"][::-1]})
+
+
+def test_how_often_the_largest_changes() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((3, 5, 7))
+    x = y.copy()
+    x[0, 1, y[0, 1].argmin()] = x[1, 4, y[1, 4].argmin()] = x[2, 2, y[2, 2].argmin()] = 99.0
+    mask = np.asarray([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
+    meter = DifferenceMeter()
+    meter.add("logits", x, y, mask, logits=True)
+    meter.add("logits", y, y, mask, logits=True)
+    meter.add("hidden", x, y, mask)
+    assert meter.result()["logits"].changed_top1 == pytest.approx(2 / 14)
+    assert meter.result()["hidden"].changed_top1 is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "holds"),
+    [
+        (("logits", (2, 3)), True),
+        (("start_Logits", (2, 5)), True),
+        (("logits", (2, 1)), False),  # a regression
+        (("logits", (2, 3, 8, 8)), False),  # classes are no last axis
+        (("out", (2, 5, 90), 90), True),
+        (("last_hidden_state", (2, 5, 6), 90), False),
+        (("probabilities", (2, 3), None, "Softmax"), True),
+        (("probabilities", (2, 3), None, "Sigmoid"), False),
+    ],
+)
+def test_which_outputs_hold_logits(arguments: tuple[Any, ...], holds: bool) -> None:
+    assert holds_logits(*arguments) is holds

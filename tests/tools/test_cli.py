@@ -164,11 +164,8 @@ def test_dry_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("argv", [["--dry-run"], ["--samples", "4"]])
-def test_ratios_that_round_to_nothing_are_told(model: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
-    assert run(model, "--ffn", 0.05, *argv) == 0
-    shown = capsys.readouterr()
-    assert "warning: the ratios round to nothing" in shown.err
-    assert " -0.0 %" not in shown.out.splitlines()[-1]
+def test_ratios_that_round_to_nothing_are_refused(refuse: Refuse, model: Path, argv: list[str]) -> None:
+    refuse(model, "--ffn", 0.05, *argv, needles=("the ratios round to nothing", "--multiple-of"))
 
 
 def test_sequences_beyond_the_model(refuse: Refuse, tmp_path: Path) -> None:

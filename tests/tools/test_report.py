@@ -195,3 +195,11 @@ def test_quantity_with_a_unit() -> None:
 def test_shares_of_nothing_are_blank() -> None:
     assert tables.percent(1, 0) == ""
     assert tables.change({"parameters": 0}, {"parameters": 3}, "parameters") == ""
+
+
+def test_logits_say_how_often_the_largest_changes() -> None:
+    report = copy.deepcopy(REPORT)
+    assert "the largest" not in text(tables.before_after(report))
+    report["verification"]["outputs"]["last_hidden_state"]["changed_top1"] = 0.0313
+    (row,) = (line for line in text(tables.before_after(report)).splitlines() if "the largest" in line)
+    assert row.split()[-2:] == ["3.13", "%"]
