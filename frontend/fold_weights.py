@@ -18,7 +18,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.hand_quantised import CONTRACTIONS
+from liar_opt.frontend.hand_quantised import CONTRACTIONS, FUSED_CONTRACTIONS
+from liar_opt.frontend.onnx_rule_table import MICROSOFT
 from liar_opt.frontend.onnx_values import EVALUATORS, Array, Attributes, Evaluator, Inputs, axes_of, result_elements
 
 STANDARD = (None, "", "ai.onnx")
@@ -261,7 +262,8 @@ def _parts(nodes: Sequence[gs.Node]) -> Iterator[list[gs.Node]]:
 
 
 def _contracts(node: gs.Node, tensor: gs.Tensor) -> bool:
-    places = CONTRACTIONS.get(node.op, ()) if node.domain in STANDARD else ()
+    table = CONTRACTIONS if node.domain in STANDARD else FUSED_CONTRACTIONS if node.domain == MICROSOFT else {}
+    places = table.get(node.op, ())
     return any(i < len(node.inputs) and node.inputs[i] is tensor for i in places)
 
 

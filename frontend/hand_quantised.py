@@ -13,6 +13,11 @@ from liar_opt.frontend.widen_graph import bodies_of
 
 CONTRACTIONS = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,), "ConvTranspose": (1,), "Einsum": (0, 1, 2)}
 """Operators that contract weights: the input positions of these."""
+FUSED_CONTRACTIONS = {
+    **dict.fromkeys(("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul", "FusedGemm"), (0, 1)),
+    **dict.fromkeys(("FusedConv", "NhwcConv", "NhwcFusedConv"), (1,)),
+}
+"""The same of ONNX Runtime's own domain."""
 ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr", "Mod"}
 CARRYING = {"Cast", "CastLike", "Concat", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}

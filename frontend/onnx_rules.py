@@ -561,7 +561,7 @@ class GraphWalk:
             for tensor in tensors:
                 axes = None if is_constant(tensor) else self.axes.get(tensor.name)
                 if is_constant(tensor):  # a weight that is handed out keeps its shape wherever it is read
-                    axes = [f for use in self.constant_uses if use.constant.name == tensor.name for f in use.axes]
+                    axes = tuple(f for use in self.constant_uses if use.constant.name == tensor.name for f in use.axes)
                 pinned = [f for i, f in enumerate(axes or ()) if i not in self.spared.get(tensor.name, ())]
                 self.pin(pinned, f"axis of graph {what} '{tensor.name}'")
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Menu
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.curves import GroupCurve
-from liar_opt.passes.groups import KINDS, VALUES, ChannelGroup, parameters_left
+from liar_opt.passes.groups import KINDS, RECURRENT, VALUES, ChannelGroup, parameters_left
 from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
 
@@ -302,6 +302,8 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             caches of one head size cannot hold.
         query_key: fraction of the width of queries and keys within each head to remove, likewise; the basis of both is
             changed first, so that their products change least. "auto" lets them share in ``sparsity``, by error curves.
+        recurrent: fraction of the units of RNN, GRU and LSTM, and of the channels that they read, to remove, in [0, 1),
+            beside any of the others: what one unit loses comes back in every step.
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how the ratio is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
         uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
@@ -313,6 +315,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     heads: float | None = None
     values: float | None = None
     query_key: float | Literal["auto"] | None = None
+    recurrent: float | None = None
     multiple_of: int = 8
     allocate: str = "uniform"
     uniform: bool = False
@@ -325,7 +328,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 unknown.
             ModelError: there is nothing to prune.
         """
-        for option in ("sparsity", "ffn", "heads", "values", "query_key"):
+        for option in ("sparsity", "ffn", "heads", "values", "query_key", "recurrent"):
             value = getattr(self, option)
             if value is not None and value != "auto" and not 0.0 <= value < 1.0:
                 raise OptionError(f"{option.replace('_', '-')} {value:g} is outside [0, 1); it is the fraction to remove")
@@ -333,10 +336,10 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             raise OptionError("sparsity and the ratios by kind (ffn, heads) exclude each other; give one form")
         if self.uniform and self.allocate in MEASURED:
             raise OptionError(f"uniform widths and allocation '{self.allocate}' exclude each other; give one of them")
-        others = bool(self.values and state.values) or bool(self.query_key and state.queries)
+        others = bool((self.values or self.recurrent) and state.values) or bool(self.query_key and state.queries)
         require_allocatable(state, self.allocate, self.multiple_of, others)
         require_sharing(self.query_key, self.allocate, self.by_kind)
-        for kind in (*KINDS, VALUES):
+        for kind in (*KINDS, VALUES, RECURRENT):
             if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
                 raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")
         if self.query_key and self.query_key != "auto":
@@ -345,13 +348,14 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
     @property
     def by_kind(self) -> bool:
         """Whether kinds have ratios of their own."""
-        ratios = (self.ffn, self.heads, self.values, None if self.query_key == "auto" else self.query_key)
+        ratios = (self.ffn, self.heads, self.values, self.recurrent, None if self.query_key == "auto" else self.query_key)
         return self.sparsity is None and any(r is not None for r in ratios)
 
     def plan(self, state: State) -> dict[str, int]:
         """Returns the number of blocks that stay, by group name; of values, queries and keys those of each head."""
         groups: tuple[ChannelGroup, ...] = state.groups
-        values = {g.name: kept_width(g, self.values, 1) for g in state.values} if self.values else {}
+        alone = {VALUES: self.values, RECURRENT: self.recurrent}
+        values = {g.name: kept_width(g, ratio, 1) for g in state.values if (ratio := alone[g.kind])}
         if isinstance(self.query_key, float | int):
             values |= {g.name: kept_width(g, self.query_key, 1) for g in state.queries} if self.query_key else {}
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity

@@ -63,11 +63,13 @@ def passes_of_options(options: Mapping[str, Any]) -> Chosen:
     Raises:
         OptionError: they exclude each other.
     """
-    ratios = {name: options[name] for name in ("sparsity", "ffn", "heads", "values", "query_key")}
+    ratios = {name: options[name] for name in ("sparsity", "ffn", "heads", "values", "query_key", "recurrent")}
     target, max_drop, search, allocate = (options[n] for n in ("target", "max_drop", "search", "allocate"))
     by_kind = ratios["ffn"] is not None or ratios["heads"] is not None
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        alone = ratios["sparsity"] is None and (ratios["values"] is not None or ratios["query_key"] not in (None, "auto"))
+        alone = ratios["sparsity"] is None and any(
+            ratios[kind] not in (None, "auto") for kind in ("values", "query_key", "recurrent")
+        )
         unmeasured = by_kind or alone or options["uniform"] or options["calibration"] is None
         allocate = "uniform" if unmeasured else "curves"
     sharing: Literal["auto"] | None = "auto" if ratios["query_key"] == "auto" else None
@@ -75,7 +77,8 @@ def passes_of_options(options: Mapping[str, Any]) -> Chosen:
     forms = (target, max_drop, "ratios" if asked else None)
     if sum(form is not None for form in forms) > 1:
         raise OptionError(
-            "a target, max-drop and ratios (sparsity, ffn, heads, values, query-key) exclude each other; give one form"
+            "a target, max-drop and ratios (sparsity, ffn, heads, values, query-key, recurrent) exclude each other; give "
+            "one form"
         )
     if search is not None and (target is not None or max_drop is not None):
         raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")

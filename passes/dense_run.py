@@ -160,10 +160,11 @@ def together(patches: Sequence[Patch | ConstantPatch]) -> list[Patch | ConstantP
     result: list[Patch | ConstantPatch] = []
     places: dict[int, int] = {}
     for patch in patches:
-        known = places.get(id(patch.uses[0])) if isinstance(patch, Patch) else None
-        if known is None:
-            if isinstance(patch, Patch):
-                places[id(patch.uses[0])] = len(result)
+        if isinstance(patch, ConstantPatch):
+            result.append(patch)
+            continue
+        known = places.setdefault(id(patch.uses[0]), len(result))
+        if known == len(result):
             result.append(patch)
             continue
         before, use = result[known], patch.uses[0]

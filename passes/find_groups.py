@@ -8,7 +8,8 @@ together ("ffn" too, with a run for a block), where it is a part of the channels
 groups, or changes places with another one in a channel shuffle, and no products of activations stand side by side along
 it; where another such factor is outside it, the heads of one group ("grouped"); with another that can be cut only outside,
 or mixed by a product of activations, it is the width of values within a head ("values"). A width that has one row a sample
-where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone.
+where others have one a token is a "pooler". "grouped" and "pooler" are reported and left alone. What a recurrent operator
+reads, its own units of the step before among it, is "recurrent".
 
 Of a concatenation each part is a dimension of its own: its layout is that of the part, and a consumer of the whole loses
 the rows of the part alone.
@@ -39,7 +40,7 @@ from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.groups import KINDS, QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal
+from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
 POINTWISE = (
@@ -49,6 +50,7 @@ POINTWISE = (
     *("square tanh").split(),
 )
 """Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
+RECURRENT_OPERATORS = ("GRU", "LSTM", "RNN")
 LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
 PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
 BESIDE = "its consumer reads other dimensions in the same axis"
@@ -95,11 +97,12 @@ class FindGroupsPass(Pass[None]):
         return PassResult(state, (), found.refusals)
 
 
-def find_groups(walk: GraphWalk) -> Found:
+def find_groups(walk: GraphWalk, known: bool = False) -> Found:
     """Returns the channel groups of an analysed graph and the refusals.
 
     Args:
         walk: the analysis, run to its end.
+        known: whether the same graph was looked at before: that the numbers follow a cut of each group is not asked again.
     """
     algebra = walk.algebra
     order = {id(node): i for i, node in enumerate(walk.model.graph.nodes)}
@@ -134,8 +137,10 @@ def find_groups(walk: GraphWalk) -> Found:
         if any(algebra.repeats(f, leaf) for f in axes):
             refused["it occurs twice in one axis", size].append(uses[0].node.name)
             continue
-        leaves = _layout(algebra, uses[0].contracted, leaf)
+        leaves = layout(algebra, uses[0].contracted, leaf)
         kind = _kind(leaves, leaf, set(consumers), mixed, runs)
+        if kind in KINDS and any(u.node.op in RECURRENT_OPERATORS for u in uses):
+            kind = RECURRENT
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
         if size < LEAST_SIZE:
@@ -177,18 +182,18 @@ def find_groups(walk: GraphWalk) -> Found:
             bent=_bent(walk, leaf, places[leaf].nodes, uses) if kind == VALUES else None,
         )
         shared = any(np.any(c.owners < 0) for c in group.consumers)
-        cut = kind in (*KINDS, VALUES)
+        cut = kind in (*KINDS, VALUES, RECURRENT)
         if shared and outer is not None and kind != VALUES:
             refused[BESIDE, size].append(group.name)
             continue
         if shared and kind == VALUES:  # the basis of what lies beside may change, too
             group = replace(group, bent=group.bent or BESIDE)
-        unfollowed = rewriter.check({leaf: range(1)}) if cut else None
+        unfollowed = rewriter.check({leaf: range(1)}) if cut and not known else None
         if unfollowed is not None:
             refused[unfollowed, size].append(group.name)
             continue
-        (groups if kind in KINDS else values if kind == VALUES else others).append(group)
-    queries = _queries(walk, rewriter, places, constants)
+        (groups if kind in KINDS else values if kind in (VALUES, RECURRENT) else others).append(group)
+    queries = _queries(walk, rewriter, places, constants, known)
     refusals = [Refusal(reason, tuple(dict.fromkeys(nodes)), size) for (reason, size), nodes in refused.items()]
     for kind, reason in NOT_PRUNED.items():
         left = [g for g in others if g.kind == kind]
@@ -230,7 +235,11 @@ def _bent(walk: GraphWalk, leaf: int, nodes: Sequence[Any], uses: Sequence[Consu
 
 
 def _queries(
-    walk: GraphWalk, rewriter: Rewriter, places: dict[int, "_Places"], constants: dict[int, list[ConstantUse]]
+    walk: GraphWalk,
+    rewriter: Rewriter,
+    places: dict[int, "_Places"],
+    constants: dict[int, list[ConstantUse]],
+    known: bool,
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Refusal, ...]]:
     """Returns the widths of queries and keys that can be cut, in execution order, and why others cannot."""
     algebra = walk.algebra
@@ -253,7 +262,7 @@ def _queries(
             if reason is not None or any(algebra.repeats(f, leaf) for f in axes):
                 raise Bent(reason or "it occurs twice in one axis")
             sides = operands_of(walk, products[0], leaf, outer, places[leaf].nodes)
-            unfollowed = rewriter.check({leaf: range(1)})
+            unfollowed = None if known else rewriter.check({leaf: range(1)})
             if unfollowed is not None:
                 raise Bent(unfollowed)
         except Bent as err:
@@ -336,15 +345,15 @@ def _name(use: ConsumerUse, kind: str) -> str:
     return f"{use.node.name} (units)" if use.activation in use.node.outputs else str(use.node.name)
 
 
-def _layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
+def layout(algebra: AxisAlgebra, factor: int, leaf: int) -> list[int]:
     """Returns the leaves of a factor, outermost first; of a concatenation those of the first part that has ``leaf``."""
     refinement = algebra.refinement(factor)
     if refinement is None or leaf not in algebra.leaves(factor):
         return algebra.leaves(factor)
     if refinement.kind == "concat":
         own = next((p for p in refinement.parts if leaf in algebra.leaves(p)), None)
-        return [leaf] if own is None else _layout(algebra, own, leaf)  # a part of one element has no leaves
-    return [other for part in refinement.parts for other in _layout(algebra, part, leaf)]
+        return [leaf] if own is None else layout(algebra, own, leaf)  # a part of one element has no leaves
+    return [other for part in refinement.parts for other in layout(algebra, part, leaf)]
 
 
 def _named_apart(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:

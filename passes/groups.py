@@ -20,6 +20,9 @@ KINDS = ("ffn", "heads")
 """Kinds of groups that ``sparsity`` prunes; "grouped" (heads within a group) and "pooler" are found and reported only."""
 VALUES = "values"
 """Kind of the width of values within a head: pruned when asked for. It shares its weights with the layer's heads."""
+RECURRENT = "recurrent"
+"""Kind of the units of a recurrent operator, and of what it reads: pruned when asked for, since what one unit loses comes
+back in every step."""
 QUERY_KEY = "query-key"
 """Kind of the width of queries and keys within a head: pruned when asked for, by a change of basis."""
 

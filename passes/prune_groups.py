@@ -288,7 +288,8 @@ class SegmentRun:
             stop: position behind the last node that has to run.
             first: the segment's first node: what is alive there is kept for the next segment; None keeps nothing.
         """
-        taps = self.taps(groups)
+        with blamed(groups):
+            taps = self.taps(groups)
         self.seen_at = {f: self.rewriter.mask(f) for f in {c.uses[0].width for g in groups for c in g.consumers}}
         parts = self.parts(groups, taps, first)
         moments: dict[Place, Moments] = {}

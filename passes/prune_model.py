@@ -234,6 +234,7 @@ def prune(
     heads: float | None = None,
     values: float | None = None,
     query_key: float | Literal["auto"] | None = None,
+    recurrent: float | None = None,
     value_cut: str = "rotate",
     multiple_of: int = 8,
     target: str | None = None,
@@ -286,6 +287,7 @@ def prune(
         query_key: fraction of the width of queries and keys within each head to remove, in [0, 1), where no rotary
             embedding or normalisation stands between projection and product; "auto" lets them share in a sparsity,
             a target or max_drop, by error curves.
+        recurrent: fraction of the units of RNN, GRU and LSTM, and of the channels that they read, to remove, in [0, 1).
         value_cut: "rotate" keeps the best subspace of the values, "select" some of their channels.
         multiple_of: kept feed-forward widths are multiples of this.
         target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),

@@ -64,7 +64,7 @@ from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
 from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
-from liar_opt.passes.find_groups import FindGroupsPass, find_groups
+from liar_opt.passes.find_groups import FindGroupsPass, find_groups, layout
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal, parameters_left
 from liar_opt.passes.measured import Measured
@@ -327,7 +327,8 @@ def _planned(state: State, groups: Sequence[ChannelGroup], keep: Mapping[str, in
     assert isinstance(walk, FxWalk)
     shapes, sizes = planned_state(walk, {g.factor: keep[g.name] for g in groups})
     ratios = {(g.size, keep[g.name]) for g in groups if g.kind == "ffn" and keep[g.name] < g.size}
-    leaves = [walk.algebra.leaves(g.consumers[0].uses[0].width) for g in groups if g.kind == "heads"]
+    heads = [g for g in groups if g.kind == "heads"]
+    leaves = [layout(walk.algebra, g.consumers[0].uses[0].width, g.factor) for g in heads]
     return Planned(shapes, sizes, ratios, {walk.algebra.size(parts[-1]) for parts in leaves})
 
 

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import streams
 import torch
+import transformers
 from graphs import Weights
 
 import liar_opt
@@ -21,6 +22,7 @@ from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.passes.dense_run import DenseRun, Patch, together
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.prune_module import ModuleResult
 from liar_opt.runtime.calibration_data import CalibrationData
 
 
@@ -243,6 +245,7 @@ def test_patches_for_both_parts_are_one() -> None:
     lost, alone = run.difference(removed), run.difference(run.patches[0])
     (first,), (second,) = run.patches
     (both,) = together([first, second])
+    assert isinstance(both, Patch)
     assert np.array_equal(both.shift, first.shift + second.shift)
     cut = PruneGroupsPass(score="magnitude", repair="none")(state).state.model.to_proto()
     dense = [oracle.run(proto, run.data.batches[i])[0] for i in run.probed]
@@ -364,6 +367,7 @@ def test_a_module(backend: str) -> None:
     )
     assert [(g["before"], g["after"]) for g in result.report["groups"]] == [(3, 2), (17, 10)]
     assert result.report["verification"]["exact_difference"] < 1e-5
+    assert isinstance(result, ModuleResult)
     assert result.module.get_parameter("out.weight").shape == (12, 18)
 
 
@@ -374,12 +378,30 @@ def test_gradients_of_a_module_are_those_of_each_part() -> None:
     with torch.no_grad():
         module.out.weight[:, 12:] *= torch.where(torch.arange(17) < 5, 1.0, 0.0)
     x = torch.randn(24, 6, 12)
+    options: dict[str, Any] = {"ffn": 0.7, "multiple_of": 1, "latency": False, "batch_size": 4, "score": "taylor"}
     result = liar_opt.prune(
         module,
         {"x": x.numpy()},
-        **{"ffn": 0.7, "multiple_of": 1, "latency": False, "batch_size": 4, "score": "taylor"},
+        **options,
         labelled=[({"x": x[i : i + 4]}, None) for i in range(0, 8, 4)],
         loss=lambda outputs, _: next(iter(outputs.values())).square().sum(),
     )
     (part,) = (g for g in result.report["groups"] if g["before"] == 17)
     assert part["kept"] == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_whose_configuration_says_the_width_of_all_parts(tmp_path: Path) -> None:
+    """SegFormer's head puts what four stages give side by side, each as wide as one field says."""
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        hidden_sizes=[16, 32, 40, 48], depths=[1] * 4, num_attention_heads=[1, 2, 4, 6], decoder_hidden_size=24
+    )
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "dense")
+    images = {"pixel_values": np.random.default_rng(0).standard_normal((4, 3, 64, 64)).astype(np.float32)}
+    result = liar_opt.prune(tmp_path / "dense", images, ffn=0.5, multiple_of=1, latency=False, batch_size=2)
+    assert [(g["before"], g["after"]) for g in result.report["groups"]] == [(24, 12)] * 5
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    result.save(tmp_path / "cut")
+    loaded, info = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "cut", output_loading_info=True)
+    assert loaded.config.decoder_hidden_size == 12
+    assert not info["missing_keys"] and not info["mismatched_keys"]

@@ -188,7 +188,8 @@ def _demo(options: argparse.Namespace, run: _Run) -> None:
     from liar_opt.tools import demo_assets
 
     if all(
-        getattr(options, name) is None for name in ("sparsity", "ffn", "heads", "values", "query_key", "target", "max_drop")
+        getattr(options, name) is None
+        for name in ("sparsity", "ffn", "heads", "values", "query_key", "recurrent", "target", "max_drop")
     ):
         options.ffn = DEMO_FFN
     model, output = options.folder / DEMO_MODEL, options.folder / DEMO_MODEL.replace(".onnx", ".liar.onnx")
@@ -671,6 +672,7 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     widths.add("values", float, metavar="RATIO")
     cut.add("value_cut", str, choices=VALUE_CUTS)
     widths.add("query_key", _ratio_or_auto, metavar="RATIO")
+    widths.add("recurrent", float, metavar="RATIO")
     widths.add("multiple_of", int, metavar="N")
     if command == "prune":
         _add_flag(pruning, prune, "uniform", "--uniform", True)

@@ -7,10 +7,11 @@ import graphs
 import numpy as np
 import onnx
 import onnx.reference
+import oracle
 import pytest
 from graphs import Weights
 
-from liar_opt import prune
+from liar_opt import inspect, prune
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 H, N = 5, 11  # hidden units, channels that are read
@@ -34,8 +35,16 @@ def sequence(call: str, outputs: str = "y0") -> str:
         t = Transpose<perm=[0, 2, 1, 3]>(y0)  j = Reshape(t, join)  q = MatMul(j, w2)  e = Relu(q)  y = MatMul(e, w3) }}"""
 
 
-ALL = [("ffn", H), ("ffn", N), ("ffn", 13)]
-PINNED = [("ffn", N), ("ffn", 13)]
+ALL = [("ffn", 13), ("recurrent", H), ("recurrent", N)]
+PINNED = [("ffn", 13), ("recurrent", N)]
+
+
+def found(proto: onnx.ModelProto) -> list[tuple[str, int]]:
+    """Returns (kind, size) of the groups, those among them that are cut when asked for alone, sorted."""
+    groups = graphs.analyse(proto)[2]
+    return sorted((g.kind, g.size) for g in (*groups.groups, *groups.values))
+
+
 MATCH: dict[str, tuple[str, Weights, list[tuple[str, int]]]] = {
     **{
         f"{op}, {direction}": (
@@ -77,7 +86,7 @@ MATCH: dict[str, tuple[str, Weights, list[tuple[str, int]]]] = {
             y0, yh, yc = LSTM<hidden_size={H}>(v, w, r, bias)  h = Squeeze(yh, nought)  q = MatMul(h, w2)  e = Relu(q)
             y = MatMul(e, w3)  a = Squeeze(y0, one)  c = MatMul(a, w2)  z = MatMul(c, w3) }}""",
         weights("LSTM", nought=ints(0)),
-        [("ffn", H), ("ffn", N), ("ffn", 13)],
+        ALL,
     ),
 }
 
@@ -86,22 +95,17 @@ MATCH: dict[str, tuple[str, Weights, list[tuple[str, int]]]] = {
 def test_match(name: str) -> None:
     text, values, expected = MATCH[name]
     proto = graphs.parse(text, values, 17)
-    assert graphs.sizes(proto) == sorted(expected)
+    assert found(proto) == sorted(expected)
     for sizes in SIZES:
-        graphs.prove(proto, sizes, seeds=2)
+        graphs.prove(proto, sizes, seeds=2, values=True)
 
 
 def test_units_go_from_all_that_is_theirs() -> None:
     text, values, _ = MATCH["peepholes and states"]
     proto = graphs.parse(text, values, 17)
-    (units,) = (g for g in graphs.analyse(proto)[2].groups if g.size == H)
-    pruned = graphs.cut(
-        proto,
-        {
-            g.name + g.kind: [0, 3] if g is units or g.size == H else list(range(g.size))
-            for g in graphs.analyse(proto)[2].groups
-        },
-    )
+    model, state, groups = graphs.analyse(proto)
+    kept = {g.name + g.kind: [0, 3] if g.size == H else list(range(g.size)) for g in (*groups.groups, *groups.values)}
+    pruned = oracle.prune(model, state, oracle.with_values(groups), kept)
     dims = {t.name: list(t.dims) for t in pruned.graph.initializer}
     assert (dims["w"], dims["r"], dims["bias"], dims["p"]) == ([1, 8, N], [1, 8, 2], [1, 16], [1, 6])
     assert dims["h0"] == dims["c0"] == [1, 2, 2] and dims["w2"] == [2, 13]
@@ -123,7 +127,7 @@ def test_batch_first(op: str) -> None:
         weights(op, 2),
         17,
     )
-    assert graphs.sizes(proto) == (PINNED if op == "GRU" else ALL)
+    assert found(proto) == (PINNED if op == "GRU" else ALL)
 
 
 NEAR_MISS = {
@@ -153,9 +157,9 @@ NEAR_MISS = {
 def test_units_that_stay(name: str) -> None:
     text, values, reason = NEAR_MISS[name]
     proto = graphs.parse(text, values, 17)
-    assert ("ffn", H) not in graphs.sizes(proto) and ("ffn", N) in graphs.sizes(proto)
+    assert ("recurrent", H) not in found(proto) and ("recurrent", N) in found(proto)
     assert reason in graphs.reasons(proto)
-    graphs.prove(proto, SIZES[0], seeds=2)
+    graphs.prove(proto, SIZES[0], seeds=2, values=True)
 
 
 def test_states_of_zeros_tie_no_layers() -> None:
@@ -167,8 +171,8 @@ def test_states_of_zeros_tie_no_layers() -> None:
         y = MatMul(e, w3) }}"""
     own: Weights = {"h": ints(H), "two": ints(2), "nought": ints(0), "wb": (1, 4 * H, H), "rb": (1, 4 * H, H)}
     proto = graphs.parse(text, {**weights("LSTM"), **own}, 17)
-    assert graphs.sizes(proto) == sorted([*ALL, ("ffn", H)])
-    pruned = graphs.prove(proto, SIZES[0])
+    assert found(proto) == sorted([*ALL, ("recurrent", H)])
+    pruned = graphs.prove(proto, SIZES[0], values=True)
     assert not any(n.op_type == "ConstantOfShape" for n in pruned.graph.node)
 
 
@@ -177,9 +181,18 @@ def test_pruned_through_the_pipeline(repair: str) -> None:
     proto = graphs.parse(*MATCH["LSTM, bidirectional"][:2], 17)
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((7, 4, 6)).astype(np.float32)} for _ in range(24)]
-    report = prune(proto, feeds, sparsity=0.4, repair=repair, multiple_of=1, latency=False).report
-    assert any(g["after"] < g["before"] for g in report["groups"])
+    report = prune(proto, feeds, sparsity=0.4, recurrent=0.4, repair=repair, multiple_of=1, latency=False).report
+    assert {g["kind"] for g in report["groups"] if g["after"] < g["before"]} == {"ffn", "recurrent"}
     assert report["verification"]["exact_difference"] < 1e-4
+
+
+def test_recurrent_operators_stay_whole_unless_asked_for() -> None:
+    proto = graphs.parse(*MATCH["GRU, forward"][:2], 17)
+    feeds = {"x": np.random.default_rng(0).standard_normal((7, 4, 6)).astype(np.float32)}
+    pruned = prune(proto, [feeds], ffn=0.5, multiple_of=1, latency=False)
+    dims = {t.name: list(t.dims) for t in pruned.model.graph.initializer}
+    assert (dims["w1"], dims["r"], dims["w2"]) == ([6, N], [1, 3 * H, H], [H, 7])
+    assert {g["kind"] for g in inspect(proto).report["values"]} == {"recurrent"}
 
 
 CAUSAL = "f (float[b, 6, s] x) => (float[b, 7, s] y{}) {{ u = MatMul(w1, x)  {}  y = MatMul(w2, h) }}"
