@@ -443,6 +443,11 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 continue
             everything, least = sum(m.costs[-1] for m in menus), sum(m.costs[0] for m in menus)
             if (1.0 - ratio) * everything < least - 0.5 * max(m.costs[0] for m in menus):
+                if all(m.widths.size == 1 for m in menus):
+                    raise OptionError(
+                        f"nothing can be removed for ratio {ratio:g}: groups are of one block, or no wider than multiple-of"
+                        f" {self.multiple_of}; give a smaller multiple-of"
+                    )
                 most = math.floor((1.0 - least / everything) * 1000) / 1000
                 raise OptionError(f"ratio {ratio:g} would empty a group; the most is {most:g}")
             chosen = ALLOCATIONS[self.allocate](menus, (1.0 - ratio) * everything)

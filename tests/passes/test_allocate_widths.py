@@ -97,6 +97,15 @@ def test_a_ratio_that_empties_a_group_is_refused_with_what_is_possible() -> None
     assert keep(group("h0", "heads", 12, 1), heads=0.916) == {"h0": 1}
 
 
+def test_curves_of_groups_that_no_multiple_fits_into_are_refused_by_naming_it() -> None:
+    narrow = state(group("n0", "ffn", 6, 600), group("n1", "ffn", 5, 600), group("single", "heads", 1, 100))
+    narrow.facts["curves"] = {}
+    with pytest.raises(OptionError, match=r"nothing can be removed.*no wider than multiple-of 8; give a smaller"):
+        AllocateWidthsPass(sparsity=0.3, allocate="curves")(narrow)
+    AllocateWidthsPass(sparsity=0.3, allocate="curves", multiple_of=2)(narrow)
+    assert narrow.keep["n0"] < 6
+
+
 def test_a_group_that_no_multiple_fits_into_stays_whole() -> None:
     narrow = (*LAYERS, group("narrow", "ffn", 6, 600))
     assert keep(*narrow, ffn=0.75)["narrow"] == 6
