@@ -100,7 +100,7 @@ def test_a_ratio_that_empties_a_group_is_refused_with_what_is_possible() -> None
 def test_curves_of_groups_that_no_multiple_fits_into_are_refused_by_naming_it() -> None:
     narrow = state(group("n0", "ffn", 6, 600), group("n1", "ffn", 5, 600), group("single", "heads", 1, 100))
     narrow.facts["curves"] = {}
-    with pytest.raises(OptionError, match=r"nothing can be removed.*no wider than multiple-of 8; give a smaller"):
+    with pytest.raises(OptionError, match=r"multiple-of 8 leaves every group whole"):
         AllocateWidthsPass(sparsity=0.3, allocate="curves")(narrow)
     AllocateWidthsPass(sparsity=0.3, allocate="curves", multiple_of=2)(narrow)
     assert narrow.keep["n0"] < 6
@@ -271,7 +271,9 @@ def test_widths_that_one_field_says_stay_in_proportion_and_others_do_not() -> No
     """Mamba's time-step rank, and its inner width that happens to be a multiple of it."""
     both = (group("rank", "ffn", 3, 300), group("inner", "ffn", 96, 9600))
     assert said({}, groups=both, ffn=0.5)[0] == {"rank": 3, "inner": 48}
-    assert said({}, ("rank", "inner"), both, ffn=0.5)[0] == {"rank": 3, "inner": 96}
+    with pytest.raises(OptionError, match="the ratios round to nothing"):
+        said({}, ("rank", "inner"), both, ffn=0.5)
+    assert said({}, ("rank", "inner"), both, ffn=0.7, multiple_of=1)[0] == {"rank": 1, "inner": 32}
 
 
 def test_a_multiple_that_leaves_groups_whole_is_told() -> None:
