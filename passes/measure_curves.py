@@ -116,7 +116,7 @@ class _CurveRun(DenseRun):
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
         deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
         patches = self.repaired(group, measured, np.concatenate(half)) if self.probing else []
-        del measured, own, problems, selection  # the rest of the model runs now
+        del measured, own, wholes, problems, selection  # the rest of the model runs now
         lost = self.difference(patches, self.behind(group)) if self.probing else None
         self.note(group, errors, values, lost, errors[keep], deviation)
 

@@ -48,7 +48,7 @@ from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.later import Later
-from liar_opt.runtime.memory import LARGE_MODEL, Memory, MemoryWatch, show_size
+from liar_opt.runtime.memory import LARGE_MODEL, Memory, MemoryWatch, anonymous, show_size
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session, custom_operators, device_unused, refusal_of, resolve_provider
@@ -58,6 +58,10 @@ SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
+SESSIONS = 3
+"""So many hold the memory of a batch at a time, which ONNX Runtime keeps: of the dense model, and of two segments."""
+BASE = 1 << 26
+"""What a process has before the work is counted in steps of this."""
 LEAST_BATCHES = 3
 """One to measure a loss on, one to choose the ridge on, and one to fit to."""
 SIDE_BY_SIDE = 6
@@ -655,10 +659,15 @@ def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> Cali
     sizes = tensor_sizes(whole)
     need = live_bytes(state.model.graph.nodes, sizes)
     samples = max((len(value) for value in data.batches[0].values() if value.ndim), default=1)
-    if need <= state.memory.limit or samples == 1:
+    room, sessions = state.memory.limit, 1
+    if state.memory.asked:  # beside what the process has; in steps, so that a run that goes on makes the same batches
+        room = max(room - -(-(anonymous() or 0) // BASE) * BASE, room // 4)
+        sessions = SESSIONS
+    if sessions * need <= room or samples == 1:
         state.facts["sizes"] = sizes
         return data
-    fitted = data.in_batches_of(max(1, samples * state.memory.limit // (SIDE_BY_SIDE * need)))
+    fits = max(1, samples * room // (SIDE_BY_SIDE * need))
+    fitted = data.in_batches_of(1 << (fits.bit_length() - 1) if state.memory.asked else fits)
     report["model"]["notes"].append(
         f"calibration ran in {len(fitted.batches)} batches: one of {samples} samples takes {show_size(need)} of memory, "
         f"and {show_size(state.memory.limit)} may be used"
