@@ -144,7 +144,7 @@ class Drawing:
             ends = np.cumsum(sizes).tolist()
             names = [self.sliced(x.name, end - size, end, axis) for end, size in zip(ends, sizes, strict=True)]
         elif spelling == "equal":
-            counted = {"num_outputs": len(sizes)} if self.opset >= 18 else {}
+            counted: dict[str, Any] = {"num_outputs": len(sizes)} if self.opset >= 18 else {}
             names = self.nodes_of("Split", x.name, count=len(sizes), axis=axis, **counted)
         elif self.opset >= 13:
             names = self.nodes_of("Split", x.name, self.integers(*sizes), count=len(sizes), axis=axis)
@@ -257,7 +257,7 @@ def _gemm(g: Drawing, x: Tensor, m: int) -> str:
     weight = g.weight(m, x.width) if trans_b else g.weight(x.width, m)
     left = g.transpose(flat, 1, 0).name if trans_a else flat.name
     bias = [g.constant(g.pick(g.normal(m), g.normal(1, m), g.normal(1)))] if g.chance(0.6) else []
-    numbers = {"alpha": float(g.pick(1, 1, 0.5, 2)), "beta": float(g.pick(1, 1, 0.5, 3))}
+    numbers: dict[str, Any] = {"alpha": float(g.pick(1, 1, 0.5, 2)), "beta": float(g.pick(1, 1, 0.5, 3))}
     y = g.node("Gemm", left, weight, *bias, transA=int(trans_a), transB=int(trans_b), **numbers)
     return g.reshape(Tensor(y, (flat.axes[0], m)), (*lead, m), x).name
 
@@ -302,7 +302,7 @@ def _activation(g: Drawing, x: Tensor) -> Tensor:
     if kind == "gelu":
         inside = g.node("Erf", g.node("Div", x.name, g.constant(np.float32(2**0.5))))
         doubled = g.node("Mul", x.name, g.node("Add", inside, g.constant(np.float32(1))))
-        return x._replace(name=g.node("Mul", doubled, g.constant(np.float32([0.5]))))
+        return x._replace(name=g.node("Mul", doubled, g.constant(np.full(1, 0.5, np.float32))))
     if kind == "silu":
         return x._replace(name=g.node("Mul", x.name, g.node("Sigmoid", x.name)))
     bounds = (g.constant(np.float32(-1)), g.constant(np.float32(1.5))) if kind == "Clip" else ()
@@ -337,7 +337,7 @@ def _cumulative(g: Drawing, x: Tensor) -> Tensor:
 def _depthwise(g: Drawing, x: Tensor) -> Tensor:
     """Is a convolution over the tokens in which each channel is alone."""
     kernel = g.constant(g.normal(x.width, 1, 3), "kernel")
-    attributes = {"kernel_shape": [3], "pads": [1, 1], "group": x.width}
+    attributes: dict[str, Any] = {"kernel_shape": [3], "pads": [1, 1], "group": x.width}
     y = g.node("Conv", g.transpose(x, 0, 2, 1).name, kernel, **attributes)
     return x._replace(name=g.node("Transpose", y, perm=[0, 2, 1]))
 
@@ -435,8 +435,8 @@ def _scattered(g: Drawing, x: Tensor) -> Tensor:
 def _resized(g: Drawing, x: Tensor) -> Tensor:
     """Has every token twice and then the mean of both."""
     turned = g.transpose(x, 0, 2, 1)
-    scales = g.constant(np.float32([1, 1, 2]))
-    nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    scales = g.constant(np.asarray([1, 1, 2], np.float32))
+    nearest: dict[str, Any] = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     larger = g.node("Resize", turned.name, g.constant(np.zeros(0, np.float32)), scales, **nearest)
     mean = turned._replace(name=g.node("AveragePool", larger, kernel_shape=[2], strides=[2]))
     return g.transpose(mean, 0, 2, 1)
@@ -471,8 +471,8 @@ def _looped(g: Drawing, x: Tensor) -> Tensor:
     state = [(before, TensorProto.FLOAT, [None, None, None]), (after, TensorProto.FLOAT, [None, None, None])]
     inputs = [(step, TensorProto.INT64, []), (again, TensorProto.BOOL, []), state[0]]
     outputs = [(go_on, TensorProto.BOOL, []), state[1]]
-    infos = [[helper.make_tensor_value_info(*v) for v in values] for values in (inputs, outputs)]
-    body = helper.make_graph(nodes, "body", *infos)
+    taken, given = ([helper.make_tensor_value_info(*v) for v in values] for values in (inputs, outputs))
+    body = helper.make_graph(nodes, "body", taken, given)
     last = g.node("Loop", g.constant(np.int64(2)), g.constant(np.asarray(True)), x.name, body=body)
     return x._replace(name=g.node("Add", x.name, last))
 

@@ -8,7 +8,7 @@ original. What a removed channel feeds is then zero, wherever the channel is, so
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -23,9 +23,8 @@ SEEDS, SHARES = 200, 8
 SHAPES = ((3, 5), (1, 1), (1, 8), (2, 7), (4, 3))
 TOLERANCE = 1e-3  # of the largest output; beyond it, a difference of so many times what rounding does to the output
 ROUNDING = 30.0
-LEAST_ACCEPTED = 0.5
+LEAST_ACCEPTED = 0.7  # of each share; measured: 0.72 to 0.96, of all 0.83
 
-# Contractions, and by input which of its axes, if it is the weight, are summed over
 PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "Conv", "Einsum"}
 
 
@@ -60,7 +59,7 @@ def _constants(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
     return result
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
@@ -75,7 +74,7 @@ def _weight(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> Weight | 
         if node.op_type == "Conv":
             summed: tuple[int, ...] = (1,)
         elif node.op_type == "Einsum":
-            equation = str(_attribute(node, "equation", b"").decode()).replace(" ", "").replace("...", "")  # type: ignore[attr-defined]
+            equation = str(_attribute(node, "equation", b"").decode()).replace(" ", "").replace("...", "")
             terms, _, result = equation.partition("->")
             summed = tuple(i for i, letter in enumerate(terms.split(",")[position]) if letter not in result)
         else:
@@ -199,12 +198,13 @@ def _calibration(feeds: FeedsOf) -> Feeds:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _pruned(proto: onnx.ModelProto, feeds: FeedsOf, **options: object) -> onnx.ModelProto | None:
+def _pruned(proto: onnx.ModelProto, feeds: FeedsOf, **options: Any) -> onnx.ModelProto | None:
     """Prunes; None if there was nothing that could be pruned. Whatever else goes wrong is an error."""
     before = proto.SerializeToString(deterministic=True)
     try:
-        common = {"latency": False, "provider": "cpu", "batch_size": 3, "samples": 12}
-        result = liar_opt.prune(proto, _calibration(feeds), **common, **options)  # type: ignore[arg-type]
+        result = liar_opt.prune(
+            proto, _calibration(feeds), latency=False, provider="cpu", batch_size=3, samples=12, **options
+        )
     except (liar_opt.ModelError, liar_opt.OptionError) as err:
         if not any(said in str(err) for said in ("no prunable group", "round to nothing", "leaves every group whole")):
             raise
@@ -226,7 +226,10 @@ def test_random_graphs_pruned_without_repair_equal_the_masked_original(share: in
     for seed in range(share, SEEDS, SHARES):
         proto, feeds = random_graph(seed)
         rng = np.random.default_rng(seed)
-        options = {"score": str(rng.choice(["random", "magnitude"])), "multiple_of": int(rng.choice([1, 2]))}
+        options: dict[str, Any] = {
+            "score": str(rng.choice(["random", "magnitude"])),
+            "multiple_of": int(rng.choice([1, 2])),
+        }
         cut = _pruned(proto, feeds, repair="none", seed=seed, **options, **_ratios(proto, rng))
         if cut is None:
             continue
@@ -241,7 +244,7 @@ def test_random_graphs_pruned_without_repair_equal_the_masked_original(share: in
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_random_graphs_are_pruned_and_repaired_with_the_default_options(share: int) -> None:
-    for seed in range(share, SEEDS, 4 * SHARES):
+    for seed in range(8 * share, SEEDS, 8 * SHARES):
         proto, feeds = random_graph(seed)
         cut = _pruned(proto, feeds, seed=seed, multiple_of=2)  # the default, 8, is wider than most of these are
         if cut is None:
