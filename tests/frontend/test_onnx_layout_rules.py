@@ -168,7 +168,7 @@ NEAR_MISS: dict[str, tuple[str, Weights, int, str]] = {
         "m, i = MaxPool<kernel_shape=[2,2], strides=[2,2]>(u)\n n = MaxUnpool<kernel_shape=[2,2], strides=[2,2]>(m, i)",
         {},
         17,
-        "written to places that are counted by MaxUnpool",
+        "counted by the indices of MaxPool",
     ),
 }
 

@@ -32,8 +32,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def prune(data_seed: int = 3, weights: graphs.Weights = WEIGHTS, **options: Any) -> liar_opt.PruneResult:
-    given: dict[str, Any] = {"sparsity": 0.3, "provider": "cpu", "latency": False, "multiple_of": 1} | options
-    return liar_opt.prune(graphs.parse(STREAM, weights), batches(3, data_seed), **given)
+    common: dict[str, Any] = {"provider": "cpu", "latency": False, "multiple_of": 1, "batch_size": 8}
+    given = {"sparsity": 0.3, **common} | options
+    return liar_opt.prune(graphs.parse(STREAM, weights), batches(7, data_seed), **given)
 
 
 def test_another_sparsity_takes_the_curves_of_the_first(measured: list[int], tmp_path: Path) -> None:
