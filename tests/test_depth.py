@@ -42,7 +42,7 @@ ALIKE = {"albert", "bloom", "mpt"}
 
 
 def marked(case: zoo.Case | zoo_decoders.Case) -> ParameterSet:
-    return pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
+    return pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.deep)
 
 
 SIZES = ((1, 9), (2, 13), (3, 1))
