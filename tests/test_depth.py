@@ -121,7 +121,7 @@ def prove_default(path: Path, batches: Sequence[Feeds]) -> liar_opt.PruneResult:
     return result
 
 
-@pytest.mark.parametrize("case", map(marked, zoo.deep_cases()))
+@pytest.mark.parametrize("case", [marked(case) for case in zoo.deep_cases()])
 def test_encoders(case: zoo.Case) -> None:
     built = zoo.ready(case)
     assert isinstance(case.expected, dict)
@@ -131,7 +131,7 @@ def test_encoders(case: zoo.Case) -> None:
     prove_default(built.path, batches)
 
 
-@pytest.mark.parametrize("case", map(marked, zoo_decoders.deep_cases()))
+@pytest.mark.parametrize("case", [marked(case) for case in zoo_decoders.deep_cases()])
 def test_decoders(case: zoo_decoders.Case) -> None:
     built = zoo_decoders.ready(case)
     batches = (built.feeds, built.other_feeds)

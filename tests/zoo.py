@@ -104,8 +104,10 @@ def expected_groups(architecture: str, exporter: str, axes: str, layers: int = L
     if architecture == "albert" and exporter == "torchscript":
         groups = {"ffn": 1, "heads": 1}
     shared = architecture == "mpnet" and (exporter, axes) != ("dynamo", "static")
-    if shared or (architecture, exporter, axes) == ("deberta-v3", "dynamo", "dynamic"):
+    if shared:
         groups["heads"] = 1
+    if (architecture, exporter, axes) == ("deberta-v3", "dynamo", "dynamic"):
+        groups["heads"] = layers // LAYERS  # of layers with as many heads
     if architecture == "bert-classifier":
         groups["pooler"] = 1
     return groups
