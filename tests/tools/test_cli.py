@@ -201,7 +201,8 @@ def test_same_seed_same_file(model: Path, tmp_path: Path) -> None:
 def test_a_transformer_with_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built = zoo.ready(next(c for c in zoo.every_case() if c.name == "bert-torchscript-eager-dynamic"))
     texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join("one two three four five"[: 3 + i % 20] for i in range(64)))
+    words = "one two three four five one two".split()
+    texts.write_text("\n".join(" ".join(w for j, w in enumerate(words) if i >> j & 1) for i in range(64, 128)))
     argv = [built.path, "-o", tmp_path / "out.onnx", "--calibration", texts, "--tokenizer", tokenizer(tmp_path / "t")]
     assert run(*argv, "--ffn", 0.5, "--heads", 0.4, "--explain") == 0
     shown = capsys.readouterr()
