@@ -195,7 +195,8 @@ def fold_weights(
         keep: puts new weights where they stay.
 
     Returns:
-        The weights that stay as they are computed, and the ids of the nodes that compute them.
+        The weights that stay as they are computed, and the ids of the nodes none of which may be folded by itself, since
+        its result would be stored beside the weight.
     """
     derived = _derived(graph)
     left: list[Left] = []
@@ -213,7 +214,7 @@ def fold_weights(
         reason = _fold_part(part, results, sources, ends, narrowed, keep)
         if reason is None:
             continue
-        untouched |= own
+        untouched |= own if reason == LARGER else set()  # elsewhere single steps may be folded: the shapes behind are known
         for reader in {r.name: r for r, _ in readers}.values():
             node = next(t.inputs[0] for r, t in readers if r is reader)
             left.append(

@@ -54,6 +54,7 @@ RECURRENT_OPERATORS = ("GRU", "LSTM", "RNN")
 LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
 PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
 BESIDE = "its consumer reads other dimensions in the same axis"
+NO_WEIGHT = "no weight makes this part of a concatenation: the frequencies of positions are such a part"
 STEM = "the first convolution over an input is left alone: it holds little, and all that follows is made of it"
 NOT_PRUNED = {
     "grouped": "the heads of a group that shares keys and values are pruned with their group",
@@ -185,6 +186,12 @@ def find_groups(walk: GraphWalk, known: bool = False) -> Found:
         cut = kind in (*KINDS, VALUES, RECURRENT)
         if shared and outer is not None and kind != VALUES:
             refused[BESIDE, size].append(group.name)
+            continue
+        given = [u for u in constant_uses if not any(u.constant is use.weight for use in uses)]
+        joined = (algebra.refinement(u.contracted) for u in uses)
+        joins = any(part is not None and part.kind == "concat" for part in joined)
+        if (shared or joins) and not any(sum(n > 1 for n in u.constant.shape) > 1 for u in given):
+            refused[NO_WEIGHT, size].append(group.name)
             continue
         if shared and kind == VALUES:  # the basis of what lies beside may change, too
             group = replace(group, bent=group.bent or BESIDE)
