@@ -146,9 +146,9 @@ def test_the_check_of_a_cache_can_fail() -> None:
     proto = onnx.load(zoo_decoders.ready(zoo_decoders.Case("gpt2", "torchscript", cache=True, deep=True)).path)
     assert stepwise_error(proto) <= TOLERANCE
     ends = {o: n for n in proto.graph.node for o in n.output}
-    concat = ends["present.2.key"]
+    concat = ends["present.2.value"]
     assert concat.op_type == "Concat"
-    half = onnx.numpy_helper.from_array(np.asarray(0.9, np.float32), "nine_tenths")
+    half = onnx.numpy_helper.from_array(np.asarray(0.5, np.float32), "half")
     proto.graph.initializer.append(half)
     place = list(proto.graph.node).index(concat)
     proto.graph.node.insert(place, onnx.helper.make_node("Mul", [concat.input[0], half.name], ["less"]))
