@@ -56,6 +56,8 @@ from liar_opt.runtime.signatures import InputSpec
 
 SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
+SPREAD = 0.02
+"""Relative standard error of the ratio of two latencies at which they were timed long enough."""
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
 SESSIONS = 3
@@ -606,7 +608,7 @@ class _Job:
             feeds = [batch, cut_arrays(batch, state.facts["ends"])]
             models = [deployed(model, state.device) for model in (state.facts["dense"], state.model)]
             try:
-                times = measure_latency(models, feeds, budget=0.3 if target is None else 2.0, least=6)
+                times = measure_latency(models, feeds, budget=1.0 if target is None else 2.0, least=12, close=SPREAD)
             except CannotTime:
                 sessions = [session.as_deployed() for session in state.facts["sessions"]]
                 times = measure_latency(sessions, feeds, budget=0.3, least=6)
