@@ -167,7 +167,7 @@ class Proof:
     def __init__(self, state: State, cut: PruneGroupsPass, feeds: Sequence[dict[str, Any]] | None = None) -> None:
         self.state = state
         self.stored: Stored = state.facts["dense"]
-        self.cut = RehearseCutPass(**{**vars(cut), "score": "random", "repair": moved_weights, "ridge": None})
+        self.cut = rehearsal_of(cut)
         self.precision = least_precision(state.model)
         # What an operator leaves open cannot be compared.
         self.outputs = [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
@@ -213,8 +213,7 @@ class Proof:
             for feeds in self.feeds if level == "none" else self.feeds[:OPTIMIZED]:
                 wrong = self._wrong(session, feeds, reference, ends, level)
                 if wrong is not None:
-                    sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
-                    return Failure(f"{wrong} at {sizes[:200]}, {how}")
+                    return Failure(f"{wrong} at {sizes_of(feeds)}, {how}")
         return None
 
     def _levels(self) -> tuple[Level, ...]:
@@ -414,6 +413,16 @@ def _image_size(state: State) -> int | None:
     """Returns the size of the pictures of the calibration data; None where there are none."""
     feeds = {} if state.calibration is None else state.calibration.batches[0]
     return next((v.shape[-1] for v in feeds.values() if v.ndim == 4 and v.dtype.kind == "f"), None)
+
+
+def rehearsal_of(cut: PruneGroupsPass) -> "RehearseCutPass":
+    """Returns the pass that rehearses a cut: its options, but for what needs moments."""
+    return RehearseCutPass(**{**vars(cut), "score": "random", "repair": moved_weights, "ridge": None})
+
+
+def sizes_of(feeds: Mapping[str, Any]) -> str:
+    """Returns names and shapes of a probe, for a reason."""
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())[:200]
 
 
 def _line(error: Exception) -> str:

@@ -19,11 +19,11 @@ from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prove_groups import (
     Failure,
     RaisedAt,
-    RehearseCutPass,
     groups_at_fault,
     leave_alone,
-    moved_weights,
     refusals_of,
+    rehearsal_of,
+    sizes_of,
 )
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.verify_model import mask_model, nudged
@@ -81,7 +81,7 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
     assert isinstance(source, FxModel) and source.program is not None and source.module is not None
     device = next((p.device for p in source.module.parameters()), "cpu")
     reference, again = lower(source.program, source.module), lower(source.program, source.module)
-    rehearse = RehearseCutPass(**{**vars(cut), "score": "random", "repair": moved_weights, "ridge": None})
+    rehearse = rehearsal_of(cut)
     try:
         walk = analyse(again, AxisAlgebra())
         arrays = {name: _array(value) for name, value in probes[0].items()}
@@ -112,8 +112,7 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
             apart = relative_difference(_array(found[name]), _array(value))
             if apart <= allowed_difference(dtype, 0.0) or not _blamed(reference, theirs, feeds, name, apart, dtype):
                 continue
-            sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds.items())
-            return Failure(f"output '{name}' differs by {apart:.1e} at {sizes[:200]}")
+            return Failure(f"output '{name}' differs by {apart:.1e} at {sizes_of(feeds)}")
     return None
 
 
