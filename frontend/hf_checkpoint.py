@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -631,13 +632,26 @@ def _missing(module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Sh
     return len(shapes.keys() ^ wanted.keys()) + sum(shapes[k] != s for k, s in wanted.items() if k in shapes)
 
 
+_made: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, frozenset[str], bool], Shapes | None]]
+_made = weakref.WeakKeyDictionary()
+"""The shapes that `_shapes` has found for a module: a search asks for most of them more than once."""
+
+
 def _shapes(module: torch.nn.Module, changes: Sequence[FieldChange], valid: bool) -> Shapes | None:
     """Returns the shapes of the model that a changed configuration makes; None where it makes none."""
+    known = _made.setdefault(module, {})
+    config: Any = module.config
+    key = (config.to_json_string(use_diff=False), frozenset(f"{c.place} {c.after!r}" for c in changes), valid)
+    if key not in known:
+        known[key] = _shapes_made(type(module), config, changes, valid)
+    return known[key]
+
+
+def _shapes_made(module_class: Any, config: Any, changes: Sequence[FieldChange], valid: bool) -> Shapes | None:
     import torch
 
-    module_class: Any = type(module)
     try:
-        config = changed_config(module.config, changes)
+        config = changed_config(config, changes)
         config = read_back(config) if valid else config
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -14,14 +14,14 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--zoo", type=Path, help="keep the zoo's models in this folder and reuse those that are there")
-    parser.addoption("--deep", action="store_true", help="run every model of four layers, which takes half an hour")
+    parser.addoption("--all", action="store_true", help="run every case of the zoos, which takes an hour and a half")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out most models of four layers, unless they are asked for: the quick ones are of each kind."""
-    if not config.getoption("--deep"):
-        left = [item for item in items if item.get_closest_marker("deep") is not None]
-        items[:] = [item for item in items if item.get_closest_marker("deep") is None]
+    """Leaves out what a zoo has more than one of each kind of, unless it is asked for."""
+    if not config.getoption("--all"):
+        left = [item for item in items if item.get_closest_marker("rest") is not None]
+        items[:] = [item for item in items if item.get_closest_marker("rest") is None]
         config.hook.pytest_deselected(items=left)
 
 

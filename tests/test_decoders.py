@@ -24,7 +24,7 @@ from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.runtime.compare import TOLERANCES
 
 CASES = [
-    pytest.param(case, id=case.name, marks=() if zoo_decoders.is_quick(case) else pytest.mark.slow)
+    pytest.param(case, id=case.name, marks=() if zoo_decoders.is_quick(case) else pytest.mark.rest)
     for case in zoo_decoders.cases()
 ]
 GENERATED = ("gpt2", "llama", "gemma3", "gpt-neox", "bloom", "qwen3", "falcon-mqa")

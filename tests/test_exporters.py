@@ -28,9 +28,9 @@ from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import KINDS, VALUES
 from liar_opt.runtime.compare import TOLERANCES
 
-QUICK = {case.name for case in zoo.cases(fast=True)}
+QUICK = zoo.quick_cases()
 CASES = [
-    pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow) for case in zoo.cases(fast=False)
+    pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.rest) for case in zoo.cases(fast=False)
 ]
 SEEDS = (0, 1)
 

@@ -150,6 +150,33 @@ def cases(fast: bool) -> list[Case]:
     return [case for case in everything if case.name in QUICK] if fast else everything
 
 
+def quick_cases() -> set[str]:
+    """Names of cases that show, together, all that the matrix shows one thing at a time: what CI runs of it.
+
+    Covered are each architecture by each exporter, and each exporter with each attention and kind of axes, opset, type, and
+    optimiser on each family; the cheapest first.
+    """
+    every = cases(fast=False)
+    things = {
+        case.name: {
+            (case.architecture, case.exporter),
+            (case.exporter, case.attention, case.axes),
+            (case.exporter, case.opset),
+            (case.exporter, case.dtype, case.half_by),
+            (case.exporter, case.optimiser),
+            (case.architecture == "vit", case.optimiser),
+        }
+        for case in every
+    }
+    chosen = {case.name for case in every if case.name in QUICK}
+    left = set().union(*things.values()) - set().union(*(things[name] for name in chosen))
+    while left:
+        best = max(every, key=lambda case: len(things[case.name] & left) / (1 if case.exporter == "torchscript" else 4))
+        chosen.add(best.name)
+        left -= things[best.name]
+    return chosen
+
+
 def deep_cases() -> list[Case]:
     """Models of more layers, every second one of other widths, by both exporters."""
     return [_case(a, e, attentions(a)[-1], "dynamic", deep=True) for a in ARCHITECTURES for e in EXPORTERS]

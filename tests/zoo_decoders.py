@@ -331,7 +331,10 @@ def deep_cases() -> list[Case]:
 
 def is_quick(case: Case) -> bool:
     """Whether an export takes less than a second, or stands for the others of its exporter."""
-    return case.exporter == "torchscript" or (case.architecture in QUICK_DYNAMO and not case.cache and not case.opset)
+    if case.exporter == "torchscript":
+        return True
+    named = {"": QUICK_DYNAMO, "cache": ("llama",), "opset": ("bart", "opt")}
+    return case.architecture in named["opset" if case.opset else "cache" if case.cache else ""]
 
 
 @dataclass(frozen=True, eq=False)
