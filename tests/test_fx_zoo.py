@@ -82,7 +82,7 @@ def masked(module: torch.nn.Module, result: ModuleResult, arrays: dict[str, Any]
             weight.copy_(before)
 
 
-@pytest.mark.parametrize("name", sorted(zoo_fx.MODELS))
+@pytest.mark.parametrize("name", zoo_fx.of_each_kind(zoo_fx.MODELS))
 def test_both_forms_equal_the_masked_original(name: str, record_property: Callable[[str, object], None]) -> None:
     module, arrays = zoo_fx.build(name), zoo_fx.feeds(name)
     expected = zoo_fx.MODELS[name].groups

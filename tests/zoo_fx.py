@@ -6,10 +6,13 @@ are drawn anew: freshly initialised biases and normalisation weights are all zer
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
+from _pytest.mark import ParameterSet
 
 VOCABULARY = 101
 SEQUENCE, TARGET, BATCH = 13, 11, 3
@@ -226,6 +229,18 @@ MODELS = {
         {"ffn": 4, "heads": 6},
     ),
 }
+
+
+KINDS = {
+    *("bert", "mpnet", "vit", "swin", "siglip2-vision", "clip", "wav2vec2", "t5", "whisper", "mixtral", "mamba"),
+    *("gpt2", "llama", "gemma3", "phi3", "bloom", "falcon", "gpt-bigcode", "gpt-neox"),
+}
+"""One architecture of each way to lay heads, gates, experts, ties and images out: what CI runs of the zoo."""
+
+
+def of_each_kind(names: Iterable[str]) -> list[ParameterSet]:
+    """Returns architectures as parameters of a test; all but those of ``KINDS`` run with ``--all`` alone."""
+    return [pytest.param(n, marks=() if n in KINDS else pytest.mark.rest) for n in sorted(names)]
 
 
 def build(name: str, seed: int = 0) -> Any:
