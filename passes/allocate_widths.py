@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Menu
-from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.curves import GroupCurve
+from liar_opt.passes.base import Finding, Pass, PassResult, State
+from liar_opt.passes.curves import Curves, GroupCurve
+from liar_opt.passes.find_groups import WholeQueries
 from liar_opt.passes.groups import KINDS, RECURRENT, VALUES, ChannelGroup, parameters_left
 from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -36,7 +37,7 @@ Meaning = dict[str, list[dict[str, int]]]
 
 
 @dataclass(frozen=True)
-class Sayable:
+class Sayable(Finding):
     """What the configuration of a checkpoint can say of the widths of its groups.
 
     Attributes:
@@ -47,6 +48,7 @@ class Sayable:
         reasons: by group name why others are not allowed, where that was said.
     """
 
+    by: ClassVar[str] = "express-widths"
     owner: str
     allowed: Mapping[str, tuple[int, ...]]
     linked: frozenset[str]
@@ -156,7 +158,7 @@ def require_queries(state: State) -> None:
         ModelError: they cannot.
     """
     if not state.queries:
-        whole = state.facts.get("queries left whole") or ()
+        whole = state.found(WholeQueries).refusals
         fused = "the graph has no product of queries and keys, and fused attention operators keep their widths"
         why = whole[0].reason if whole else fused
         raise ModelError(f"the width of queries and keys cannot be cut: {why}; leave query-key out")
@@ -379,11 +381,11 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         if self.allocate in MEASURED:
             sharing = state.queries if self.query_key == "auto" else ()
-            curves = state.facts["curves"]
+            curves = state.found(Curves).by_group
             if self.by_kind or sharing:
                 return self._shared_out(groups, sharing, curves, sparsity) | values
             return _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s)) | values
-        sayable: Sayable | None = state.facts.get("sayable")
+        sayable = state.get(Sayable)
         if self.by_kind:
             ratios = {g.name: self._ratio(g) for g in groups}
             keep = self._at(groups, ratios, sayable, more=False)
@@ -485,7 +487,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         Raises:
             OptionError: something was asked for, and no group would lose anything.
         """
-        sayable: Sayable | None = state.facts.get("sayable")
+        sayable = state.get(Sayable)
         for group in state.groups if sayable is not None else ():
             assert sayable is not None
             if group.name not in sayable.allowed or not self._ratio(group):

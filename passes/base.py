@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_rules import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, OptionError
+from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory
 
 Progress = Callable[[str, int, int], None]
@@ -37,9 +38,45 @@ class Change:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What one pass finds and others read: a subclass for each thing, asked for by its type (:meth:`State.found`)."""
+
+    by: ClassVar[str] = ""
+    """What adds it, for the error where it is missing: the name of a pass, or of a function."""
+
+
+FindingT = TypeVar("FindingT", bound=Finding)
+
+
+@dataclass(frozen=True)
+class Opened(Finding):
+    """The model as it was opened.
+
+    Attributes:
+        sizes: its parameters, bytes of weights and nodes.
+        digest: the SHA-256 of its file; None where it came from memory or from a folder.
+    """
+
+    by: ClassVar[str] = "load_state"
+    sizes: dict[str, int]
+    digest: Later[str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseModel(Finding):
+    """The ONNX model as it came, which can be read again any number of times."""
+
+    by: ClassVar[str] = "load_state"
+    stored: Stored
+
+
 @dataclass
 class State:
-    """What flows through the pipeline: the model, and what each pass has added."""
+    """What flows through the pipeline: the model, and what each pass has added.
+
+    A pass adds what only some others read as a :class:`Finding`.
+    """
 
     model: OnnxModel
     calibration: CalibrationData | None = None
@@ -51,7 +88,7 @@ class State:
     queries: tuple[Any, ...] = ()
     keep: dict[str, int] = field(default_factory=dict)
     repairs: list[Any] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    _findings: dict[type[Finding], Finding] = field(default_factory=dict, init=False, repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: Memory = field(default_factory=lambda: Memory.of(None))
     checkpoint: Any = None
@@ -62,6 +99,30 @@ class State:
         if self.walk is None:
             raise InternalError("the graph was not analysed; run find-groups first")
         return self.walk
+
+    def add(self, *findings: Finding) -> None:
+        """Notes what was found, in place of what is there of its type."""
+        self._findings |= {type(finding): finding for finding in findings}
+
+    def get(self, kind: type[FindingT]) -> FindingT | None:
+        """Returns what was found of a type; None where nothing was."""
+        finding = self._findings.get(kind)
+        return finding if isinstance(finding, kind) else None
+
+    def found(self, kind: type[FindingT]) -> FindingT:
+        """Returns what was found of a type.
+
+        Raises:
+            InternalError: nothing was; the message says what must run before.
+        """
+        finding = self.get(kind)
+        if finding is None:
+            raise InternalError(f"there is no {kind.__name__}; run {kind.by} first")
+        return finding
+
+    def inherit(self, other: "State", *kinds: type[Finding]) -> None:
+        """Takes over what ``other`` has found of some types."""
+        self._findings |= {kind: finding for kind, finding in other._findings.items() if kind in kinds}
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import Stored
 from liar_opt.frontend.weight_files import as_bytes
-from liar_opt.passes.base import State
+from liar_opt.passes.base import DenseModel, Finding, State
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
 
@@ -235,16 +235,23 @@ def _remove_segment(place: Path) -> None:
             place.rmdir()
 
 
+@dataclass(frozen=True)
+class Digests(Finding):
+    """SHA-256 of the dense model with its weights, and of the calibration data."""
+
+    by: ClassVar[str] = "digests_of"
+    model: str
+    data: str
+
+
 def digests_of(state: State) -> dict[str, str]:
     """Returns the digests of the dense model and of the calibration data; both are read once in a run."""
-    if "digests" not in state.facts:
+    digests = state.get(Digests)
+    if digests is None:
         assert state.calibration is not None
-        state.facts["digests"] = {
-            "model": digest_of(state.facts["dense"]),
-            "calibration data": digest_of(state.calibration),
-        }
-    found: dict[str, str] = state.facts["digests"]
-    return found
+        digests = Digests(digest_of(state.found(DenseModel).stored), digest_of(state.calibration))
+        state.add(digests)
+    return {"model": digests.model, "calibration data": digests.data}
 
 
 def digest_of(thing: Stored | CalibrationData) -> str:

@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.passes.base import State
+from liar_opt.passes.base import DenseModel, Finding, State
 from liar_opt.passes.checkpoint import digests_of
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.runtime.whole_file import whole_file
@@ -50,6 +50,20 @@ class GroupCurve:
         return [(int(p), float(self.errors[p])) for p in places]
 
 
+@dataclass(frozen=True, eq=False)
+class Curves(Finding):
+    """The error curves of a run.
+
+    Attributes:
+        by_group: the curve of each group, by its name.
+        kept: whether an earlier run measured them.
+    """
+
+    by: ClassVar[str] = "measure-curves"
+    by_group: Mapping[str, GroupCurve]
+    kept: bool = False
+
+
 def place_of(state: State, options: Mapping[str, Any]) -> Path | None:
     """Returns the file for the curves of a model on its calibration data; None where they cannot be told from others.
 
@@ -57,7 +71,7 @@ def place_of(state: State, options: Mapping[str, Any]) -> Path | None:
         state: with its dense model and its calibration data.
         options: of the pass that measures, plain data; a function of the user's own has no name to be found again by.
     """
-    if state.calibration is None or "dense" not in state.facts or any(callable(o) for o in options.values()):
+    if state.calibration is None or state.get(DenseModel) is None or any(callable(o) for o in options.values()):
         return None
     import onnxruntime
 

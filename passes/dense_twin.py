@@ -30,7 +30,7 @@ from liar_opt.frontend.onnx_segments import (
     tap_for,
 )
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import State
+from liar_opt.passes.base import DenseModel, State
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays, load_segment, run_segment
@@ -77,7 +77,7 @@ class TwinRun(SegmentRun):
         self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
     ) -> None:
         super().__init__(options, state, wide, segments)
-        model = state.facts["dense"].model()
+        model = state.found(DenseModel).stored.model()
         model.normalise()
         self.twin: GraphWalk = walk(model, AxisAlgebra)
         self.twin_alive: list[dict[str, Any]] = [{} for _ in self.data.batches]

@@ -39,7 +39,7 @@ from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
@@ -79,6 +79,14 @@ class Found:
 
 
 @dataclass(frozen=True)
+class WholeQueries(Finding):
+    """Why products of queries and keys keep their widths."""
+
+    by: ClassVar[str] = "find-groups"
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
 class FindGroupsPass(Pass[None]):
     """Analyse the graph and list its channel groups."""
 
@@ -94,7 +102,7 @@ class FindGroupsPass(Pass[None]):
         state.groups = found.groups
         state.values = found.values
         state.queries = found.queries
-        state.facts["queries left whole"] = found.whole
+        state.add(WholeQueries(found.whole))
         return PassResult(state, (), found.refusals)
 
 

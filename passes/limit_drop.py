@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx
 
-from liar_opt.frontend.onnx_model import Stored
 from liar_opt.passes.allocate_widths import (
     Meaning,
     joined,
@@ -31,12 +30,14 @@ from liar_opt.passes.allocate_widths import (
     require_sharing,
 )
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
-from liar_opt.passes.base import Change, Pass, PassResult, State
+from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
+from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, cut_arrays
+from liar_opt.passes.plan_memory import TensorSizes
+from liar_opt.passes.prune_groups import HELD_BACK, Cut, PruneGroupsPass, cut_arrays
 from liar_opt.runtime.compare import DifferenceMeter
-from liar_opt.runtime.errors import InternalError, OptionError
+from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.sessions import Session
 
 Metric = Callable[[onnx.ModelProto], float]
@@ -63,6 +64,32 @@ def parse_drop(drop: float | str) -> float:
     if not 0.0 < value < 1.0:
         raise OptionError(f"max-drop '{text}' is not between 0 and 100 %; give for example 1% or 0.01")
     return value
+
+
+@dataclass(frozen=True)
+class LimitedDrop(Finding):
+    """How much could go, as the report has it.
+
+    Attributes:
+        asked: the option, as it was given.
+        wanted: the largest loss that is allowed.
+        found: the loss of the result.
+        sparsity: its share of the prunable parameters that are gone.
+        tried: pairs of a sparsity and its loss.
+        stopped: the traceback of the metric where that failed.
+        held_back: whether the loss was measured on rows that nothing was fitted to.
+        kind: always "drop".
+    """
+
+    by: ClassVar[str] = "limit-drop"
+    asked: str
+    wanted: float
+    found: float
+    sparsity: float
+    tried: list[list[float]]
+    stopped: str | None
+    held_back: bool
+    kind: str = "drop"
 
 
 @dataclass(frozen=True)
@@ -99,9 +126,7 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
 
     def plan(self, state: State) -> tuple[list[Menu], Meaning]:
         """Returns what each group may become, and what widths of joined menus stand for."""
-        if "curves" not in state.facts:
-            raise InternalError("no error curves; run measure-curves first")
-        curves = state.facts["curves"]
+        curves = state.found(Curves).by_group
         queries = state.queries if self.query_key == "auto" else ()
         menus = menus_of(state.groups, self.multiple_of, curves)
         return joined(menus, state.groups, queries, self.multiple_of, curves)
@@ -129,17 +154,18 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
             )
         state.model, state.walk, state.groups = trial.model, trial.walk, trial.groups
         state.keep, state.repairs = trial.keep, trial.repairs
-        state.facts |= {name: trial.facts[name] for name in ("ends", "query forms", "blocks", "lost")}
-        state.facts["target"] = {
-            "asked": f"max-drop {self.max_drop}",
-            "kind": "drop",
-            "wanted": parse_drop(self.max_drop),
-            "found": search.losses[sparsity],
-            "sparsity": sparsity,
-            "tried": [[s, loss] for s, loss in search.losses.items()],
-            "stopped": search.stopped,
-            "held_back": search.unseen,
-        }
+        state.inherit(trial, Cut)
+        state.add(
+            LimitedDrop(
+                asked=f"max-drop {self.max_drop}",
+                wanted=parse_drop(self.max_drop),
+                found=search.losses[sparsity],
+                sparsity=sparsity,
+                tried=[[s, loss] for s, loss in search.losses.items()],
+                stopped=search.stopped,
+                held_back=search.unseen,
+            )
+        )
         return PassResult(state, changes)
 
 
@@ -151,7 +177,7 @@ class _Search:
         self.options, self.state, self.menus, self.meaning = options, state, menus, meaning
         self.limit = parse_drop(options.max_drop)
         self.data = state.calibration
-        self.dense: Stored = state.facts["dense"]
+        self.dense = state.found(DenseModel).stored
         everything = sum(float(m.costs[-1]) for m in menus)
         least = sum(float(m.costs[0]) for m in menus)
         self.widths = {
@@ -208,7 +234,7 @@ class _Search:
     def _evaluate(self, sparsity: float) -> float | None:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""
         trial = State(self.dense.model(), self.fitted, self.state.device, self.state.progress, memory=self.state.memory)
-        trial.facts = {k: self.state.facts[k] for k in ("dense", "before") if k in self.state.facts}
+        trial.inherit(self.state, DenseModel, TensorSizes)  # the first batch is the same, and so is the plan of the memory
         NormaliseGraphPass()(trial)
         FindGroupsPass()(trial)
         note_widths(trial, meant(self.widths[sparsity], self.meaning))
@@ -230,11 +256,11 @@ class _Search:
         """1 - the mean cosine of the first output that has any."""
         assert self.original is not None
         pruned = Session(*_swapped(trial.model.detached(), self.state.device, self.state.memory.tight))
-        meter = DifferenceMeter()
+        meter, ends = DifferenceMeter(), trial.found(Cut).ends
         for i in self.held:
             batch = self.data.batches[i]
-            x = pruned.run(cut_arrays(batch, trial.facts["ends"]), arrays=True)
-            y = cut_arrays(self.original.run(batch, arrays=True), trial.facts["ends"])
+            x = pruned.run(cut_arrays(batch, ends), arrays=True)
+            y = cut_arrays(self.original.run(batch, arrays=True), ends)
             for name, value in y.items():
                 meter.add(name, x[name], value, self.data.row_masks[i])
         first = next(iter(meter.result().values()), None)

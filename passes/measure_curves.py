@@ -21,7 +21,7 @@ import numpy as np
 
 from liar_opt.frontend.onnx_segments import Place, plan_segments, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.curves import GroupCurve, load_curves, place_of, store_curves
+from liar_opt.passes.curves import Curves, GroupCurve, load_curves, place_of, store_curves
 from liar_opt.passes.dense_run import ConstantPatch, DenseRun
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
@@ -65,17 +65,17 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         return plan_segments(state.analysed(), (*state.groups, *(state.queries if self.queries else ())))
 
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
-        """Measures, or takes what an earlier run found on the same; the curves go to ``State.facts`` by group name."""
+        """Measures, or takes what an earlier run found on the same; adds ``Curves``."""
         place = place_of(state, {f.name: getattr(self, f.name) for f in fields(self)})
         kept = None if place is None or state.fresh else load_curves(place)
         groups = (*plan[0], *(g for segment in plan[1] for g in segment.groups))
         if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in groups):
-            state.facts |= {"curves": kept, "curves from": str(place)}
+            state.add(Curves(kept, kept=True))
             return PassResult(state)
         run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)
         run.probing = self.worth
         run.over_all()
-        state.facts["curves"] = run.curves
+        state.add(Curves(run.curves))
         if place is not None:
             store_curves(place, run.curves)
         return PassResult(state)

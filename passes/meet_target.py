@@ -37,7 +37,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from liar_opt.frontend.onnx_model import Stored
 from liar_opt.passes.allocate_widths import (
     Cost,
     Meaning,
@@ -50,8 +49,9 @@ from liar_opt.passes.allocate_widths import (
     step_of,
 )
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
-from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, deployed, file_bytes, operations
+from liar_opt.passes.curves import Curves
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -125,7 +125,31 @@ def parse_target(text: str) -> Target:
 
 
 @dataclass(frozen=True)
-class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
+class MetTarget(Finding):
+    """How a target was met, as the report has it.
+
+    Attributes:
+        asked: the option, as it was given.
+        kind: params, size, flops or latency.
+        wanted: the value that the result shall have, in elements, bytes, operations or seconds.
+        dense: that of the model as it came.
+        found: that of the result.
+        tried: those of the widths that were tried.
+        table: where latencies come from.
+    """
+
+    by: ClassVar[str] = "meet-target"
+    asked: str
+    kind: Kind
+    wanted: float
+    dense: float
+    found: float
+    tried: list[float]
+    table: str
+
+
+@dataclass(frozen=True)
+class MeetTargetPass(Pass[tuple[dict[str, int], MetTarget]]):
     """Decide the widths at which the model meets a target.
 
     Attributes:
@@ -152,14 +176,15 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
         require_allocatable(state, self.allocate, self.multiple_of)
         require_sharing(self.query_key, self.allocate)
 
-    def plan(self, state: State) -> tuple[dict[str, int], dict[str, Any]]:
+    def plan(self, state: State) -> tuple[dict[str, int], MetTarget]:
         """Returns the number of blocks that stay, by group name, and what the report says of the search.
 
         The goal is corrected until the model that is cut to it meets the target.
         """
         target = parse_target(self.target)
         gauge = _Gauge(target.kind, state)
-        groups, curves = state.groups, state.facts.get("curves", {})
+        groups, known = state.groups, state.get(Curves)
+        curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
         costs = gauge.costs((*groups, *queries), self.multiple_of)
         menus = menus_of(groups, self.multiple_of, curves, costs)
@@ -185,13 +210,14 @@ class MeetTargetPass(Pass[tuple[dict[str, int], dict[str, Any]]]):
             everything = sum(float(m.costs[-1]) for m in plain)
             other.run(everything * (1.0 - search.removed))
             search = min(search, other, key=lambda s: (s.best.miss > CLOSE[target.kind], s.best.error))
-        facts = {"asked": self.target, "kind": target.kind, "wanted": wanted, "dense": gauge.dense}
-        facts |= {"found": search.best.value, "tried": search.tried, "table": gauge.source}
-        return search.best.keep, facts
+        best = search.best
+        met = MetTarget(self.target, target.kind, wanted, gauge.dense, best.value, search.tried, gauge.source)
+        return best.keep, met
 
-    def apply(self, state: State, plan: tuple[dict[str, int], dict[str, Any]]) -> PassResult:
-        """Notes the widths; the rest goes to ``State.facts``."""
-        keep, state.facts["target"] = plan
+    def apply(self, state: State, plan: tuple[dict[str, int], MetTarget]) -> PassResult:
+        """Notes the widths and how they meet the target."""
+        keep, met = plan
+        state.add(met)
         note_widths(state, keep)
         return PassResult(state)
 
@@ -271,7 +297,7 @@ class _Gauge:
     def __init__(self, kind: Kind, state: State) -> None:
         assert state.calibration is not None
         self.kind = kind
-        self.stored: Stored = state.facts["dense"]
+        self.stored = state.found(DenseModel).stored
         self.device, self.fresh = state.device, state.fresh
         self.feeds = state.calibration.batches[0]
         self.source = "counted"

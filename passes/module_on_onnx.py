@@ -16,6 +16,7 @@ from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.measured import Repaired
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.prove_module import OpenedModule
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
 from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.errors import ModelError
@@ -52,7 +53,9 @@ class OnnxRun(SegmentRun):
     def _exported(self) -> State:
         model = self.state.model
         assert isinstance(model, FxModel) and model.module is not None
-        exported = load_state(export_onnx(model.module, self.state.facts["example"], symbolic_axes(model.signature)))
+        exported = load_state(
+            export_onnx(model.module, self.state.found(OpenedModule).example, symbolic_axes(model.signature))
+        )
         exported.progress, exported.calibration = self.state.progress, self.data
         Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(exported)
         return exported

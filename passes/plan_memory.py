@@ -11,10 +11,14 @@ Groups of one segment whose moments do not fit together are measured one after t
 and their moments wait on disk: the results are the same. Whether the largest group fits is asked before the first segment.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+from liar_opt.frontend.onnx_activations import tensor_sizes
+from liar_opt.frontend.onnx_rules import walk_sized
+from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.passes.base import Finding, State
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import show_size
 
@@ -24,6 +28,28 @@ BATCH = 4
 """Bytes of one batch's X^T X, for each entry."""
 SOLVING = 40
 """Bytes that selection and repair need, for each entry of the covariance, beside the moments."""
+
+
+@dataclass(frozen=True)
+class TensorSizes(Finding):
+    """The bytes of every tensor of the dense model on the first calibration batch, by name; none where it does not say."""
+
+    by: ClassVar[str] = "sizes_of"
+    bytes: Mapping[str, int]
+
+
+def sizes_of(state: State) -> Mapping[str, int]:
+    """Returns the bytes of every tensor on the first calibration batch; what is cut later is no larger.
+
+    They are found once: by who asks first, before anything is cut. Empty where the graph does not say its sizes.
+    """
+    sizes = state.get(TensorSizes)
+    if sizes is None:
+        assert state.calibration is not None
+        whole = walk_sized(state.model, AxisAlgebra, state.calibration.batches[0])
+        sizes = TensorSizes({} if whole is None else tensor_sizes(whole))
+        state.add(sizes)
+    return sizes.bytes
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_causal import positions
-from liar_opt.frontend.onnx_model import Stored
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
 from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, looked_up, vocabulary, walk
 from liar_opt.frontend.onnx_segments import Extracted, Place, extract
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays
 from liar_opt.passes.verify_model import (
     by_weight,
+    dense_session,
     first_samples,
     least_precision,
-    load_dense,
     require_format,
     require_interface,
     rounded,
@@ -45,7 +44,6 @@ from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 from liar_opt.runtime.errors import LiarOptError, OptionError
-from liar_opt.runtime.later import Later
 from liar_opt.runtime.moments import MadeUpMoments, Moments
 from liar_opt.runtime.sessions import Level, Session
 from liar_opt.runtime.signatures import InputSpec, Signature
@@ -76,6 +74,30 @@ class RaisedAt(Exception):
 
 
 @dataclass(frozen=True)
+class Faults(Finding):
+    """The groups whose cut would be wrong, with the reason of each."""
+
+    by: ClassVar[str] = "prove-groups"
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class AskedBlocks(Finding):
+    """The blocks that a rehearsal keeps, by group; of others it draws them."""
+
+    by: ClassVar[str] = "Proof"
+    by_group: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsed(Finding):
+    """A rehearsal that is done."""
+
+    by: ClassVar[str] = "rehearse-cut"
+    run: "Rehearsal"
+
+
+@dataclass(frozen=True)
 class ProveGroupsPass(Pass[Mapping[str, int]]):
     """Rehearse the cut of every group, and leave those alone whose cut is wrong.
 
@@ -101,7 +123,7 @@ class ProveGroupsPass(Pass[Mapping[str, int]]):
         proof = Proof(state, self.cut)
         faults = proof.faults(plan)
         leave_alone(state, faults)
-        state.facts["faults"] = faults
+        state.add(Faults(faults))
         return PassResult(state, (), refusals_of(faults))
 
 
@@ -166,7 +188,7 @@ class Proof:
 
     def __init__(self, state: State, cut: PruneGroupsPass, feeds: Sequence[dict[str, Any]] | None = None) -> None:
         self.state = state
-        self.stored: Stored = state.facts["dense"]
+        self.stored = state.found(DenseModel).stored
         self.cut = rehearsal_of(cut)
         self.precision = least_precision(state.model)
         # What an operator leaves open cannot be compared.
@@ -175,8 +197,7 @@ class Proof:
 
     @functools.cached_property
     def _dense(self) -> Session:
-        known: Later[Session] | None = self.state.facts.get("dense session")
-        return known.result() if known is not None else load_dense(self.state)
+        return dense_session(self.state)
 
     def faults(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> dict[str, str]:
         """Returns the groups that cannot be cut, with the reason of each.
@@ -233,10 +254,9 @@ class Proof:
         state = State(model, data, self.state.device, memory=memory, walk=analysed)
         state.groups = tuple(g for g in (*found.groups, *found.values, *found.queries) if g.name in keep)
         state.keep = dict(keep)
-        state.facts["blocks"] = blocks
+        state.add(AskedBlocks(blocks))
         self.cut.apply(state, self.cut.plan(state))
-        rehearsal: Rehearsal = state.facts["rehearsal"]
-        return rehearsal
+        return state.found(Rehearsed).run
 
     def _wrong(
         self, session: Session, feeds: dict[str, Any], reference: "Reference", ends: Mapping[str, Any], level: Level
@@ -439,7 +459,7 @@ class RehearseCutPass(PruneGroupsPass):
 
     def _run(self, state: State, sweep: Any) -> SegmentRun:
         run = Rehearsal(self, state, *sweep)
-        state.facts["rehearsal"] = run
+        state.add(Rehearsed(run))
         return run
 
 
@@ -464,7 +484,7 @@ class Rehearsal(SegmentRun):
 
     def select(self, group: ChannelGroup, measured: Sequence[Measured], keep: int) -> NDArray[np.int64]:
         """Returns the blocks that were asked for, or draws some."""
-        asked = self.state.facts["blocks"].get(group.name)
+        asked = self.state.found(AskedBlocks).by_group.get(group.name)
         return super().select(group, measured, keep) if asked is None else np.asarray(asked, np.int64)
 
     def described(

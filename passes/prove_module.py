@@ -7,6 +7,7 @@ example and, where the trace has left sizes open, at smaller ones. Groups at fau
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy as np
 from liar_opt.frontend.fx_module import Executor, FxModel, analyse, lower, precision
 from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prove_groups import (
+    AskedBlocks,
     Failure,
     RaisedAt,
     groups_at_fault,
@@ -29,6 +31,24 @@ from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.verify_model import mask_model, nudged
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedModule(Finding):
+    """A torch module as it was opened.
+
+    Attributes:
+        example: the batch that it was traced with, by argument.
+        outputs: the names of the module's outputs, by those of the traced graph.
+        folder: that of its checkpoint; None for a module in memory.
+        stock: whether it is a model of transformers.
+    """
+
+    by: ClassVar[str] = "prune_module"
+    example: dict[str, Any]
+    outputs: Mapping[str, str]
+    folder: Path | None
+    stock: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class ProveModuleGroupsPass(Pass[Mapping[str, int]]):
 def probe_sizes(state: State) -> list[dict[str, Any]]:
     """Returns the example, and where the trace has left sizes open a part of it that is one shorter along each of them."""
     assert isinstance(state.model, FxModel)
-    example: dict[str, Any] = state.facts["example"]
+    example = state.found(OpenedModule).example
     smaller = dict(example)
     for spec in state.model.signature:
         for axis, size in enumerate(spec.shape):
@@ -88,7 +108,8 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
         data = CalibrationData((arrays,), (None,), 0, 0, "probe", (), True)
         copied = State(again, data, state.device, memory=state.memory, walk=walk)
         copied.groups = tuple(g for g in find_groups(walk).groups if g.name in keep)
-        copied.keep, copied.facts["blocks"] = dict(keep), {}
+        copied.keep = dict(keep)
+        copied.add(AskedBlocks({}))
         rehearse.apply(copied, rehearse.plan(copied))
         mask_model(analyse(reference, AxisAlgebra()), copied.repairs)
     except RaisedAt as err:

@@ -38,11 +38,11 @@ from liar_opt.frontend.onnx_segments import (
     stream_of,
     tap_for,
 )
-from liar_opt.passes.base import Change, Pass, PassResult, State
+from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
 from liar_opt.passes.change_basis import BasisChange, basis_of, value_turn
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
 from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
-from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room
+from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room, sizes_of
 from liar_opt.passes.registry import (
     AWARE,
     Measured,
@@ -95,6 +95,24 @@ class ConsumerRepair:
     def expert(self) -> int | None:
         """The expert that it is of, where the weight holds several."""
         return None if self.uses[0].lookup is None else int(self.index[0][0])
+
+
+@dataclass(frozen=True, eq=False)
+class Cut(Finding):
+    """What was cut.
+
+    Attributes:
+        ends: by name of an input or output that became narrower, what stays of it (`cut_arrays`).
+        blocks: the kept blocks of each group.
+        lost: by group the largest error that is left behind its repair, relative to the output.
+        query_forms: the products of queries and keys that were turned.
+    """
+
+    by: ClassVar[str] = "prune-groups"
+    ends: Mapping[str, Any]
+    blocks: Mapping[str, list[int]]
+    lost: Mapping[str, float]
+    query_forms: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -157,13 +175,12 @@ class PruneGroupsPass(Pass[tuple[Groups, ...]]):
             run.again(*plan_segments(walk, sweep))
         run.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         state.repairs = run.repairs
-        state.facts["ends"] = run.rewriter.ends()
-        state.facts["blocks"] = {change.where: change.details["kept"] for change in run.changes}
-        state.facts["lost"] = {
+        blocks = {change.where: change.details["kept"] for change in run.changes}
+        lost = {
             change.where: max((c["error_repair"] for c in change.details.get("consumers", ()) if c), default=0.0)
             for change in run.changes
         }
-        state.facts["query forms"] = run.bases.query_forms
+        state.add(Cut(run.rewriter.ends(), blocks, lost, run.bases.query_forms))
         return PassResult(state, tuple(run.changes), run.refusals())
 
     def _run(self, state: State, sweep: Sweep) -> "SegmentRun":
@@ -378,7 +395,7 @@ class SegmentRun:
         stop = max(self.position(r.node) for g in groups for r in g.readings)
         nodes = self.walk.model.graph.nodes[start : stop + 1]
         rows = max(int(np.prod(next(iter(feeds.values())).shape[:2])) for feeds in self.data.batches)
-        sizes: dict[str, int] = self.state.facts.get("sizes", {})
+        sizes = sizes_of(self.state)
         widest = 4 * rows * max(t.width for t in taps.values())
         # The rows of an activation are laid out, and those that count taken, while it is measured.
         fixed = 2 * widest + (

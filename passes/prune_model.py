@@ -29,21 +29,44 @@ from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.weight_files import MAP_FROM, completed, lightened, write_model
 from liar_opt.passes.allocate_widths import NAMED, note_widths
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
+from liar_opt.passes.base import (
+    Change,
+    DenseModel,
+    Observer,
+    Opened,
+    Pass,
+    PassResult,
+    Pipeline,
+    Progress,
+    State,
+    no_progress,
+)
 from liar_opt.passes.blank_cut import deployed
-from liar_opt.passes.checkpoint import Checkpoint, digests_of
+from liar_opt.passes.checkpoint import Checkpoint, Digests, digests_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
+from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
 from liar_opt.passes.groups import KINDS, ChannelGroup, Refusal, parameters_left
-from liar_opt.passes.limit_drop import LimitDropPass, Metric
+from liar_opt.passes.limit_drop import LimitDropPass, LimitedDrop, Metric
 from liar_opt.passes.measure_curves import curve_report
-from liar_opt.passes.meet_target import MeetTargetPass
+from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.prove_groups import Proof, ProveGroupsPass, leave_alone, refusals_of
-from liar_opt.passes.prune_groups import HELD_BACK, cut_arrays
+from liar_opt.passes.plan_memory import TensorSizes, sizes_of
+from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
+from liar_opt.passes.prune_groups import HELD_BACK, Cut, cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
-from liar_opt.passes.verify_model import cannot_load, first_samples, load_dense, require_runs
+from liar_opt.passes.search_widths import Searched
+from liar_opt.passes.verify_model import (
+    ComparedSessions,
+    DenseSession,
+    Verification,
+    cannot_load,
+    dense_session,
+    first_samples,
+    load_dense,
+    require_runs,
+)
 from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
@@ -51,7 +74,7 @@ from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import LARGE_MODEL, Memory, MemoryWatch, anonymous, show_size
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
-from liar_opt.runtime.sessions import Session, custom_operators, device_unused, refusal_of, resolve_provider
+from liar_opt.runtime.sessions import custom_operators, device_unused, refusal_of, resolve_provider
 from liar_opt.runtime.signatures import InputSpec
 
 SCHEMA = 1
@@ -175,15 +198,13 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
         raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
     state = State(loaded, memory=limit)
     source = loaded.source
-    if source is not None and source.is_file():
-        state.facts["digest"] = Later(lambda: _sha256(source))
+    digest = Later(lambda: _sha256(source)) if source is not None and source.is_file() else None
     state.memory.model = loaded.weight_bytes()
     stored = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
     if state.memory.tight:
         loaded.align(state.memory.store)
         loaded.store = state.memory.store
-    state.facts["dense"] = replace(stored, store=loaded.store)
-    state.facts["before"] = _sizes(loaded)
+    state.add(DenseModel(replace(stored, store=loaded.store)), Opened(_sizes(loaded), digest))
     return state
 
 
@@ -225,9 +246,10 @@ def inspect(
     state = load_state(model)
     result = _analysed(state)
     report = _report_head(state)
-    reason = refusal_of(state.facts["dense"].detached()[0])
+    stored = state.found(DenseModel).stored
+    reason = refusal_of(stored.detached()[0])
     if reason is not None:
-        report["model"]["notes"].append(f"{cannot_load(state.facts['dense'], reason)}; until then it cannot be pruned")
+        report["model"]["notes"].append(f"{cannot_load(stored, reason)}; until then it cannot be pruned")
     report["groups"] = [_group(g) for g in state.groups]
     report["values"] = [_group(g) for g in (*state.values, *state.queries)]
     report["prunable_parameters"] = round(parameters_left(state.groups))
@@ -426,11 +448,10 @@ class _Job:
     def _anew(self) -> State:
         """Returns the state as it was when the model was loaded."""
         old = self.state
-        model = old.facts["dense"].model()
+        model = old.found(DenseModel).stored.model()
         model.notes = list(self.notes)
         state = State(model, None, old.device, old.progress, memory=old.memory, fresh=old.fresh)
-        kept = ("digest", "dense", "before", "dense session", "digests")
-        state.facts = {name: old.facts[name] for name in kept if name in old.facts}
+        state.inherit(old, Opened, DenseModel, DenseSession, Digests)
         state.seconds = old.seconds
         return state
 
@@ -441,7 +462,7 @@ class _Job:
         analysis = _analysed(state, observer, load=not state.memory.tight)
         state.model.settle()
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
-        _dense_session(state)
+        dense_session(state)
         resume, dry_run = self.arguments["resume"], self.arguments["dry_run"]
         early = chosen.curves is not None or target is not None or resume is not None
         if early:
@@ -456,7 +477,7 @@ class _Job:
         if dry_run:
             report["groups"] = [{**_group(g), "after": state.keep[g.name]} for g in state.groups]
             report["prunable"] = prunable(state)
-            return PruneResult(state.facts["dense"], report, (), tuple(refusals), inputs_of(self.arguments))
+            return PruneResult(state.found(DenseModel).stored, report, (), tuple(refusals), inputs_of(self.arguments))
         if not early:
             flops = _flops(state, target)
         assert state.calibration is not None
@@ -515,13 +536,15 @@ class _Job:
         state.calibration = cut.calibration
         assert cut.calibration is not None
         proof = Proof(state, self.chosen.cut, [first_samples(state, cut.calibration.batches[0], 4)])
-        blocks = cut.facts.get("blocks", {})
+        done = cut.get(Cut)
+        if done is None:
+            raise error
+        blocks = done.blocks
         faults = proof.faults({name: cut.keep[name] for name in blocks}, blocks)
         if faults:
             return faults
         self.dropped = 2 * self.dropped or 1
-        lost: dict[str, float] = cut.facts.get("lost", {})
-        worst = sorted(lost, key=lambda name: -lost[name])[: self.dropped]
+        worst = sorted(done.lost, key=lambda name: -done.lost[name])[: self.dropped]
         if not worst:
             raise error
         return dict.fromkeys(worst, str(error).partition(";")[0])
@@ -533,7 +556,7 @@ class _Job:
             if self.limited:  # what is lost is measured on rows that nothing is fitted to
                 self.data = divided(self.data, state.analysed().input_specs())
         state.calibration = _fitted(state, self.data, report)
-        require_runs(state, _dense_session(state))
+        require_runs(state, dense_session(state))
         state.seconds["load-calibration"] = state.seconds.get("load-calibration", 0.0) + time.perf_counter() - began
         report["calibration"] = _calibration_report(state.calibration)
 
@@ -561,15 +584,15 @@ class _Job:
             refusals += proved
         known = report["model"]["notes"]
         known += [note for note in state.model.notes if note not in known]
-        if "curves" in state.facts:
-            report["curves"] = curve_report(state.groups, state.facts["curves"])
-        if "curves from" in state.facts:
+        curves = state.get(Curves)
+        if curves is not None:
+            report["curves"] = curve_report(state.groups, curves.by_group)
+        if curves is not None and curves.kept:
             report["model"]["notes"].append(
                 "the error curves are those of an earlier run on the same data; --fresh measures them again"
             )
-        for fact in ("target", "search"):
-            if fact in state.facts:
-                report[fact] = state.facts[fact]
+        met, searched = state.get(MetTarget) or state.get(LimitedDrop), state.get(Searched)
+        report |= {name: asdict(found) for name, found in (("target", met), ("search", searched)) if found is not None}
         if checkpoint is not None:
             said = {fact: report[fact] for fact in ("curves", "target", "search") if fact in report}
             keep = {name: int(keep) for name, keep in state.keep.items()}
@@ -579,7 +602,7 @@ class _Job:
     def _prove(self, step: ProveGroupsPass) -> list[Refusal]:
         """Leaves groups alone whose cut is wrong; returns why."""
         result = Pipeline(passes=[step], observer=self.arguments["observer"])(self.state)
-        self.faults |= self.state.facts["faults"]
+        self.faults |= self.state.found(Faults).reasons
         self._leave_alone()
         return list(result.refusals)
 
@@ -596,8 +619,7 @@ class _Job:
         report["cache_shapes"] = state.model.resized_shapes(state.model.as_written()[0])
         report["before"]["flops"] = flops
         report["after"] = {**_sizes(state.model), "flops": _flops(state, target)}
-        verification = state.facts["verification"]
-        report["verification"] = {**verification, "outputs": {k: asdict(v) for k, v in verification["outputs"].items()}}
+        report["verification"] = state.found(Verification).to_json()
         if self.arguments["latency"] and state.memory.tight:
             report["model"]["notes"].append(
                 f"latency was not measured: the models are too large for the memory of {show_size(state.memory.limit)}"
@@ -605,12 +627,13 @@ class _Job:
         elif self.arguments["latency"]:
             began = time.perf_counter()
             batch = _one_batch(state, target)
-            feeds = [batch, cut_arrays(batch, state.facts["ends"])]
-            models = [deployed(model, state.device) for model in (state.facts["dense"], state.model)]
+            feeds = [batch, cut_arrays(batch, state.found(Cut).ends)]
+            models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
             try:
                 times = measure_latency(models, feeds, budget=1.0 if target is None else 2.0, least=12, close=SPREAD)
             except CannotTime:
-                sessions = [session.as_deployed() for session in state.facts["sessions"]]
+                compared = state.found(ComparedSessions)
+                sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
                 times = measure_latency(sessions, feeds, budget=0.3, least=6)
             report["latency"] = {
                 "dense_seconds": times.seconds[0],
@@ -666,7 +689,7 @@ def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> Cali
         room = max(room - -(-(anonymous() or 0) // BASE) * BASE, room // 4)
         sessions = SESSIONS
     if sessions * need <= room or samples == 1:
-        state.facts["sizes"] = sizes
+        state.add(TensorSizes(sizes))
         return data
     fits = max(1, samples * room // (SIDE_BY_SIDE * need))
     fitted = data.in_batches_of(1 << (fits.bit_length() - 1) if state.memory.asked else fits)
@@ -695,7 +718,7 @@ def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
     if isinstance(options.source, str) and options.source == SELF:
         written = {k: v for k, v in fields.items() if k not in ("text_column", "mask_input")}
         progress = functools.partial(state.progress, "write")
-        return write_calibration(lambda: _dense_session(state), inputs, progress=progress, **written)
+        return write_calibration(lambda: dense_session(state), inputs, progress=progress, **written)
     packing = is_causal(state.model) if options.packing == "auto" else options.packing == "on"
     if options.source is None and any(len(i.shape) == 4 and not isinstance(i.shape[-1], int) for i in inputs):
         fields["image_size"] = _image_size(state, inputs, fields)
@@ -704,7 +727,7 @@ def _calibrate(state: State, options: CalibrationOptions) -> CalibrationData:
 
 def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, Any]) -> int | None:
     """Returns the first of the usual sizes that the model runs with: graphs leave open what their positions fix."""
-    session = _dense_session(state)
+    session = dense_session(state)
     for size in IMAGE_SIZES:
         one = load_calibration(None, inputs, **{**fields, "samples": 1}, image_size=size)
         try:
@@ -713,12 +736,6 @@ def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, 
             continue
         return size
     return None
-
-
-def _dense_session(state: State) -> Session:
-    """Returns the session of the original: the one that there is, unless the memory is too tight to keep one."""
-    known: Later[Session] | None = state.facts.get("dense session")
-    return load_dense(state) if known is None else known.result()
 
 
 def _analysed(state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
@@ -730,12 +747,12 @@ def _analysed(state: State, observer: Observer | None = None, load: bool = False
     try:
         # What folds constants first refuses those that are too large, which ONNX Runtime makes while it loads.
         normalised = Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
-        if load and "dense session" not in state.facts:
-            state.facts["dense session"] = Later(lambda: load_dense(state))
+        if load and state.get(DenseSession) is None:
+            state.add(DenseSession(Later(lambda: load_dense(state))))
         found = Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
         return replace(found, refusals=(*normalised.refusals, *found.refusals))
     except InternalError as err:
-        dense: Stored = state.facts["dense"]
+        dense = state.found(DenseModel).stored
         reason = why_invalid(dense.proto)
         if reason is not None:
             name = f"'{dense.source}'" if dense.source else "the model"
@@ -756,7 +773,7 @@ def _run(state: State, passes: Sequence[Pass[Any]], observer: Observer | None) -
         return Pipeline(passes=passes, observer=observer)(state)
     except InternalError:
         if state.calibration is not None:
-            require_runs(state, _dense_session(state), every=True)
+            require_runs(state, dense_session(state), every=True)
         raise
 
 
@@ -768,13 +785,8 @@ def _one_batch(state: State, target: str | None) -> dict[str, Any]:
 
 
 def _flops(state: State, target: str | None) -> int | None:
-    if state.calibration is None:
+    if state.calibration is None or not sizes_of(state):
         return None
-    if "sizes" not in state.facts:  # of the dense model: what is cut is no larger
-        whole = walk_sized(state.model, AxisAlgebra, state.calibration.batches[0])
-        if whole is None:
-            return None
-        state.facts["sizes"] = tensor_sizes(whole)
     return count_flops(state.model, AxisAlgebra, _one_batch(state, target))
 
 
@@ -783,7 +795,7 @@ def _sizes(model: OnnxModel) -> dict[str, Any]:
 
 
 def _report_head(state: State) -> dict[str, Any]:
-    source = state.model.source
+    source, opened = state.model.source, state.found(Opened)
     packages = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnx-graphsurgeon")
     versions = {p: v for p in packages if (v := _version(p)) is not None}
     return {
@@ -792,11 +804,11 @@ def _report_head(state: State) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "model": {
             "path": str(source) if source else None,
-            "sha256": state.facts["digest"].result() if "digest" in state.facts else None,
+            "sha256": opened.digest.result() if opened.digest is not None else None,
             "opset": state.model.opset,
             "notes": list(state.model.notes),
         },
-        "before": dict(state.facts["before"]),
+        "before": dict(opened.sizes),
     }
 
 

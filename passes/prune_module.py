@@ -65,12 +65,13 @@ from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
+from liar_opt.passes.base import Change, Finding, Observer, Opened, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups, layout
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal, parameters_left
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.prove_module import ProveModuleGroupsPass
+from liar_opt.passes.plan_memory import TensorSizes
+from liar_opt.passes.prove_module import OpenedModule, ProveModuleGroupsPass
 from liar_opt.passes.prune_groups import HELD_BACK, PruneGroupsPass, SegmentRun, Sweep
 from liar_opt.passes.prune_model import (
     PACKINGS,
@@ -91,7 +92,7 @@ from liar_opt.passes.prune_model import (
     unrepaired,
 )
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
-from liar_opt.passes.verify_model import first_samples, mask_model
+from liar_opt.passes.verify_model import Verification, first_samples, mask_model
 from liar_opt.runtime.calibration_data import first_rows, load_calibration
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, holds_logits, require_close, require_repeatable
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
@@ -114,6 +115,44 @@ TIMED_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
+class Poolers(Finding):
+    """The poolers that may be cut where one field says their width and that of other layers."""
+
+    by: ClassVar[str] = "find-groups"
+    groups: tuple[ChannelGroup, ...]
+
+
+@dataclass(frozen=True)
+class FinalFields(Finding):
+    """What the configuration of a checkpoint must say for the widths that were decided."""
+
+    by: ClassVar[str] = "prune_module"
+    changes: tuple[FieldChange, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients(Finding):
+    """The gradients of each group's blocks, by its name."""
+
+    by: ClassVar[str] = "prune_module"
+    by_group: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class CutModule(Finding):
+    """The module with its smaller weights.
+
+    Attributes:
+        module: the module, or the traced graph where no attributes make its code fit.
+        traced: why it is the traced graph; None where it is not.
+    """
+
+    by: ClassVar[str] = "verify-module"
+    module: torch.nn.Module
+    traced: str | None = None
+
+
+@dataclass(frozen=True)
 class FindModuleGroupsPass(FindGroupsPass):
     """Analyse the traced module and list its channel groups.
 
@@ -130,7 +169,7 @@ class FindModuleGroupsPass(FindGroupsPass):
         found = find_groups(state.walk)
         rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
         state.groups = tuple(g for g in found.groups if g not in rigid)
-        state.facts["poolers"] = tuple(g for g in found.poolers if self.traced or not _rigid(state.walk, g))
+        state.add(Poolers(tuple(g for g in found.poolers if self.traced or not _rigid(state.walk, g))))
         refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
         return PassResult(state, (), (*found.refusals, *refusals))
 
@@ -219,7 +258,7 @@ class ExpressWidthsPass(Pass[Sayings]):
                     found.append(said)
             if not rest:
                 continue
-            alike = [replace(p, kind=kind) for p in state.facts["poolers"] if p.size in {g.size for g in rest}]
+            alike = [replace(p, kind=kind) for p in state.found(Poolers).groups if p.size in {g.size for g in rest}]
             choices = [rest, groups] if kind == "heads" else [rest, groups, [*rest, *alike], [*groups, *alike]]
             for members in choices:
                 said = _said(state, members) if members != rest or len({g.size for g in rest}) > 1 else None
@@ -266,7 +305,7 @@ class ExpressWidthsPass(Pass[Sayings]):
                 f"the pooler {named} is cut as well: one field says its width and that of other layers"
             )
         state.groups = tuple(sorted((*left, *plan.poolers), key=lambda g: (g.end, g.start)))
-        state.facts["sayable"] = plan.sayable
+        state.add(plan.sayable)
         return PassResult(state, (), tuple(refusals))
 
 
@@ -351,7 +390,7 @@ def _final_fields(state: State) -> tuple[FieldChange, ...]:
     Raises:
         OptionError: it cannot say them.
     """
-    sayable: Sayable = state.facts["sayable"]
+    sayable = state.found(Sayable)
     fields = _fields(state, state.groups, state.keep, sayable.places)
     fields = _fields(state, state.groups, state.keep) if fields is None else fields
     if fields is None:
@@ -376,11 +415,17 @@ class PruneModulePass(PruneGroupsPass):
             raise OptionError(f"repair '{self.repair}' works on ONNX files alone; export the module, or give repair 'liar'")
 
     def _run(self, state: State, sweep: Sweep) -> SegmentRun:
-        if state.facts["backend"] == "onnxruntime":
-            from liar_opt.passes.module_on_onnx import OnnxRun
-
-            return OnnxRun(self, state, *sweep)
         return _TorchRun(self, state, *sweep)
+
+
+@dataclass(frozen=True)
+class PruneExportedPass(PruneModulePass):
+    """The same, measured in ONNX Runtime on the module's export."""
+
+    def _run(self, state: State, sweep: Sweep) -> SegmentRun:
+        from liar_opt.passes.module_on_onnx import OnnxRun
+
+        return OnnxRun(self, state, *sweep)
 
 
 class _TorchRun(SegmentRun):
@@ -441,7 +486,8 @@ class _TorchRun(SegmentRun):
 
     def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
         """Finds the gradients of the group, where there are any, and goes on as usual."""
-        self.gradients = self.state.facts.get("gradients", {}).get(group.name)
+        gradients = self.state.get(Gradients)
+        self.gradients = None if gradients is None else gradients.by_group.get(group.name)
         super().prune(group, moments)
 
     def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
@@ -479,16 +525,18 @@ class VerifyModulePass(Pass[None]):
 
     Attributes:
         batches: calibration batches on which the output difference is measured.
+        checkpoint: whether the module's own code must fit.
     """
 
     name: ClassVar[str] = "verify-module"
     batches: int = 2
+    checkpoint: bool = False
 
     def plan(self, state: State) -> None:
         """Plans nothing."""
 
     def apply(self, state: State, plan: None) -> PassResult:
-        """Runs the checks; the measured differences and the module go to ``State.facts``.
+        """Runs the checks; adds a ``Verification`` and the ``CutModule``.
 
         Where no attributes make the module's own code fit, the result is the traced graph.
 
@@ -504,37 +552,34 @@ class VerifyModulePass(Pass[None]):
         original = lower(model.program, model.module)
         reference = lower(model.program, model.module)
         mask_model(analyse(reference, AxisAlgebra()), state.repairs)
-        example: dict[str, Any] = state.facts["example"]
-        facts: dict[str, Any] = {"exact_dtype": dtype}
+        opened, fields = state.found(OpenedModule), state.get(FinalFields)
+        example = opened.example
         cut = Executor(model, device)
         masked = Executor(reference, device)
         ours, theirs = _arrays(cut.run(example)), _arrays(masked.run(example))
         try:
-            facts["exact_difference"] = require_close(ours, theirs, dtype, "cut against masked original")
+            exact = require_close(ours, theirs, dtype, "cut against masked original")
         except CheckError:
             require_repeatable(theirs, _arrays(masked.run(example)))
             raise
         try:
-            module, attributes = cut_module(model, example, TOLERANCES[dtype], state.facts["fields"] or ())
+            module, attributes = cut_module(model, example, TOLERANCES[dtype], () if fields is None else fields.changes)
+            state.add(CutModule(module))
         except ModelError as err:
-            if state.facts["checkpoint"]:
+            if self.checkpoint:
                 raise
             # What its code computes from other sizes no attribute can say; the graph is cut and has been checked.
             module, attributes = cut_graph_module(model).to(device), ()
-            state.facts["traced"] = str(err).partition("; write")[0]
-        state.facts["module"], state.facts["attributes"] = module, attributes
+            state.add(CutModule(module, str(err).partition("; write")[0]))
         held = [i for i in range(len(data.batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(data.batches) - 1]
         dense, meter = Executor(original, device), DifferenceMeter()
-        names = state.facts["outputs"]
         for done, i in enumerate(held[: self.batches]):
             x, y = _arrays(cut.run(data.batches[i])), _arrays(dense.run(data.batches[i]))
             for name, value in y.items():
-                shown = names.get(name, name)
+                shown = opened.outputs.get(name, name)
                 meter.add(shown, x[name], value, data.row_masks[i], holds_logits(shown, value.shape, vocabulary(model)))
             state.progress("verify", done + 1, len(held[: self.batches]))
-        facts["outputs"] = meter.result()
-        facts["attributes"] = attributes
-        state.facts["verification"] = facts
+        state.add(Verification(exact, dtype, meter.result(), attributes=list(attributes)))
         return PassResult(state)
 
 
@@ -578,15 +623,16 @@ class ModuleResult(PruneResult):
     ):
         assert isinstance(state.model, FxModel)
         assert state.model.module is not None
-        self.module: torch.nn.Module = state.facts.get("module", state.model.module)
+        cut, fields, opened = state.get(CutModule), state.get(FinalFields), state.found(OpenedModule)
+        self.module: torch.nn.Module = state.model.module if cut is None else cut.module
         self.report, self.changes, self.refusals = report, changes, refusals
         self.groups: tuple[ChannelGroup, ...] = state.groups
-        self.fields: tuple[FieldChange, ...] | None = state.facts["fields"]
-        self.folder: Path | None = state.facts["folder"]
+        self.fields: tuple[FieldChange, ...] | None = None if fields is None else fields.changes
+        self.folder: Path | None = opened.folder
         given = inputs or Inputs()
         # of a name of the hub: the folder to which it was fetched
         self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
-        self._model, self._example = state.model, state.facts["example"]
+        self._model, self._example = state.model, opened.example
 
     @functools.cached_property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -718,21 +764,20 @@ def prune_module(
         raise OptionError(f"score '{score}' needs gradients; backend '{backend}' has none, give backend 'torch'")
     if isinstance(calibration, str) and calibration == SELF:
         raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
-    state = _load(model, calibration, example, allow_pickle, provider, batch_size)
-    calibration = state.facts.pop("calibration")
+    state, calibration = _load(model, calibration, example, allow_pickle, provider, batch_size)
+    opened = state.found(OpenedModule)
     state.progress = progress
-    state.facts["backend"] = backend
-    checkpoint = state.facts["stock"] if checkpoint is None else checkpoint
-    state.facts["checkpoint"] = checkpoint
+    checkpoint = opened.stock if checkpoint is None else checkpoint
     uniform = checkpoint if uniform is None else uniform
     new_bias = not checkpoint if new_bias is None else new_bias
     inputs = inputs_of({"model": model, "calibration": calibration, "tokenizer": tokenizer})
-    tokenizer = state.facts["folder"] if tokenizer is None else tokenizer
+    tokenizer = opened.folder if tokenizer is None else tokenizer
     options = CalibrationOptions(
         calibration, tokenizer, text_column, samples, batch_size, sequence_length, mask_input, seed, packing
     )
     widths = AllocateWidthsPass(sparsity, ffn, heads, multiple_of=multiple_of, uniform=uniform)
-    cut = PruneModulePass(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting, new_bias=new_bias)
+    pruning = PruneExportedPass if backend == "onnxruntime" else PruneModulePass
+    cut = pruning(score=score, repair=repair, ridge=ridge, seed=seed, weighting=weighting, new_bias=new_bias)
     asked = tuple(kind for kind, ratio in (("ffn", ffn), ("heads", heads)) if ratio)
     express_widths = [ExpressWidthsPass(asked)] if checkpoint else []
     passes: list[Pass[Any]] = [
@@ -743,7 +788,7 @@ def prune_module(
     ]
     analysis = Pipeline(passes=passes, observer=observer)(state)
     if checkpoint:
-        state.facts["fields"] = _final_fields(state)
+        state.add(FinalFields(_final_fields(state)))
     report = _report_head(state)
     report["options"] = _options([widths, cut], options, backend)
     report["seed"], report["device"] = seed, str(device_of(_fx(state)))
@@ -765,21 +810,17 @@ def prune_module(
     if score == KNOWLEDGE:
         labelled, loss = own_samples(state.calibration.batches, state.calibration.row_masks, seed)
     if loss is not None and labelled is not None:
-        state.facts["gradients"] = _gradients(state, labelled, loss)
-    done = Pipeline(passes=[cut, VerifyModulePass()], observer=observer)(state)
+        state.add(Gradients(_gradients(state, labelled, loss)))
+    done = Pipeline(passes=[cut, VerifyModulePass(checkpoint=checkpoint)], observer=observer)(state)
     details = {c.where: c for c in done.changes}
     report["groups"] = [_pruned_group(g, details.get(g.name)) for g in state.groups]
     report["prunable"] = prunable(state)
     report["model"]["notes"] += unrepaired(report, cut.repair)
-    report["after"] = {**_sizes(state.model), "parameters": parameter_count(state.facts["module"])}
-    if "traced" in state.facts:
-        report["model"]["notes"].append(f"the result is the traced graph: {state.facts['traced']}")
-    verification = state.facts["verification"]
-    report["verification"] = {
-        **verification,
-        "outputs": {k: asdict(v) for k, v in verification["outputs"].items()},
-        "attributes": [asdict(a) for a in verification["attributes"]],
-    }
+    report["after"] = {**_sizes(state.model), "parameters": parameter_count(state.found(CutModule).module)}
+    traced = state.found(CutModule).traced
+    if traced is not None:
+        report["model"]["notes"].append(f"the result is the traced graph: {traced}")
+    report["verification"] = state.found(Verification).to_json()
     if latency:
         began = time.perf_counter()
         report["latency"] = _latency(state)
@@ -791,7 +832,7 @@ def prune_module(
 def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:
     """Runs the labelled batches through the dense module; outputs have the names that the module gives them."""
     model = _fx(state)
-    names = state.facts["outputs"]
+    names = state.found(OpenedModule).outputs
     groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
 
     @functools.wraps(loss)
@@ -827,10 +868,11 @@ def inspect_module(model: torch.nn.Module | str | Path, *, example: Any = None, 
         ModelError: it cannot be loaded or traced.
         OptionError: nothing says what its inputs are.
     """
-    state = _load(model, None, example, allow_pickle)
-    express_widths = [] if state.facts["folder"] is None else [ExpressWidthsPass(required=False)]
-    result = Pipeline(passes=[FindModuleGroupsPass(traced=not state.facts["stock"]), *express_widths])(state)
-    sayable: Sayable | None = state.facts.get("sayable")
+    state, _ = _load(model, None, example, allow_pickle)
+    opened = state.found(OpenedModule)
+    express_widths = [] if opened.folder is None else [ExpressWidthsPass(required=False)]
+    result = Pipeline(passes=[FindModuleGroupsPass(traced=not opened.stock), *express_widths])(state)
+    sayable = state.get(Sayable)
     for group in state.groups if sayable is not None else ():
         assert sayable is not None
         if group.name in sayable.allowed and (note := sayable.describe(group)) not in state.model.notes:
@@ -849,10 +891,12 @@ def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -
         ModelError: it cannot be loaded, traced or exported.
         OptionError: nothing says what its inputs are.
     """
-    state = _load(folder, None, None, allow_pickle)
+    state, _ = _load(folder, None, None, allow_pickle)
     model = _fx(state)
     assert model.module is not None
-    write_model(*lightened(export_onnx(model.module, state.facts["example"], symbolic_axes(model.signature))), path)
+    write_model(
+        *lightened(export_onnx(model.module, state.found(OpenedModule).example, symbolic_axes(model.signature))), path
+    )
 
 
 def _device(provider: str) -> str:
@@ -882,8 +926,8 @@ def _load(
     allow_pickle: bool,
     provider: str = "cpu",
     batch_size: int = 32,
-) -> State:
-    """Takes a module from memory or from a checkpoint, traces it and lowers it."""
+) -> tuple[State, Any]:
+    """Takes a module from memory or from a checkpoint, traces it and lowers it; names the calibration data."""
     folder: Path | None = None
     notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)):
@@ -899,16 +943,9 @@ def _load(
         names = _output_names(module, feeds, lowered)
     lowered.notes += notes
     state = State(lowered)
-    state.facts |= {
-        "calibration": calibration,
-        "example": feeds,
-        "folder": folder,
-        "stock": is_stock(module),
-        "fields": None,
-        "outputs": names,
-        "before": _sizes(lowered),
-    }
-    return state
+    # What a traced graph's tensors take is not known: the plan of the memory has widths alone to go by.
+    state.add(Opened(_sizes(lowered)), OpenedModule(feeds, names, folder, is_stock(module)), TensorSizes({}))
+    return state, calibration
 
 
 def _traced(
@@ -1032,7 +1069,7 @@ def _latency(state: State) -> dict[str, Any]:
     assert data is not None and model.module is not None
     batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
     feeds = {k: v for k, v in batch.items() if k in {s.name for s in model.signature}}
-    runners = [_Runner(m, feeds, device_of(model)) for m in (model.module, state.facts["module"])]
+    runners = [_Runner(m, feeds, device_of(model)) for m in (model.module, state.found(CutModule).module)]
     measured = measure_latency(runners, feeds, budget=TIMED_SECONDS, least=1)
     return {
         "dense_seconds": measured.seconds[0],

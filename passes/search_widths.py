@@ -10,7 +10,7 @@ Tyr-the-Pruner (arXiv 2503.09657) searches so over local pruning variants, by ev
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from liar_opt.frontend.onnx_segments import Place, plan_segments
 from liar_opt.passes.allocate_widths import step_of
-from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.curves import GroupCurve
+from liar_opt.passes.base import Finding, Pass, PassResult, State
+from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.dense_run import DenseRun, Patch
 from liar_opt.passes.groups import KINDS, ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
@@ -33,6 +33,17 @@ REACH = 2
 """Variants on either side of the allocated width."""
 SHARE = 16
 """A step of a width is this part of it, or one block."""
+
+
+@dataclass(frozen=True)
+class Searched(Finding):
+    """What the search came to: the error where it started and where it ended, the trials, and the seconds."""
+
+    by: ClassVar[str] = "search-widths"
+    start: float
+    found: float
+    tried: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -64,19 +75,19 @@ class SearchWidthsPass(Pass[list[int]]):
         """
         if not self.search > 0:
             raise OptionError(f"search {self.search:g} is not above zero; give the seconds that it may take")
-        if state.calibration is None or "curves" not in state.facts:
+        if state.calibration is None or state.get(Curves) is None:
             raise InternalError("nothing was measured to search by")
 
     def plan(self, state: State) -> list[int]:
         """Returns the positions of the groups that may exchange: those that are wider than one step."""
-        measured = state.facts["curves"]
+        measured = state.found(Curves).by_group
         found = ((i, g) for i, g in enumerate(state.groups) if g.kind in KINDS and g.name in measured)
         return [i for i, g in found if g.size > step_of(g, self.multiple_of)]
 
     def apply(self, state: State, plan: list[int]) -> PassResult:
         """Makes the variants and searches; the widths are those of the least error that was measured."""
         groups = [state.groups[i] for i in plan]
-        curves: dict[str, GroupCurve] = state.facts["curves"]
+        curves = state.found(Curves).by_group
         ladders = {g.name: self._ladder(g, state.keep[g.name]) for g in groups}
         repair = "liar" if self.repair in AWARE else self.repair  # a variant stands alone: what is before it is dense
         options = PruneGroupsPass(repair=repair, weighting=self.weighting, seed=self.seed)
@@ -102,7 +113,7 @@ class SearchWidthsPass(Pass[list[int]]):
                     keep, best, improved = trial, error, True
                     break
         state.keep = {**state.keep, **keep}
-        state.facts["search"] = {"start": start, "found": best, "tried": tried, "seconds": time.perf_counter() - began}
+        state.add(Searched(start, best, tried, time.perf_counter() - began))
         return PassResult(state)
 
     def _ladder(self, group: ChannelGroup, width: int) -> list[int]:
@@ -117,7 +128,7 @@ class SearchWidthsPass(Pass[list[int]]):
         groups: Sequence[ChannelGroup],
         keep: dict[str, int],
         ladders: dict[str, list[int]],
-        curves: dict[str, GroupCurve],
+        curves: Mapping[str, GroupCurve],
     ) -> Iterator[dict[str, int]]:
         """Yields widths that cost no more than they do now, the most promising first."""
         total = sum(g.parameters * keep[g.name] / g.size for g in groups)

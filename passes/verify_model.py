@@ -12,7 +12,7 @@
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,13 +27,15 @@ from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.weight_files import without_data
 from liar_opt.frontend.widen_graph import nodes_within, widen
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
-from liar_opt.passes.prune_groups import HELD_BACK, NO_MEMORY, ConsumerRepair, cut_arrays, run_segment
+from liar_opt.passes.plan_memory import sizes_of
+from liar_opt.passes.prune_groups import HELD_BACK, NO_MEMORY, ConsumerRepair, Cut, cut_arrays, run_segment
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
+    OutputDifference,
     holds_logits,
     relative_difference,
     require_close,
@@ -47,6 +49,53 @@ from liar_opt.runtime.sessions import Session, unknown_operators
 COMPARED = 12
 """Bytes that comparing takes for each byte of an output in float32."""
 PRECISION = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Verification(Finding):
+    """What the checks of the result found.
+
+    Attributes:
+        exact_difference: of the cut model and the masked original, relative.
+        exact_dtype: the precision that decides how much of it is allowed.
+        outputs: how far each output is from that of the model as it came.
+        rounding: the difference that rounding alone makes, where it had to be asked for.
+        folded_difference: of a merged decoder and its flat graph.
+        not_compared: outputs that hold nothing that can be compared.
+        uneven: outputs whose size is another now, compared as far as both go.
+        attributes: of a module: those that were set.
+    """
+
+    by: ClassVar[str] = "verify-model"
+    exact_difference: float
+    exact_dtype: str
+    outputs: Mapping[str, OutputDifference]
+    rounding: float | None = None
+    folded_difference: float | None = None
+    not_compared: list[str] | None = None
+    uneven: list[str] | None = None
+    attributes: Sequence[Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data; what was not asked for is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class DenseSession(Finding):
+    """A session of the model as it came, which may still be loading."""
+
+    by: ClassVar[str] = "find-groups"
+    session: Later[Session]
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedSessions(Finding):
+    """The sessions whose outputs were compared."""
+
+    by: ClassVar[str] = "verify-model"
+    dense: Session
+    pruned: Session
 
 
 @dataclass(frozen=True)
@@ -69,26 +118,26 @@ class VerifyModelPass(Pass[None]):
         """Plans nothing."""
 
     def apply(self, state: State, plan: None) -> PassResult:
-        """Runs the checks; the measured differences go to ``State.facts``.
+        """Runs the checks; adds a ``Verification``.
 
         Raises:
             CheckError: one failed.
             ModelError: the model's outputs are not the same twice, or the data does not fit it.
         """
-        dense: Stored = state.facts["dense"]
+        dense, cut = state.found(DenseModel).stored, state.found(Cut)
         require_interface(dense, state.model, state.analysed().spared)
-        ends = state.facts.get("ends", {})
+        ends = cut.ends
         require_format(dense, state.model)
         lean = state.memory.tight
         assert state.calibration is not None
-        facts: dict[str, Any] = {}
+        rounding = folded = None
         batches, masks = state.calibration.batches, state.calibration.row_masks
         # Sessions load while the masked original is made, unless that is too much at a time.
         parts = state.model.detached()
         loading = Later(lambda: _load(parts, state.device, "the pruned model", lean))
         if lean:
             loading.result()
-        reference = masked_reference(dense, state.repairs, state.facts.get("query forms", ()))
+        reference = masked_reference(dense, state.repairs, cut.query_forms)
         masked = _load(reference.detached(), state.device, "the masked original", lean)
         pruned = loading.result()
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
@@ -100,11 +149,9 @@ class VerifyModelPass(Pass[None]):
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
         # An optional that is empty, say; the parts of sequences and maps have names of their own.
         left_out = [o for o in whole if not any(name == o or name.startswith(f"{o}[") for name in theirs)]
-        if left_out:
-            facts["not_compared"] = left_out
         precision, what = least_precision(state.model), "cut against masked original"
         try:
-            facts["exact_difference"] = require_close(ours, theirs, precision, what)
+            exact = require_close(ours, theirs, precision, what)
         except CheckError:
             require_repeatable(theirs, cut_arrays(masked.run(small, whole, arrays=True), ends))
             if lean:  # a second set of weights would not fit
@@ -116,16 +163,13 @@ class VerifyModelPass(Pass[None]):
             rounding = max(relative_difference(moved[name], value) for name, value in theirs.items())
             # Where all probabilities are tiny, the steps of a sigmoid are large beside them.
             steps = {t.name: SIGMOID_STEP for t in state.model.graph.outputs if _made_by(t) == "Sigmoid"}
-            facts["exact_difference"] = require_close(ours, theirs, precision, what, rounding, steps)
-            facts["rounding"] = rounding
+            exact = require_close(ours, theirs, precision, what, rounding, steps)
             del nudged
-        facts["exact_dtype"] = precision
         del masked, reference, theirs
         if state.model.merged is not None:
-            facts["folded_difference"] = _check_folded(state, cut_arrays(small, ends), ours, precision)
+            folded = _check_folded(state, cut_arrays(small, ends), ours, precision)
         del ours
-        known: Later[Session] | None = state.facts.get("dense session")
-        original = known.result() if known is not None else load_dense(state)
+        original = dense_session(state)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
         meter, words = DifferenceMeter(), vocabulary(state.model)
         made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
@@ -138,11 +182,9 @@ class VerifyModelPass(Pass[None]):
             for name, value in y.items():
                 meter.add(name, x[name], value, mask, holds_logits(name, value.shape, words, made_by.get(name)))
             state.progress("verify", done + 1, len(held[: self.batches]))
-        facts["outputs"] = meter.result()
-        if meter.uneven:
-            facts["uneven"] = sorted(meter.uneven)
-        state.facts["verification"] = facts
-        state.facts["sessions"] = (original, pruned)
+        outputs, uneven = meter.result(), sorted(meter.uneven)
+        state.add(Verification(exact, precision, outputs, rounding, folded, left_out or None, uneven or None))
+        state.add(ComparedSessions(original, pruned))
         return PassResult(state)
 
 
@@ -288,7 +330,7 @@ def rounded(model: bytes, arrays: Mapping[str, Any], store: ArrayStore | None = 
 def _samples_that_fit(state: State) -> int:
     """Returns how many samples of the first batch the models may be run on under the memory's limit, at least one."""
     assert state.calibration is not None
-    sizes: dict[str, int] = state.facts.get("sizes", {})
+    sizes = sizes_of(state)
     graph = state.model.graph
     outputs = {t.name for t in graph.outputs}
     made = sum(sizes.get(name, 0) for name in outputs)
@@ -309,13 +351,19 @@ def first_samples(state: State, batch: Mapping[str, np.ndarray], samples: int) -
     return {k: v[:samples] if dynamic and len(leading) == 1 and v.ndim else v for k, v in batch.items()}
 
 
+def dense_session(state: State) -> Session:
+    """Returns a session of the model as it came: the one that there is, unless the memory is too tight to keep one."""
+    known = state.get(DenseSession)
+    return load_dense(state) if known is None else known.session.result()
+
+
 def load_dense(state: State) -> Session:
     """Returns a session of the model as it came.
 
     Raises:
         ModelError: ONNX Runtime cannot load it; the message names the operator that it lacks.
     """
-    dense: Stored = state.facts["dense"]
+    dense = state.found(DenseModel).stored
     data, weights = dense.detached()
     try:
         return Session(data, state.device, weights, state.memory.tight)

@@ -13,7 +13,7 @@ import liar_opt
 from liar_opt import prune
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable, joined, kept_width, menus_of, removed_parameters
 from liar_opt.passes.base import State
-from liar_opt.passes.curves import GroupCurve
+from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup, Consumer
 from liar_opt.runtime.errors import ModelError, OptionError
 
@@ -99,7 +99,7 @@ def test_a_ratio_that_empties_a_group_is_refused_with_what_is_possible() -> None
 
 def test_curves_of_groups_that_no_multiple_fits_into_are_refused_by_naming_it() -> None:
     narrow = state(group("n0", "ffn", 6, 600), group("n1", "ffn", 5, 600), group("single", "heads", 1, 100))
-    narrow.facts["curves"] = {}
+    narrow.add(Curves({}))
     with pytest.raises(OptionError, match=r"multiple-of 8 leaves every group whole"):
         AllocateWidthsPass(sparsity=0.3, allocate="curves")(narrow)
     AllocateWidthsPass(sparsity=0.3, allocate="curves", multiple_of=2)(narrow)
@@ -234,7 +234,7 @@ def said(
     result = state(*(SAID if groups is None else groups))
     notes: list[str] = []
     result.model.notes = notes
-    result.facts["sayable"] = Sayable("the configuration", allowed, frozenset(linked))
+    result.add(Sayable("the configuration", allowed, frozenset(linked)))
     AllocateWidthsPass(uniform=True, **options)(result)
     return result.keep, notes
 

@@ -14,9 +14,10 @@ import pytest
 import streams
 
 from liar_opt.passes.base import State
+from liar_opt.passes.curves import Curves
 from liar_opt.passes.measure_curves import MeasureCurvesPass
 from liar_opt.passes.prune_groups import LEAST_ROWS, PruneGroupsPass
-from liar_opt.passes.verify_model import VerifyModelPass
+from liar_opt.passes.verify_model import Verification, VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData
 
 TEXT = """f (float[b, s, 6] x0) => (float[b, s, 6] y) {
@@ -76,7 +77,7 @@ def test_each_expert_is_repaired_on_its_own_rows() -> None:
     other = {repair: lost(proto, pruned(model(), repair=repair)[0]) for repair in ("none", "liar")}
     assert lost(proto, state) == pytest.approx(other["liar"])
     assert other["liar"] < 0.5 * other["none"]
-    assert state.facts["verification"]["exact_difference"] < 1e-5
+    assert state.found(Verification).exact_difference < 1e-5
 
 
 def test_padding_is_no_row_of_any_expert() -> None:
@@ -108,7 +109,7 @@ def test_an_expert_without_rows_is_cut_by_magnitude_and_said() -> None:
 def test_curves_add_up_what_experts_lose() -> None:
     state = streams.prepared(model(), 1.0)
     MeasureCurvesPass()(state)
-    (curve,) = state.facts["curves"].values()
+    (curve,) = state.found(Curves).by_group.values()
     assert curve.errors.shape == (18,)
     assert np.all(np.diff(curve.errors) <= 0)
     assert curve.errors[17] == 0 < curve.errors[8]

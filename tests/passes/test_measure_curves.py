@@ -12,7 +12,7 @@ import pytest
 from streams import STREAM, WEIGHTS, batches, data, error, prepared, pruned
 
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
-from liar_opt.passes.curves import GroupCurve
+from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
 from liar_opt.passes.prune_groups import PruneGroupsPass
 
@@ -20,7 +20,7 @@ from liar_opt.passes.prune_groups import PruneGroupsPass
 def curves(proto: onnx.ModelProto, **options: Any) -> tuple[dict[str, GroupCurve], Any]:
     state = prepared(proto, 1.0)
     MeasureCurvesPass(**options)(state)
-    return state.facts["curves"], state
+    return dict(state.found(Curves).by_group), state
 
 
 def test_curves_fall_to_zero_and_the_model_stays() -> None:

@@ -13,9 +13,9 @@ import pytest
 from streams import BLOCK, batches, data, prepared
 
 from liar_opt.passes import meet_target
-from liar_opt.passes.base import State
+from liar_opt.passes.base import DenseModel, State
 from liar_opt.passes.blank_cut import blank_cut, file_bytes, operations
-from liar_opt.passes.meet_target import MeetTargetPass, Target, parse_target
+from liar_opt.passes.meet_target import MeetTargetPass, MetTarget, Target, parse_target
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.runtime.errors import ModelError, OptionError
 
@@ -76,11 +76,11 @@ def test_counted_targets_are_met_within_one_percent(kind: str, factor: float) ->
     state = ready()
     MeetTargetPass(target=f"{kind}={factor}x", multiple_of=1, allocate="uniform")(state)
     feeds = state.calibration.batches[0] if state.calibration else {}
-    dense, _ = blank_cut(state.facts["dense"], {})
+    dense, _ = blank_cut(state.found(DenseModel).stored, {})
     PruneGroupsPass()(state)  # the repaired model, not the blank one
     measure: Any = {"params": lambda m: m.parameters(), "size": file_bytes, "flops": lambda m: operations(m, feeds)}[kind]
     assert measure(state.model) == pytest.approx(factor * measure(dense), rel=0.01)
-    assert state.facts["target"]["found"] == pytest.approx(state.facts["target"]["wanted"], rel=0.01)
+    assert state.found(MetTarget).found == pytest.approx(state.found(MetTarget).wanted, rel=0.01)
 
 
 def test_what_cannot_be_reached_is_said_with_the_best() -> None:
@@ -118,8 +118,8 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 def test_latency_lands_though_it_is_not_linear(clock: list[int], speedup: float) -> None:
     state = ready()
     MeetTargetPass(target=f"latency={speedup}x", multiple_of=1, allocate="uniform")(state)
-    found = state.facts["target"]
-    assert found["dense"] / found["found"] == pytest.approx(speedup, rel=0.02)
+    found = state.found(MetTarget)
+    assert found.dense / found.found == pytest.approx(speedup, rel=0.02)
 
 
 def test_the_latency_table_is_kept_and_used_again(clock: list[int], tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_the_latency_table_is_kept_and_used_again(clock: list[int], tmp_path: Pa
         counts.append(clock[0] - before)
     assert counts[1] < counts[0]
     (path,) = (tmp_path / "liar-opt" / "latency").iterdir()
-    assert state.facts["target"]["table"] == f"cache {path}"
+    assert state.found(MetTarget).table == f"cache {path}"
     table = json.loads(path.read_text(encoding="utf-8"))
     values: list[Any] = [1, None, [["a"], ["b"]], [[], []], [[1], [float("nan")]]]
     for text in ("{", json.dumps(list(table)), *(json.dumps(dict.fromkeys(table, value)) for value in values)):
         path.write_text(text, encoding="utf-8")  # a broken cache is measured again
         state = ready()
         MeetTargetPass(target="latency=1.3x", multiple_of=1, allocate="uniform")(state)
-        assert state.facts["target"]["table"] == "measured"
+        assert state.found(MetTarget).table == "measured"
 
 
 def test_a_speed_that_cannot_be_reached(clock: list[int]) -> None:

@@ -59,7 +59,7 @@ def test_a_wrong_rule_costs_its_group() -> None:
 
 
 def test_right_rules_are_proved_at_two_sizes() -> None:
-    state = _load(Rolled().eval(), data(), None, False)
+    state, _ = _load(Rolled().eval(), data(), None, False)
     FindModuleGroupsPass()(state)
     (group,) = state.groups
     probes = probe_sizes(state)

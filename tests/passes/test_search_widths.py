@@ -12,7 +12,7 @@ from streams import STREAM, WEIGHTS, error, prepared, pruned
 
 from liar_opt import prune
 from liar_opt.passes.measure_curves import MeasureCurvesPass
-from liar_opt.passes.search_widths import SearchWidthsPass
+from liar_opt.passes.search_widths import Searched, SearchWidthsPass
 from liar_opt.runtime.errors import OptionError
 
 
@@ -36,8 +36,8 @@ def searched(proto: onnx.ModelProto, keep: tuple[int, int], **options: Any) -> A
 def test_a_bad_start_is_mended_at_the_same_cost() -> None:
     proto = lopsided()
     state = searched(proto, (6, 13))
-    found = state.facts["search"]
-    assert found["found"] < found["start"] and found["tried"] > 0
+    found = state.found(Searched)
+    assert found.found < found.start and found.tried > 0
     first, second = state.keep.values()
     assert first > 6 and second < 13
     assert sum(g.parameters * state.keep[g.name] / g.size for g in state.groups) <= sum(
@@ -49,13 +49,13 @@ def test_a_bad_start_is_mended_at_the_same_cost() -> None:
 
 @pytest.mark.parametrize("keep", [(8, 8), (17, 19), (3, 14), (1, 1)])
 def test_never_worse_than_the_start(keep: tuple[int, int]) -> None:
-    found = searched(graphs.parse(STREAM, WEIGHTS), keep).facts["search"]
-    assert found["found"] <= found["start"]
+    found = searched(graphs.parse(STREAM, WEIGHTS), keep).found(Searched)
+    assert found.found <= found.start
 
 
 def test_it_ends_with_its_time() -> None:
-    found = searched(lopsided(), (6, 13), search=1e-9).facts["search"]
-    assert found["tried"] == 0 and found["found"] == found["start"]
+    found = searched(lopsided(), (6, 13), search=1e-9).found(Searched)
+    assert found.tried == 0 and found.found == found.start
     with pytest.raises(OptionError, match="search 0 is not above zero"):
         searched(lopsided(), (6, 13), search=0.0)
 
@@ -63,7 +63,7 @@ def test_it_ends_with_its_time() -> None:
 def test_kinds_with_ratios_of_their_own_do_not_exchange() -> None:
     state = prepared(lopsided(), 1.0)
     assert [g.kind for g in state.groups] == ["ffn", "ffn"]
-    assert searched(lopsided(), (6, 13), same_kind=True).facts["search"]["tried"] > 0
+    assert searched(lopsided(), (6, 13), same_kind=True).found(Searched).tried > 0
 
 
 def test_from_python_and_what_it_cannot_follow() -> None:

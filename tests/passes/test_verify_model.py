@@ -16,7 +16,7 @@ from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state
-from liar_opt.passes.verify_model import VerifyModelPass
+from liar_opt.passes.verify_model import Verification, VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import TOLERANCES
 from liar_opt.runtime.errors import CheckError
@@ -49,11 +49,11 @@ def constant(state: State, name: str) -> np.ndarray:
 def test_a_right_cut_passes_and_is_measured() -> None:
     state = cut()
     VerifyModelPass()(state)
-    facts = state.facts["verification"]
-    assert facts["exact_difference"] <= 1e-5
-    assert facts["exact_dtype"] == "float32"
-    assert facts["outputs"]["y"].rows == 24  # one of twelve batches is held back
-    assert 0 < facts["outputs"]["y"].relative_rms < 1
+    found = state.found(Verification)
+    assert found.exact_difference <= 1e-5
+    assert found.exact_dtype == "float32"
+    assert found.outputs["y"].rows == 24  # one of twelve batches is held back
+    assert 0 < found.outputs["y"].relative_rms < 1
 
 
 @pytest.mark.parametrize("name", ["w1", "w2", "w3"])
@@ -137,9 +137,9 @@ def test_rounding_that_the_model_magnifies_by_itself_is_no_fault_of_the_cut(
             VerifyModelPass()(state)
         return
     VerifyModelPass()(state)
-    facts = state.facts["verification"]
-    assert 1e-8 < facts["rounding"] < 1e-5
-    assert 1e-12 < facts["exact_difference"] <= 16 * facts["rounding"]
+    found = state.found(Verification)
+    assert found.rounding is not None and 1e-8 < found.rounding < 1e-5
+    assert 1e-12 < found.exact_difference <= 16 * found.rounding
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -152,7 +152,7 @@ def test_tiny_probabilities_come_in_steps(wrong: bool) -> None:
             VerifyModelPass()(state)
         return
     VerifyModelPass()(state)
-    assert state.facts["verification"]["exact_difference"] < 1e-6
+    assert state.found(Verification).exact_difference < 1e-6
 
 
 # -- outputs that are no tensors -------------------------------------------------------------------------------------
@@ -203,10 +203,10 @@ def test_sequences_and_maps_are_compared_in_their_parts(kind: str, names: set[st
     state = cut_in_parts(kind)
     assert [(g.kind, g.size) for g in state.groups] == [("ffn", 17)]
     VerifyModelPass()(state)
-    facts = state.facts["verification"]
-    assert facts["exact_difference"] <= 1e-5
-    assert set(facts["outputs"]) == names
-    assert "not_compared" not in facts
+    found = state.found(Verification)
+    assert found.exact_difference <= 1e-5
+    assert set(found.outputs) == names
+    assert found.not_compared is None
     written = onnx.shape_inference.infer_shapes(state.model.to_proto())
     assert written.graph.output[0].type.WhichOneof("value") == "sequence_type"
     assert (

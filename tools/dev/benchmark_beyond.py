@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.base import Pipeline
+from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES, LABELLED_SCORES
 from liar_opt.passes.measure_curves import MeasureCurvesPass
@@ -82,7 +83,7 @@ class Bench:
         self.cells: dict[str, Any] = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
         self.work = Workplace(folder, options)
         self.held, self.data = Held(self.work), self.work.batches(self.work.model)
-        self.curves: dict[str, Any] = {}
+        self.curves: dict[str, Curves] = {}
         self.name = "choosing" if options.choosing else "reviews"
         self.sentences: list[int] = options.sentences
         if options.choosing:
@@ -134,8 +135,8 @@ class Bench:
         if allocate in MEASURED:
             if score not in self.curves:
                 MeasureCurvesPass(score=score, seed=seed, queries=True)(state)
-                self.curves[score] = state.facts["curves"]
-            state.facts["curves"] = self.curves[score]
+                self.curves[score] = state.found(Curves)
+            state.add(self.curves[score])
         AllocateWidthsPass(**ratios, allocate=allocate)(state)
         PruneGroupsPass(score=score, seed=seed, **options)(state)
         return state.model.to_proto()
