@@ -14,6 +14,7 @@ Each group at fault costs about log2 of their number in rehearsals, however many
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -45,7 +46,6 @@ from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 from liar_opt.runtime.errors import LiarOptError, OptionError
-from liar_opt.runtime.later import Later
 from liar_opt.runtime.moments import MadeUpMoments, Moments
 from liar_opt.runtime.sessions import Level, Session
 from liar_opt.runtime.signatures import InputSpec, Signature
@@ -175,7 +175,7 @@ class Proof:
 
     @functools.cached_property
     def _dense(self) -> Session:
-        known: Later[Session] | None = self.state.facts.get("dense session")
+        known: Future[Session] | None = self.state.facts.get("dense session")
         return known.result() if known is not None else load_dense(self.state)
 
     def faults(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> dict[str, str]:

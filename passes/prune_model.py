@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,7 @@ from liar_opt.passes.verify_model import cannot_load, first_samples, load_dense,
 from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
-from liar_opt.runtime.later import Later
+from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import LARGE_MODEL, Memory, MemoryWatch, anonymous, show_size
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
@@ -176,7 +177,7 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     state = State(loaded, memory=limit)
     source = loaded.source
     if source is not None and source.is_file():
-        state.facts["digest"] = Later(lambda: _sha256(source))
+        state.facts["digest"] = later(lambda: _sha256(source))
     state.memory.model = loaded.weight_bytes()
     stored = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
     if state.memory.tight:
@@ -419,8 +420,11 @@ class _Job:
                 if not news:
                     raise
                 self.faults |= news
-            if self.state.checkpoint is not None:
-                self.state.checkpoint.remove()
+                if self.state.checkpoint is not None:
+                    self.state.checkpoint.remove()
+            finally:
+                if self.state.checkpoint is not None:
+                    self.state.checkpoint.close()
             self.state = self._anew()
 
     def _anew(self) -> State:
@@ -717,7 +721,7 @@ def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, 
 
 def _dense_session(state: State) -> Session:
     """Returns the session of the original: the one that there is, unless the memory is too tight to keep one."""
-    known: Later[Session] | None = state.facts.get("dense session")
+    known: Future[Session] | None = state.facts.get("dense session")
     return load_dense(state) if known is None else known.result()
 
 
@@ -731,7 +735,7 @@ def _analysed(state: State, observer: Observer | None = None, load: bool = False
         # What folds constants first refuses those that are too large, which ONNX Runtime makes while it loads.
         normalised = Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
         if load and "dense session" not in state.facts:
-            state.facts["dense session"] = Later(lambda: load_dense(state))
+            state.facts["dense session"] = later(lambda: load_dense(state))
         found = Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
         return replace(found, refusals=(*normalised.refusals, *found.refusals))
     except InternalError as err:

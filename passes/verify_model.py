@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ from liar_opt.runtime.compare import (
     require_repeatable,
 )
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
-from liar_opt.runtime.later import Later
+from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.sessions import Session, unknown_operators
 
@@ -85,7 +86,7 @@ class VerifyModelPass(Pass[None]):
         batches, masks = state.calibration.batches, state.calibration.row_masks
         # Sessions load while the masked original is made, unless that is too much at a time.
         parts = state.model.detached()
-        loading = Later(lambda: _load(parts, state.device, "the pruned model", lean))
+        loading = later(lambda: _load(parts, state.device, "the pruned model", lean))
         if lean:
             loading.result()
         reference = masked_reference(dense, state.repairs, state.facts.get("query forms", ()))
@@ -124,7 +125,7 @@ class VerifyModelPass(Pass[None]):
         if state.model.merged is not None:
             facts["folded_difference"] = _check_folded(state, cut_arrays(small, ends), ours, precision)
         del ours
-        known: Later[Session] | None = state.facts.get("dense session")
+        known: Future[Session] | None = state.facts.get("dense session")
         original = known.result() if known is not None else load_dense(state)
         held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
         meter, words = DifferenceMeter(), vocabulary(state.model)
