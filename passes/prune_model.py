@@ -45,7 +45,7 @@ from liar_opt.passes.prove_groups import Proof, ProveGroupsPass, leave_alone, re
 from liar_opt.passes.prune_groups import HELD_BACK, cut_arrays
 from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
 from liar_opt.passes.verify_model import cannot_load, first_samples, load_dense, require_runs
-from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.later import later
@@ -54,6 +54,7 @@ from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session, custom_operators, device_unused, refusal_of, resolve_provider
 from liar_opt.runtime.signatures import InputSpec
+from liar_opt.runtime.synthetic_inputs import IMAGE_SIZES
 
 SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
@@ -73,7 +74,7 @@ SIDE_BY_SIDE = 6
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Where the calibration data comes from and how it is batched; see ``calibration_data.load_calibration``."""
+    """Where the calibration data comes from and how it is batched; see ``calibration_batches.CalibrationJob``."""
 
     source: Any = None
     tokenizer: str | Path | None = None
