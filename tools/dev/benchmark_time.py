@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_minilm import CALIBRATION, Held, Others, Workplace, say, setting, table, wait_for_quiet
 
 from liar_opt import prune
+from liar_opt.tools.dev.harness import Others, say, setting, table, wait_for_quiet
+from liar_opt.tools.dev.subjects.minilm import CALIBRATION, Held, Workplace
 
 TARGET = "latency=1.5x"
 OUTSIDE = """

@@ -1,6 +1,6 @@
 """A sentiment classifier and its data, from package registries alone: all-MiniLM-L6-v2 fine-tuned on film reviews.
 
-    python tools/dev/sentiment.py                 # some minutes on 2 cores; the accuracy on all three parts
+    python tools/dev/bench.py sentiment                 # some minutes on 2 cores; the accuracy on all three parts
 
 Sentences are the snippets of film reviews of `tools/demo_assets.py`, one of a review each, with the mean rating of twenty
 people on [-4, 4]. Those between -0.5 and 0.5 are left out; the others are positive (1) or negative (0). Which part a
@@ -20,8 +20,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +37,7 @@ from liar_opt.tools.demo_assets import (
     moved_into_place,
     sentences,
 )
+from liar_opt.tools.dev.harness import say
 
 NEUTRAL = 0.5
 """Mean ratings nearer to zero than this are neither positive nor negative."""
@@ -270,21 +269,18 @@ def ensure(folder: Path | None = None, *, epochs: int = EPOCHS, seed: int = 0, f
     return bed
 
 
-def say(text: str) -> None:
-    """Progress, to stderr."""
-    print(f"{time.strftime('[%H:%M:%S]')} {text}", file=sys.stderr, flush=True)
-
-
-def main() -> int:
-    """The command."""
-    from transformers import BertForSequenceClassification
-
-    parser = argparse.ArgumentParser(description="fine-tune all-MiniLM-L6-v2 as a sentiment classifier")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--folder", type=Path, help="where the files are, or are made (default: the cache)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fold", type=int, choices=range(FOLDS), default=0, help="which sentences are held out")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
+    from transformers import BertForSequenceClassification
+
     bed = ensure(options.folder, epochs=options.epochs, seed=options.seed, fold=options.fold)
     print(bed.folder)
     with _quiet():
@@ -293,7 +289,3 @@ def main() -> int:
         found = accuracy(model, token_ids([s.sentence for s in samples], bed.checkpoint), [s.label for s in samples])
         print(f"{name}: {len(samples):,} sentences, {sum(s.label for s in samples):,} positive, accuracy {found:.4f}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,23 +1,21 @@
 """Ask all-MiniLM-L6-v2 for a size, for FLOPs, for a speed, for a largest loss, and look at what came out.
 
-    python tools/dev/benchmark_targets.py
+    python tools/dev/bench.py targets
 
-Model and calibration sentences are those of `benchmark_minilm.py`. What a target asks for is counted, or timed, on the
+Model and calibration sentences are those of `bench.py minilm`. What a target asks for is counted, or timed, on the
 finished model: file size on the disk, operations of the first calibration batch, and the median of runs of both models in
 turns on that batch, for much longer than liar-opt itself takes its time. Timings want an idle machine.
 """
 
 import argparse
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark_minilm import Held, Others, Workplace, say, setting, table
-
 from liar_opt.runtime.latency import Deployed, measure_latency
+from liar_opt.tools.dev.harness import Others, say, setting, table, work_folder
+from liar_opt.tools.dev.subjects.minilm import Held, Workplace
 
 TARGETS = ("size=80MB", "size=75MB", "flops=0.75x", "flops=0.5x", "latency=1.5x", "latency=2x")
 DROPS = ("5%", "10%", "20%")
@@ -92,21 +90,21 @@ def _end(cell: Mapping[str, Any]) -> list[str]:
     return [f"{cell['cosine']:.4f}", f"{cell['seconds']:.0f}"]
 
 
-def main() -> int:
-    """Run and print the tables."""
-    parser = argparse.ArgumentParser(description="targets and limits on all-MiniLM-L6-v2")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--targets", nargs="*", default=TARGETS, help="as of liar-opt --target")
     parser.add_argument("--drops", nargs="*", default=DROPS, help="as of liar-opt --max-drop")
     parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run and print the tables."""
+    with work_folder(options.folder) as folder:
         work = Workplace(folder, options)
         held, others, given = Held(work), Others(), setting(options.seed)
         print(
-            f"`python tools/dev/benchmark_targets.py`\n\nSeed {given['seed']}; commit {given['commit']}, {given['date']}; "
+            f"`python tools/dev/bench.py targets`\n\nSeed {given['seed']}; commit {given['commit']}, {given['date']}; "
             f"{given['cores']} cores, {given['processor']}."
         )
         for names, run, show in ((options.targets, met, targets_table), (options.drops, limited, drops_table)):
@@ -118,7 +116,3 @@ def main() -> int:
                 print(f"\n{show(found)}", flush=True)
         print(f"\n{others.sentence()}.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

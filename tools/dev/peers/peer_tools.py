@@ -1,4 +1,4 @@
-"""The tools that `benchmark_peers.py` runs: how each is started, in which environment, and what it cannot do.
+"""The tools that `bench.py peers` runs: how each is started, in which environment, and what it cannot do.
 
 Four kinds:
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liar_opt.tools.dev.peer_tasks import Task
+from liar_opt.tools.dev.peers.peer_tasks import Task
 
 HERE = Path(__file__).resolve().parent
 _TORCH = (

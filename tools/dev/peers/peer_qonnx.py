@@ -1,6 +1,6 @@
 """Prune the FFN of an ONNX file with qonnx's PruneChannels: a driver of `peer_files.Job`.
 
-    python tools/dev/peer_qonnx.py FOLDER        # started by benchmark_peers.py, in the peer's own environment
+    python tools/dev/peers/peer_qonnx.py FOLDER        # started by bench.py peers, in the peer's own environment
 
 qonnx leaves the choice of channels to its caller: here those of the smallest L2 norm in the widening weights of a
 transformer's FFN (the matrices [d, h] whose h is larger than d), as many as the ratio says.

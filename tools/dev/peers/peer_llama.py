@@ -1,6 +1,6 @@
 """Prune a Llama checkpoint with the public code of others: a driver of `peer_files.Job`.
 
-    python tools/dev/peer_llama.py FOLDER        # started by benchmark_peers.py, in the peer's own environment
+    python tools/dev/peers/peer_llama.py FOLDER        # started by bench.py peers, in the peer's own environment
 
 Every method calls the repository's own functions on the calibration windows of the job.
 

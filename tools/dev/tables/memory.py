@@ -1,6 +1,6 @@
 """Prune a model that is larger than the memory it may use, and say what it took.
 
-    python tools/dev/benchmark_memory.py --size 3GB --memory 2GB
+    python tools/dev/bench.py memory --size 3GB --memory 2GB
 
 The model is LLaMA-shaped (RMSNorm, rotary embeddings, grouped-query attention by Expand, SwiGLU) with random weights in
 external data, written tensor by tensor. The installed command prunes it on random token ids. Printed are the peak of the
@@ -194,9 +194,8 @@ print(time.perf_counter() - began)
 """
 
 
-def main() -> None:
-    """Makes the model, prunes it, and prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--size", default="300MB", help="bytes of weights (default: %(default)s)")
     parser.add_argument("--memory", default="2GB", help="given to the command (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=64, help=f"sequences of {LENGTH} tokens (default: %(default)s)")
@@ -204,7 +203,10 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    """Makes the model, prunes it, and prints the table."""
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         writer = LlamaWriter(folder, parse_size(options.size), options.seed)
@@ -234,7 +236,3 @@ def main() -> None:
     disk = show_size(report["memory"]["on_disk"])
     print(f"\n{show_size(writer.offset)} in, {show_size(written)} out; {disk} on disk meanwhile")
     print(f"{seconds:.0f} s, one dense forward pass of the same batches {dense_seconds:.1f} s; by pass: {passes}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Measure liar-opt on all-MiniLM-L6-v2: what the pruned model keeps, what the work costs, what is gained; and onnxsim.
 
-    python tools/dev/benchmark_minilm.py                      # everything; some 25 minutes on 2 cores
-    python tools/dev/benchmark_minilm.py --only quality --json quality.json --markdown quality.md
+    python tools/dev/bench.py minilm                      # everything; some 25 minutes on 2 cores
+    python tools/dev/bench.py minilm --only quality --json quality.json --markdown quality.md
 
 Needs `pip install -e '.[demo]'`. Calibrated on 512 sentences of NYT editorials, measured on 1,024 of film reviews, both
 drawn with the seed (see `tools/demo_assets.py`). The result is markdown; above every table stands the command that made it.
@@ -11,7 +11,7 @@ drawn with the seed (see `tools/demo_assets.py`). The result is markdown; above 
 - cost: wall seconds of the whole command over one pass of the dense model over the calibration batches in ONNX Runtime,
   where the rest goes, and peak memory. Everything is taken in turns, `--repeats` times; medians.
 - latency: dense over pruned in ONNX Runtime, runs of all models interleaved, beside the ratio of FLOPs.
-- peer: onnxsim (`tools/dev/peer_onnxsim.py`) in an environment of its own, which is made where `--peer-python` does not
+- peer: onnxsim (`peers/peer_onnxsim.py`) in an environment of its own, which is made where `--peer-python` does not
   name one. Both get the same graph and the same batches, in turns.
 
 Times mean nothing on a busy machine. So the load average and what other programs used of the cores while a section ran
@@ -19,53 +19,50 @@ Times mean nothing on a busy machine. So the load average and what other program
 """
 
 import argparse
-import contextlib
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from threadpoolctl import threadpool_info
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import count_flops, vocabulary
+from liar_opt.frontend.onnx_rules import count_flops
 from liar_opt.passes.axes import AxisAlgebra
-from liar_opt.passes.prune_model import prune
-from liar_opt.runtime.bootstrap import mean_of, paired_difference
-from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.demo import tokenise
-from liar_opt.tools.demo_assets import (
-    MINILM_INPUTS,
-    MINILM_OUTPUT,
-    Attention,
-    Exporter,
-    export_minilm,
-    minilm_folder,
-    split,
+from liar_opt.tools.demo_assets import MINILM_INPUTS, Attention, Exporter, export_minilm, split
+from liar_opt.tools.dev.harness import (
+    BUSY_LOAD,
+    HERE,
+    Others,
+    environment,
+    measured,
+    say,
+    setting,
+    store_batches,
+    table,
+    wait_for_quiet,
+    work_folder,
+)
+from liar_opt.tools.dev.subjects.minilm import (
+    BOTH,
+    CALIBRATION,
+    HALVES,
+    HELD_OUT,
+    Held,
+    Workplace,
+    forward_seconds,
+    optimised,
 )
 
-CALIBRATION, HELD_OUT = 512, 1024
-HALVES: dict[str, dict[str, float]] = {
-    "FFN 50 %": {"ffn": 0.5},
-    "heads 50 %": {"heads": 0.5},
-    "FFN 50 % + heads 50 %": {"ffn": 0.5, "heads": 0.5},
-}
-BOTH = "FFN 50 % + heads 50 %"
 TIMED = ("FFN 50 %", BOTH)
 SAMPLES = (512, 1024, 2048, 4096)
 """Calibration sentences, for the cost by their number."""
@@ -80,32 +77,8 @@ EXPORTS: tuple[tuple[Exporter, Attention], ...] = (
 SHAPES = ((1, 128), (8, 128), (32, 32))
 THREADS = (1, 2)
 LATENCY_SECONDS = 12.0
-BUSY_LOAD = 1.5
-QUIET_CORES = 0.15
-"""Of other programs, over two seconds in which this one sleeps: as quiet as a machine gets."""
-HERE = Path(__file__).resolve().parent
-PACKAGES = (
-    "liar-opt",
-    "numpy",
-    "scipy",
-    "onnx",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "onnx-graphsurgeon",
-    "torch",
-    "transformers",
-)
 PEER_PACKAGES = ("onnxsim>=0.8", "onnxruntime", "onnx", "numpy")
 
-# A process of its own starts the command that is measured: the peak memory of a child counts what its parent held.
-MEASURE = """
-import json, resource, subprocess, sys, time
-began = time.perf_counter()
-code = subprocess.call(sys.argv[2:])
-wall, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-json.dump({"code": code, "wall": wall, "cpu": used.ru_utime + used.ru_stime, "peak": peak}, open(sys.argv[1], "w"))
-"""
 FORWARD = """
 import sys
 import numpy as np, onnxruntime
@@ -114,198 +87,6 @@ names, arrays = [i.name for i in session.get_inputs()], np.load(sys.argv[2])
 for number in sorted({key.split(".")[0] for key in arrays.files}):
     session.run(None, {name: arrays[f"{number}.{name}"] for name in names})
 """
-
-
-# What all sections share ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Workplace:
-    """Files, sentences and options of this run.
-
-    Attributes:
-        folder: where files are made.
-        options: of the command.
-        text: the calibration sentences as a file, one a line.
-        sentences: the same.
-        model: MiniLM, TorchScript exporter, eager attention.
-    """
-
-    folder: Path
-    options: argparse.Namespace
-    text: Path = field(init=False)
-    sentences: list[str] = field(init=False)
-    model: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sentences = [s.text for s in split("nyt", CALIBRATION, self.options.seed).chosen]
-        self.text = self.folder / "nyt.txt"
-        self.text.write_text("".join(f"{s}\n" for s in self.sentences), encoding="utf-8")
-        self.model = export_minilm(self.folder / "model.onnx")
-
-    def prune(self, model: Path, **options: Any) -> Any:
-        """Prunes in this process, on the calibration sentences."""
-        given: dict[str, Any] = {
-            "tokenizer": minilm_folder(),
-            "seed": self.options.seed,
-            "fresh": True,
-            "provider": "cpu",
-            "latency": False,
-        }
-        return prune(model, self.sentences, **(given | options))
-
-    def batches(self, model: Path, sentences: Sequence[str] | None = None, batch_size: int = 32) -> CalibrationData:
-        """The batches that liar-opt makes of sentences (those of the calibration), by the code that makes them there."""
-        loaded = OnnxModel.load(model)
-        given = self.sentences if sentences is None else list(sentences)
-        return load_calibration(
-            given,
-            loaded.inputs(),
-            tokenizer=minilm_folder(),
-            samples=len(given),
-            batch_size=batch_size,
-            seed=self.options.seed,
-            vocabulary=vocabulary(loaded),
-        )
-
-    def store(self, data: CalibrationData) -> Path:
-        """Writes batches as `peer_onnxsim.py` reads them."""
-        path = self.folder / "batches.npz"
-        arrays: dict[str, Any] = {f"{i:05d}.{n}": value for i, b in enumerate(data.batches) for n, value in b.items()}
-        np.savez(path, **arrays)
-        return path
-
-    def command_line(self, model: Path, halves: Mapping[str, float], text: Path | None = None) -> list[str]:
-        """The arguments of `liar-opt` for one run, on the calibration sentences or those of another file."""
-        chosen = [f"--{kind}={ratio}" for kind, ratio in halves.items()]
-        data = [f"--calibration={text or self.text}", f"--tokenizer={minilm_folder()}", f"--seed={self.options.seed}"]
-        results = [f"--output={self.folder / 'out.onnx'}", f"--report={self.folder / 'out.json'}", "--force", "--quiet"]
-        return [str(model), *data, *chosen, "--provider=cpu", "--fresh", *results]
-
-    def liar_opt(self, model: Path, halves: Mapping[str, float], *more: str, text: Path | None = None) -> dict[str, Any]:
-        """Runs the command; returns what it used, and its report."""
-        used = measured([sys.executable, "-m", "liar_opt", *self.command_line(model, halves, text), *more], self.folder)
-        if used["code"]:
-            raise SystemExit(f"liar-opt failed with exit code {used['code']} on '{model}'")
-        return {**used, "report": json.loads((self.folder / "out.json").read_text(encoding="utf-8"))}
-
-
-def measured(command: Sequence[str], folder: Path, log: IO[str] | None = None) -> dict[str, Any]:
-    """Runs a command; returns its exit code, wall and processor seconds, and peak memory in bytes.
-
-    Args:
-        command: program and arguments.
-        folder: gets used.json.
-        log: takes all that it prints; without one, that goes to stderr.
-    """
-    result = folder / "used.json"
-    start = [sys.executable, "-I", "-S", "-c", MEASURE, str(result), *command]
-    subprocess.run(start, check=True, stdout=log or sys.stderr, stderr=log)
-    used: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return used
-
-
-def _processor_seconds() -> tuple[float, float] | None:
-    """Seconds that all cores together have worked, and those of this process and the children it has waited for."""
-    try:
-        fields = [int(f) for f in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    except (OSError, ValueError):
-        return None
-    user, nice, system, _, _, interrupts, soft_interrupts, stolen = fields
-    everybody = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
-    times = os.times()
-    return everybody, times.user + times.system + times.children_user + times.children_system
-
-
-class Others:
-    """What other programs (and other guests of the same host) use of the cores, from its making on."""
-
-    def __init__(self) -> None:
-        self.load = os.getloadavg()[0]
-        self._wall, self._seconds = time.perf_counter(), _processor_seconds()
-
-    def cores(self) -> float | None:
-        """Mean number of cores that others kept busy so far."""
-        now = _processor_seconds()
-        if now is None or self._seconds is None:
-            return None
-        (everybody, own), (everybody_before, own_before) = now, self._seconds
-        return max(everybody - everybody_before - own + own_before, 0.0) / (time.perf_counter() - self._wall)
-
-    def sentence(self) -> str:
-        """For beside the figures."""
-        cores, text = self.cores(), f"load average at the start {self.load:.2f}"
-        if cores is not None:
-            text += f"; other programs kept {cores:.2f} of {os.cpu_count()} cores busy meanwhile"
-        busy = self.load > BUSY_LOAD if cores is None else cores > 2 * QUIET_CORES
-        return text + (". **Warning: the machine was busy, these times are not to be quoted**" if busy else "")
-
-
-def wait_for_quiet(seconds: float) -> None:
-    """Waits until other programs leave the cores alone, `seconds` at most."""
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        others = Others()
-        time.sleep(2)
-        cores = others.cores()
-        if (os.getloadavg()[0] < BUSY_LOAD) if cores is None else (cores < QUIET_CORES):
-            return
-        say(f"waiting: others keep {cores or 0:.2f} cores busy, load average {others.load:.2f}")
-        time.sleep(8)
-
-
-def say(text: str) -> None:
-    """Progress, to stderr."""
-    print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
-
-
-def ahead_of(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
-    """What the second of two shares right of each sample, [n], is ahead, in points, with its interval."""
-    ahead = paired_difference(mean_of(ours), mean_of(theirs), ours.size)
-    return f"{100 * ahead.difference:+.2f} ({100 * ahead.low:+.2f} to {100 * ahead.high:+.2f})"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; the first column is text, the others numbers."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
-
-
-def embeddings(model: bytes, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Sentence embeddings of unit length: the mean over the real tokens, [n, d]."""
-    session, result = Session(model), np.empty((len(texts), 0))
-    for rows, feeds in tokenise(texts, minilm_folder()):
-        hidden = session.run(feeds, [MINILM_OUTPUT], arrays=True)[MINILM_OUTPUT].astype(np.float64)
-        mask = feeds["attention_mask"][..., None]
-        pooled = (hidden * mask).sum(1) / mask.sum(1)  # [b, s, d] -> [b, d]
-        if not result.size:
-            result = np.empty((len(texts), pooled.shape[1]))
-        result[rows] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
-    return result
-
-
-class Held:
-    """The held-out sentences and the dense model's embeddings of them."""
-
-    def __init__(self, work: Workplace) -> None:
-        self.texts = [s.text for s in split("reviews", HELD_OUT, work.options.seed).chosen]
-        self.dense = embeddings(work.model.read_bytes(), self.texts)
-
-    def cosine(self, pruned: bytes) -> dict[str, float]:
-        """Mean and 5 % quantile of the cosine between a model's embeddings and the dense model's."""
-        cosines = (self.dense * embeddings(pruned, self.texts)).sum(1)
-        return {"mean": float(cosines.mean()), "p5": float(np.quantile(cosines, 0.05))}
-
-
-def forward_seconds(session: Session, data: CalibrationData) -> float:
-    """Seconds of one pass of a model over all batches."""
-    began = time.perf_counter()
-    for batch in data.batches:
-        session.run(batch, arrays=True)
-    return time.perf_counter() - began
-
-
-# The sections: figures as plain data, then as markdown ------------------------------------------------------------------
 
 
 def quality(work: Workplace) -> dict[str, Any]:
@@ -353,7 +134,10 @@ def cost(work: Workplace) -> dict[str, Any]:
             row["forward"].append(forward_seconds(dense, data))
             times = f"forward {row['forward'][-1]:.2f} s, command {row['command'][-1]['wall']:.2f} s"
             say(f"cost: turn {turn + 1}, {name}: {times}, prune() {row['api'][-1]:.2f} s")
-    alone = measured([sys.executable, "-c", FORWARD, str(work.model), str(work.store(data))], work.folder)
+    alone = measured(
+        [sys.executable, "-c", FORWARD, str(work.model), str(_stored(work, data))],
+        work.folder,
+    )
     result: dict[str, Any] = {"machine": others.sentence(), "tokens": data.tokens, "forward_peak": alone["peak"]}
     result["model_bytes"] = work.model.stat().st_size
     result["runs"] = {}
@@ -441,16 +225,6 @@ def _of_forward(value: float, forward: float) -> tuple[str, str]:
     return f"{value:.2f} s", f"{value / forward:.2f}x"
 
 
-def optimised(model: Path, path: Path) -> Path:
-    """Writes what ONNX Runtime's transformers optimizer makes of a MiniLM."""
-    from onnxruntime.transformers.optimizer import optimize_model
-
-    with contextlib.redirect_stdout(sys.stderr):
-        fused = optimize_model(str(model), model_type="bert", num_heads=12, hidden_size=384)
-        fused.save_model_to_file(str(path))
-    return path
-
-
 def latency(work: Workplace) -> dict[str, Any]:
     """Times of the plain and the optimised model, dense and pruned, interleaved."""
     fused = optimised(work.model, work.folder / "optimised.onnx")
@@ -497,7 +271,7 @@ def latency_markdown(data: Mapping[str, Any]) -> str:
 
 def peer(work: Workplace) -> dict[str, Any]:
     """Both tools on the same graph and batches."""
-    python = work.options.peer_python or _peer_environment()
+    python = work.options.peer_python or environment("onnxsim", PEER_PACKAGES, cache_folder())
     packages = [python, "-m", "pip", "list", "--format=json"]
     versions = json.loads(subprocess.run(packages, capture_output=True, text=True, check=True).stdout)
     wanted = {"onnxsim", "onnxruntime", "onnx", "numpy"}
@@ -506,7 +280,7 @@ def peer(work: Workplace) -> dict[str, Any]:
     result["plain"] = []
     for exporter, attention in EXPORTS:
         model = export_minilm(work.folder / f"{exporter}-{attention}.onnx", exporter=exporter, attention=attention)
-        run = _onnxsim(work, str(python), model, work.store(work.batches(model)), "--kind=both", "--no-refit")
+        run = _onnxsim(work, str(python), model, _stored(work, work.batches(model)), "--kind=both", "--no-refit")
         ours = work.prune(model, dry_run=True, **HALVES[BOTH]).report["groups"]
         found = len(run["report"]["changed_weights"])
         row = {"model": f"{exporter}, {attention}", "onnxsim": found, "liar": len(ours)}
@@ -515,7 +289,7 @@ def peer(work: Workplace) -> dict[str, Any]:
 
     held, fused = Held(work), optimised(work.model, work.folder / "optimised.onnx")
     result["optimised_cosine"] = held.cosine(fused.read_bytes())["mean"]
-    others, batches, result["runs"] = Others(), work.store(work.batches(fused)), {}
+    others, batches, result["runs"] = Others(), _stored(work, work.batches(fused)), {}
     for name in ("FFN 50 %", "heads 50 %"):
         ours = []
         for turn in range(work.options.repeats):
@@ -533,24 +307,17 @@ def peer(work: Workplace) -> dict[str, Any]:
     return result
 
 
+def _stored(work: Workplace, data: CalibrationData) -> Path:
+    return store_batches(work.folder / "batches.npz", data.batches)
+
+
 def _onnxsim(work: Workplace, python: str, model: Path, batches: Path, *options: str) -> dict[str, Any]:
     results = [f"--output={work.folder / 'peer.onnx'}", f"--report={work.folder / 'peer.json'}"]
-    script = [str(HERE / "peer_onnxsim.py"), str(model), f"--calibration={batches}", *options, *results]
+    script = [str(HERE / "peers" / "peer_onnxsim.py"), str(model), f"--calibration={batches}", *options, *results]
     used = measured([python, *script], work.folder)
     if used["code"] not in (0, 3):
         raise SystemExit(f"onnxsim failed with exit code {used['code']} on '{model}'")
     return {**used, "report": json.loads((work.folder / "peer.json").read_text(encoding="utf-8"))}
-
-
-def _peer_environment() -> Path:
-    """An environment with onnxsim, in the cache folder; its packages are not those of liar-opt."""
-    folder = cache_folder() / "onnxsim"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        say(f"making an environment with {', '.join(PEER_PACKAGES)} in '{folder}'")
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True, stdout=sys.stderr)
-    return python
 
 
 def peer_markdown(data: Mapping[str, Any]) -> str:
@@ -593,34 +360,6 @@ SECTIONS: dict[str, tuple[Callable[[Workplace], dict[str, Any]], Callable[[Mappi
 }
 
 
-# The command ----------------------------------------------------------------------------------------------------------
-
-
-def setting(seed: int) -> dict[str, Any]:
-    """What the figures depend on."""
-    from importlib.metadata import version
-
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(ImportError):
-            versions[package] = version(package)
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "date": f"{datetime.date.today():%Y-%m-%d}",
-        "seed": seed,
-        "commit": commit or "unknown",
-        "versions": versions,
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "blas": sorted({pool.get("architecture", "?") for pool in threadpool_info() if pool["user_api"] == "blas"}),
-    }
-
-
 def markdown(results: Mapping[str, Any]) -> Iterator[str]:
     """The report: a heading, the command, the setting and the tables of each section."""
     for name, (_, show) in SECTIONS.items():
@@ -635,9 +374,8 @@ def markdown(results: Mapping[str, Any]) -> Iterator[str]:
             yield show(data)
 
 
-def main() -> int:
-    """Run the sections; print and write what they found, after each one what there is so far."""
-    parser = argparse.ArgumentParser(description="measure liar-opt on all-MiniLM-L6-v2")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--only", choices=tuple(SECTIONS), action="append", help="leave out the others; may be repeated")
     parser.add_argument("--json", type=Path, help="write all figures; other sections that it has stay")
     parser.add_argument("--markdown", type=Path, help="write the tables, also of what --json had before")
@@ -646,15 +384,16 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="wait for a quiet machine before timing")
     parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the sections; print and write what they found, after each one what there is so far."""
     results: dict[str, Any] = {}
     if options.json and options.json.is_file():
         results = json.loads(options.json.read_text(encoding="utf-8"))
     if os.getloadavg()[0] > BUSY_LOAD:
         say(f"warning: the load average is {os.getloadavg()[0]:.2f}; what is timed now is not to be quoted")
-    with contextlib.ExitStack() as stack:
-        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(options.folder) as folder:
         work = Workplace(folder, options)
         for name, (run, _) in SECTIONS.items():
             if options.only and name not in options.only:
@@ -664,7 +403,7 @@ def main() -> int:
             say(name)
             given = setting(options.seed)
             found = run(work)
-            command = f"python tools/dev/benchmark_minilm.py --only {name}" + (
+            command = f"python tools/dev/bench.py minilm --only {name}" + (
                 f" --seed {options.seed}" if options.seed else ""
             )
             results[name] = {"command": command, "setting": given, **found}
@@ -675,7 +414,3 @@ def main() -> int:
             if options.markdown:
                 options.markdown.write_text("\n\n".join(markdown(results)) + "\n", encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

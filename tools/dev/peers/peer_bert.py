@@ -1,6 +1,6 @@
 """Prune a BERT checkpoint with the tools of others that take torch modules: a driver of `peer_files.Job`.
 
-    python tools/dev/peer_bert.py FOLDER        # started by benchmark_peers.py, in the peer's own environment
+    python tools/dev/peers/peer_bert.py FOLDER        # started by bench.py peers, in the peer's own environment
 
 Every method calls the tool's own code; what stands here prepares its inputs and writes the result as ONNX.
 

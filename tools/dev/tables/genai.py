@@ -1,7 +1,7 @@
 """Real exports of the ONNX Runtime GenAI model builder under the oracle: small seeded models, cut, generated with.
 
     pip install onnxruntime-genai        # into an environment of its own, beside liar-opt, torch and transformers
-    python tools/dev/export_genai.py --folder /tmp/genai [--only llama qwen3] [--markdown table.md]
+    python tools/dev/bench.py genai --folder /tmp/genai [--only llama qwen3] [--markdown table.md]
 
 Every model is exported once into the folder and cut at random, without repair. The masked original, made by onnx alone,
 must generate the same tokens through its whole cache as the cut graph through its smaller one. GenAI itself then generates
@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from liar_opt.runtime.user_cache import cache_folder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))
 
 import decoding
 import oracle
@@ -201,14 +203,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def main() -> int:
-    """Runs all that is asked for and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where exports are kept")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
+    parser.add_argument("--folder", type=Path, default=cache_folder() / "genai", help="where exports are kept")
     parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="families; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the cuts and the prompt")
     parser.add_argument("--markdown", type=Path, help="file to write the table to")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs all that is asked for and prints the table."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     options.folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -221,7 +225,3 @@ def main() -> int:
     if options.markdown:
         options.markdown.write_text(table(rows))
     return int(any(row.failed for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

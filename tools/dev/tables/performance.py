@@ -1,8 +1,8 @@
 """How the cost of liar-opt grows: with layers, with width, with tokens. Ratios, each within one run, on seeded models.
 
-    python tools/dev/benchmark_performance.py                     # all sections; some minutes on 2 cores
-    python tools/dev/benchmark_performance.py --only analysis --layers 2 10 100
-    python tools/dev/benchmark_performance.py --only solver --widths 1024 4096 16384    # the last takes many minutes
+    python tools/dev/bench.py performance                     # all sections; some minutes on 2 cores
+    python tools/dev/bench.py performance --only analysis --layers 2 10 100
+    python tools/dev/bench.py performance --only solver --widths 1024 4096 16384    # the last takes many minutes
 
 Needs `pip install -e '.[demo]'`. The graphs are exports of randomly initialised BERT (TorchScript) and LLaMA (dynamo), kept
 in the cache folder.
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.solve import Problem, fold, half_the_threads, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, export_bert, moved_into_place
-from liar_opt.tools.dev.benchmark_minilm import Others, measured, say, setting, table
-from liar_opt.tools.dev.smollm2 import export as export_decoder
+from liar_opt.tools.dev.harness import Others, measured, say, setting, table
+from liar_opt.tools.dev.subjects.smollm2 import export as export_decoder
 
 LAYERS = (2, 6, 12, 25, 50, 100)
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -270,21 +270,23 @@ def sections(options: argparse.Namespace) -> Iterator[str]:
         text = SECTIONS[name](options)
         machine = f"{given['cores']} cores, {given['processor']}, BLAS kernels for {' and '.join(given['blas'])}"
         yield (
-            f"### {name.capitalize()}\n\n`python tools/dev/benchmark_performance.py --only {name}`\n\n"
+            f"### {name.capitalize()}\n\n`python tools/dev/bench.py performance --only {name}`\n\n"
             f"Seed {given['seed']}; commit {given['commit']}, {given['date']}; {machine}; {others.sentence()}.\n\n{text}"
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="measure how the cost of liar-opt grows")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--only", choices=tuple(SECTIONS), action="append", help="this section alone (may be repeated)")
     parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="of the graphs that are analysed")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the dimensions that are solved")
     parser.add_argument("--make", action="store_true", help="make the graphs of all sections and stop")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "performance", help="where the graphs are kept")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.make:
         for layers in options.layers:
@@ -295,7 +297,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in sections(options):
         print(text, flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

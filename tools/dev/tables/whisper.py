@@ -1,7 +1,7 @@
 """Measure liar-opt on speech: the word error rate of Whisper tiny.en, dense and pruned.
 
-    python tools/dev/benchmark_whisper.py                # the table; some minutes on 2 cores
-    python tools/dev/benchmark_whisper.py --ratios 0.2   # one row
+    python tools/dev/bench.py whisper                # the table; some minutes on 2 cores
+    python tools/dev/bench.py whisper --ratios 0.2   # one row
 
 Model, sounds and texts are those of `whisper_tiny.py`. Encoder and decoder are exported apart, and pruned one after the
 other by the same fraction: the encoder on the spectra of some sounds (1,500 positions each), the decoder on what the pruned
@@ -22,8 +22,8 @@ import onnx
 from liar_opt.passes.prune_model import PruneResult, prune
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.dev.benchmark_minilm import say, setting, table
-from liar_opt.tools.dev.whisper_tiny import (
+from liar_opt.tools.dev.harness import Cells, say, setting, table
+from liar_opt.tools.dev.subjects.whisper_tiny import (
     PROMPT,
     RATE,
     Sound,
@@ -140,7 +140,7 @@ class Workplace:
         fit, held = order[: len(order) // 2], order[len(order) // 2 :]
         self.fit = [self.spoken(*short[i]) for i in fit[: options.calibration_sounds]]
         self.held = [self.spoken(*short[i]) for i in held[: options.evaluation_sounds]]
-        self.cells: dict[str, Any] = json.loads(options.cells.read_text("utf-8")) if options.cells.is_file() else {}
+        self.cells = Cells(options.cells)
 
     def spoken(self, sound: Sound, ids: tuple[int, ...]) -> Spoken:
         """A sound with its spectrum."""
@@ -193,12 +193,9 @@ class Workplace:
         o = self.options
         drawn = {"seed": o.seed, "fit": [o.encoder_sounds, len(self.fit)], "held": len(self.held)}
         name = json.dumps({**options, **drawn}, sort_keys=True)
-        if name not in self.cells:
-            self.cells[name] = {**self.cell(options), "commit": setting(o.seed)["commit"]}
-            o.cells.write_text(json.dumps(self.cells, indent=1), encoding="utf-8")
-        shown = {key: value for key, value in self.cells[name].items() if key != "heard"}
-        say(f"{name}: {shown}")
-        return dict(self.cells[name])
+        found = self.cells.made(name, lambda: {**self.cell(options), "commit": setting(o.seed)["commit"]})
+        say(f"{name}: { {key: value for key, value in found.items() if key != 'heard'} }")
+        return dict(found)
 
 
 def markdown(work: Workplace, ratios: Sequence[float]) -> Iterator[str]:
@@ -209,7 +206,7 @@ def markdown(work: Workplace, ratios: Sequence[float]) -> Iterator[str]:
     found = {ratio: [work.cached({**given, **way}) for way in WAYS.values()] for ratio, given in asked.items()}
     commits = dict.fromkeys(c["commit"] for c in (dense, *(c for row in found.values() for c in row)))
     yield (
-        f"`python tools/dev/benchmark_whisper.py --encoder-sounds {o.encoder_sounds} --calibration-sounds "
+        f"`python tools/dev/bench.py whisper --encoder-sounds {o.encoder_sounds} --calibration-sounds "
         f"{o.calibration_sounds} --evaluation-sounds {o.evaluation_sounds} --allocate {o.allocate} --seed {o.seed}`\n\n"
         f"Word error rate of Whisper tiny.en on {len(work.held)} prompts of Asterisk ({dense['words']} words, 8 kHz, "
         f"greedy decoding), calibrated on {len(work.fit)} others: the encoder on {min(o.encoder_sounds, len(work.fit))} of "
@@ -228,9 +225,8 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    parser = argparse.ArgumentParser(description="measure liar-opt on Whisper tiny.en")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
     parser.add_argument("--calibration-sounds", type=int, default=48, help="of one half of the sounds")
     parser.add_argument("--encoder-sounds", type=int, default=16, help="of the calibration sounds, for the encoder")
@@ -239,15 +235,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=cache_folder() / "whisper", help="where the model is, or is made")
     parser.add_argument("--cells", type=Path, default=cache_folder() / "whisper-cells.json", help="finished cells")
-    return parser
 
 
-def main() -> int:
+def main(options: argparse.Namespace) -> int:
     """The command."""
-    for text in markdown(Workplace(options := parser().parse_args()), options.ratios):
+    for text in markdown(Workplace(options), options.ratios):
         print(text, end="", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

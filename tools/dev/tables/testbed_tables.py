@@ -1,9 +1,9 @@
-"""What `testbed.py` has measured, as markdown tables and as the chart of scores against size."""
+"""What `bench.py testbed` has measured, as markdown tables and as the chart of scores against size."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from liar_opt.tools.dev.benchmark_minilm import table
+from liar_opt.tools.dev.harness import table
 from liar_opt.tools.svg_charts import Line, standalone, trends
 
 Cell = dict[str, Any]
@@ -45,7 +45,7 @@ def markdown(cells: dict[str, Cell], names: Sequence[str], ratios: Sequence[floa
         found = [(ratio, cells[f"{name} {ratio:g}"]) for ratio in ratios if f"{name} {ratio:g}" in cells]
         if not found:
             continue
-        yield f"### {TITLES[name]}\n\n`python tools/dev/testbed.py --only {name}`\n"
+        yield f"### {TITLES[name]}\n\n`python tools/dev/bench.py testbed --only {name}`\n"
         yield _whisper(cells, found) if name == "whisper" else _subject(name, found)
         if name == "sentiment":
             yield from _largest(cells)
