@@ -99,7 +99,7 @@ class Checkpoint:
         try:
             checkpoint = cls._taken_up(folder, json.loads(json.dumps(identity)))
         except BaseException:
-            held.release()
+            held.close()
             raise
         checkpoint.held = held
         return checkpoint
@@ -219,7 +219,7 @@ class Checkpoint:
     def close(self) -> None:
         """Lets another run work in the folder; what is kept stays."""
         if self.held is not None:
-            self.held.release()
+            self.held.close()
 
     def remove(self) -> None:
         """Removes what was kept, and the folder if nothing else is in it: the run is done."""

@@ -15,7 +15,7 @@ ASKED_EVERY = 1.0
 
 
 class Held:
-    """A lock, until it is released.
+    """A lock, until it is closed.
 
     Args:
         path: of the file; its folder must exist.
@@ -41,7 +41,7 @@ class Held:
                 pass
             return
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Lets the next one in; nothing is left of the file."""
         if self._lock.is_locked:
             with contextlib.suppress(OSError):  # Windows: it is open
@@ -57,13 +57,10 @@ def one_at_a_time(place: Path | None, waiting: Callable[[], object]) -> Iterator
         place: of the file; its folder is made. None: everybody makes one.
         waiting: called again and again while another process is in the block.
     """
-    held = None
-    if place is not None:
-        with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        held = Held(place.with_suffix(".lock"), waiting)
-    try:
+    if place is None:
         yield
-    finally:
-        if held is not None:
-            held.release()
+        return
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Held(place.with_suffix(".lock"), waiting)):
+        yield

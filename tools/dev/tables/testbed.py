@@ -156,30 +156,24 @@ def rows_file(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
 # Cells -----------------------------------------------------------------------------------------------------------------
 
 
-def _texts(*arguments: str | Path) -> list[str]:
-    return [str(a) for a in arguments]
-
-
-def run(*arguments: str) -> None:
+def run(*arguments: str | Path) -> None:
     """Runs the product's command in this process; its tables go to stderr.
 
     Raises:
         SystemExit: it failed.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        code = cli.main([*arguments, "--quiet"])
+        code = cli.main([*map(str, arguments), "--quiet"])
     if code:
-        raise SystemExit(f"liar-opt {' '.join(arguments)} ended with {code}")
+        raise SystemExit(f"liar-opt {' '.join(map(str, arguments))} ended with {code}")
 
 
 def pruned(subject: Subject, output: Path, *options: str) -> Cell:
     """Prunes with the command and says what became of the model."""
     report = output.with_suffix(".json")
     began = time.perf_counter()
-    run(
-        *_texts("prune", subject.model, "-o", output, *subject.calibration, "--tokenizer", subject.tokenizer),
-        *_texts(*options, "--provider", "cpu", "--no-latency", "--report", report),
-    )
+    shared = ("--tokenizer", subject.tokenizer, "--provider", "cpu", "--no-latency", "--report", report)
+    run("prune", subject.model, "-o", output, *subject.calibration, *options, *shared)
     return summary(json.loads(report.read_text(encoding="utf-8")), time.perf_counter() - began)
 
 
@@ -200,10 +194,8 @@ def measured(subject: Subject, output: Path) -> dict[str, Cell]:
     found = {}
     for task in subject.tasks:
         report = output.with_suffix(".eval.json")
-        run(
-            *_texts("eval", subject.model, output, *task.options, "--tokenizer", subject.tokenizer),
-            *_texts("--metric", task.metric, "--provider", "cpu", "--no-latency", "--report", report),
-        )
+        shared = ("--tokenizer", subject.tokenizer, "--provider", "cpu", "--no-latency", "--report", report)
+        run("eval", subject.model, output, *task.options, "--metric", task.metric, *shared)
         (metric,) = json.loads(report.read_text(encoding="utf-8"))["metrics"].values()
         dense, value = metric["values"]
         (difference,) = metric["differences"]

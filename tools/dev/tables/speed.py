@@ -1,7 +1,7 @@
 """Ask for a speed, quiet and beside a busy loop, and time what came out from outside.
 
-    python tools/dev/benchmark_time.py                      MiniLM and an encoder of base size
-    python tools/dev/benchmark_time.py --models minilm --turns 1
+    python tools/dev/bench.py speed                      MiniLM and an encoder of base size
+    python tools/dev/bench.py speed --models minilm --turns 1
 
 Each run of `--target latency` measures its table anew (error curves are measured once). Its model and the dense one are
 then timed by a program that knows nothing of liar-opt, each in processes of its own, in turns; so is the model that
@@ -95,7 +95,7 @@ def rows_of(name: str, work: Workplace, turns: int) -> list[list[str]]:
     if name == "minilm":
         model, held = work.model, Held(work)
         given: dict[str, Any] = {"calibration": work.sentences, "tokenizer": _tokenizer()}
-        batch = dict(work.batches(work.model).batches[0])
+        batch: dict[str, Any] = dict(work.batches(work.model).batches[0])
     else:
         model, held = base_size(work.folder, work.options.seed), None
         rng = np.random.default_rng(work.options.seed)
@@ -148,25 +148,23 @@ def _tokenizer() -> Path:
     return minilm_folder()
 
 
-def main() -> int:
-    """Run and print the table."""
-    parser = argparse.ArgumentParser(description="a speed that is asked for, timed from outside")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--models", nargs="*", default=["minilm", "base"], choices=["minilm", "base"])
     parser.add_argument("--turns", type=int, default=3, help="runs of each, quiet and beside a busy loop")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run and print the table."""
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = str(Path(temporary) / "cache")
         work, others, given = Workplace(Path(temporary), options), Others(), setting(options.seed)
         print(
-            f"`python tools/dev/benchmark_time.py`\n\n`--target {TARGET}`; seed {given['seed']}; commit {given['commit']}, "
+            f"`python tools/dev/bench.py speed`\n\n`--target {TARGET}`; seed {given['seed']}; commit {given['commit']}, "
             f"{given['date']}; {given['cores']} cores, {given['processor']}; load average at the start {others.load:.2f}.\n"
         )
         rows = [row for name in options.models for row in rows_of(name, work, options.turns)]
         head = ["model", "beside", "run", "target says", "report says", "dense, outside", "outside", "prunable removed"]
         print(table([*head, "cosine", "`--sparsity` of as much, outside", "its cosine"], rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Kill a process at every point of writing, and at random moments: what is there afterwards is the old or the new, whole.
 
-    python tools/dev/check_kills.py --random 200
+    python tools/dev/bench.py kills --random 200
 
 A child process writes a result over an earlier one and is killed (SIGKILL: nothing can be caught, nothing is cleaned up).
 *At each point*: before the first, second, ... of its system calls that touch files (every open, rename, change of mode,
@@ -360,13 +360,15 @@ def row(case: Case, outcome: Outcome) -> str:
     return f"| {' | '.join(str(c) for c in (*cells, points[BROKEN] + moments[BROKEN]))} |"
 
 
-def main() -> int:
-    """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--random", type=int, default=200, help="kills at random moments, of each kind")
     parser.add_argument("--only", nargs="*", default=(), help="kinds, by the beginnings of their names")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the table; returns the exit code."""
     print(f"| {' | '.join(HEAD)} |\n|---|{'---:|' * (len(HEAD) - 1)}", flush=True)
     wrong = 0
     for case in cases(options.only):
@@ -376,7 +378,3 @@ def main() -> int:
             print(problem, file=sys.stderr, flush=True)
         wrong += outcome.wrong
     return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from liar_opt.tools.dev import check_kills
-from liar_opt.tools.dev.check_kills import Case, check, file_cases
+from liar_opt.tools.dev.tables import kills
+from liar_opt.tools.dev.tables.kills import Case, check, file_cases
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked, and killed by SIGKILL")
 NAMES = [case.name for case in file_cases()]
@@ -29,14 +29,14 @@ def test_files(name: str) -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("index", [0, 1])
 def test_checkpoint_folders(index: int) -> None:
-    outcome = check(list(check_kills.checkpoint_cases())[index], moments=5, every=5)
+    outcome = check(list(kills.checkpoint_cases())[index], moments=5, every=5)
     assert not outcome.problems
     assert outcome.points["old"] and outcome.points["new"]
 
 
 @pytest.mark.slow
 def test_the_command() -> None:
-    outcome = check(check_kills.command_case(), moments=5, every=9)
+    outcome = check(kills.command_case(), moments=5, every=9)
     assert not outcome.problems
     assert outcome.points["old"]
 
