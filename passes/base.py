@@ -8,6 +8,7 @@ the :class:`State`; it never prints. Long work is told through ``State.progress`
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -16,7 +17,6 @@ from liar_opt.frontend.onnx_rules import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, OptionError
-from liar_opt.runtime.later import Later
 from liar_opt.runtime.memory import Memory
 
 Progress = Callable[[str, int, int], None]
@@ -60,7 +60,7 @@ class Opened(Finding):
 
     by: ClassVar[str] = "load_state"
     sizes: dict[str, int]
-    digest: Later[str] | None = None
+    digest: Future[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 The folder holds ``run.json`` (which model, data and options it belongs to, and the widths that were decided) and a folder
 for each finished segment: the kept blocks, the new weights and biases, the state of the random numbers, and what is alive
 behind it. A segment's folder appears whole or not at all. Cuts are made again from these, by the code that made them the
-first time, so that the result is the same to the last bit; nothing is measured again.
+first time, so that the result is the same to the last bit; nothing is measured again. One process at a time works in the
+folder (``run.lock``).
 
 What is removed, at the end of the run or behind one that was killed there, is what bears these names; any other file stays,
 and the folder with it.
@@ -27,8 +28,10 @@ from liar_opt.frontend.weight_files import as_bytes
 from liar_opt.passes.base import DenseModel, Finding, State
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.one_at_a_time import Held
 
 RUN = "run.json"
+LOCK = "run.lock"
 STEP = "segment-"
 UNFINISHED = ".unfinished"
 SEGMENT = re.compile(rf"{STEP}\d+({re.escape(UNFINISHED)})?")
@@ -69,6 +72,7 @@ class Checkpoint:
     done: int = 0
     decided: dict[str, Any] | None = None
     identity: dict[str, Any] = field(default_factory=dict)
+    held: Held | None = None
 
     @classmethod
     def open(cls, folder: Path, identity: dict[str, Any]) -> "Checkpoint":
@@ -79,22 +83,37 @@ class Checkpoint:
             identity: plain data that must be the same for a run to go on.
 
         Raises:
-            OptionError: it holds another run or other files, or cannot be made.
+            OptionError: it holds another run or other files, cannot be made, or another process works in it.
         """
-        identity = json.loads(json.dumps(identity))
-        run = folder / RUN
         if folder.exists() and not folder.is_dir():
             raise OptionError(f"resume '{folder}' is a file; give a folder")
+        if folder.is_dir() and not (folder / RUN).is_file() and not all(map(_is_ours, folder.iterdir())):
+            raise OptionError(f"resume folder '{folder}' holds other files; give a new one, or that of an earlier run")
+        try:
+            folder.mkdir(exist_ok=True)
+            held = Held(folder / LOCK)
+        except BlockingIOError as err:
+            raise OptionError(f"another run works in the resume folder '{folder}'; wait for it, or give another") from err
+        except OSError as err:
+            raise OptionError(f"resume folder '{folder}' cannot be made ({err.strerror or err}); give another") from err
+        try:
+            checkpoint = cls._taken_up(folder, json.loads(json.dumps(identity)))
+        except BaseException:
+            held.close()
+            raise
+        checkpoint.held = held
+        return checkpoint
+
+    @classmethod
+    def _taken_up(cls, folder: Path, identity: dict[str, Any]) -> "Checkpoint":
+        run = folder / RUN
         if not run.is_file():
-            if folder.is_dir() and not all(map(_is_ours, folder.iterdir())):
-                raise OptionError(f"resume folder '{folder}' holds other files; give a new one, or that of an earlier run")
+            checkpoint = cls(folder, identity=identity)
             try:
-                folder.mkdir(exist_ok=True)
                 _remove_ours(folder)  # of a run that was killed when it was done
+                checkpoint._write_run()
             except OSError as err:
                 raise OptionError(f"resume folder '{folder}' cannot be made ({err.strerror or err}); give another") from err
-            checkpoint = cls(folder, identity=identity)
-            checkpoint._write_run()
             return checkpoint
         try:
             stored = json.loads(run.read_text(encoding="utf-8"))
@@ -197,9 +216,15 @@ class Checkpoint:
             raise self._damaged(self.done) from err
         return result
 
+    def close(self) -> None:
+        """Lets another run work in the folder; what is kept stays."""
+        if self.held is not None:
+            self.held.close()
+
     def remove(self) -> None:
         """Removes what was kept, and the folder if nothing else is in it: the run is done."""
         _remove_ours(self.folder)
+        self.close()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -213,7 +238,7 @@ def _is_ours(entry: Path) -> bool:
     """Returns whether an entry of the folder is what a run keeps there, with nothing else in it."""
     if SEGMENT.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
         return all(CONTENT.fullmatch(file.name) and file.is_file() for file in entry.iterdir())
-    return entry.name in (RUN, f"{RUN}{UNFINISHED}") and entry.is_file()
+    return entry.name in (RUN, LOCK, f"{RUN}{UNFINISHED}") and entry.is_file()
 
 
 def _remove_ours(folder: Path) -> None:

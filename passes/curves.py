@@ -1,31 +1,24 @@
 """Error curves: what a group loses at each width, and the curves that earlier runs have kept.
 
-Who tries a second sparsity, a target or a largest loss waits for the cut alone: curves are kept under the cache folder, one
+Who tries a second sparsity, a target or a largest loss waits for the cut alone: curves are kept (`runtime.kept_results`), a
 file for each model, calibration data and way to measure them. The code that measured is part of the name, so that curves of
 another version are never taken.
 """
 
-import contextlib
-import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.passes.base import DenseModel, Finding, State
 from liar_opt.passes.checkpoint import digests_of
-from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.runtime.whole_file import whole_file
+from liar_opt.runtime.kept_results import code_digest, file_of, load_result, store_result
 
 SHOWN = 33
 """Points of a curve in the report."""
-MOST = 64
-"""Files that are kept; those that were not used for longest go."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,29 +72,27 @@ def place_of(state: State, options: Mapping[str, Any]) -> Path | None:
         **digests_of(state),
         "options": dict(options),
         "runtime": [onnxruntime.__version__, np.__version__, state.device, state.memory.tight],
-        "code": _code(),
+        "code": code_digest(),
     }
-    key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder() / "curves" / f"{key}.npz"
+    return file_of("curves", given, ".npz")
 
 
 def load_curves(path: Path) -> dict[str, GroupCurve] | None:
     """Returns the curves by group name; None where there are none, or the file is broken."""
-    try:
-        with np.load(path) as file:
-            names = [str(n) for n in file["names"]]
-            noted = zip(names, file["worths"], file["deviations"], strict=True)
-            found = {
-                name: GroupCurve(
-                    file[f"errors {name}"], file[f"values {name}"], float(worth), None if np.isnan(dev) else float(dev)
-                )
-                for name, worth, dev in noted
-            }
-        path.touch()
-    except Exception:  # whatever a broken archive raises
-        return None
-    numbers = (a for c in found.values() for a in (c.errors, c.values, np.asarray(c.worth)))
+    found = load_result(path, _read)
+    numbers = (a for c in (found or {}).values() for a in (c.errors, c.values, np.asarray(c.worth)))
     return found if all(a.dtype.kind == "f" and np.isfinite(a).all() for a in numbers) else None
+
+
+def _read(stream: IO[bytes]) -> dict[str, GroupCurve]:
+    with np.load(stream) as file:
+        noted = zip(file["names"], file["worths"], file["deviations"], strict=True)
+        return {
+            str(name): GroupCurve(
+                file[f"errors {name}"], file[f"values {name}"], float(worth), None if np.isnan(dev) else float(dev)
+            )
+            for name, worth, dev in noted
+        }
 
 
 def store_curves(path: Path, curves: Mapping[str, GroupCurve]) -> None:
@@ -113,22 +104,4 @@ def store_curves(path: Path, curves: Mapping[str, GroupCurve]) -> None:
     }
     for name, curve in curves.items():
         arrays |= {f"errors {name}": curve.errors, f"values {name}": curve.values}
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
-        by_age = sorted(path.parent.glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
-        for old in by_age[MOST:]:
-            old.unlink(missing_ok=True)
-
-
-@functools.cache
-def _code() -> str:
-    """The SHA-256 of the package's own source files."""
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
-    for part in ("frontend", "passes", "runtime"):
-        for path in sorted((root / part).glob("*.py")):
-            digest.update(f"{part}/{path.name}".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    store_result(path, lambda stream: np.savez(stream, **arrays))

@@ -29,6 +29,7 @@ from liar_opt.passes.registry import Measured, ScoreFunction, score_named
 from liar_opt.passes.scores import SELECTION_RIDGE
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
+from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
 from liar_opt.runtime.solve import Problem, select_greedy
 
 
@@ -67,17 +68,18 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
     def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
         """Measures, or takes what an earlier run found on the same; adds ``Curves``."""
         place = place_of(state, {f.name: getattr(self, f.name) for f in fields(self)})
-        kept = None if place is None or state.fresh else load_curves(place)
         groups = (*plan[0], *(g for segment in plan[1] for g in segment.groups))
-        if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in groups):
-            state.add(Curves(kept, kept=True))
-            return PassResult(state)
-        run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)
-        run.probing = self.worth
-        run.over_all()
-        state.add(Curves(run.curves))
-        if place is not None:
-            store_curves(place, run.curves)
+        with one_at_a_time(place, lambda: state.progress(WAITING, 0, 1)):
+            kept = None if place is None or state.fresh else load_curves(place)
+            if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in groups):
+                state.add(Curves(kept, kept=True))
+                return PassResult(state)
+            run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)
+            run.probing = self.worth
+            run.over_all()
+            state.add(Curves(run.curves))
+            if place is not None:
+                store_curves(place, run.curves)
         return PassResult(state)
 
 

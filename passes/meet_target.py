@@ -18,7 +18,7 @@ shared among them, gives the table of that shape on this machine, provider and b
     otherwise the weighted isotonic regression of the points
 
 Widths by that table and widths by parameters are both brought to the target, and those are taken that lose less. The
-table is kept in the user's cache.
+table is kept in the user's cache (`runtime.kept_results`).
 """
 
 import hashlib
@@ -28,10 +28,10 @@ import os
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import IO, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +55,9 @@ from liar_opt.passes.curves import Curves
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.prune_groups import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.kept_results import file_of, load_result, store_result
 from liar_opt.runtime.latency import Latency, measure_latency
-from liar_opt.runtime.user_cache import cache_folder
-from liar_opt.runtime.whole_file import write_whole
+from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
 
 Kind = Literal["params", "size", "flops", "latency"]
 UNITS: dict[Kind, dict[str, float]] = {
@@ -299,6 +299,7 @@ class _Gauge:
         self.kind = kind
         self.stored = state.found(DenseModel).stored
         self.device, self.fresh = state.device, state.fresh
+        self.waiting = lambda: state.progress(WAITING, 0, 1)
         self.feeds = state.calibration.batches[0]
         self.source = "counted"
         self.original: Any = None
@@ -360,21 +361,16 @@ class _Gauge:
             "fractions": FRACTIONS,
             "clock": "a process each",
         }
-        key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
-        path = cache_folder() / "latency" / f"{key}.json"
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if set(stored) == set(shapes) and not self.fresh:
-                kept = {s: ([int(n) for n in w], [float(x) for x in t]) for s, (w, t) in stored.items()}
-                if all(len(w) == len(t) > 0 and np.isfinite(t).all() for w, t in kept.values()):
-                    self.source = f"cache {path}"
-                    return kept
-        except (OSError, ValueError, TypeError, AttributeError):  # somebody else's JSON
-            pass
-        points = {s: self._points(members, multiple_of) for s, members in shapes.items()}
-        evened = smoothed(list(points.values()))
-        table = {s: (own.widths.tolist(), times.tolist()) for (s, own), times in zip(points.items(), evened, strict=True)}
-        _store(path, table)
+        path = file_of("latency", given, ".json")
+        with one_at_a_time(path, self.waiting):
+            kept = None if self.fresh else load_result(path, lambda stream: _read_table(stream, shapes))
+            if kept is not None:
+                self.source = f"cache {path}"
+                return kept
+            points = {s: self._points(members, multiple_of) for s, members in shapes.items()}
+            evened = zip(points.items(), smoothed(list(points.values())), strict=True)
+            table = {s: (own.widths.tolist(), times.tolist()) for (s, own), times in evened}
+            store_result(path, lambda stream: stream.write(f"{json.dumps(table)}\n".encode()))
         return table
 
     def _points(self, members: Sequence[ChannelGroup], multiple_of: int) -> "Points":
@@ -449,12 +445,12 @@ def _shape(group: ChannelGroup) -> str:
     return json.dumps([group.kind, group.size, group.parameters, consumers])
 
 
-def _store(path: Path, table: Mapping[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(table) + "\n")
-    except OSError:
-        return  # a cache that cannot be written costs seconds, nothing else
+def _read_table(stream: IO[bytes], shapes: Collection[str]) -> dict[str, tuple[list[int], list[float]]]:
+    """Reads a latency table of these shapes; raises anything where it is none."""
+    found = {s: ([int(n) for n in w], [float(x) for x in t]) for s, (w, t) in json.load(stream).items()}
+    if set(found) != set(shapes) or not all(len(w) == len(t) > 0 and np.isfinite(t).all() for w, t in found.values()):
+        raise ValueError("the table is of other shapes, or has no numbers")
+    return found
 
 
 def _processor() -> str:

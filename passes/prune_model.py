@@ -67,15 +67,16 @@ from liar_opt.passes.verify_model import (
     load_dense,
     require_runs,
 )
-from liar_opt.runtime.calibration_data import IMAGE_SIZES, CalibrationData, load_calibration
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
-from liar_opt.runtime.later import Later
+from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import LARGE_MODEL, Memory, MemoryWatch, anonymous, show_size
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import custom_operators, device_unused, refusal_of, resolve_provider
 from liar_opt.runtime.signatures import InputSpec
+from liar_opt.runtime.synthetic_inputs import IMAGE_SIZES
 
 SCHEMA = 1
 PACKINGS = ("auto", "on", "off")
@@ -95,7 +96,7 @@ SIDE_BY_SIDE = 6
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Where the calibration data comes from and how it is batched; see ``calibration_data.load_calibration``."""
+    """Where the calibration data comes from and how it is batched; see ``calibration_batches.CalibrationJob``."""
 
     source: Any = None
     tokenizer: str | Path | None = None
@@ -198,7 +199,7 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
         raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
     state = State(loaded, memory=limit)
     source = loaded.source
-    digest = Later(lambda: _sha256(source)) if source is not None and source.is_file() else None
+    digest = later(lambda: _sha256(source)) if source is not None and source.is_file() else None
     state.memory.model = loaded.weight_bytes()
     stored = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
     if state.memory.tight:
@@ -441,8 +442,11 @@ class _Job:
                 if not news:
                     raise
                 self.faults |= news
-            if self.state.checkpoint is not None:
-                self.state.checkpoint.remove()
+                if self.state.checkpoint is not None:
+                    self.state.checkpoint.remove()
+            finally:
+                if self.state.checkpoint is not None:
+                    self.state.checkpoint.close()
             self.state = self._anew()
 
     def _anew(self) -> State:
@@ -748,7 +752,7 @@ def _analysed(state: State, observer: Observer | None = None, load: bool = False
         # What folds constants first refuses those that are too large, which ONNX Runtime makes while it loads.
         normalised = Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
         if load and state.get(DenseSession) is None:
-            state.add(DenseSession(Later(lambda: load_dense(state))))
+            state.add(DenseSession(later(lambda: load_dense(state))))
         found = Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
         return replace(found, refusals=(*normalised.refusals, *found.refusals))
     except InternalError as err:

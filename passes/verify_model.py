@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ from liar_opt.runtime.compare import (
     require_repeatable,
 )
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
-from liar_opt.runtime.later import Later
+from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.sessions import Session, unknown_operators
 
@@ -86,7 +87,7 @@ class DenseSession(Finding):
     """A session of the model as it came, which may still be loading."""
 
     by: ClassVar[str] = "find-groups"
-    session: Later[Session]
+    session: Future[Session]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ class VerifyModelPass(Pass[None]):
         batches, masks = state.calibration.batches, state.calibration.row_masks
         # Sessions load while the masked original is made, unless that is too much at a time.
         parts = state.model.detached()
-        loading = Later(lambda: _load(parts, state.device, "the pruned model", lean))
+        loading = later(lambda: _load(parts, state.device, "the pruned model", lean))
         if lean:
             loading.result()
         reference = masked_reference(dense, state.repairs, cut.query_forms)

@@ -16,16 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.runtime.calibration_data import (
-    Column,
-    csv_rows,
-    jsonl_rows,
-    may_be_hub_name,
-    npy_column,
-    npz_columns,
-)
+from liar_opt.runtime.array_columns import Column, npy_column, npz_columns
+from liar_opt.runtime.calibration_data import may_be_hub_name
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.signatures import names, one_line
+from liar_opt.runtime.text_sources import ACCEPTED, csv_rows, jsonl_rows
 
 Array = NDArray[Any]
 TEXT_PAIRS = (
@@ -38,7 +33,6 @@ TEXT_PAIRS = (
 )
 TEXTS = ("text", "sentence", "review", "content")
 LABELS = ("label", "labels", "score", "similarity_score")
-ACCEPTED = "a .txt, .jsonl, .csv or .npz file, a folder of .npy files, or a `datasets` folder or name"
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.runtime.array_columns import Column
 from liar_opt.runtime.bootstrap import RESAMPLES
-from liar_opt.runtime.calibration_data import Column, pad_texts
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.evaluation_data import Table, text_columns, texts
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.signatures import InputSpec, Signature, cast, is_float, names, one_line
+from liar_opt.runtime.text_batches import pad_texts
 from liar_opt.runtime.text_tokenizer import Text, TextTokenizer, load_tokenizer
 
 Array = NDArray[Any]

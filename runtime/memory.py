@@ -5,7 +5,6 @@ system takes them back when it needs them.
 """
 
 import ctypes
-import os
 import re
 import threading
 import time
@@ -58,16 +57,22 @@ def free_memory() -> int:
         except (OSError, ValueError):
             continue
     if not found:
-        try:
-            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-        except (AttributeError, ValueError, OSError):
-            found.append(4 << 30)
+        import psutil
+
+        found.append(psutil.virtual_memory().available)
     return max(min(found), 1 << 28)
 
 
 def anonymous() -> int | None:
-    """Returns the bytes of anonymous memory that are resident now; None where the system does not tell."""
-    return _numbers(Path("/proc/self/status")).get("RssAnon")
+    """Returns the bytes of anonymous memory that are resident now; None where the system does not tell.
+
+    Without a /proc, the bytes that are this process's alone.
+    """
+    if found := _numbers(Path("/proc/self/status")):
+        return found.get("RssAnon")
+    import psutil
+
+    return int(psutil.Process().memory_full_info().uss)
 
 
 def trim() -> None:
@@ -136,7 +141,12 @@ class MemoryWatch:
     @property
     def resident(self) -> int | None:
         """The largest resident memory of the process so far, pages of mapped files included."""
-        return _numbers(Path("/proc/self/status")).get("VmHWM")
+        if found := _numbers(Path("/proc/self/status")):
+            return found.get("VmHWM")
+        import psutil
+
+        now = psutil.Process().memory_info()
+        return int(getattr(now, "peak_wset", now.rss))  # Windows tells of a peak, macOS of none
 
 
 def _look(watch: "weakref.ref[MemoryWatch]", seconds: float) -> None:

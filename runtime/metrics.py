@@ -68,15 +68,9 @@ def pearson(scores: Array, wanted: Array) -> float:
 
 def spearman(scores: Array, wanted: Array) -> float:
     """Returns the correlation of the ranks."""
-    return pearson(ranks(scores), ranks(wanted))
+    from scipy.stats import rankdata
 
-
-def ranks(values: Array) -> NDArray[np.float64]:
-    """Returns ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    means: NDArray[np.float64] = last - (counts - 1) / 2
-    return means[inverse.reshape(-1)]
+    return pearson(rankdata(scores), rankdata(wanted))
 
 
 def cosines(x: Array, y: Array) -> NDArray[np.float64]:

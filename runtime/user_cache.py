@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 
 def cache_folder() -> Path:
-    """Returns `liar-opt` under $XDG_CACHE_HOME, or under ~/.cache; it may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
+    """Returns `liar-opt` under $XDG_CACHE_HOME, or in the folder that the system has for caches; it may not exist yet."""
     # The XDG specification: a path that is not absolute is to be ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "liar-opt"
+    if not Path(given := os.environ.get("XDG_CACHE_HOME", "")).is_absolute():
+        found = user_cache_path("liar-opt", appauthor=False)
+        return found if found.is_absolute() else Path.home() / ".cache" / "liar-opt"
+    return Path(given) / "liar-opt"

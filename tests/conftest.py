@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def no_curves_of_earlier_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Curves are kept in a folder of the test's own."""
-    monkeypatch.setattr("liar_opt.passes.curves.cache_folder", lambda: tmp_path / "cache")
+    """Curves and tables of latencies are kept in a folder of the test's own."""
+    monkeypatch.setattr("liar_opt.runtime.kept_results.cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

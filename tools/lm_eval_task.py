@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.bootstrap import LEVEL, mean_of, paired_difference
-from liar_opt.runtime.calibration_data import pad_texts
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.evaluation_feeds import Candidate, EvaluationOptions, Progress
 from liar_opt.runtime.signatures import Signature, names, one_line
+from liar_opt.runtime.text_batches import pad_texts
 from liar_opt.runtime.text_tokenizer import load_tokenizer
 
 PREFIX = "lm-eval:"

@@ -215,6 +215,25 @@ def test_folders_that_are_none_of_ours(model: onnx.ModelProto, tmp_path: Path) -
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_two_runs_in_one_folder(model: onnx.ModelProto, tmp_path: Path) -> None:
+    """The second says so before it works, and changes nothing; what a killed one leaves of its lock keeps nobody out."""
+    folder = tmp_path / "run"
+
+    def second(stage: str, done: int, total: int) -> None:
+        if stage == "calibrate" and done == 14:
+            before = sorted(p.name for p in folder.rglob("*"))
+            with pytest.raises(OptionError, match=r"another run works in the resume folder '.*run'; wait for it, or give"):
+                prune(model, folder)
+            assert sorted(p.name for p in folder.rglob("*")) == before
+            raise Stop
+
+    with pytest.raises(Stop):
+        prune(model, folder, progress=second)
+    (folder / "run.lock").touch()
+    assert prune(model, folder).report["resumed"] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_resumed(model: onnx.ModelProto, tmp_path: Path) -> None:
     for options in ({"repair": "dense"}, {"max_drop": 0.1, "ffn": None}):
         with pytest.raises(OptionError, match="resume works with ratios or a target"):

@@ -13,8 +13,9 @@ import pytest
 from streams import STREAM, WEIGHTS, batches
 
 import liar_opt
-from liar_opt.passes import curves, measure_curves
+from liar_opt.passes import measure_curves
 from liar_opt.passes.curves import GroupCurve, load_curves, store_curves
+from liar_opt.runtime import kept_results
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 def test_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves, "MOST", 2)
+    monkeypatch.setattr(kept_results, "MOST", 2)
     curve = GroupCurve(np.array([1.0, 0.0]), np.array([1.0]), 2.0, None)
     for i in range(3):
         path = tmp_path / f"{i}.npz"

@@ -110,7 +110,6 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
     monkeypatch.setattr(meet_target, "deployed", lambda model, device: model)
     monkeypatch.setattr(meet_target, "measure_latency", measure)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return asked
 
 
@@ -130,7 +129,7 @@ def test_the_latency_table_is_kept_and_used_again(clock: list[int], tmp_path: Pa
         MeetTargetPass(target="latency=1.3x", multiple_of=1, allocate="uniform")(state)
         counts.append(clock[0] - before)
     assert counts[1] < counts[0]
-    (path,) = (tmp_path / "liar-opt" / "latency").iterdir()
+    (path,) = (tmp_path / "cache" / "latency").iterdir()
     assert state.found(MetTarget).table == f"cache {path}"
     table = json.loads(path.read_text(encoding="utf-8"))
     values: list[Any] = [1, None, [["a"], ["b"]], [[], []], [[1], [float("nan")]]]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from words import CLS, PAD, SEP, SPECIALS, UNK, WORDS, plain_tokenizer, save_tokenizer
 
-from liar_opt.runtime import calibration_data, text_tokenizer
+from liar_opt.runtime import array_columns, text_batches, text_sources, text_tokenizer
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.signatures import InputSpec
@@ -479,12 +479,12 @@ def test_every_array_source_gives_the_same_rows(tmp_path: Path, kind: str) -> No
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_large_npz_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool) -> None:
-    monkeypatch.setattr(calibration_data, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(array_columns, "BLOCK_BYTES", 1000)
     images = np.random.default_rng(0).standard_normal((53, 3, 5, 7)).astype(np.float32)
     file = tmp_path / "images.npz"
     (np.savez_compressed if compressed else np.savez)(file, labels=np.arange(53), pixel_values=images)
-    column = calibration_data.npz_columns(file)["pixel_values"]
-    assert isinstance(column, calibration_data._Compressed) == compressed
+    column = array_columns.npz_columns(file)["pixel_values"]
+    assert isinstance(column, array_columns.CompressedColumn) == compressed
     data = load_calibration(file, IMAGE, samples=20, batch_size=7)
     given = {row.tobytes() for row in images}
     found = [row[0] for row in rows_of(data)]
@@ -496,13 +496,13 @@ def test_large_npz_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_stored_arrays_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_data, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(array_columns, "BLOCK_BYTES", 1000)
     images = np.random.default_rng(0).standard_normal((53, 3, 5, 7)).astype(np.float32)
     np.savez(tmp_path / "a.npz", pixel_values=images, turned=np.asfortranarray(images))
     np.save(tmp_path / "pixel_values.npy", images)
-    columns = calibration_data.npz_columns(tmp_path / "a.npz")
-    for column in (*columns.values(), calibration_data.npy_column(tmp_path / "pixel_values.npy")):
-        assert isinstance(column, calibration_data.InMemory)
+    columns = array_columns.npz_columns(tmp_path / "a.npz")
+    for column in (*columns.values(), array_columns.npy_column(tmp_path / "pixel_values.npy")):
+        assert isinstance(column, array_columns.InMemory)
         assert isinstance(column.values, np.memmap)
         assert np.array_equal(column.values, images)
     assert load_calibration(tmp_path / "pixel_values.npy", IMAGE).samples == 53
@@ -638,7 +638,7 @@ def test_not_finite(tmp_path: Path, value: float) -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_damaged_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool) -> None:
-    monkeypatch.setattr(calibration_data, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(array_columns, "BLOCK_BYTES", 100)
     file = tmp_path / "cut.npz"
     images = np.random.default_rng(0).standard_normal((20, 3, 5, 7)).astype(np.float32)
     (np.savez_compressed if compressed else np.savez)(file, pixel_values=images)
@@ -1005,7 +1005,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
         found.append(Counted(text_tokenizer.load_tokenizer(where)))
         return found[-1].tokenizer
 
-    monkeypatch.setattr(calibration_data, "load_tokenizer", load)
+    monkeypatch.setattr(text_batches, "load_tokenizer", load)
     return found
 
 
@@ -1069,23 +1069,23 @@ def test_texts_are_cut_at_blanks() -> None:
 
 
 def test_many_long_texts_for_packing_have_no_more_room_than_all(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_data, "_TEXT_ROOM", 5000)
-    kept: list[calibration_data._Kept] = []
-    put = calibration_data._Kept.put
+    monkeypatch.setattr(text_sources, "TEXT_ROOM", 5000)
+    kept: list[text_sources.KeptTexts] = []
+    put = text_sources.KeptTexts.put
 
     def noted(self: Any, text: str, slot: int | None = None) -> None:
         put(self, text, slot)
         kept.append(self)
         assert sum(map(len, self.texts)) <= 5000
 
-    monkeypatch.setattr(calibration_data._Kept, "put", noted)
+    monkeypatch.setattr(text_sources.KeptTexts, "put", noted)
     long = [" ".join(texts(40, i)) for i in range(30)]
     load_calibration(long, BERT, tokenizer=tokenizer, sequence_length=7, samples=20, packing=True)
     assert min(map(len, kept[-1].texts)) > 50
 
 
 def test_a_row_of_csv_without_an_end(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_data, "_LONGEST_ROW", calibration_data._PIECE)
+    monkeypatch.setattr(text_sources, "LONGEST_ROW", text_sources.PIECE)
     (tmp_path / "a.csv").write_text("text\ncat\n" + "cat," * 40_000 + "\n")
     refuse("line 3 of", "longer than 65,536 characters", source=tmp_path / "a.csv", tokenizer=tokenizer)
 

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from liar_opt.runtime import memory
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import Memory, MemoryWatch, anonymous, free_memory, parse_size, show_size
 
@@ -47,3 +48,10 @@ def test_the_peak_is_seen() -> None:
     del held
     assert (watch.anonymous or 0) >= before + (60 << 20)
     assert (watch.resident or 0) >= 60 << 20
+
+
+def test_without_a_proc_the_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_numbers", lambda path: {})
+    assert (anonymous() or 0) > 10 << 20
+    assert (MemoryWatch().resident or 0) > 10 << 20
+    assert free_memory() >= 1 << 28

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from liar_opt.tools.dev.whisper_tiny import END, PROMPT, word_errors, words, write
+from liar_opt.tools.dev.subjects.whisper_tiny import END, PROMPT, word_errors, words, write
 
 
 def test_words_have_no_case_no_punctuation_and_no_single_digits() -> None:
