@@ -777,7 +777,9 @@ def test_ctrl_c(model: Path, name: str) -> None:
         out, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert out == ""
-    assert err.splitlines() == ["liar-opt: interrupted; nothing was written"]
+    *steps, last = err.splitlines()
+    assert last == "liar-opt: interrupted; nothing was written"
+    assert all(" of " in step for step in steps)  # what was done until the signal came, on a busy machine
     assert sorted(p.name for p in model.parent.iterdir()) == ["model.onnx"]
 
 
