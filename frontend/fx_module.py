@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from liar_opt.passes.axes import AxisAlgebra
-
 DOMAIN = "aten"
 BATCH = 3
 """Samples of the example that is traced; its token axes get prime lengths of their own."""
@@ -177,11 +175,11 @@ class FxWalk(GraphWalk):
                 return
 
 
-def analyse(model: FxModel, algebra: AxisAlgebra) -> FxWalk:
+def analyse(model: FxModel) -> FxWalk:
     """Runs the axis algebra over a lowered module."""
     import liar_opt.frontend.fx_rules  # noqa: F401  (registers the rules)
 
-    state = FxWalk(model, algebra, {})
+    state = FxWalk(model)
     state.run()
     return state
 

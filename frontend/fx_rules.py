@@ -15,13 +15,13 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.axes import Factor
 from liar_opt.frontend.fx_module import DOMAIN
 from liar_opt.frontend.onnx_model import present
 from liar_opt.frontend.onnx_normalisation_rules import normalised_by_groups
 from liar_opt.frontend.onnx_rule_table import Axes, rule
 from liar_opt.frontend.onnx_rules import GraphWalk, einsum, experts_product
 from liar_opt.frontend.onnx_values import resolve_reshape
-from liar_opt.passes.axes import Factor
 
 _FOREVER = 1 << 62
 """Slices end at about this number where they go to the end."""

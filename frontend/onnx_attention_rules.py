@@ -17,8 +17,8 @@ from liar_opt.frontend.onnx_model import present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
 
 if TYPE_CHECKING:
+    from liar_opt.frontend.axes import Factor
     from liar_opt.frontend.onnx_rules import GraphWalk
-    from liar_opt.passes.axes import Factor
 
 
 # -- parts of the rules ---------------------------------------------------------------------------------------------

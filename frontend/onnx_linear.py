@@ -25,7 +25,7 @@ from liar_opt.frontend.onnx_rules import ConstantUse, GraphWalk, ProductUse
 from liar_opt.frontend.onnx_values import slice_arguments, slices
 
 if TYPE_CHECKING:
-    from liar_opt.passes.axes import Factor
+    from liar_opt.frontend.axes import Factor
 
 LAYOUT = (
     *("Cast Concat Dropout Expand Flatten Gather Identity Reshape Slice Split Squeeze Tile Transpose Unsqueeze").split(),

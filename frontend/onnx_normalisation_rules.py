@@ -13,8 +13,8 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
 
 if TYPE_CHECKING:
+    from liar_opt.frontend.axes import Factor
     from liar_opt.frontend.onnx_rules import GraphWalk
-    from liar_opt.passes.axes import Factor
 
 
 def normalised_by_groups(w: GraphWalk, node: gs.Node, axes: Axes, channel: int, number: str) -> Factor | None:

@@ -20,8 +20,8 @@ from liar_opt.frontend.onnx_model import present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, rule
 
 if TYPE_CHECKING:
+    from liar_opt.frontend.axes import Factor
     from liar_opt.frontend.onnx_rules import GraphWalk
-    from liar_opt.passes.axes import Factor
 
 
 @rule("GRU", "LSTM", "RNN")

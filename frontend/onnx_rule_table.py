@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 if TYPE_CHECKING:
+    from liar_opt.frontend.axes import Factor
     from liar_opt.frontend.onnx_rules import GraphWalk
-    from liar_opt.passes.axes import Factor
 
 Axes = tuple["Factor", ...]
 Rule = Callable[["GraphWalk", gs.Node], None]

@@ -1,7 +1,7 @@
 """The ONNX operator table of the axis algebra.
 
 :class:`GraphWalk` visits the nodes of a graph once, in topological order. It gives every axis of every tensor a factor
-(see :mod:`liar_opt.passes.axes`); a rule per operator says which factors are equal, how axes are split, merged, cut and
+(see :mod:`liar_opt.frontend.axes`); a rule per operator says which factors are equal, how axes are split, merged, cut and
 joined, and which are pinned. Symbolic dimensions of the graph's inputs are given distinct prime sizes for the walk, so
 that every shape is concrete, and small tensors that are computed from shapes have known values. Two symbols that an
 operator equates are merged and the walk starts again.
@@ -28,7 +28,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -40,6 +40,7 @@ import liar_opt.frontend.onnx_fused_rules
 import liar_opt.frontend.onnx_layout_rules
 import liar_opt.frontend.onnx_normalisation_rules
 import liar_opt.frontend.onnx_recurrent_rules  # noqa: F401 (these imports put their rules into the table)
+from liar_opt.frontend.axes import AxisAlgebra, Factor
 from liar_opt.frontend.onnx_model import MOVERS, OnnxModel, constant_value, is_constant, is_float, present
 from liar_opt.frontend.onnx_rule_table import MICROSOFT, RULES, Axes, rule
 from liar_opt.frontend.onnx_values import (
@@ -53,9 +54,6 @@ from liar_opt.frontend.onnx_values import (
 )
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.signatures import InputSpec, Signature
-
-if TYPE_CHECKING:
-    from liar_opt.passes.axes import AxisAlgebra, Factor
 
 COPIES = ("Cast", "Identity")
 LOOK_UPS = ("Gather", "GatherND")
@@ -282,8 +280,8 @@ class GraphWalk:
     """The state of the analysis of one graph; :func:`walk` makes and runs it."""
 
     model: OnnxModel
-    algebra: AxisAlgebra
-    symbols: dict[str, int]
+    symbols: dict[str, int] = field(default_factory=dict)
+    algebra: AxisAlgebra = field(default_factory=AxisAlgebra)
     axes: dict[str, Axes | None] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)
     constant_uses: list[ConstantUse] = field(default_factory=list)
@@ -827,24 +825,14 @@ def infer_shapes(model: OnnxModel, symbols: dict[str, int]) -> dict[str, tuple[i
     return result
 
 
-def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
-    """Analyses a normalised graph.
-
-    Args:
-        model: the graph; it is not changed.
-        algebra: makes an empty axis algebra (the walk may start more than once).
-
-    Returns:
-        The walk, run to its end.
-    """
+def walk(model: OnnxModel) -> GraphWalk:
+    """Analyses a normalised graph, which is not changed, and returns the walk, run to its end."""
     symbols, apart = Symbols(probe_symbols(model)), set[frozenset[int]]()
     images = _image_axes(model)
     plain, choosy = symbols, bool(images)
     while True:
         growing = 1 < max(symbols.free.values(), default=1) < LARGEST_PROBE
-        state = GraphWalk(
-            model, algebra(), symbols.sizes(), apart=apart, growing=growing, choosy=choosy, images=bool(images)
-        )
+        state = GraphWalk(model, symbols.sizes(), apart=apart, growing=growing, choosy=choosy, images=bool(images))
         try:
             state.run()
         except TooShort:
@@ -864,7 +852,7 @@ def walk(model: OnnxModel, algebra: Callable[[], AxisAlgebra]) -> GraphWalk:
             continue
         break
     if symbols.free:
-        _mark_dynamic(state, symbols, algebra)
+        _mark_dynamic(state, symbols)
     for tensor in model.graph.inputs:
         for axis, size in enumerate(state.input_sizes(tensor) if tensor.shape is not None else ()):
             if size == 1 and (not isinstance(tensor.shape[axis], int) or tensor.shape[axis] < 0):
@@ -922,9 +910,9 @@ class Symbols:
         return Symbols({k: v * PATCHES if k in names else v for k, v in self.free.items()}, self.sums)
 
 
-def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], AxisAlgebra]) -> None:
+def _mark_dynamic(state: GraphWalk, symbols: Symbols) -> None:
     """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes, which is kept."""
-    other = GraphWalk(state.model, algebra(), symbols.renamed().sizes(), merging=False)
+    other = GraphWalk(state.model, symbols.renamed().sizes(), merging=False)
     other.run()
     state.others.append(other)
     sizes = {(id(u.node), u.where): u.value for u in other.size_uses}
@@ -935,17 +923,17 @@ def _mark_dynamic(state: GraphWalk, symbols: Symbols, algebra: Callable[[], Axis
     ]
 
 
-def count_flops(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: dict[str, Array]) -> int | None:
+def count_flops(model: OnnxModel, feeds: dict[str, Array]) -> int | None:
     """Returns the floating-point operations of all contractions for inputs of the shapes of ``feeds``.
 
     A multiplication and an addition are two operations; pointwise operators and softmax are not counted. None where the
     graph's inputs have other names or ranks.
     """
-    state = walk_sized(model, algebra, feeds)
+    state = walk_sized(model, feeds)
     return None if state is None else state.flops
 
 
-def walk_sized(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: Mapping[str, Array]) -> GraphWalk | None:
+def walk_sized(model: OnnxModel, feeds: Mapping[str, Array]) -> GraphWalk | None:
     """Walks with the sizes of ``feeds``; None where the graph's inputs have other names or ranks."""
     symbols: dict[str, int] = {}
     for tensor in model.graph.inputs:
@@ -954,7 +942,7 @@ def walk_sized(model: OnnxModel, algebra: Callable[[], AxisAlgebra], feeds: Mapp
                 if tensor.name not in feeds or feeds[tensor.name].ndim <= axis:
                     return None
                 symbols[dimension_key(tensor.name, axis, dimension)] = feeds[tensor.name].shape[axis]
-    state = GraphWalk(model, algebra(), symbols)
+    state = GraphWalk(model, symbols)
     try:
         state.run()
     except MergeSymbols:

@@ -29,7 +29,6 @@ from liar_opt.frontend.onnx_segments import (
     stream_of,
     tap_for,
 )
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.measured import Measured, Repaired
@@ -79,7 +78,7 @@ class TwinRun(SegmentRun):
         super().__init__(options, state, wide, segments)
         model = state.facts["dense"].model()
         model.normalise()
-        self.twin: GraphWalk = walk(model, AxisAlgebra)
+        self.twin: GraphWalk = walk(model)
         self.twin_alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
         self.twin_at: str | None = None
         self.aware: dict[str, Moments] = {}

@@ -34,11 +34,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.axes import AxisAlgebra
 from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
 from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
 
@@ -89,7 +89,7 @@ class FindGroupsPass(Pass[None]):
 
     def apply(self, state: State, plan: None) -> PassResult:
         """Adds the analysis and the groups to the state."""
-        state.walk = walk(state.model, AxisAlgebra)
+        state.walk = walk(state.model)
         found = find_groups(state.walk)
         state.groups = found.groups
         state.values = found.values

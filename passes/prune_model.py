@@ -28,7 +28,6 @@ from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, wal
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.weight_files import MAP_FROM, completed, lightened, write_model
 from liar_opt.passes.allocate_widths import NAMED, note_widths
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
@@ -655,7 +654,7 @@ def _identity(state: State, report: dict[str, Any], search: float | None) -> dic
 def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> CalibrationData:
     """Returns the data in smaller batches where what is alive in the model, run on one, takes more than may be used."""
     dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in state.analysed().input_specs())
-    whole = walk_sized(state.model, AxisAlgebra, data.batches[0]) if dynamic else None
+    whole = walk_sized(state.model, data.batches[0]) if dynamic else None
     if whole is None:
         return data
     sizes = tensor_sizes(whole)
@@ -771,11 +770,11 @@ def _flops(state: State, target: str | None) -> int | None:
     if state.calibration is None:
         return None
     if "sizes" not in state.facts:  # of the dense model: what is cut is no larger
-        whole = walk_sized(state.model, AxisAlgebra, state.calibration.batches[0])
+        whole = walk_sized(state.model, state.calibration.batches[0])
         if whole is None:
             return None
         state.facts["sizes"] = tensor_sizes(whole)
-    return count_flops(state.model, AxisAlgebra, _one_batch(state, target))
+    return count_flops(state.model, _one_batch(state, target))
 
 
 def _sizes(model: OnnxModel) -> dict[str, Any]:

@@ -64,7 +64,6 @@ from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_ten
 from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups, layout
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
@@ -126,7 +125,7 @@ class FindModuleGroupsPass(FindGroupsPass):
     def apply(self, state: State, plan: None) -> PassResult:
         """Adds the analysis and the groups to the state."""
         assert isinstance(state.model, FxModel)
-        state.walk = analyse(state.model, AxisAlgebra())
+        state.walk = analyse(state.model)
         found = find_groups(state.walk)
         rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
         state.groups = tuple(g for g in found.groups if g not in rigid)
@@ -503,7 +502,7 @@ class VerifyModulePass(Pass[None]):
         dtype = precision(model)
         original = lower(model.program, model.module)
         reference = lower(model.program, model.module)
-        mask_model(analyse(reference, AxisAlgebra()), state.repairs)
+        mask_model(analyse(reference), state.repairs)
         example: dict[str, Any] = state.facts["example"]
         facts: dict[str, Any] = {"exact_dtype": dtype}
         cut = Executor(model, device)

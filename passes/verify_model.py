@@ -26,7 +26,6 @@ from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, vocabulary, walk
 from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.weight_files import without_data
 from liar_opt.frontend.widen_graph import nodes_within, widen
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.prune_groups import HELD_BACK, NO_MEMORY, ConsumerRepair, cut_arrays, run_segment
@@ -188,7 +187,7 @@ def masked_reference(dense: Stored, repairs: list[ConsumerRepair], query_forms: 
     model = dense.model()
     model.normalise()
     project_queries(model, query_forms)
-    mask_model(walk(model, AxisAlgebra), repairs)
+    mask_model(walk(model), repairs)
     return model
 
 

@@ -41,7 +41,6 @@ from threadpoolctl import threadpool_info
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_rules import count_flops, vocabulary
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
@@ -466,7 +465,7 @@ def latency(work: Workplace) -> dict[str, Any]:
     for b, s in SHAPES:
         values = (rng.integers(1000, 2000, (b, s)), np.ones((b, s), np.int64), np.zeros((b, s), np.int64))
         feeds = dict(zip(MINILM_INPUTS, values, strict=True))
-        flops = [count_flops(m, AxisAlgebra, feeds) or 0 for m in analysed.values()]
+        flops = [count_flops(m, feeds) or 0 for m in analysed.values()]
         for threads in THREADS:
             timed = [Deployed(m, threads=threads) for m in models.values()]
             found = measure_latency(timed, feeds, LATENCY_SECONDS, least=10, most=2000)
