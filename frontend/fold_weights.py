@@ -18,11 +18,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from liar_opt.frontend.graph_tensors import STANDARD
 from liar_opt.frontend.hand_quantised import CONTRACTIONS, FUSED_CONTRACTIONS
-from liar_opt.frontend.onnx_rule_table import MICROSOFT
-from liar_opt.frontend.onnx_values import EVALUATORS, Array, Attributes, Evaluator, Inputs, axes_of, result_elements
+from liar_opt.frontend.rules.table import MICROSOFT
+from liar_opt.frontend.shape_values import EVALUATORS, Array, Attributes, Evaluator, Inputs, axes_of, result_elements
 
-STANDARD = (None, "", "ai.onnx")
 MOVES = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Shape"}
 """What gives a weight another layout or type. Where it alone reads that weight, ``OnnxModel.normalise`` folds it."""
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}

@@ -22,10 +22,11 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from liar_opt.frontend.onnx_model import detached_tensors, is_constant, is_float, present
-from liar_opt.frontend.onnx_rule_table import SKIPS
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, Window
-from liar_opt.frontend.onnx_values import slice_arguments
+from liar_opt.frontend.graph_tensors import detached_tensors, is_constant, is_float, present
+from liar_opt.frontend.records import ConsumerUse, Window
+from liar_opt.frontend.rules.table import SKIPS
+from liar_opt.frontend.shape_values import slice_arguments
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.widen_graph import widen
 
 ROWS = "liar_opt_rows"

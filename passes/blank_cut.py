@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import count_flops, walk
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import count_flops, walk
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.latency import Deployed

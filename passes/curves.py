@@ -114,7 +114,7 @@ def _code() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent
     for part in ("frontend", "passes", "runtime"):
-        for path in sorted((root / part).glob("*.py")):
-            digest.update(f"{part}/{path.name}".encode())
+        for path in sorted((root / part).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, walk
 from liar_opt.frontend.onnx_segments import (
     VARIANCE_FLOOR,
     Place,
@@ -29,6 +28,8 @@ from liar_opt.frontend.onnx_segments import (
     stream_of,
     tap_for,
 )
+from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.measured import Measured, Repaired

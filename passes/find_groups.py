@@ -21,7 +21,7 @@ Experts whose weights are one constant keep channels of their own in the same wa
 of its expert from the first weight to the last. Each is a consumer of its own.
 
 The width of queries and keys ("query-key") ends in no weight: a product of two activations contracts it. It is a group
-where it is pinned for that reason alone and both sides are linear along it (`frontend.onnx_linear`).
+where it is pinned for that reason alone and both sides are linear along it (`frontend.linear`).
 """
 
 import itertools
@@ -35,10 +35,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.axes import AxisAlgebra
-from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
-from liar_opt.frontend.onnx_model import is_constant
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
+from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.linear import Bent, operands_of, sources_of
+from liar_opt.frontend.records import ConstantUse, ConsumerUse
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import RELAYOUTS, GraphWalk, walk
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
 

@@ -20,11 +20,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_causal import positions
+from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_model import Stored
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, looked_up, vocabulary, walk
 from liar_opt.frontend.onnx_segments import Extracted, Place, extract
+from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from liar_opt.frontend.fx_module import Executor, FxModel, analyse, lower, precision
-from liar_opt.frontend.onnx_model import is_constant
+from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prove_groups import (

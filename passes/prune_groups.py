@@ -21,10 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_activations import live_bytes
-from liar_opt.frontend.onnx_model import is_constant
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.onnx_segments import (
     ROWS,
     Extracted,
@@ -38,6 +36,9 @@ from liar_opt.frontend.onnx_segments import (
     stream_of,
     tap_for,
 )
+from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import Change, Pass, PassResult, State
 from liar_opt.passes.change_basis import BasisChange, basis_of, value_turn
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup

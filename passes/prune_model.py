@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 import onnx
 
+from liar_opt.frontend.causal import is_causal, positions
 from liar_opt.frontend.genai_config import write_config
 from liar_opt.frontend.input_files import Inputs
-from liar_opt.frontend.onnx_activations import live_bytes, tensor_sizes
-from liar_opt.frontend.onnx_causal import is_causal, positions
+from liar_opt.frontend.live_memory import live_bytes, tensor_sizes
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
 from liar_opt.frontend.sound_model import why_invalid
+from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.walk import count_flops, walk_sized
 from liar_opt.frontend.weight_files import MAP_FROM, completed, lightened, write_model
 from liar_opt.passes.allocate_widths import NAMED, note_widths
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Progress, State, no_progress

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from liar_opt.frontend.causal import is_causal
 from liar_opt.frontend.fx_module import (
     BATCH,
     Executor,
@@ -35,6 +36,7 @@ from liar_opt.frontend.fx_module import (
 )
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, cut_program, planned_state
+from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.hf_checkpoint import (
     FieldChange,
     FieldPlace,
@@ -58,8 +60,6 @@ from liar_opt.frontend.hf_checkpoint import (
 )
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
-from liar_opt.frontend.onnx_causal import is_causal
-from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, nodes_for, row_mask
 from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.frontend.weight_files import lightened, write_model

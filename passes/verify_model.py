@@ -19,11 +19,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_activations import live_bytes
-from liar_opt.frontend.onnx_model import Narrow, OnnxModel, Stored, is_constant, is_float, like
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, vocabulary, walk
+from liar_opt.frontend.graph_tensors import Narrow, is_constant, is_float, like
+from liar_opt.frontend.live_memory import live_bytes
+from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.sound_model import shown
+from liar_opt.frontend.tables import vocabulary
+from liar_opt.frontend.walk import COPIES, GraphWalk, walk
 from liar_opt.frontend.weight_files import without_data
 from liar_opt.frontend.widen_graph import nodes_within, widen
 from liar_opt.passes.base import Pass, PassResult, State

@@ -13,7 +13,7 @@ import onnx.parser
 import oracle
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import GraphWalk, walk
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.prune_groups import cut_arrays
 

@@ -12,8 +12,8 @@ import onnx
 import onnxruntime as ort
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import GraphWalk, walk
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.prune_groups import cut_arrays

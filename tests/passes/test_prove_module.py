@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import liar_opt
-import liar_opt.frontend.fx_rules
-from liar_opt.frontend.onnx_rule_table import RULES
+import liar_opt.frontend.rules.aten
+from liar_opt.frontend.rules.table import RULES
 from liar_opt.passes.prove_groups import Failure, groups_at_fault
 from liar_opt.passes.prove_module import ProveModuleGroupsPass, failure, probe_sizes
 from liar_opt.passes.prune_module import FindModuleGroupsPass, ModuleResult, PruneModulePass, _load

@@ -27,7 +27,7 @@ import onnx
 from benchmark_minilm import BOTH, HALVES, Held, Workplace, forward_seconds, optimised, say, setting, table
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import count_flops
+from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session, cuda_works

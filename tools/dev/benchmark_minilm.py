@@ -40,7 +40,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import count_flops, vocabulary
+from liar_opt.frontend.tables import vocabulary
+from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.bootstrap import mean_of, paired_difference
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration

@@ -1,4 +1,4 @@
-"""The rules of other fused operators; :mod:`liar_opt.frontend.onnx_rules` imports them."""
+"""Rules of other fused operators."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, rule
+from liar_opt.frontend.rules.table import MICROSOFT, rule
 
 if TYPE_CHECKING:
-    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.frontend.walk import GraphWalk
 
 
 @rule("MoE", domain=MICROSOFT)

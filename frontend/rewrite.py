@@ -18,11 +18,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, like, present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, SKIPS
-from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, SizeUse
-from liar_opt.frontend.onnx_sizes import Mask, Place, Probe, counterparts, is_written, operands
-from liar_opt.frontend.onnx_values import Array, resolve_reshape
+from liar_opt.frontend.graph_tensors import is_constant, like, present
+from liar_opt.frontend.records import ConstantUse, ConsumerUse, SizeUse
+from liar_opt.frontend.rules.table import MICROSOFT, SKIPS
+from liar_opt.frontend.shape_values import Array, resolve_reshape
+from liar_opt.frontend.size_sources import Mask, Place, Probe, counterparts, is_written, operands
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import InternalError
 
 Use = TypeVar("Use")

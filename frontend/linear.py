@@ -19,10 +19,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT
-from liar_opt.frontend.onnx_rules import ConstantUse, GraphWalk, ProductUse
-from liar_opt.frontend.onnx_values import slice_arguments, slices
+from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.records import ConstantUse, ProductUse
+from liar_opt.frontend.rules.table import MICROSOFT
+from liar_opt.frontend.shape_values import slice_arguments, slices
+from liar_opt.frontend.walk import GraphWalk
 
 if TYPE_CHECKING:
     from liar_opt.frontend.axes import Factor

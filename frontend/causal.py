@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import MOVERS, OnnxModel, is_constant, is_float
+from liar_opt.frontend.graph_tensors import MOVERS, is_constant, is_float
+from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.runtime.signatures import Signature
 
 CAUSAL_ATTRIBUTES = ("is_causal", "unidirectional", "causal")

@@ -17,9 +17,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_rules import GraphWalk, SizeUse, shape_value
-from liar_opt.frontend.onnx_values import Array, evaluate
+from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.records import SizeUse
+from liar_opt.frontend.shape_values import Array, evaluate
+from liar_opt.frontend.walk import GraphWalk, shape_value
 
 Mask = NDArray[np.bool_]
 Place = tuple[int, int]

@@ -1,4 +1,4 @@
-"""The rules of operators that move elements between axes or pick places; :mod:`liar_opt.frontend.onnx_rules` imports them.
+"""Rules of operators that move elements between axes or pick places.
 
 Channels go through most of them one by one: what is mixed, sampled or counted through (rows and columns, places within a
 block, boxes) is pinned, and outputs have known sizes, so that what is behind them is found.
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
+from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules.table import MICROSOFT, Axes, rule
 
 if TYPE_CHECKING:
-    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.frontend.walk import GraphWalk
 
 
 def _known(w: GraphWalk, node: gs.Node, position: int) -> list[int] | None:
@@ -237,3 +237,31 @@ def _random(w: GraphWalk, node: gs.Node) -> None:
     w.output(
         node, tuple(w.fresh(int(s), f"random numbers are drawn for it (node '{node.name}')") for s in node.attrs["shape"])
     )
+
+
+@rule("Resize", "Upsample")
+def _resize(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    places = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
+    sizes = w.shape([axes[a] for a in places])
+    scales, written = w.constant(node, 1 if len(node.inputs) == 2 else 2), w.value(node, 3)
+    target, same = None, np.zeros(len(places), bool)
+    stretched = node.attrs.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if written is not None and len(written) == len(places) and stretched:
+        target, same = written, written == np.asarray(sizes)
+    elif written is None and scales is not None and scales.values.size == len(places):
+        target, same = np.floor(np.asarray(sizes) * scales.values).astype(np.int64), scales.values == 1.0
+    if target is None:
+        w.give_up(node, f"{node.op} to a size that is not known")
+        return
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        same = np.zeros(len(places), bool)
+    result, where = list(axes), f"{node.op} runs over it (node '{node.name}')"
+    for element, place in enumerate(places):
+        if not same[element]:
+            w.pin([axes[place]], where)
+            result[place] = w.fresh(int(target[element]), where)
+        elif written is not None:
+            w.size_use(node, ("input", 3, element), axes[place])
+    w.output(node, tuple(result))

@@ -1,4 +1,4 @@
-"""The table of operator rules that :mod:`liar_opt.frontend.onnx_rules` walks a graph with, and how rules get into it."""
+"""The table of operator rules that :mod:`liar_opt.frontend.walk` walks a graph with, and how rules get into it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 if TYPE_CHECKING:
     from liar_opt.frontend.axes import Factor
-    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.frontend.walk import GraphWalk
 
 Axes = tuple["Factor", ...]
 Rule = Callable[["GraphWalk", gs.Node], None]

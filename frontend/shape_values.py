@@ -23,6 +23,8 @@ Inputs = Sequence[Array | None]
 Evaluator = Callable[[Inputs, Attributes], Sequence[Array]]
 FOLD_LIMIT = 1 << 20
 """Nothing with more elements than this is computed, unless it is no larger than its largest input."""
+VALUE_LIMIT = 4096
+"""Tensors with more elements than this are data, not shape arithmetic."""
 
 
 def tensor_attribute(value: Any) -> Array:

@@ -1,4 +1,4 @@
-"""The rules of operators that hold a whole attention; :mod:`liar_opt.frontend.onnx_rules` imports them.
+"""Rules of operators that hold a whole attention.
 
 All of them work on heads independently of each other, so that heads may go: with all that is per head (biases added to
 the scores, sinks, caches, the scores as an output). Where several query heads share one key and value head, the shared
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
+from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules.table import MICROSOFT, Axes, rule
 
 if TYPE_CHECKING:
     from liar_opt.frontend.axes import Factor
-    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.frontend.walk import GraphWalk
 
 
 # -- parts of the rules ---------------------------------------------------------------------------------------------

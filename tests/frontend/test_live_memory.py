@@ -5,9 +5,9 @@ from __future__ import annotations
 import graphs
 import numpy as np
 
-from liar_opt.frontend.onnx_activations import live_bytes, tensor_sizes
+from liar_opt.frontend.live_memory import live_bytes, tensor_sizes
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import walk_sized
+from liar_opt.frontend.walk import walk_sized
 
 TEXT = """f (float[b, 6] x) => (float[b, 6] y) {
     u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)  k = Tanh(z)  y = Add(x, k) }"""

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from liar_opt.frontend.onnx_values import EVALUATORS, evaluate, resolve_reshape
+from liar_opt.frontend.shape_values import EVALUATORS, evaluate, resolve_reshape
 
 F = np.float32
 I = np.int64  # noqa: E741 - beside F

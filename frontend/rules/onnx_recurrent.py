@@ -1,4 +1,4 @@
-"""The rules of operators that go over a sequence with a state; :mod:`liar_opt.frontend.onnx_rules` imports them.
+"""Rules of operators that go over a sequence with a state.
 
 An RNN, a GRU and an LSTM compute, with W [directions, gates*h, n] and R [directions, gates*h, h],
 
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, rule
+from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules.table import MICROSOFT, rule
 
 if TYPE_CHECKING:
     from liar_opt.frontend.axes import Factor
-    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.frontend.walk import GraphWalk
 
 
 @rule("GRU", "LSTM", "RNN")

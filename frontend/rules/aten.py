@@ -1,6 +1,6 @@
 """The ATen operator table of the axis algebra.
 
-The rules say the same things as those of :mod:`liar_opt.frontend.onnx_rules`, of the operators that ``torch.export``
+The rules say the same things as those of ONNX, of the operators that ``torch.export``
 writes: which factors are equal, how axes are split, merged, cut and joined, which are pinned; where constants, linear
 contractions and sizes are. Tensors are a node's inputs in the order of the operator's schema, all other arguments are its
 attributes. A size that the program computes from its inputs (``Sym``) is recorded like any other: it is scaled if it has
@@ -17,11 +17,11 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Factor
 from liar_opt.frontend.fx_module import DOMAIN
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_normalisation_rules import normalised_by_groups
-from liar_opt.frontend.onnx_rule_table import Axes, rule
-from liar_opt.frontend.onnx_rules import GraphWalk, einsum, experts_product
-from liar_opt.frontend.onnx_values import resolve_reshape
+from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules.meaning import einsum, experts_product, normalised_by_groups
+from liar_opt.frontend.rules.table import Axes, rule
+from liar_opt.frontend.shape_values import resolve_reshape
+from liar_opt.frontend.walk import GraphWalk
 
 _FOREVER = 1 << 62
 """Slices end at about this number where they go to the end."""
