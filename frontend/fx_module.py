@@ -30,6 +30,7 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import is_constant, is_float, present
 from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.rules.table import ATEN
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import InternalError, ModelError
 from liar_opt.runtime.signatures import InputSpec
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-DOMAIN = "aten"
 BATCH = 3
 """Samples of the example that is traced; its token axes get prime lengths of their own."""
 
@@ -178,8 +178,6 @@ class FxWalk(GraphWalk):
 
 def analyse(model: FxModel) -> FxWalk:
     """Runs the axis algebra over a lowered module."""
-    import liar_opt.frontend.rules.aten  # noqa: F401  (registers the rules)
-
     state = FxWalk(model)
     state.run()
     return state
@@ -654,7 +652,7 @@ class Executor:
 
     def _step(self, node: gs.Node, values: dict[str, Any], symbols: Mapping[Any, int]) -> None:
         inputs = [self._value(t, values) for t in node.inputs]
-        if node.domain != DOMAIN and node.name not in self.model.calls:
+        if node.domain != ATEN and node.name not in self.model.calls:
             if node.op != "Add":
                 raise InternalError(f"node '{node.name}' ({node.op}) cannot be run in torch")
             values[node.outputs[0].name] = inputs[0] + inputs[1]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.shape_values import tensor_attribute
+from liar_opt.frontend.rules.numbers import tensor_attribute
 from liar_opt.frontend.weight_files import (
     PLAIN,
     STUB_LIMIT,
@@ -20,16 +20,8 @@ from liar_opt.frontend.weight_files import (
 
 STANDARD = (None, "", "ai.onnx")
 """Names of the domain of standard operators."""
-
-
 SKELETON_LIMIT = 1024
 """Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
-
-
-MOVERS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze")
-"""Operators that give a tensor another shape or type and leave its values alone."""
-
-
 NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 """Types in which weights are stored that a graph computes with in a wider one."""
 

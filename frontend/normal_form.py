@@ -12,7 +12,6 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.fold_weights import fold_weights
 from liar_opt.frontend.graph_tensors import (
-    MOVERS,
     NARROW,
     SKELETON_LIMIT,
     STANDARD,
@@ -23,7 +22,10 @@ from liar_opt.frontend.graph_tensors import (
     present,
 )
 from liar_opt.frontend.merged_decoder import side_by_side
-from liar_opt.frontend.shape_values import evaluate, result_elements, tensor_attribute
+from liar_opt.frontend.rules.numbers import tensor_attribute
+from liar_opt.frontend.rules.operators import MOVERS, has
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.shape_values import evaluate, result_elements
 from liar_opt.runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 
 MOST_ELEMENTS = 1 << 31
 """A constant that constants make may not have more elements: ONNX Runtime makes it as well, while it loads the model."""
-
-
+CARRIED = MOVERS | Trait.LOOKS_UP | Trait.SLICES | Trait.SPLITS
+"""Operators whose results hold values of their first input."""
 FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
 
 
@@ -173,7 +175,7 @@ def _result(node: gs.Node, name: str, value: np.ndarray, keep: Callable[[np.ndar
     old = node.inputs[0]
     if node.op == "Cast" and old.dtype in NARROW and value.dtype in (np.float32, np.float64):
         return Narrow(name, value, np.dtype(old.dtype), old.name, node.name, keep)
-    carried = node.op in (*MOVERS, "Gather", "Slice", "Split")
+    carried = has(node, CARRIED)
     return like(old, name, value) if carried else gs.Constant(name, value)
 
 
@@ -181,7 +183,7 @@ def _shares_narrow(node: gs.Node) -> bool:
     """Returns whether a node widens a large weight that others read as it is."""
     old = node.inputs[0]
     large = node.op == "Cast" and old.dtype in NARROW and int(np.prod(old.shape, dtype=np.int64)) > SKELETON_LIMIT
-    return large and any(reader.op not in MOVERS for reader in old.outputs)
+    return large and any(not has(reader, MOVERS) for reader in old.outputs)
 
 
 def _as_product(
@@ -255,7 +257,7 @@ def _part_repeats(graph: gs.Graph, names: Iterator[str]) -> None:
     for node in graph.nodes:
         source = node.inputs[0].inputs[0] if node.inputs and node.inputs[0].inputs else None
         written = node.op == "Expand" and is_constant(node.inputs[1]) and bool(np.any(node.inputs[1].values > 1))
-        if written or (node.op in MOVERS and id(source) in repeats):
+        if written or (has(node, MOVERS) and id(source) in repeats):
             repeats[id(node)] = node
     outputs = {id(t) for t in graph.outputs}
     place = {id(node): (i, 0) for i, node in enumerate(graph.nodes)}
@@ -285,7 +287,7 @@ def _drop_zero_states(graph: gs.Graph) -> None:
     Exporters make one tensor of them for all layers, whose hidden units would have to stay the same ones then.
     """
     for node in graph.nodes:
-        if node.op not in ("GRU", "LSTM", "RNN") or node.domain not in STANDARD:
+        if not has(node, Trait.RECURS):
             continue
         for position in (5, 6):
             if len(node.inputs) > position and _is_zeros(node.inputs[position]):
@@ -299,7 +301,7 @@ def _is_zeros(tensor: gs.Tensor) -> bool:
         if node.op == "ConstantOfShape":
             value = node.attrs.get("value")
             return value is None or not np.any(tensor_attribute(value))
-        if node.op not in (*MOVERS, "Gather", "Slice", "Split"):
+        if not has(node, CARRIED):
             return False
         tensor = node.inputs[0]
     return is_constant(tensor) and not np.any(tensor.values)

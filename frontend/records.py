@@ -11,11 +11,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.axes import Factor
-from liar_opt.frontend.rules.table import Axes
-from liar_opt.frontend.shape_values import (
-    Array,
-)
+from liar_opt.frontend.axes import Axes, Factor
+from liar_opt.frontend.rules.numbers import Array
 
 if TYPE_CHECKING:
     pass

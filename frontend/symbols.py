@@ -11,20 +11,14 @@ import numpy as np
 import onnx
 
 from liar_opt.frontend.graph_tensors import is_float
-from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.runtime.signatures import Signature
 
 if TYPE_CHECKING:
-    pass
-
+    from liar_opt.frontend.onnx_model import OnnxModel
 
 PATCHES = 1344
 """Patches of 14, 16 and 64 pixels, and windows of 7, 8 and 12 of 4 pixels each, halved three times, divide it."""
-
-
 GROWTH = 8
-
-
 LARGEST_PROBE = 100_000
 """Symbolic sizes grow by so much, up to so many, where windows do not fit into them."""
 

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.graph_tensors import MOVERS, is_constant
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.rules.operators import MOVERS, has
+from liar_opt.frontend.rules.table import Trait
 from liar_opt.runtime.signatures import Signature
 
 if TYPE_CHECKING:
-    pass
+    from liar_opt.frontend.onnx_model import OnnxModel
 
-
-INDEX_STEPS = (*MOVERS, *"Add Clip GreaterOrEqual Less Max Min Mod Mul Not Sub Where".split())
+INDEX_STEPS = MOVERS | Trait.INDEXES
 """Operators between token ids and the table that they look up."""
 
 
@@ -43,7 +43,7 @@ def looked_up(model: OnnxModel) -> dict[str, int]:
         if node.op != "Gather" or not is_constant(node.inputs[0]) or is_constant(node.inputs[1]):
             continue
         table, index = node.inputs
-        while index.inputs and index.inputs[0].op in MOVERS:
+        while index.inputs and has(index.inputs[0], MOVERS):
             index = index.inputs[0].inputs[0]
         if index.name in inputs:
             size = int(table.shape[int(node.attrs.get("axis", 0))])
@@ -61,8 +61,8 @@ def _sources(tensor: gs.Tensor) -> set[str]:
         if id(tensor) in seen or is_constant(tensor):
             continue
         seen.add(id(tensor))
-        if tensor.inputs and tensor.inputs[0].op in INDEX_STEPS:
-            moved = tensor.inputs[0].op in MOVERS
+        if tensor.inputs and has(tensor.inputs[0], INDEX_STEPS):
+            moved = has(tensor.inputs[0], MOVERS)
             waiting += tensor.inputs[0].inputs[: 1 if moved else None]
         else:
             found.add(tensor.name)

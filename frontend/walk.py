@@ -31,28 +31,14 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-import liar_opt.frontend.rules.onnx_attention
-import liar_opt.frontend.rules.onnx_convolutions
-import liar_opt.frontend.rules.onnx_fused
-import liar_opt.frontend.rules.onnx_generators
-import liar_opt.frontend.rules.onnx_layout
-import liar_opt.frontend.rules.onnx_lookups
-import liar_opt.frontend.rules.onnx_normalisation
-import liar_opt.frontend.rules.onnx_places
-import liar_opt.frontend.rules.onnx_pointwise
-import liar_opt.frontend.rules.onnx_products
-import liar_opt.frontend.rules.onnx_recurrent
-import liar_opt.frontend.rules.onnx_reductions  # noqa: F401 (these imports put their rules into the table)
-from liar_opt.frontend.axes import AxisAlgebra, Factor
+from liar_opt.frontend.axes import Axes, AxisAlgebra, Factor
 from liar_opt.frontend.graph_tensors import constant_value, is_constant, is_float, present
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.records import Cache, ConstantUse, ConsumerUse, Lookup, ProductUse, SizeUse, ValueUse
-from liar_opt.frontend.rules.table import RULES, Axes
-from liar_opt.frontend.shape_values import (
-    VALUE_LIMIT,
-    Array,
-    evaluate,
-)
+from liar_opt.frontend.rules.numbers import VALUE_LIMIT, Array
+from liar_opt.frontend.rules.operators import has, operator
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.shape_values import evaluate
 from liar_opt.frontend.symbols import (
     GROWTH,
     LARGEST_PROBE,
@@ -68,19 +54,6 @@ from liar_opt.frontend.symbols import (
     probe_symbols,
 )
 from liar_opt.runtime.signatures import InputSpec
-
-COPIES = ("Cast", "Identity")
-
-
-RELAYOUTS = (
-    *("Cast Flatten Identity Reshape Squeeze Unsqueeze").split(),
-    *("_to_copy _unsafe_view alias clone contiguous detach flatten reshape squeeze to unsqueeze view").split(),
-)
-"""Operators, of ONNX and of ATen, that keep the elements of their first input in order."""
-
-
-ELEMENTWISE = ("Add", "Div", "Mul", "Sub")
-
 
 APART_LIMIT = 1 << 16
 """Tables of more elements are one where several nodes add them."""
@@ -155,7 +128,7 @@ class GraphWalk:
         key = (id(node), position)
         if key in self._used:
             return self._used[key]
-        small = node.op in ELEMENTWISE and int(np.prod(tensor.shape, dtype=np.int64)) <= APART_LIMIT
+        small = has(node, Trait.ARITHMETIC) and int(np.prod(tensor.shape, dtype=np.int64)) <= APART_LIMIT
         axes = self._constant_axes(tensor, tied=not small)
         self._used[key] = axes
         self.constant_uses.append(ConstantUse(node, position, tensor, axes))
@@ -314,7 +287,7 @@ class GraphWalk:
         """Records that a node looks weights up, one for each row; lookups by the same numbers are of the same experts."""
         numbers = node.inputs[1]
         root = numbers
-        while root.inputs and root.inputs[0].op in RELAYOUTS and not is_constant(root.inputs[0].inputs[0]):
+        while root.inputs and has(root.inputs[0], Trait.KEEPS_ORDER) and not is_constant(root.inputs[0].inputs[0]):
             root = root.inputs[0].inputs[0]
         for known in self.lookups.values():
             if known.root is root and self.algebra.size(known.stack) == self.algebra.size(stack):
@@ -326,10 +299,10 @@ class GraphWalk:
 
         Between them and the graph's ends nothing may be but Cast and Identity.
         """
-        while past.inputs and past.inputs[0].op in COPIES:
+        while past.inputs and has(past.inputs[0], Trait.COPIES):
             past = past.inputs[0].inputs[0]
         ends = {t.name for t in self.model.graph.outputs}
-        copies = [present, *(o for n in present.outputs if n.op in COPIES for o in n.outputs)]
+        copies = [present, *(o for n in present.outputs if has(n, Trait.COPIES) for o in n.outputs)]
         found = [t.name for t in copies if t.name in ends]
         axes = self.axes.get(past.name)
         if found and axes is not None and any(past is t for t in self.model.graph.inputs):
@@ -416,11 +389,9 @@ class GraphWalk:
     def _visit(self, node: gs.Node) -> None:
         if self._evaluate(node):
             return
-        function = RULES.get((node.domain or "", node.op))
-        if node.domain == "ai.onnx":
-            function = RULES.get(("", node.op))
+        function = operator(node.domain, node.op, self.model.opset).rule
         opaque = any(present(t) and self.input_axes(node, i) is None for i, t in enumerate(node.inputs))
-        if opaque and node.op in ("Shape", "Size"):
+        if opaque and has(node, Trait.SHAPES):
             self.give_up(node, f"an input of unknown shape at {node.op}")
             return
         if function is None or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
@@ -545,7 +516,7 @@ class GraphWalk:
         if node.domain not in (None, "", "ai.onnx"):
             return False
         results: list[Array] | None
-        if node.op in ("Shape", "Size"):
+        if has(node, Trait.SHAPES):
             axes = self.input_axes(node, 0)
             results = None if axes is None else [shape_value(node, self.shape(axes))]
         else:
@@ -571,8 +542,7 @@ class GraphWalk:
 def _products_inside(graph: gs.Graph) -> int:
     """Returns how many nodes of a branch, and of those within, multiply by a weight."""
     own = sum(
-        node.op in ("MatMul", "Gemm", "Conv") and any(is_constant(t) and len(t.shape) > 1 for t in node.inputs)
-        for node in graph.nodes
+        has(node, Trait.LINEAR) and any(is_constant(t) and len(t.shape) > 1 for t in node.inputs) for node in graph.nodes
     )
     return own + sum(_products_inside(v) for n in graph.nodes for v in n.attrs.values() if isinstance(v, gs.Graph))
 

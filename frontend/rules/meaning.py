@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.axes import Factor
+from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.records import ConsumerUse
-from liar_opt.frontend.rules.table import Axes
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
@@ -72,7 +71,7 @@ def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | 
     return full, result
 
 
-def einsum(w: GraphWalk, node: gs.Node, contract: Callable[[Factor], None]) -> None:
+def einstein(w: GraphWalk, node: gs.Node, contract: Callable[[Factor], None]) -> None:
     """The rule of an Einsum; ``contract`` is told of a width that is contracted between two activations."""
     operands = [w.input_axes(node, i) or () for i in range(len(node.inputs))]
     spelled = spelled_out(str(node.attrs["equation"]), [len(a) for a in operands])

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.axes import Axes
 from liar_opt.frontend.records import Window
-from liar_opt.frontend.rules.table import MICROSOFT, Axes, rule
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("Conv")
-@rule("FusedConv", domain=MICROSOFT)
-def _conv(w: GraphWalk, node: gs.Node) -> None:
+def conv(w: GraphWalk, node: gs.Node) -> None:
     """X [b, n, ..], W [m, n / groups, ..], bias [m]; a fused one adds a tensor like the result, before an activation."""
     x, weight = w.input_axes(node, 0), w.input_axes(node, 1)
     assert x is not None and weight is not None
@@ -55,8 +53,7 @@ def _conv(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, result if added is None else w.broadcast(result, added))
 
 
-@rule("ConvTranspose")
-def _conv_transpose(w: GraphWalk, node: gs.Node) -> None:
+def conv_transpose(w: GraphWalk, node: gs.Node) -> None:
     """What it adds up where its outputs overlap is a matrix product [.., n] [n, m k] of its inputs, without a bias.
 
     W' is fitted to the addends (k of each output, at most), which bounds what the sums lose.
@@ -114,8 +111,7 @@ def _conv_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> l
     return [(sizes[i] + pads[i] + pads[n + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)]
 
 
-@rule("AveragePool", "LpPool", "MaxPool")
-def _pool(w: GraphWalk, node: gs.Node) -> None:
+def pool(w: GraphWalk, node: gs.Node) -> None:
     axes, shape = w.input_axes(node, 0), w.inferred.get(node.outputs[0].name)
     assert axes is not None
     if shape is None:
@@ -131,8 +127,7 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:2], *(w.fresh(s, where) for s in shape[2:])), position)
 
 
-@rule("GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool")
-def _global_pool(w: GraphWalk, node: gs.Node) -> None:
+def global_pool(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")

@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.rules.table import rule
-
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("ConstantOfShape")
-def _constant_of_shape(w: GraphWalk, node: gs.Node) -> None:
+def constant_of_shape(w: GraphWalk, node: gs.Node) -> None:
     target = w.value(node, 0)
     if target is None:
         w.give_up(node, "ConstantOfShape of a target that is not known")
@@ -24,8 +21,7 @@ def _constant_of_shape(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, result)
 
 
-@rule("EyeLike")
-def _eye(w: GraphWalk, node: gs.Node) -> None:
+def eye_like(w: GraphWalk, node: gs.Node) -> None:
     """The diagonal pairs the indices of one axis with those of the other."""
     axes = w.input_axes(node, 0)
     assert axes is not None
@@ -33,13 +29,11 @@ def _eye(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("Range")
-def _range(w: GraphWalk, node: gs.Node) -> None:
+def counted(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (w.fresh(w.unforeseen(), f"Range of numbers that are not known (node '{node.name}')"),))
 
 
-@rule("RandomNormalLike", "RandomUniformLike", "Bernoulli")
-def _random(w: GraphWalk, node: gs.Node) -> None:
+def drawn_like(w: GraphWalk, node: gs.Node) -> None:
     """Fewer numbers would be others, too."""
     axes = w.input_axes(node, 0)
     assert axes is not None

@@ -9,22 +9,14 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Factor
 from liar_opt.frontend.graph_tensors import present
-from liar_opt.frontend.rules.table import rule
-from liar_opt.frontend.shape_values import (
-    Array,
-    axes_of,
-    resolve_reshape,
-    slice_arguments,
-    slices,
-)
+from liar_opt.frontend.rules.numbers import Array, axes_of, resolve_reshape, slice_arguments, slices
 from liar_opt.frontend.symbols import Misfit
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("Reshape")
-def _reshape(w: GraphWalk, node: gs.Node) -> None:
+def reshape(w: GraphWalk, node: gs.Node) -> None:
     axes, target = w.input_axes(node, 0), w.value(node, 1)
     assert axes is not None
     if target is None:
@@ -43,23 +35,20 @@ def _reshape(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, result)
 
 
-@rule("Flatten")
-def _flatten(w: GraphWalk, node: gs.Node) -> None:
+def flatten(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     axis = int(node.attrs.get("axis", 1))
     w.output(node, (w.algebra.merge(axes[:axis]), w.algebra.merge(axes[axis:])))
 
 
-@rule("Transpose")
-def _transpose(w: GraphWalk, node: gs.Node) -> None:
+def transpose(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     w.output(node, tuple(axes[p] for p in node.attrs.get("perm") or range(len(axes))[::-1]))
 
 
-@rule("Squeeze")
-def _squeeze(w: GraphWalk, node: gs.Node) -> None:
+def squeeze(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     chosen = axes_of([None, w.value(node, 1)], node.attrs, 1)
@@ -67,8 +56,7 @@ def _squeeze(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(f for i, f in enumerate(axes) if i not in gone))
 
 
-@rule("Unsqueeze")
-def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
+def unsqueeze(w: GraphWalk, node: gs.Node) -> None:
     axes, chosen = w.input_axes(node, 0), axes_of([None, w.value(node, 1)], node.attrs, 1)
     assert axes is not None
     if chosen is None:
@@ -79,8 +67,7 @@ def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(w.fresh(1) if i in places else next(source) for i in range(rank)))
 
 
-@rule("Concat")
-def _concat(w: GraphWalk, node: gs.Node) -> None:
+def concat(w: GraphWalk, node: gs.Node) -> None:
     operands = [w.input_axes(node, i) for i in range(len(node.inputs))]
     known = [a for a in operands if a is not None]
     axis = int(node.attrs["axis"]) % len(known[0])
@@ -89,8 +76,7 @@ def _concat(w: GraphWalk, node: gs.Node) -> None:
         w.cache(tensor, node.outputs[0], axis)
 
 
-@rule("Split")
-def _split(w: GraphWalk, node: gs.Node) -> None:
+def parted(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     axis = int(node.attrs.get("axis", 0)) % len(axes)
@@ -112,8 +98,7 @@ def _split(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:axis], piece, *axes[axis + 1 :]), i)
 
 
-@rule("Slice")
-def _slice(w: GraphWalk, node: gs.Node) -> None:
+def sliced(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     arguments = slice_arguments([None, *(w.value(node, i) for i in range(1, 5))], node.attrs)
@@ -146,8 +131,7 @@ def _slice(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(result))
 
 
-@rule("Expand")
-def _expand(w: GraphWalk, node: gs.Node) -> None:
+def expand(w: GraphWalk, node: gs.Node) -> None:
     axes, target = w.input_axes(node, 0), w.value(node, 1)
     assert axes is not None
     if target is None:
@@ -173,8 +157,7 @@ def _expand(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(result))
 
 
-@rule("Tile")
-def _tile(w: GraphWalk, node: gs.Node) -> None:
+def tile(w: GraphWalk, node: gs.Node) -> None:
     axes, repeats = w.input_axes(node, 0), w.value(node, 1)
     assert axes is not None
     if repeats is None:
@@ -191,8 +174,7 @@ def _tile(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(result))
 
 
-@rule("Pad")
-def _pad(w: GraphWalk, node: gs.Node) -> None:
+def pad(w: GraphWalk, node: gs.Node) -> None:
     axes, pads = w.input_axes(node, 0), w.value(node, 1)
     assert axes is not None
     pads = np.asarray(node.attrs["pads"]) if "pads" in node.attrs else pads

@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.axes import Factor
+from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import is_constant
-from liar_opt.frontend.rules.table import Axes, rule
-from liar_opt.frontend.shape_values import (
-    VALUE_LIMIT,
-)
+from liar_opt.frontend.rules.numbers import VALUE_LIMIT
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("Gather")
-def _gather(w: GraphWalk, node: gs.Node) -> None:
+def gather(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
     assert axes is not None and indices is not None
     axis = int(node.attrs.get("axis", 0)) % len(axes)
@@ -60,8 +56,7 @@ def _contiguous(indices: gs.Tensor, size: int) -> tuple[int, int] | None:
     return (values[0], len(values)) if values and values == run and len(values) < size else None
 
 
-@rule("GatherElements")
-def _gather_elements(w: GraphWalk, node: gs.Node) -> None:
+def gather_elements(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
     assert axes is not None and indices is not None
     axis = int(node.attrs.get("axis", 0)) % len(axes)
@@ -76,8 +71,7 @@ def _gather_elements(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, indices)
 
 
-@rule("GatherND")
-def _gather_nd(w: GraphWalk, node: gs.Node) -> None:
+def gather_nd(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
     assert axes is not None and indices is not None
     batch, depth = int(node.attrs.get("batch_dims", 0)), w.algebra.size(indices[-1])
@@ -92,8 +86,7 @@ def _gather_nd(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*indices[:-1], *axes[batch + depth :]))
 
 
-@rule("NonZero")
-def _non_zero(w: GraphWalk, node: gs.Node) -> None:
+def non_zero(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     where = f"looked for what is not zero (node '{node.name}')"
@@ -101,8 +94,7 @@ def _non_zero(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (w.fresh(len(axes), where), w.fresh(w.unforeseen(), where)))
 
 
-@rule("Compress")
-def _compress(w: GraphWalk, node: gs.Node) -> None:
+def compress(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     where = f"picked from by Compress (node '{node.name}')"
@@ -116,8 +108,7 @@ def _compress(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:axis], picked, *axes[axis + 1 :]))
 
 
-@rule("ScatterND")
-def _scatter_nd(w: GraphWalk, node: gs.Node) -> None:
+def scatter_nd(w: GraphWalk, node: gs.Node) -> None:
     data, indices, updates = (w.input_axes(node, i) for i in range(3))
     assert data is not None and indices is not None and updates is not None
     depth = w.algebra.size(indices[-1])
@@ -128,8 +119,7 @@ def _scatter_nd(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, data)
 
 
-@rule("ScatterElements", "Scatter")
-def _scatter_elements(w: GraphWalk, node: gs.Node) -> None:
+def scatter_elements(w: GraphWalk, node: gs.Node) -> None:
     data, indices, updates = (w.input_axes(node, i) for i in range(3))
     assert data is not None and indices is not None and updates is not None
     axis = int(node.attrs.get("axis", 0)) % len(data)
@@ -143,8 +133,7 @@ def _scatter_elements(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, data)
 
 
-@rule("OneHot")
-def _one_hot(w: GraphWalk, node: gs.Node) -> None:
+def one_hot(w: GraphWalk, node: gs.Node) -> None:
     axes, depth = w.input_axes(node, 0), w.value(node, 1)
     assert axes is not None
     if depth is None:

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.rules.meaning import normalised_by_groups
-from liar_opt.frontend.rules.table import MICROSOFT, rule
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("GroupNormalization")
-def _group_normalization(w: GraphWalk, node: gs.Node) -> None:
+def group_normalization(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, ..]; scale and shift [groups] in opset 18, [c] since 21."""
     axes = w.input_axes(node, 0)
     assert axes is not None
@@ -26,8 +24,7 @@ def _group_normalization(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("GroupNorm", "SkipGroupNorm", domain=MICROSOFT)
-def _contrib_group_norm(w: GraphWalk, node: gs.Node) -> None:
+def contrib_group_norm(w: GraphWalk, node: gs.Node) -> None:
     """X [b, h, w, c] (or channels first), scale and shift [c]; skip as X, [b, 1, 1, c] or [b, c], and bias [c]."""
     axes, skip, bias = w.input_axes(node, 0), w.input_axes(node, 3), w.input_axes(node, 4)
     assert axes is not None
@@ -44,8 +41,7 @@ def _contrib_group_norm(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes, 1)
 
 
-@rule("LRN")
-def _local_response(w: GraphWalk, node: gs.Node) -> None:
+def local_response(w: GraphWalk, node: gs.Node) -> None:
     """Each channel is divided by what its neighbours hold."""
     axes = w.input_axes(node, 0)
     assert axes is not None
@@ -53,8 +49,7 @@ def _local_response(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("MeanVarianceNormalization")
-def _mean_variance(w: GraphWalk, node: gs.Node) -> None:
+def mean_variance(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     chosen = {int(a) % len(axes) for a in node.attrs.get("axes", [0, 2, 3])}
@@ -62,8 +57,7 @@ def _mean_variance(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("BiasSoftmax", domain=MICROSOFT)
-def _bias_softmax(w: GraphWalk, node: gs.Node) -> None:
+def bias_softmax(w: GraphWalk, node: gs.Node) -> None:
     """Softmax, over all axes from one on, of scores plus a bias whose axes are theirs or one."""
     axes, bias = w.input_axes(node, 0), w.input_axes(node, 1)
     assert axes is not None and bias is not None
@@ -78,8 +72,7 @@ def _bias_softmax(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("BatchNormalization", "InstanceNormalization")
-def _channel_normalization(w: GraphWalk, node: gs.Node) -> None:
+def channel_normalization(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     if int(node.attrs.get("training_mode", 0)) or len(node.outputs) > 1:
@@ -95,10 +88,7 @@ def _channel_normalization(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("LayerNormalization", "RMSNormalization")
-@rule("SimplifiedLayerNormalization")
-@rule("LayerNormalization", "SimplifiedLayerNormalization", domain=MICROSOFT)
-def _layer_normalization(w: GraphWalk, node: gs.Node) -> None:
+def layer_normalization(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     axis = int(node.attrs.get("axis", -1)) % len(axes)
@@ -113,8 +103,7 @@ def _layer_normalization(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:axis], *(w.fresh(1) for _ in axes[axis:])), i)
 
 
-@rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
-def _skip_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
+def skip_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
     x, skip = w.input_axes(node, 0), w.input_axes(node, 1)
     assert x is not None and skip is not None
     axes = w.broadcast(x, skip)
@@ -129,8 +118,7 @@ def _skip_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes, 3)
 
 
-@rule("EmbedLayerNormalization", domain=MICROSOFT)
-def _embed_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
+def embed_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
     ids = w.input_axes(node, 0)
     tables = [w.input_axes(node, i) for i in range(2, 7)]
     assert ids is not None

@@ -7,45 +7,27 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import is_constant, is_float
-from liar_opt.frontend.rules.table import MICROSOFT, rule
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-@rule(
-    *(
-        "Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid"
-    ).split(),
-    *(
-        "HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin"
-    ).split(),
-    *("Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu").split(),
-)
-@rule("Gelu", "QuickGelu", domain=MICROSOFT)
-def _unary(w: GraphWalk, node: gs.Node) -> None:
+def unary(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, w.input_axes(node, 0))
 
 
-@rule("Clip", "CastLike", "Dropout")
-def _unary_with_settings(w: GraphWalk, node: gs.Node) -> None:
+def unary_with_settings(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     w.output(node, axes)
     w.output(node, axes, 1)
 
 
-@rule(
-    *("Add And BitwiseAnd BitwiseOr BitwiseXor BitShift Div Greater GreaterOrEqual Less LessOrEqual Max Mean").split(),
-    *("Min Mod Mul Or Pow PRelu Sub Sum Where Xor").split(),
-)
-@rule("BiasGelu", "FastGelu", "BiasAdd", domain=MICROSOFT)
-def _pointwise(w: GraphWalk, node: gs.Node) -> None:
+def pointwise(w: GraphWalk, node: gs.Node) -> None:
     operands = [a for i in range(len(node.inputs)) if (a := w.input_axes(node, i)) is not None]
     w.output(node, w.broadcast(*operands))
 
 
-@rule("Equal")
-def _equal(w: GraphWalk, node: gs.Node) -> None:
+def equal(w: GraphWalk, node: gs.Node) -> None:
     """Whole numbers that are compared with many constant ones are a look-up written as a product: one row for each."""
     operands = [a for i in range(2) if (a := w.input_axes(node, i)) is not None]
     for axes, tensor in zip(operands, node.inputs, strict=True):

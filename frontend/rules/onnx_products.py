@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.axes import Axes
 from liar_opt.frontend.graph_tensors import is_constant, present
-from liar_opt.frontend.rules.meaning import einsum, experts_product
-from liar_opt.frontend.rules.table import MICROSOFT, Axes, rule
+from liar_opt.frontend.rules.meaning import einstein, experts_product
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LOOK_UPS = ("Gather", "GatherND")
 
 
-def _matmul(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, swapped: tuple[bool, bool]) -> Axes:
+def _product(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, swapped: tuple[bool, bool]) -> Axes:
     """Unifies batch and contracted axes; ``left`` and ``right`` are in multiplication order already."""
     vector_left, vector_right = len(left) == 1, len(right) == 1
     k_left, k_right = left[-1], right[0] if vector_right else right[-2]
@@ -52,15 +52,13 @@ def _swap(axes: Axes, swap: bool) -> Axes:
     return (*axes[:-2], axes[-1], axes[-2]) if swap and len(axes) >= 2 else axes
 
 
-@rule("MatMul")
-def _matmul_rule(w: GraphWalk, node: gs.Node) -> None:
+def matmul(w: GraphWalk, node: gs.Node) -> None:
     left, right = w.input_axes(node, 0), w.input_axes(node, 1)
     assert left is not None and right is not None
-    w.output(node, _matmul(w, node, left, right, 1.0, (False, False)))
+    w.output(node, _product(w, node, left, right, 1.0, (False, False)))
 
 
-@rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
-def _fused_matmul(w: GraphWalk, node: gs.Node) -> None:
+def fused_matmul(w: GraphWalk, node: gs.Node) -> None:
     left, right = w.input_axes(node, 0), w.input_axes(node, 1)
     assert left is not None and right is not None
     if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
@@ -68,12 +66,10 @@ def _fused_matmul(w: GraphWalk, node: gs.Node) -> None:
         return
     swapped = (bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0)))
     alpha = float(node.attrs.get("alpha", 1.0))
-    w.output(node, _matmul(w, node, _swap(left, swapped[0]), _swap(right, swapped[1]), alpha, swapped))
+    w.output(node, _product(w, node, _swap(left, swapped[0]), _swap(right, swapped[1]), alpha, swapped))
 
 
-@rule("Gemm")
-@rule("GemmFastGelu", "FusedGemm", domain=MICROSOFT)
-def _gemm(w: GraphWalk, node: gs.Node) -> None:
+def gemm(w: GraphWalk, node: gs.Node) -> None:
     left, right = w.input_axes(node, 0), w.input_axes(node, 1)
     assert left is not None and right is not None
     swapped = (bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0)))
@@ -97,6 +93,5 @@ def _gemm(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes if bias is None else w.broadcast(axes, bias))
 
 
-@rule("Einsum")
-def _einsum(w: GraphWalk, node: gs.Node) -> None:
-    einsum(w, node, lambda width: w.product(node, width))
+def einsum(w: GraphWalk, node: gs.Node) -> None:
+    einstein(w, node, lambda width: w.product(node, width))

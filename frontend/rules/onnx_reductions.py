@@ -8,17 +8,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import present
-from liar_opt.frontend.rules.table import rule
-from liar_opt.frontend.shape_values import (
-    axes_of,
-)
+from liar_opt.frontend.rules.numbers import axes_of
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "CumSum", "CumProd", "ArgMax", "ArgMin")
-def _along_axis(w: GraphWalk, node: gs.Node) -> None:
+def along_axis(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     default = -1 if node.op in ("LpNormalization",) or (w.model.opset >= 13 and node.op not in ("ArgMax", "ArgMin")) else 1
@@ -38,8 +34,7 @@ def _along_axis(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("TopK")
-def _top_k(w: GraphWalk, node: gs.Node) -> None:
+def top_k(w: GraphWalk, node: gs.Node) -> None:
     axes, count = w.input_axes(node, 0), w.value(node, 1)
     assert axes is not None
     if count is None:
@@ -53,8 +48,7 @@ def _top_k(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:axis], chosen, *axes[axis + 1 :]), position)
 
 
-@rule(*(f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")))
-def _reduce(w: GraphWalk, node: gs.Node) -> None:
+def reduce(w: GraphWalk, node: gs.Node) -> None:
     axes = w.input_axes(node, 0)
     assert axes is not None
     if len(node.inputs) > 1 and present(node.inputs[1]) and w.value(node, 1) is None:
