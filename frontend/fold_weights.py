@@ -18,14 +18,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.hand_quantised import CONTRACTIONS, FUSED_CONTRACTIONS
-from liar_opt.frontend.onnx_rule_table import MICROSOFT
-from liar_opt.frontend.onnx_values import EVALUATORS, Array, Attributes, Evaluator, Inputs, axes_of, result_elements
+from liar_opt.frontend.graph_tensors import STANDARD
+from liar_opt.frontend.rules.numbers import Array, Attributes, Evaluator, Inputs
+from liar_opt.frontend.rules.operators import has, operator
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.shape_values import result_elements
 
-STANDARD = (None, "", "ai.onnx")
-MOVES = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Shape"}
+MOVES = Trait.KEEPS_ORDER | Trait.TURNS | Trait.SHAPES
 """What gives a weight another layout or type. Where it alone reads that weight, ``OnnxModel.normalise`` folds it."""
-RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
 LARGER = "folded, it would make the file larger"
 LEAST_LIMIT = 1 << 12
 """Elements that a step on the way may have, however small the weights are; otherwise twice as many as they have."""
@@ -61,76 +61,10 @@ def _bytes(tensor: gs.Constant) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64)) * width
 
 
-# Operators ------------------------------------------------------------------------------------------------------------
-
-
-def _norm(function: Callable[..., Array]) -> Evaluator:
-    def evaluate(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
-        data, axes = np.asarray(inputs[0]), axes_of(inputs, attributes, 1)
-        if not axes and attributes.get("noop_with_empty_axes", 0):
-            raise ValueError("releases differ in what that means")
-        result = function(data, axis=tuple(axes) if axes else None, keepdims=bool(attributes.get("keepdims", 1)))
-        return [np.asarray(result, data.dtype)]
-
-    return evaluate
-
-
-def _gemm(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
-    a, b = np.asarray(inputs[0]), np.asarray(inputs[1])
-    a = a.T if attributes.get("transA", 0) else a
-    b = b.T if attributes.get("transB", 0) else b
-    result = np.asarray(attributes.get("alpha", 1.0), a.dtype) * (a @ b)
-    if len(inputs) > 2 and inputs[2] is not None:
-        result = result + np.asarray(attributes.get("beta", 1.0), a.dtype) * np.asarray(inputs[2])
-    return [result]
-
-
-def _lp_normalization(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
-    x, axis, order = np.asarray(inputs[0]), int(attributes.get("axis", -1)), int(attributes.get("p", 2))
-    length = np.linalg.norm(x, order, axis, keepdims=True) if x.ndim else np.abs(x)
-    return [np.divide(x, length, out=np.zeros_like(x), where=length != 0)]
-
-
-def _clip(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
-    low, high = ([*inputs, None, None][i] for i in (1, 2))
-    low, high = attributes.get("min", low), attributes.get("max", high)
-    result = np.asarray(inputs[0])
-    result = result if low is None else np.maximum(result, np.asarray(low, result.dtype))
-    return [result if high is None else np.minimum(result, np.asarray(high, result.dtype))]
-
-
-def _unary(function: Callable[[Array], Array]) -> Evaluator:
-    def evaluate(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
-        return [np.asarray(function(np.asarray(inputs[0])))]
-
-    return evaluate
-
-
-def _sum(inputs: Inputs, attributes: Attributes) -> Sequence[Array]:
-    return [sum((np.asarray(i) for i in inputs[1:]), np.asarray(inputs[0]))]
-
-
-OPERATORS: dict[str, Evaluator] = {
-    **EVALUATORS,
-    "MatMul": lambda i, a: [np.matmul(np.asarray(i[0]), np.asarray(i[1]))],
-    "Gemm": _gemm,
-    "Einsum": lambda i, a: [np.einsum(str(a["equation"]).replace(" ", ""), *(np.asarray(x) for x in i), optimize=True)],
-    "ReduceL1": _norm(lambda x, axis, keepdims: np.sum(np.abs(x), axis, keepdims=keepdims)),
-    "ReduceL2": _norm(lambda x, axis, keepdims: np.sqrt(np.sum(x * x, axis, keepdims=keepdims))),
-    "ReduceSumSquare": _norm(lambda x, axis, keepdims: np.sum(x * x, axis, keepdims=keepdims)),
-    "ReduceMean": _norm(np.mean),
-    "LpNormalization": _lp_normalization,
-    "Clip": _clip,
-    "Shape": lambda i, a: [np.asarray(np.asarray(i[0]).shape[a.get("start", 0) : a.get("end")], np.int64)],
-    "Sum": _sum,
-    "Exp": _unary(np.exp),
-    "Log": _unary(np.log),
-    "Sign": _unary(np.sign),
-    "Tanh": _unary(np.tanh),
-    "Sigmoid": _unary(lambda x: 1 / (1 + np.exp(-x))),
-    "Softplus": _unary(lambda x: np.logaddexp(x, np.zeros((), x.dtype))),
-}
-"""Standard operators that are computed here."""
+def computed_by(name: str) -> Evaluator | None:
+    """Returns what computes a standard operator of weights, or None."""
+    op = operator("", name)
+    return op.fold or op.evaluate
 
 
 def _elements(op: str, inputs: Inputs, attributes: Attributes) -> int:
@@ -159,7 +93,7 @@ def compute(op: str, inputs: Inputs, attributes: Attributes, limit: int) -> list
     Raises:
         Grows: it would have more than ``limit`` elements.
     """
-    evaluator = OPERATORS.get(op)
+    evaluator = computed_by(op)
     if evaluator is None:
         return None
     half = next((np.asarray(i).dtype for i in inputs if i is not None and np.asarray(i).dtype.name in HALVES), None)
@@ -209,7 +143,7 @@ def fold_weights(
         sources = list({id(t): t for n in part for t in n.inputs if _is_constant(t)}.values())
         if not readers or not any(map(_is_matrix, sources)):
             continue
-        if all(n.op in MOVES for n in part) and (any(map(is_table, part)) or _alone(part, sources, ends)):
+        if all(has(n, MOVES) for n in part) and (any(map(is_table, part)) or _alone(part, sources, ends)):
             continue
         reason = _fold_part(part, results, sources, ends, narrowed, keep)
         if reason is None:
@@ -231,7 +165,7 @@ def _derived(graph: gs.Graph) -> list[gs.Node]:
     for node in graph.nodes:
         read = [t for t in node.inputs if _is_constant(t) or t.name]
         alone = bool(read) and all(_is_constant(t) or id(t) in made for t in read)
-        plain = node.op not in RANDOM and not any(isinstance(v, gs.Graph) for v in node.attrs.values())
+        plain = not has(node, Trait.RANDOM | Trait.DROPS) and not any(isinstance(v, gs.Graph) for v in node.attrs.values())
         if alone and plain and not any(id(t) in outputs for t in node.outputs):
             result.append(node)
             made |= {id(t) for t in node.outputs}
@@ -263,8 +197,7 @@ def _parts(nodes: Sequence[gs.Node]) -> Iterator[list[gs.Node]]:
 
 
 def _contracts(node: gs.Node, tensor: gs.Tensor) -> bool:
-    table = CONTRACTIONS if node.domain in STANDARD else FUSED_CONTRACTIONS if node.domain == MICROSOFT else {}
-    places = table.get(node.op, ())
+    places = operator(node.domain, node.op).contracts
     return any(i < len(node.inputs) and node.inputs[i] is tensor for i in places)
 
 
@@ -283,7 +216,7 @@ def _fold_part(
     keep: Callable[[NDArray[Any]], NDArray[Any]],
 ) -> str | None:
     """Folds the nodes of a part, or returns why not."""
-    foreign = next((n for n in part if n.domain not in STANDARD or n.op not in OPERATORS), None)
+    foreign = next((n for n in part if n.domain not in STANDARD or computed_by(n.op) is None), None)
     if foreign is not None:
         return f"{foreign.op} of node '{foreign.name}' is not computed here; fold it with ONNX Runtime's optimizer first"
     own = {id(n) for n in part}

@@ -4,7 +4,7 @@
 :func:`lower` writes it down with the graph classes of the ONNX frontend: parameters and buffers are constants (views of
 the module's own memory, under their qualified names), every ATen call is a node of domain "aten" whose inputs are the
 tensors and whose attributes are all other arguments, by their names in the schema. So one analysis, one rewriter and one
-search for groups serve both frontends; only the operator table (``fx_rules``) is a second one.
+search for groups serve both frontends; only the operator table (``rules.aten``) is a second one.
 
 Integers that the program computes from the sizes of its inputs become :class:`Sym`: numbers with the value that they have
 under the traced sizes and the expression behind them. :class:`Executor` runs the lowered graph, cut or not, in torch.
@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import OnnxModel, is_constant, is_float, present
-from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.graph_tensors import is_constant, is_float, present
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.rules.table import ATEN
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import InternalError, ModelError
 from liar_opt.runtime.signatures import InputSpec
 
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from liar_opt.passes.axes import AxisAlgebra
-
-DOMAIN = "aten"
 BATCH = 3
 """Samples of the example that is traced; its token axes get prime lengths of their own."""
 
@@ -177,11 +176,9 @@ class FxWalk(GraphWalk):
                 return
 
 
-def analyse(model: FxModel, algebra: AxisAlgebra) -> FxWalk:
+def analyse(model: FxModel) -> FxWalk:
     """Runs the axis algebra over a lowered module."""
-    import liar_opt.frontend.fx_rules  # noqa: F401  (registers the rules)
-
-    state = FxWalk(model, algebra, {})
+    state = FxWalk(model)
     state.run()
     return state
 
@@ -293,7 +290,7 @@ def example_from(batch: Mapping[str, Any], taken: Iterable[int], device: Any, fr
     """
     import torch
 
-    from liar_opt.frontend.onnx_rules import primes
+    from liar_opt.frontend.symbols import primes
 
     given = {name: torch.as_tensor(value) for name, value in batch.items()}
     sizes = set(taken)
@@ -655,7 +652,7 @@ class Executor:
 
     def _step(self, node: gs.Node, values: dict[str, Any], symbols: Mapping[Any, int]) -> None:
         inputs = [self._value(t, values) for t in node.inputs]
-        if node.domain != DOMAIN and node.name not in self.model.calls:
+        if node.domain != ATEN and node.name not in self.model.calls:
             if node.op != "Add":
                 raise InternalError(f"node '{node.name}' ({node.op}) cannot be run in torch")
             values[node.outputs[0].name] = inputs[0] + inputs[1]

@@ -26,10 +26,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.fx_module import Call, Executor, FxModel, FxWalk, Sym, arguments_of, to_torch
+from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.hf_checkpoint import FieldChange, changed_config, quiet_loading, without_cache
-from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_rewrite import Rewriter
 from liar_opt.frontend.plain_module import copied_module
+from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.runtime.compare import relative_difference
 from liar_opt.runtime.errors import ModelError
 

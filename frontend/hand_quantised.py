@@ -9,18 +9,13 @@ times as large.
 
 import onnx
 
+from liar_opt.frontend.graph_tensors import STANDARD
+from liar_opt.frontend.rules.operators import operator
+from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.widen_graph import bodies_of
 
-CONTRACTIONS = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,), "ConvTranspose": (1,), "Einsum": (0, 1, 2)}
-"""Operators that contract weights: the input positions of these."""
-FUSED_CONTRACTIONS = {
-    **dict.fromkeys(("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul", "FusedGemm"), (0, 1)),
-    **dict.fromkeys(("FusedConv", "NhwcConv", "NhwcFusedConv"), (1,)),
-}
-"""The same of ONNX Runtime's own domain."""
-ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
-UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr", "Mod"}
-CARRYING = {"Cast", "CastLike", "Concat", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+COMPUTING = Trait.ARITHMETIC | Trait.UNPACKS
+CARRYING = Trait.KEEPS_ORDER | Trait.TURNS | Trait.JOINS | Trait.SLICES
 NARROW = {
     onnx.TensorProto.DataType.Value(name)
     for name in onnx.TensorProto.DataType.keys()
@@ -30,8 +25,6 @@ NARROW = {
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 WHOLE = {onnx.TensorProto.INT32, onnx.TensorProto.UINT32, onnx.TensorProto.INT64, onnx.TensorProto.UINT64}
 """Element types in which several small integers may be packed."""
-
-
 Constants = dict[str, onnx.TensorProto]
 Kinds = dict[str, tuple[bool, bool]]
 """Of each tensor that is computed from constants: whether it is float, and whether it was small integers."""
@@ -53,12 +46,12 @@ def _first(graph: onnx.GraphProto, outer: Constants, outer_kinds: Kinds) -> onnx
             for attribute in node.attribute:
                 if attribute.name == "value":
                     constants[node.output[0]] = attribute.t
-        elif node.op_type in CONTRACTIONS and node.domain in ("", "ai.onnx"):
-            operands = [node.input[i] for i in CONTRACTIONS[node.op_type] if i < len(node.input)]
+        elif node.domain in STANDARD and operator("", node.op_type).contracts:
+            operands = [node.input[i] for i in operator("", node.op_type).contracts if i < len(node.input)]
             if any(kinds.get(name) == (True, True) for name in operands):
                 first: onnx.NodeProto = node
                 return first
-        elif node.op_type in ARITHMETIC | UNPACKING | CARRYING and node.output:
+        elif _traits(node) & (COMPUTING | CARRYING) and node.output:
             kind = _kind(node, constants, kinds)
             if kind is not None:
                 kinds[node.output[0]] = kind
@@ -69,9 +62,13 @@ def _first(graph: onnx.GraphProto, outer: Constants, outer_kinds: Kinds) -> onnx
     return None
 
 
+def _traits(node: onnx.NodeProto) -> Trait:
+    return operator(node.domain, node.op_type).traits
+
+
 def _kind(node: onnx.NodeProto, constants: Constants, kinds: Kinds) -> tuple[bool, bool] | None:
     """Returns whether what a node makes of constants is float and was small integers; None where it reads others."""
-    data = node.input if node.op_type in ARITHMETIC | UNPACKING or node.op_type == "Concat" else node.input[:1]
+    data = node.input if _traits(node) & (COMPUTING | Trait.JOINS) else node.input[:1]
     small = False
     for name in data:
         if name in kinds:
@@ -79,7 +76,7 @@ def _kind(node: onnx.NodeProto, constants: Constants, kinds: Kinds) -> tuple[boo
         elif name in constants:
             tensor = constants[name]
             matrix = sum(size > 1 for size in tensor.dims) > 1
-            packed = tensor.data_type in WHOLE and node.op_type in UNPACKING
+            packed = tensor.data_type in WHOLE and bool(_traits(node) & Trait.UNPACKS)
             small |= matrix and (tensor.data_type in NARROW or packed)
         else:
             return None

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from liar_opt.frontend.causal import positions
 from liar_opt.frontend.hand_quantised import hand_quantised_node
-from liar_opt.frontend.onnx_causal import positions
 from liar_opt.frontend.onnx_model import OnnxModel, quantised_node, read_graph
-from liar_opt.frontend.onnx_rules import vocabulary
 from liar_opt.frontend.sparse_weights import densified
+from liar_opt.frontend.tables import vocabulary
 from liar_opt.runtime.signatures import InputSpec
 
 

@@ -9,33 +9,29 @@ equal folds of equal constants give one constant.
 import functools
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from liar_opt.frontend.fold_weights import Left, fold_weights
+from liar_opt.frontend.fold_weights import Left
+from liar_opt.frontend.graph_tensors import SKELETON_LIMIT, Narrow, constant_value, detached_tensors, is_float
 from liar_opt.frontend.hand_quantised import hand_quantised_node
-from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, side_by_side, unfold
-from liar_opt.frontend.onnx_values import evaluate, result_elements, tensor_attribute
+from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, unfold
+from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.weight_files import (
-    PLAIN,
-    STUB_LIMIT,
     completed,
     element_type,
     lightened,
     numpy_type,
     read_model,
-    stub,
     write_model,
 )
 from liar_opt.frontend.widen_graph import bodies_of, narrow_values, nodes_within, widen
@@ -50,18 +46,8 @@ QUANTISED_PREFIXES = (
     *("QLinear", "QGemm", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized"),
     *("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulBlockQuantized", "MatMulIntegerToFloat"),
 )
-STANDARD = {"", "ai.onnx"}
-MOST_ELEMENTS = 1 << 31
-"""A constant that constants make may not have more elements: ONNX Runtime makes it as well, while it loads the model."""
 CACHE_SHAPES = "liar_opt.cache_shapes"
 """Key of the metadata that says the new shapes of cache inputs and outputs: JSON, name -> shape."""
-SKELETON_LIMIT = 1024
-"""Constants up to this many elements keep their data in a skeleton: shape inference reads them."""
-MOVERS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze")
-"""Operators that give a tensor another shape or type and leave its values alone."""
-NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-"""Types in which weights are stored that a graph computes with in a wider one."""
-FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -430,100 +416,9 @@ class OnnxModel:
         """Returns an array as it is in the store; what is mapped already (read-only) stays where it is."""
         return self.store.put(value) if self.store is not None and value.flags.writeable else value
 
-    def _narrowed(self, node: gs.Node, name: str, values: np.ndarray, kind: np.dtype[Any]) -> gs.Constant:
-        return Narrow(name, values, np.dtype(kind), f"{name}/{np.dtype(kind).name}", node.name, self.settled)
-
     def normalise(self) -> int:
-        """Brings the graph to the form that the analysis expects; returns the number of nodes removed.
-
-        Constant nodes become initializers, Identity and no-op Dropout and Cast go, what depends on constants alone is
-        folded (so that a weight under a Transpose is stored transposed; see ``fold_weights`` for those that are computed),
-        an Einsum of a weight with several axes on a side becomes a MatMul between Reshapes, what is repeated for several
-        readers (a mask by heads, for all layers) is repeated for each, initial states of zeros go, nodes and
-        tensors get unique names, dead nodes go. Sharing is kept: the same fold of the same constant gives one constant.
-        """
-        graph = self.graph
-        before = len(graph.nodes)
-        names = _unique_names(graph)
-        for constant in self.constants():
-            # ONNX Runtime 1.31 gives what its fusions add such names, and fails on a saved graph that has them already.
-            if FUSION_NAME.search(constant.name):
-                constant.values = np.array(constant.values)  # the file's own tensor must keep its name
-                constant.name = f"{constant.name}_"
-        folded: dict[tuple[object, ...], list[gs.Constant]] = {}
-        flat: dict[tuple[object, ...], tuple[gs.Constant, gs.Constant]] = {}
-        outputs = {id(t) for t in graph.outputs}
-        for node in graph.nodes:
-            if node.op == "Constant" and node.domain in (None, *STANDARD) and len(node.outputs) == 1:
-                value = constant_value(node)
-                if value is not None and id(node.outputs[0]) not in outputs:
-                    _replace(node.outputs[0], gs.Constant(node.outputs[0].name, value))
-                    node.outputs.clear()
-        self.computed, untouched = fold_weights(graph, _shares_table, self._narrowed, self.settled)
-        for node in list(graph.nodes):
-            if node.op == "Constant":
-                continue
-            if _is_identity(node) and id(node.outputs[0]) not in outputs:
-                _replace(node.outputs[0], node.inputs[0])
-                node.outputs.clear()
-                node.inputs.clear()
-                continue
-            if node.op == "Einsum" and node.domain in (None, *STANDARD):
-                graph.nodes.extend(_as_product(node, flat, names, self.settled))
-            if id(node) not in untouched:
-                _fold(node, folded, outputs, names, self.settled)
-        _drop_zero_states(graph)
-        graph.cleanup(remove_unused_node_outputs=False)
-        if self.merged is None:
-            graph.toposort()
-            _part_repeats(graph, names)
-        else:
-            graph.nodes = side_by_side(graph.nodes, self.merged.nodes_of_first(graph.nodes))
-        return before - len(graph.nodes)
-
-
-class Narrow(gs.Constant):  # type: ignore[misc]
-    """A weight in float32 that its file holds in a narrower type, behind a Cast.
-
-    It is cut and repaired as what the graph computes with, and written as it was: rounded, with its Cast.
-
-    Attributes:
-        kind: the type in the file.
-        source: the name that it has there.
-        cast: the name of the Cast.
-        keep: puts what is written where new weights go.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        values: np.ndarray,
-        kind: np.dtype[Any],
-        source: str,
-        cast: str,
-        keep: Callable[[np.ndarray], np.ndarray],
-    ) -> None:
-        super().__init__(name, values)
-        self.kind, self.source, self.cast, self.keep = kind, source, cast, keep
-        self._rounded: tuple[np.ndarray, np.ndarray | None] | None = None
-
-    @property
-    def stored(self) -> np.ndarray | None:
-        """The values as they are written; None where some are too large for the type, and stay in float32."""
-        values = self.values
-        if self._rounded is None or self._rounded[0] is not values:
-            with np.errstate(over="ignore"):
-                rounded: np.ndarray = values.astype(self.kind)
-            fits = bool(np.array_equal(np.isfinite(values), np.isfinite(rounded)))
-            self._rounded = values, self.keep(rounded) if fits else None
-        return self._rounded[1]
-
-
-def like(old: gs.Constant, name: str, values: np.ndarray) -> gs.Constant:
-    """Returns a constant that is written as ``old`` is, with other values."""
-    if isinstance(old, Narrow) and values.dtype == old.dtype:
-        return Narrow(name, values, old.kind, old.source, old.cast, old.keep)
-    return gs.Constant(name, values)
+        """Brings the graph to the form that the analysis expects (`normal_form`); returns the number of nodes removed."""
+        return normalise(self)
 
 
 def _as_stored(constants: Sequence[gs.Constant], graph: gs.Graph) -> tuple[list[gs.Constant], list[gs.Node]]:
@@ -639,282 +534,3 @@ def _renamed_twins(proto: onnx.ModelProto) -> int:
                 count += 1
             numbers.setdefault(node.name, itertools.count(2))
     return count
-
-
-def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.TensorProto], dict[str, np.ndarray]]:
-    """Returns initializers without the data of the large ones, and that data by name.
-
-    A session takes such data as it lies in memory (``Session(weights=...)``): nothing is serialised or copied.
-    """
-    stubs, arrays = [], {}
-    for constant in constants:
-        values = constant._values
-        # What is no array is small, or of a type that numpy lacks.
-        if isinstance(values, np.ndarray) and values.nbytes > STUB_LIMIT and element_type(values.dtype) in PLAIN:
-            arrays[constant.name] = values
-            stubs.append(stub(constant.name, element_type(values.dtype), values.shape))
-        else:
-            stubs.append(gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(constant))
-    return stubs, arrays
-
-
-def is_float(dtype: object) -> bool:
-    """Returns whether a dtype is floating point (bfloat16 included)."""
-    kind = np.dtype(dtype)  # type: ignore[call-overload]
-    return bool(np.issubdtype(kind, np.floating)) or kind.name == "bfloat16"
-
-
-def is_constant(tensor: object) -> bool:
-    """Returns whether a tensor is an initializer."""
-    return isinstance(tensor, gs.Constant)
-
-
-def present(tensor: object) -> bool:
-    """Returns whether an optional input or output is there (an omitted one has no name)."""
-    return isinstance(tensor, gs.Constant) or (isinstance(tensor, gs.Variable) and bool(tensor.name))
-
-
-def constant_value(node: gs.Node) -> np.ndarray | None:
-    """Returns what a Constant node holds; None where that is no array of numbers."""
-    attributes = node.attrs
-    if "value" in attributes:
-        return tensor_attribute(attributes["value"])
-    for key, dtype in (
-        ("value_int", np.int64),
-        ("value_ints", np.int64),
-        ("value_float", np.float32),
-        ("value_floats", np.float32),
-    ):
-        if key in attributes:
-            return np.asarray(attributes[key], dtype)
-    return None
-
-
-def _is_identity(node: gs.Node) -> bool:
-    if node.domain not in (None, *STANDARD) or not node.outputs:
-        return False
-    if node.op == "Identity" or (node.op == "Concat" and len(node.inputs) == 1):
-        return True
-    if node.op == "Dropout":
-        mask_used = len(node.outputs) > 1 and present(node.outputs[1]) and bool(node.outputs[1].outputs)
-        training = node.inputs[2] if len(node.inputs) > 2 else None
-        off = training is None or not present(training) or (is_constant(training) and not bool(np.any(training.values)))
-        return off and not mask_used
-    return False
-
-
-def _replace(old: gs.Tensor, new: gs.Tensor) -> None:
-    for consumer in list(old.outputs):
-        for position, tensor in enumerate(consumer.inputs):
-            if tensor is old:
-                consumer.inputs[position] = new
-
-
-def _is_looked_up(tensor: gs.Tensor) -> bool:
-    """Returns whether rows of a tensor are looked up."""
-    return any(n.op == "Gather" and n.inputs[0] is tensor and not is_constant(n.inputs[1]) for n in tensor.outputs)
-
-
-def _shares_table(node: gs.Node) -> bool:
-    """Returns whether a node makes, of embeddings, the weight of the head, or the other way round."""
-    large = [t for t in node.inputs if is_constant(t) and sum(int(n) > 1 for n in t.shape) > 1]
-    made = any(_is_looked_up(t) for t in node.outputs)
-    return any(_is_looked_up(t) or (made and len(t.outputs) > 1) for t in large)
-
-
-def _fold(
-    node: gs.Node,
-    folded: dict[tuple[object, ...], list[gs.Constant]],
-    outputs: set[int],
-    names: Iterator[str],
-    keep: Callable[[np.ndarray], np.ndarray],
-) -> None:
-    if node.domain not in (None, *STANDARD) or not node.inputs or not node.outputs:
-        return
-    if not all(is_constant(t) or not present(t) for t in node.inputs):
-        return
-    if any(id(t) in outputs for t in node.outputs) or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
-        return
-    if _shares_table(node) or _shares_narrow(node):
-        return  # folded, the table would be stored twice
-    attributes = tuple(sorted((k, repr(v)) for k, v in node.attrs.items() if not hasattr(v, "values")))
-    key: tuple[object, ...] = (node.op, attributes, tuple(id(t) for t in node.inputs))
-    if any(hasattr(v, "values") for v in node.attrs.values()):
-        key = (*key, node.name)
-    results = folded.get(key)
-    if results is None:
-        inputs = [t.values if is_constant(t) else None for t in node.inputs]
-        if node.op == "Shape" and not node.attrs:
-            values: list[np.ndarray] | None = [np.asarray(node.inputs[0].shape, np.int64)]
-        else:
-            made = result_elements(node.op, inputs, node.attrs)
-            if made > MOST_ELEMENTS:
-                raise ModelError(
-                    f"node '{node.name}' ({node.op}) makes a constant of {made:,} elements, more than a machine holds; "
-                    "export the model again"
-                )
-            values = evaluate(node.op, inputs, node.attrs)
-        if values is None or len(values) < len(node.outputs):
-            return
-        # The constants stay alive through the key's owner list, so that ids are not reused.
-        results = [
-            _result(node, t.name or next(names), keep(np.ascontiguousarray(v).reshape(v.shape)), keep)
-            for t, v in zip(node.outputs, values, strict=False)
-        ]
-        folded[key] = results
-        folded[("alive", *key)] = [t for t in node.inputs if is_constant(t)]
-    for old, new in zip(node.outputs, results, strict=True):
-        _replace(old, new)
-    node.outputs.clear()
-    node.inputs.clear()
-
-
-def _result(node: gs.Node, name: str, value: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> gs.Constant:
-    """Returns what a node gives, folded; a weight that it widens, or moves after that, is still stored as it was."""
-    old = node.inputs[0]
-    if node.op == "Cast" and old.dtype in NARROW and value.dtype in (np.float32, np.float64):
-        return Narrow(name, value, np.dtype(old.dtype), old.name, node.name, keep)
-    carried = node.op in (*MOVERS, "Gather", "Slice", "Split")
-    return like(old, name, value) if carried else gs.Constant(name, value)
-
-
-def _shares_narrow(node: gs.Node) -> bool:
-    """Returns whether a node widens a large weight that others read as it is."""
-    old = node.inputs[0]
-    large = node.op == "Cast" and old.dtype in NARROW and int(np.prod(old.shape, dtype=np.int64)) > SKELETON_LIMIT
-    return large and any(reader.op not in MOVERS for reader in old.outputs)
-
-
-def _as_product(
-    node: gs.Node,
-    flat: dict[tuple[object, ...], tuple[gs.Constant, gs.Constant]],
-    names: Iterator[str],
-    keep: Callable[[np.ndarray], np.ndarray],
-) -> list[gs.Node]:
-    """Turns an Einsum of a weight that has several axes on a side into a MatMul; returns the nodes around it.
-
-    The axes that are summed over are joined, and so are those that come out: "bsd,dhk->bshk" is a product with
-    [d, h * k] whose result is split, "bshk,hkd->bsd" one with [h * k, d] whose input is joined. What has one axis on
-    each side, or an axis in weight, input and result, stays.
-    """
-    equation = str(node.attrs["equation"]).replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    weight = next((i for i, t in enumerate(node.inputs) if is_constant(t)), None)
-    if not arrow or "." in equation or len(terms) != 2 or weight is None:
-        return []
-    w, x = terms[weight], terms[1 - weight]
-    rows = [c for c in x if c not in w]
-    summed, columns = [c for c in w if c in x], [c for c in w if c not in x]
-    plain = all(len(set(t)) == len(t) for t in (w, x, right)) and set(right) == {*rows, *columns}
-    constant = node.inputs[weight]
-    if not plain or not summed or not columns or len(summed) == len(columns) == 1 or len(constant.shape) != len(w):
-        return []
-    sizes = dict(zip(w, constant.shape, strict=True))
-    order = [w.index(c) for c in [*summed, *columns]]
-    key = (id(constant), *order, len(summed))
-    if key not in flat:
-        matrix = constant.values.transpose(order).reshape(-1, int(np.prod([sizes[c] for c in columns], dtype=np.int64)))
-        # The weight itself is held, too, so that its id is not another's.
-        flat[key] = (like(constant, f"{constant.name}_{next(names)}", keep(np.ascontiguousarray(matrix))), constant)
-    nodes: list[gs.Node] = []
-
-    def then(op: str, tensor: gs.Tensor, *inputs: gs.Tensor, **attributes: Any) -> gs.Tensor:
-        result = gs.Variable(next(names), dtype=tensor.dtype)
-        nodes.append(gs.Node(op, f"{node.name}/{op}_{len(nodes)}", attributes, [tensor, *inputs], [result]))
-        return result
-
-    def shape(*dims: int) -> gs.Constant:
-        return gs.Constant(next(names), np.asarray([*[0] * len(rows), *dims], np.int64))
-
-    tensor, result = node.inputs[1 - weight], node.outputs[0]
-    turn = [x.index(c) for c in [*rows, *summed]]
-    if turn != sorted(turn):
-        tensor = then("Transpose", tensor, perm=turn)
-    if len(summed) > 1:
-        tensor = then("Reshape", tensor, shape(-1))
-    node.op, node.attrs, node.inputs = "MatMul", {}, [tensor, flat[key][0]]
-    back = [[*rows, *columns].index(c) for c in right]
-    if len(columns) > 1 or back != sorted(back):
-        inner = gs.Variable(next(names), dtype=result.dtype)
-        node.outputs = [inner]
-        if len(columns) > 1:
-            inner = then("Reshape", inner, shape(*(sizes[c] for c in columns)))
-        if back != sorted(back):
-            inner = then("Transpose", inner, perm=back)
-        nodes[-1].outputs = [result]
-    return nodes
-
-
-def _part_repeats(graph: gs.Graph, names: Iterator[str]) -> None:
-    """Gives each reader of what is repeated, by Expand to sizes that are written, a repetition of its own, just before it.
-
-    One for all layers would make them keep the same heads, and holds nothing of its own; one far before its reader would be
-    measured with heads that went since. Nodes are in topological order.
-    """
-    repeats: dict[int, gs.Node] = {}
-    for node in graph.nodes:
-        source = node.inputs[0].inputs[0] if node.inputs and node.inputs[0].inputs else None
-        written = node.op == "Expand" and is_constant(node.inputs[1]) and bool(np.any(node.inputs[1].values > 1))
-        if written or (node.op in MOVERS and id(source) in repeats):
-            repeats[id(node)] = node
-    outputs = {id(t) for t in graph.outputs}
-    place = {id(node): (i, 0) for i, node in enumerate(graph.nodes)}
-    for node in reversed(repeats.values()):
-        (result,) = node.outputs
-        readers = {id(n): n for n in result.outputs}
-        if id(result) in outputs or not readers or not readers.keys() <= place.keys():
-            continue
-        apart = sorted((n for n in readers.values() if n.op != "Shape"), key=lambda n: place[id(n)])[1:]
-        for reader in apart:
-            own = gs.Variable(next(names), result.dtype, result.shape)
-            copy = gs.Node(node.op, f"{node.name}_{own.name}", dict(node.attrs), list(node.inputs), [own])
-            for position, tensor in enumerate(reader.inputs):
-                if tensor is result:
-                    reader.inputs[position] = own
-            graph.nodes.append(copy)
-            place[id(copy)] = (place[id(reader)][0], place[id(reader)][1] - 1)
-        first, depth = min(place[id(n)] for n in result.outputs)
-        place[id(node)] = (first, depth - 1)
-    if repeats:
-        graph.nodes = sorted(graph.nodes, key=lambda n: place[id(n)])
-
-
-def _drop_zero_states(graph: gs.Graph) -> None:
-    """Takes initial states of zeros from recurrent operators, which begin with zeros where none is given.
-
-    Exporters make one tensor of them for all layers, whose hidden units would have to stay the same ones then.
-    """
-    for node in graph.nodes:
-        if node.op not in ("GRU", "LSTM", "RNN") or node.domain not in (None, *STANDARD):
-            continue
-        for position in (5, 6):
-            if len(node.inputs) > position and _is_zeros(node.inputs[position]):
-                node.inputs[position] = gs.Variable.empty()
-
-
-def _is_zeros(tensor: gs.Tensor) -> bool:
-    """Returns whether a tensor holds zeros alone: a constant, or what was made or repeated of some, and moved about."""
-    while not is_constant(tensor) and tensor.inputs:
-        node = tensor.inputs[0]
-        if node.op == "ConstantOfShape":
-            value = node.attrs.get("value")
-            return value is None or not np.any(tensor_attribute(value))
-        if node.op not in (*MOVERS, "Gather", "Slice", "Split"):
-            return False
-        tensor = node.inputs[0]
-    return is_constant(tensor) and not np.any(tensor.values)
-
-
-def _unique_names(graph: gs.Graph) -> Iterator[str]:
-    """Names nodes that have none (or share one) and returns a source of unused tensor names."""
-    taken: set[str] = set()
-    for index, node in enumerate(graph.nodes):
-        if not node.name or node.name in taken:
-            base = node.name or f"{node.op}"
-            node.name = next(
-                n for n in (f"{base}_{index}", *(f"{base}_{index}_{k}" for k in range(1000))) if n not in taken
-            )
-        taken.add(node.name)
-    tensors = set(graph.tensors())
-    return (n for n in (f"liar_opt_{k}" for k in itertools.count()) if n not in tensors)

@@ -15,9 +15,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
-from liar_opt.frontend.onnx_model import detached_tensors
-from liar_opt.frontend.onnx_rules import ConsumerUse
+from liar_opt.frontend.graph_tensors import detached_tensors
 from liar_opt.frontend.onnx_segments import Extracted
+from liar_opt.frontend.records import ConsumerUse
 
 PREFIX = "liar_opt_patch"
 

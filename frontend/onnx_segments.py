@@ -22,10 +22,12 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from liar_opt.frontend.onnx_model import detached_tensors, is_constant, is_float, present
-from liar_opt.frontend.onnx_rule_table import SKIPS
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, Window
-from liar_opt.frontend.onnx_values import slice_arguments
+from liar_opt.frontend.graph_tensors import detached_tensors, is_constant, is_float, present
+from liar_opt.frontend.records import ConsumerUse, Window
+from liar_opt.frontend.rules.numbers import slice_arguments
+from liar_opt.frontend.rules.operators import has, operator
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.widen_graph import widen
 
 ROWS = "liar_opt_rows"
@@ -37,14 +39,9 @@ Place = tuple[str, int, int, Window | None]
 """A tensor, its axis, the expert whose rows count (-1: all rows), and what slides over it."""
 MOST_PLACES = 512
 """Places of a sample from which on not all are measured that a convolution slides to: they say the same as others."""
-ADDITIONS = ("Add", "add")
-MOVES = ("Reshape", "Dropout", "Identity", "view", "_unsafe_view", "view_copy", "reshape", "clone", "alias", "dropout")
-"""Operators of ONNX and of torch that hand a tensor on as it is."""
 TRIANGLE_FROM = 512
 """Widths from here on compute X^T X by blocks of the upper triangle."""
 BLOCKS = 6
-ARITHMETIC = ("Add", "Div", "Max", "Min", "Mod", "Mul", "Sub")
-"""Operators on sizes whose result is as long as the longest of what they read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,7 +354,7 @@ def _length(walk: GraphWalk, tensor: gs.Tensor) -> int | None:
         return len(range(len(axes))[slice(node.attrs.get("start", 0), node.attrs.get("end"))])
     if node.op == "Unsqueeze" and axes == ():
         return 1
-    if node.op in ("Cast", "Identity"):
+    if has(node, Trait.COPIES):
         return _length(walk, node.inputs[0])
     if node.op == "Slice":
         whole = _length(walk, node.inputs[0])
@@ -365,7 +362,7 @@ def _length(walk: GraphWalk, tensor: gs.Tensor) -> int | None:
         if whole is None or known is None:
             return None
         return len(range(whole)[slice(known[0][0], known[1][0], (known[3] or [1])[0])])
-    if node.op in ARITHMETIC:
+    if has(node, Trait.ARITHMETIC | Trait.EXTREMES) or node.op == "Mod":
         lengths = [_length(walk, source) for source in node.inputs if not _is_number(walk, source)]
         return None if None in lengths else max((n for n in lengths if n is not None), default=None)
     if node.op == "Concat":
@@ -616,14 +613,14 @@ def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None
     tensor, axes = use.node.outputs[0], walk.axes.get(use.node.outputs[0].name)
     while len(tensor.outputs) == 1 and not any(tensor is t for t in graph.outputs) and axes is not None:
         reader = tensor.outputs[0]
-        skip = reader.op in SKIPS
-        added = reader.op in ADDITIONS or skip
-        if not added and reader.op not in MOVES:
+        skip = has(reader, Trait.SKIPS)
+        added = has(reader, Trait.ADDS | Trait.SKIPS)
+        if not added and not has(reader, Trait.HANDS_ON):
             break
         others = [
             t
             for i, t in enumerate(reader.inputs)
-            if t is not tensor and present(t) and (i < 2 or (skip and i == SKIPS[reader.op]))
+            if t is not tensor and present(t) and (i < 2 or (skip and i in operator(reader.domain, reader.op).bias_inputs))
         ]
         for other in others if added else ():
             if is_constant(other):

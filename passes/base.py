@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, OptionError

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import count_flops, walk
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import count_flops, walk
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.latency import Deployed
@@ -30,7 +29,7 @@ def blank_cut(dense: Stored, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[s
     """
     model = dense.model()
     model.normalise()
-    analysis = walk(model, AxisAlgebra)
+    analysis = walk(model)
     found = find_groups(analysis)
     groups = {g.name: g for g in (*found.groups, *found.queries)}
     unknown = [name for name in keep if name not in groups]
@@ -59,4 +58,4 @@ def file_bytes(model: OnnxModel) -> int:
 
 def operations(model: OnnxModel, feeds: Feeds) -> int:
     """Returns the floating-point operations of all contractions; 0 where they cannot be counted."""
-    return count_flops(model, AxisAlgebra, {k: np.asarray(v) for k, v in feeds.items()}) or 0
+    return count_flops(model, {k: np.asarray(v) for k, v in feeds.items()}) or 0

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_linear import Bent, Source, sources_of
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.linear import Bent, Source, sources_of
 from liar_opt.frontend.onnx_segments import Place, place_of
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.measured import Measured
 from liar_opt.runtime.errors import InternalError

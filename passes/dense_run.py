@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_float
+from liar_opt.frontend.graph_tensors import is_float
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
-from liar_opt.frontend.onnx_rules import ConsumerUse
 from liar_opt.frontend.onnx_segments import Extracted, extract
+from liar_opt.frontend.records import ConsumerUse
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, walk
 from liar_opt.frontend.onnx_segments import (
     VARIANCE_FLOOR,
     Place,
@@ -29,7 +28,8 @@ from liar_opt.frontend.onnx_segments import (
     stream_of,
     tap_for,
 )
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import DenseModel, State
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.measured import Measured, Repaired
@@ -79,7 +79,7 @@ class TwinRun(SegmentRun):
         super().__init__(options, state, wide, segments)
         model = state.found(DenseModel).stored.model()
         model.normalise()
-        self.twin: GraphWalk = walk(model, AxisAlgebra)
+        self.twin: GraphWalk = walk(model)
         self.twin_alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
         self.twin_at: str | None = None
         self.aware: dict[str, Moments] = {}

@@ -21,7 +21,7 @@ Experts whose weights are one constant keep channels of their own in the same wa
 of its expert from the first weight to the last. Each is a consumer of its own.
 
 The width of queries and keys ("query-key") ends in no weight: a product of two activations contracts it. It is a group
-where it is pinned for that reason alone and both sides are linear along it (`frontend.onnx_linear`).
+where it is pinned for that reason alone and both sides are linear along it (`frontend.linear`).
 """
 
 import itertools
@@ -34,25 +34,18 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_linear import Bent, operands_of, sources_of
-from liar_opt.frontend.onnx_model import is_constant
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import RELAYOUTS, ConstantUse, ConsumerUse, GraphWalk, walk
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.axes import AxisAlgebra
+from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.linear import Bent, operands_of, sources_of
+from liar_opt.frontend.records import ConstantUse, ConsumerUse
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.rules.operators import POINTWISE, has
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
 
 LEAST_SIZE = 2
-POINTWISE = (
-    *("Abs Add Cast Clip Div Dropout Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Max Min Mish Mul Neg Pow").split(),
-    *("QuickGelu Reciprocal Relu Selu Sigmoid Softplus Softsign Sqrt Sub Swish Tanh Where").split(),
-    *("abs add clamp div elu exp gelu hardswish leaky_relu mish mul neg pow relu rsqrt sigmoid silu softplus sub").split(),
-    *("square tanh").split(),
-)
-"""Operators between the weights of experts, of ONNX and of ATen, that compute element by element."""
-RECURRENT_OPERATORS = ("GRU", "LSTM", "RNN")
-LAID_OUT = ("Shape", "Transpose", "permute", "transpose")
-PARTED = ("Concat", "Slice", "Split", "cat", "chunk", "slice", "split", "split_with_sizes")
 BESIDE = "its consumer reads other dimensions in the same axis"
 NO_WEIGHT = "no weight makes this part of a concatenation: the frequencies of positions are such a part"
 STEM = "the first convolution over an input is left alone: it holds little, and all that follows is made of it"
@@ -97,7 +90,7 @@ class FindGroupsPass(Pass[None]):
 
     def apply(self, state: State, plan: None) -> PassResult:
         """Adds the analysis and the groups to the state."""
-        state.walk = walk(state.model, AxisAlgebra)
+        state.walk = walk(state.model)
         found = find_groups(state.walk)
         state.groups = found.groups
         state.values = found.values
@@ -148,7 +141,7 @@ def find_groups(walk: GraphWalk, known: bool = False) -> Found:
             continue
         leaves = layout(algebra, uses[0].contracted, leaf)
         kind = _kind(leaves, leaf, set(consumers), mixed, runs)
-        if kind in KINDS and any(u.node.op in RECURRENT_OPERATORS for u in uses):
+        if kind in KINDS and any(has(u.node, Trait.RECURS) for u in uses):
             kind = RECURRENT
         if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
             kind = "pooler"
@@ -331,11 +324,11 @@ def _experts_of(
 
 def _keeps_rows(walk: GraphWalk, node: Any, leaf: int) -> bool:
     """Returns whether an operator leaves every axis but that of ``leaf`` as it is."""
-    if node.op in (*POINTWISE, *RELAYOUTS, *LAID_OUT):
+    if has(node, POINTWISE | Trait.KEEPS_ORDER | Trait.TURNS | Trait.SHAPES):
         return True
-    if node.op not in PARTED:
+    if not has(node, Trait.JOINS | Trait.SLICES | Trait.SPLITS):
         return False
-    inputs = [walk.input_axes(node, i) for i in range(len(node.inputs) if node.op in ("Concat", "cat") else 1)]
+    inputs = [walk.input_axes(node, i) for i in range(len(node.inputs) if has(node, Trait.JOINS) else 1)]
     outputs = [walk.axes.get(t.name) for t in node.outputs]
     known = [axes for axes in (*inputs, *outputs) if axes is not None]
     if len(known) != len(inputs) + len(outputs) or len({len(axes) for axes in known}) != 1:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_linear import Operand
-from liar_opt.frontend.onnx_rewrite import Cut, Within
+from liar_opt.frontend.linear import Operand
+from liar_opt.frontend.rewrite import Cut, Within
 
 KINDS = ("ffn", "heads")
 """Kinds of groups that ``sparsity`` prunes; "grouped" (heads within a group) and "pooler" are found and reported only."""

@@ -24,9 +24,10 @@ from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.curves import Curves, GroupCurve, load_curves, place_of, store_curves
 from liar_opt.passes.dense_run import ConstantPatch, DenseRun
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
+from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
-from liar_opt.passes.registry import Measured, ScoreFunction, score_named
-from liar_opt.passes.scores import SELECTION_RIDGE
+from liar_opt.passes.registry import score_named
+from liar_opt.passes.scores import SELECTION_RIDGE, ScoreFunction
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time

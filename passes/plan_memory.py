@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from liar_opt.frontend.onnx_activations import tensor_sizes
-from liar_opt.frontend.onnx_rules import walk_sized
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.live_memory import tensor_sizes
+from liar_opt.frontend.walk import walk_sized
 from liar_opt.passes.base import Finding, State
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import show_size
@@ -46,7 +45,7 @@ def sizes_of(state: State) -> Mapping[str, int]:
     sizes = state.get(TensorSizes)
     if sizes is None:
         assert state.calibration is not None
-        whole = walk_sized(state.model, AxisAlgebra, state.calibration.batches[0])
+        whole = walk_sized(state.model, state.calibration.batches[0])
         sizes = TensorSizes({} if whole is None else tensor_sizes(whole))
         state.add(sizes)
     return sizes.bytes

@@ -20,11 +20,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_causal import positions
+from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk, looked_up, vocabulary, walk
 from liar_opt.frontend.onnx_segments import Extracted, Place, extract
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
@@ -245,7 +246,7 @@ class Proof:
         """Cuts a copy of the model."""
         model = self.stored.model()
         model.normalise()
-        analysed = walk(model, AxisAlgebra)
+        analysed = walk(model)
         found = find_groups(analysed, known=True)
         data = CalibrationData(tuple(self.feeds), (None,) * len(self.feeds), 0, 0, "probes", (), True)
         # What a rehearsal writes goes from the disk with it.

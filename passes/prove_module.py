@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from liar_opt.frontend.fx_module import Executor, FxModel, analyse, lower, precision
-from liar_opt.frontend.onnx_model import is_constant
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prove_groups import (
@@ -103,7 +102,7 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
     reference, again = lower(source.program, source.module), lower(source.program, source.module)
     rehearse = rehearsal_of(cut)
     try:
-        walk = analyse(again, AxisAlgebra())
+        walk = analyse(again)
         arrays = {name: _array(value) for name, value in probes[0].items()}
         data = CalibrationData((arrays,), (None,), 0, 0, "probe", (), True)
         copied = State(again, data, state.device, memory=state.memory, walk=walk)
@@ -111,7 +110,7 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
         copied.keep = dict(keep)
         copied.add(AskedBlocks({}))
         rehearse.apply(copied, rehearse.plan(copied))
-        mask_model(analyse(reference, AxisAlgebra()), copied.repairs)
+        mask_model(analyse(reference), copied.repairs)
     except RaisedAt as err:
         return Failure(str(err), err.group)
     except (MemoryError, OSError):

@@ -21,10 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_activations import live_bytes
-from liar_opt.frontend.onnx_model import is_constant
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import ConsumerUse, GraphWalk
+from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.onnx_segments import (
     ROWS,
     Extracted,
@@ -38,21 +36,18 @@ from liar_opt.frontend.onnx_segments import (
     stream_of,
     tap_for,
 )
+from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
 from liar_opt.passes.change_basis import BasisChange, basis_of, value_turn
 from liar_opt.passes.checkpoint import Checkpoint, Finished, KeptGroup
 from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
+from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room, sizes_of
-from liar_opt.passes.registry import (
-    AWARE,
-    Measured,
-    Repaired,
-    RepairFunction,
-    ScoreFunction,
-    lookup,
-    repair_named,
-    score_named,
-)
+from liar_opt.passes.registry import lookup, repair_named, score_named
+from liar_opt.passes.repairs import AWARE, RepairFunction
+from liar_opt.passes.scores import ScoreFunction
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, ModelError, OptionError

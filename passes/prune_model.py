@@ -19,16 +19,16 @@ from typing import Any, Literal
 
 import onnx
 
+from liar_opt.frontend.causal import is_causal, positions
 from liar_opt.frontend.genai_config import write_config
 from liar_opt.frontend.input_files import Inputs
-from liar_opt.frontend.onnx_activations import live_bytes, tensor_sizes
-from liar_opt.frontend.onnx_causal import is_causal, positions
+from liar_opt.frontend.live_memory import live_bytes, tensor_sizes
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
-from liar_opt.frontend.onnx_rules import count_flops, looked_up, vocabulary, walk_sized
 from liar_opt.frontend.sound_model import why_invalid
+from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.walk import count_flops, walk_sized
 from liar_opt.frontend.weight_files import MAP_FROM, completed, lightened, write_model
 from liar_opt.passes.allocate_widths import NAMED, note_widths
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import (
     Change,
     DenseModel,
@@ -55,7 +55,9 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.plan_memory import TensorSizes, sizes_of
 from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import HELD_BACK, Cut, cut_arrays
-from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
+from liar_opt.passes.registry import lookup
+from liar_opt.passes.repairs import AWARE, RepairFunction
+from liar_opt.passes.scores import ScoreFunction
 from liar_opt.passes.search_widths import Searched
 from liar_opt.passes.verify_model import (
     ComparedSessions,
@@ -682,7 +684,7 @@ def _identity(state: State, report: dict[str, Any], search: float | None) -> dic
 def _fitted(state: State, data: CalibrationData, report: dict[str, Any]) -> CalibrationData:
     """Returns the data in smaller batches where what is alive in the model, run on one, takes more than may be used."""
     dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in state.analysed().input_specs())
-    whole = walk_sized(state.model, AxisAlgebra, data.batches[0]) if dynamic else None
+    whole = walk_sized(state.model, data.batches[0]) if dynamic else None
     if whole is None:
         return data
     sizes = tensor_sizes(whole)
@@ -791,7 +793,7 @@ def _one_batch(state: State, target: str | None) -> dict[str, Any]:
 def _flops(state: State, target: str | None) -> int | None:
     if state.calibration is None or not sizes_of(state):
         return None
-    return count_flops(state.model, AxisAlgebra, _one_batch(state, target))
+    return count_flops(state.model, _one_batch(state, target))
 
 
 def _sizes(model: OnnxModel) -> dict[str, Any]:

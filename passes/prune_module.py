@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from liar_opt.frontend.causal import is_causal
 from liar_opt.frontend.fx_module import (
     BATCH,
     Executor,
@@ -35,6 +36,7 @@ from liar_opt.frontend.fx_module import (
 )
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, cut_program, planned_state
+from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.hf_checkpoint import (
     FieldChange,
     FieldPlace,
@@ -58,13 +60,10 @@ from liar_opt.frontend.hf_checkpoint import (
 )
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
-from liar_opt.frontend.onnx_causal import is_causal
-from liar_opt.frontend.onnx_model import is_constant
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Place, Tap, live_tensors, nodes_for, row_mask
 from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import Change, Finding, Observer, Opened, Pass, PassResult, Pipeline, Progress, State, no_progress
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups, layout
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
@@ -91,7 +90,9 @@ from liar_opt.passes.prune_model import (
     prune,
     unrepaired,
 )
-from liar_opt.passes.registry import AWARE, RepairFunction, ScoreFunction, lookup
+from liar_opt.passes.registry import lookup
+from liar_opt.passes.repairs import AWARE, RepairFunction
+from liar_opt.passes.scores import ScoreFunction
 from liar_opt.passes.verify_model import Verification, first_samples, mask_model
 from liar_opt.runtime.calibration_data import first_rows, load_calibration
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, holds_logits, require_close, require_repeatable
@@ -165,7 +166,7 @@ class FindModuleGroupsPass(FindGroupsPass):
     def apply(self, state: State, plan: None) -> PassResult:
         """Adds the analysis and the groups to the state."""
         assert isinstance(state.model, FxModel)
-        state.walk = analyse(state.model, AxisAlgebra())
+        state.walk = analyse(state.model)
         found = find_groups(state.walk)
         rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
         state.groups = tuple(g for g in found.groups if g not in rigid)
@@ -551,7 +552,7 @@ class VerifyModulePass(Pass[None]):
         dtype = precision(model)
         original = lower(model.program, model.module)
         reference = lower(model.program, model.module)
-        mask_model(analyse(reference, AxisAlgebra()), state.repairs)
+        mask_model(analyse(reference), state.repairs)
         opened, fields = state.found(OpenedModule), state.get(FinalFields)
         example = opened.example
         cut = Executor(model, device)

@@ -23,7 +23,7 @@ from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.dense_run import DenseRun, Patch
 from liar_opt.passes.groups import KINDS, ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
-from liar_opt.passes.registry import AWARE, RepairFunction
+from liar_opt.passes.repairs import AWARE, RepairFunction
 from liar_opt.passes.scores import SELECTION_RIDGE, problems_of
 from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.moments import Moments

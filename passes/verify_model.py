@@ -20,14 +20,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_activations import live_bytes
-from liar_opt.frontend.onnx_model import Narrow, OnnxModel, Stored, is_constant, is_float, like
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import COPIES, GraphWalk, vocabulary, walk
+from liar_opt.frontend.graph_tensors import Narrow, is_constant, is_float, like
+from liar_opt.frontend.live_memory import live_bytes
+from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.rules.operators import has
+from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.sound_model import shown
+from liar_opt.frontend.tables import vocabulary
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.frontend.weight_files import without_data
 from liar_opt.frontend.widen_graph import nodes_within, widen
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.plan_memory import sizes_of
@@ -231,7 +234,7 @@ def masked_reference(dense: Stored, repairs: list[ConsumerRepair], query_forms: 
     model = dense.model()
     model.normalise()
     project_queries(model, query_forms)
-    mask_model(walk(model, AxisAlgebra), repairs)
+    mask_model(walk(model), repairs)
     return model
 
 
@@ -300,7 +303,7 @@ def by_weight(repairs: Sequence[ConsumerRepair]) -> list[list[ConsumerRepair]]:
 
 def _made_by(tensor: Any) -> str | None:
     """Returns the operator that computes a tensor; None for an input of the graph."""
-    while tensor.inputs and tensor.inputs[0].op in COPIES:
+    while tensor.inputs and has(tensor.inputs[0], Trait.COPIES):
         tensor = tensor.inputs[0].inputs[0]
     return tensor.inputs[0].op if tensor.inputs else None
 

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import oracle
 
-from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.find_groups import Found
 from liar_opt.passes.groups import ChannelGroup
 

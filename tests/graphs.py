@@ -13,8 +13,7 @@ import onnx.parser
 import oracle
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import GraphWalk, walk
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.prune_groups import cut_arrays
 
@@ -44,7 +43,7 @@ def analyse(proto: onnx.ModelProto) -> tuple[OnnxModel, GraphWalk, Found]:
     copy.CopyFrom(proto)
     model = OnnxModel.from_proto(copy)
     model.normalise()
-    state = walk(model, AxisAlgebra)
+    state = walk(model)
     return model, state, find_groups(state)
 
 

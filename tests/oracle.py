@@ -12,9 +12,8 @@ import onnx
 import onnxruntime as ort
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import GraphWalk, walk
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.prune_groups import cut_arrays
@@ -27,7 +26,7 @@ def analyse(path: Path) -> tuple[OnnxModel, GraphWalk, Found]:
     """Loads, normalises and analyses a model."""
     model = OnnxModel.load(path)
     model.normalise()
-    state = walk(model, AxisAlgebra)
+    state = walk(model)
     return model, state, find_groups(state)
 
 

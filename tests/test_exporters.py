@@ -22,8 +22,7 @@ from onnx import numpy_helper
 
 from liar_opt import prune
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import walk
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.walk import walk
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import KINDS, VALUES
 from liar_opt.runtime.compare import TOLERANCES
@@ -60,7 +59,7 @@ def reanalyse(proto: onnx.ModelProto) -> Found:
     copy.CopyFrom(proto)
     model = OnnxModel.from_proto(copy)
     model.normalise()
-    return find_groups(walk(model, AxisAlgebra))
+    return find_groups(walk(model))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,7 +15,6 @@ import liar_opt
 from liar_opt.frontend.fx_module import Executor, Sym, analyse, example_from, lower, trace
 from liar_opt.frontend.fx_onnx import export_onnx
 from liar_opt.frontend.hf_checkpoint import without_cache
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.prune_module import ModuleResult, vocabulary
 from liar_opt.runtime.errors import InternalError, ModelError, OptionError
@@ -248,7 +247,7 @@ def test_the_lowered_graph_computes_what_the_module_computes() -> None:
     assert any(isinstance(n, Sym) for n in numbers) and any(type(n) is int for n in numbers)
     assert model.inputs()[0].shape == ("batch", "sequence_7")
     assert "aten::linear" in model.listing()
-    found = find_groups(analyse(model, AxisAlgebra()))
+    found = find_groups(analyse(model))
     assert not found.refusals or all(r.reason for r in found.refusals)
     assert model.parameters() == sum(p.numel() for p in module.parameters())
 

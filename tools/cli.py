@@ -657,7 +657,8 @@ def _add_pruning(parser: argparse.ArgumentParser, command: str) -> None:
     from liar_opt.passes.allocations import ALLOCATIONS
     from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
     from liar_opt.passes.prune_model import prune
-    from liar_opt.passes.registry import REPAIRS, SCORES
+    from liar_opt.passes.repairs import REPAIRS
+    from liar_opt.passes.scores import SCORES
 
     pruning = parser.add_argument_group("pruning")
     widths, cut = _Fields(pruning, AllocateWidthsPass), _Fields(pruning, PruneGroupsPass)

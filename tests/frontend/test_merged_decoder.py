@@ -14,8 +14,9 @@ import oracle
 import pytest
 
 import liar_opt
+from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.merged_decoder import side_by_side, unfold
-from liar_opt.frontend.onnx_model import OnnxModel, is_constant
+from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.weight_files import lightened
 from liar_opt.runtime.compare import TOLERANCES
 from liar_opt.runtime.errors import ModelError

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from liar_opt import prune
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import looked_up, vocabulary
+from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.passes.prune_model import inspect
 from liar_opt.runtime.errors import ModelError
 

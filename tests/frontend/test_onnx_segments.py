@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from liar_opt.frontend import onnx_segments
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_rules import Window
 from liar_opt.frontend.onnx_segments import (
     ROWS,
     Tap,
@@ -26,6 +24,8 @@ from liar_opt.frontend.onnx_segments import (
     stream_of,
     tap_for,
 )
+from liar_opt.frontend.records import Window
+from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Session, as_array, element_type
 

@@ -9,7 +9,7 @@ import oracle
 import pytest
 from graphs import Weights
 
-from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.change_basis import BasisChange, basis_of
 
 # 3 heads of 4 channels, hidden 10; {} stand for how values, queries and keys are made, and what is done with them.

@@ -16,7 +16,7 @@ import zoo
 import zoo_decoders
 
 import liar_opt
-from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.base import Pipeline, State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass

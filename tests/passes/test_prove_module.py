@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import liar_opt
-import liar_opt.frontend.fx_rules
-from liar_opt.frontend.onnx_rule_table import RULES
+from liar_opt.frontend.rules.operators import OPERATORS
+from liar_opt.frontend.rules.table import Op
 from liar_opt.passes.prove_groups import Failure, groups_at_fault
 from liar_opt.passes.prove_module import ProveModuleGroupsPass, failure, probe_sizes
 from liar_opt.passes.prune_module import FindModuleGroupsPass, ModuleResult, PruneModulePass, _load
@@ -35,7 +35,7 @@ class Rolled(nn.Module):
 @pytest.fixture
 def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Roll keeps every index in its place, says this rule."""
-    monkeypatch.setitem(RULES, ("aten", "roll"), lambda w, node: w.output(node, w.input_axes(node, 0)))
+    monkeypatch.setitem(OPERATORS, ("aten", "roll"), [Op("roll", lambda w, node: w.output(node, w.input_axes(node, 0)))])
     yield
 
 

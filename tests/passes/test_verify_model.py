@@ -128,7 +128,7 @@ def test_half_precision_keeps_the_shape_of_its_output() -> None:
 def test_rounding_that_the_model_magnifies_by_itself_is_no_fault_of_the_cut(
     wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("liar_opt.frontend.onnx_model.STUB_LIMIT", 0)  # every weight counts as large
+    monkeypatch.setattr("liar_opt.frontend.graph_tensors.STUB_LIMIT", 0)  # every weight counts as large
     monkeypatch.setitem(TOLERANCES, "float32", 1e-12)
     state = cut(hidden=801)  # sums of so many are added up in pieces, which the cut shifts
     if wrong:

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import vocabulary
+from liar_opt.frontend.tables import vocabulary
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.metrics import accuracy, divergences

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import vocabulary
+from liar_opt.frontend.tables import vocabulary
 from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.sessions import Session

@@ -31,7 +31,8 @@ from liar_opt.passes.measure_curves import MeasureCurvesPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.prune_model import load_state, prune
-from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
+from liar_opt.passes.repairs import AWARE, REPAIRS
+from liar_opt.passes.scores import SCORES
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.tools.demo_assets import minilm_folder, sentences, split
 from liar_opt.tools.dev.harness import Cells, ahead_of, say, setting, table, work_folder

@@ -24,8 +24,7 @@ import numpy as np
 import onnx
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import count_flops
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.prune_model import prune
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session, cuda_works
@@ -88,7 +87,7 @@ def latency(work: Workplace) -> str:
     for b, s in SHAPES:
         values = (rng.integers(1000, 2000, (b, s)), np.ones((b, s), np.int64), np.zeros((b, s), np.int64))
         feeds = dict(zip(MINILM_INPUTS, values, strict=True))
-        dense, pruned = (count_flops(m, AxisAlgebra, feeds) or 0 for m in counted)
+        dense, pruned = (count_flops(m, feeds) or 0 for m in counted)
         found = measure_latency(timed, feeds, 6.0, least=10, most=4000)
         times = dict(zip(models, found.seconds, strict=True))
         cells = [f"{b} x {s}", f"{dense / pruned:.2f}"]

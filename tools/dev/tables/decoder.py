@@ -34,7 +34,8 @@ from tokenizers import Tokenizer
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES
 from liar_opt.passes.prune_model import prune
-from liar_opt.passes.registry import AWARE, REPAIRS, SCORES
+from liar_opt.passes.repairs import AWARE, REPAIRS
+from liar_opt.passes.scores import SCORES
 from liar_opt.runtime.packing import pack
 from liar_opt.runtime.perplexity import Perplexity, perplexity
 from liar_opt.runtime.self_calibration import SELF, write_calibration

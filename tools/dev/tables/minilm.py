@@ -32,8 +32,7 @@ import numpy as np
 import onnx
 
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.frontend.onnx_rules import count_flops
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.walk import count_flops
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session
@@ -240,7 +239,7 @@ def latency(work: Workplace) -> dict[str, Any]:
     for b, s in SHAPES:
         values = (rng.integers(1000, 2000, (b, s)), np.ones((b, s), np.int64), np.zeros((b, s), np.int64))
         feeds = dict(zip(MINILM_INPUTS, values, strict=True))
-        flops = [count_flops(m, AxisAlgebra, feeds) or 0 for m in analysed.values()]
+        flops = [count_flops(m, feeds) or 0 for m in analysed.values()]
         for threads in THREADS:
             timed = [Deployed(m, threads=threads) for m in models.values()]
             found = measure_latency(timed, feeds, LATENCY_SECONDS, least=10, most=2000)

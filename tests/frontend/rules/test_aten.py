@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import liar_opt
 from liar_opt.frontend.fx_module import analyse, lower, trace
-from liar_opt.passes.axes import AxisAlgebra
 from liar_opt.passes.find_groups import find_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +83,7 @@ def test_match(name: str) -> None:
 
 
 def groups_of(module: nn.Module) -> list[tuple[str, int]]:
-    state = analyse(lower(trace(module.eval(), {"x": torch.randn(3, 6, 6, 4)}), module), AxisAlgebra())
+    state = analyse(lower(trace(module.eval(), {"x": torch.randn(3, 6, 6, 4)}), module))
     return [(g.kind, g.size) for g in find_groups(state).groups]
 
 

@@ -17,9 +17,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_rules import GraphWalk, SizeUse, shape_value
-from liar_opt.frontend.onnx_values import Array, evaluate
+from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.records import SizeUse
+from liar_opt.frontend.rules.numbers import Array
+from liar_opt.frontend.rules.operators import MOVERS, has
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.shape_values import evaluate
+from liar_opt.frontend.walk import GraphWalk, shape_value
 
 Mask = NDArray[np.bool_]
 Place = tuple[int, int]
@@ -28,8 +32,7 @@ Number = int | float
 Wanted = Mapping[int, tuple[Number, ...]]
 """For elements of a tensor what they must be, under each probe."""
 
-SAME_ORDER = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-MOVED = (*SAME_ORDER, "Expand", "Gather", "Slice", "Tile", "Transpose")
+MOVED = MOVERS | Trait.LOOKS_UP | Trait.SLICES
 """Operators that move the elements of their first input about."""
 DEEPEST = 64
 """Arithmetic on sizes of more steps is not followed."""
@@ -107,7 +110,7 @@ class Probe:
         self, tensor: gs.Tensor, known: dict[int, Array | None], overrides: Mapping[Place, Array]
     ) -> Array | None:
         node = tensor.inputs[0]
-        if node.op in ("Shape", "Size"):
+        if has(node, Trait.SHAPES):
             source = node.inputs[0]
             axes = self.walk.axes.get(source.name)
             if is_constant(source):
@@ -160,9 +163,9 @@ def is_written(probe: Probe, tensor: gs.Tensor, element: int) -> bool:
     if is_constant(tensor):
         return True
     node = tensor.inputs[0] if tensor.inputs else None
-    if node is None or node.op not in (*SAME_ORDER, "Concat"):
+    if node is None or not has(node, Trait.KEEPS_ORDER | Trait.JOINS):
         return False
-    if node.op != "Concat":
+    if not has(node, Trait.JOINS):
         return is_written(probe, node.inputs[0], element)
     for piece in node.inputs:
         value = probe.evaluate(piece, {})
@@ -205,7 +208,7 @@ class _Solver:
         if is_constant(tensor) or not tensor.inputs or depth > DEEPEST:
             return None
         node = tensor.inputs[0]
-        if node.op in ("Shape", "Size") or len(node.outputs) != 1:
+        if has(node, Trait.SHAPES) or len(node.outputs) != 1:
             return None
         inputs = [self.values(t) if present(t) else [] for t in node.inputs]
         if any(values is None for values in inputs):
@@ -245,7 +248,7 @@ class _Solver:
 
 def _choices(node: gs.Node, inputs: list[list[Array]], wanted: Wanted) -> Iterator[dict[int, Wanted]]:
     """Yields, for each way to make the outputs of a node what is wanted, what its inputs must be."""
-    if node.op in MOVED:
+    if has(node, MOVED):
         yield from _moved(node, inputs, wanted)
     elif node.op in ("Ceil", "Floor", "Round"):
         yield {0: wanted}
@@ -256,7 +259,7 @@ def _choices(node: gs.Node, inputs: list[list[Array]], wanted: Wanted) -> Iterat
             piece = int(np.searchsorted(ends, element, side="right"))
             parts[piece][element - int(ends[piece]) + inputs[piece][0].size] = numbers
         yield dict(parts)
-    elif node.op in ("Add", "Div", "Max", "Min", "Mul", "Sub") and len(inputs) == 2:
+    elif has(node, Trait.ARITHMETIC | Trait.EXTREMES) and len(inputs) == 2:
         for position in (1, 0):
             yield from _factor(node.op, position, inputs, wanted)
     elif node.op == "ReduceProd" and set(wanted) == {0}:

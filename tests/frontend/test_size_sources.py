@@ -9,8 +9,8 @@ import onnx
 import pytest
 from graphs import Weights
 
-from liar_opt.frontend.onnx_rewrite import Rewriter
-from liar_opt.frontend.onnx_sizes import Probe, counterparts, is_written, operands
+from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.size_sources import Probe, counterparts, is_written, operands
 
 
 def ints(*values: int) -> np.ndarray:

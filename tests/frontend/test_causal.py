@@ -7,7 +7,7 @@ import pytest
 import zoo
 import zoo_decoders
 
-from liar_opt.frontend.onnx_causal import is_causal, positions
+from liar_opt.frontend.causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel
 
 DECODERS = [

@@ -1,6 +1,6 @@
 """The ATen operator table of the axis algebra.
 
-The rules say the same things as those of :mod:`liar_opt.frontend.onnx_rules`, of the operators that ``torch.export``
+The rules say the same things as those of ONNX, of the operators that ``torch.export``
 writes: which factors are equal, how axes are split, merged, cut and joined, which are pinned; where constants, linear
 contractions and sizes are. Tensors are a node's inputs in the order of the operator's schema, all other arguments are its
 attributes. A size that the program computes from its inputs (``Sym``) is recorded like any other: it is scaled if it has
@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.fx_module import DOMAIN
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_normalisation_rules import normalised_by_groups
-from liar_opt.frontend.onnx_rule_table import Axes, rule
-from liar_opt.frontend.onnx_rules import GraphWalk, einsum, experts_product
-from liar_opt.frontend.onnx_values import resolve_reshape
-from liar_opt.passes.axes import Factor
+from liar_opt.frontend.axes import Axes, Factor
+from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules.meaning import einstein, experts_product, normalised_by_groups
+from liar_opt.frontend.rules.numbers import resolve_reshape
+
+if TYPE_CHECKING:
+    from liar_opt.frontend.walk import GraphWalk
 
 _FOREVER = 1 << 62
 """Slices end at about this number where they go to the end."""
@@ -47,37 +47,23 @@ def _where(node: gs.Node, what: str) -> str:
 # -- pointwise --------------------------------------------------------------------------------------------------------
 
 
-@rule(
-    *("__and__ __or__ __xor__ _to_copy abs acos acosh add alias asin asinh atan atan2 atanh bitwise_and").split(),
-    *("bitwise_not bitwise_or fill log10").split(),
-    *("bitwise_xor ceil celu clamp clamp_max clamp_min clip clone contiguous copy cos cosh detach detach_ div").split(),
-    *("dropout elu eq erf erfc exp expm1 feature_dropout floor floor_divide fmod ge gelu gt hardsigmoid").split(),
-    *("hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2").split(),
-    *("log_sigmoid logical_and logical_not logical_or logical_xor lt masked_fill maximum minimum mish mul").split(),
-    *("multiply nan_to_num native_dropout ne neg polar pow prelu reciprocal relu relu6 remainder round rsqrt").split(),
-    *("rsub selu sigmoid sign silu sin sinh softplus softsign sqrt square sub tan tanh threshold to trunc where").split(),
-    "xlogy",
-    domain=DOMAIN,
-)
-def _pointwise(w: GraphWalk, node: gs.Node) -> None:
+def pointwise(w: GraphWalk, node: gs.Node) -> None:
     operands = [a for i in range(len(node.inputs)) if (a := w.input_axes(node, i)) is not None]
     axes = w.broadcast(*operands)
     for i in range(len(node.outputs)):
         w.output(node, axes, i)
 
 
-@rule("type_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", domain=DOMAIN)
-def _like_first(w: GraphWalk, node: gs.Node) -> None:
+def like_first(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, w.input_axes(node, 0))
 
 
-@rule("max", "min", domain=DOMAIN)
-def _extremum(w: GraphWalk, node: gs.Node) -> None:
+def extremum(w: GraphWalk, node: gs.Node) -> None:
     """Of two tensors, along an axis, or of everything."""
     if "dim" in node.attrs:
-        _reduce(w, node)
+        reduce(w, node)
     elif len(node.inputs) > 1:
-        _pointwise(w, node)
+        pointwise(w, node)
     else:
         w.pin(w.input_axes(node, 0), _where(node, f"{node.op} runs over it"))
         w.output(node, ())
@@ -86,8 +72,7 @@ def _extremum(w: GraphWalk, node: gs.Node) -> None:
 # -- contractions -----------------------------------------------------------------------------------------------------
 
 
-@rule("linear", domain=DOMAIN)
-def _linear(w: GraphWalk, node: gs.Node) -> None:
+def linear(w: GraphWalk, node: gs.Node) -> None:
     x, weight = _axes(w, node, 0), _axes(w, node, 1)
     w.unify(x[-1], weight[-1])
     if w.constant(node, 1) is not None and len(weight) == 2:
@@ -125,24 +110,20 @@ def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[Any
     return result
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", domain=DOMAIN)
-def _matmul(w: GraphWalk, node: gs.Node) -> None:
+def matmul(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, _product(w, node, 0, 1))
 
 
-@rule("addmm", "baddbmm", domain=DOMAIN)
-def _addmm(w: GraphWalk, node: gs.Node) -> None:
+def addmm(w: GraphWalk, node: gs.Node) -> None:
     axes = _product(w, node, 1, 2, ("input", 0))
     w.output(node, w.broadcast(axes, _axes(w, node, 0)))
 
 
-@rule("einsum", domain=DOMAIN)
-def _einsum(w: GraphWalk, node: gs.Node) -> None:
-    einsum(w, node, lambda width: w.pin([width], _where(node, "contracted between two activations")))
+def einsum(w: GraphWalk, node: gs.Node) -> None:
+    einstein(w, node, lambda width: w.pin([width], _where(node, "contracted between two activations")))
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", domain=DOMAIN)
-def _convolution(w: GraphWalk, node: gs.Node) -> None:
+def convolution(w: GraphWalk, node: gs.Node) -> None:
     x, weight, bias = _axes(w, node, 0), _axes(w, node, 1), w.input_axes(node, 2)
     kernel, spatial = w.shape(weight)[2:], w.inferred[node.outputs[0].name][2:]
     if len(x) != len(weight) or node.attrs.get("transposed", False):
@@ -169,8 +150,7 @@ def _convolution(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (x[0], weight[0], *(w.fresh(s, slid) for s in spatial)))
 
 
-@rule("scaled_dot_product_attention", domain=DOMAIN)
-def _attention(w: GraphWalk, node: gs.Node) -> None:
+def attention(w: GraphWalk, node: gs.Node) -> None:
     """Queries [.., h, s, e], keys [.., k, t, e], values [.., k, t, v]; h is a multiple of k with ``enable_gqa``."""
     query, key, value, mask = _axes(w, node, 0), _axes(w, node, 1), _axes(w, node, 2), w.input_axes(node, 3)
     where = _where(node, f"inside {node.op}")
@@ -209,8 +189,7 @@ def _sized(w: GraphWalk, node: gs.Node, name: str, factors: Sequence[Factor]) ->
             w.size_use(node, ("attribute", name, i), factor)
 
 
-@rule("view", "_unsafe_view", "reshape", "view_copy", domain=DOMAIN)
-def _view(w: GraphWalk, node: gs.Node) -> None:
+def view(w: GraphWalk, node: gs.Node) -> None:
     name = "shape" if "shape" in node.attrs else "size"
     axes = _axes(w, node)
     if name not in node.attrs:
@@ -225,16 +204,14 @@ def _view(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, result)
 
 
-@rule("flatten", domain=DOMAIN)
-def _flatten(w: GraphWalk, node: gs.Node) -> None:
+def flatten(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     rank = max(len(axes), 1)
     start, end = int(node.attrs["start_dim"]) % rank, int(node.attrs["end_dim"]) % rank
     w.output(node, (*axes[:start], w.algebra.merge(axes[start : end + 1]), *axes[end + 1 :]))
 
 
-@rule("unflatten", domain=DOMAIN)
-def _unflatten(w: GraphWalk, node: gs.Node) -> None:
+def unflatten(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
     sizes = resolve_reshape([int(s) for s in node.attrs["sizes"]], [w.algebra.size(axes[dim])], True)
@@ -246,14 +223,12 @@ def _unflatten(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:dim], *parts, *axes[dim + 1 :]))
 
 
-@rule("permute", domain=DOMAIN)
-def _permute(w: GraphWalk, node: gs.Node) -> None:
+def permute(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     w.output(node, tuple(axes[d] for d in _dims(node, "dims", len(axes))))
 
 
-@rule("transpose", "t", "numpy_T", "mT", domain=DOMAIN)
-def _transpose(w: GraphWalk, node: gs.Node) -> None:
+def transpose(w: GraphWalk, node: gs.Node) -> None:
     axes = list(_axes(w, node))
     if "dim0" in node.attrs:
         a, b = int(node.attrs["dim0"]) % len(axes), int(node.attrs["dim1"]) % len(axes)
@@ -265,42 +240,36 @@ def _transpose(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(axes))
 
 
-@rule("squeeze", domain=DOMAIN)
-def _squeeze(w: GraphWalk, node: gs.Node) -> None:
+def squeeze(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     chosen = set(_dims(node, "dim", len(axes)))
     w.output(node, tuple(f for i, f in enumerate(axes) if i not in chosen or w.algebra.size(f) != 1))
 
 
-@rule("unsqueeze", domain=DOMAIN)
-def _unsqueeze(w: GraphWalk, node: gs.Node) -> None:
+def unsqueeze(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % (len(axes) + 1)
     w.output(node, (*axes[:dim], w.fresh(1), *axes[dim:]))
 
 
-@rule("cat", "concat", "concatenate", domain=DOMAIN)
-def _cat(w: GraphWalk, node: gs.Node) -> None:
+def cat(w: GraphWalk, node: gs.Node) -> None:
     given = [_axes(w, node, i) for i in range(len(node.inputs))]
     # torch lets a vector without elements stand for a tensor of any rank.
     operands = [a for a in given if [w.algebra.size(f) for f in a] != [0]] or given[:1]
     w.output(node, w.concatenate(operands, int(node.attrs["dim"]) % len(operands[0])))
 
 
-@rule("view_as_complex", domain=DOMAIN)
-def _as_complex(w: GraphWalk, node: gs.Node) -> None:
+def as_complex(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     w.pin(axes[-1:], _where(node, "real and imaginary part"))
     w.output(node, axes[:-1])
 
 
-@rule("view_as_real", domain=DOMAIN)
-def _as_real(w: GraphWalk, node: gs.Node) -> None:
+def as_real(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*_axes(w, node), w.fresh(2, _where(node, "real and imaginary part"))))
 
 
-@rule("stack", domain=DOMAIN)
-def _stack(w: GraphWalk, node: gs.Node) -> None:
+def stack(w: GraphWalk, node: gs.Node) -> None:
     axes = w.broadcast(*(_axes(w, node, i) for i in range(len(node.inputs))))
     dim = int(node.attrs["dim"]) % (len(axes) + 1)
     w.output(node, (*axes[:dim], w.fresh(len(node.inputs), _where(node, "stacked")), *axes[dim:]))
@@ -313,8 +282,7 @@ def _pieces(w: GraphWalk, node: gs.Node, axes: Axes, dim: int, sizes: Sequence[i
     return pieces
 
 
-@rule("split_with_sizes", "split", "chunk", "split_with_sizes_copy", domain=DOMAIN)
-def _split(w: GraphWalk, node: gs.Node) -> None:
+def split(w: GraphWalk, node: gs.Node) -> None:
     """By a list of sizes, by one size, or by a count; by size and by count the parts must stay equal."""
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
@@ -333,8 +301,7 @@ def _split(w: GraphWalk, node: gs.Node) -> None:
         w.size_use(node, ("attribute", name, -1), pieces[0])
 
 
-@rule("unbind", domain=DOMAIN)
-def _unbind(w: GraphWalk, node: gs.Node) -> None:
+def unbind(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
     w.pin([axes[dim]], _where(node, "taken apart by unbind"))
@@ -342,8 +309,7 @@ def _unbind(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:dim], *axes[dim + 1 :]), i)
 
 
-@rule("select", domain=DOMAIN)
-def _select(w: GraphWalk, node: gs.Node) -> None:
+def select(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
     w.pin([axes[dim]], _where(node, "one index is selected"))
@@ -377,15 +343,13 @@ def _part(w: GraphWalk, node: gs.Node, axes: Axes, dim: int) -> Factor:
     return piece
 
 
-@rule("slice", "narrow", domain=DOMAIN)
-def _slice(w: GraphWalk, node: gs.Node) -> None:
+def sliced(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
     w.output(node, (*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :]))
 
 
-@rule("slice_scatter", domain=DOMAIN)
-def _slice_scatter(w: GraphWalk, node: gs.Node) -> None:
+def slice_scatter(w: GraphWalk, node: gs.Node) -> None:
     """A part of a tensor is written over, as in x[..., :n] = y."""
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
@@ -395,8 +359,7 @@ def _slice_scatter(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("select_scatter", domain=DOMAIN)
-def _select_scatter(w: GraphWalk, node: gs.Node) -> None:
+def select_scatter(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
     w.pin([axes[dim]], _where(node, "one index is written over"))
@@ -405,8 +368,7 @@ def _select_scatter(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("expand", domain=DOMAIN)
-def _expand(w: GraphWalk, node: gs.Node) -> None:
+def expand(w: GraphWalk, node: gs.Node) -> None:
     axes, sizes = _axes(w, node), [int(s) for s in node.attrs["size"]]
     result: list[Factor] = []
     for i, size in enumerate(sizes):
@@ -419,8 +381,7 @@ def _expand(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(result))
 
 
-@rule("repeat", "tile", domain=DOMAIN)
-def _repeat(w: GraphWalk, node: gs.Node) -> None:
+def repeat(w: GraphWalk, node: gs.Node) -> None:
     axes = list(_axes(w, node))
     name = "repeats" if "repeats" in node.attrs else "dims"
     counts = [int(c) for c in node.attrs[name]]
@@ -435,8 +396,7 @@ def _repeat(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(axes))
 
 
-@rule("repeat_interleave", domain=DOMAIN)
-def _repeat_interleave(w: GraphWalk, node: gs.Node) -> None:
+def repeat_interleave(w: GraphWalk, node: gs.Node) -> None:
     axes, dim, count = list(_axes(w, node)), node.attrs.get("dim"), node.attrs.get("repeats")
     if dim is None or not isinstance(count, int):
         w.give_up(node, "repeat_interleave by counts that are not known")
@@ -449,12 +409,7 @@ def _repeat_interleave(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(axes))
 
 
-@rule(
-    *("pad", "constant_pad_nd"),
-    *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
-    domain=DOMAIN,
-)
-def _pad(w: GraphWalk, node: gs.Node) -> None:
+def pad(w: GraphWalk, node: gs.Node) -> None:
     axes, pads = list(_axes(w, node)), [int(p) for p in node.attrs["pad" if "pad" in node.attrs else "padding"]]
     where = _where(node, "padded")
     for i in range(len(pads) // 2):
@@ -466,8 +421,7 @@ def _pad(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(axes))
 
 
-@rule("roll", "flip", domain=DOMAIN)
-def _moved_along(w: GraphWalk, node: gs.Node) -> None:
+def moved_along(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     w.pin([axes[d] for d in _dims(node, "dims", len(axes))], _where(node, f"{node.op} runs along it"))
     w.output(node, axes)
@@ -476,15 +430,13 @@ def _moved_along(w: GraphWalk, node: gs.Node) -> None:
 # -- lookups ----------------------------------------------------------------------------------------------------------
 
 
-@rule("embedding", domain=DOMAIN)
-def _embedding(w: GraphWalk, node: gs.Node) -> None:
+def embedding(w: GraphWalk, node: gs.Node) -> None:
     weight, indices = _axes(w, node, 0), _axes(w, node, 1)
     w.pin(weight[:1], _where(node, "looked up by embedding"))
     w.output(node, (*indices, *weight[1:]))
 
 
-@rule("index", domain=DOMAIN)
-def _index(w: GraphWalk, node: gs.Node) -> None:
+def index(w: GraphWalk, node: gs.Node) -> None:
     """x[i, :, j]: indexed axes are replaced by those of the indices, in place where they are neighbours, else in front."""
     axes = _axes(w, node)
     given = [i for i in range(1, len(node.inputs)) if present(node.inputs[i])]
@@ -507,8 +459,7 @@ def _is_mask(tensor: gs.Tensor) -> bool:
     return str(tensor.dtype) == "bool"
 
 
-@rule("gather", domain=DOMAIN)
-def _gather(w: GraphWalk, node: gs.Node) -> None:
+def gather(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = _axes(w, node, 0), _axes(w, node, 1)
     dim = int(node.attrs["dim"]) % len(axes)
     where = _where(node, "looked up by gather")
@@ -523,8 +474,7 @@ def _gather(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, indices)
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", domain=DOMAIN)
-def _scatter(w: GraphWalk, node: gs.Node) -> None:
+def scatter(w: GraphWalk, node: gs.Node) -> None:
     """Elements are written to places along an axis that data says; the others must be as long as those of the places."""
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % max(len(axes), 1)
@@ -538,8 +488,7 @@ def _scatter(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes)
 
 
-@rule("index_select", domain=DOMAIN)
-def _index_select(w: GraphWalk, node: gs.Node) -> None:
+def index_select(w: GraphWalk, node: gs.Node) -> None:
     axes, indices = _axes(w, node, 0), _axes(w, node, 1)
     dim = int(node.attrs["dim"]) % len(axes)
     w.pin([axes[dim]], _where(node, "looked up by index_select"))
@@ -549,20 +498,17 @@ def _index_select(w: GraphWalk, node: gs.Node) -> None:
 # -- made from sizes --------------------------------------------------------------------------------------------------
 
 
-@rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty", domain=DOMAIN)
-def _filled(w: GraphWalk, node: gs.Node) -> None:
+def filled(w: GraphWalk, node: gs.Node) -> None:
     result = tuple(w.fresh(int(s)) for s in node.attrs["size"])
     _sized(w, node, "size", result)
     w.output(node, result)
 
 
-@rule("arange", "scalar_tensor", "linspace", "eye", domain=DOMAIN)
-def _counted(w: GraphWalk, node: gs.Node) -> None:
+def counted(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(w.fresh(s, _where(node, "counted through")) for s in w.inferred[node.outputs[0].name]))
 
 
-@rule("triu", "tril", domain=DOMAIN)
-def _triangle(w: GraphWalk, node: gs.Node) -> None:
+def triangle(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     w.pin(axes[-2:], _where(node, "a triangle of it is taken"))
     w.output(node, axes)
@@ -571,8 +517,7 @@ def _triangle(w: GraphWalk, node: gs.Node) -> None:
 # -- what needs the whole axis ----------------------------------------------------------------------------------------
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "_safe_softmax", "sort", domain=DOMAIN)
-def _along_axis(w: GraphWalk, node: gs.Node) -> None:
+def along_axis(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % max(len(axes), 1)
     where = _where(node, f"{node.op} runs over it")
@@ -581,8 +526,7 @@ def _along_axis(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, axes, i)
 
 
-@rule("glu", domain=DOMAIN)
-def _glu(w: GraphWalk, node: gs.Node) -> None:
+def glu(w: GraphWalk, node: gs.Node) -> None:
     """The first half of an axis times the sigmoid of the second."""
     axes = list(_axes(w, node))
     dim = int(node.attrs.get("dim", -1)) % len(axes)
@@ -593,8 +537,7 @@ def _glu(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(axes))
 
 
-@rule("topk", "diff", domain=DOMAIN)
-def _shorter_axis(w: GraphWalk, node: gs.Node) -> None:
+def shorter_axis(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     dim = int(node.attrs["dim"]) % len(axes)
     where = _where(node, f"{node.op} runs over it")
@@ -605,11 +548,7 @@ def _shorter_axis(w: GraphWalk, node: gs.Node) -> None:
             w.output(node, (*axes[:dim], w.fresh(size, where), *axes[dim + 1 :]), i)
 
 
-@rule(
-    *("all amax amin any argmax argmin logsumexp mean norm linalg_vector_norm prod std sum var var_mean").split(),
-    domain=DOMAIN,
-)
-def _reduce(w: GraphWalk, node: gs.Node) -> None:
+def reduce(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     gone = set(_dims(node, "dim", len(axes)))
     w.pin([axes[d] for d in gone if d < len(axes)], _where(node, f"{node.op} runs over it"))
@@ -619,8 +558,7 @@ def _reduce(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, result, i)
 
 
-@rule("layer_norm", "native_layer_norm", "rms_norm", domain=DOMAIN)
-def _layer_norm(w: GraphWalk, node: gs.Node) -> None:
+def layer_norm(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     first = len(axes) - len(node.attrs["normalized_shape"])
     w.pin(axes[first:], _where(node, f"{node.op} runs over it"))
@@ -633,8 +571,7 @@ def _layer_norm(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, (*axes[:first], *(w.fresh(1) for _ in axes[first:])), i)
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", domain=DOMAIN)
-def _channel_norm(w: GraphWalk, node: gs.Node) -> None:
+def channel_norm(w: GraphWalk, node: gs.Node) -> None:
     """Scale, shift, mean and variance of every channel; the mean and variance of a batch or a sample where not given."""
     axes = _axes(w, node)
     if node.attrs.get("training", False):
@@ -652,8 +589,7 @@ def _channel_norm(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, tuple(w.fresh(s) for s in w.inferred[node.outputs[i].name]), i)
 
 
-@rule("group_norm", "native_group_norm", domain=DOMAIN)
-def _group_norm(w: GraphWalk, node: gs.Node) -> None:
+def group_norm(w: GraphWalk, node: gs.Node) -> None:
     """Of channels whole groups may go; the native form says the sizes again, and gives mean and deviation of each group."""
     axes = _axes(w, node)
     groups = normalised_by_groups(w, node, axes, 1, "num_groups" if node.op == "group_norm" else "group")
@@ -667,14 +603,7 @@ def _group_norm(w: GraphWalk, node: gs.Node) -> None:
 RESAMPLED = ("linear1d", "bilinear2d", "bicubic2d", "nearest1d", "nearest2d", "_nearest_exact1d", "_nearest_exact2d")
 
 
-@rule(
-    *(f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)),
-    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
-    *(f"upsample_{kind}" if kind[0] != "_" else f"_upsample{kind}" for kind in RESAMPLED),
-    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
-    domain=DOMAIN,
-)
-def _pool(w: GraphWalk, node: gs.Node) -> None:
+def pool(w: GraphWalk, node: gs.Node) -> None:
     """Indices of what was the largest count through the places of one channel, so that channels may go."""
     axes = _axes(w, node)
     spatial = int(next(c for c in node.op[::-1] if c.isdigit()))
@@ -688,8 +617,7 @@ def _pool(w: GraphWalk, node: gs.Node) -> None:
 # -- channels and places ----------------------------------------------------------------------------------------------
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", domain=DOMAIN)
-def _pixel_shuffle(w: GraphWalk, node: gs.Node) -> None:
+def pixel_shuffle(w: GraphWalk, node: gs.Node) -> None:
     """[.., c*n*n, h, w] <-> [.., c, h*n, w*n]: channels outermost, then the row and the column within a block."""
     *batch, channels, high, wide = _axes(w, node)
     where = _where(node, "a place within a block")
@@ -705,8 +633,7 @@ def _pixel_shuffle(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*batch, w.algebra.merge([channels, row, column]), high, wide))
 
 
-@rule("channel_shuffle", domain=DOMAIN)
-def _channel_shuffle(w: GraphWalk, node: gs.Node) -> None:
+def channel_shuffle(w: GraphWalk, node: gs.Node) -> None:
     """[b, groups*n, ..] -> [b, n*groups, ..]: one channel of every group goes with the others of its number."""
     axes, count = _axes(w, node), int(node.attrs["groups"])
     groups, rest = w.algebra.split(axes[1], [count, w.algebra.size(axes[1]) // count])
@@ -714,8 +641,7 @@ def _channel_shuffle(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (axes[0], w.algebra.merge([rest, groups]), *axes[2:]))
 
 
-@rule("im2col", "col2im", domain=DOMAIN)
-def _columns(w: GraphWalk, node: gs.Node) -> None:
+def columns(w: GraphWalk, node: gs.Node) -> None:
     """[.., c, h, w] <-> [.., c*places, blocks], as ``unfold`` and ``fold`` say."""
     axes, where = _axes(w, node), _where(node, f"slid over by {node.op}")
     kernel, sizes = [int(k) for k in node.attrs["kernel_size"]], w.inferred[node.outputs[0].name]
@@ -731,8 +657,7 @@ def _columns(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*batch, channels, *(w.fresh(s, where) for s in sizes[-2:])))
 
 
-@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", domain=DOMAIN)
-def _grid_sampler(w: GraphWalk, node: gs.Node) -> None:
+def grid_sampler(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, ..] is read at the places of a grid [b, .., r]."""
     axes, grid = _axes(w, node), _axes(w, node, 1)
     w.unify(axes[0], grid[0])
@@ -740,8 +665,7 @@ def _grid_sampler(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:2], *grid[1:-1]))
 
 
-@rule("diagonal", domain=DOMAIN)
-def _diagonal(w: GraphWalk, node: gs.Node) -> None:
+def diagonal(w: GraphWalk, node: gs.Node) -> None:
     axes = _axes(w, node)
     where = _where(node, "paired by diagonal")
     paired = {int(node.attrs.get(name, i)) % len(axes) for i, name in enumerate(("dim1", "dim2"))}

@@ -15,7 +15,7 @@ import pytest
 from graphs import Weights
 
 from liar_opt import prune
-from liar_opt.frontend.onnx_rules import spelled_out
+from liar_opt.frontend.rules.meaning import spelled_out
 
 I64 = np.int64
 
@@ -1171,8 +1171,8 @@ def test_a_batch_of_one_that_the_exporter_took_for_fixed() -> None:
 
 
 def test_every_unary_rule_is_a_standard_operator() -> None:
-    from liar_opt.frontend.onnx_rules import RULES
+    from liar_opt.frontend.rules.operators import OPERATORS
 
     schemas = {(s.domain, s.name) for s in onnx.defs.get_all_schemas()}
-    unknown = {key for key in RULES if key[0] == "" and key not in schemas}
+    unknown = {key for key in OPERATORS if key[0] == "" and key not in schemas}
     assert unknown <= {("", "SimplifiedLayerNormalization")}

@@ -15,18 +15,13 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import MOVERS, OnnxModel, is_constant, is_float
+from liar_opt.frontend.graph_tensors import is_constant, is_float
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.rules.operators import MOVERS, has, operator
+from liar_opt.frontend.rules.table import Trait
 from liar_opt.runtime.signatures import Signature
 
 CAUSAL_ATTRIBUTES = ("is_causal", "unidirectional", "causal")
-CAUSAL_OPERATORS = ("GroupQueryAttention", "SparseAttention", "PagedAttention")
-COMPARISONS = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual")
-ROTARY_TABLES = {
-    ("", "RotaryEmbedding"): 1,
-    ("com.microsoft", "RotaryEmbedding"): 2,
-    ("com.microsoft", "GroupQueryAttention"): 7,
-}
-"""Where operators have their table of cosines, [positions, ..]."""
 
 
 def is_causal(model: OnnxModel) -> bool:
@@ -52,7 +47,7 @@ def positions(model: OnnxModel) -> int | None:
                 limits.append(int(node.inputs[0].shape[0]))
         if node.op == "Slice" and len(node.inputs) > 2 and is_constant(node.inputs[0]) and not is_constant(node.inputs[2]):
             limits += _rows_cut(node)
-        place = ROTARY_TABLES.get((node.domain or "", node.op), len(node.inputs))
+        place = operator(node.domain, node.op).cosines or len(node.inputs)
         if place < len(node.inputs) and is_constant(node.inputs[place]):
             limits.append(int(node.inputs[place].shape[0]))
     return min(limits, default=None)
@@ -79,13 +74,13 @@ def _nodes(graph: gs.Graph) -> Iterator[gs.Node]:
 
 
 def _says_causal(node: gs.Node) -> bool:
-    return node.op in CAUSAL_OPERATORS or any(node.attrs.get(name) for name in CAUSAL_ATTRIBUTES)
+    return has(node, Trait.CAUSAL) or any(node.attrs.get(name) for name in CAUSAL_ATTRIBUTES)
 
 
 def _is_triangle(node: gs.Node) -> bool:
     if node.op == "Trilu":
         return True
-    if node.op in COMPARISONS:
+    if has(node, Trait.COMPARES):
         return all(getattr(_origin(tensor), "op", None) == "Range" for tensor in node.inputs)
     return any(is_constant(tensor) and _is_lower_triangle(tensor) for tensor in node.inputs)
 
@@ -133,7 +128,7 @@ def _origin(tensor: Any) -> Any:
         varying = [t for t in node.inputs if not is_constant(t)]
         if node.op in ("Add", "Sub") and len(varying) == 1:
             tensor = varying[0]
-        elif node.op in MOVERS:
+        elif has(node, MOVERS):
             tensor = node.inputs[0]
         else:
             return node

@@ -19,28 +19,19 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT
-from liar_opt.frontend.onnx_rules import ConstantUse, GraphWalk, ProductUse
-from liar_opt.frontend.onnx_values import slice_arguments, slices
+from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.records import ConstantUse, ProductUse
+from liar_opt.frontend.rules.numbers import slice_arguments, slices
+from liar_opt.frontend.rules.operators import MOVERS, has
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.walk import GraphWalk
 
 if TYPE_CHECKING:
-    from liar_opt.passes.axes import Factor
+    from liar_opt.frontend.axes import Factor
 
-LAYOUT = (
-    *("Cast Concat Dropout Expand Flatten Gather Identity Reshape Slice Split Squeeze Tile Transpose Unsqueeze").split(),
-)
+
+LAYOUT = MOVERS | Trait.DROPS | Trait.JOINS | Trait.LOOKS_UP | Trait.SLICES | Trait.SPLITS
 """Operators that move elements about and compute nothing."""
-SUMS = ("Add", "Sub", "Sum")
-PRODUCTS = {
-    ("", "MatMul"),
-    ("", "Gemm"),
-    ("", "Einsum"),
-    ("", "Conv"),
-    (MICROSOFT, "FusedMatMul"),
-    (MICROSOFT, "TransposeMatMul"),
-}
-"""Contractions; what they contract is known by the walk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +119,7 @@ def operands_of(
     sides = [_Side(walk, leaf, outer, product.node, tensor) for tensor in product.node.inputs[:2]]
     seen = {id(product.node)} | sides[0].seen | sides[1].seen
     for node in nodes:
-        cuts_away = node.op in LAYOUT and not any(_has(walk, leaf, walk.axes.get(t.name)) for t in node.outputs)
+        cuts_away = has(node, LAYOUT) and not any(_has(walk, leaf, walk.axes.get(t.name)) for t in node.outputs)
         if id(node) not in seen and not cuts_away and not _is_shape(walk, node):
             raise Bent(f"'{node.name}' ({node.op}) reads the same width")
     covered: dict[tuple[int, int], list[NDArray[np.bool_]]] = {}
@@ -151,7 +142,7 @@ def _is_relative(walk: GraphWalk, node: gs.Node) -> bool:
         if reader.op == "Softmax":
             rank = len(walk.axes[tensor.name] or ())
             return int(reader.attrs.get("axis", -1 if walk.model.opset >= 13 else 1)) % max(rank, 1) == rank - 1
-        if reader.op not in ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Where"):
+        if not has(reader, Trait.ARITHMETIC | Trait.COPIES) and reader.op != "Where":
             return False
         if reader.op in ("Div", "Mul") and any(
             _last(walk, reader, i) > 1 for i, t in enumerate(reader.inputs) if t is not tensor
@@ -205,7 +196,7 @@ class _Side:
             self.walk.algebra.size(f) == 1 for i, t in enumerate(node.inputs) if i != carrying[0][0]
             for f in self.walk.input_axes(node, i) or ()
         )  # fmt: skip
-        if not (node.op in LAYOUT or scalar):
+        if not (has(node, LAYOUT) or scalar):
             self.mixed = True
         inner = self._cut(node, tensor, window)
         for position, source in carrying:
@@ -219,13 +210,13 @@ class _Side:
 
     def _cut(self, node: gs.Node, tensor: gs.Tensor, window: _Window | None) -> _Window | None:
         """Returns the part of a packed axis that a Split or a Slice gives to ``tensor``; other nodes change nothing."""
-        if node.op not in ("Split", "Slice", "Gather", "Concat"):
+        if not has(node, Trait.SPLITS | Trait.SLICES | Trait.LOOKS_UP | Trait.JOINS):
             return window
         axes, result = self.walk.input_axes(node, 0) or (), self.walk.axes[tensor.name] or ()
         places = [i for i, f in enumerate(axes) if self.leaf in self.walk.algebra.leaves(f)]
         if len(axes) == len(result) and all(self.walk.algebra.same(axes[i], result[i]) for i in places):
             return window
-        if window is not None or len(places) != 1 or node.op not in ("Split", "Slice"):
+        if window is not None or len(places) != 1 or not has(node, Trait.SPLITS | Trait.SLICES):
             raise Bent(f"queries and keys are packed in a way that is not followed (node '{node.name}')")
         place = places[0]
         if node.op == "Split":
@@ -273,7 +264,7 @@ def _has(walk: GraphWalk, leaf: Factor, axes: Sequence[Factor] | None) -> bool:
 
 def _is_shape(walk: GraphWalk, node: gs.Node) -> bool:
     """Returns whether a node only asks for a shape."""
-    return node.op in ("Shape", "Size") or all(t.name in walk.values for t in node.outputs if present(t))
+    return has(node, Trait.SHAPES) or all(t.name in walk.values for t in node.outputs if present(t))
 
 
 def _require_linear(walk: GraphWalk, leaf: Factor, node: gs.Node) -> None:
@@ -287,7 +278,7 @@ def _require_linear(walk: GraphWalk, leaf: Factor, node: gs.Node) -> None:
     held = [_has(walk, leaf, walk.input_axes(node, i)) for i in range(len(node.inputs))]
     name = f"'{node.name}' ({node.op}) between"
     domain = "" if node.domain in (None, "ai.onnx") else node.domain
-    if (domain, node.op) in PRODUCTS:
+    if has(node, Trait.LINEAR):
         # A constant with the width is a projection that makes it, or a bias that is added to its result.
         rest = held[:2] if node.op == "Gemm" or node.op == "Conv" else held
         if len(held) > len(rest) and present(node.inputs[2]) and not held[2]:
@@ -301,9 +292,9 @@ def _require_linear(walk: GraphWalk, leaf: Factor, node: gs.Node) -> None:
         if held[2] and not any(held[:2]) and not any(held[3:]):
             return
         raise Bent(f"{name} needs it whole")
-    if node.op in LAYOUT:
+    if has(node, LAYOUT):
         return
-    if node.op in SUMS:
+    if has(node, Trait.SUMS):
         if all(held):
             return
         raise Bent(f"{name} adds the same to all channels")

@@ -1,4 +1,4 @@
-"""The rules of operators that hold a whole attention; :mod:`liar_opt.frontend.onnx_rules` imports them.
+"""Rules of operators that hold a whole attention.
 
 All of them work on heads independently of each other, so that heads may go: with all that is per head (biases added to
 the scores, sinks, caches, the scores as an output). Where several query heads share one key and value head, the shared
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
+from liar_opt.frontend.axes import Axes
+from liar_opt.frontend.graph_tensors import present
 
 if TYPE_CHECKING:
-    from liar_opt.frontend.onnx_rules import GraphWalk
-    from liar_opt.passes.axes import Factor
+    from liar_opt.frontend.axes import Factor
+    from liar_opt.frontend.walk import GraphWalk
 
 
 # -- parts of the rules ---------------------------------------------------------------------------------------------
@@ -148,8 +148,7 @@ def _refused(w: GraphWalk, node: gs.Node, *reasons: tuple[object, str]) -> bool:
 # -- com.microsoft --------------------------------------------------------------------------------------------------
 
 
-@rule("Attention", domain=MICROSOFT)
-def _contrib_attention(w: GraphWalk, node: gs.Node) -> None:
+def contrib_attention(w: GraphWalk, node: gs.Node) -> None:
     """The projections of q, k and v are inside: input [b, s, d], weights [d, q + k + v], past [2, b, heads, p, width]."""
     x, weight, bias = (w.input_axes(node, i) for i in range(3))
     assert x is not None and weight is not None
@@ -189,8 +188,7 @@ def _contrib_attention(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*x[:-1], parts[2]))
 
 
-@rule("MultiHeadAttention", domain=MICROSOFT)
-def _multi_head_attention(w: GraphWalk, node: gs.Node) -> None:
+def multi_head_attention(w: GraphWalk, node: gs.Node) -> None:
     """Query [b, s, heads*width] or packed [b, s, heads, 3, width]; key and value likewise, or [b, heads, t, width]."""
     query, key, value, bias = (w.input_axes(node, i) for i in range(4))
     assert query is not None
@@ -252,8 +250,7 @@ def _multi_head_attention(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (query[0], heads, query[1], keys), 3)
 
 
-@rule("GroupQueryAttention", domain=MICROSOFT)
-def _group_query_attention(w: GraphWalk, node: gs.Node) -> None:
+def group_query_attention(w: GraphWalk, node: gs.Node) -> None:
     """Query [b, s, heads*width] with key and value [b, t, groups*width], or all of them packed along the last axis."""
     query, key, value = (w.input_axes(node, i) for i in range(3))
     counts = int(node.attrs.get("num_heads", 0)), int(node.attrs.get("kv_num_heads", 0))
@@ -297,17 +294,14 @@ def _group_query_attention(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (query[0], heads, query[1], keys), 3)
 
 
-@rule("RotaryEmbedding", domain=MICROSOFT)
-@rule("MRotaryEmbedding", domain=MICROSOFT)
-def _contrib_rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
+def contrib_rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
     """Input [b, s, heads*width] or [b, heads, s, width], positions, and tables [length, half of what is turned]."""
     table = w.input_axes(node, 2)
     turned = 2 * w.algebra.size(table[-1]) if table else 0
     _rotary(w, node, 0 if node.attrs.get("rotary_embedding_dim", 0) else turned)
 
 
-@rule("RotaryEmbedding")
-def _rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
+def rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
     """Opset 23: X as above with the number of heads as an attribute, tables of cos and sin, positions."""
     _rotary(w, node, 0)
 
@@ -335,8 +329,7 @@ def _rotary(w: GraphWalk, node: gs.Node, width: int) -> None:
     w.output(node, x)
 
 
-@rule("GemmaRotaryEmbedding", domain=MICROSOFT)
-def _gemma_rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
+def gemma_rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
     """Angles [b, s, width]; q, q turned by half, k, k turned by half: [b, heads, s, width]."""
     where = f"turned by {node.op} (node '{node.name}')"
     w.pin(w.input_axes(node, 0), where)
@@ -348,12 +341,7 @@ def _gemma_rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, axes, i // 2)
 
 
-@rule(
-    *("DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention DecoderAttention LongformerAttention").split(),
-    *("PackedAttention PackedMultiHeadAttention PagedAttention SparseAttention").split(),
-    domain=MICROSOFT,
-)
-def _attention_left_alone(w: GraphWalk, node: gs.Node) -> None:
+def attention_left_alone(w: GraphWalk, node: gs.Node) -> None:
     reasons = {
         "Dec": "is made for the buffers of beam search; prune the model before it is converted for that",
         "Lon": "mixes local and global attention",
@@ -364,8 +352,7 @@ def _attention_left_alone(w: GraphWalk, node: gs.Node) -> None:
     _refuse(w, node, reasons[node.op[:3]])
 
 
-@rule("GatedRelativePositionBias", domain=MICROSOFT)
-def _gated_relative_position_bias(w: GraphWalk, node: gs.Node) -> None:
+def gated_relative_position_bias(w: GraphWalk, node: gs.Node) -> None:
     """Query [b, s, heads*width], its bias, [1, heads, s, s], weight [width, gates], [gates], [1, heads, 1, 1]."""
     query, query_bias, positions, weight, bias, scale = (w.input_axes(node, i) for i in range(6))
     count = int(node.attrs.get("num_heads", 0))
@@ -392,9 +379,7 @@ def _gated_relative_position_bias(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (query[0], heads, *positions[2:]))
 
 
-@rule("LinearAttention")
-@rule("LinearAttention", domain=MICROSOFT)
-def _linear_attention(w: GraphWalk, node: gs.Node) -> None:
+def linear_attention(w: GraphWalk, node: gs.Node) -> None:
     """Query [b, s, heads*k], key [b, s, groups*k], value [b, s, groups*v], state [b, groups, k, v], decay, rate of change.
 
     Each column of the state [k, v] is moved by itself, whatever the rule of its update, so that values may go too.
@@ -445,8 +430,7 @@ def _linear_attention(w: GraphWalk, node: gs.Node) -> None:
 # -- ai.onnx, opset 23 ----------------------------------------------------------------------------------------------
 
 
-@rule("Attention")
-def _standard_attention(w: GraphWalk, node: gs.Node) -> None:
+def standard_attention(w: GraphWalk, node: gs.Node) -> None:
     """Attention of opset 23: q, k, v are [b, heads, s, width] or, with head counts as attributes, [b, s, heads*width]."""
     query, key, value = (w.input_axes(node, i) for i in range(3))
     where = f"inside {node.op} (node '{node.name}')"

@@ -1,4 +1,4 @@
-"""The rules of other fused operators; :mod:`liar_opt.frontend.onnx_rules` imports them."""
+"""Rules of other fused operators."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, rule
-
 if TYPE_CHECKING:
-    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("MoE", domain=MICROSOFT)
-def _mixture_of_experts(w: GraphWalk, node: gs.Node) -> None:
+def mixture_of_experts(w: GraphWalk, node: gs.Node) -> None:
     """Rows [.., d], probabilities [rows, experts], and the experts' matrices: an FFN whose inside is not in the graph."""
     x = w.input_axes(node, 0)
     assert x is not None
@@ -38,8 +35,7 @@ def _mixture_of_experts(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, x)
 
 
-@rule("BiasSplitGelu", domain=MICROSOFT)
-def _bias_split_gelu(w: GraphWalk, node: gs.Node) -> None:
+def bias_split_gelu(w: GraphWalk, node: gs.Node) -> None:
     """X [b, s, 2 n] + bias, of which the left half is multiplied by the Gelu of the right one."""
     x, bias = w.input_axes(node, 0), w.input_axes(node, 1)
     assert x is not None and bias is not None
@@ -50,16 +46,14 @@ def _bias_split_gelu(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*x[:-1], halves[0]))
 
 
-@rule("SwiGLU")
-def _swiglu(w: GraphWalk, node: gs.Node) -> None:
+def swiglu(w: GraphWalk, node: gs.Node) -> None:
     """Gate and value of one shape, element by element."""
     gate, value = w.input_axes(node, 0), w.input_axes(node, 1)
     assert gate is not None and value is not None
     w.output(node, w.broadcast(gate, value))
 
 
-@rule("NhwcConv", "NhwcFusedConv", domain=MICROSOFT)
-def _channels_last_conv(w: GraphWalk, node: gs.Node) -> None:
+def channels_last_conv(w: GraphWalk, node: gs.Node) -> None:
     """X [b, .., n], W [m, n / groups, ..], bias [m], and a tensor like the result that is added before an activation.
 
     Where the kernel covers one place it is a product over the last axis; the input channels of others stay.
@@ -101,8 +95,7 @@ def slid_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> li
     return [(sizes[i] + both[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)]
 
 
-@rule("GatedRMSNorm", domain=MICROSOFT)
-def _gated_rms_norm(w: GraphWalk, node: gs.Node) -> None:
+def gated_rms_norm(w: GraphWalk, node: gs.Node) -> None:
     """X and gate [.., heads*n], scale [n]: each run of n is normalised, then multiplied by its activated gate."""
     x, scale, gate = (w.input_axes(node, i) for i in range(3))
     assert x is not None and scale is not None and gate is not None

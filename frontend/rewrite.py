@@ -18,24 +18,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import is_constant, like, present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, SKIPS
-from liar_opt.frontend.onnx_rules import ConstantUse, ConsumerUse, GraphWalk, SizeUse
-from liar_opt.frontend.onnx_sizes import Mask, Place, Probe, counterparts, is_written, operands
-from liar_opt.frontend.onnx_values import Array, resolve_reshape
+from liar_opt.frontend.graph_tensors import is_constant, like, present
+from liar_opt.frontend.records import ConstantUse, ConsumerUse, SizeUse
+from liar_opt.frontend.rules.numbers import Array, resolve_reshape
+from liar_opt.frontend.rules.operators import has, operator
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.size_sources import Mask, Place, Probe, counterparts, is_written, operands
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import InternalError
 
 Use = TypeVar("Use")
-BIAS_INPUTS = {
-    ("", "Add"): (0, 1),
-    (MICROSOFT, "BiasGelu"): (1,),
-    (MICROSOFT, "FastGelu"): (1,),
-    (MICROSOFT, "BiasAdd"): (1,),
-    (MICROSOFT, "SkipLayerNormalization"): (4,),
-    (MICROSOFT, "SkipSimplifiedLayerNormalization"): (3,),
-    ("aten", "add"): (0, 1),
-}
-"""Operators that add a constant vector to what they read: the input positions of that vector."""
 
 
 class Within(NamedTuple):
@@ -385,7 +377,7 @@ class Rewriter:
         self, tensor: gs.Tensor, overrides: dict[tuple[int, int], Array], before: gs.Node, made: dict[int, gs.Tensor]
     ) -> gs.Tensor:
         """Returns ``tensor`` recomputed by copies of the nodes behind it, with constants replaced; others are shared."""
-        if is_constant(tensor) or not tensor.inputs or tensor.inputs[0].op in ("Shape", "Size"):
+        if is_constant(tensor) or not tensor.inputs or has(tensor.inputs[0], Trait.SHAPES):
             return tensor
         if id(tensor) in made:
             return made[id(tensor)]
@@ -485,7 +477,7 @@ class Rewriter:
             return frozenset()
         if id(tensor) not in self._sources:
             node = tensor.inputs[0]
-            if node.op in ("Shape", "Size"):
+            if has(node, Trait.SHAPES):
                 axes = self.walk.axes.get(node.inputs[0].name) or ()
                 found = frozenset(leaf for f in axes for leaf in self.algebra.leaves(f))
             else:
@@ -557,7 +549,7 @@ class Rewriter:
         if axis != -1 and reader.op != "Add":
             return None
         width = use.weight.shape[1 - use.weight_axis]
-        for candidate in BIAS_INPUTS.get((reader.domain or "", reader.op), ()):
+        for candidate in operator(reader.domain, reader.op).bias_inputs:
             added = reader.inputs[candidate] if len(reader.inputs) > candidate else None
             if added is not None and is_constant(added) and not self._handed_out(added):
                 shape = list(reader.inputs[candidate].shape)
@@ -571,8 +563,10 @@ class Rewriter:
         if use.output_axis != -1 or len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
             return None
         reader = output.outputs[0]
-        position = SKIPS.get(reader.op) if reader.domain == MICROSOFT else None
-        if position is None or (len(reader.inputs) > position and present(reader.inputs[position])):
+        if not has(reader, Trait.SKIPS):
+            return None
+        (position,) = operator(reader.domain, reader.op).bias_inputs
+        if len(reader.inputs) > position and present(reader.inputs[position]):
             return None
         return (reader, position) if any(output is t for t in reader.inputs[:2]) else None
 

@@ -1,4 +1,4 @@
-"""The rules of operators that move elements between axes or pick places; :mod:`liar_opt.frontend.onnx_rules` imports them.
+"""Rules of operators that move elements between axes or pick places.
 
 Channels go through most of them one by one: what is mixed, sampled or counted through (rows and columns, places within a
 block, boxes) is pinned, and outputs have known sizes, so that what is behind them is found.
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, Axes, rule
+from liar_opt.frontend.axes import Axes
+from liar_opt.frontend.graph_tensors import present
 
 if TYPE_CHECKING:
-    from liar_opt.frontend.onnx_rules import GraphWalk
+    from liar_opt.frontend.walk import GraphWalk
 
 
 def _known(w: GraphWalk, node: gs.Node, position: int) -> list[int] | None:
@@ -34,8 +34,7 @@ def _first(w: GraphWalk, node: gs.Node) -> Axes:
 # -- blocks ---------------------------------------------------------------------------------------------------------
 
 
-@rule("DepthToSpace")
-def _depth_to_space(w: GraphWalk, node: gs.Node) -> None:
+def depth_to_space(w: GraphWalk, node: gs.Node) -> None:
     """[b, n*n*c, h, w] -> [b, c, h*n, w*n]; with mode CRD the channels are [c, n, n]."""
     axes, block = _first(w, node), int(node.attrs["blocksize"])
     channels = w.algebra.size(axes[1])
@@ -50,8 +49,7 @@ def _depth_to_space(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (axes[0], depth, w.algebra.merge([axes[2], high]), w.algebra.merge([axes[3], wide])))
 
 
-@rule("SpaceToDepth")
-def _space_to_depth(w: GraphWalk, node: gs.Node) -> None:
+def space_to_depth(w: GraphWalk, node: gs.Node) -> None:
     """[b, c, h*n, w*n] -> [b, n*n*c, h, w]; with mode CRD (opset 28) the channels are [c, n, n]."""
     axes, block = _first(w, node), int(node.attrs["blocksize"])
     sizes = w.shape(axes[2:])
@@ -65,8 +63,7 @@ def _space_to_depth(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (axes[0], w.algebra.merge([*places, axes[1]] if first else [axes[1], *places]), *(p[0] for p in split)))
 
 
-@rule("Col2Im")
-def _columns_to_image(w: GraphWalk, node: gs.Node) -> None:
+def columns_to_image(w: GraphWalk, node: gs.Node) -> None:
     """[b, c*places, blocks] -> [b, c, image]: blocks are added up where they overlap."""
     axes, image, block = _first(w, node), _known(w, node, 1), _known(w, node, 2)
     if image is None or block is None or w.algebra.size(axes[1]) % math.prod(block):
@@ -78,8 +75,7 @@ def _columns_to_image(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (axes[0], channels, *(w.fresh(size, where) for size in image)))
 
 
-@rule("CenterCropPad")
-def _center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
+def center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
     axes, target = _first(w, node), _known(w, node, 1)
     chosen = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
     if target is None or len(target) != len(chosen):
@@ -98,31 +94,25 @@ def _center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
 # -- places that are picked -----------------------------------------------------------------------------------------
 
 
-@rule("Trilu")
-@rule("Trilu", domain=MICROSOFT)
-def _triangle(w: GraphWalk, node: gs.Node) -> None:
+def triangle(w: GraphWalk, node: gs.Node) -> None:
     axes = _first(w, node)
     w.pin(axes[-2:], f"a triangle of it is taken (node '{node.name}')")
     w.output(node, axes)
 
 
-@rule("Det")
-def _determinant(w: GraphWalk, node: gs.Node) -> None:
+def determinant(w: GraphWalk, node: gs.Node) -> None:
     axes = _first(w, node)
     w.pin(axes[-2:], f"Det runs over it (node '{node.name}')")
     w.output(node, axes[:-2])
 
 
-@rule("ReverseSequence")
-def _reverse_sequence(w: GraphWalk, node: gs.Node) -> None:
+def reverse_sequence(w: GraphWalk, node: gs.Node) -> None:
     axes = _first(w, node)
     w.pin(axes[:2], f"reversed by {node.op} (node '{node.name}')")  # one is the time, the other the batch
     w.output(node, axes)
 
 
-@rule("GridSample")
-@rule("GridSample", domain=MICROSOFT)
-def _grid_sample(w: GraphWalk, node: gs.Node) -> None:
+def grid_sample(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, ..] is read at the places of a grid [b, .., r]: the output has its channels and the grid's places."""
     axes, grid = _first(w, node), w.input_axes(node, 1)
     assert grid is not None
@@ -132,8 +122,7 @@ def _grid_sample(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:2], *grid[1:-1]))
 
 
-@rule("AffineGrid")
-def _affine_grid(w: GraphWalk, node: gs.Node) -> None:
+def affine_grid(w: GraphWalk, node: gs.Node) -> None:
     """Matrices [b, r, r + 1] and a size [b, c, ..] -> the places of a grid [b, .., r]."""
     axes, size = _first(w, node), _known(w, node, 1)
     where = f"made by AffineGrid (node '{node.name}')"
@@ -144,8 +133,7 @@ def _affine_grid(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (axes[0], *(w.fresh(n, where) for n in size[2:]), w.fresh(len(size) - 2, where)))
 
 
-@rule("RoiAlign", "MaxRoiPool")
-def _regions(w: GraphWalk, node: gs.Node) -> None:
+def regions(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, h, w] is pooled within boxes [n, ..]: [n, c, rows, columns]."""
     axes, boxes = _first(w, node), w.input_axes(node, 1)
     assert boxes is not None
@@ -155,8 +143,7 @@ def _regions(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (boxes[0], axes[1], *(w.fresh(int(n), where) for n in pooled)))
 
 
-@rule("MaxUnpool")
-def _max_unpool(w: GraphWalk, node: gs.Node) -> None:
+def max_unpool(w: GraphWalk, node: gs.Node) -> None:
     """The indices count through channels and places alike, so that all of them stay."""
     axes, kernel = _first(w, node), [int(k) for k in node.attrs["kernel_shape"]]
     n, where = len(kernel), f"written to places that are counted by {node.op} (node '{node.name}')"
@@ -172,8 +159,7 @@ def _max_unpool(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (*axes[:2], *(w.fresh(int(s), where) for s in spatial)))
 
 
-@rule("TensorScatter")
-def _tensor_scatter(w: GraphWalk, node: gs.Node) -> None:
+def tensor_scatter(w: GraphWalk, node: gs.Node) -> None:
     """A cache [b, .., length, ..] is written over from places of its own for each sample."""
     past, update = _first(w, node), w.input_axes(node, 1)
     assert update is not None
@@ -185,8 +171,7 @@ def _tensor_scatter(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, past)
 
 
-@rule("DeformConv")
-def _deformable(w: GraphWalk, node: gs.Node) -> None:
+def deformable(w: GraphWalk, node: gs.Node) -> None:
     """X [b, n, ..] is read at offsets [b, .., places] before it meets W [m, n / groups, ..]: no plain product."""
     x, weight, offset, bias = _first(w, node), w.input_axes(node, 1), w.input_axes(node, 2), w.input_axes(node, 3)
     assert weight is not None and offset is not None
@@ -204,16 +189,14 @@ def _deformable(w: GraphWalk, node: gs.Node) -> None:
 # -- as many as the data says ---------------------------------------------------------------------------------------
 
 
-@rule("NonMaxSuppression")
-def _suppression(w: GraphWalk, node: gs.Node) -> None:
+def suppression(w: GraphWalk, node: gs.Node) -> None:
     where = f"counted through by {node.op} (node '{node.name}')"
     for i in range(len(node.inputs)):
         w.pin(w.input_axes(node, i), where)
     w.output(node, (w.fresh(w.unforeseen(), where), w.fresh(3, where)))
 
 
-@rule("Unique")
-def _unique(w: GraphWalk, node: gs.Node) -> None:
+def unique(w: GraphWalk, node: gs.Node) -> None:
     axes, where = _first(w, node), f"compared by {node.op} (node '{node.name}')"
     w.pin(axes, where)
     found = w.fresh(w.unforeseen(), where)
@@ -225,15 +208,40 @@ def _unique(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (found,), 3)
 
 
-@rule("Multinomial")
-def _drawn(w: GraphWalk, node: gs.Node) -> None:
+def drawn_by(w: GraphWalk, node: gs.Node) -> None:
     axes, where = _first(w, node), f"drawn from by {node.op} (node '{node.name}')"
     w.pin(axes, where)
     w.output(node, (axes[0], w.fresh(int(node.attrs.get("sample_size", 1)), where)))
 
 
-@rule("RandomNormal", "RandomUniform")
-def _random(w: GraphWalk, node: gs.Node) -> None:
+def drawn_from(w: GraphWalk, node: gs.Node) -> None:
     w.output(
         node, tuple(w.fresh(int(s), f"random numbers are drawn for it (node '{node.name}')") for s in node.attrs["shape"])
     )
+
+
+def resize(w: GraphWalk, node: gs.Node) -> None:
+    axes = w.input_axes(node, 0)
+    assert axes is not None
+    places = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
+    sizes = w.shape([axes[a] for a in places])
+    scales, written = w.constant(node, 1 if len(node.inputs) == 2 else 2), w.value(node, 3)
+    target, same = None, np.zeros(len(places), bool)
+    stretched = node.attrs.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if written is not None and len(written) == len(places) and stretched:
+        target, same = written, written == np.asarray(sizes)
+    elif written is None and scales is not None and scales.values.size == len(places):
+        target, same = np.floor(np.asarray(sizes) * scales.values).astype(np.int64), scales.values == 1.0
+    if target is None:
+        w.give_up(node, f"{node.op} to a size that is not known")
+        return
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        same = np.zeros(len(places), bool)
+    result, where = list(axes), f"{node.op} runs over it (node '{node.name}')"
+    for element, place in enumerate(places):
+        if not same[element]:
+            w.pin([axes[place]], where)
+            result[place] = w.fresh(int(target[element]), where)
+        elif written is not None:
+            w.size_use(node, ("input", 3, element), axes[place])
+    w.output(node, tuple(result))

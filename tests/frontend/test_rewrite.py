@@ -11,7 +11,7 @@ import pytest
 from graphs import Weights
 from onnx import numpy_helper
 
-from liar_opt.frontend.onnx_rewrite import Rewriter
+from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.runtime.errors import InternalError
 
 

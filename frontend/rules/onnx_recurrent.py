@@ -1,4 +1,4 @@
-"""The rules of operators that go over a sequence with a state; :mod:`liar_opt.frontend.onnx_rules` imports them.
+"""Rules of operators that go over a sequence with a state.
 
 An RNN, a GRU and an LSTM compute, with W [directions, gates*h, n] and R [directions, gates*h, h],
 
@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_rule_table import MICROSOFT, rule
+from liar_opt.frontend.graph_tensors import present
 
 if TYPE_CHECKING:
-    from liar_opt.frontend.onnx_rules import GraphWalk
-    from liar_opt.passes.axes import Factor
+    from liar_opt.frontend.axes import Factor
+    from liar_opt.frontend.walk import GraphWalk
 
 
-@rule("GRU", "LSTM", "RNN")
-def _recurrent(w: GraphWalk, node: gs.Node) -> None:
+def recurrent(w: GraphWalk, node: gs.Node) -> None:
     """X [s, b, n], W, R, biases [directions, 2*gates*h], lengths [b], states, and of an LSTM peepholes [directions, 3*h].
 
     Y [s, directions, b, h]; with layout 1 the batch comes first in X, the states and Y: [b, s, directions, h].
@@ -81,9 +79,7 @@ def _units(w: GraphWalk, node: gs.Node, hidden: Factor) -> None:
         w.size_use(node, ("attribute", "hidden_size", -1), hidden)
 
 
-@rule("CausalConvWithState")
-@rule("CausalConvWithState", domain=MICROSOFT)
-def _causal_convolution(w: GraphWalk, node: gs.Node) -> None:
+def causal_convolution(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, s] (channels_last: [b, s, c]), kernels [c, 1, k], bias [c], state [b, c, (k - 1)*dilation]."""
     x, weight, bias, state = (w.input_axes(node, i) for i in range(4))
     assert x is not None and weight is not None

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from liar_opt.runtime.errors import InternalError
 
 Factor = int
+Axes = tuple[Factor, ...]
 Kind = Literal["product", "concat"]
 
 

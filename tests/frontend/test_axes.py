@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from liar_opt.passes.axes import AxisAlgebra
+from liar_opt.frontend.axes import AxisAlgebra
 from liar_opt.runtime.errors import InternalError
 
 

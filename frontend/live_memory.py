@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.onnx_model import present
-from liar_opt.frontend.onnx_rules import GraphWalk
+from liar_opt.frontend.graph_tensors import present
 from liar_opt.frontend.onnx_segments import names_read
+from liar_opt.frontend.walk import GraphWalk
 
 BYTES = 4
 """Of an element whose type the graph does not say."""
