@@ -1,6 +1,5 @@
 """Which passes a run goes through, by its options or by a text that names them (`passes.pass_list`)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from liar_opt.passes.limit_drop import LimitDropPass
 from liar_opt.passes.measure_curves import MeasureCurvesPass
 from liar_opt.passes.meet_target import MeetTargetPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.options import OPTIONS, PruneOptions
 from liar_opt.passes.pass_list import parse_passes
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.search_widths import SearchWidthsPass
@@ -57,68 +57,68 @@ class Chosen:
         return [self.verify] if isinstance(self.widths, LimitDropPass) else [self.cut, self.verify]
 
 
-def passes_of_options(options: Mapping[str, Any]) -> Chosen:
-    """Returns the passes that the parameters of ``prune`` mean.
+def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:
+    """Returns the passes that options mean.
+
+    Args:
+        options: of the run.
+        calibrated: whether there is calibration data, not made-up inputs.
 
     Raises:
         OptionError: they exclude each other.
     """
-    ratios = {name: options[name] for name in ("sparsity", "ffn", "heads", "values", "query_key", "recurrent")}
-    target, max_drop, search, allocate = (options[n] for n in ("target", "max_drop", "search", "allocate"))
-    by_kind = ratios["ffn"] is not None or ratios["heads"] is not None
+    ratios = {name: getattr(options, name) for name in ("sparsity", "ffn", "heads", "values", "query_key", "recurrent")}
+    by_kind, allocate = options.ffn is not None or options.heads is not None, options.allocate
     if allocate is None:  # the best for mixed kinds at every sparsity tried; it means nothing on random inputs
-        alone = ratios["sparsity"] is None and any(
+        alone = options.sparsity is None and any(
             ratios[kind] not in (None, "auto") for kind in ("values", "query_key", "recurrent")
         )
-        unmeasured = by_kind or alone or options["uniform"] or options["calibration"] is None
-        allocate = "uniform" if unmeasured else "curves"
-    sharing: Literal["auto"] | None = "auto" if ratios["query_key"] == "auto" else None
+        allocate = "uniform" if by_kind or alone or options.uniform or not calibrated else "curves"
+    sharing: Literal["auto"] | None = "auto" if options.query_key == "auto" else None
     asked = [name for name, ratio in ratios.items() if ratio is not None and ratio != "auto"]
-    forms = (target, max_drop, "ratios" if asked else None)
+    forms = (options.target, options.max_drop, "ratios" if asked else None)
     if sum(form is not None for form in forms) > 1:
         raise OptionError(
             "a target, max-drop and ratios (sparsity, ffn, heads, values, query-key, recurrent) exclude each other; give "
             "one form"
         )
-    if search is not None and (target is not None or max_drop is not None):
+    if options.search is not None and (options.target is not None or options.max_drop is not None):
         raise OptionError("a search starts from a sparsity or from ratios; leave the target or max-drop out")
-    if options["metric"] is not None and max_drop is None:
+    if options.metric is not None and options.max_drop is None:
         raise OptionError("a metric needs max-drop, the largest loss that is allowed")
-    score, repair, weighting, seed = (options[n] for n in ("score", "repair", "weighting", "seed"))
-    cut = PruneGroupsPass(
-        score, repair, options["ridge"], seed, weighting, options["new_bias"] is not False, options["value_cut"]
-    )
-    multiple_of = options["multiple_of"]
+    named = {name: getattr(options, name) for name in ("score", "repair", "ridge", "seed", "weighting", "value_cut")}
+    cut = PruneGroupsPass(**named, new_bias=options.new_bias is not False)
+    step = options.multiple_of
     widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
-    if target is not None:
-        widths = MeetTargetPass(target, multiple_of, allocate, sharing)
-    elif max_drop is not None:
-        widths = LimitDropPass(max_drop, options["metric"], multiple_of, allocate, sharing, cut)
+    if options.target is not None:
+        widths = MeetTargetPass(options.target, step, allocate, sharing)
+    elif options.max_drop is not None:
+        widths = LimitDropPass(options.max_drop, options.metric, step, allocate, sharing, cut)
     else:
-        widths = AllocateWidthsPass(**ratios, multiple_of=multiple_of, allocate=allocate, uniform=bool(options["uniform"]))
+        widths = AllocateWidthsPass(**ratios, multiple_of=step, allocate=allocate, uniform=bool(options.uniform))
     searching = None
-    if search is not None:
-        searching = SearchWidthsPass(search, by_kind, multiple_of, repair, weighting, seed)
-    return Chosen(widths, cut, _curves(widths, searching, MeasureCurvesPass(score=score, seed=seed)), searching)
+    if options.search is not None:
+        searching = SearchWidthsPass(options.search, by_kind, step, options.repair, options.weighting, options.seed)
+    measure = MeasureCurvesPass(score=options.score, seed=options.seed)
+    return Chosen(widths, cut, _curves(widths, searching, measure), searching)
 
 
-def passes_of_text(text: str, options: Mapping[str, Any], usual: Mapping[str, Any]) -> Chosen:
+def passes_of_text(text: str, options: PruneOptions) -> Chosen:
     """Returns the passes that a text names; curves are measured where one of them needs them, and the result is checked.
 
     Args:
         text: see `passes.pass_list`.
-        options: the parameters of ``prune``.
-        usual: their defaults.
+        options: the others of the run.
 
     Raises:
         OptionError: the text is not understood, an option of a pass is given beside it, no pass decides the widths or more
             than one does, or nothing would be cut.
     """
     own = {f.name for step in PASSES if step is not VerifyModelPass for f in fields(step)} - {"seed"}
-    for name in sorted(own & options.keys()):
-        if options[name] != usual[name]:
+    for name in sorted(own & OPTIONS.keys()):
+        if options.given(name):
             raise OptionError(f"passes: '{name}' is given beside the passes; write it into the braces of its pass")
-    named: dict[type, Any] = {type(step): step for step in parse_passes(text, PASSES, {"seed": options["seed"]})}
+    named: dict[type, Any] = {type(step): step for step in parse_passes(text, PASSES, {"seed": options.seed})}
     deciding = [named[step] for step in DECIDING if step in named]
     if len(deciding) != 1:
         choice = ", ".join(step.name for step in DECIDING)
@@ -127,10 +127,10 @@ def passes_of_text(text: str, options: Mapping[str, Any], usual: Mapping[str, An
     if isinstance(widths, LimitDropPass):
         if search is not None:
             raise OptionError("passes: 'search-widths' starts from decided widths; leave it or 'limit-drop' out")
-        widths = replace(widths, cut=cut or PruneGroupsPass(seed=options["seed"]))
-    elif cut is None and not options["dry_run"]:
+        widths = replace(widths, cut=cut or PruneGroupsPass(seed=options.seed))
+    elif cut is None and not options.dry_run:
         raise OptionError("passes: nothing would be cut; add 'prune-groups', or ask for a dry run")
-    curves = named.get(MeasureCurvesPass) or _curves(widths, search, MeasureCurvesPass(seed=options["seed"]))
+    curves = named.get(MeasureCurvesPass) or _curves(widths, search, MeasureCurvesPass(seed=options.seed))
     return Chosen(widths, cut or PruneGroupsPass(), curves, search, named.get(VerifyModelPass, VerifyModelPass()))
 
 

@@ -149,7 +149,7 @@ class MetTarget(Finding):
 
 
 @dataclass(frozen=True)
-class MeetTargetPass(Pass[tuple[dict[str, int], MetTarget]]):
+class MeetTargetPass(Pass[Target]):
     """Decide the widths at which the model meets a target.
 
     Attributes:
@@ -176,13 +176,17 @@ class MeetTargetPass(Pass[tuple[dict[str, int], MetTarget]]):
         require_allocatable(state, self.allocate, self.multiple_of)
         require_sharing(self.query_key, self.allocate)
 
-    def plan(self, state: State) -> tuple[dict[str, int], MetTarget]:
-        """Returns the number of blocks that stay, by group name, and what the report says of the search.
+    def plan(self, state: State) -> Target:
+        """Returns the target; what widths come to is only known of models that are cut to them."""
+        return parse_target(self.target)
 
-        The goal is corrected until the model that is cut to it meets the target.
+    def apply(self, state: State, plan: Target) -> PassResult:
+        """Notes the widths, and how they meet the target: the goal is corrected until the model that is cut to it does.
+
+        Raises:
+            OptionError: the target is met already, or cannot be.
         """
-        target = parse_target(self.target)
-        gauge = _Gauge(target.kind, state)
+        target, gauge = plan, _Gauge(plan.kind, state)
         groups, known = state.groups, state.get(Curves)
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
@@ -211,14 +215,8 @@ class MeetTargetPass(Pass[tuple[dict[str, int], MetTarget]]):
             other.run(everything * (1.0 - search.removed))
             search = min(search, other, key=lambda s: (s.best.miss > CLOSE[target.kind], s.best.error))
         best = search.best
-        met = MetTarget(self.target, target.kind, wanted, gauge.dense, best.value, search.tried, gauge.source)
-        return best.keep, met
-
-    def apply(self, state: State, plan: tuple[dict[str, int], MetTarget]) -> PassResult:
-        """Notes the widths and how they meet the target."""
-        keep, met = plan
-        state.add(met)
-        note_widths(state, keep)
+        state.add(MetTarget(self.target, target.kind, wanted, gauge.dense, best.value, search.tried, gauge.source))
+        note_widths(state, best.keep)
         return PassResult(state)
 
 

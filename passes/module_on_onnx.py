@@ -16,9 +16,9 @@ from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.measured import Repaired
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.prove_module import OpenedModule
+from liar_opt.passes.open_model import load_state
+from liar_opt.passes.open_module import OpenedModule
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
-from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.errors import ModelError
 
 

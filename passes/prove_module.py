@@ -7,15 +7,15 @@ example and, where the trace has left sizes open, at smaller ones. Groups at fau
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from liar_opt.frontend.fx_module import Executor, FxModel, analyse, lower, precision
 from liar_opt.frontend.graph_tensors import is_constant
-from liar_opt.passes.base import Finding, Pass, PassResult, State
+from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
+from liar_opt.passes.open_module import OpenedModule
 from liar_opt.passes.prove_groups import (
     AskedBlocks,
     Failure,
@@ -30,24 +30,6 @@ from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.verify_model import mask_model, nudged
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
-
-
-@dataclass(frozen=True, eq=False)
-class OpenedModule(Finding):
-    """A torch module as it was opened.
-
-    Attributes:
-        example: the batch that it was traced with, by argument.
-        outputs: the names of the module's outputs, by those of the traced graph.
-        folder: that of its checkpoint; None for a module in memory.
-        stock: whether it is a model of transformers.
-    """
-
-    by: ClassVar[str] = "prune_module"
-    example: dict[str, Any]
-    outputs: Mapping[str, str]
-    folder: Path | None
-    stock: bool
 
 
 @dataclass(frozen=True)

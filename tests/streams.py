@@ -13,8 +13,8 @@ import oracle
 from liar_opt.passes.base import State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.calibration_data import CalibrationData
 
 BLOCK = "u{0} = MatMul(x{0}, w{0})  a{0} = Add(u{0}, b{0})  h{0} = Relu(a{0})  z{0} = MatMul(h{0}, v{0})  x{1} = Add(x{0}, z{0})"

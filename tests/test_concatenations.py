@@ -22,7 +22,7 @@ from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.dense_run import DenseRun, Patch, together
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.prune_module import ModuleResult
+from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.calibration_data import CalibrationData
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from liar_opt import prune
-from liar_opt.passes.prune_module import ModuleResult
+from liar_opt.passes.result import ModuleResult
 
 STAGES: dict[str, Any] = {"hidden_sizes": [16, 32, 40, 48], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 6]}
 IMAGE: dict[str, Any] = {

@@ -19,7 +19,7 @@ import zoo_fx
 from onnx import numpy_helper
 
 import liar_opt
-from liar_opt.passes.prune_module import ModuleResult
+from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.sessions import Session, cuda_works
 
 CUDA = pytest.mark.skipif(not cuda_works(), reason="no CUDA device")

@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers
 import zoo_fx
+from modules import prune_module
 
 import liar_opt
 from liar_opt.frontend.hf_checkpoint import example_inputs, positions, without_cache
-from liar_opt.passes.prune_module import ModuleResult, prune_module
+from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError
 from liar_opt.tools.cli import main
@@ -426,7 +427,7 @@ def drawn(module: Any, batch: int, seed: int) -> dict[str, np.ndarray]:
 def test_widths_that_the_class_of_a_configuration_takes(name: str, tmp_path: Path) -> None:
     model, config, ratios, fields = SAID[name]
     module = made(model, config)
-    result = prune_module(module, [drawn(module, 4, s) for s in range(3)], latency=False, **ratios)  # type: ignore[arg-type]
+    result = prune_module(module, [drawn(module, 4, s) for s in range(3)], latency=False, **ratios)
     assert {str(f) for f in result.fields or ()} == fields
     loaded, info = type(module).from_pretrained(result.save(tmp_path / "out"), output_loading_info=True)
     assert not any(info.values())
@@ -446,7 +447,7 @@ def test_heads_that_no_number_can_say_are_refused_before_the_work(
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("liar_opt.passes.prune_module.load_calibration", work)
+    monkeypatch.setattr("liar_opt.passes.module_job.load_calibration", work)
     assert main([str(tmp_path / "model"), "--heads", "0.2", "-o", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "nothing would go: of 5 heads the configuration of LlamaForCausalLM can say 1, no other" in told

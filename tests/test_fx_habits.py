@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 import liar_opt
-from liar_opt.passes.prune_module import ModuleResult
+from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from modules import prune_module
 
 import liar_opt
-from liar_opt.passes.prune_module import ModuleResult, prune_module
+from liar_opt.passes.result import ModuleResult
 from liar_opt.tools import demo_assets
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import zoo_fx
+from modules import prune_module
 
 from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.groups import kept_positions
-from liar_opt.passes.prune_module import ModuleResult, prune_module
+from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,6 @@
 """Tables from a report: ``PruneResult.report`` or ``Inspection.report`` in, rich renderables out.
 
-A report is plain data (see ``prune_model``), so a report that was read back from JSON prints the same tables.
+A report is plain data (see `passes.report`), so a report that was read back from JSON prints the same tables.
 """
 
 from collections import Counter

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from liar_opt import prune
 from liar_opt.frontend.fold_weights import Grows, compute
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.passes.prune_model import inspect
+from liar_opt.passes.prune_job import inspect
 
 WEIGHT_NORM = """f (float[b, 6] x) => (float[b, 7] y) {
     n1 = ReduceL2<axes = [0], keepdims = 1>(v1)  d1 = Div(v1, n1)  w1 = Mul(d1, g1)  u = MatMul(x, w1)  h = Relu(u)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.sound_model import DEEPEST, DEEPEST_CALLS, inlined, require_sound
-from liar_opt.passes.prune_model import inspect
+from liar_opt.passes.prune_job import inspect
 from liar_opt.runtime.errors import LiarOptError, ModelError
 
 TEXT = "f (float[b, s, 6] x) => (float[b, s, 5] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"

@@ -15,7 +15,7 @@ from onnx import SparseTensorProto, helper, numpy_helper
 from liar_opt import prune
 from liar_opt.frontend.onnx_interface import read_interface
 from liar_opt.frontend.onnx_model import OnnxModel
-from liar_opt.passes.prune_model import inspect
+from liar_opt.passes.prune_job import inspect
 from liar_opt.runtime.errors import ModelError
 
 TEXT = "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }"

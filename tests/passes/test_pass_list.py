@@ -1,5 +1,6 @@
 """Passes written as text, and what a run makes of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import graphs
@@ -9,12 +10,13 @@ import pytest
 import liar_opt
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.chosen_passes import PASSES, passes_of_text
+from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.pass_list import parse_passes
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.errors import OptionError
 
-OPTIONS: dict[str, Any] = {"seed": 3, "dry_run": False, "repair": "liar"}
+OPTIONS = PruneOptions(seed=3)
 
 
 def test_names_options_and_values_are_read() -> None:
@@ -65,13 +67,13 @@ def test_what_is_not_understood_is_said(text: str, said: str) -> None:
 )
 def test_a_run_that_makes_no_sense_is_refused(text: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
-        passes_of_text(text, OPTIONS | options, OPTIONS)
+        passes_of_text(text, replace(OPTIONS, **options))
 
 
 def test_curves_are_measured_where_they_are_needed() -> None:
-    uniform = passes_of_text("allocate-widths{ffn=0.5},prune-groups", OPTIONS, OPTIONS)
+    uniform = passes_of_text("allocate-widths{ffn=0.5},prune-groups", OPTIONS)
     assert [s.name for s in (*uniform.deciding, *uniform.cutting)] == ["allocate-widths", "prune-groups", "verify-model"]
-    limited = passes_of_text("limit-drop{max-drop=2%},prune-groups{repair=bias}", OPTIONS, OPTIONS)
+    limited = passes_of_text("limit-drop{max-drop=2%},prune-groups{repair=bias}", OPTIONS)
     assert [s.name for s in (*limited.deciding, *limited.cutting)] == ["measure-curves", "limit-drop", "verify-model"]
     assert limited.cut.repair == "bias" and limited.cut.seed == 3
 

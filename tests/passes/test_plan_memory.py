@@ -16,10 +16,10 @@ from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.passes import plan_memory, prune_groups
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
 from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room
 from liar_opt.passes.prove_groups import ProveGroupsPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.prune_model import load_state
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime import array_store
 from liar_opt.runtime.errors import OptionError

@@ -20,9 +20,9 @@ from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.base import Pipeline, State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prove_groups import Failure, Proof, ProveGroupsPass, probe_feeds
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
-from liar_opt.passes.prune_model import load_state
 from liar_opt.passes.verify_model import VerifyModelPass, load_dense
 from liar_opt.runtime.errors import CheckError
 

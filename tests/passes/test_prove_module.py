@@ -10,9 +10,12 @@ from torch import nn
 import liar_opt
 from liar_opt.frontend.rules.operators import OPERATORS
 from liar_opt.frontend.rules.table import Op
+from liar_opt.passes.find_module_groups import FindModuleGroupsPass
+from liar_opt.passes.open_module import load_module_state
 from liar_opt.passes.prove_groups import Failure, groups_at_fault
 from liar_opt.passes.prove_module import ProveModuleGroupsPass, failure, probe_sizes
-from liar_opt.passes.prune_module import FindModuleGroupsPass, ModuleResult, PruneModulePass, _load
+from liar_opt.passes.prune_module import PruneModulePass
+from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +62,7 @@ def test_a_wrong_rule_costs_its_group() -> None:
 
 
 def test_right_rules_are_proved_at_two_sizes() -> None:
-    state, _ = _load(Rolled().eval(), data(), None, False)
+    state, _ = load_module_state(Rolled().eval(), data(), None, False)
     FindModuleGroupsPass()(state)
     (group,) = state.groups
     probes = probe_sizes(state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import graphs
 import numpy as np
@@ -15,10 +14,11 @@ import pytest
 from onnx import numpy_helper
 from streams import BLOCK, STREAM, WEIGHTS, batches, data, error, pruned
 
-from liar_opt.passes import prune_model
+from liar_opt.passes import calibrate
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.prune_model import inspect, prune
+from liar_opt.passes.open_model import load_state
+from liar_opt.passes.prune_job import inspect, prune
 from liar_opt.runtime import memory
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
@@ -343,14 +343,14 @@ def test_batches_that_do_not_fit_the_memory_are_made_smaller(monkeypatch: pytest
 def test_under_a_limit_that_was_given_batches_leave_room_for_other_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is alive takes some 60 KB; ONNX Runtime keeps that for each session that was run."""
     feeds = {name: np.concatenate([b[name] for b in batches(10, 0)]) for name in batches(1, 0)[0]}
-    monkeypatch.setattr(prune_model, "anonymous", lambda: 0)
-    state = prune_model.load_state(graphs.parse(STREAM, WEIGHTS), 100_000)
+    monkeypatch.setattr(calibrate, "anonymous", lambda: 0)
+    state = load_state(graphs.parse(STREAM, WEIGHTS), 100_000)
     NormaliseGraphPass()(state)
     FindGroupsPass()(state)
-    report: dict[str, Any] = {"model": {"notes": []}}
+    notes: list[str] = []
     whole = CalibrationData((feeds,), (None,), 80, 80, "test", (), False)
-    fitted = prune_model._fitted(state, whole, report)
+    fitted = calibrate.fitted(state, whole, notes)
     samples = [len(b["x0"]) for b in fitted.batches]
-    assert sum(samples) == 80 and samples[0] in (1, 2, 4, 8, 16, 32) and len(report["model"]["notes"]) == 1
+    assert sum(samples) == 80 and samples[0] in (1, 2, 4, 8, 16, 32) and len(notes) == 1
     state.memory.asked = False
-    assert prune_model._fitted(state, whole, report) is whole
+    assert calibrate.fitted(state, whole, notes) is whole

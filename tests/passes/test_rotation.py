@@ -24,8 +24,8 @@ from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.passes.base import Pipeline
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.errors import ModelError, OptionError
 
 # 4 heads of 6 channels on a stream of 6; queries and keys come from one packed weight with a bias; {} is the attention.

@@ -14,8 +14,8 @@ import liar_opt
 from liar_opt.passes.base import State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.prune_model import load_state
 from liar_opt.passes.verify_model import Verification, VerifyModelPass
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import TOLERANCES

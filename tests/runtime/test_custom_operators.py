@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from liar_opt.passes.prune_model import inspect, prune
+from liar_opt.passes.prune_job import inspect, prune
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.sessions import Session, custom_operators, unknown_operators
 from liar_opt.tools import cli

@@ -17,7 +17,7 @@ import zoo
 
 from liar_opt.frontend import weight_files
 from liar_opt.runtime import compare
-from liar_opt.tools import cli
+from liar_opt.tools import cli, cli_options
 
 WIDTH, HIDDEN, WORDS = 6, 40, 23
 TEXT = f"""
@@ -62,10 +62,10 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures latency for no longer than it takes."""
-    from liar_opt.passes import prune_model
+    from liar_opt.passes import model_job
     from liar_opt.runtime.latency import measure_latency
 
-    monkeypatch.setattr(prune_model, "measure_latency", lambda s, f, **_: measure_latency(s, f, budget=0.0, least=1))
+    monkeypatch.setattr(model_job, "measure_latency", lambda s, f, **_: measure_latency(s, f, budget=0.0, least=1))
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -262,8 +262,8 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_option_of_prune_has_help() -> None:
-    for command in cli.COMMANDS:
-        for action in cli._parser(command)._actions:
+    for command in cli_options.COMMANDS:
+        for action in cli_options._parser(command)._actions:
             assert action.help, action.option_strings
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.tables import vocabulary
-from liar_opt.passes.prune_model import prune
+from liar_opt.passes.prune_job import prune
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.sessions import Session
 from liar_opt.tools.demo import tokenise

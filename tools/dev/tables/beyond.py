@@ -29,8 +29,9 @@ from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES, LABELLED_SCORES
 from liar_opt.passes.measure_curves import MeasureCurvesPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.prune_model import load_state, prune
+from liar_opt.passes.prune_job import prune
 from liar_opt.passes.repairs import AWARE, REPAIRS
 from liar_opt.passes.scores import SCORES
 from liar_opt.runtime.calibration_data import load_calibration

@@ -25,7 +25,7 @@ import onnx
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import count_flops
-from liar_opt.passes.prune_model import prune
+from liar_opt.passes.prune_job import prune
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session, cuda_works
 from liar_opt.tools.demo_assets import MINILM_INPUTS

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES
-from liar_opt.passes.prune_model import prune
+from liar_opt.passes.prune_job import prune
 from liar_opt.passes.repairs import AWARE, REPAIRS
 from liar_opt.passes.scores import SCORES
 from liar_opt.runtime.packing import pack

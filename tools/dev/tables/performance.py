@@ -32,8 +32,8 @@ from liar_opt.frontend.onnx_segments import extract, tap_for
 from liar_opt.passes.base import Pipeline
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prune_groups import load_segment, run_segment
-from liar_opt.passes.prune_model import load_state
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.solve import Problem, fold, half_the_threads, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder

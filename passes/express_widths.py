@@ -1,0 +1,238 @@
+"""Which widths the configuration of a transformers model can say, and what it must say for those that were decided."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+from liar_opt.frontend.fx_module import FxWalk
+from liar_opt.frontend.fx_rewrite import planned_state
+from liar_opt.frontend.hf_checkpoint import (
+    FieldChange,
+    FieldPlace,
+    Shapes,
+    completed,
+    express,
+    inexpressible,
+    is_stock,
+    ratio_widths,
+    refused,
+    restate,
+)
+from liar_opt.passes.allocate_widths import Sayable
+from liar_opt.passes.base import Finding, Pass, PassResult, State
+from liar_opt.passes.find_groups import layout
+from liar_opt.passes.find_module_groups import Poolers
+from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.open_module import module_of
+from liar_opt.runtime.errors import ModelError, OptionError
+
+
+@dataclass(frozen=True)
+class FinalFields(Finding):
+    """What the configuration of a checkpoint must say for the widths that were decided."""
+
+    by: ClassVar[str] = "prune_module"
+    changes: tuple[FieldChange, ...]
+
+
+class Said(NamedTuple):
+    """How a configuration says widths: by which fields, and by group name which widths, where that is not any."""
+
+    places: frozenset[FieldPlace]
+    allowed: dict[str, tuple[int, ...]]
+    reason: str | None = None
+
+
+class Sayings(NamedTuple):
+    """What a configuration can say, the groups of which it can say nothing, with reasons, and the poolers that go along."""
+
+    sayable: Sayable
+    unsaid: dict[str, str | None]
+    poolers: tuple[ChannelGroup, ...]
+
+
+@dataclass(frozen=True)
+class ExpressWidthsPass(Pass[Sayings]):
+    """Leave alone what the configuration of a transformers model has no field for, and find which widths it can say.
+
+    Where one field says the width of a pooler and of other layers (SigLIP), the pooler is cut with them.
+
+    Attributes:
+        asked: kinds that were asked for by name; that there is no field for them is an error then.
+        required: whether it is an error that it can say no width at all.
+    """
+
+    name: ClassVar[str] = "express-widths"
+    asked: tuple[str, ...] = ()
+    required: bool = True
+
+    def requires(self, state: State) -> None:
+        """Checks that there is a configuration.
+
+        Raises:
+            OptionError: the module is no model of transformers.
+        """
+        module = module_of(state)
+        if not is_stock(module):
+            raise OptionError(
+                f"{type(module).__name__} is no model of transformers: it has no checkpoint; leave checkpoint out"
+            )
+
+    def plan(self, state: State) -> Sayings:
+        """Returns what can be said of each kind: of every width by itself, else of several in proportion."""
+        found: list[Said] = []
+        linked: set[str] = set()
+        unsaid: dict[str, str | None] = {}
+        poolers: list[ChannelGroup] = []
+        for kind in sorted({g.kind for g in state.groups}):
+            groups = [g for g in state.groups if g.kind == kind]
+            rest: list[ChannelGroup] = []
+            for width in sorted({g.size for g in groups}):
+                own = [g for g in groups if g.size == width]
+                said = _said(state, own)
+                if said is None:
+                    rest += own
+                elif said.reason is not None:
+                    unsaid |= dict.fromkeys((g.name for g in own), said.reason)
+                else:
+                    found.append(said)
+            if not rest:
+                continue
+            alike = [replace(p, kind=kind) for p in state.found(Poolers).groups if p.size in {g.size for g in rest}]
+            choices = [rest, groups] if kind == "heads" else [rest, groups, [*rest, *alike], [*groups, *alike]]
+            for members in choices:
+                said = _said(state, members) if members != rest or len({g.size for g in rest}) > 1 else None
+                if said is not None and said.reason is None:
+                    found.append(said)
+                    linked |= {g.name for g in members}
+                    poolers += [p for p in members if p in alike]
+                    break
+            else:
+                unsaid |= dict.fromkeys((g.name for g in rest), None)
+        module = module_of(state)
+        allowed = {name: widths for said in found for name, widths in said.allowed.items()}
+        places = frozenset(p for said in found for p in said.places)
+        sayable = Sayable(f"the configuration of {type(module).__name__}", allowed, frozenset(linked), places)
+        return Sayings(sayable, unsaid, tuple(poolers))
+
+    def apply(self, state: State, plan: Sayings) -> PassResult:
+        """Drops those groups, and adds the poolers.
+
+        Raises:
+            OptionError: a kind of them was asked for.
+            ModelError: no group is left.
+        """
+        module = module_of(state)
+        refusals = []
+        dropped = [g for g in state.groups if g.name in plan.unsaid]
+        left = tuple(g for g in state.groups if g.name not in plan.unsaid)
+        for kind in sorted({g.kind for g in dropped}):
+            own = [g for g in dropped if g.kind == kind]
+            because = next((r for g in own if (r := plan.unsaid[g.name]) is not None), None)
+            reason = inexpressible(module, (kind,), because=because)
+            if kind in self.asked and not any(g.kind == kind for g in left):
+                raise OptionError(reason)
+            refusals.append(Refusal(reason, tuple(g.name for g in own)))
+            widths = ", ".join(str(w) for w in sorted({g.size for g in own}))
+            of = f" of width {widths}" if any(g.kind == kind for g in left) else ""
+            state.model.notes.append(f"{kind}{of} are left alone: {reason}")
+        if state.groups and not left and self.required:
+            raise ModelError(inexpressible(module, {g.kind for g in dropped}, rest=False))
+        if plan.poolers:
+            named = ", ".join(f"'{g.name}'" for g in plan.poolers)
+            state.model.notes.append(
+                f"the pooler {named} is cut as well: one field says its width and that of other layers"
+            )
+        state.groups = tuple(sorted((*left, *plan.poolers), key=lambda g: (g.end, g.start)))
+        state.add(plan.sayable)
+        return PassResult(state, (), tuple(refusals))
+
+
+def _said(state: State, groups: Sequence[ChannelGroup]) -> Said | None:
+    """Returns how the configuration says narrower groups of one kind; None where it has no fields for that.
+
+    Tried at the largest widths below their own, and at the largest ones that stay in proportion (see `_proportional` of the
+    allocation). Which numbers of heads its class takes is tried for each.
+    """
+    module: Any = module_of(state)
+    sizes = {g.size for g in groups}
+    common = math.gcd(*sizes)
+    steps = [{g.name: g.size - 1 for g in groups}]
+    if groups[0].kind == "ffn" and len(sizes) > 1 and common > 1:
+        steps.append({g.name: g.size - g.size // common for g in groups})
+    fields = next((f for keep in steps if (f := _fields(state, groups, keep, valid=False)) is not None), None)
+    refusal = None if fields is None else refused(module.config, fields)
+    if fields is not None and refusal is None and (groups[0].kind == "ffn" or len(sizes) > 1):
+        return Said(frozenset(c.place for c in fields), {})
+    if groups[0].kind == "heads" and (fields is None or len(sizes) > 1):
+        return None
+    least = min(sizes)
+    narrower = range(1, least) if groups[0].kind == "heads" else ratio_widths(module.config, least)
+    places = None if fields is None else frozenset(c.place for c in fields)
+    said: list[int] = []
+    for width in narrower:
+        keep = {g.name: g.size * width // least for g in groups}
+        planned = _planned(state, groups, keep)
+        options = None
+        if places is not None:
+            options = restate(module, places, planned.sizes, planned.head_widths, planned.ratios)
+        if options is None:
+            options = _fields(state, groups, keep, places)
+        elif refused(module.config, options) is not None:
+            options = completed(module, options, planned.shapes, planned.sizes, planned.head_widths)
+        if options is not None:
+            said.append(width)
+            places = frozenset(c.place for c in options)
+    if not said:
+        return None if fields is None or places is None else Said(places, {}, refusal)
+    assert places is not None
+    anything = len(said) == least - 1
+    return Said(places, {} if anything else {g.name: tuple(g.size * w // least for w in said) for g in groups})
+
+
+def _fields(
+    state: State,
+    groups: Iterable[ChannelGroup],
+    keep: Mapping[str, int],
+    places: frozenset[FieldPlace] | None = None,
+    valid: bool = True,
+) -> tuple[FieldChange, ...] | None:
+    """Returns what the configuration must say for the widths that ``groups`` will have; see `express`."""
+    module = module_of(state)
+    shapes, sizes, ratios, heads = _planned(state, list(groups), keep)
+    return express(module, shapes, sizes, heads, ratios=ratios, places=places, valid=valid)
+
+
+class Planned(NamedTuple):
+    """The shapes that all tensors will have, the sizes that change, those of feed-forward layers, and widths of heads."""
+
+    shapes: Shapes
+    sizes: set[tuple[int, int]]
+    ratios: set[tuple[int, int]]
+    head_widths: set[int]
+
+
+def _planned(state: State, groups: Sequence[ChannelGroup], keep: Mapping[str, int]) -> Planned:
+    walk = state.walk
+    assert isinstance(walk, FxWalk)
+    shapes, sizes = planned_state(walk, {g.factor: keep[g.name] for g in groups})
+    ratios = {(g.size, keep[g.name]) for g in groups if g.kind == "ffn" and keep[g.name] < g.size}
+    heads = [g for g in groups if g.kind == "heads"]
+    leaves = [layout(walk.algebra, g.consumers[0].uses[0].width, g.factor) for g in heads]
+    return Planned(shapes, sizes, ratios, {walk.algebra.size(parts[-1]) for parts in leaves})
+
+
+def final_fields(state: State) -> tuple[FieldChange, ...]:
+    """Returns what the configuration must say for the widths that were decided, before any of the work.
+
+    Raises:
+        OptionError: it cannot say them.
+    """
+    sayable = state.found(Sayable)
+    fields = _fields(state, state.groups, state.keep, sayable.places)
+    fields = _fields(state, state.groups, state.keep) if fields is None else fields
+    if fields is None:
+        module = module_of(state)
+        raise OptionError(inexpressible(module))
+    return fields

@@ -1,0 +1,52 @@
+"""The channel groups of a traced module."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from liar_opt.frontend.fx_module import FxModel, FxWalk, analyse
+from liar_opt.passes.base import Finding, PassResult, State
+from liar_opt.passes.find_groups import FindGroupsPass, find_groups
+from liar_opt.passes.groups import ChannelGroup, Refusal
+
+RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream: no checkpoint can say fewer heads"
+
+
+@dataclass(frozen=True)
+class Poolers(Finding):
+    """The poolers that may be cut where one field says their width and that of other layers."""
+
+    by: ClassVar[str] = "find-groups"
+    groups: tuple[ChannelGroup, ...]
+
+
+@dataclass(frozen=True)
+class FindModuleGroupsPass(FindGroupsPass):
+    """Analyse the traced module and list its channel groups.
+
+    Attributes:
+        traced: whether the result may be the traced graph; else layers whose width is that of the stream stay whole.
+    """
+
+    traced: bool = True
+
+    def apply(self, state: State, plan: None) -> PassResult:
+        """Adds the analysis and the groups to the state."""
+        assert isinstance(state.model, FxModel)
+        state.walk = analyse(state.model)
+        found = find_groups(state.walk)
+        rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
+        state.groups = tuple(g for g in found.groups if g not in rigid)
+        state.add(Poolers(tuple(g for g in found.poolers if self.traced or not _rigid(state.walk, g))))
+        refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
+        return PassResult(state, (), (*found.refusals, *refusals))
+
+
+def _rigid(walk: FxWalk, group: ChannelGroup) -> bool:
+    """Returns whether a group's weights belong to a layer of torch whose width is that of the stream."""
+    import torch
+
+    assert isinstance(walk.model, FxModel) and walk.model.module is not None
+    module = walk.model.module
+    names = {u.constant.name for u in walk.constant_uses if id(u.constant) in group.constants}
+    owners = [module.get_submodule(n.rpartition(".")[0]) for n in names if n in dict(module.named_parameters())]
+    return any(isinstance(o, torch.nn.MultiheadAttention) for o in owners)

@@ -1,0 +1,240 @@
+"""One run of ``prune`` on a torch module: the same analysis, selection, repair and checks as for ONNX graphs, on its trace.
+
+The module comes back with smaller weights (:attr:`ModuleResult.module`), with the traced graph
+(:attr:`ModuleResult.program`), and for transformers models as a checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liar_opt.frontend.causal import is_causal
+from liar_opt.frontend.fx_module import Executor, to_torch
+from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
+from liar_opt.frontend.hf_checkpoint import positions
+from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.weight_files import lightened, write_model
+from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
+from liar_opt.passes.base import Pass, Pipeline, State
+from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
+from liar_opt.passes.find_module_groups import FindModuleGroupsPass
+from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
+from liar_opt.passes.model_job import TIMED_SAMPLES
+from liar_opt.passes.open_model import model_sizes
+from liar_opt.passes.open_module import (
+    OpenedModule,
+    device_of,
+    load_module_state,
+    module_of,
+    traced_model,
+    vocabulary,
+)
+from liar_opt.passes.options import BACKENDS, OPTIONS, PACKINGS, PruneOptions
+from liar_opt.passes.prove_module import ProveModuleGroupsPass
+from liar_opt.passes.prune_module import Gradients, PruneExportedPass, PruneModulePass
+from liar_opt.passes.registry import lookup
+from liar_opt.passes.report import SizesEntry, report_of
+from liar_opt.passes.result import Inspection, ModuleResult
+from liar_opt.passes.verify_model import first_samples
+from liar_opt.passes.verify_module import CutModule, VerifyModulePass
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.latency import Latency, measure_latency
+from liar_opt.runtime.memory import MemoryWatch
+from liar_opt.runtime.self_calibration import SELF
+
+if TYPE_CHECKING:
+    import torch
+
+TIMED_SECONDS = 0.3
+"""Seconds that timing may take beside a first run of each model, and one more where that takes longer."""
+
+
+def inspect_module(model: torch.nn.Module | str | Path, *, example: Any = None, allow_pickle: bool = False) -> Inspection:
+    """Finds the channel groups of a module; :func:`liar_opt.inspect` calls this.
+
+    Of a folder those are listed whose widths the checkpoint can say that ``prune`` makes of it; others are refused with a
+    reason.
+
+    Raises:
+        ModelError: it cannot be loaded or traced.
+        OptionError: nothing says what its inputs are.
+    """
+    state, _ = load_module_state(model, None, example, allow_pickle)
+    opened = state.found(OpenedModule)
+    express_widths = [] if opened.folder is None else [ExpressWidthsPass(required=False)]
+    result = Pipeline(passes=[FindModuleGroupsPass(traced=not opened.stock), *express_widths])(state)
+    sayable = state.get(Sayable)
+    report = report_of(state)
+    if sayable is not None:
+        report.note(*(sayable.describe(group) for group in state.groups if group.name in sayable.allowed))
+    report.inspected(state)
+    report.refuse(result.refusals)
+    return Inspection(state.model, state.groups, result.refusals, report.to_json())
+
+
+def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options: PruneOptions) -> ModuleResult:
+    """Makes a torch module smaller; :func:`liar_opt.prune` calls this for modules and for folders of checkpoints.
+
+    Args:
+        model: a module (it is not changed), a folder with a transformers checkpoint, or a hub name. Of what
+            ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel hold, the module inside is pruned.
+        calibration: see :func:`liar_opt.prune`.
+        options: of the run; those that work on ONNX files alone must have their defaults.
+
+    Raises:
+        ModelError: the module cannot be traced or has nothing to prune.
+        OptionError: an option or the calibration data does not fit.
+        CheckError: the result failed a check.
+    """
+    start, watch = time.perf_counter(), MemoryWatch()
+    _require_possible(calibration, options)
+    inputs = Inputs((model,), calibration, (options.tokenizer,))
+    state, calibration = load_module_state(
+        model, calibration, options.example, options.allow_pickle, options.provider, options.batch_size
+    )
+    opened = state.found(OpenedModule)
+    state.progress = options.progress
+    options = replace(
+        options,
+        checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
+        tokenizer=opened.folder if options.tokenizer is None else options.tokenizer,
+    )
+    widths, cut = _passes(options)
+    asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
+    passes: list[Pass[Any]] = [
+        FindModuleGroupsPass(traced=not options.checkpoint),
+        ProveModuleGroupsPass(cut),
+        *([ExpressWidthsPass(asked)] if options.checkpoint else []),
+        widths,
+    ]
+    analysis = Pipeline(passes=passes, observer=options.observer)(state)
+    if options.checkpoint:
+        state.add(FinalFields(final_fields(state)))
+    report = report_of(state)
+    report.asked([widths, cut], options, calibration, options.backend, str(device_of(traced_model(state))))
+    report.refuse(analysis.refusals)
+    if options.dry_run:
+        report.planned(state)
+        return ModuleResult(state, report.to_json(), (), analysis.refusals, inputs)
+    began = time.perf_counter()
+    state.calibration = _calibrated(state, calibration, options)
+    state.seconds["load-calibration"] = time.perf_counter() - began
+    report.calibrated(state.calibration)
+    labelled, loss = options.labelled, options.loss
+    if options.score == KNOWLEDGE:
+        labelled, loss = own_samples(state.calibration.batches, state.calibration.row_masks, options.seed)
+    if loss is not None and labelled is not None:
+        state.add(Gradients(_gradients(state, labelled, loss)))
+    verify = VerifyModulePass(checkpoint=bool(options.checkpoint))
+    done = Pipeline(passes=[cut, verify], observer=options.observer)(state)
+    report.cut(state, done.changes, cut.repair)
+    made = state.found(CutModule)
+    elements = sum(p.numel() for p in made.module.parameters())  # each counted once
+    report.after = replace(SizesEntry(**model_sizes(state.model)), parameters=elements)
+    if made.traced is not None:
+        report.note(f"the result is the traced graph: {made.traced}")
+    if options.latency:
+        began = time.perf_counter()
+        report.timed(_latency(state))
+        state.seconds["latency"] = time.perf_counter() - began
+    report.ended(state, watch, time.perf_counter() - start)
+    return ModuleResult(state, report.to_json(), done.changes, analysis.refusals, inputs)
+
+
+def _require_possible(calibration: Any, options: PruneOptions) -> None:
+    """Checks that options fit a module, and each other.
+
+    Raises:
+        OptionError: one is for ONNX files alone, or does not fit another.
+    """
+    require_labels(options.score, options.loss, options.labelled, torch_module=True)
+    for name, what in OPTIONS.items():
+        if what.onnx_only and options.given(name) and (name, getattr(options, name)) != ("allocate", "uniform"):
+            raise OptionError(
+                f"{name.replace('_', '-')} works on ONNX files alone; prune the exported module, or leave it out"
+            )
+    lookup("packing", dict.fromkeys(PACKINGS), options.packing)
+    lookup("backend", dict.fromkeys(BACKENDS), options.backend)
+    if (options.labelled is not None or options.score == KNOWLEDGE) and options.backend != "torch":
+        raise OptionError(
+            f"score '{options.score}' needs gradients; backend '{options.backend}' has none, give backend 'torch'"
+        )
+    if isinstance(calibration, str) and calibration == SELF:
+        raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
+
+
+def _passes(options: PruneOptions) -> tuple[AllocateWidthsPass, PruneModulePass]:
+    """Returns what decides the widths, and what cuts: a checkpoint has one width for all layers, and no new biases."""
+    checkpoint = bool(options.checkpoint)
+    uniform = checkpoint if options.uniform is None else options.uniform
+    widths = AllocateWidthsPass(
+        options.sparsity, options.ffn, options.heads, multiple_of=options.multiple_of, uniform=uniform
+    )
+    pruning = PruneExportedPass if options.backend == "onnxruntime" else PruneModulePass
+    named = {name: getattr(options, name) for name in ("score", "repair", "ridge", "seed", "weighting")}
+    return widths, pruning(**named, new_bias=not checkpoint if options.new_bias is None else options.new_bias)
+
+
+def _calibrated(state: State, source: Any, options: PruneOptions) -> CalibrationData:
+    fields, model = options.data(), traced_model(state)
+    fields["packing"] = is_causal(model) if options.packing == "auto" else options.packing == "on"
+    if source is None and options.sequence_length is None:  # inputs that are made up are no longer than there are positions
+        fields["positions"] = positions(module_of(state))
+    return load_calibration(source, model.inputs(), vocabulary=vocabulary(model), **fields)
+
+
+def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:
+    """Runs the labelled batches through the dense module; outputs have the names that the module gives them."""
+    model = traced_model(state)
+    names = state.found(OpenedModule).outputs
+    groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
+
+    @functools.wraps(loss)
+    def named(outputs: Mapping[str, Any], labels: Any) -> Any:
+        return loss({names.get(n, n): v for n, v in outputs.items()}, labels)
+
+    return mask_gradients(Executor(model, device_of(model)), groups, labelled, named)
+
+
+def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -> None:
+    """Writes a transformers checkpoint as ONNX, for what only reads ONNX.
+
+    Raises:
+        ModelError: it cannot be loaded, traced or exported.
+        OptionError: nothing says what its inputs are.
+    """
+    state, _ = load_module_state(folder, None, None, allow_pickle)
+    example, axes = state.found(OpenedModule).example, symbolic_axes(traced_model(state).signature)
+    write_model(*lightened(export_onnx(module_of(state), example, axes)), path)
+
+
+class _Runner:
+    """A module behind the face of a session, for timing."""
+
+    def __init__(self, module: torch.nn.Module, feeds: Mapping[str, Any], device: Any) -> None:
+        self.inputs = list(feeds)
+        self.module, self.arguments = module, {k: to_torch(v, device) for k, v in feeds.items()}
+
+    def run(self, feeds: Mapping[str, Any]) -> None:
+        import torch
+
+        with torch.no_grad():
+            self.module(**self.arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _latency(state: State) -> Latency:
+    """Times both modules in turns."""
+    model, data = traced_model(state), state.calibration
+    assert data is not None
+    batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
+    feeds = {k: v for k, v in batch.items() if k in {s.name for s in model.signature}}
+    runners = [_Runner(m, feeds, device_of(model)) for m in (module_of(state), state.found(CutModule).module)]
+    return measure_latency(runners, feeds, budget=TIMED_SECONDS, least=1)

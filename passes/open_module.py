@@ -1,0 +1,215 @@
+"""Opens torch modules: from memory, from the folder of a checkpoint, or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from liar_opt.frontend.fx_module import BATCH, FxModel, example_from, lower, token_lengths, trace
+from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.hf_checkpoint import (
+    checkpoint_folder,
+    example_inputs,
+    experts_by_lookup,
+    is_stock,
+    load_module,
+    required_arguments,
+    runs,
+    without_cache,
+)
+from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
+from liar_opt.frontend.plain_module import evaluating, plain_module
+from liar_opt.passes.base import Finding, Opened, State
+from liar_opt.passes.open_model import model_sizes
+from liar_opt.passes.plan_memory import TensorSizes
+from liar_opt.runtime.calibration_data import first_rows
+from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.sessions import PROVIDERS
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedModule(Finding):
+    """A torch module as it was opened.
+
+    Attributes:
+        example: the batch that it was traced with, by argument.
+        outputs: the names of the module's outputs, by those of the traced graph.
+        folder: that of its checkpoint; None for a module in memory.
+        stock: whether it is a model of transformers.
+    """
+
+    by: ClassVar[str] = "load_module_state"
+    example: dict[str, Any]
+    outputs: Mapping[str, str]
+    folder: Path | None
+    stock: bool
+
+
+def traced_model(state: State) -> FxModel:
+    """Returns the traced module of a state."""
+    assert isinstance(state.model, FxModel)
+    return state.model
+
+
+def module_of(state: State) -> torch.nn.Module:
+    """Returns the module itself."""
+    module = traced_model(state).module
+    assert module is not None
+    return module
+
+
+def device_of(model: FxModel) -> Any:
+    """Returns the device of the module's parameters."""
+    assert model.module is not None
+    return next((p.device for p in model.module.parameters()), "cpu")
+
+
+def vocabulary(model: FxModel) -> int | None:
+    """Returns how many token ids there are: rows of the shortest table that an input looks up, of the inputs the most."""
+    inputs = {t.name for t in model.graph.inputs}
+    rows: dict[str, int] = {}
+    for node in model.graph.nodes:
+        if node.op == "embedding" and is_constant(node.inputs[0]) and node.inputs[1].name in inputs:
+            size, name = int(node.inputs[0].shape[0]), node.inputs[1].name
+            rows[name] = min(size, rows.get(name, size))
+    return max(rows.values(), default=None)
+
+
+def load_module_state(
+    model: torch.nn.Module | str | Path,
+    calibration: Any,
+    example: Any,
+    allow_pickle: bool,
+    provider: str = "cpu",
+    batch_size: int = 32,
+) -> tuple[State, Any]:
+    """Takes a module from memory or from a checkpoint, traces it and lowers it; names the calibration data."""
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+    if isinstance(model, (str, Path)):
+        folder = checkpoint_folder(model, allow_pickle)
+        module = load_module(folder, allow_pickle).to(_device(provider))
+    else:
+        module, notes = plain_module(model)
+    calibration = named_source(module, calibration, batch_size)
+    example = example if example is None else named_batch(module, example, "example")
+    with evaluating(module), without_cache(module):
+        feeds, program = _traced(module, calibration, example)
+        lowered = lower(program, module, folder)
+        names = _output_names(module, feeds, lowered)
+    lowered.notes += notes
+    state = State(lowered)
+    # What a traced graph's tensors take is not known: the plan of the memory has widths alone to go by.
+    state.add(Opened(model_sizes(lowered)), OpenedModule(feeds, names, folder, is_stock(module)), TensorSizes({}))
+    return state, calibration
+
+
+def _traced(
+    module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None
+) -> tuple[dict[str, torch.Tensor], ExportedProgram]:
+    """Returns a batch and the module traced with it: token lengths free, or else as they are given.
+
+    They may have to fit what else the module reads: the patches of an image, the samples of sound.
+
+    Raises:
+        ModelError: ``torch.export`` refuses it both ways; this is what it said first.
+    """
+    refused = None
+    with experts_by_lookup(module):
+        feeds = _example(module, calibration, example)
+        if runs(module, feeds):
+            try:
+                return feeds, trace(module, feeds)
+            except ModelError as err:
+                refused = err
+        feeds = _example(module, calibration, example, free=False)
+        if refused is not None and not token_lengths(feeds):
+            raise refused
+        try:
+            return feeds, trace(module, feeds, free=False)
+        except ModelError as err:
+            raise (refused or err) from (refused or err).__cause__
+
+
+def _example(
+    module: torch.nn.Module, calibration: Any, example: Mapping[str, Any] | None, free: bool = True
+) -> dict[str, torch.Tensor]:
+    """Returns a batch to trace: what the user gave, the first batch of the calibration data, or what a config says.
+
+    With ``free`` its token axes are cut to short lengths that no weight has.
+
+    Raises:
+        OptionError: nothing says what the module's inputs are.
+    """
+    device = next((p.device for p in module.parameters()), "cpu")
+    taken = {int(s) for p in module.parameters() for s in p.shape}
+    batch = example
+    if batch is None and isinstance(calibration, Mapping):
+        batch = calibration
+    if batch is None and isinstance(calibration, Iterable) and not isinstance(calibration, (str, bytes, Path, Iterator)):
+        first = next(iter(calibration), None)
+        batch = first if isinstance(first, Mapping) else None
+    if batch is None:
+        batch = first_rows(calibration, BATCH)
+    if batch is None:
+        batch = example_inputs(module)
+    if batch is None:
+        raise OptionError(
+            f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each of "
+            f"{_arguments(module)} (tensors or a DataLoader, an .npz file, a folder of .npy files), or an example"
+        )
+    accepted = signature(module.forward).parameters
+    named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
+    if not named and any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        named = {k: v for k, v in batch.items() if k not in LABELS}
+    if not named:
+        raise OptionError(
+            f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "
+            f"{', '.join(accepted)}"
+        )
+    required_tensors(module, named, "the example" if example is not None else "the calibration data")
+    return example_from(named, taken, device, free)
+
+
+def _arguments(module: torch.nn.Module) -> str:
+    """Returns what the forward of a module needs, or, where all has defaults, takes: for a message."""
+    needed = required_arguments(module)
+    known = signature(module.forward).parameters.values()
+    taken = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in LABELS]
+    return ", ".join(needed or taken[:6]) or "its arguments"
+
+
+def _output_names(module: torch.nn.Module, arguments: Mapping[str, Any], model: FxModel) -> dict[str, str]:
+    """Maps tensors of the traced graph to the names of the module's outputs."""
+    import torch
+
+    with torch.no_grad():
+        leaves, _ = torch.utils._pytree.tree_flatten_with_path(module(**arguments))
+    names = [
+        ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path) or "output"
+        for path, value in leaves
+        if isinstance(value, torch.Tensor)
+    ]
+    return dict(zip(model.results, names, strict=False))
+
+
+def _device(provider: str) -> str:
+    """Returns the torch device that a provider means here.
+
+    Raises:
+        OptionError: unknown, or "cuda" where torch has no device.
+    """
+    import torch
+
+    if provider not in PROVIDERS:
+        raise OptionError(f"provider '{provider}' is unknown; choose one of {', '.join(PROVIDERS)}")
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise OptionError("provider 'cuda' needs a CUDA device and a torch that was built for it; use provider 'cpu'")
+    return "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"

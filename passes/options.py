@@ -1,0 +1,253 @@
+"""The options of :func:`liar_opt.prune`: each once, with its type, default and help, and what it belongs to.
+
+The signature of ``prune`` (a test holds it against this), its documentation, the command and the report read them from
+here. What is a field of a pass has its default and its help from there.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from liar_opt.passes.allocate_widths import DEFAULT_SPARSITY, AllocateWidthsPass
+from liar_opt.passes.allocations import ALLOCATIONS
+from liar_opt.passes.base import Observer, Progress, no_progress
+from liar_opt.passes.gradient_scores import Labelled, Loss
+from liar_opt.passes.limit_drop import Metric
+from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
+from liar_opt.passes.repairs import REPAIRS, RepairFunction
+from liar_opt.passes.scores import SCORES, ScoreFunction
+from liar_opt.runtime.sessions import PROVIDERS
+
+PACKINGS = ("auto", "on", "off")
+BACKENDS = ("torch", "onnxruntime")
+UNSAID: Any = object()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What there is to say of an option beside its type and default.
+
+    Attributes:
+        help: one sentence, without its full stop.
+        group: of the command's options; "" for an option that Python alone has.
+        kind: what the command reads a value as.
+        metavar: what the command's help calls a value.
+        choices: the values that there are.
+        more: what the command's help says beside.
+        flag: the command's own spelling, of an option that takes no value there.
+        sets: what the flag sets.
+        shown: the command's own help, where that must say something else.
+        demo: whether ``liar-opt demo`` has it.
+        data: whether it says how calibration data is read.
+        onnx_only: whether a torch module must have its default.
+    """
+
+    help: str = ""
+    group: str = ""
+    kind: type = str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    more: str = ""
+    flag: str = ""
+    sets: Any = UNSAID
+    shown: str = ""
+    demo: bool = True
+    data: bool = False
+    onnx_only: bool = False
+
+
+def documented(thing: Any) -> dict[str, str]:
+    """Returns the texts of the "Attributes" or "Args" section of a Google-style docstring, by name."""
+    texts: dict[str, str] = {}
+    inside = False
+    name = ""
+    for line in (inspect.getdoc(thing) or "").splitlines():
+        entry = re.match(r"    (\w+): (.*)", line)
+        if not line.startswith(" ") and line:
+            inside = line in ("Attributes:", "Args:")
+        elif inside and entry:
+            name, texts[entry[1]] = entry[1], entry[2]
+        elif inside and name and line.strip():
+            texts[name] += f" {line.strip()}"
+    return {key: text.rstrip(".") for key, text in texts.items()}
+
+
+def _told(group: str = "", **more: Any) -> dict[str, Description]:
+    """Describes an option whose help is said in ``PruneOptions``."""
+    return {"description": Description(group=group, **more)}
+
+
+def _of(step: type[Any], name: str, **more: Any) -> dict[str, Description]:
+    """Describes an option that is a field of a pass."""
+    return _told("pruning", help=documented(step).get(name, ""), **more)
+
+
+def _ratio(name: str, **more: Any) -> dict[str, Description]:
+    return _of(AllocateWidthsPass, name, kind=float, metavar="RATIO", **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """The options of one run.
+
+    Attributes:
+        uniform: layers keep the same width; if None as a checkpoint needs it.
+        new_bias: layers without a bias may get one for the repair; if None unless a checkpoint has no place for it.
+        target: what the result shall be, instead of a ratio: params=10M, size=40MB, flops=0.5x, latency=2x (twice as fast),
+            or latency=5ms.
+        max_drop: the largest loss, such as 1% or 0.01, instead of a ratio: as much is removed as it allows. Without a
+            metric it is 1 - the mean cosine of the first output on held-back calibration batches.
+        metric: a function that takes a model (an ONNX proto) and returns a number, the higher the better; max_drop is
+            relative to its value on the dense model then.
+        allocate: how a ratio is shared out over the layers: "uniform" takes it of each, "curves" by the error that each
+            width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
+            where there is calibration data, else "uniform".
+        search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
+        passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
+            the options that are theirs; the analysis and the check of the result always run.
+        tokenizer: folder of a Hugging Face tokenizer, needed for texts.
+        text_column: the column with the text, for .jsonl, .csv and datasets.
+        samples: calibration samples at most.
+        batch_size: samples a batch.
+        sequence_length: tokens of a sample at most.
+        mask_input: the input that is zero at padding; found by itself if None.
+        packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which does
+            so where the model is causal.
+        provider: "auto", "cpu" or "cuda".
+        memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
+            None.
+        resume: a folder in which finished segments are kept: a run that was interrupted goes on from the last one. It is
+            made where it is not there, and removed when the run is done.
+        fresh: measure error curves and latency tables again, instead of taking those that an earlier run on the same model
+            and data has kept in the cache folder.
+        seed: for all that is drawn.
+        example: a batch to trace a torch module with, if nothing else says what it takes.
+        checkpoint: whether a pruned module must be one that stock transformers loads; true for its models if None.
+        allow_pickle: read weights from pickle files, which can run code.
+        backend: what measures a torch module: "torch", or "onnxruntime" on its export.
+        loss: for the scores that need gradients (torch modules alone): takes the outputs by name and the labels, and
+            returns a scalar tensor.
+        labelled: pairs of the module's arguments, a batch by name, and the labels that the loss takes.
+        custom_ops: shared libraries with operators that ONNX Runtime lacks and the model needs; they run code.
+        dry_run: stop after the widths are decided; the result holds the unpruned model.
+        latency: whether to time the dense and the pruned model.
+        progress: called with (stage, done, total).
+        observer: called after each pass with the pass and its result.
+    """
+
+    sparsity: float | None = field(
+        default=None, metadata=_ratio("sparsity", more=f"{DEFAULT_SPARSITY:g} if no ratio is given")
+    )
+    ffn: float | None = field(default=None, metadata=_ratio("ffn"))
+    heads: float | None = field(default=None, metadata=_ratio("heads"))
+    values: float | None = field(default=None, metadata=_ratio("values", onnx_only=True))
+    value_cut: str = field(
+        default=PruneGroupsPass.value_cut, metadata=_of(PruneGroupsPass, "value_cut", choices=VALUE_CUTS, onnx_only=True)
+    )
+    query_key: float | Literal["auto"] | None = field(default=None, metadata=_ratio("query_key", onnx_only=True))
+    recurrent: float | None = field(default=None, metadata=_ratio("recurrent", onnx_only=True))
+    multiple_of: int = field(
+        default=AllocateWidthsPass.multiple_of, metadata=_of(AllocateWidthsPass, "multiple_of", kind=int, metavar="N")
+    )
+    uniform: bool | None = field(default=None, metadata=_told("pruning", flag="--uniform", sets=True, demo=False))
+    new_bias: bool | None = field(
+        default=None,
+        metadata=_told(
+            "pruning", flag="--no-new-bias", sets=False, shown="never give a layer a bias that had none", demo=False
+        ),
+    )
+    target: str | None = field(default=None, metadata=_told("pruning", metavar="GOAL", onnx_only=True))
+    max_drop: float | str | None = field(default=None, metadata=_told("pruning", metavar="LOSS", onnx_only=True))
+    metric: Metric | None = field(default=None, metadata=_told(onnx_only=True))
+    allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS), onnx_only=True))
+    search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS", onnx_only=True))
+    passes: str | None = field(
+        default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False, onnx_only=True)
+    )
+    score: str | ScoreFunction = field(
+        default=PruneGroupsPass.score, metadata=_of(PruneGroupsPass, "score", choices=tuple(SCORES))
+    )
+    repair: str | RepairFunction = field(
+        default=PruneGroupsPass.repair, metadata=_of(PruneGroupsPass, "repair", choices=tuple(REPAIRS))
+    )
+    ridge: float | None = field(
+        default=PruneGroupsPass.ridge, metadata=_of(PruneGroupsPass, "ridge", kind=float, metavar="RIDGE")
+    )
+    weighting: str = field(
+        default=PruneGroupsPass.weighting, metadata=_of(PruneGroupsPass, "weighting", choices=WEIGHTINGS)
+    )
+    tokenizer: str | Path | None = field(
+        default=None, metadata=_told("calibration", kind=Path, metavar="DIR", demo=False, data=True)
+    )
+    text_column: str | None = field(default=None, metadata=_told("calibration", metavar="NAME", demo=False, data=True))
+    samples: int = field(default=512, metadata=_told("calibration", kind=int, metavar="N", data=True))
+    batch_size: int = field(default=32, metadata=_told("calibration", kind=int, metavar="N", data=True))
+    sequence_length: int | None = field(default=None, metadata=_told("calibration", kind=int, metavar="N", data=True))
+    mask_input: str | None = field(default=None, metadata=_told("calibration", metavar="NAME", demo=False, data=True))
+    packing: str = field(default="auto", metadata=_told("calibration", choices=PACKINGS, demo=False, data=True))
+    provider: str = field(default="auto", metadata=_told("calibration", choices=PROVIDERS))
+    memory: int | str | None = field(default=None, metadata=_told("calibration", metavar="SIZE", onnx_only=True))
+    resume: str | Path | None = field(
+        default=None,
+        metadata=_told(
+            "calibration", kind=Path, metavar="FOLDER", more="without FOLDER, beside the output", demo=False, onnx_only=True
+        ),
+    )
+    fresh: bool = field(default=False, metadata=_told("calibration", flag="--fresh", sets=True, demo=False))
+    seed: int = field(default=0, metadata=_told("calibration", kind=int, metavar="N", data=True))
+    example: Any = field(default=None, metadata=_told())
+    checkpoint: bool | None = field(default=None, metadata=_told())
+    allow_pickle: bool = field(default=False, metadata=_told("model", flag="--allow-pickle", sets=True))
+    backend: str = field(default="torch", metadata=_told())
+    loss: Loss | None = field(default=None, metadata=_told())
+    labelled: Labelled | None = field(default=None, metadata=_told())
+    custom_ops: str | Path | Sequence[str | Path] | None = field(
+        default=None,
+        metadata=_told(
+            shown="a shared library with operators that ONNX Runtime lacks and the model needs; it runs code (repeatable)",
+            kind=Path,
+            metavar="LIBRARY",
+            onnx_only=True,
+        ),
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata=_told(
+            "checks",
+            flag="--dry-run",
+            sets=True,
+            shown="stop when the widths are decided; nothing is written but the report",
+        ),
+    )
+    latency: bool = field(
+        default=True,
+        metadata=_told("checks", flag="--no-latency", sets=False, shown="do not time the dense and the pruned model"),
+    )
+    progress: Progress = field(default=no_progress, metadata=_told())
+    observer: Observer | None = field(default=None, metadata=_told())
+
+    def data(self) -> dict[str, Any]:
+        """Returns the options that say how calibration data is read, by name."""
+        return {name: getattr(self, name) for name, what in OPTIONS.items() if what.data}
+
+    def given(self, name: str) -> bool:
+        """Returns whether an option does not have its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
+
+
+_TEXTS = documented(PruneOptions)
+OPTIONS: dict[str, Description] = {
+    f.name: replace(f.metadata["description"], help=f.metadata["description"].help or _TEXTS.get(f.name, ""))
+    for f in fields(PruneOptions)
+}
+"""What there is to say of each option, by its name, in their order."""
+
+
+def documentation() -> str:
+    """Returns the options as the "Args" of a docstring lists them."""
+    wrap = textwrap.TextWrapper(124, initial_indent=8 * " ", subsequent_indent=12 * " ", break_on_hyphens=False)
+    return "\n".join(wrap.fill(f"{name}: {what.help}.") for name, what in OPTIONS.items())

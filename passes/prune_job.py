@@ -1,0 +1,189 @@
+"""The whole job behind one function: :func:`prune` takes a model and calibration data and gives a smaller model.
+
+:func:`inspect` stops after the analysis. Both return plain data (`passes.report`) beside the model, so that a report never
+needs the code that made it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from liar_opt.passes.base import Observer, Progress, no_progress
+from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
+from liar_opt.passes.limit_drop import Metric
+from liar_opt.passes.model_job import ModelJob, inspect_model
+from liar_opt.passes.open_model import is_module_source
+from liar_opt.passes.options import PACKINGS, PruneOptions, documentation
+from liar_opt.passes.registry import lookup
+from liar_opt.passes.repairs import RepairFunction
+from liar_opt.passes.result import Inspection, PruneResult
+from liar_opt.passes.scores import ScoreFunction
+from liar_opt.runtime.sessions import custom_operators
+
+
+def inspect(
+    model: Any,
+    *,
+    example: Any = None,
+    allow_pickle: bool = False,
+    custom_ops: str | Path | Sequence[str | Path] | None = None,
+) -> Inspection:
+    """Finds the channel groups of a model; changes and measures nothing.
+
+    Args:
+        model: as for :func:`prune`.
+        example: a batch to trace a torch module with, if nothing else says what it takes.
+        allow_pickle: whether the weights of a checkpoint may be read from pickle files.
+        custom_ops: as for :func:`prune`.
+
+    Raises:
+        ModelError: the model cannot be read.
+        OptionError: a library of operators cannot be loaded.
+    """
+    with custom_operators(_libraries(custom_ops)):
+        if is_module_source(model):
+            from liar_opt.passes.module_job import inspect_module
+
+            return inspect_module(model, example=example, allow_pickle=allow_pickle)
+        return inspect_model(model)
+
+
+def prune(
+    model: Any,
+    calibration: Any = None,
+    *,
+    sparsity: float | None = None,
+    ffn: float | None = None,
+    heads: float | None = None,
+    values: float | None = None,
+    value_cut: str = "rotate",
+    query_key: float | Literal["auto"] | None = None,
+    recurrent: float | None = None,
+    multiple_of: int = 8,
+    uniform: bool | None = None,
+    new_bias: bool | None = None,
+    target: str | None = None,
+    max_drop: float | str | None = None,
+    metric: Metric | None = None,
+    allocate: str | None = None,
+    search: float | None = None,
+    passes: str | None = None,
+    score: str | ScoreFunction = "greedy",
+    repair: str | RepairFunction = "liar",
+    ridge: float | None = None,
+    weighting: str = "stream",
+    tokenizer: str | Path | None = None,
+    text_column: str | None = None,
+    samples: int = 512,
+    batch_size: int = 32,
+    sequence_length: int | None = None,
+    mask_input: str | None = None,
+    packing: str = "auto",
+    provider: str = "auto",
+    memory: int | str | None = None,
+    resume: str | Path | None = None,
+    fresh: bool = False,
+    seed: int = 0,
+    example: Any = None,
+    checkpoint: bool | None = None,
+    allow_pickle: bool = False,
+    backend: str = "torch",
+    loss: Loss | None = None,
+    labelled: Labelled | None = None,
+    custom_ops: str | Path | Sequence[str | Path] | None = None,
+    dry_run: bool = False,
+    latency: bool = True,
+    progress: Progress = no_progress,
+    observer: Observer | None = None,
+) -> PruneResult:
+    """Makes a trained transformer smaller: removes channels and heads, repairs the rest by least squares.
+
+    ``model`` is the path of an ONNX file, a model in memory, a torch module, the folder of a transformers checkpoint or its
+    hub name; it is not changed. Without a ratio, a target or a limit 30 % of the prunable parameters go. What the options
+    are is said in `passes.options`, where each is once.
+
+    Returns:
+        The pruned model with its report.
+
+    Raises:
+        ModelError: the model cannot be read or has nothing to prune.
+        OptionError: an option or the calibration data does not fit.
+        CheckError: the result failed a check.
+    """
+    options = PruneOptions(
+        sparsity=sparsity,
+        ffn=ffn,
+        heads=heads,
+        values=values,
+        value_cut=value_cut,
+        query_key=query_key,
+        recurrent=recurrent,
+        multiple_of=multiple_of,
+        uniform=uniform,
+        new_bias=new_bias,
+        target=target,
+        max_drop=max_drop,
+        metric=metric,
+        allocate=allocate,
+        search=search,
+        passes=passes,
+        score=score,
+        repair=repair,
+        ridge=ridge,
+        weighting=weighting,
+        tokenizer=tokenizer,
+        text_column=text_column,
+        samples=samples,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        mask_input=mask_input,
+        packing=packing,
+        provider=provider,
+        memory=memory,
+        resume=resume,
+        fresh=fresh,
+        seed=seed,
+        example=example,
+        checkpoint=checkpoint,
+        allow_pickle=allow_pickle,
+        backend=backend,
+        loss=loss,
+        labelled=labelled,
+        custom_ops=custom_ops,
+        dry_run=dry_run,
+        latency=latency,
+        progress=progress,
+        observer=observer,
+    )
+    if is_module_source(model):
+        from liar_opt.passes.module_job import prune_module
+
+        return prune_module(model, calibration, options)
+    with custom_operators(_libraries(custom_ops)):
+        require_labels(score, loss, labelled, torch_module=False)
+        lookup("packing", dict.fromkeys(PACKINGS), packing)
+        return ModelJob(model, calibration, options).run()
+
+
+if prune.__doc__ is not None:  # it is where Python runs with -OO
+    prune.__doc__ = prune.__doc__.replace(
+        "    Returns:",
+        f"""    Args:
+        model: see above.
+        calibration: a path (.txt, .jsonl, .csv, .npz, folder of .npy, saved dataset), a dataset name, texts, feeds, "self"
+            (a decoder writes its own text), or None for synthetic inputs. For a module dicts have the names of its
+            arguments; also a tensor of samples, or tensors in the order of the arguments: a tuple is one batch, a list, a
+            DataLoader or a Dataset holds batches. One item more than ``forward`` takes is a label, and left out.
+{documentation()}
+
+    Returns:""",
+    )
+
+
+def _libraries(custom_ops: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
+    if custom_ops is None:
+        return ()
+    return [custom_ops] if isinstance(custom_ops, (str, Path)) else custom_ops
+
+
+__all__ = ["Inspection", "PruneResult", "inspect", "prune"]

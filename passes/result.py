@@ -1,0 +1,178 @@
+"""What the library gives back: a pruned model, a pruned module, or what an analysis found."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from liar_opt.frontend.fx_module import FxModel
+from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
+from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_program
+from liar_opt.frontend.genai_config import write_config
+from liar_opt.frontend.hf_checkpoint import FieldChange, save_checkpoint
+from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.weight_files import completed, lightened, write_model
+from liar_opt.passes.base import Change, State
+from liar_opt.passes.express_widths import FinalFields
+from liar_opt.passes.groups import ChannelGroup, Refusal
+from liar_opt.passes.open_module import OpenedModule
+from liar_opt.passes.verify_module import CutModule
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.places import Places
+from liar_opt.runtime.whole_file import whole_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+
+@dataclass(eq=False)
+class Inspection:
+    """What an analysis found: groups in execution order and what does not qualify."""
+
+    model: OnnxModel
+    groups: tuple[ChannelGroup, ...]
+    refusals: tuple[Refusal, ...]
+    report: dict[str, Any]
+
+
+@dataclass(eq=False)
+class PruneResult:
+    """A pruned model and what was done to it.
+
+    Attributes:
+        pruned: the pruned model; its weights stay in their files where they are long.
+        report: plain data, ready for JSON: options, sizes before and after, groups, refusals, measured differences.
+        changes: what the passes did.
+        refusals: what did not qualify, and why.
+        inputs: what the run read; no result is written there.
+    """
+
+    pruned: OnnxModel | Stored
+    report: dict[str, Any]
+    changes: tuple[Change, ...] = field(default_factory=tuple)
+    refusals: tuple[Refusal, ...] = field(default_factory=tuple)
+    inputs: Inputs = field(default_factory=Inputs)
+
+    @functools.cached_property
+    def model(self) -> onnx.ModelProto:
+        """The pruned model as an ONNX proto, with all its weights in memory; made when it is first asked for."""
+        return completed(*self.pruned.as_written())
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the model, whole or not at all, with GenAI's configuration where the input has one beside it.
+
+        Weights above 2 GiB are written beside it, as ``PATH.data``, or ``PATH.<8 digits>.data`` where there is such a file.
+
+        Raises:
+            OptionError: the path is that of a file that the input consists of (its external data, the calibration data),
+                exists (without ``force``), is no plain file (links are not followed), or cannot be written.
+        """
+        path = Path(path)
+        source = self.report["model"]["path"]
+        check_output(path, Path(source) if source else None, force, self.inputs)
+        # Whoever has asked for the proto may have changed it.
+        parts = lightened(self.model) if "model" in vars(self) else self.pruned.as_written()
+        try:
+            write_model(*parts, path, keep=[file for file, _ in self.inputs.files()])
+        except OSError as err:
+            raise OptionError(
+                f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
+            ) from err
+        left = write_config(Path(source), path, self.report["groups"]) if source and "after" in self.report else None
+        if left is not None:
+            self.report["model"]["notes"].append(left)
+        return path
+
+
+class ModuleResult(PruneResult):
+    """A pruned module and what was done to it.
+
+    Attributes:
+        module: the module, smaller; called as before. Where no attributes make its own code fit the cut weights, the
+            traced graph, with the arguments that were traced and no dropout; a note in the report says why.
+        report: plain data, as for ONNX files; ``verification.attributes`` names the attributes that were changed.
+        changes: what the passes did.
+        refusals: what did not qualify, and why.
+        groups: what could be pruned, in execution order.
+        fields: what the configuration says of the new widths; None where it cannot.
+        folder: where the checkpoint came from, if it did.
+        inputs: what the run read; no result is written there.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        report: dict[str, Any],
+        changes: tuple[Change, ...],
+        refusals: tuple[Refusal, ...],
+        inputs: Inputs | None = None,
+    ):
+        assert isinstance(state.model, FxModel)
+        assert state.model.module is not None
+        cut, fields, opened = state.get(CutModule), state.get(FinalFields), state.found(OpenedModule)
+        self.module: torch.nn.Module = state.model.module if cut is None else cut.module
+        self.report, self.changes, self.refusals = report, changes, refusals
+        self.groups: tuple[ChannelGroup, ...] = state.groups
+        self.fields: tuple[FieldChange, ...] | None = None if fields is None else fields.changes
+        self.folder: Path | None = opened.folder
+        given = inputs or Inputs()
+        # of a name of the hub: the folder to which it was fetched
+        self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
+        self._model, self._example = state.model, opened.example
+
+    @functools.cached_property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The traced graph, cut: a ``torch.fx.GraphModule`` that is called like the module."""
+        return cut_graph_module(self._model)
+
+    @functools.cached_property
+    def program(self) -> ExportedProgram:
+        """The traced graph, cut: what ``torch.export.save`` writes."""
+        return cut_program(self._model, self._example)
+
+    @functools.cached_property
+    def model(self) -> onnx.ModelProto:
+        """The pruned module, exported to ONNX."""
+        return export_onnx(self.module, self._example, symbolic_axes(self._model.signature))
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the module, whole or not at all: ``.onnx`` and ``.pt2`` files, or a transformers checkpoint folder.
+
+        Raises:
+            OptionError: the path is that of a file or folder that the input consists of, exists (without ``force``), is no
+                plain file or folder (links are not followed), is a folder that holds what liar-opt did not write, or cannot
+                be written; or the configuration of the model cannot say its widths.
+        """
+        path = Path(path)
+        if path.suffix not in (".onnx", ".pt2"):
+            Places(self.inputs.files).folder(path, "output")
+            return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force)
+        check_output(path, None, force, self.inputs)
+        try:
+            if path.suffix == ".onnx":
+                write_model(*lightened(self.model), path, keep=[file for file, _ in self.inputs.files()])
+            else:
+                import torch
+
+                with whole_file(path) as temporary, temporary.open("wb") as stream:
+                    torch.export.save(self.program, stream)
+        except OSError as err:
+            raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
+        return path
+
+
+def check_output(path: Path, source: Path | None, force: bool, inputs: Inputs | None = None) -> None:
+    """Checks that a result may be written to ``path``.
+
+    Raises:
+        OptionError: it is the input or a file of it, exists without ``force``, is a folder, a link or no file, or its
+            own folder does not exist.
+    """
+    known = Inputs(models=(source,)) if inputs is None else inputs
+    Places(known.files).file(path, "output", replace=force, probe=False)
