@@ -32,7 +32,7 @@ from liar_opt.runtime.errors import ModelError, OptionError
 class FinalFields(Finding):
     """What the configuration of a checkpoint must say for the widths that were decided."""
 
-    by: ClassVar[str] = "prune_module"
+    by: ClassVar[str] = "final_fields"
     changes: tuple[FieldChange, ...]
 
 

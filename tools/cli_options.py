@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     """As argparse does; a command that stands behind options is named in the error."""
-    parser = _parser(command)
+    parser = parser_of(command)
     options, rest = parser.parse_known_args(arguments)
     if rest:
         late = next((c for c in COMMANDS if str(getattr(options, "model", "")) == c), None)
@@ -84,7 +84,8 @@ EXIT_CODES = (
 )
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Returns the parser of one of :data:`COMMANDS`."""
     parser = _Parser(
         prog="liar-opt",
         usage=USAGE[command],

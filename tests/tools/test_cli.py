@@ -263,7 +263,7 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_every_option_of_prune_has_help() -> None:
     for command in cli_options.COMMANDS:
-        for action in cli_options._parser(command)._actions:
+        for action in cli_options.parser_of(command)._actions:
             assert action.help, action.option_strings
 
 
