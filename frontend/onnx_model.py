@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
@@ -38,6 +38,9 @@ from liar_opt.frontend.widen_graph import bodies_of, narrow_values, nodes_within
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import LiarOptError, ModelError
 from liar_opt.runtime.signatures import InputSpec
+
+if TYPE_CHECKING:
+    from liar_opt.frontend.engine import Engine
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
@@ -314,6 +317,17 @@ class OnnxModel:
         write_model(*self.as_written(), Path(path))
 
     # -- asking -----------------------------------------------------------------------------------------------------
+
+    def engine(self, device: Literal["cpu", "cuda"], lean: bool) -> "Engine":
+        """Returns what runs it.
+
+        Args:
+            device: where.
+            lean: whether the weights are used where they lie.
+        """
+        from liar_opt.frontend.onnx_engine import OnnxEngine  # it builds on this module
+
+        return OnnxEngine(device, lean)
 
     @property
     def opset(self) -> int:

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from liar_opt.frontend.engine import Engine
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import Refusal
@@ -93,6 +94,10 @@ class State:
     memory: Memory = field(default_factory=lambda: Memory.of(None))
     checkpoint: Any = None
     fresh: bool = False
+
+    def engine(self) -> Engine:
+        """Returns what runs the model."""
+        return self.model.engine(self.device, self.memory.tight)
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

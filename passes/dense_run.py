@@ -6,22 +6,18 @@ The cut is not made: the consumers of the groups get repaired weights with zeros
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.engine import ConstantPatch, Patch
 from liar_opt.frontend.graph_tensors import is_float
-from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
-from liar_opt.frontend.onnx_segments import Extracted, extract
-from liar_opt.frontend.records import ConsumerUse
 from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, load_segment, run_segment
+from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
 from liar_opt.runtime.compare import common_part, output_rows
-from liar_opt.runtime.sessions import as_array, element_type
 
 PROBE_BATCHES = 2
 """Held-back batches on which outputs are compared, at most."""
@@ -31,23 +27,6 @@ PROBE_OUTPUTS = 4
 """Outputs that are compared, the first ones: a decoder has dozens of caches behind its logits."""
 PROBE_ROWS = 256
 """Rows of each output and batch that are kept: those of a vocabulary are long."""
-
-
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """A consumer's weight with zeros in the removed rows, and what is added to its output."""
-
-    uses: tuple[ConsumerUse, ...]
-    weight: NDArray[Any]
-    shift: NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class ConstantPatch:
-    """Another value for the constant at one place: (node, input position)."""
-
-    place: tuple[Any, int]
-    value: NDArray[Any]
 
 
 class DenseRun(SegmentRun):
@@ -63,7 +42,7 @@ class DenseRun(SegmentRun):
     @functools.cached_property
     def dense(self) -> list[dict[str, NDArray[np.float64]]]:
         """Rows of the dense model's outputs, for each probed batch; it runs when they are first asked for."""
-        return self._ends(self._rest(None, self.outputs), self.outputs)
+        return self._ends(None, self.outputs)
 
     def _probed(self) -> list[int]:
         """Returns the held-back batches that are enough to compare outputs on."""
@@ -119,13 +98,7 @@ class DenseRun(SegmentRun):
         nodes = self.walk.model.graph.nodes
         made = {t.name for n in nodes[behind or 0 :] for t in n.outputs}
         outputs = [n for n in self.outputs if n in made]
-        rest = self._rest(None if behind is None else self.alive_at, outputs)
-        for patch in together(patches):
-            if isinstance(patch, ConstantPatch):
-                patch_constant(rest, [patch.place], patch.value)
-            else:
-                patch_consumer(rest, patch.uses, patch.weight, patch.shift)
-        ends = self._ends(rest, outputs)
+        ends = self._ends(None if behind is None else self.alive_at, outputs, together(patches))
         for name in outputs:
             pairs = [common_part(x[name], y[name]) for x, y in zip(ends, self.dense, strict=True)]
             lost = sum(float(np.square(x - y).sum()) for x, y in pairs)
@@ -133,21 +106,18 @@ class DenseRun(SegmentRun):
                 return lost / (sum(float(np.square(y[name]).sum()) for y in self.dense) or 1.0)
         return None
 
-    def _rest(self, first: Any, outputs: list[str]) -> Extracted:
-        """The model from a node, or from its start, to its outputs."""
-        start = 0 if first is None else self.position(first)
-        types = {name: element_type(value) for name, value in self.alive[0].items()}
-        return extract(self.walk, start, len(self.walk.model.graph.nodes), outputs, types)
-
-    def _ends(self, rest: Extracted, outputs: list[str]) -> list[dict[str, NDArray[np.float64]]]:
-        """Runs it on the probed batches and returns rows of the outputs, the same ones each time."""
+    def _ends(
+        self, first: Any, outputs: list[str], patches: Sequence[Patch | ConstantPatch] = ()
+    ) -> list[dict[str, NDArray[np.float64]]]:
+        """Runs the model from a node, or from its start, on the probed batches; returns the same rows each time."""
         if not outputs:
             return [{} for _ in self.probed]
-        session = load_segment(rest, self.state.device, lean=True)  # it runs once or twice: nothing is packed for it
+        start, stop = 0 if first is None else self.position(first), len(self.walk.model.graph.nodes)
+        part = self.engine.part(self.walk, start, stop, outputs, self.alive[0], patches=patches, once=True)
         result = []
         for i in self.probed:
-            values = run_segment(session, {**self.data.batches[i], **self.alive[i]}, outputs, outputs)
-            result.append({n: _some_rows(as_array(v), self.data.row_masks[i]) for n, v in values.items()})
+            values = part.run({**self.data.batches[i], **self.alive[i]}, arrays=outputs)
+            result.append({n: _some_rows(self.engine.array(v), self.data.row_masks[i]) for n, v in values.items()})
         return result
 
 

@@ -22,7 +22,6 @@ from liar_opt.frontend.onnx_segments import (
     VARIANCE_FLOOR,
     Place,
     Tap,
-    extract,
     live_tensors,
     row_mask,
     stream_of,
@@ -33,9 +32,8 @@ from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import DenseModel, State
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.measured import Measured, Repaired
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays, load_segment, run_segment
+from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays
 from liar_opt.runtime.moments import Moments
-from liar_opt.runtime.sessions import as_array, element_type
 from liar_opt.runtime.subspaces import Basis
 
 SAME = 1e-2
@@ -174,13 +172,12 @@ class TwinRun(SegmentRun):
     def pruned(self, wanted: list[str], stop: int) -> Iterator[dict[str, Any]]:
         """The model as it is cut by now."""
         start = 0 if self.alive_at is None else self.position(self.alive_at)
-        types = {name: element_type(value) for name, value in self.alive[0].items()}
         fresh = [n for n in wanted if n not in self.alive[0]]
-        session = load_segment(extract(self.walk, start, stop, fresh, types), self.state.device, self.memory.tight)
+        part = self.engine.part(self.walk, start, stop, fresh, self.alive[0])
         for index, feeds in enumerate(self.data.batches):
             feeds = cut_arrays(feeds, self.rewriter.ends())
-            values = run_segment(session, {**feeds, **self.alive[index]}, fresh, fresh)
-            yield {**{n: as_array(v) for n, v in self.alive[index].items() if n in wanted}, **values}
+            values = {**self.alive[index], **part.run({**feeds, **self.alive[index]}, arrays=fresh)}
+            yield {n: self.engine.array(values[n]) for n in wanted}
 
     def dense(self, wanted: list[str], stop: int, first: Any) -> Iterator[dict[str, Any]]:
         """The dense model over the same nodes; what is alive at the segment's first node is kept for the next."""
@@ -190,15 +187,12 @@ class TwinRun(SegmentRun):
         last = next(n for n in reversed(self.walk.model.graph.nodes[:stop]) if n.name in place)
         at = None if first is None else self.counterpart(first, place)
         names = [] if at is None else live_tensors(self.twin, place[at])
-        types = {name: element_type(value) for name, value in self.twin_alive[0].items()}
         fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in self.twin_alive[0]]
-        session = load_segment(
-            extract(self.twin, start, place[last.name] + 1, fresh, types), self.state.device, self.memory.tight
-        )
+        part = self.engine.part(self.twin, start, place[last.name] + 1, fresh, self.twin_alive[0])
         for index, feeds in enumerate(self.data.batches):
             alive = self.twin_alive[index]
-            values = {**alive, **run_segment(session, {**feeds, **alive}, fresh, [n for n in fresh if n in wanted])}
-            yield {n: as_array(values[n]) for n in wanted}
+            values = {**alive, **part.run({**feeds, **alive}, arrays=[n for n in fresh if n in wanted])}
+            yield {n: self.engine.array(values[n]) for n in wanted}
             if at is not None:
                 self.twin_alive[index] = {n: values[n] for n in names}
         if at is not None:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx
 
+from liar_opt.frontend.engine import Runner
 from liar_opt.passes.allocate_widths import (
     Meaning,
     joined,
@@ -38,7 +39,6 @@ from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.passes.prune_groups import HELD_BACK, Cut, PruneGroupsPass, cut_arrays
 from liar_opt.runtime.compare import DifferenceMeter
 from liar_opt.runtime.errors import OptionError
-from liar_opt.runtime.sessions import Session
 
 Metric = Callable[[onnx.ModelProto], float]
 """A user's own: model -> a number, the higher the better."""
@@ -197,9 +197,9 @@ class _Search:
             rest = [i for i in range(len(self.data.batches)) if i not in self.held]
             batches, masks = tuple(self.data.batches[i] for i in rest), tuple(self.data.row_masks[i] for i in rest)
             self.fitted = replace(self.data, batches=batches, row_masks=masks)
-        self.original: Session | None = None
+        self.original: Runner | None = None
         if options.metric is None:
-            self.original = Session(*_swapped(self.dense.detached(), state.device, state.memory.tight))
+            self.original = state.engine().whole(self.dense)
 
     def run(self) -> None:
         """Evaluates a few sparsities, each chosen by what those before it lost."""
@@ -255,7 +255,7 @@ class _Search:
     def _difference(self, trial: State) -> float:
         """1 - the mean cosine of the first output that has any."""
         assert self.original is not None
-        pruned = Session(*_swapped(trial.model.detached(), self.state.device, self.state.memory.tight))
+        pruned = trial.engine().whole(trial.model, "the pruned model")
         meter, ends = DifferenceMeter(), trial.found(Cut).ends
         for i in self.held:
             batch = self.data.batches[i]
@@ -288,7 +288,3 @@ class _Search:
             )
             return None
         return value
-
-
-def _swapped(parts: tuple[bytes, dict[str, Any]], device: Any, lean: bool) -> tuple[bytes, Any, dict[str, Any], bool]:
-    return parts[0], device, parts[1], lean

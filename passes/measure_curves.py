@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from liar_opt.frontend.engine import ConstantPatch
 from liar_opt.frontend.onnx_segments import Place, plan_segments, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.curves import Curves, GroupCurve, load_curves, place_of, store_curves
-from liar_opt.passes.dense_run import ConstantPatch, DenseRun
+from liar_opt.passes.dense_run import DenseRun
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set

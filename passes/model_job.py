@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.onnx_engine import cannot_load
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.allocate_widths import note_widths
@@ -32,10 +33,8 @@ from liar_opt.passes.search_widths import Searched
 from liar_opt.passes.verify_model import (
     ComparedSessions,
     DenseSession,
-    cannot_load,
     dense_session,
     first_samples,
-    load_dense,
     require_runs,
 )
 from liar_opt.runtime.calibration_data import CalibrationData
@@ -346,7 +345,8 @@ def _analysed(state: State, observer: Observer | None = None, load: bool = False
         # What folds constants first refuses those that are too large, which ONNX Runtime makes while it loads.
         normalised = Pipeline(passes=[NormaliseGraphPass()], observer=observer)(state)
         if load and state.get(DenseSession) is None:
-            state.add(DenseSession(later(lambda: load_dense(state))))
+            stored = state.found(DenseModel).stored
+            state.add(DenseSession(later(lambda: state.engine().whole(stored))))
         found = Pipeline(passes=[FindGroupsPass()], observer=observer)(state)
         return replace(found, refusals=(*normalised.refusals, *found.refusals))
     except InternalError as err:

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.causal import positions
+from liar_opt.frontend.engine import Runner
+from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
 from liar_opt.frontend.onnx_segments import Extracted, Place, extract
 from liar_opt.frontend.records import ConsumerUse
@@ -45,8 +47,9 @@ from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 from liar_opt.runtime.errors import LiarOptError, OptionError
+from liar_opt.runtime.memory import Memory
 from liar_opt.runtime.moments import MadeUpMoments, Moments
-from liar_opt.runtime.sessions import Level, Session
+from liar_opt.runtime.sessions import Level
 from liar_opt.runtime.signatures import InputSpec, Signature
 
 BATCHES = (2, 3, 1)
@@ -189,6 +192,9 @@ class Proof:
 
     def __init__(self, state: State, cut: PruneGroupsPass, feeds: Sequence[dict[str, Any]] | None = None) -> None:
         self.state = state
+        engine = state.engine()
+        assert isinstance(engine, OnnxEngine)
+        self.engine = engine
         self.stored = state.found(DenseModel).stored
         self.cut = rehearsal_of(cut)
         self.precision = least_precision(state.model)
@@ -197,7 +203,7 @@ class Proof:
         self.feeds = list(probe_feeds(state, self._dense) if feeds is None else feeds)
 
     @functools.cached_property
-    def _dense(self) -> Session:
+    def _dense(self) -> Runner:
         return dense_session(self.state)
 
     def faults(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> dict[str, str]:
@@ -218,7 +224,9 @@ class Proof:
             model = rehearsal.state.model
             require_interface(self.stored, model, rehearsal.walk.spared)
             require_format(self.stored, model)
-            reference = Reference(self.state, masked_graph(self.state.analysed(), rehearsal, self.outputs))
+            reference = Reference(
+                self.state.memory, self.engine, masked_graph(self.state.analysed(), rehearsal, self.outputs)
+            )
         except RaisedAt as err:
             return Failure(str(err), err.group)
         except (MemoryError, OSError):
@@ -229,7 +237,7 @@ class Proof:
         for level in self._levels():
             how = f"with ONNX Runtime's optimizer {'off' if level == 'none' else 'on'}"
             try:
-                session = Session(parts[0], self.state.device, parts[1], level == "none", level=level)
+                session = self.engine.session(parts, level, lean=level == "none")
             except Exception as err:
                 return Failure(f"{how} the cut graph cannot be loaded: {_line(err)}")
             for feeds in self.feeds if level == "none" else self.feeds[:OPTIMIZED]:
@@ -260,7 +268,7 @@ class Proof:
         return state.found(Rehearsed).run
 
     def _wrong(
-        self, session: Session, feeds: dict[str, Any], reference: "Reference", ends: Mapping[str, Any], level: Level
+        self, session: Runner, feeds: dict[str, Any], reference: "Reference", ends: Mapping[str, Any], level: Level
     ) -> str | None:
         """Returns how a cut model differs from the masked original on a probe, or None."""
         try:
@@ -292,13 +300,10 @@ class Proof:
 class Reference:
     """The masked original, run without ONNX Runtime's optimizer."""
 
-    def __init__(self, state: State, part: Extracted) -> None:
-        self.state, self.part = state, part
-        self.session = self._session(part.serialise(), part.weights)
+    def __init__(self, memory: Memory, engine: OnnxEngine, part: Extracted) -> None:
+        self.memory, self.engine, self.part = memory, engine, part
+        self.session = engine.session(part, "none", lean=True)
         self._known: dict[int, dict[str, NDArray[Any]]] = {}
-
-    def _session(self, model: bytes, weights: Mapping[str, NDArray[Any]]) -> Session:
-        return Session(model, self.state.device, weights, True, level="none")
 
     def run(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Returns what it gives on a probe."""
@@ -311,14 +316,13 @@ class Reference:
         return self.session.run(feeds, arrays=True)
 
     @functools.cached_property
-    def _moved(self) -> Session:
-        memory = self.state.memory
-        store = ArrayStore(memory.store.folder) if memory.tight else None
-        return self._session(*rounded(self.part.serialise(), self.part.weights, store))
+    def _moved(self) -> Runner:
+        store = ArrayStore(self.memory.store.folder) if self.memory.tight else None
+        return self.engine.session(rounded(self.part.serialise(), self.part.weights, store), "none", lean=True)
 
     @functools.cached_property
-    def _optimized(self) -> Session:
-        return Session(self.part.serialise(), self.state.device, self.part.weights, level="all")
+    def _optimized(self) -> Runner:
+        return self.engine.session(self.part, "all", lean=False)
 
     def optimized(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Returns what it gives with ONNX Runtime's optimizer, which computes in another order."""
@@ -366,7 +370,7 @@ def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[
     return whole
 
 
-def probe_feeds(state: State, session: Session) -> list[dict[str, Any]]:
+def probe_feeds(state: State, session: Runner) -> list[dict[str, Any]]:
     """Returns inputs of several sizes on which the original runs.
 
     They differ in batch and in length where these are open, and no length is the size of an axis of a weight. A decoder

@@ -21,18 +21,15 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.engine import NotFinite
 from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.onnx_segments import (
-    ROWS,
-    Extracted,
     Place,
     Tap,
-    extract,
     live_tensors,
     place_of,
     plan_segments,
-    row_mask,
     stream_of,
     tap_for,
 )
@@ -53,7 +50,6 @@ from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, ModelError, OptionError
 from liar_opt.runtime.memory import Memory, anonymous, trim
 from liar_opt.runtime.moments import Moments
-from liar_opt.runtime.sessions import Session, as_array, element_type
 from liar_opt.runtime.solve import half_the_threads
 from liar_opt.runtime.subspaces import Basis
 
@@ -64,8 +60,6 @@ WEIGHTINGS = ("stream", "none")
 VALUE_CUTS = ("rotate", "select")
 LEAST_ROWS = 32
 """Calibration rows that an expert must have seen to be measured at all."""
-NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
-"""How ONNX Runtime says that there is no memory left."""
 HELD_BACK = 10
 """One batch in this many is held back to choose the ridge."""
 
@@ -204,7 +198,7 @@ class SegmentRun:
         self.walk: GraphWalk = state.analysed()
         self.rewriter = Rewriter(self.walk)
         self.data: CalibrationData = state.calibration
-        self.memory = state.memory
+        self.memory, self.engine = state.memory, state.engine()
         self.batch = _probe_batch(self.walk, self.data)
         self.alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
         self.alive_at: Any = None
@@ -242,7 +236,7 @@ class SegmentRun:
             self.segment(groups, stop, first)
             if self.checkpoint is not None:
                 finished = Finished(self.kept, dict(self.rng.bit_generator.state))
-                alive = ({n: as_array(v) for n, v in values.items()} for values in self.alive)
+                alive = ({n: self.engine.array(v) for n, v in values.items()} for values in self.alive)
                 self.checkpoint.save(self.number, finished, alive)
                 self.kept = []
 
@@ -409,47 +403,36 @@ class SegmentRun:
         start = 0 if self.alive_at is None else self.position(self.alive_at)
         names = [] if first is None else live_tensors(self.walk, self.position(first), self.waiting)
         made = [n for n in names if n not in self.alive[0]]
-        types = {name: element_type(value) for name, value in self.alive[0].items()}
-        extracted = extract(self.walk, start, stop, made, types, taps)
-        session = load_segment(extracted, self.state.device, self.memory.tight)
-        sums = [o for t in taps for o in t.outputs]
-        result = {t.place: Moments(t.width) for t in taps}
+        part = self.engine.part(self.walk, start, stop, made, self.alive[0], taps=taps)
         stream, in_memory = ArrayStore(self.memory.store.folder), True
         for index, feeds in enumerate(self.data.batches):
-            mask = self.data.row_masks[index]
-            rows = {}
-            if mask is not None:
-                laid = {(t.layout, t.repeat) for t in taps if t.layout != "all"}
-                rows = {f"{ROWS}_{layout}{repeat}": row_mask(mask, layout, repeat) for layout, repeat in laid}
             feeds = cut_arrays(feeds, self.rewriter.ends())
-            values = run_segment(session, {**feeds, **self.alive[index], **rows}, [*made, *sums], sums)
-            for tap in taps:
-                seen, count, total, *second = (values[o] for o in tap.outputs)
-                try:
-                    result[tap.place].add_block_rows(
-                        float(count.reshape(-1)[0]), total.reshape(-1), second, tap.bounds, index in self.held, int(seen)
-                    )
-                except OptionError as err:
-                    data = (
-                        "random inputs; give real ones (--calibration), or"
-                        if self.data.synthetic
-                        else "the calibration data;"
-                    )
-                    raise ModelError(
-                        f"activation '{tap.tensor}' has NaN or Inf on {data} "
-                        "check the model in ONNX Runtime on that data (float16 may overflow)"
-                    ) from err
+            with self.finite():
+                values = part.run({**feeds, **self.alive[index]}, self.data.row_masks[index], index in self.held)
             if first is not None:
                 self.alive[index] = {n: values[n] if n in values else self.alive[index][n] for n in names}
                 if not index:
-                    size = sum(as_array(v).nbytes for v in self.alive[0].values()) * len(self.alive)
+                    size = sum(self.engine.array(v).nbytes for v in self.alive[0].values()) * len(self.alive)
                     in_memory = self.memory.keep(size)
                 for name in () if in_memory else made:
-                    self.alive[index][name] = stream.put(as_array(values[name]))
+                    self.alive[index][name] = stream.put(self.engine.array(values[name]))
             self.tick()
         if first is not None:
             self.alive_at = first
-        return result
+        with self.finite():
+            return part.finish()
+
+    @contextmanager
+    def finite(self) -> Iterator[None]:
+        """Says which activation has NaN or Inf, and of which data."""
+        try:
+            yield
+        except NotFinite as err:
+            given = "random inputs; give real ones (--calibration), or" if self.data.synthetic else "the calibration data;"
+            raise ModelError(
+                f"activation '{err}' has NaN or Inf on {given} check the model in {self.engine.name} on that data (float16 "
+                "may overflow)"
+            ) from err
 
     # -- cutting ----------------------------------------------------------------------------------------------------
 
@@ -722,36 +705,6 @@ def _keys(group: ChannelGroup) -> set[Place]:
 def _weights(group: ChannelGroup) -> list[Any]:
     """Returns the weights that are solved for, each once."""
     return list({id(c.uses[0].weight): c.uses[0].weight for c in group.consumers}.values())
-
-
-def load_segment(segment: Extracted, device: Any, lean: bool) -> Session:
-    """Loads a segment; ``lean`` as ``Session``.
-
-    Raises:
-        InternalError: ONNX Runtime cannot, and it could load the whole.
-    """
-    try:
-        return Session(segment.serialise(), device, segment.weights, lean)
-    except Exception as err:
-        raise InternalError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
-
-
-def run_segment(session: Session, feeds: dict[str, Any], outputs: list[str], arrays: list[str]) -> dict[str, Any]:
-    """Runs a segment on one batch; arguments as ``Session.run``.
-
-    Raises:
-        InternalError: it fails. Whether the original fails on that data as well, `verify_model.require_runs` tells.
-        MemoryError: ONNX Runtime found no memory.
-    """
-    try:
-        return session.run(feeds, outputs, arrays)
-    except (LiarOptError, InternalError):
-        raise
-    except Exception as err:
-        if any(text in str(err) for text in NO_MEMORY):
-            raise MemoryError(_line(err)) from err
-        part = ", ".join(f"'{name}'" for name in outputs[:3])
-        raise InternalError(f"ONNX Runtime fails on the part of the model that computes {part}: {_line(err)}") from err
 
 
 def _line(err: Exception) -> str:

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from liar_opt.frontend.engine import Patch
 from liar_opt.frontend.onnx_segments import Place, plan_segments
 from liar_opt.passes.allocate_widths import step_of
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.curves import Curves, GroupCurve
-from liar_opt.passes.dense_run import DenseRun, Patch
+from liar_opt.passes.dense_run import DenseRun
 from liar_opt.passes.groups import KINDS, ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
 from liar_opt.passes.repairs import AWARE, RepairFunction

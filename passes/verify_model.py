@@ -20,21 +20,22 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.engine import Runner
 from liar_opt.frontend.graph_tensors import Narrow, is_constant, is_float, like
 from liar_opt.frontend.live_memory import live_bytes
+from liar_opt.frontend.onnx_engine import NO_MEMORY, run_session
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
-from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.tables import vocabulary
 from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.frontend.weight_files import without_data
-from liar_opt.frontend.widen_graph import nodes_within, widen
+from liar_opt.frontend.widen_graph import widen
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.plan_memory import sizes_of
-from liar_opt.passes.prune_groups import HELD_BACK, NO_MEMORY, ConsumerRepair, Cut, cut_arrays, run_segment
+from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, Cut, cut_arrays
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
@@ -48,7 +49,6 @@ from liar_opt.runtime.compare import (
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import anonymous, trim
-from liar_opt.runtime.sessions import Session, unknown_operators
 
 COMPARED = 12
 """Bytes that comparing takes for each byte of an output in float32."""
@@ -90,7 +90,7 @@ class DenseSession(Finding):
     """A session of the model as it came, which may still be loading."""
 
     by: ClassVar[str] = "find-groups"
-    session: Future[Session]
+    session: Future[Runner]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +98,8 @@ class ComparedSessions(Finding):
     """The sessions whose outputs were compared."""
 
     by: ClassVar[str] = "verify-model"
-    dense: Session
-    pruned: Session
+    dense: Runner
+    pruned: Runner
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,19 @@ class VerifyModelPass(Pass[None]):
         rounding = folded = None
         batches, masks = state.calibration.batches, state.calibration.row_masks
         # Sessions load while the masked original is made, unless that is too much at a time.
-        parts = state.model.detached()
-        loading = later(lambda: _load(parts, state.device, "the pruned model", lean))
+        engine, parts = state.engine(), state.model.detached()
+        loading = later(lambda: engine.whole(parts, "the pruned model"))
         if lean:
             loading.result()
         reference = masked_reference(dense, state.repairs, cut.query_forms)
-        masked = _load(reference.detached(), state.device, "the masked original", lean)
+        masked = engine.whole(reference, "the masked original")
         pruned = loading.result()
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
         whole = [o for o in pruned.outputs if o not in state.analysed().unspecified]
         room = _samples_that_fit(state) if lean else max(self.exact, self.samples)
         small = first_samples(state, batches[0], min(self.exact, room))
         # The original first: what does not fit it (an image of another size, say) is no fault of the cut.
-        theirs = cut_arrays(run_segment(masked, small, whole, whole), ends)
+        theirs = cut_arrays(run_session(masked, small, whole, whole), ends)
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
         # An optional that is empty, say; the parts of sequences and maps have names of their own.
         left_out = [o for o in whole if not any(name == o or name.startswith(f"{o}[") for name in theirs)]
@@ -162,7 +162,7 @@ class VerifyModelPass(Pass[None]):
                 raise
             # A model that was hurt badly can magnify rounding: ask it how much, before blaming the cut.
             model, weights = reference.detached()
-            nudged = _load(rounded(model, weights), state.device, "the masked original", lean)
+            nudged = engine.whole(rounded(model, weights), "the masked original")
             moved = cut_arrays(nudged.run(small, whole, arrays=True), ends)
             rounding = max(relative_difference(moved[name], value) for name, value in theirs.items())
             # Where all probabilities are tiny, the steps of a sigmoid are large beside them.
@@ -209,7 +209,7 @@ def _check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], 
     proto, arrays = model.as_written()
     _check_interface(merged.shell, proto, merged.sizes(model.resized))
     _require_valid(without_data(proto))
-    session = _load((widen(proto).SerializeToString(), arrays), state.device, "the pruned model", state.memory.tight)
+    session = state.engine().whole((widen(proto).SerializeToString(), arrays), "the pruned model")
     worst = 0.0
     for branch in (merged.first, merged.second):
         chosen = {**feeds, **merged.feeds(branch, flat)}
@@ -355,40 +355,17 @@ def first_samples(state: State, batch: Mapping[str, np.ndarray], samples: int) -
     return {k: v[:samples] if dynamic and len(leading) == 1 and v.ndim else v for k, v in batch.items()}
 
 
-def dense_session(state: State) -> Session:
-    """Returns a session of the model as it came: the one that there is, unless the memory is too tight to keep one."""
-    known = state.get(DenseSession)
-    return load_dense(state) if known is None else known.session.result()
-
-
-def load_dense(state: State) -> Session:
-    """Returns a session of the model as it came.
+def dense_session(state: State) -> Runner:
+    """Returns a session of the model as it came: the one that there is, unless the memory is too tight to keep one.
 
     Raises:
-        ModelError: ONNX Runtime cannot load it; the message names the operator that it lacks.
+        ModelError: it cannot be loaded; the message names the operator that is missing.
     """
-    dense = state.found(DenseModel).stored
-    data, weights = dense.detached()
-    try:
-        return Session(data, state.device, weights, state.memory.tight)
-    except Exception as err:
-        raise ModelError(cannot_load(dense, " ".join(str(err).split())[:300])) from err
+    known = state.get(DenseSession)
+    return state.engine().whole(state.found(DenseModel).stored) if known is None else known.session.result()
 
 
-def cannot_load(dense: Stored, reason: str) -> str:
-    """Returns a sentence on an original that ONNX Runtime does not take, for ``reason``, one line of its own."""
-    name = f"'{dense.source}'" if dense.source else "the model"
-    nodes = {(n.domain, n.op_type): shown(n) for n in nodes_within(dense.proto.graph.node)}
-    unknown = unknown_operators(nodes)
-    if not unknown:
-        return f"ONNX Runtime cannot load {name}: {reason}"
-    first = next(text for (domain, op), text in nodes.items() if unknown[0] in (op, f"{domain}::{op}"))
-    out = "--custom-ops LIBRARY.so (custom_ops=) loads it" if "::" in unknown[0] else "a newer one may have it"
-    more = f", nor {', '.join(unknown[1:4])}" if unknown[1:] else ""
-    return f"{unknown[0]} is not in this ONNX Runtime{more} (node {first} of {name}); {out}"
-
-
-def require_runs(state: State, session: Session, every: bool = False) -> None:
+def require_runs(state: State, session: Runner, every: bool = False) -> None:
     """Runs the original on one sample of the calibration data, or on all of it.
 
     Raises:
@@ -486,10 +463,3 @@ def _checker_error(proto: onnx.ModelProto) -> Exception | None:
     except onnx.checker.ValidationError as err:
         return err
     return None
-
-
-def _load(parts: tuple[bytes, dict[str, Any]], device: Any, what: str, lean: bool) -> Session:
-    try:
-        return Session(parts[0], device, parts[1], lean)
-    except Exception as err:
-        raise CheckError(f"ONNX Runtime cannot load {what}: {' '.join(str(err).split())[:300]}") from err

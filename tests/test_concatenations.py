@@ -17,9 +17,10 @@ import transformers
 from graphs import Weights
 
 import liar_opt
+from liar_opt.frontend.engine import Patch
 from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.frontend.rewrite import Rewriter
-from liar_opt.passes.dense_run import DenseRun, Patch, together
+from liar_opt.passes.dense_run import DenseRun, together
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.result import ModuleResult

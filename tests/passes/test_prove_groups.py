@@ -23,7 +23,7 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prove_groups import Failure, Proof, ProveGroupsPass, probe_feeds
 from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
-from liar_opt.passes.verify_model import VerifyModelPass, load_dense
+from liar_opt.passes.verify_model import VerifyModelPass, dense_session
 from liar_opt.runtime.errors import CheckError
 
 TEXT = """f (float[b, s, 6] x) => (float[b, s, 6] y) {
@@ -88,7 +88,7 @@ def test_nothing_is_wrong_in_decoders(name: str) -> None:
 
 def test_probes_differ_in_batch_and_length() -> None:
     state = analysed(graphs.parse(TEXT, {**WEIGHTS, "u1": (6, 5), "w1": (5, 6)}))
-    shapes = [feeds["x"].shape for feeds in probe_feeds(state, load_dense(state))]
+    shapes = [feeds["x"].shape for feeds in probe_feeds(state, dense_session(state))]
     assert shapes == [(2, 7, 6), (3, 11, 6), (1, 1, 6)]  # 5 is a width, and so is 6
 
 
@@ -97,7 +97,7 @@ def test_calibration_samples_serve_where_the_model_wants_a_size_of_its_own() -> 
         p = Add(x, table)  a = MatMul(p, u)  h = Relu(a)  y = MatMul(h, w) }"""
     model = graphs.parse(text, {"table": (4, 6), "u": (6, 17), "w": (17, 6)})
     state = analysed(model)
-    assert [f["x"].shape for f in probe_feeds(state, load_dense(state))] == [(1, 1, 6)]
+    assert [f["x"].shape for f in probe_feeds(state, dense_session(state))] == [(1, 1, 6)]
     result = liar_opt.prune(model, {"x": np.ones((9, 4, 6), np.float32)}, ffn=0.5, latency=False, multiple_of=1)
     assert result.report["groups"][0]["after"] == 9
 

@@ -28,18 +28,19 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from liar_opt.frontend.onnx_segments import extract, tap_for
+from liar_opt.frontend.onnx_engine import OnnxEngine
+from liar_opt.frontend.onnx_segments import tap_for
 from liar_opt.passes.base import Pipeline
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
-from liar_opt.passes.prune_groups import load_segment, run_segment
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.solve import Problem, fold, half_the_threads, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, export_bert, moved_into_place
-from liar_opt.tools.dev.harness import Others, measured, say, setting, table
+from liar_opt.tools.dev.harness import Others, measured, say, setting
 from liar_opt.tools.dev.subjects.smollm2 import export as export_decoder
+from liar_opt.tools.html_elements import table
 
 LAYERS = (2, 6, 12, 25, 50, 100)
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -153,18 +154,17 @@ def moments(options: argparse.Namespace) -> str:
         walk, nodes = state.analysed(), state.model.graph.nodes
         taps = [tap_for(walk, c.uses[0], c.width, ()) for g in state.groups for c in g.consumers]
         outputs = [t.name for t in state.model.graph.outputs]
-        measuring = load_segment(extract(walk, 0, len(nodes), outputs, {}, taps), "cpu", lean=False)
+        measuring = OnnxEngine().part(walk, 0, len(nodes), outputs, {}, taps=taps)
         plain = Session(path.read_bytes(), "cpu")
-        sums = [o for t in taps for o in t.outputs]
         given = batches(options.seed)
         times: tuple[list[float], list[float]] = ([], [])
-        run_segment(measuring, given[0], [*outputs, *sums], sums)
+        measuring.run(given[0])
         plain.run(given[0], arrays=True)
         for feeds in given:
             began = time.perf_counter()
             plain.run(feeds, arrays=True)
             between = time.perf_counter()
-            run_segment(measuring, feeds, [*outputs, *sums], sums)
+            measuring.run(feeds)
             times[0].append(between - began)
             times[1].append(time.perf_counter() - between)
         forward, both = (statistics.median(t) for t in times)

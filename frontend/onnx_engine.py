@@ -1,0 +1,181 @@
+"""ONNX Runtime as the engine: models and parts of them become sessions here, and its errors are put in words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Runner, Value
+from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
+from liar_opt.frontend.onnx_segments import ROWS, Extracted, Tap, extract, row_mask
+from liar_opt.frontend.sound_model import shown
+from liar_opt.frontend.walk import GraphWalk
+from liar_opt.frontend.widen_graph import nodes_within
+from liar_opt.runtime.errors import CheckError, InternalError, LiarOptError, ModelError, OptionError
+from liar_opt.runtime.sessions import Level, Session, as_array, element_type, unknown_operators
+
+NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
+"""How ONNX Runtime says that there is no memory left."""
+Source = Stored | OnnxModel | Extracted | tuple[bytes, Mapping[str, NDArray[Any]]]
+"""A model: as it came, as it is now, a part of one, or as bytes with the data of its large initializers."""
+
+
+@dataclass(frozen=True)
+class OnnxEngine(Engine):
+    """ONNX Runtime on one device.
+
+    Attributes:
+        device: where it runs.
+        lean: whether weights are used where they lie (see ``Session``).
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    lean: bool = False
+    name = "ONNX Runtime"
+
+    def session(self, source: Source, level: Level | None = None, lean: bool | None = None) -> Session:
+        """Loads a model; raises what ONNX Runtime raises.
+
+        Args:
+            source: the model.
+            level: how far ONNX Runtime's optimizer goes; None leaves it to ONNX Runtime.
+            lean: as the engine is, if None.
+        """
+        if isinstance(source, Extracted):
+            source = source.serialise(), source.weights
+        elif not isinstance(source, tuple):
+            source = source.detached()
+        return Session(source[0], self.device, source[1], self.lean if lean is None else lean, level=level)
+
+    def whole(self, source: Source, what: str = "the model") -> Session:
+        """Loads a whole model.
+
+        Raises:
+            ModelError: ONNX Runtime cannot load a model as it came; the message names the operator that it lacks.
+            CheckError: it cannot load one that we made.
+        """
+        try:
+            return self.session(source)
+        except Exception as err:
+            if isinstance(source, Stored):
+                raise ModelError(cannot_load(source, _line(err))) from err
+            raise CheckError(f"ONNX Runtime cannot load {what}: {_line(err)}") from err
+
+    def part(
+        self,
+        walk: GraphWalk,
+        start: int,
+        stop: int,
+        wanted: Sequence[str],
+        given: Mapping[str, Value],
+        *,
+        taps: Sequence[Tap] = (),
+        patches: Sequence[Patch | ConstantPatch] = (),
+        once: bool = False,
+    ) -> OnnxPart:
+        """Makes a session of some nodes.
+
+        Raises:
+            InternalError: ONNX Runtime cannot load it, and it could load the whole.
+        """
+        types = {name: element_type(value) for name, value in given.items()}
+        extracted = extract(walk, start, stop, wanted, types, taps)
+        apply_patches(extracted, patches)
+        try:
+            session = self.session(extracted, lean=self.lean or once)
+        except Exception as err:
+            raise InternalError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
+        return OnnxPart(session, wanted, taps)
+
+    def array(self, value: Value) -> NDArray[Any]:
+        """Returns a tensor as an array."""
+        return as_array(value)
+
+
+class OnnxPart(Part):
+    """A session that returns tensors, and sums of activations beside them.
+
+    Args:
+        session: of the extracted nodes.
+        wanted: names of the tensors to return.
+        taps: the activations.
+    """
+
+    def __init__(self, session: Session, wanted: Sequence[str], taps: Sequence[Tap]) -> None:
+        super().__init__(taps)
+        self.session, self.wanted = session, list(wanted)
+
+    def run(
+        self,
+        feeds: Mapping[str, Value],
+        mask: NDArray[np.bool_] | None = None,
+        held_back: bool = False,
+        arrays: Collection[str] = (),
+    ) -> dict[str, Value]:
+        """Runs one batch."""
+        rows = {}
+        if mask is not None:
+            laid = {(t.layout, t.repeat) for t in self.taps if t.layout != "all"}
+            rows = {f"{ROWS}_{layout}{repeat}": row_mask(mask, layout, repeat) for layout, repeat in laid}
+        sums = [o for t in self.taps for o in t.outputs]
+        values = run_session(self.session, {**feeds, **rows}, [*self.wanted, *sums], [*arrays, *sums])
+        for tap in self.taps:
+            seen, count, total, *second = (values[o] for o in tap.outputs)
+            try:
+                self.moments[tap.place].add_block_rows(
+                    float(count.reshape(-1)[0]), total.reshape(-1), second, tap.bounds, held_back, int(seen)
+                )
+            except OptionError as err:
+                raise NotFinite(tap.tensor) from err
+        return {name: values[name] for name in self.wanted}
+
+
+def run_session(
+    session: Runner, feeds: Mapping[str, Value], outputs: Sequence[str], arrays: Sequence[str]
+) -> dict[str, Value]:
+    """Runs a session on one batch; arguments as ``Session.run``.
+
+    Raises:
+        InternalError: it fails. Whether the original fails on that data as well, `verify_model.require_runs` tells.
+        MemoryError: ONNX Runtime found no memory.
+    """
+    try:
+        return session.run(feeds, outputs, arrays)
+    except (LiarOptError, InternalError):
+        raise
+    except Exception as err:
+        if any(text in str(err) for text in NO_MEMORY):
+            raise MemoryError(_line(err)) from err
+        part = ", ".join(f"'{name}'" for name in outputs[:3])
+        raise InternalError(f"ONNX Runtime fails on the part of the model that computes {part}: {_line(err)}") from err
+
+
+def apply_patches(segment: Extracted, patches: Sequence[Patch | ConstantPatch]) -> None:
+    """Gives consumers and constants of an extracted segment other values, in place."""
+    for patch in patches:
+        if isinstance(patch, ConstantPatch):
+            patch_constant(segment, [patch.place], patch.value)
+        else:
+            patch_consumer(segment, patch.uses, patch.weight, patch.shift)
+
+
+def cannot_load(dense: Stored, reason: str) -> str:
+    """Returns a sentence on an original that ONNX Runtime does not take, for ``reason``, one line of its own."""
+    name = f"'{dense.source}'" if dense.source else "the model"
+    nodes = {(n.domain, n.op_type): shown(n) for n in nodes_within(dense.proto.graph.node)}
+    unknown = unknown_operators(nodes)
+    if not unknown:
+        return f"ONNX Runtime cannot load {name}: {reason}"
+    first = next(text for (domain, op), text in nodes.items() if unknown[0] in (op, f"{domain}::{op}"))
+    out = "--custom-ops LIBRARY.so (custom_ops=) loads it" if "::" in unknown[0] else "a newer one may have it"
+    more = f", nor {', '.join(unknown[1:4])}" if unknown[1:] else ""
+    return f"{unknown[0]} is not in this ONNX Runtime{more} (node {first} of {name}); {out}"
+
+
+def _line(err: Exception) -> str:
+    return " ".join(str(err).split())[:300]
