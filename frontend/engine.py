@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from liar_opt.frontend.onnx_segments import Place, Tap
 from liar_opt.frontend.records import ConsumerUse
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.sessions import Runner
 
 Value = Any
 """A tensor: an array, or what the engine keeps on its device."""
@@ -42,24 +43,6 @@ class ConstantPatch:
 
     place: tuple[Any, int]
     value: NDArray[Any]
-
-
-class Runner(Protocol):
-    """A whole model, loaded.
-
-    Attributes:
-        inputs: names of its inputs.
-        outputs: names of its outputs.
-    """
-
-    inputs: list[str]
-    outputs: list[str]
-
-    def run(
-        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool | Sequence[str] = False
-    ) -> dict[str, Any]:
-        """Runs it; arguments and result as of ``sessions.Session.run``."""
-        ...
 
 
 class Part(ABC):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+    from liar_opt.frontend.engine import Engine
 BATCH = 3
 """Samples of the example that is traced; its token axes get prime lengths of their own."""
 
@@ -121,6 +122,18 @@ class FxModel(OnnxModel):
     def inputs(self) -> list[InputSpec]:
         """Returns the module's tensor inputs, with symbolic axes as strings."""
         return list(self.signature)
+
+    @property
+    def device(self) -> Any:
+        """The device of the module's parameters."""
+        assert self.module is not None
+        return next((p.device for p in self.module.parameters()), "cpu")
+
+    def engine(self, device: Any, lean: bool) -> Engine:
+        """Returns what runs it: torch, where the module is."""
+        from liar_opt.frontend.fx_engine import TorchEngine  # it builds on this module
+
+        return TorchEngine(self)
 
     def listing(self) -> str:
         """Returns the graph as text, a line for each call."""
@@ -579,17 +592,34 @@ def _numpy_dtype(dtype: Any) -> Any:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Patched:
+    """What a run changes of a graph that stays as it is.
+
+    Attributes:
+        constants: by (id of the node, input position).
+        shifts: what is added to the first output of a node, by its id.
+    """
+
+    constants: Mapping[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    shifts: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+
 class Executor:
     """Runs nodes of a lowered graph in torch, as they are now: constants may have been cut, numbers changed.
 
     Args:
         model: the lowered module.
         device: where it runs.
+        patched: what is other than in the graph.
     """
 
-    def __init__(self, model: FxModel, device: Any = "cpu") -> None:
+    def __init__(self, model: FxModel, device: Any = "cpu", patched: Patched | None = None) -> None:
         self.model = model
         self.device = device
+        self.patched = patched or Patched()
+        self._tensors = {place: to_torch(value, device) for place, value in self.patched.constants.items()}
+        self._shifts = {node: to_torch(value, device) for node, value in self.patched.shifts.items()}
         self._constants: dict[int, tuple[Any, torch.Tensor]] = {}
 
     def run(
@@ -651,7 +681,8 @@ class Executor:
         return to_torch(value, self.device) if isinstance(value, np.ndarray) else value
 
     def _step(self, node: gs.Node, values: dict[str, Any], symbols: Mapping[Any, int]) -> None:
-        inputs = [self._value(t, values) for t in node.inputs]
+        given = ((self._tensors.get((id(node), i)), t) for i, t in enumerate(node.inputs))
+        inputs = [self._value(t, values) if own is None else own for own, t in given]
         if node.domain != ATEN and node.name not in self.model.calls:
             if node.op != "Add":
                 raise InternalError(f"node '{node.name}' ({node.op}) cannot be run in torch")
@@ -661,6 +692,8 @@ class Executor:
         positional, keywords = arguments_of(call, inputs, node.attrs, lambda old, new: _number(old, new, symbols))
         result = call.target(*positional, **keywords)
         results = list(result) if isinstance(result, (tuple, list)) else [result]
+        if id(node) in self._shifts:
+            results[0] = results[0] + self._shifts[id(node)]
         for tensor, value in zip(node.outputs, results, strict=False):
             if present(tensor):
                 values[tensor.name] = value
@@ -739,6 +772,7 @@ __all__ = [
     "Executor",
     "FxModel",
     "FxWalk",
+    "Patched",
     "Sym",
     "analyse",
     "arguments_of",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Runner, Value
+from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Value
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
 from liar_opt.frontend.onnx_segments import ROWS, Extracted, Tap, extract, row_mask
@@ -17,7 +17,7 @@ from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.widen_graph import nodes_within
 from liar_opt.runtime.errors import CheckError, InternalError, LiarOptError, ModelError, OptionError
-from liar_opt.runtime.sessions import Level, Session, as_array, element_type, unknown_operators
+from liar_opt.runtime.sessions import Level, Runner, Session, as_array, element_type, unknown_operators
 
 NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
 """How ONNX Runtime says that there is no memory left."""

@@ -11,7 +11,7 @@ from liar_opt.frontend.walk import walk_sized
 from liar_opt.passes.base import State
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.plan_memory import TensorSizes
-from liar_opt.passes.prune_groups import HELD_BACK
+from liar_opt.passes.sweep import HELD_BACK
 from liar_opt.passes.verify_model import dense_session
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.memory import anonymous, show_size

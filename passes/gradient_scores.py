@@ -22,11 +22,13 @@ A labelled batch is a pair: the module's arguments by name, and whatever the los
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.passes.base import Finding
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.runtime.errors import OptionError
 
@@ -45,6 +47,14 @@ TEMPERATURE = 2.0
 """Of K-prune's predictive knowledge."""
 DRAWS = 4
 """Outputs drawn from the model's own distribution for each calibration batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients(Finding):
+    """The gradients of each group's blocks, by its name."""
+
+    by: ClassVar[str] = "prune_module"
+    by_group: Mapping[str, Any]
 
 
 def require_labels(score: Any, loss: Loss | None, labelled: Labelled | None, torch_module: bool) -> None:

@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx
 
-from liar_opt.frontend.engine import Runner
 from liar_opt.passes.allocate_widths import (
     Meaning,
     joined,
@@ -36,9 +35,11 @@ from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.plan_memory import TensorSizes
-from liar_opt.passes.prune_groups import HELD_BACK, Cut, PruneGroupsPass, cut_arrays
+from liar_opt.passes.prune_groups import Cut, PruneGroupsPass
+from liar_opt.passes.sweep import cut_arrays, held_batches
 from liar_opt.runtime.compare import DifferenceMeter
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.sessions import Runner
 
 Metric = Callable[[onnx.ModelProto], float]
 """A user's own: model -> a number, the higher the better."""
@@ -188,8 +189,7 @@ class _Search:
         self.best: tuple[State, tuple[Change, ...], float] | None = None
         self.stopped: str | None = None
         self.reference: float | None = None
-        held = [i for i in range(len(self.data.batches)) if i % HELD_BACK == HELD_BACK // 2]
-        self.held = held or [len(self.data.batches) - 1]
+        self.held = held_batches(len(self.data.batches))
         self.unseen = options.metric is not None or len(self.held) < len(self.data.batches)
         """Whether the loss is measured on rows that nothing was fitted to."""
         self.fitted = self.data

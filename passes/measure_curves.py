@@ -9,8 +9,8 @@ what the normalisation behind it divides by. (Where a consumer's output is added
 that output.) What such an error is worth at the end of the model differs by an order of magnitude between layers, so it is
 measured: the group is cut to half of its blocks and repaired, alone, and the rest of the model runs on a few held-back
 batches. The curve is scaled to the relative squared difference of the model's output that is found there
-(`DenseRun.difference`). All curves are so in one currency, the model's own output, in which errors of different layers and
-kinds are compared and added.
+(`ProbeOutputs.difference`). All curves are so in one currency, the model's own output, in which errors of different layers
+and kinds are compared and added.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from liar_opt.frontend.engine import ConstantPatch
-from liar_opt.frontend.onnx_segments import Place, plan_segments, stream_of
+from liar_opt.frontend.onnx_segments import Place, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.curves import Curves, GroupCurve, load_curves, place_of, store_curves
-from liar_opt.passes.dense_run import DenseRun
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
+from liar_opt.passes.probe_outputs import ProbeOutputs, repaired
+from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set
 from liar_opt.passes.registry import score_named
 from liar_opt.passes.scores import SELECTION_RIDGE, ScoreFunction
+from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
@@ -36,7 +37,7 @@ from liar_opt.runtime.solve import Problem, select_greedy
 
 
 @dataclass(frozen=True)
-class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
+class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
     """Measure the error curve of every group on the dense model; nothing is changed.
 
     Attributes:
@@ -63,45 +64,48 @@ class MeasureCurvesPass(Pass[tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]]):
         if state.calibration is None or not state.calibration.batches:
             raise InternalError("no calibration data")
 
-    def plan(self, state: State) -> tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]:
-        """Returns the groups that span others and the segments of the rest."""
-        return plan_segments(state.analysed(), (*state.groups, *(state.queries if self.queries else ())))
+    def plan(self, state: State) -> tuple[ChannelGroup, ...]:
+        """Returns the groups whose curves are measured."""
+        return (*state.groups, *(state.queries if self.queries else ()))
 
-    def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], tuple[Any, ...]]) -> PassResult:
+    def apply(self, state: State, plan: tuple[ChannelGroup, ...]) -> PassResult:
         """Measures, or takes what an earlier run found on the same; adds ``Curves``."""
         place = place_of(state, {f.name: getattr(self, f.name) for f in fields(self)})
-        groups = (*plan[0], *(g for segment in plan[1] for g in segment.groups))
         with one_at_a_time(place, lambda: state.progress(WAITING, 0, 1)):
             kept = None if place is None or state.fresh else load_curves(place)
-            if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in groups):
+            if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in plan):
                 state.add(Curves(kept, kept=True))
                 return PassResult(state)
-            run = _CurveRun(PruneGroupsPass(score=self.score, seed=self.seed, weighting="stream"), state, *plan)
-            run.probing = self.worth
-            run.over_all()
-            state.add(Curves(run.curves))
+            sweep = Sweep(state, "measure", "stream", self.seed)
+            visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), self.worth)
+            sweep.over(visitor, plan)
+            state.add(Curves(visitor.curves))
             if place is not None:
-                store_curves(place, run.curves)
+                store_curves(place, visitor.curves)
         return PassResult(state)
 
 
-class _CurveRun(DenseRun):
-    """Notes the curve of every group."""
+class NoteCurves(GroupVisitor):
+    """Notes the curve of every group.
 
-    stage = "measure"
-    probing = True
+    Args:
+        sweep: over the dense model.
+        options: the score, and how is repaired.
+        probing: whether the rest of the model runs, to scale the curve.
+    """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, sweep: Sweep, options: PruneGroupsPass, probing: bool) -> None:
+        super().__init__(sweep, options)
+        self.probes = ProbeOutputs(sweep) if probing else None
         self.curves: dict[str, GroupCurve] = {}
 
-    def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
+    def group(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of one group."""
         if group.kind == QUERY_KEY:
             self.note_logits(group, moments)
             return
         measured = [self.measured(c, moments) for c in group.consumers]
-        # As `segment` asked for them: weighted by the stream, where there is one.
+        # As the sweep asked for them: weighted by the stream, where there is one.
         weighted = [stream_of(self.walk, c.uses[0], self.options.seed) is not None for c in group.consumers]
         errors, values, half = np.zeros(group.size + 1), np.zeros(group.size), []
         keep = group.size - group.size // 2
@@ -119,19 +123,19 @@ class _CurveRun(DenseRun):
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
         deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
-        patches = self.repaired(group, measured, np.concatenate(half)) if self.probing else []
+        patches = repaired(self, group, measured, np.concatenate(half)) if self.probes else []
         del measured, own, wholes, problems, selection  # the rest of the model runs now
-        lost = self.difference(patches, self.behind(group)) if self.probing else None
+        lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
         self.note(group, errors, values, lost, errors[keep], deviation)
 
-    def note_logits(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
+    def note_logits(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of queries and keys: the shape is what their products lose."""
         keep = group.size - group.size // 2
         turns = self.bases.logit_turns(group, moments, keep)
         patches = [
             ConstantPatch((s.use.node, s.use.position), value) for s, value in self.bases.projected(group, turns.form)
         ]
-        lost = self.difference(patches, self.behind(group)) if self.probing else None
+        lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
         self.note(group, turns.lost, np.zeros(group.size), lost, turns.lost[keep])
 
     def note(

@@ -41,8 +41,8 @@ class Measured:
         owners: block of each channel, int64 [n]; -1 for one of no block. A score is given none of these.
         moments: of its input x [.., n], all uses pooled.
         target_scale: what the node multiplies x W by.
-        aware: of the same input, with the dense model's target beside it (`passes.dense_twin`); None where the repair does
-            not ask for it, or there is none.
+        aware: of the same input, with the dense model's target beside it (`passes.dense_target`); None where the repair
+            does not ask for it, or there is none.
         channels: the channels of the moments that this is about; None for all.
         gradients: of a loss with respect to a mask on each block of the group, [samples, blocks]; None where the score does
             not ask for them (`passes.gradient_scores`).

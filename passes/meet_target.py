@@ -53,7 +53,7 @@ from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, deployed, file_bytes, operations
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.groups import ChannelGroup
-from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.kept_results import file_of, load_result, store_result
 from liar_opt.runtime.latency import Latency, measure_latency

@@ -25,11 +25,12 @@ from liar_opt.passes.open_model import load_state, model_sizes
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
-from liar_opt.passes.prune_groups import Cut, cut_arrays
+from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.repairs import AWARE
 from liar_opt.passes.report import Report, SizesEntry, report_of
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.search_widths import Searched
+from liar_opt.passes.sweep import cut_arrays
 from liar_opt.passes.verify_model import (
     ComparedSessions,
     DenseSession,

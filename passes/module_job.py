@@ -23,12 +23,19 @@ from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
 from liar_opt.passes.base import Pass, Pipeline, State
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
-from liar_opt.passes.gradient_scores import KNOWLEDGE, Labelled, Loss, mask_gradients, own_samples, require_labels
+from liar_opt.passes.gradient_scores import (
+    KNOWLEDGE,
+    Gradients,
+    Labelled,
+    Loss,
+    mask_gradients,
+    own_samples,
+    require_labels,
+)
 from liar_opt.passes.model_job import TIMED_SAMPLES
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.open_module import (
     OpenedModule,
-    device_of,
     load_module_state,
     module_of,
     traced_model,
@@ -36,7 +43,7 @@ from liar_opt.passes.open_module import (
 )
 from liar_opt.passes.options import BACKENDS, OPTIONS, PACKINGS, PruneOptions
 from liar_opt.passes.prove_module import ProveModuleGroupsPass
-from liar_opt.passes.prune_module import Gradients, PruneExportedPass, PruneModulePass
+from liar_opt.passes.prune_module import PruneExportedPass, PruneModulePass
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import SizesEntry, report_of
 from liar_opt.passes.result import Inspection, ModuleResult
@@ -117,7 +124,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     if options.checkpoint:
         state.add(FinalFields(final_fields(state)))
     report = report_of(state)
-    report.asked([widths, cut], options, calibration, options.backend, str(device_of(traced_model(state))))
+    report.asked([widths, cut], options, calibration, options.backend, str(traced_model(state).device))
     report.refuse(analysis.refusals)
     if options.dry_run:
         report.planned(state)
@@ -199,7 +206,7 @@ def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:
     def named(outputs: Mapping[str, Any], labels: Any) -> Any:
         return loss({names.get(n, n): v for n, v in outputs.items()}, labels)
 
-    return mask_gradients(Executor(model, device_of(model)), groups, labelled, named)
+    return mask_gradients(Executor(model, model.device), groups, labelled, named)
 
 
 def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -> None:
@@ -236,5 +243,5 @@ def _latency(state: State) -> Latency:
     assert data is not None
     batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
     feeds = {k: v for k, v in batch.items() if k in {s.name for s in model.signature}}
-    runners = [_Runner(m, feeds, device_of(model)) for m in (module_of(state), state.found(CutModule).module)]
+    runners = [_Runner(m, feeds, model.device) for m in (module_of(state), state.found(CutModule).module)]
     return measure_latency(runners, feeds, budget=TIMED_SECONDS, least=1)

@@ -4,6 +4,7 @@ The groups of both graphs are matched by their consumers' weights, which the exp
 the same pass as any ONNX graph; its kept sets, repaired weights and biases are those of the module then.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,50 +19,49 @@ from liar_opt.passes.measured import Repaired
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
 from liar_opt.passes.open_module import OpenedModule
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
+from liar_opt.passes.prune_groups import CutGroups, PruneGroupsPass
 from liar_opt.runtime.errors import ModelError
 
 
-class OnnxRun(SegmentRun):
-    """The loop's state where ONNX Runtime measures."""
+def cut_on_onnx(visitor: CutGroups, groups: Sequence[ChannelGroup]) -> None:
+    """Prunes the export, then does to the module what was done to it.
 
-    def over_all(self) -> None:
-        """Prunes the export, then does to the module what was done to it.
+    Args:
+        visitor: of the module.
+        groups: of the module, those that lose blocks.
 
-        Raises:
-            ModelError: the module cannot be exported, or the export has other groups.
-        """
-        groups = [*self.wide, *(g for s in self.segments for g in s.groups)]
-        exported = self._exported()
-        partners = _partners(groups, exported.groups)
-        exported.keep = {g.name: g.size for g in exported.groups}
-        exported.keep |= {theirs: self.state.keep[ours] for ours, theirs in partners.items()}
-        done = PruneGroupsPass(**vars(self.options))(exported)
-        ours = {partners[g.name]: g for g in groups}
-        repairs = iter(exported.repairs)
-        # In the order of the export: a consumer that groups share was rewritten for each of them.
-        for change in done.changes:
-            group, details = ours[change.where], dict(change.details)
-            blocks = np.asarray(details["kept"], np.int64)
-            for consumer in (self.left(c) for c in group.consumers):
-                repair = next(repairs)
-                rows = repair.uses[0].matrix(np.asarray(repair.weight)).astype(np.float64)
-                repaired = Repaired(rows, repair.bias, np.inf, "repair")
-                self.write(consumer, kept_positions(consumer.owners, blocks), repaired)
-            self.cut(group, blocks, details)
-
-    def _exported(self) -> State:
-        model = self.state.model
-        assert isinstance(model, FxModel) and model.module is not None
-        exported = load_state(
-            export_onnx(model.module, self.state.found(OpenedModule).example, symbolic_axes(model.signature))
-        )
-        exported.progress, exported.calibration = self.state.progress, self.data
-        Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(exported)
-        return exported
+    Raises:
+        ModelError: the module cannot be exported, or the export has other groups.
+    """
+    exported = _exported(visitor.state)
+    partners = _partners(groups, exported.groups)
+    exported.keep = {g.name: g.size for g in exported.groups}
+    exported.keep |= {theirs: visitor.state.keep[ours] for ours, theirs in partners.items()}
+    done = PruneGroupsPass(**vars(visitor.options))(exported)
+    ours = {partners[g.name]: g for g in groups}
+    repairs = iter(exported.repairs)
+    # In the order of the export: a consumer that groups share was rewritten for each of them.
+    for change in done.changes:
+        group, details = ours[change.where], dict(change.details)
+        blocks = np.asarray(details["kept"], np.int64)
+        for consumer in (visitor.left(c) for c in group.consumers):
+            repair = next(repairs)
+            rows = repair.uses[0].matrix(np.asarray(repair.weight)).astype(np.float64)
+            repaired = Repaired(rows, repair.bias, np.inf, "repair")
+            visitor.write(consumer, kept_positions(consumer.owners, blocks), repaired)
+        visitor.cut(group, blocks, details)
 
 
-def _partners(ours: list[ChannelGroup], theirs: tuple[ChannelGroup, ...]) -> dict[str, str]:
+def _exported(state: State) -> State:
+    model = state.model
+    assert isinstance(model, FxModel) and model.module is not None
+    exported = load_state(export_onnx(model.module, state.found(OpenedModule).example, symbolic_axes(model.signature)))
+    exported.progress, exported.calibration = state.progress, state.calibration
+    Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(exported)
+    return exported
+
+
+def _partners(ours: Sequence[ChannelGroup], theirs: tuple[ChannelGroup, ...]) -> dict[str, str]:
     """Returns the name of each group in the export, by its name in the traced module."""
     by_weights = {_weights(g): g for g in theirs}
     result = {}

@@ -65,12 +65,6 @@ def module_of(state: State) -> torch.nn.Module:
     return module
 
 
-def device_of(model: FxModel) -> Any:
-    """Returns the device of the module's parameters."""
-    assert model.module is not None
-    return next((p.device for p in model.module.parameters()), "cpu")
-
-
 def vocabulary(model: FxModel) -> int | None:
     """Returns how many token ids there are: rows of the shortest table that an input looks up, of the inputs the most."""
     inputs = {t.name for t in model.graph.inputs}

@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.causal import positions
-from liar_opt.frontend.engine import Runner
 from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
-from liar_opt.frontend.onnx_segments import Extracted, Place, extract
+from liar_opt.frontend.onnx_segments import Extracted, extract, plan_segments
 from liar_opt.frontend.records import ConsumerUse
 from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.frontend.walk import GraphWalk, walk
@@ -32,7 +31,8 @@ from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured, Repaired
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays
+from liar_opt.passes.prune_groups import CutGroups, PruneGroupsPass
+from liar_opt.passes.sweep import Sweep, cut_arrays
 from liar_opt.passes.verify_model import (
     by_weight,
     dense_session,
@@ -48,8 +48,8 @@ from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 from liar_opt.runtime.errors import LiarOptError, OptionError
 from liar_opt.runtime.memory import Memory
-from liar_opt.runtime.moments import MadeUpMoments, Moments
-from liar_opt.runtime.sessions import Level
+from liar_opt.runtime.moments import MadeUpMoments
+from liar_opt.runtime.sessions import Level, Runner
 from liar_opt.runtime.signatures import InputSpec, Signature
 
 BATCHES = (2, 3, 1)
@@ -462,30 +462,36 @@ class RehearseCutPass(PruneGroupsPass):
 
     name: ClassVar[str] = "rehearse-cut"
 
-    def _run(self, state: State, sweep: Any) -> SegmentRun:
-        run = Rehearsal(self, state, *sweep)
-        state.add(Rehearsed(run))
-        return run
+    def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], ...]) -> PassResult:
+        """Cuts without measuring."""
+        visitor = Rehearsal(Sweep(state, weighting=self.weighting, seed=self.seed), self)
+        visitor.rehearse(plan)
+        visitor.note(state)
+        state.add(Rehearsed(visitor))
+        return PassResult(state, tuple(visitor.changes))
 
 
-class Rehearsal(SegmentRun):
+class Rehearsal(CutGroups):
     """Cuts without measuring: what a group is cut to is drawn, or given."""
 
-    def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
-        """Cuts the groups of one segment, and makes the models that would measure them."""
-        for group in groups:
-            try:
-                taps = self.taps([group], streams=False)
-                moments: dict[Place, Moments] = {place: MadeUpMoments(tap.width) for place, tap in taps.items()}
-                self.prune(group, moments)
-                self.state.model.settle()
-            except (MemoryError, OSError):
-                raise
-            except Exception as err:
-                raise RaisedAt(group.name, err) from err
+    def rehearse(self, plan: Sequence[Sequence[ChannelGroup]]) -> None:
+        """Cuts the groups of every sweep, with made-up moments, in the order in which they are measured.
 
-    def require_room(self, segments: Sequence[Any]) -> None:
-        """Nothing is measured, so nothing is too large to be."""
+        Raises:
+            RaisedAt: cutting one raises an exception.
+        """
+        for planned in plan:
+            wide, segments = plan_segments(self.walk, planned)
+            for group in (*wide, *(g for s in segments for g in s.groups)):
+                try:
+                    taps = self.sweep.taps([group], streams=False)
+                    self.group(group, {place: MadeUpMoments(tap.width) for place, tap in taps.items()})
+                    self.state.model.settle()
+                except (MemoryError, OSError):
+                    raise
+                except Exception as err:
+                    raise RaisedAt(group.name, err) from err
+        self.walk.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
 
     def select(self, group: ChannelGroup, measured: Sequence[Measured], keep: int) -> NDArray[np.int64]:
         """Returns the blocks that were asked for, or draws some."""

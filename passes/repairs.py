@@ -5,7 +5,7 @@
     scaling          one factor a kept block, by least squares                          Kwon et al. (arXiv 2204.09656)
     liar             least squares for all kept weights, bias included                  LIAR (arXiv 2407.13331)
     dense            the same, to the dense model's output                              K-prune (arXiv 2308.03449)
-    residual         the same, to the dense model's residual stream                     see `passes.dense_twin`
+    residual         the same, to the dense model's residual stream                     see `passes.dense_target`
 
 A ridge that is not given is chosen on held-back calibration rows, "leave it alone" among the choices. Whatever the repair
 and its ridge: where what is fitted to the other rows is worse there than leaving the weights alone, they are left alone.

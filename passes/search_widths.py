@@ -12,20 +12,21 @@ Tyr-the-Pruner (arXiv 2503.09657) searches so over local pruning variants, by ev
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from liar_opt.frontend.engine import Patch
-from liar_opt.frontend.onnx_segments import Place, plan_segments
+from liar_opt.frontend.onnx_segments import Place
 from liar_opt.passes.allocate_widths import step_of
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.curves import Curves, GroupCurve
-from liar_opt.passes.dense_run import DenseRun
 from liar_opt.passes.groups import KINDS, ChannelGroup
-from liar_opt.passes.prune_groups import PruneGroupsPass, by_set
+from liar_opt.passes.probe_outputs import ProbeOutputs, repaired
+from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set
 from liar_opt.passes.repairs import AWARE, RepairFunction
 from liar_opt.passes.scores import SELECTION_RIDGE, problems_of
+from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.solve import select_greedy
@@ -92,9 +93,9 @@ class SearchWidthsPass(Pass[list[int]]):
         ladders = {g.name: self._ladder(g, state.keep[g.name]) for g in groups}
         repair = "liar" if self.repair in AWARE else self.repair  # a variant stands alone: what is before it is dense
         options = PruneGroupsPass(repair=repair, weighting=self.weighting, seed=self.seed)
-        run = _VariantRun(options, state, *plan_segments(state.analysed(), groups))
-        run.ladders = ladders
-        run.over_all()
+        sweep = Sweep(state, "variants", self.weighting, self.seed)
+        run = MakeVariants(sweep, options, ladders)
+        sweep.over(run, groups)
         keep = {g.name: state.keep[g.name] for g in groups}
         start = best = run.error(keep)
         began, tried, seen = time.perf_counter(), 0, {tuple(keep.values())}
@@ -150,17 +151,21 @@ class SearchWidthsPass(Pass[list[int]]):
             yield trial
 
 
-class _VariantRun(DenseRun):
-    """Makes the variants of every group on the dense model, and measures combinations of them."""
+class MakeVariants(GroupVisitor):
+    """Makes the variants of every group on the dense model, and measures combinations of them.
 
-    stage = "variants"
+    Args:
+        sweep: over the dense model.
+        options: how is repaired.
+        ladders: the widths of every group.
+    """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.ladders: dict[str, list[int]] = {}
+    def __init__(self, sweep: Sweep, options: PruneGroupsPass, ladders: Mapping[str, list[int]]) -> None:
+        super().__init__(sweep, options)
+        self.ladders, self.probes = ladders, ProbeOutputs(sweep)
         self.patches: dict[tuple[str, int], list[Patch]] = {}
 
-    def prune(self, group: ChannelGroup, moments: dict[Place, Moments]) -> None:
+    def group(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Repairs one group at every width of its ladder."""
         measured = [self.measured(c, moments) for c in group.consumers]
         ladder = self.ladders[group.name]
@@ -171,8 +176,8 @@ class _VariantRun(DenseRun):
         for width in ladder:
             kept = [f + np.setdiff1d(np.arange(group.size), o[: group.size - width]) for f, o in orders.items()]
             blocks = np.concatenate(kept)
-            self.patches[group.name, width] = self.repaired(group, measured, blocks)
+            self.patches[group.name, width] = repaired(self, group, measured, blocks)
 
     def error(self, keep: dict[str, int]) -> float:
         """Relative squared difference of the output at these widths."""
-        return self.difference([p for name, width in keep.items() for p in self.patches[name, width]]) or 0.0
+        return self.probes.difference([p for name, width in keep.items() for p in self.patches[name, width]]) or 0.0

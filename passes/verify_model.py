@@ -20,7 +20,6 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.engine import Runner
 from liar_opt.frontend.graph_tensors import Narrow, is_constant, is_float, like
 from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.onnx_engine import NO_MEMORY, run_session
@@ -35,7 +34,8 @@ from liar_opt.frontend.widen_graph import widen
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.plan_memory import sizes_of
-from liar_opt.passes.prune_groups import HELD_BACK, ConsumerRepair, Cut, cut_arrays
+from liar_opt.passes.prune_groups import ConsumerRepair, Cut
+from liar_opt.passes.sweep import cut_arrays, held_batches
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
@@ -49,6 +49,7 @@ from liar_opt.runtime.compare import (
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import anonymous, trim
+from liar_opt.runtime.sessions import Runner
 
 COMPARED = 12
 """Bytes that comparing takes for each byte of an output in float32."""
@@ -174,7 +175,7 @@ class VerifyModelPass(Pass[None]):
             folded = _check_folded(state, cut_arrays(small, ends), ours, precision)
         del ours
         original = dense_session(state)
-        held = [i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(batches) - 1]
+        held = held_batches(len(batches))
         meter, words = DifferenceMeter(), vocabulary(state.model)
         made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
         for done, i in enumerate(held[: self.batches]):

@@ -12,8 +12,8 @@ from liar_opt.frontend.fx_module import Executor, FxModel, analyse, lower, preci
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.express_widths import FinalFields
-from liar_opt.passes.open_module import OpenedModule, device_of, vocabulary
-from liar_opt.passes.prune_groups import HELD_BACK
+from liar_opt.passes.open_module import OpenedModule, vocabulary
+from liar_opt.passes.sweep import held_batches
 from liar_opt.passes.verify_model import Verification, mask_model
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, holds_logits, require_close, require_repeatable
 from liar_opt.runtime.errors import CheckError, ModelError
@@ -64,7 +64,7 @@ class VerifyModulePass(Pass[None]):
         """
         model, data = state.model, state.calibration
         assert isinstance(model, FxModel) and model.program is not None and model.module is not None and data is not None
-        device = device_of(model)
+        device = model.device
         dtype = precision(model)
         original = lower(model.program, model.module)
         reference = lower(model.program, model.module)
@@ -88,7 +88,7 @@ class VerifyModulePass(Pass[None]):
             # What its code computes from other sizes no attribute can say; the graph is cut and has been checked.
             module, attributes = cut_graph_module(model).to(device), ()
             state.add(CutModule(module, str(err).partition("; write")[0]))
-        held = [i for i in range(len(data.batches)) if i % HELD_BACK == HELD_BACK // 2] or [len(data.batches) - 1]
+        held = held_batches(len(data.batches))
         dense, meter = Executor(original, device), DifferenceMeter()
         for done, i in enumerate(held[: self.batches]):
             x, y = _arrays(cut.run(data.batches[i])), _arrays(dense.run(data.batches[i]))

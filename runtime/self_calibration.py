@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from liar_opt.runtime.calibration_data import CalibrationData, check_options, load_calibration
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.packing import packed_rows
-from liar_opt.runtime.sessions import Session
+from liar_opt.runtime.sessions import Runner
 from liar_opt.runtime.signatures import InputSpec, Signature, name_from_layer, names
 from liar_opt.runtime.text_tokenizer import load_tokenizer
 
@@ -48,13 +48,13 @@ class Writer:
         caches: the output that holds the new value of each key or value cache, by the input's name; empty without a cache.
     """
 
-    session: Session
+    session: Runner
     signature: Signature
     logits: str
     caches: dict[str, str]
 
     @classmethod
-    def of(cls, session: Session, signature: Signature) -> "Writer":
+    def of(cls, session: Runner, signature: Signature) -> "Writer":
         """Finds what is needed among the outputs; a cache of fixed length is of no use here."""
         logits = next((name for name in session.outputs if "logits" in name.lower()), session.outputs[0])
         caches = {} if signature.seen else _pairs(signature.past, [name for name in session.outputs if name != logits])
@@ -152,7 +152,7 @@ def draw(scores: NDArray[Any], uniforms: NDArray[np.float64]) -> NDArray[np.int6
 
 
 def write_calibration(
-    load: Callable[[], Session],
+    load: Callable[[], Runner],
     inputs: Sequence[InputSpec],
     *,
     tokenizer: str | Path | None = None,

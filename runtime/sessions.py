@@ -11,7 +11,7 @@ import functools
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,6 +178,28 @@ def _options() -> Any:
     for library in _libraries:
         options.register_custom_ops_library(str(library))
     return options
+
+
+class Runner(Protocol):
+    """A whole model, loaded.
+
+    Attributes:
+        inputs: names of its inputs.
+        outputs: names of its outputs.
+    """
+
+    inputs: list[str]
+    outputs: list[str]
+
+    def run(
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool | Sequence[str] = False
+    ) -> dict[str, Any]:
+        """Runs it; arguments and result as of ``Session.run``."""
+        ...
+
+    def as_deployed(self) -> Runner:
+        """Returns one of the same model that is as fast as those that users make: what latency is measured on."""
+        ...
 
 
 class Session:
@@ -355,6 +377,7 @@ def as_array(value: Any) -> NDArray[Any]:
 __all__ = [
     "PROVIDERS",
     "Provider",
+    "Runner",
     "Session",
     "as_array",
     "cuda_works",

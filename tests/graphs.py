@@ -15,7 +15,7 @@ import oracle
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.find_groups import Found, find_groups
-from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.passes.sweep import cut_arrays
 
 NEWEST_OPSET = 23
 Weights = Mapping[str, tuple[int, ...] | np.ndarray | np.generic]

@@ -16,7 +16,7 @@ from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
-from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.passes.sweep import cut_arrays
 
 Kept = dict[str, list[int]]
 Ends = dict[str, dict[int, np.ndarray]]

@@ -18,12 +18,12 @@ from graphs import Weights
 
 import liar_opt
 from liar_opt.frontend.engine import Patch
-from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.frontend.rewrite import Rewriter
-from liar_opt.passes.dense_run import DenseRun, together
 from liar_opt.passes.groups import ChannelGroup
-from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.probe_outputs import ProbeOutputs, repaired, together
+from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass
 from liar_opt.passes.result import ModuleResult
+from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.calibration_data import CalibrationData
 
 
@@ -240,33 +240,34 @@ def test_patches_for_both_parts_are_one() -> None:
     """A search compares widths of all groups at a time, each repaired by itself."""
     proto = model_of("packed inputs")
     state = streams.prepared(proto, 0.5, CalibrationData(tuple(feeds_of(proto, 0)), (None,) * 6, 24, 1, "test", (), False))
-    run = _Patched(PruneGroupsPass(score="magnitude", repair="none"), state, *plan_segments(state.analysed(), state.groups))
-    run.over_all()
+    sweep = Sweep(state)
+    run, probes = _Patched(sweep, PruneGroupsPass(score="magnitude", repair="none")), ProbeOutputs(sweep)
+    sweep.over(run, state.groups)
     removed = [p for patches in run.patches for p in patches]
-    lost, alone = run.difference(removed), run.difference(run.patches[0])
+    lost, alone = probes.difference(removed), probes.difference(run.patches[0])
     (first,), (second,) = run.patches
     (both,) = together([first, second])
     assert isinstance(both, Patch)
     assert np.array_equal(both.shift, first.shift + second.shift)
     cut = PruneGroupsPass(score="magnitude", repair="none")(state).state.model.to_proto()
-    dense = [oracle.run(proto, run.data.batches[i])[0] for i in run.probed]
-    off = [oracle.run(cut, run.data.batches[i])[0] - y for i, y in zip(run.probed, dense, strict=True)]
+    dense = [oracle.run(proto, sweep.data.batches[i])[0] for i in probes.batches]
+    off = [oracle.run(cut, sweep.data.batches[i])[0] - y for i, y in zip(probes.batches, dense, strict=True)]
     about = [np.square(a - a.mean(-1, keepdims=True)).sum() for a in (np.stack(off), np.stack(dense))]
     assert lost == pytest.approx(float(about[0] / about[1]), rel=1e-3)
     assert lost != pytest.approx(alone, rel=0.1)
 
 
-class _Patched(DenseRun):
+class _Patched(GroupVisitor):
     """Notes what the cut of each group makes of its consumers, with the blocks that a cut draws by magnitude."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.patches: list[list[Patch]] = []
 
-    def prune(self, group: ChannelGroup, moments: Any) -> None:
+    def group(self, group: ChannelGroup, moments: Any) -> None:
         measured = [self.measured(c, moments) for c in group.consumers]
         blocks = self.select(group, measured, self.state.keep[group.name])
-        self.patches.append(self.repaired(group, measured, blocks))
+        self.patches.append(repaired(self, group, measured, blocks))
 
 
 def test_one_tensor_that_is_several_parts_is_one_dimension() -> None:

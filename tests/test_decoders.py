@@ -20,7 +20,7 @@ from liar_opt.frontend.onnx_model import CACHE_SHAPES, OnnxModel
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.find_groups import Found
 from liar_opt.passes.groups import VALUES
-from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.compare import TOLERANCES
 
 CASES = [

@@ -22,7 +22,7 @@ from _pytest.mark import ParameterSet
 
 import liar_opt
 from liar_opt.passes.groups import KINDS
-from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.compare import TOLERANCES
 
 Feeds = dict[str, np.ndarray]

@@ -21,7 +21,7 @@ import zoo_merged
 import liar_opt
 from liar_opt.frontend.onnx_model import CACHE_SHAPES, OnnxModel
 from liar_opt.frontend.onnx_segments import plan_segments
-from liar_opt.passes.prune_groups import cut_arrays
+from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.compare import TOLERANCES
 from liar_opt.runtime.errors import CheckError
 from liar_opt.tools.cli import main

@@ -13,7 +13,7 @@ import pytest
 import streams
 
 import liar_opt
-from liar_opt.passes.prune_groups import SegmentRun
+from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime import memory
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import OptionError
@@ -54,13 +54,13 @@ def stop_in(segment: int, batches: int) -> Callable[[str, int, int], None]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes which segments are measured."""
     seen: list[int] = []
-    segment = SegmentRun.segment
+    segment = Sweep.segment
 
-    def noted(self: SegmentRun, *arguments: Any) -> None:
+    def noted(self: Sweep, *arguments: Any) -> None:
         seen.append(self.number)
         segment(self, *arguments)
 
-    monkeypatch.setattr(SegmentRun, "segment", noted)
+    monkeypatch.setattr(Sweep, "segment", noted)
     return seen
 
 

@@ -22,13 +22,13 @@ from liar_opt.runtime import kept_results
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the groups whose curve is measured."""
     count = [0]
-    note = measure_curves._CurveRun.note
+    note = measure_curves.NoteCurves.note
 
     def counted(self: Any, *arguments: Any) -> None:
         count[0] += 1
         note(self, *arguments)
 
-    monkeypatch.setattr(measure_curves._CurveRun, "note", counted)
+    monkeypatch.setattr(measure_curves.NoteCurves, "note", counted)
     return count
 
 

@@ -13,7 +13,7 @@ import streams
 from onnx import numpy_helper
 
 from liar_opt.frontend.onnx_segments import plan_segments
-from liar_opt.passes import plan_memory, prune_groups
+from liar_opt.passes import plan_memory, sweep
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
@@ -62,7 +62,7 @@ WEIGHTS: graphs.Weights = {"w1": (6, 47), "w2": (47, 6), "w3": (6, 53), "w4": (5
 
 
 def cut(limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[onnx.ModelProto, list[Parts]]:
-    monkeypatch.setattr(prune_groups, "anonymous", lambda: 0)
+    monkeypatch.setattr(sweep, "anonymous", lambda: 0)
     monkeypatch.setattr(plan_memory, "SPARE", 0)
     state = load_state(graphs.parse(PARALLEL, WEIGHTS), limit)
     NormaliseGraphPass()(state)
@@ -70,13 +70,13 @@ def cut(limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[onnx.ModelProto, l
     state.calibration = streams.data(streams.batches(20, 0))
     state.keep = {g.name: g.size // 2 for g in state.groups}
     seen: list[Parts] = []
-    parts = prune_groups.SegmentRun.parts
+    parts = sweep.Sweep.parts
 
     def noted(*arguments: object) -> Parts:
         seen.append(parts(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(prune_groups.SegmentRun, "parts", noted)
+    monkeypatch.setattr(sweep.Sweep, "parts", noted)
     PruneGroupsPass()(state)
     VerifyModelPass()(state)
     monkeypatch.undo()
@@ -116,7 +116,7 @@ def test_no_work_is_done_where_a_later_group_does_not_fit(monkeypatch: pytest.Mo
         u = MatMul(x0, w1)  h = Relu(u)  z = MatMul(h, w2)  a = Add(x0, z)
         t = MatMul(a, w3)  k = Relu(t)  p = MatMul(k, w4)  y = Add(a, p) }"""
     weights: graphs.Weights = {"w1": (6, 20), "w2": (20, 6), "w3": (6, 900), "w4": (900, 6)}
-    monkeypatch.setattr(prune_groups, "anonymous", lambda: 0)
+    monkeypatch.setattr(sweep, "anonymous", lambda: 0)
     state = load_state(graphs.parse(chain, weights), SPARE + 10**6)
     NormaliseGraphPass()(state)
     FindGroupsPass()(state)
@@ -143,20 +143,21 @@ def test_the_least_does_where_more_room_takes_more() -> None:
 
 def test_what_was_enough_before_the_work_is_enough_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     limit, now = SPARE + 10**6, [0]
-    monkeypatch.setattr(prune_groups, "anonymous", lambda: now[0])
+    monkeypatch.setattr(sweep, "anonymous", lambda: now[0])
     state = load_state(graphs.parse(PARALLEL, WEIGHTS), limit)
     NormaliseGraphPass()(state)
     FindGroupsPass()(state)
     state.calibration = streams.data(streams.batches(20, 0))
     state.keep = {g.name: g.size // 2 for g in state.groups}
     (groups,) = PruneGroupsPass().plan(state)
-    run = prune_groups.SegmentRun(PruneGroupsPass(), state, *plan_segments(state.analysed(), groups))
-    run.require_room(run.segments)
+    run = sweep.Sweep(state)
+    segments = [(s.groups, s.first) for s in plan_segments(state.analysed(), groups)[1]]
+    run.require_room(segments)
     now[0] = SPARE
-    run.require_room(run.segments)
+    run.require_room(segments)
     now[0] = SPARE + 10**7
     with pytest.raises(OptionError, match="is too small"):
-        run.require_room(run.segments)
+        run.require_room(segments)
 
 
 def test_a_model_that_is_large_beside_the_limit_is_not_in_memory(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
 from liar_opt.passes.prove_groups import Failure, Proof, ProveGroupsPass, probe_feeds
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.sweep import Sweep
 from liar_opt.passes.verify_model import VerifyModelPass, dense_session
 from liar_opt.runtime.errors import CheckError
 
@@ -172,14 +173,14 @@ def test_groups_that_are_wrong_together_lose_the_later_one() -> None:
 
 
 def test_what_breaks_while_measuring_costs_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = SegmentRun.measure
+    right = Sweep.measure
 
-    def breaks(self: SegmentRun, taps: list[Any], stop: int, first: Any) -> Any:
+    def breaks(self: Sweep, taps: list[Any], stop: int, first: Any) -> Any:
         if any(tap.width == 10 for tap in taps):
             raise IndexError("a part that is not there")
         return right(self, taps, stop, first)
 
-    monkeypatch.setattr(SegmentRun, "measure", breaks)
+    monkeypatch.setattr(Sweep, "measure", breaks)
     for options in ({"ffn": 0.5}, {"sparsity": 0.5}):
         result = pruned(**options)
         assert widths(result)[2] == 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import graphs
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from onnx import numpy_helper
 from streams import BLOCK, STREAM, WEIGHTS, batches, data, error, pruned
 
+from liar_opt.frontend.onnx_engine import OnnxPart
 from liar_opt.passes import calibrate
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -155,12 +157,22 @@ def test_data_on_which_the_original_fails(lengths: tuple[int, ...], memory: str 
         prune(proto, of_lengths(*lengths), ffn=0.5, allocate="uniform", memory=memory)
 
 
+def part_of(run: Any) -> Any:
+    """Makes parts whose sessions run ``run``."""
+    right = OnnxPart.__init__
+
+    def made(self: OnnxPart, session: Any, wanted: Any, taps: Any) -> None:
+        right(self, type("Broken", (), {"run": run})(), wanted, taps)  # type: ignore[arg-type]
+
+    return made
+
+
 def test_a_part_that_fails_where_the_original_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Got invalid dimensions")
 
     proto = graphs.parse(POSITIONS, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
-    monkeypatch.setattr("liar_opt.passes.prune_groups.Session", lambda *_: type("Broken", (), {"run": fail})())
+    monkeypatch.setattr(OnnxPart, "__init__", part_of(fail))
     with pytest.raises(CheckError, match=r"InternalError: ONNX Runtime fails on the part of the model that .*h/2"):
         prune(proto, of_lengths(5, 5), ffn=0.5, allocate="uniform")
 
@@ -171,7 +183,7 @@ def test_memory_that_runs_out_is_no_bug(monkeypatch: pytest.MonkeyPatch, said: s
         raise RuntimeError(said)
 
     proto = graphs.parse(POSITIONS, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
-    monkeypatch.setattr("liar_opt.passes.prune_groups.Session", lambda *_: type("Full", (), {"run": fail})())
+    monkeypatch.setattr(OnnxPart, "__init__", part_of(fail))
     with pytest.raises(OptionError, match="prune-groups ran out of memory"):
         prune(proto, of_lengths(5, 5), ffn=0.5, allocate="uniform")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from streams import STREAM, WEIGHTS, data, error, pruned
 
-from liar_opt.passes.prune_groups import HELD_BACK
 from liar_opt.passes.repairs import AWARE, REPAIRS
 from liar_opt.passes.report import unrepaired
+from liar_opt.passes.sweep import HELD_BACK
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
 

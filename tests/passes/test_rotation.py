@@ -20,7 +20,6 @@ import zoo
 from onnx import numpy_helper
 
 from liar_opt import prune
-from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.passes.base import Pipeline
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -127,8 +126,8 @@ def test_at_full_rank_nothing_changes() -> None:
         state.calibration = load_calibration([dict(f) for f in FEEDS], state.model.inputs(), batch_size=8)
         groups = (*state.queries, *state.values)
         state.keep = {g.name: g.size for g in groups}
-        run = PruneGroupsPass(repair=repair)._run(state, plan_segments(state.analysed(), groups))
-        run.over_all()
+        visitor = PruneGroupsPass(repair=repair).visitor(state)
+        visitor.sweep.over(visitor, groups)
         turned = state.model.to_proto()
         before, after = constants(model()), constants(turned)
         assert all(np.abs(before[n] - after[n]).max() > 0.1 for n in ("wqk", "wv", "wo", "bqk", "bv"))

@@ -1,4 +1,4 @@
-"""Repairs that look at the dense model: a twin of it runs along, segment by segment.
+"""Repairs that look at the dense model: it runs along, segment by segment.
 
 By the time a consumer is repaired, the layers before it have been pruned: it sees x~ where the dense model has x. With
 y = x W its dense output, s the other terms of the residual stream behind it, and s~ the same in the pruned model, the new
@@ -12,7 +12,7 @@ as Y ~ x~_U W' + b', by the cross moments E[x~^T Y] and a ridge that pulls towar
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_segments import (
     VARIANCE_FLOOR,
-    Place,
     Tap,
     live_tensors,
     row_mask,
@@ -29,12 +28,11 @@ from liar_opt.frontend.onnx_segments import (
 )
 from liar_opt.frontend.records import ConsumerUse
 from liar_opt.frontend.walk import GraphWalk, walk
-from liar_opt.passes.base import DenseModel, State
+from liar_opt.passes.base import DenseModel
 from liar_opt.passes.groups import ChannelGroup, Consumer
-from liar_opt.passes.measured import Measured, Repaired
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun, cut_arrays
+from liar_opt.passes.measured import Repaired
+from liar_opt.passes.sweep import Sweep, cut_arrays
 from liar_opt.runtime.moments import Moments
-from liar_opt.runtime.subspaces import Basis
 
 SAME = 1e-2
 """How far y may be from x W plus a constant, relative, for rows of both to be taken as the same."""
@@ -68,45 +66,41 @@ class _Aim:
         return real
 
 
-class TwinRun(SegmentRun):
-    """Prunes as its base does, with moments of the dense targets beside those of the inputs."""
+class DenseTargets:
+    """The dense model beside the one that is cut: moments of its outputs with the inputs of the other.
 
-    def __init__(
-        self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
-    ) -> None:
-        super().__init__(options, state, wide, segments)
-        model = state.found(DenseModel).stored.model()
+    Args:
+        sweep: over the model that is cut.
+        repair: "dense" or "residual": which target.
+    """
+
+    def __init__(self, sweep: Sweep, repair: str) -> None:
+        self.sweep, self.repair, self.data, self.engine = sweep, repair, sweep.data, sweep.engine
+        model = sweep.state.found(DenseModel).stored.model()
         model.normalise()
-        self.twin: GraphWalk = walk(model)
-        self.twin_alive: list[dict[str, Any]] = [{} for _ in self.data.batches]
-        self.twin_at: str | None = None
-        self.aware: dict[str, Moments] = {}
+        self.dense: GraphWalk = walk(model)
+        self.carry, self.beside = sweep.fresh_carry(), sweep.carry
+        self.moments: dict[str, Moments] = {}
 
-    def again(self, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]) -> None:
-        """Goes over both models a second time."""
-        self.twin_alive, self.twin_at = [{} for _ in self.data.batches], None
-        super().again(wide, segments)
-
-    def segment(self, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
-        """Measures the targets, then goes on as usual."""
+    def measure(self, groups: Sequence[ChannelGroup], stop: int, first: Any) -> None:
+        """Measures the targets of one segment; arguments as ``Visitor.before``."""
+        if self.beside is not self.sweep.carry:  # the sweep begins again
+            self.carry, self.beside = self.sweep.fresh_carry(), self.sweep.carry
         found = (self.aim(u) for g in groups for c in g.consumers for u in c.measured)
         aims = [aim for aim in found if aim is not None]
-        self.aware = self.targets(aims, stop, first) if aims else {}
-        super().segment(groups, stop, first)
+        self.moments = self.targets(aims, stop, first) if aims else {}
 
-    def measured(self, consumer: Consumer, moments: dict[Place, Moments]) -> Measured:
-        """Adds the moments with the targets, where every use has them."""
-        found = [self.aware.get(u.node.name) for u in consumer.measured]
+    def of(self, consumer: Consumer) -> Moments | None:
+        """Returns the moments of a consumer's input with its target, all uses pooled; None where one use has none."""
+        found = [self.moments.get(u.node.name) for u in consumer.measured]
         pooled = found[0]
         for own in found[1:]:
             pooled = None if pooled is None or own is None else pooled.merge(own)
-        pooled = None if pooled is None else self.still(consumer, pooled)
-        return replace(super().measured(consumer, moments), aware=pooled)
+        return pooled
 
-    def write(self, consumer: Consumer, kept: NDArray[np.int64], repaired: Repaired, basis: Basis | None = None) -> None:
-        """Takes the new bias off the target: another group of the consumer is fitted to what is missing then."""
-        super().write(consumer, kept, repaired, basis)
-        for moments in {u.node.name: self.aware.get(u.node.name) for u in consumer.uses}.values():
+    def written(self, consumer: Consumer, repaired: Repaired) -> None:
+        """Takes a new bias off the target: another group of the consumer is fitted to what is missing then."""
+        for moments in {u.node.name: self.moments.get(u.node.name) for u in consumer.uses}.values():
             if moments is not None:
                 moments.shift_target(repaired.bias)
 
@@ -114,25 +108,25 @@ class TwinRun(SegmentRun):
         """Returns what to read for one use; None where its output cannot be laid out beside its input."""
         if use.lookup is not None:
             return None
-        tap = tap_for(self.walk, use, self.rewriter.size(use.width), self.batch)
-        stream = stream_of(self.walk, use, self.options.seed)
+        tap = tap_for(self.sweep.walk, use, self.sweep.rewriter.size(use.width), self.sweep.batch)
+        stream = stream_of(self.sweep.walk, use, self.sweep.seed)
         value = np.asarray(use.node.inputs[use.weight_position].values)
         if use.output_axis != -1 and value.ndim != 2:
             return None
         terms = () if stream is None else stream.terms
         # Of the dense model's name: a bias that a cut before has put behind the node has left that name to its sum.
-        output = next(n for n in self.twin.model.graph.nodes if n.name == use.node.name).outputs[0].name
+        output = next(n for n in self.dense.model.graph.nodes if n.name == use.node.name).outputs[0].name
         rows = use.matrix(value).astype(np.float32) * np.float32(use.scale)
         return _Aim(use, tap, terms, rows, str(output))
 
     def targets(self, aims: list[_Aim], stop: int, first: Any) -> dict[str, Moments]:
         """Runs both models over the segment and adds up x~^T x~ and x~^T Y, by node name."""
         wanted = sorted({n for a in aims for n in (a.tap.tensor, a.output, *a.terms)})
-        makers = {t.name: i for i, n in enumerate(self.walk.model.graph.nodes) for t in n.outputs}
+        makers = {t.name: i for i, n in enumerate(self.sweep.walk.model.graph.nodes) for t in n.outputs}
         stop = max(stop, *(makers[a.output] + 1 for a in aims))
         result = {a.use.node.name: Moments(a.tap.width) for a in aims}
         broken: set[str] = set()
-        both = zip(self.pruned(wanted, stop), self.dense(wanted, stop, first), strict=True)
+        both = zip(self.pruned_values(wanted, stop), self.dense_values(wanted, stop, first), strict=True)
         for index, (pruned, dense) in enumerate(both):
             for aim in aims:
                 name = aim.use.node.name
@@ -157,48 +151,48 @@ class TwinRun(SegmentRun):
         for term in aim.terms:
             before, after = (aim.rows(v, term, -1, mask) for v in (dense, pruned))
             stream = stream + after
-            if self.options.repair == "residual":
+            if self.repair == "residual":
                 missed = missed + before - after
         gain = np.ones((x.shape[0], 1), np.float32)
-        if self.options.weighting == "stream" and aim.terms:
+        if self.sweep.weighting == "stream" and aim.terms:
             gain = 1.0 / np.sqrt(stream.var(axis=1, keepdims=True) + VARIANCE_FLOOR)
         target = (local + missed) / np.float32(aim.use.scale)
         x, target, square = x * gain, target * gain, gain * gain
-        held, count = index in self.held, float(square.sum())
+        held, count = index in self.sweep.held, float(square.sum())
         moments.add_block_rows(count, (x * gain).sum(axis=0), [x.T @ x], [0, x.shape[1]], held, x.shape[0])
         moments.add_cross(count, x.T @ target, (target * gain).sum(axis=0), float(np.square(target).sum()), held)
         return True
 
-    def pruned(self, wanted: list[str], stop: int) -> Iterator[dict[str, Any]]:
+    def pruned_values(self, wanted: list[str], stop: int) -> Iterator[dict[str, Any]]:
         """The model as it is cut by now."""
-        start = 0 if self.alive_at is None else self.position(self.alive_at)
-        fresh = [n for n in wanted if n not in self.alive[0]]
-        part = self.engine.part(self.walk, start, stop, fresh, self.alive[0])
+        sweep, carry = self.sweep, self.sweep.carry
+        fresh = [n for n in wanted if n not in carry.given]
+        part = self.engine.part(sweep.walk, sweep.position(carry.at), stop, fresh, carry.given)
         for index, feeds in enumerate(self.data.batches):
-            feeds = cut_arrays(feeds, self.rewriter.ends())
-            values = {**self.alive[index], **part.run({**feeds, **self.alive[index]}, arrays=fresh)}
+            alive = carry.values[index]
+            values = {**alive, **part.run({**cut_arrays(feeds, sweep.rewriter.ends()), **alive}, arrays=fresh)}
             yield {n: self.engine.array(values[n]) for n in wanted}
 
-    def dense(self, wanted: list[str], stop: int, first: Any) -> Iterator[dict[str, Any]]:
+    def dense_values(self, wanted: list[str], stop: int, first: Any) -> Iterator[dict[str, Any]]:
         """The dense model over the same nodes; what is alive at the segment's first node is kept for the next."""
-        nodes = self.twin.model.graph.nodes
+        nodes, carry = self.dense.model.graph.nodes, self.carry
         place = {n.name: i for i, n in enumerate(nodes)}
-        start = 0 if self.twin_at is None else place[self.twin_at]
-        last = next(n for n in reversed(self.walk.model.graph.nodes[:stop]) if n.name in place)
+        start = 0 if carry.at is None else place[carry.at]
+        last = next(n for n in reversed(self.sweep.walk.model.graph.nodes[:stop]) if n.name in place)
         at = None if first is None else self.counterpart(first, place)
-        names = [] if at is None else live_tensors(self.twin, place[at])
-        fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in self.twin_alive[0]]
-        part = self.engine.part(self.twin, start, place[last.name] + 1, fresh, self.twin_alive[0])
+        names = [] if at is None else live_tensors(self.dense, place[at])
+        fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in carry.given]
+        part = self.engine.part(self.dense, start, place[last.name] + 1, fresh, carry.given)
         for index, feeds in enumerate(self.data.batches):
-            alive = self.twin_alive[index]
+            alive = carry.values[index]
             values = {**alive, **part.run({**feeds, **alive}, arrays=[n for n in fresh if n in wanted])}
             yield {n: self.engine.array(values[n]) for n in wanted}
             if at is not None:
-                self.twin_alive[index] = {n: values[n] for n in names}
+                carry.values[index] = {n: values[n] for n in names}
         if at is not None:
-            self.twin_at = at
+            carry.at = at
 
     def counterpart(self, first: Any, place: Mapping[str, int]) -> str:
         """Returns the dense model's node where a segment begins; an earlier sweep may have put ``first`` in."""
-        behind = self.walk.model.graph.nodes[self.position(first) :]
+        behind = self.sweep.walk.model.graph.nodes[self.sweep.position(first) :]
         return next(str(n.name) for n in behind if n.name in place)

@@ -1,7 +1,7 @@
-"""A run over the segments that leaves the model as it is, and measures what a cut of some groups would do to its outputs.
+"""What a cut of some groups would do to the outputs of the model, which stays as it is.
 
 The cut is not made: the consumers of the groups get repaired weights with zeros in the removed rows
-(`frontend.onnx_patch`), which computes the same.
+(`frontend.engine.Patch`), which computes the same.
 """
 
 import functools
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import ConstantPatch, Patch
 from liar_opt.frontend.graph_tensors import is_float
-from liar_opt.passes.base import State
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.prune_groups import PruneGroupsPass, SegmentRun
+from liar_opt.passes.prune_groups import GroupVisitor
+from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.compare import common_part, output_rows
 
 PROBE_BATCHES = 2
@@ -29,58 +29,22 @@ PROBE_ROWS = 256
 """Rows of each output and batch that are kept: those of a vocabulary are long."""
 
 
-class DenseRun(SegmentRun):
-    """Runs over the segments as pruning does; a subclass says in ``prune`` what to do with the moments of each group."""
+class ProbeOutputs:
+    """Runs the rest of the model behind what is alive, or the whole, on a few held-back batches.
 
-    def __init__(
-        self, options: PruneGroupsPass, state: State, wide: tuple[ChannelGroup, ...], segments: tuple[Any, ...]
-    ) -> None:
-        super().__init__(options, state, wide, segments)
-        self.probed = self._probed()
-        self.outputs = [t.name for t in self.walk.model.graph.outputs if is_float(t.dtype)][:PROBE_OUTPUTS]
+    Args:
+        sweep: over the model.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep, self.data = sweep, sweep.data
+        self.batches = self._enough()
+        self.outputs = [t.name for t in sweep.walk.model.graph.outputs if is_float(t.dtype)][:PROBE_OUTPUTS]
 
     @functools.cached_property
     def dense(self) -> list[dict[str, NDArray[np.float64]]]:
         """Rows of the dense model's outputs, for each probed batch; it runs when they are first asked for."""
         return self._ends(None, self.outputs)
-
-    def _probed(self) -> list[int]:
-        """Returns the held-back batches that are enough to compare outputs on."""
-        found, rows = [], 0
-        for i in sorted(self.held)[:PROBE_BATCHES] or [0]:
-            if rows < ENOUGH_ROWS:
-                found.append(i)
-                mask = self.data.row_masks[i]
-                rows += next(iter(self.data.batches[i].values())).size if mask is None else int(mask.sum())
-        return found
-
-    def repaired(self, group: ChannelGroup, measured: Sequence[Measured], blocks: NDArray[np.int64]) -> list[Patch]:
-        """Repairs the consumers of one group for a set of kept blocks."""
-        patches: list[Patch] = []
-        stacks: dict[int, NDArray[Any]] = {}
-        for consumer, item in zip(group.consumers, measured, strict=True):
-            kept = kept_positions(consumer.owners, blocks)
-            if consumer.expert is not None:
-                item = item.part(consumer.expert * group.size, group.size)
-            repaired = self.repair(item, kept, np.setdiff1d(np.arange(consumer.width), kept), self.options.ridge)
-            use = consumer.uses[0]
-            if consumer.expert is not None:
-                if id(use) not in stacks:
-                    stacks[id(use)] = np.zeros(use.weight.shape, use.weight.dtype)
-                    patches.append(Patch(consumer.uses, stacks[id(use)], np.zeros(repaired.bias.shape)))
-                rows = np.moveaxis(stacks[id(use)][consumer.expert], use.weight_axis - 1, 0)
-                rows[kept] = repaired.weight.reshape(rows[kept].shape).astype(rows.dtype)
-                continue
-            old = np.asarray(use.node.inputs[use.weight_position].values)
-            flat = np.zeros((consumer.width, item.weight.shape[1]), old.dtype)
-            flat[kept] = repaired.weight.astype(old.dtype)
-            weight = use.laid_out(flat, old.shape)
-            patches.append(Patch(consumer.uses, weight, repaired.bias))
-        return patches
-
-    def behind(self, group: ChannelGroup) -> int:
-        """Returns the position of the last node that reads a group's dimension, in the graph as it is now."""
-        return max(self.position(r.node) for r in group.readings)
 
     def difference(self, patches: Sequence[Patch | ConstantPatch], behind: int | None = None) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
@@ -95,10 +59,10 @@ class DenseRun(SegmentRun):
             behind: position of the last node of the group that they belong to, which lies behind what is alive; None runs
                 the model from its start.
         """
-        nodes = self.walk.model.graph.nodes
+        nodes = self.sweep.walk.model.graph.nodes
         made = {t.name for n in nodes[behind or 0 :] for t in n.outputs}
         outputs = [n for n in self.outputs if n in made]
-        ends = self._ends(None if behind is None else self.alive_at, outputs, together(patches))
+        ends = self._ends(None if behind is None else self.sweep.carry.at, outputs, together(patches))
         for name in outputs:
             pairs = [common_part(x[name], y[name]) for x, y in zip(ends, self.dense, strict=True)]
             lost = sum(float(np.square(x - y).sum()) for x, y in pairs)
@@ -106,19 +70,61 @@ class DenseRun(SegmentRun):
                 return lost / (sum(float(np.square(y[name]).sum()) for y in self.dense) or 1.0)
         return None
 
+    def behind(self, group: ChannelGroup) -> int:
+        """Returns the position of the last node that reads a group's dimension, in the graph as it is now."""
+        return max(self.sweep.position(r.node) for r in group.readings)
+
+    def _enough(self) -> list[int]:
+        """Returns the held-back batches that are enough to compare outputs on."""
+        found, rows = [], 0
+        for i in sorted(self.sweep.held)[:PROBE_BATCHES] or [0]:
+            if rows < ENOUGH_ROWS:
+                found.append(i)
+                mask = self.data.row_masks[i]
+                rows += next(iter(self.data.batches[i].values())).size if mask is None else int(mask.sum())
+        return found
+
     def _ends(
         self, first: Any, outputs: list[str], patches: Sequence[Patch | ConstantPatch] = ()
     ) -> list[dict[str, NDArray[np.float64]]]:
         """Runs the model from a node, or from its start, on the probed batches; returns the same rows each time."""
         if not outputs:
-            return [{} for _ in self.probed]
-        start, stop = 0 if first is None else self.position(first), len(self.walk.model.graph.nodes)
-        part = self.engine.part(self.walk, start, stop, outputs, self.alive[0], patches=patches, once=True)
+            return [{} for _ in self.batches]
+        sweep = self.sweep
+        start, stop = sweep.position(first), len(sweep.walk.model.graph.nodes)
+        part = sweep.engine.part(sweep.walk, start, stop, outputs, sweep.carry.given, patches=patches, once=True)
         result = []
-        for i in self.probed:
-            values = part.run({**self.data.batches[i], **self.alive[i]}, arrays=outputs)
-            result.append({n: _some_rows(self.engine.array(v), self.data.row_masks[i]) for n, v in values.items()})
+        for i in self.batches:
+            values = part.run({**self.data.batches[i], **sweep.carry.values[i]}, arrays=outputs)
+            result.append({n: _some_rows(sweep.engine.array(v), self.data.row_masks[i]) for n, v in values.items()})
         return result
+
+
+def repaired(
+    visitor: GroupVisitor, group: ChannelGroup, measured: Sequence[Measured], blocks: NDArray[np.int64]
+) -> list[Patch]:
+    """Repairs the consumers of one group for a set of kept blocks."""
+    patches: list[Patch] = []
+    stacks: dict[int, NDArray[Any]] = {}
+    for consumer, item in zip(group.consumers, measured, strict=True):
+        kept = kept_positions(consumer.owners, blocks)
+        if consumer.expert is not None:
+            item = item.part(consumer.expert * group.size, group.size)
+        found = visitor.repair(item, kept, np.setdiff1d(np.arange(consumer.width), kept), visitor.options.ridge)
+        use = consumer.uses[0]
+        if consumer.expert is not None:
+            if id(use) not in stacks:
+                stacks[id(use)] = np.zeros(use.weight.shape, use.weight.dtype)
+                patches.append(Patch(consumer.uses, stacks[id(use)], np.zeros(found.bias.shape)))
+            rows = np.moveaxis(stacks[id(use)][consumer.expert], use.weight_axis - 1, 0)
+            rows[kept] = found.weight.reshape(rows[kept].shape).astype(rows.dtype)
+            continue
+        old = np.asarray(use.node.inputs[use.weight_position].values)
+        flat = np.zeros((consumer.width, item.weight.shape[1]), old.dtype)
+        flat[kept] = found.weight.astype(old.dtype)
+        weight = use.laid_out(flat, old.shape)
+        patches.append(Patch(consumer.uses, weight, found.bias))
+    return patches
 
 
 def together(patches: Sequence[Patch | ConstantPatch]) -> list[Patch | ConstantPatch]:
