@@ -287,6 +287,56 @@ def joined(
     return result, meaning
 
 
+def alike(
+    groups: Sequence[ChannelGroup], multiple_of: int, curves: Mapping[str, GroupCurve], sayable: Sayable | None
+) -> tuple[list[Menu], Meaning]:
+    """Puts groups that keep one width on one menu: costs and errors add up.
+
+    So a configuration with one number of heads and one feed-forward width for all layers has a menu of each.
+
+    Args:
+        groups: the groups.
+        multiple_of: kept feed-forward widths are multiples of this.
+        curves: what was measured, by group name.
+        sayable: what a configuration can say of their widths, if there is one.
+
+    Returns:
+        The menus, whose widths are numbers from 1 on, and the kept blocks that these stand for.
+    """
+    menus, meaning = [], Meaning()
+    for members in _classes(groups, sayable):
+        first = members[0]
+        allowed = {} if sayable is None else sayable.allowed
+        said = {g.name: (*allowed[g.name], g.size) for g in members if g.name in allowed}
+        if len(said) == len(members):
+            choices = [dict(zip(said, widths, strict=True)) for widths in zip(*said.values(), strict=True)]
+        else:
+            shares = [(g.name, g.size // first.size) for g in members]
+            choices = [{n: int(w) * times for n, times in shares} for w in _widths(first.size, step_of(first, multiple_of))]
+        costs = [sum(g.parameters * keep[g.name] / g.size for g in members) for keep in choices]
+        errors = [sum(float(curves[g.name].errors[keep[g.name]]) for g in members) for keep in choices]
+        meaning[first.name] = choices
+        numbers = np.arange(1, len(choices) + 1)
+        menus.append(Menu(first.name, numbers, np.asarray(costs), np.asarray(errors), np.zeros(0)))
+    return menus, meaning
+
+
+def _classes(groups: Sequence[ChannelGroup], sayable: Sayable | None) -> list[list[ChannelGroup]]:
+    """Returns the groups that keep one width, or widths in proportion (see `_proportional`), the narrowest first."""
+    result: dict[tuple[Any, ...], list[ChannelGroup]] = {}
+    for group in sorted(groups, key=lambda g: g.size):
+        allowed = None if sayable is None else sayable.allowed.get(group.name)
+        linked = group.kind == "ffn" and (sayable is None or group.name in sayable.linked)
+        base: Any = group.size
+        if linked and allowed is not None:
+            base = str(len(allowed))  # of one field: they go through their widths together
+        elif linked:
+            sizes = (key[2] for key in result if key[:2] == (group.kind, True) and isinstance(key[2], int))
+            base = next((size for size in sizes if group.size % size == 0), group.size)
+        result.setdefault((group.kind, linked, base, None if linked else allowed), []).append(group)
+    return list(result.values())
+
+
 def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:
     """Returns the kept blocks that widths of joined menus stand for, by group name."""
     keep: dict[str, int] = {}
@@ -354,7 +404,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                 raise OptionError(f"{option.replace('_', '-')} {value:g} is outside [0, 1); it is the fraction to remove")
         if self.sparsity is not None and (self.ffn is not None or self.heads is not None):
             raise OptionError("sparsity and the ratios by kind (ffn, heads) exclude each other; give one form")
-        if self.uniform and self.allocate in MEASURED:
+        if self.uniform and self.allocate in MEASURED and self.allocate != "curves":
             raise OptionError(f"uniform widths and allocation '{self.allocate}' exclude each other; give one of them")
         others = bool((self.values or self.recurrent) and state.values) or bool(self.query_key and state.queries)
         require_allocatable(state, self.allocate, self.multiple_of, others)
@@ -379,13 +429,17 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         if isinstance(self.query_key, float | int):
             values |= {g.name: kept_width(g, self.query_key, 1) for g in state.queries} if self.query_key else {}
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        sayable = state.get(Sayable)
         if self.allocate in MEASURED:
             sharing = state.queries if self.query_key == "auto" else ()
             curves = state.found(Curves).by_group
             if self.by_kind or sharing:
-                return self._shared_out(groups, sharing, curves, sparsity) | values
-            return _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s)) | values
-        sayable = state.get(Sayable)
+                keep = self._shared_out(groups, sharing, curves, sparsity, sayable)
+            else:
+                keep = _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s, sayable))
+            if sayable is not None:
+                self._require_less(groups, keep, sayable)
+            return keep | values
         if self.by_kind:
             ratios = {g.name: self._ratio(g) for g in groups}
             keep = self._at(groups, ratios, sayable, more=False)
@@ -432,6 +486,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         queries: tuple[ChannelGroup, ...],
         curves: Mapping[str, GroupCurve],
         sparsity: float,
+        sayable: Sayable | None,
     ) -> dict[str, int]:
         keep = {g.name: g.size for g in groups}
         if not self.by_kind:
@@ -440,7 +495,11 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             parts = [(ratio, tuple(g for g in groups if g.kind == kind)) for kind, ratio in ratios.items()]
         for ratio, members in parts:
-            menus, meaning = joined(menus_of(members, self.multiple_of, curves), members, queries, self.multiple_of, curves)
+            if self.uniform:
+                menus, meaning = alike(members, self.multiple_of, curves, sayable)
+            else:
+                own = menus_of(members, self.multiple_of, curves)
+                menus, meaning = joined(own, members, queries, self.multiple_of, curves)
             if not ratio or not menus:
                 continue
             everything, least = sum(m.costs[-1] for m in menus), sum(m.costs[0] for m in menus)
@@ -488,7 +547,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             OptionError: something was asked for, and no group would lose anything.
         """
         sayable = state.get(Sayable)
-        for group in state.groups if sayable is not None else ():
+        for group in state.groups if sayable is not None and self.allocate not in MEASURED else ():
             assert sayable is not None
             if group.name not in sayable.allowed or not self._ratio(group):
                 continue

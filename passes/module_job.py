@@ -19,8 +19,9 @@ from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.weight_files import lightened, write_model
-from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable
+from liar_opt.passes.allocate_widths import Sayable
 from liar_opt.passes.base import Pass, Pipeline, State
+from liar_opt.passes.chosen_passes import Chosen, passes_of_options
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.gradient_scores import (
@@ -49,7 +50,7 @@ from liar_opt.passes.report import SizesEntry, report_of
 from liar_opt.passes.result import Inspection, ModuleResult
 from liar_opt.passes.verify_model import first_samples
 from liar_opt.passes.verify_module import CutModule, VerifyModulePass
-from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency, measure_latency
 from liar_opt.runtime.memory import MemoryWatch
@@ -106,32 +107,36 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
         model, calibration, options.example, options.allow_pickle, options.provider, options.batch_size
     )
     opened = state.found(OpenedModule)
-    state.progress = options.progress
+    state.progress, state.fresh = options.progress, options.fresh
     options = replace(
         options,
         checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
         tokenizer=opened.folder if options.tokenizer is None else options.tokenizer,
     )
-    widths, cut = _passes(options)
+    chosen = _chosen(options, calibration is not None)
+    cut = chosen.cut
     asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
     passes: list[Pass[Any]] = [
         FindModuleGroupsPass(traced=not options.checkpoint),
         ProveModuleGroupsPass(cut),
         *([ExpressWidthsPass(asked)] if options.checkpoint else []),
-        widths,
     ]
     analysis = Pipeline(passes=passes, observer=options.observer)(state)
+    if chosen.curves is not None:
+        _load_calibration(state, calibration, options)
+    Pipeline(passes=chosen.deciding, observer=options.observer)(state)
     if options.checkpoint:
         state.add(FinalFields(final_fields(state)))
     report = report_of(state)
-    report.asked([widths, cut], options, calibration, options.backend, str(traced_model(state).device))
+    report.asked([chosen.widths, cut], options, calibration, options.backend, str(traced_model(state).device))
     report.refuse(analysis.refusals)
+    report.decided(state)
     if options.dry_run:
         report.planned(state)
         return ModuleResult(state, report.to_json(), (), analysis.refusals, inputs)
-    began = time.perf_counter()
-    state.calibration = _calibrated(state, calibration, options)
-    state.seconds["load-calibration"] = time.perf_counter() - began
+    if state.calibration is None:
+        _load_calibration(state, calibration, options)
+    assert state.calibration is not None
     report.calibrated(state.calibration)
     labelled, loss = options.labelled, options.loss
     if options.score == KNOWLEDGE:
@@ -162,7 +167,7 @@ def _require_possible(calibration: Any, options: PruneOptions) -> None:
     """
     require_labels(options.score, options.loss, options.labelled, torch_module=True)
     for name, what in OPTIONS.items():
-        if what.onnx_only and options.given(name) and (name, getattr(options, name)) != ("allocate", "uniform"):
+        if what.onnx_only and options.given(name):
             raise OptionError(
                 f"{name.replace('_', '-')} works on ONNX files alone; prune the exported module, or leave it out"
             )
@@ -176,24 +181,33 @@ def _require_possible(calibration: Any, options: PruneOptions) -> None:
         raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
 
 
-def _passes(options: PruneOptions) -> tuple[AllocateWidthsPass, PruneModulePass]:
-    """Returns what decides the widths, and what cuts: a checkpoint has one width for all layers, and no new biases."""
+def _chosen(options: PruneOptions, calibrated: bool) -> Chosen:
+    """Returns the passes: a checkpoint has one width for all layers, and no new biases.
+
+    Raises:
+        OptionError: they exclude each other.
+    """
     checkpoint = bool(options.checkpoint)
     uniform = checkpoint if options.uniform is None else options.uniform
-    widths = AllocateWidthsPass(
-        options.sparsity, options.ffn, options.heads, multiple_of=options.multiple_of, uniform=uniform
-    )
+    new_bias = not checkpoint if options.new_bias is None else options.new_bias
+    chosen = passes_of_options(replace(options, uniform=None, new_bias=new_bias), calibrated)
+    if uniform and chosen.search is not None:
+        raise OptionError(
+            "a search exchanges widths between layers, and a configuration has one for all of a kind; leave search out, or "
+            "write ONNX with --format onnx (in Python: checkpoint=False)"
+        )
     pruning = PruneExportedPass if options.backend == "onnxruntime" else PruneModulePass
-    named = {name: getattr(options, name) for name in ("score", "repair", "ridge", "seed", "weighting")}
-    return widths, pruning(**named, new_bias=not checkpoint if options.new_bias is None else options.new_bias)
+    return replace(chosen, widths=replace(chosen.widths, uniform=uniform), cut=pruning(**vars(chosen.cut)))
 
 
-def _calibrated(state: State, source: Any, options: PruneOptions) -> CalibrationData:
+def _load_calibration(state: State, source: Any, options: PruneOptions) -> None:
+    began = time.perf_counter()
     fields, model = options.data(), traced_model(state)
     fields["packing"] = is_causal(model) if options.packing == "auto" else options.packing == "on"
     if source is None and options.sequence_length is None:  # inputs that are made up are no longer than there are positions
         fields["positions"] = positions(module_of(state))
-    return load_calibration(source, model.inputs(), vocabulary=vocabulary(model), **fields)
+    state.calibration = load_calibration(source, model.inputs(), vocabulary=vocabulary(model), **fields)
+    state.seconds["load-calibration"] = time.perf_counter() - began
 
 
 def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:

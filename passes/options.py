@@ -163,8 +163,8 @@ class PruneOptions:
     target: str | None = field(default=None, metadata=_told("pruning", metavar="GOAL", onnx_only=True))
     max_drop: float | str | None = field(default=None, metadata=_told("pruning", metavar="LOSS", onnx_only=True))
     metric: Metric | None = field(default=None, metadata=_told(onnx_only=True))
-    allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS), onnx_only=True))
-    search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS", onnx_only=True))
+    allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
+    search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False, onnx_only=True)
     )

@@ -1,0 +1,154 @@
+"""What is done to a module in torch, and to its export in ONNX Runtime, is the same: one row for each capability.
+
+The module is traced; the export is TorchScript's, another graph of other operators. Both keep the same blocks, and their
+weights are equal to rounding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from onnx import numpy_helper
+
+import liar_opt
+from liar_opt.passes.result import ModuleResult
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS, WORDS, LENGTH = 4, 101, 13
+CAPABILITIES: dict[str, dict[str, Any]] = {
+    "ratios": {"ffn": 0.4, "heads": 0.25},
+    "curves": {"sparsity": 0.3},
+    "global": {"sparsity": 0.3, "allocate": "global"},
+    "flap": {"sparsity": 0.3, "allocate": "flap"},
+}
+
+
+def _bert() -> Any:
+    config = transformers.BertConfig(
+        vocab_size=WORDS,
+        hidden_size=60,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=5,
+        intermediate_size=88,
+        max_position_embeddings=37,
+        attn_implementation="eager",
+    )
+    return transformers.BertModel(config, add_pooling_layer=False)
+
+
+def _llama() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=88,
+        max_position_embeddings=64,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {"bert": _bert, "llama": _llama}
+
+
+def made(name: str) -> Any:
+    """A model whose vectors are drawn, too, and whose layers differ in how much they do."""
+    torch.manual_seed(0)
+    module = MODELS[name]().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            else:
+                parameter.mul_(1.0 + index % 5)
+    return module
+
+
+def batches(count: int = 12) -> list[dict[str, np.ndarray]]:
+    """Texts, some of them padded."""
+    result = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        mask = np.ones((4, LENGTH), np.int64)
+        mask[1, -4:] = 0
+        result.append({"input_ids": rng.integers(3, WORDS, (4, LENGTH)), "attention_mask": mask})
+    return result
+
+
+class _Plain(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return result
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    for name in MODELS:
+        names, outputs = ["input_ids", "attention_mask"], ["logits"]
+        axes = {key: {0: "batch", 1: "sequence"} for key in (*names, *outputs)}
+        arguments = tuple(torch.from_numpy(v) for v in batches(1)[0].values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Plain(made(name)).eval(),
+                arguments,
+                str(folder / f"{name}.onnx"),
+                dynamo=False,
+                input_names=names,
+                output_names=outputs,
+                dynamic_axes=axes,
+                opset_version=17,
+            )
+    return {name: folder / f"{name}.onnx" for name in MODELS}
+
+
+def both(name: str, exports: dict[str, Path], **options: Any) -> tuple[ModuleResult, liar_opt.PruneResult]:
+    """The same run on both engines."""
+    common: dict[str, Any] = {"latency": False, "multiple_of": 4, "fresh": True, **options}
+    module = liar_opt.prune(made(name), batches(), checkpoint=False, **common)
+    assert isinstance(module, ModuleResult)
+    return module, liar_opt.prune(exports[name], batches(), **common)
+
+
+def kept(result: liar_opt.PruneResult) -> list[tuple[str, list[int]]]:
+    """The kind and the kept blocks of every group, in execution order."""
+    return [(g["kind"], g.get("kept") or list(range(g["after"]))) for g in result.report["groups"]]
+
+
+def apart(module: ModuleResult, proto: onnx.ModelProto) -> float:
+    """How far the parameters of a module are from those of an export, relative to the largest of each."""
+    arrays = [numpy_helper.to_array(t) for t in proto.graph.initializer]
+    arrays += [a.T for a in arrays if a.ndim == 2]
+    worst = 0.0
+    for parameter in module.module.parameters():
+        value = parameter.detach().numpy()
+        found = [float(np.abs(a - value).max()) for a in arrays if a.shape == value.shape]
+        worst = max(worst, min(found) / float(np.abs(value).max()))
+    return worst
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_both_engines_make_the_same(name: str, capability: str, exports: dict[str, Path]) -> None:
+    module, graph = both(name, exports, **CAPABILITIES[capability])
+    assert kept(module) == kept(graph)
+    assert any(group["after"] < group["before"] for group in graph.report["groups"])
+    assert apart(module, graph.model) < 1e-3
