@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Value
-from liar_opt.frontend.fx_module import Executor, FxModel, Patched, lower, to_numpy
+from liar_opt.frontend.fx_module import Executor, FxModel, Patched, to_numpy
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, nodes_for, row_mask
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import InternalError, ModelError, OptionError
@@ -61,11 +61,10 @@ class TorchEngine(Engine):
     def fault(self, feeds: Mapping[str, Any], said: str) -> Exception:
         """Returns what to raise for a batch that a part fails on: the data's fault, where the original fails on it, too."""
         model = self.model
-        assert model.program is not None and model.module is not None
         own = {spec.name for spec in model.signature}
         feeds = {name: value for name, value in feeds.items() if name in own}
         try:
-            Executor(lower(model.program, model.module), model.device).run(feeds)
+            Executor(model.original.model(), model.device).run(feeds)
         except FAILURES:
             fed = ", ".join(f"'{name}' {list(np.shape(value))}" for name, value in feeds.items())
             made = "where liar-opt made them up, give real ones (--calibration), or another length (--sequence-length)"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import io
 import logging
@@ -29,9 +30,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import is_constant, is_float, present
+from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.rules.table import ATEN
 from liar_opt.frontend.walk import GraphWalk
+from liar_opt.frontend.weight_files import as_bytes
 from liar_opt.runtime.errors import InternalError, ModelError
 from liar_opt.runtime.signatures import InputSpec
 
@@ -135,6 +138,20 @@ class FxModel(OnnxModel):
 
         return TorchEngine(self)
 
+    def normalise(self) -> int:
+        """Changes nothing: a traced graph is in normal form."""
+        return 0
+
+    def analysed(self) -> FxWalk:
+        """Returns the analysis of the graph."""
+        return analyse(self)
+
+    @property
+    def original(self) -> FxOriginal:
+        """The module as it was traced."""
+        assert self.program is not None and self.module is not None
+        return FxOriginal(self.program, self.module, self.source)
+
     def listing(self) -> str:
         """Returns the graph as text, a line for each call."""
         lines = []
@@ -149,6 +166,36 @@ class FxModel(OnnxModel):
         """Returns the number of elements of the module's parameters, those that the trace does not reach included."""
         traced = sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.constants() if c.name in self.trained)
         return traced + self.untouched
+
+
+@dataclass(frozen=True, eq=False)
+class FxOriginal(Original):
+    """A traced module.
+
+    Attributes:
+        program: what was traced.
+        module: the module, whose parameters the graphs read.
+        source: the folder that it came from.
+    """
+
+    program: ExportedProgram
+    module: torch.nn.Module
+    source: Path | None = None
+
+    def model(self) -> FxModel:
+        """Returns the module as a graph."""
+        return lower(self.program, self.module, self.source)
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of the graph with all its weights, and of the torch that runs them."""
+        import torch
+
+        model = self.model()
+        digest = hashlib.sha256(f"{torch.__version__} {model.device} {model.listing()}".encode())
+        for constant in model.constants():
+            digest.update(f"{constant.name} {constant.dtype} {constant.shape}".encode())
+            digest.update(as_bytes(constant.values))
+        return digest.hexdigest()
 
 
 @dataclass
@@ -771,6 +818,7 @@ __all__ = [
     "Call",
     "Executor",
     "FxModel",
+    "FxOriginal",
     "FxWalk",
     "Patched",
     "Sym",

@@ -7,6 +7,7 @@ equal folds of equal constants give one constant.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,12 @@ from liar_opt.frontend.fold_weights import Left
 from liar_opt.frontend.graph_tensors import SKELETON_LIMIT, Narrow, constant_value, detached_tensors, is_float
 from liar_opt.frontend.hand_quantised import hand_quantised_node
 from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, unfold
+from liar_opt.frontend.model import Original
 from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.weight_files import (
+    as_bytes,
     completed,
     element_type,
     lightened,
@@ -41,6 +44,7 @@ from liar_opt.runtime.signatures import InputSpec
 
 if TYPE_CHECKING:
     from liar_opt.frontend.engine import Engine
+    from liar_opt.frontend.walk import GraphWalk
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
@@ -54,7 +58,7 @@ CACHE_SHAPES = "liar_opt.cache_shapes"
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class Stored(Original):
     """A model as it was given: its proto without the data of large initializers, and that data, mapped where it is long.
 
     Attributes:
@@ -85,6 +89,14 @@ class Stored:
                 elif tensor.dtype == onnx.TensorProto.BFLOAT16:
                     tensor.dtype = numpy_type(tensor.dtype)
         return OnnxModel(graph, self.source, metadata, [], order, self, store=self.store)
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of the model with all its weights."""
+        digest = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
+        for name, array in self.arrays.items():
+            digest.update(name.encode())
+            digest.update(as_bytes(array))
+        return digest.hexdigest()
 
     def light(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
         """Returns the proto and the data, as ``OnnxModel.light`` does."""
@@ -317,6 +329,12 @@ class OnnxModel:
         write_model(*self.as_written(), Path(path))
 
     # -- asking -----------------------------------------------------------------------------------------------------
+
+    def analysed(self) -> "GraphWalk":
+        """Returns the analysis of the graph, which is in normal form."""
+        from liar_opt.frontend.walk import walk
+
+        return walk(self)
 
     def engine(self, device: Literal["cpu", "cuda"], lean: bool) -> "Engine":
         """Returns what runs it.

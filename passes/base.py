@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from liar_opt.frontend.engine import Engine
+from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import Refusal
@@ -66,10 +67,16 @@ class Opened(Finding):
 
 @dataclass(frozen=True, eq=False)
 class DenseModel(Finding):
-    """The ONNX model as it came, which can be read again any number of times."""
+    """The model as it came."""
 
     by: ClassVar[str] = "load_state"
-    stored: Stored
+    original: Original
+
+    @property
+    def stored(self) -> Stored:
+        """The file, of an ONNX model."""
+        assert isinstance(self.original, Stored)
+        return self.original
 
 
 @dataclass

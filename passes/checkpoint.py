@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import Stored
 from liar_opt.frontend.weight_files import as_bytes
 from liar_opt.passes.base import DenseModel, Finding, State
 from liar_opt.runtime.calibration_data import CalibrationData
@@ -274,21 +273,15 @@ def digests_of(state: State) -> dict[str, str]:
     digests = state.get(Digests)
     if digests is None:
         assert state.calibration is not None
-        digests = Digests(digest_of(state.found(DenseModel).stored), digest_of(state.calibration))
+        digests = Digests(state.found(DenseModel).original.digest(), digest_of(state.calibration))
         state.add(digests)
     return {"model": digests.model, "calibration data": digests.data}
 
 
-def digest_of(thing: Stored | CalibrationData) -> str:
-    """Returns the SHA-256 of a model with all its weights, or of calibration data."""
+def digest_of(data: CalibrationData) -> str:
+    """Returns the SHA-256 of calibration data."""
     digest = hashlib.sha256()
-    if isinstance(thing, Stored):
-        digest.update(thing.proto.SerializeToString(deterministic=True))
-        for name, array in thing.arrays.items():
-            digest.update(name.encode())
-            digest.update(as_bytes(array))
-        return digest.hexdigest()
-    for batch, mask in zip(thing.batches, thing.row_masks, strict=True):
+    for batch, mask in zip(data.batches, data.row_masks, strict=True):
         for name, array in [*sorted(batch.items()), *([] if mask is None else [("", mask)])]:
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(as_bytes(array))

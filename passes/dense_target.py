@@ -27,7 +27,7 @@ from liar_opt.frontend.onnx_segments import (
     tap_for,
 )
 from liar_opt.frontend.records import ConsumerUse
-from liar_opt.frontend.walk import GraphWalk, walk
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import DenseModel
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.measured import Repaired
@@ -76,9 +76,9 @@ class DenseTargets:
 
     def __init__(self, sweep: Sweep, repair: str) -> None:
         self.sweep, self.repair, self.data, self.engine = sweep, repair, sweep.data, sweep.engine
-        model = sweep.state.found(DenseModel).stored.model()
+        model = sweep.state.found(DenseModel).original.model()
         model.normalise()
-        self.dense: GraphWalk = walk(model)
+        self.dense: GraphWalk = model.analysed()
         self.carry, self.beside = sweep.fresh_carry(), sweep.carry
         self.moments: dict[str, Moments] = {}
 

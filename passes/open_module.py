@@ -22,7 +22,7 @@ from liar_opt.frontend.hf_checkpoint import (
 )
 from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
 from liar_opt.frontend.plain_module import evaluating, plain_module
-from liar_opt.passes.base import Finding, Opened, State
+from liar_opt.passes.base import DenseModel, Finding, Opened, State
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.runtime.calibration_data import first_rows
@@ -101,7 +101,12 @@ def load_module_state(
     lowered.notes += notes
     state = State(lowered)
     # What a traced graph's tensors take is not known: the plan of the memory has widths alone to go by.
-    state.add(Opened(model_sizes(lowered)), OpenedModule(feeds, names, folder, is_stock(module)), TensorSizes({}))
+    state.add(
+        DenseModel(lowered.original),
+        Opened(model_sizes(lowered)),
+        OpenedModule(feeds, names, folder, is_stock(module)),
+        TensorSizes({}),
+    )
     return state, calibration
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from liar_opt.frontend.fx_module import Executor, FxModel, analyse, lower, precision
+from liar_opt.frontend.fx_module import Executor, FxModel, analyse, precision
 from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.passes.base import Pass, PassResult, State
 from liar_opt.passes.find_groups import find_groups
@@ -79,9 +79,8 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
         probes: inputs to compare on; where the masked original does not take them, they say nothing.
     """
     source = state.model
-    assert isinstance(source, FxModel) and source.program is not None and source.module is not None
-    device = next((p.device for p in source.module.parameters()), "cpu")
-    reference, again = lower(source.program, source.module), lower(source.program, source.module)
+    assert isinstance(source, FxModel)
+    device, reference, again = source.device, source.original.model(), source.original.model()
     rehearse = rehearsal_of(cut)
     try:
         walk = analyse(again)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from liar_opt.frontend.fx_module import Executor, FxModel, analyse, lower, precision
+from liar_opt.frontend.fx_module import Executor, FxModel, analyse, precision
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.express_widths import FinalFields
@@ -63,11 +63,10 @@ class VerifyModulePass(Pass[None]):
                 are not the same twice.
         """
         model, data = state.model, state.calibration
-        assert isinstance(model, FxModel) and model.program is not None and model.module is not None and data is not None
+        assert isinstance(model, FxModel) and data is not None
         device = model.device
         dtype = precision(model)
-        original = lower(model.program, model.module)
-        reference = lower(model.program, model.module)
+        original, reference = model.original.model(), model.original.model()
         mask_model(analyse(reference), state.repairs)
         opened, fields = state.found(OpenedModule), state.get(FinalFields)
         example = opened.example
