@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Value
-from liar_opt.frontend.fx_module import Executor, FxModel, Patched, to_numpy
+from liar_opt.frontend.fx_module import Executor, FxModel, FxOriginal, Patched, to_numpy
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, nodes_for, row_mask
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import InternalError, ModelError, OptionError
@@ -50,9 +50,9 @@ class TorchEngine(Engine):
         nodes = nodes_for(walk.model.graph.nodes, start, stop, read, given)
         return TorchPart(self, Executor(walk.model, self.model.device, patched(patches)), nodes, wanted, taps, sorted(read))
 
-    def whole(self, source: FxModel, what: str = "the model") -> TorchRunner:
+    def whole(self, source: FxModel | FxOriginal, what: str = "the model") -> TorchRunner:
         """Returns a traced module that runs as it is now."""
-        return TorchRunner(source, self.model.device)
+        return TorchRunner(source.model() if isinstance(source, FxOriginal) else source, self.model.device)
 
     def array(self, value: Value) -> NDArray[Any]:
         """Returns a tensor as an array."""

@@ -138,6 +138,16 @@ class FxModel(OnnxModel):
 
         return TorchEngine(self)
 
+    def as_given(self) -> Any:
+        """Returns the traced graph, as it is now, as a module."""
+        from liar_opt.frontend.fx_rewrite import cut_graph_module  # it builds on this module
+
+        return cut_graph_module(self).to(self.device)
+
+    def file_bytes(self) -> int:
+        """Returns the bytes of all weights."""
+        return self.weight_bytes()
+
     def normalise(self) -> int:
         """Changes nothing: a traced graph is in normal form."""
         return 0
@@ -185,6 +195,10 @@ class FxOriginal(Original):
     def model(self) -> FxModel:
         """Returns the module as a graph."""
         return lower(self.program, self.module, self.source)
+
+    def as_given(self) -> torch.nn.Module:
+        """Returns the module."""
+        return self.module
 
     def digest(self) -> str:
         """Returns the SHA-256 of the graph with all its weights, and of the torch that runs them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liar_opt.frontend.onnx_model import OnnxModel
@@ -15,6 +15,10 @@ class Original(ABC):
     @abstractmethod
     def model(self) -> OnnxModel:
         """Returns the model as a graph; each call makes a new one, weights are shared."""
+
+    @abstractmethod
+    def as_given(self) -> Any:
+        """Returns the model as its user has it: an ONNX proto, or a module."""
 
     @abstractmethod
     def digest(self) -> str:

@@ -110,7 +110,7 @@ class Stored(Original):
         """Returns the proto and the data, as ``OnnxModel.as_written`` does."""
         return self.proto if self.merged is None else self.merged.fold(self.proto, {}), self.arrays
 
-    def complete(self) -> onnx.ModelProto:
+    def as_given(self) -> onnx.ModelProto:
         """Returns a proto of its own, with all data in it."""
         return completed(*self.as_written())
 
@@ -283,6 +283,15 @@ class OnnxModel:
             if entry.key == CACHE_SHAPES:
                 entry.value = json.dumps(self.resized_shapes(proto), sort_keys=True)
         return proto, arrays
+
+    def as_given(self) -> Any:
+        """Returns the model as its user has it: an ONNX proto with all data in it."""
+        return self.to_proto()
+
+    def file_bytes(self) -> int:
+        """Returns the size of the model's file, to a few bytes for each weight."""
+        data, weights = self.detached()
+        return len(data) + sum(w.nbytes for w in weights.values())
 
     def to_proto(self) -> onnx.ModelProto:
         """Returns the model as it is written, with all data in it."""

@@ -288,7 +288,11 @@ def joined(
 
 
 def alike(
-    groups: Sequence[ChannelGroup], multiple_of: int, curves: Mapping[str, GroupCurve], sayable: Sayable | None
+    groups: Sequence[ChannelGroup],
+    multiple_of: int,
+    curves: Mapping[str, GroupCurve],
+    sayable: Sayable | None,
+    cost: Cost | None = None,
 ) -> tuple[list[Menu], Meaning]:
     """Puts groups that keep one width on one menu: costs and errors add up.
 
@@ -297,8 +301,9 @@ def alike(
     Args:
         groups: the groups.
         multiple_of: kept feed-forward widths are multiples of this.
-        curves: what was measured, by group name.
+        curves: what was measured, by group name; may be empty.
         sayable: what a configuration can say of their widths, if there is one.
+        cost: what a group costs at each width, up to a constant; its parameters if None.
 
     Returns:
         The menus, whose widths are numbers from 1 on, and the kept blocks that these stand for.
@@ -313,11 +318,13 @@ def alike(
         else:
             shares = [(g.name, g.size // first.size) for g in members]
             choices = [{n: int(w) * times for n, times in shares} for w in _widths(first.size, step_of(first, multiple_of))]
-        costs = [sum(g.parameters * keep[g.name] / g.size for g in members) for keep in choices]
-        errors = [sum(float(curves[g.name].errors[keep[g.name]]) for g in members) for keep in choices]
+        costs, errors = np.zeros(len(choices)), np.zeros(len(choices))
+        for group in members:
+            widths = np.asarray([keep[group.name] for keep in choices], np.int64)
+            costs += group.parameters * widths / group.size if cost is None else cost(group, widths)
+            errors += curves[group.name].errors[widths] if group.name in curves else 0.0
         meaning[first.name] = choices
-        numbers = np.arange(1, len(choices) + 1)
-        menus.append(Menu(first.name, numbers, np.asarray(costs), np.asarray(errors), np.zeros(0)))
+        menus.append(Menu(first.name, np.arange(1, len(choices) + 1), costs, errors, np.zeros(0)))
     return menus, meaning
 
 
@@ -335,6 +342,21 @@ def _classes(groups: Sequence[ChannelGroup], sayable: Sayable | None) -> list[li
             base = next((size for size in sizes if group.size % size == 0), group.size)
         result.setdefault((group.kind, linked, base, None if linked else allowed), []).append(group)
     return list(result.values())
+
+
+def menus_together(
+    groups: Sequence[ChannelGroup],
+    queries: Sequence[ChannelGroup],
+    multiple_of: int,
+    curves: Mapping[str, GroupCurve],
+    cost: Cost | None = None,
+    uniform: bool = False,
+    sayable: Sayable | None = None,
+) -> tuple[list[Menu], Meaning]:
+    """Returns the menus of `joined` groups, or of groups that are `alike` where ``uniform``; arguments are theirs."""
+    if uniform:
+        return alike(groups, multiple_of, curves, sayable, cost)
+    return joined(menus_of(groups, multiple_of, curves, cost), groups, queries, multiple_of, curves, cost)
 
 
 def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:
@@ -495,11 +517,9 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             parts = [(ratio, tuple(g for g in groups if g.kind == kind)) for kind, ratio in ratios.items()]
         for ratio, members in parts:
-            if self.uniform:
-                menus, meaning = alike(members, self.multiple_of, curves, sayable)
-            else:
-                own = menus_of(members, self.multiple_of, curves)
-                menus, meaning = joined(own, members, queries, self.multiple_of, curves)
+            menus, meaning = menus_together(
+                members, queries, self.multiple_of, curves, uniform=self.uniform, sayable=sayable
+            )
             if not ratio or not menus:
                 continue
             everything, least = sum(m.costs[-1] for m in menus), sum(m.costs[0] for m in menus)

@@ -186,6 +186,15 @@ Observer = Callable[[Pass[Any], PassResult], None]
 
 
 @dataclass(frozen=True)
+class Analysis(Finding):
+    """How a copy of the model is analysed: the passes, and what they read of the first state."""
+
+    by: ClassVar[str] = "prune"
+    passes: tuple[Pass[Any], ...]
+    reads: tuple[type[Finding], ...] = ()
+
+
+@dataclass(frozen=True)
 class Pipeline(Pass[None]):
     """Passes in sequence; itself a pass. An observer is called after each."""
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.rewrite import Rewriter
-from liar_opt.frontend.walk import count_flops, walk
+from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.latency import Deployed
@@ -20,7 +21,7 @@ from liar_opt.runtime.sessions import operator_libraries
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def blank_cut(dense: Stored, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[str, dict[int, Any]]]:
+def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[str, dict[int, Any]]]:
     """Returns a copy of the model with so many blocks left in each group, and what is left of inputs that shrank.
 
     Args:
@@ -29,7 +30,7 @@ def blank_cut(dense: Stored, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[s
     """
     model = dense.model()
     model.normalise()
-    analysis = walk(model)
+    analysis = model.analysed()
     found = find_groups(analysis)
     groups = {g.name: g for g in (*found.groups, *found.queries)}
     unknown = [name for name in keep if name not in groups]
@@ -48,12 +49,6 @@ def deployed(model: OnnxModel | Stored, device: str) -> Deployed:
     """Returns a model as it is timed: in a process of its own."""
     data, weights = model.detached()
     return Deployed(data, weights, device, operator_libraries())
-
-
-def file_bytes(model: OnnxModel) -> int:
-    """Returns the size of the model's file, to a few bytes for each weight."""
-    data, weights = model.detached()
-    return len(data) + sum(w.nbytes for w in weights.values())
 
 
 def operations(model: OnnxModel, feeds: Feeds) -> int:

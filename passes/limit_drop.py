@@ -18,19 +18,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import onnx
 
 from liar_opt.passes.allocate_widths import (
     Meaning,
-    joined,
+    Sayable,
     meant,
-    menus_of,
+    menus_together,
     note_widths,
     require_allocatable,
     require_sharing,
 )
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
-from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
+from liar_opt.passes.base import Analysis, Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -41,8 +40,8 @@ from liar_opt.runtime.compare import DifferenceMeter
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.sessions import Runner
 
-Metric = Callable[[onnx.ModelProto], float]
-"""A user's own: model -> a number, the higher the better."""
+Metric = Callable[[Any], float]
+"""A user's own: a model (an ONNX proto, or a module) -> a number, the higher the better."""
 GRID = tuple(i / 50 for i in range(1, 50))
 """Sparsities between which the search interpolates nothing: one of them is the result."""
 EVALUATIONS = 6
@@ -99,11 +98,12 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
 
     Attributes:
         max_drop: the largest loss, such as 1% or 0.01: of 1 - the cosine of the output, or of the metric.
-        metric: a function of a model (an ONNX proto) that returns a number, the higher the better.
+        metric: a function of a model (an ONNX proto, or a module) that returns a number, the higher the better.
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how a sparsity is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
         query_key: "auto" lets the width of queries and keys within each head share in it, by error curves.
         cut: how each candidate is pruned.
+        uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
     """
 
     name: ClassVar[str] = "limit-drop"
@@ -113,6 +113,7 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
     allocate: str = "curves"
     query_key: Literal["auto"] | None = None
     cut: PruneGroupsPass = field(default_factory=PruneGroupsPass)
+    uniform: bool = False
 
     def requires(self, state: State) -> None:
         """Checks the options.
@@ -129,8 +130,8 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
         """Returns what each group may become, and what widths of joined menus stand for."""
         curves = state.found(Curves).by_group
         queries = state.queries if self.query_key == "auto" else ()
-        menus = menus_of(state.groups, self.multiple_of, curves)
-        return joined(menus, state.groups, queries, self.multiple_of, curves)
+        sayable = state.get(Sayable)
+        return menus_together(state.groups, queries, self.multiple_of, curves, uniform=self.uniform, sayable=sayable)
 
     def apply(self, state: State, plan: tuple[list[Menu], Meaning]) -> PassResult:
         """Searches; the state becomes that of the last candidate that was inside.
@@ -178,7 +179,8 @@ class _Search:
         self.options, self.state, self.menus, self.meaning = options, state, menus, meaning
         self.limit = parse_drop(options.max_drop)
         self.data = state.calibration
-        self.dense = state.found(DenseModel).stored
+        self.dense = state.found(DenseModel).original
+        self.analysis = state.get(Analysis) or Analysis((NormaliseGraphPass(), FindGroupsPass()))
         everything = sum(float(m.costs[-1]) for m in menus)
         least = sum(float(m.costs[0]) for m in menus)
         self.widths = {
@@ -205,7 +207,7 @@ class _Search:
         """Evaluates a few sparsities, each chosen by what those before it lost."""
         low, high, factor = 0.0, 1.0, 0.5  # 1 - cosine is about half of the relative squared difference
         if self.options.metric is not None:
-            self.reference = self._metric(self.dense.complete(), None)
+            self.reference = self._metric(self.dense.as_given(), None)
             assert self.reference is not None
         for _ in range(EVALUATIONS):
             inside = [s for s in self.widths if low < s < high]
@@ -234,15 +236,16 @@ class _Search:
     def _evaluate(self, sparsity: float) -> float | None:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""
         trial = State(self.dense.model(), self.fitted, self.state.device, self.state.progress, memory=self.state.memory)
-        trial.inherit(self.state, DenseModel, TensorSizes)  # the first batch is the same, and so is the plan of the memory
-        NormaliseGraphPass()(trial)
-        FindGroupsPass()(trial)
+        # The first batch is the same, and so is the plan of the memory.
+        trial.inherit(self.state, DenseModel, TensorSizes, *self.analysis.reads)
+        for step in self.analysis.passes:
+            step(trial)
         note_widths(trial, meant(self.widths[sparsity], self.meaning))
         result = self.options.cut(trial)
         if self.options.metric is None:
             loss = self._difference(trial)
         else:
-            value = self._metric(trial.model.to_proto(), self.best)
+            value = self._metric(trial.model.as_given(), self.best)
             if value is None:
                 return None
             assert self.reference is not None
@@ -268,7 +271,7 @@ class _Search:
             raise OptionError("the model has no floating-point output to compare; give a metric of your own")
         return 1.0 - first.cosine
 
-    def _metric(self, model: onnx.ModelProto, best: Any) -> float | None:
+    def _metric(self, model: Any, best: Any) -> float | None:
         """Calls the user's function; an error stops the search where something good is there to keep."""
         metric = self.options.metric
         assert metric is not None

@@ -104,6 +104,7 @@ class NoteCurves(GroupVisitor):
         if group.kind == QUERY_KEY:
             self.note_logits(group, moments)
             return
+        self.begin(group)
         measured = [self.measured(c, moments) for c in group.consumers]
         # As the sweep asked for them: weighted by the stream, where there is one.
         weighted = [stream_of(self.walk, c.uses[0], self.options.seed) is not None for c in group.consumers]

@@ -40,9 +40,9 @@ from scipy.optimize import isotonic_regression
 from liar_opt.passes.allocate_widths import (
     Cost,
     Meaning,
-    joined,
+    Sayable,
     meant,
-    menus_of,
+    menus_together,
     note_widths,
     require_allocatable,
     require_sharing,
@@ -50,7 +50,7 @@ from liar_opt.passes.allocate_widths import (
 )
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
-from liar_opt.passes.blank_cut import blank_cut, deployed, file_bytes, operations
+from liar_opt.passes.blank_cut import blank_cut, deployed, operations
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.sweep import cut_arrays
@@ -157,6 +157,7 @@ class MeetTargetPass(Pass[Target]):
         multiple_of: kept feed-forward widths are multiples of this.
         allocate: how it is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
         query_key: "auto" lets the width of queries and keys within each head share in it, by error curves.
+        uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
     """
 
     name: ClassVar[str] = "meet-target"
@@ -164,6 +165,7 @@ class MeetTargetPass(Pass[Target]):
     multiple_of: int = 8
     allocate: str = "curves"
     query_key: Literal["auto"] | None = None
+    uniform: bool = False
 
     def requires(self, state: State) -> None:
         """Checks the options.
@@ -191,8 +193,8 @@ class MeetTargetPass(Pass[Target]):
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
         costs = gauge.costs((*groups, *queries), self.multiple_of)
-        menus = menus_of(groups, self.multiple_of, curves, costs)
-        menus, meaning = joined(menus, groups, queries, self.multiple_of, curves, costs)
+        sayable = state.get(Sayable)
+        menus, meaning = menus_together(groups, queries, self.multiple_of, curves, costs, self.uniform, sayable)
         fixed = gauge.dense - sum(float(m.costs[-1]) for m in menus)
         wanted = target.absolute(gauge.dense)
         if wanted >= gauge.dense:
@@ -207,8 +209,8 @@ class MeetTargetPass(Pass[Target]):
         search.run(wanted - fixed)
         if target.kind == "latency" and self.allocate == "curves" and curves:
             # Never worse than the ratio that reaches the same time: a table is only as good as the clock.
-            plain, plain_meaning = joined(
-                menus_of(groups, self.multiple_of, curves), groups, queries, self.multiple_of, curves
+            plain, plain_meaning = menus_together(
+                groups, queries, self.multiple_of, curves, uniform=self.uniform, sayable=sayable
             )
             other = _Search(self, gauge, wanted, plain, plain_meaning)
             everything = sum(float(m.costs[-1]) for m in plain)
@@ -295,7 +297,7 @@ class _Gauge:
     def __init__(self, kind: Kind, state: State) -> None:
         assert state.calibration is not None
         self.kind = kind
-        self.stored = state.found(DenseModel).stored
+        self.dense_model = state.found(DenseModel).original
         self.device, self.fresh = state.device, state.fresh
         self.waiting = lambda: state.progress(WAITING, 0, 1)
         self.feeds = state.calibration.batches[0]
@@ -303,7 +305,7 @@ class _Gauge:
         self.original: Any = None
         if kind == "latency":
             self.source = "measured"
-            model, _ = blank_cut(self.stored, {})
+            model, _ = blank_cut(self.dense_model, {})
             self.digest = hashlib.sha256(model.skeleton().SerializeToString()).hexdigest()
             self.original = deployed(model, self.device)
             self.dense = measure_latency([self.original], self.feeds, budget=TABLE_SECONDS).seconds[0]
@@ -314,11 +316,11 @@ class _Gauge:
 
     def value(self, keep: Mapping[str, int]) -> float:
         """Returns the quantity at widths; seconds are those of the dense model, scaled by a ratio taken in turns."""
-        model, ends = blank_cut(self.stored, keep)
+        model, ends = blank_cut(self.dense_model, keep)
         if self.kind == "params":
             return model.parameters()
         if self.kind == "size":
-            return file_bytes(model)
+            return model.file_bytes()
         feeds = cut_arrays(dict(self.feeds), ends)
         if self.kind == "flops":
             return operations(model, feeds)
@@ -377,9 +379,9 @@ class _Gauge:
         step = step_of(members[0], multiple_of)
         widths = sorted({max(step, step * round(size * f / step)) for f in FRACTIONS} | {step})
         saved, errors, operations_saved = [], [], []
-        whole = operations(blank_cut(self.stored, {})[0], self.feeds)
+        whole = operations(blank_cut(self.dense_model, {})[0], self.feeds)
         for width in (w for w in widths if w < size):
-            model, ends = blank_cut(self.stored, {g.name: width for g in members})
+            model, ends = blank_cut(self.dense_model, {g.name: width for g in members})
             feeds = cut_arrays(dict(self.feeds), ends)
             found = self._beside(model, feeds, TABLE_SECONDS)
             each = self.dense / len(members)

@@ -20,20 +20,23 @@ from liar_opt.frontend.hf_checkpoint import positions
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Sayable
-from liar_opt.passes.base import Pass, Pipeline, State
+from liar_opt.passes.base import Analysis, Pass, Pipeline, State
+from liar_opt.passes.calibrate import divided
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.gradient_scores import (
+    GRADIENT_SCORES,
     KNOWLEDGE,
     Gradients,
-    Labelled,
-    Loss,
     mask_gradients,
     own_samples,
     require_labels,
 )
+from liar_opt.passes.limit_drop import LimitDropPass
+from liar_opt.passes.meet_target import MeetTargetPass, parse_target
 from liar_opt.passes.model_job import TIMED_SAMPLES
+from liar_opt.passes.module_on_onnx import PruneExportedPass
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.open_module import (
     OpenedModule,
@@ -44,7 +47,7 @@ from liar_opt.passes.open_module import (
 )
 from liar_opt.passes.options import BACKENDS, OPTIONS, PACKINGS, PruneOptions
 from liar_opt.passes.prove_module import ProveModuleGroupsPass
-from liar_opt.passes.prune_module import PruneExportedPass, PruneModulePass
+from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import SizesEntry, report_of
 from liar_opt.passes.result import Inspection, ModuleResult
@@ -122,9 +125,13 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
         *([ExpressWidthsPass(asked)] if options.checkpoint else []),
     ]
     analysis = Pipeline(passes=passes, observer=options.observer)(state)
-    if chosen.curves is not None:
-        _load_calibration(state, calibration, options)
-    Pipeline(passes=chosen.deciding, observer=options.observer)(state)
+    limited = isinstance(chosen.widths, LimitDropPass)
+    if chosen.curves is not None or isinstance(chosen.widths, MeetTargetPass):
+        _load_calibration(state, calibration, options, limited)
+    if chosen.curves is not None and chosen.curves.score in GRADIENT_SCORES:
+        _note_gradients(state, options)
+    state.add(Analysis((passes[0], *passes[2:]), (OpenedModule,)))
+    decided = Pipeline(passes=chosen.deciding, observer=options.observer)(state)
     if options.checkpoint:
         state.add(FinalFields(final_fields(state)))
     report = report_of(state)
@@ -135,17 +142,15 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
         report.planned(state)
         return ModuleResult(state, report.to_json(), (), analysis.refusals, inputs)
     if state.calibration is None:
-        _load_calibration(state, calibration, options)
+        _load_calibration(state, calibration, options, limited)
     assert state.calibration is not None
     report.calibrated(state.calibration)
-    labelled, loss = options.labelled, options.loss
-    if options.score == KNOWLEDGE:
-        labelled, loss = own_samples(state.calibration.batches, state.calibration.row_masks, options.seed)
-    if loss is not None and labelled is not None:
-        state.add(Gradients(_gradients(state, labelled, loss)))
+    if state.get(Gradients) is None:
+        _note_gradients(state, options)
     verify = VerifyModulePass(checkpoint=bool(options.checkpoint))
-    done = Pipeline(passes=[cut, verify], observer=options.observer)(state)
-    report.cut(state, done.changes, cut.repair)
+    done = Pipeline(passes=[*([] if limited else [cut]), verify], observer=options.observer)(state)
+    changes = (*decided.changes, *done.changes)
+    report.cut(state, changes, cut.repair)
     made = state.found(CutModule)
     elements = sum(p.numel() for p in made.module.parameters())  # each counted once
     report.after = replace(SizesEntry(**model_sizes(state.model)), parameters=elements)
@@ -156,7 +161,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
         report.timed(_latency(state))
         state.seconds["latency"] = time.perf_counter() - began
     report.ended(state, watch, time.perf_counter() - start)
-    return ModuleResult(state, report.to_json(), done.changes, analysis.refusals, inputs)
+    return ModuleResult(state, report.to_json(), changes, analysis.refusals, inputs)
 
 
 def _require_possible(calibration: Any, options: PruneOptions) -> None:
@@ -171,6 +176,8 @@ def _require_possible(calibration: Any, options: PruneOptions) -> None:
             raise OptionError(
                 f"{name.replace('_', '-')} works on ONNX files alone; prune the exported module, or leave it out"
             )
+    if options.target is not None and parse_target(options.target).kind in ("flops", "latency"):
+        raise OptionError("targets of flops and latency work on ONNX files alone; give params= or size=, or export it")
     lookup("packing", dict.fromkeys(PACKINGS), options.packing)
     lookup("backend", dict.fromkeys(BACKENDS), options.backend)
     if (options.labelled is not None or options.score == KNOWLEDGE) and options.backend != "torch":
@@ -196,31 +203,49 @@ def _chosen(options: PruneOptions, calibrated: bool) -> Chosen:
             "a search exchanges widths between layers, and a configuration has one for all of a kind; leave search out, or "
             "write ONNX with --format onnx (in Python: checkpoint=False)"
         )
-    pruning = PruneExportedPass if options.backend == "onnxruntime" else PruneModulePass
-    return replace(chosen, widths=replace(chosen.widths, uniform=uniform), cut=pruning(**vars(chosen.cut)))
+    pruning = PruneExportedPass if options.backend == "onnxruntime" else PruneGroupsPass
+    cut, widths = pruning(**vars(chosen.cut)), replace(chosen.widths, uniform=uniform)
+    if isinstance(widths, LimitDropPass):
+        widths = replace(widths, cut=cut)
+    curves = chosen.curves
+    if curves is not None and options.score in GRADIENT_SCORES and widths.allocate == "curves":
+        curves = replace(curves, score="greedy")  # curves alone are read, no values of that score
+    return replace(chosen, widths=widths, cut=cut, curves=curves)
 
 
-def _load_calibration(state: State, source: Any, options: PruneOptions) -> None:
+def _load_calibration(state: State, source: Any, options: PruneOptions, limited: bool) -> None:
+    """Loads the calibration data; where a loss is ``limited``, some of it is held back."""
     began = time.perf_counter()
     fields, model = options.data(), traced_model(state)
     fields["packing"] = is_causal(model) if options.packing == "auto" else options.packing == "on"
     if source is None and options.sequence_length is None:  # inputs that are made up are no longer than there are positions
         fields["positions"] = positions(module_of(state))
-    state.calibration = load_calibration(source, model.inputs(), vocabulary=vocabulary(model), **fields)
+    data = load_calibration(source, model.inputs(), vocabulary=vocabulary(model), **fields)
+    state.calibration = divided(data, model.inputs()) if limited else data
     state.seconds["load-calibration"] = time.perf_counter() - began
 
 
-def _gradients(state: State, labelled: Labelled, loss: Loss) -> dict[str, Any]:
-    """Runs the labelled batches through the dense module; outputs have the names that the module gives them."""
+def _note_gradients(state: State, options: PruneOptions) -> None:
+    """Runs the labelled batches through the dense module, if the score asks for gradients.
+
+    Outputs have the names that the module gives them.
+    """
+    labelled, loss = options.labelled, options.loss
+    if options.score == KNOWLEDGE:
+        assert state.calibration is not None
+        labelled, loss = own_samples(state.calibration.batches, state.calibration.row_masks, options.seed)
+    if loss is None or labelled is None:
+        return
+    asked = loss
     model = traced_model(state)
     names = state.found(OpenedModule).outputs
-    groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
+    groups = [g for g in state.groups if not state.keep or state.keep.get(g.name, g.size) < g.size]
 
     @functools.wraps(loss)
     def named(outputs: Mapping[str, Any], labels: Any) -> Any:
-        return loss({names.get(n, n): v for n, v in outputs.items()}, labels)
+        return asked({names.get(n, n): v for n, v in outputs.items()}, labels)
 
-    return mask_gradients(Executor(model, model.device), groups, labelled, named)
+    state.add(Gradients(mask_gradients(Executor(model, model.device), groups, labelled, named)))
 
 
 def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -> None:

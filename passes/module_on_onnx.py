@@ -5,6 +5,7 @@ the same pass as any ONNX graph; its kept sets, repaired weights and biases are 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.fx_module import FxModel
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
-from liar_opt.passes.base import Pipeline, State
+from liar_opt.passes.base import PassResult, Pipeline, State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.measured import Repaired
@@ -20,7 +21,21 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
 from liar_opt.passes.open_module import OpenedModule
 from liar_opt.passes.prune_groups import CutGroups, PruneGroupsPass
+from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.errors import ModelError
+
+
+@dataclass(frozen=True)
+class PruneExportedPass(PruneGroupsPass):
+    """Cut every group of a traced module as ONNX Runtime cuts its export."""
+
+    def apply(self, state: State, plan: tuple[tuple[ChannelGroup, ...], ...]) -> PassResult:
+        """Prunes the export, and writes back what became of it."""
+        visitor = CutGroups(Sweep(state, weighting=self.weighting, seed=self.seed), self)
+        cut_on_onnx(visitor, [g for groups in plan for g in groups])
+        state.model.graph.cleanup(remove_unused_node_outputs=False).toposort()
+        visitor.note(state)
+        return PassResult(state, tuple(visitor.changes), visitor.refusals())
 
 
 def cut_on_onnx(visitor: CutGroups, groups: Sequence[ChannelGroup]) -> None:

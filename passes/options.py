@@ -160,9 +160,9 @@ class PruneOptions:
             "pruning", flag="--no-new-bias", sets=False, shown="never give a layer a bias that had none", demo=False
         ),
     )
-    target: str | None = field(default=None, metadata=_told("pruning", metavar="GOAL", onnx_only=True))
-    max_drop: float | str | None = field(default=None, metadata=_told("pruning", metavar="LOSS", onnx_only=True))
-    metric: Metric | None = field(default=None, metadata=_told(onnx_only=True))
+    target: str | None = field(default=None, metadata=_told("pruning", metavar="GOAL"))
+    max_drop: float | str | None = field(default=None, metadata=_told("pruning", metavar="LOSS"))
+    metric: Metric | None = field(default=None, metadata=_told())
     allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
     search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
     passes: str | None = field(

@@ -158,6 +158,12 @@ class GroupVisitor(Visitor):
         self.bases = BasisChange(self.walk, self.rewriter)
         self.rng = np.random.default_rng(options.seed)
         self.unseen: dict[str, list[int]] = {}
+        self.gradients: NDArray[np.float64] | None = None
+
+    def begin(self, group: ChannelGroup) -> None:
+        """Takes up the gradients of a group, where there are any, for ``measured``."""
+        gradients = self.state.get(Gradients)
+        self.gradients = None if gradients is None else gradients.by_group.get(group.name)
 
     def still(self, consumer: Consumer, moments: Moments) -> Moments:
         """Returns the moments of a consumer's input without what has gone, of other groups, since it was measured."""
@@ -200,10 +206,11 @@ class GroupVisitor(Visitor):
                     found.append(consumer.expert)
                 pooled = Moments.white(consumer.width)  # magnitudes choose, and there is nothing to repair with
             values = weight.reshape(consumer.width, -1).astype(np.float64)
-            return Measured(values, consumer.owners, pooled, use.scale, centred=False)
+            return Measured(values, consumer.owners, pooled, use.scale, centred=False, gradients=self.gradients)
         biased = self.options.new_bias or all(self.rewriter.has_bias(u) for u in consumer.uses)
         centred = biased and all(u.bias[0] != "none" for u in consumer.uses)
-        return Measured(use.matrix(value).astype(np.float64), consumer.owners, pooled, use.scale, centred=centred)
+        weight = use.matrix(value).astype(np.float64)
+        return Measured(weight, consumer.owners, pooled, use.scale, centred=centred, gradients=self.gradients)
 
 
 class CutGroups(GroupVisitor):
@@ -218,7 +225,6 @@ class CutGroups(GroupVisitor):
     def __init__(self, sweep: Sweep, options: PruneGroupsPass, targets: DenseTargets | None = None) -> None:
         super().__init__(sweep, options)
         self.targets = targets
-        self.gradients: NDArray[np.float64] | None = None
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
         self.selected: dict[str, list[str]] = {}
@@ -236,8 +242,7 @@ class CutGroups(GroupVisitor):
         if group.kind == QUERY_KEY:
             self.cut_logits(group, moments)
             return
-        gradients = self.state.get(Gradients)
-        self.gradients = None if gradients is None else gradients.by_group.get(group.name)
+        self.begin(group)
         options = self.options
         consumers = [self.left(c) for c in group.consumers]
         measured = [self.measured(c, moments) for c in consumers]
@@ -271,8 +276,8 @@ class CutGroups(GroupVisitor):
         self.cut(group, blocks, details, [] if turn is None else [turn])
 
     def measured(self, consumer: Consumer, moments: Mapping[Place, Moments]) -> Measured:
-        """Adds the gradients of the group, and the moments with the dense targets."""
-        item = replace(super().measured(consumer, moments), gradients=self.gradients)
+        """Adds the moments with the dense targets."""
+        item = super().measured(consumer, moments)
         targets = None if self.targets is None else self.targets.of(consumer)
         return item if targets is None else replace(item, aware=self.still(consumer, targets))
 

@@ -28,6 +28,11 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "ratios": {"ffn": 0.4, "heads": 0.25},
     "curves": {"sparsity": 0.3},
     "global": {"sparsity": 0.3, "allocate": "global"},
+    "dense": {"ffn": 0.4, "heads": 0.25, "repair": "dense"},
+    "residual": {"sparsity": 0.3, "repair": "residual"},
+    "target": {"target": "params=0.8x", "allocate": "curves"},
+    "max-drop": {"max_drop": "5%"},
+    "search": {"sparsity": 0.3, "search": 600.0},
     "flap": {"sparsity": 0.3, "allocate": "flap"},
 }
 
@@ -122,7 +127,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def both(name: str, exports: dict[str, Path], **options: Any) -> tuple[ModuleResult, liar_opt.PruneResult]:
     """The same run on both engines."""
-    common: dict[str, Any] = {"latency": False, "multiple_of": 4, "fresh": True, **options}
+    # A ridge of its own would be chosen by errors that differ in their last digits alone.
+    common: dict[str, Any] = {"latency": False, "multiple_of": 4, "fresh": True, "ridge": 0.1, **options}
     module = liar_opt.prune(made(name), batches(), checkpoint=False, **common)
     assert isinstance(module, ModuleResult)
     return module, liar_opt.prune(exports[name], batches(), **common)
@@ -151,4 +157,4 @@ def test_both_engines_make_the_same(name: str, capability: str, exports: dict[st
     module, graph = both(name, exports, **CAPABILITIES[capability])
     assert kept(module) == kept(graph)
     assert any(group["after"] < group["before"] for group in graph.report["groups"])
-    assert apart(module, graph.model) < 1e-3
+    assert apart(module, graph.model) < 2e-3

@@ -226,7 +226,6 @@ def test_a_module_that_cannot_be_traced() -> None:
         ([{"words": torch.zeros(3, 7, dtype=torch.int64)}], {}, "none of 'words' is an argument of Block.forward"),
         (batches(), {"checkpoint": True}, "no model of transformers"),
         (batches(), {"target": "params=1K"}, "target works on ONNX files alone"),
-        (batches(), {"repair": "dense"}, "repair 'dense' works on ONNX files alone"),
         (batches(), {"backend": "numpy"}, "backend 'numpy' is unknown"),
     ],
 )

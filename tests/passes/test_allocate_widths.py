@@ -299,3 +299,49 @@ def test_ratios_that_round_to_nothing() -> None:
     whole = state(group("a", "ffn", 40, 400))
     AllocateWidthsPass(ffn=0.0)(whole)  # that was asked for
     assert whole.keep == {"a": 40}
+
+
+def curved(*groups: ChannelGroup, seed: int = 0) -> State:
+    """Groups with falling curves; attention loses more than the feed-forward layers do."""
+    rng, result = np.random.default_rng(seed), state(*groups)
+    own = {}
+    for g in groups:
+        steps = np.sort(rng.random(g.size) ** 2)[::-1] * (3.0 if g.kind == "heads" else 1.0) / g.size
+        own[g.name] = GroupCurve(np.append(np.cumsum(steps[::-1])[::-1], 0.0), np.zeros(g.size))
+    result.add(Curves(own))
+    return result
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.35, 0.5])
+def test_one_width_a_kind_is_the_pair_of_least_summed_error(sparsity: float) -> None:
+    found = curved(*LAYERS)
+    AllocateWidthsPass(sparsity, allocate="curves", uniform=True)(found)
+    curves, whole = found.found(Curves).by_group, sum(g.parameters for g in LAYERS)
+
+    def told(heads: int, ffn: int) -> tuple[float, float]:
+        widths = {g.name: heads if g.kind == "heads" else ffn for g in LAYERS}
+        return removed_parameters(LAYERS, widths) / whole, sum(curves[n].errors[w] for n, w in widths.items())
+
+    assert len({found.keep[g.name] for g in LAYERS if g.kind == "heads"}) == 1
+    assert len({found.keep[g.name] for g in LAYERS if g.kind == "ffn"}) == 1
+    gone, error = told(found.keep["h0"], found.keep["f0"])
+    step = 8 / 1536
+    assert abs(gone - sparsity) < step
+    pairs = [told(h, f) for h in range(1, 13) for f in range(8, 1537, 8)]
+    assert error <= min(lost for share, lost in pairs if share >= sparsity + step)
+
+
+def test_widths_that_can_be_said_are_on_the_menu_alone() -> None:
+    linked = (group("small", "ffn", 40, 4000), group("large", "ffn", 80, 8000))
+    heads = group("h", "heads", 12, 12000)
+    found = curved(heads, *linked)
+    allowed = {"h": (4, 6), "small": (16, 24, 32), "large": (32, 48, 64)}
+    found.add(Sayable("a configuration", allowed, frozenset({"small", "large"})))
+    AllocateWidthsPass(0.4, allocate="curves", uniform=True)(found)
+    assert found.keep["large"] == 2 * found.keep["small"]
+    assert found.keep["small"] in (16, 24, 32, 40) and found.keep["h"] in (4, 6, 12)
+    free = curved(heads, *linked)
+    AllocateWidthsPass(0.4, allocate="curves", uniform=True)(free)  # one is as many times another as before
+    assert free.keep["large"] == 2 * free.keep["small"]
+    with pytest.raises(OptionError, match="exclude each other"):
+        AllocateWidthsPass(0.4, allocate="global", uniform=True)(curved(heads))

@@ -14,7 +14,7 @@ from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.open_module import load_module_state
 from liar_opt.passes.prove_groups import Failure, groups_at_fault
 from liar_opt.passes.prove_module import ProveModuleGroupsPass, failure, probe_sizes
-from liar_opt.passes.prune_module import PruneModulePass
+from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,8 +67,8 @@ def test_right_rules_are_proved_at_two_sizes() -> None:
     (group,) = state.groups
     probes = probe_sizes(state)
     assert [tuple(p["tokens"].shape) for p in probes] == [(3, 7), (2, 6)]
-    assert failure(state, PruneModulePass(), {group.name: 5}, probes) is None
-    assert ProveModuleGroupsPass(PruneModulePass())(state).refusals == () and state.groups == (group,)
+    assert failure(state, PruneGroupsPass(), {group.name: 5}, probes) is None
+    assert ProveModuleGroupsPass(PruneGroupsPass())(state).refusals == () and state.groups == (group,)
 
 
 def test_bisection_finds_every_group_at_fault() -> None:
