@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from liar_opt.frontend.engine import Engine
+
 BATCH = 3
 """Samples of the example that is traced; its token axes get prime lengths of their own."""
 

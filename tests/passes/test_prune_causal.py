@@ -8,7 +8,8 @@ import pytest
 import words
 import zoo_decoders
 
-from liar_opt.passes.prune_job import PruneResult, prune
+from liar_opt.passes.prune_job import prune
+from liar_opt.passes.result import PruneResult
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.perplexity import perplexity
 from liar_opt.runtime.sessions import Session

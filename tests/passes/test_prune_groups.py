@@ -162,7 +162,7 @@ def part_of(run: Any) -> Any:
     right = OnnxPart.__init__
 
     def made(self: OnnxPart, session: Any, wanted: Any, taps: Any) -> None:
-        right(self, type("Broken", (), {"run": run})(), wanted, taps)  # type: ignore[arg-type]
+        right(self, type("Broken", (), {"run": run})(), wanted, taps)
 
     return made
 

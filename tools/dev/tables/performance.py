@@ -38,9 +38,8 @@ from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.solve import Problem, fold, half_the_threads, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, export_bert, moved_into_place
-from liar_opt.tools.dev.harness import Others, measured, say, setting
+from liar_opt.tools.dev.harness import Others, measured, say, setting, table
 from liar_opt.tools.dev.subjects.smollm2 import export as export_decoder
-from liar_opt.tools.html_elements import table
 
 LAYERS = (2, 6, 12, 25, 50, 100)
 WIDTHS = (256, 512, 1024, 2048, 4096)

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from liar_opt.passes.prune_job import PruneResult, prune
+from liar_opt.passes.prune_job import prune
+from liar_opt.passes.result import PruneResult
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.dev.harness import Cells, say, setting, table
