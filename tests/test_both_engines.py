@@ -24,6 +24,9 @@ from liar_opt.passes.result import ModuleResult
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS, WORDS, LENGTH = 4, 101, 13
+ROUNDING = 0.02
+"""Of the largest weight. Attention that is nearly uniform magnifies rounding: one unit in the last place of every weight of
+the BERT moves its own repairs in ONNX Runtime by 0.001 (ratios) and 0.003 (dense); torch is 0.002 and 0.010 from it."""
 CAPABILITIES: dict[str, dict[str, Any]] = {
     "ratios": {"ffn": 0.4, "heads": 0.25},
     "curves": {"sparsity": 0.3},
@@ -78,7 +81,7 @@ def made(name: str) -> Any:
             if parameter.ndim < 2:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
             else:
-                parameter.mul_(1.0 + index % 5)
+                parameter.mul_(1.0 + 0.2 * (index % 3))
     return module
 
 
@@ -157,4 +160,12 @@ def test_both_engines_make_the_same(name: str, capability: str, exports: dict[st
     module, graph = both(name, exports, **CAPABILITIES[capability])
     assert kept(module) == kept(graph)
     assert any(group["after"] < group["before"] for group in graph.report["groups"])
-    assert apart(module, graph.model) < 2e-3
+    assert apart(module, graph.model) < ROUNDING
+
+
+def test_another_repair_is_seen(exports: dict[str, Path]) -> None:
+    """What is called rounding is less than what a repair, or its target, makes of the same kept blocks."""
+    options: dict[str, Any] = {"ffn": 0.4, "heads": 0.25}
+    results = {repair: both("bert", exports, **options, repair=repair) for repair in ("liar", "dense", "residual")}
+    for one, other in (("liar", "dense"), ("dense", "residual"), ("residual", "liar")):
+        assert apart(results[one][0], results[other][1].model) > 2 * ROUNDING

@@ -125,7 +125,7 @@ def test_some_widths_of_a_kind_can_be_said(tmp_path: Path) -> None:
 
 
 def test_layers_without_a_bias_keep_none() -> None:
-    result = pruned("llama", sparsity=0.4)
+    result = pruned("llama", sparsity=0.4, allocate="uniform")
     assert all(m.bias is None for m in result.module.modules() if isinstance(m, torch.nn.Linear))
     errors = [r for g in result.report["groups"] for r in g["repairs"]]
     assert errors and all(r["error_repair"] <= r["error_none"] for r in errors)
@@ -142,7 +142,7 @@ def test_bert_cannot_say_its_heads(tmp_path: Path) -> None:
     narrow = pruned("bert", heads=0.4, checkpoint=False)
     with pytest.raises(liar_opt.OptionError, match="--format onnx"):
         narrow.save(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def stored(name: str, folder: Path) -> Path:
@@ -164,6 +164,7 @@ def test_the_command_makes_a_checkpoint_that_transformers_alone_loads(
     (model / "generation_config.json").write_text(json.dumps({"max_length": 17}))
     (model / "vocab.txt").write_text("a\nb\n")
     arguments = [str(model), "--calibration", str(calibration), "--sparsity", "0.4", "--multiple-of", "4", "--no-latency"]
+    arguments += ["--allocate", "uniform"]
     assert main([*arguments, "-o", str(tmp_path / "out"), "--report", str(tmp_path / "r.json")]) == 0
     told = capsys.readouterr().out
     assert "intermediate_size 88 -> 52" in told and "num_key_value_heads 3 -> 2" in told
