@@ -134,6 +134,12 @@ class GraphWalk:
         self.constant_uses.append(ConstantUse(node, position, tensor, axes))
         return axes
 
+    def axes_of(self, node: gs.Node, position: int = 0) -> Axes:
+        """Returns the factors of an input's axes; no rule is asked of a node with an input of unknown shape."""
+        axes = self.input_axes(node, position)
+        assert axes is not None
+        return axes
+
     def _constant_axes(self, tensor: gs.Constant, tied: bool) -> Axes:
         if tied and id(tensor) in self._tied:
             return self._tied[id(tensor)]
@@ -293,6 +299,10 @@ class GraphWalk:
             if known.root is root and self.algebra.size(known.stack) == self.algebra.size(stack):
                 self.algebra.unify(known.stack, stack)
         self.lookups[node.outputs[0].name] = Lookup(node, numbers, root, stack)
+
+    def taken_from_weights(self, tensor: gs.Tensor) -> bool:
+        """Returns whether a tensor is looked up in a constant."""
+        return bool(tensor.inputs) and has(tensor.inputs[0], Trait.LOOKS_UP) and is_constant(tensor.inputs[0].inputs[0])
 
     def cache(self, past: gs.Tensor, present: gs.Tensor, axis: int) -> None:
         """Records that ``past`` comes back as ``present``, longer along ``axis``, if they are a graph input and output.

@@ -2,17 +2,313 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import is_constant
-from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.records import BiasKind, ConsumerUse, Window
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
+
+
+def at(node: gs.Node, what: str) -> str:
+    """Returns a reason, with the node that it holds of."""
+    return f"{what} (node '{node.name}')"
+
+
+def runs(node: gs.Node) -> str:
+    """Returns the reason why an operator needs the whole of an axis."""
+    return at(node, f"{node.op} runs over it")
+
+
+# -- element by element -----------------------------------------------------------------------------------------------
+
+
+def pointwise(w: GraphWalk, node: gs.Node) -> None:
+    """All that is read is broadcast together."""
+    axes = w.broadcast(*(a for i in range(len(node.inputs)) if (a := w.input_axes(node, i)) is not None))
+    for i in range(len(node.outputs)):
+        w.output(node, axes, i)
+
+
+def halves(w: GraphWalk, axis: Factor) -> Factor:
+    """Returns the factor of both halves of an axis, which are multiplied with each other."""
+    size = w.algebra.size(axis)
+    first, second = w.algebra.cut(axis, [size // 2, size - size // 2])
+    w.unify(first, second)
+    return first
+
+
+# -- what needs the whole axis ----------------------------------------------------------------------------------------
+
+
+def along(w: GraphWalk, node: gs.Node, axes: Axes, whole: Sequence[Factor]) -> None:
+    """Softmax, sums so far, sorting: the ``whole`` axes keep their extent, and the result has all ``axes``."""
+    w.pin(whole, runs(node))
+    for i in range(len(node.outputs)):
+        w.output(node, axes, i)
+
+
+def reduce(w: GraphWalk, node: gs.Node, axes: Axes, gone: Collection[int], keep: bool) -> None:
+    """The axes that are ``gone`` are summed over, or the like; they stay as ones where ``keep`` says so."""
+    w.pin([axes[i] for i in gone], runs(node))
+    result = tuple(w.fresh(1) if i in gone else f for i, f in enumerate(axes) if keep or i not in gone)
+    for i in range(len(node.outputs)):
+        w.output(node, result, i)
+
+
+def best(w: GraphWalk, node: gs.Node, axes: Axes, axis: int, size: int) -> None:
+    """``size`` elements of an axis that data says, and where they were."""
+    w.pin([axes[axis]], runs(node))
+    chosen = w.fresh(size, runs(node))
+    for i in range(len(node.outputs)):
+        w.output(node, (*axes[:axis], chosen, *axes[axis + 1 :]), i)
+
+
+def normalise(w: GraphWalk, node: gs.Node, axes: Axes, first: int) -> None:
+    """Over all axes from ``first`` on, with a scale and a shift of their extent; then mean and deviation."""
+    w.pin(axes[first:], runs(node))
+    for i in range(1, len(node.inputs)):
+        extra = w.input_axes(node, i)
+        if extra is not None:
+            w.broadcast(axes[first:], extra)
+    w.output(node, axes)
+    for i in range(1, len(node.outputs)):
+        w.output(node, (*axes[:first], *(w.fresh(1) for _ in axes[first:])), i)
+
+
+def normalise_channels(w: GraphWalk, node: gs.Node, axes: Axes, each_sample: bool) -> None:
+    """By channel, [b, c, ..]: scale, shift, and mean and variance where they are given; of ``each_sample`` where not."""
+    if each_sample:
+        w.pin(axes[2:], runs(node))
+        w.channels.append(axes[1])
+    for i in range(1, len(node.inputs)):
+        vector = w.input_axes(node, i)
+        if vector is not None:
+            w.unify(axes[1], vector[0])
+    w.output(node, axes)
+
+
+# -- layout -----------------------------------------------------------------------------------------------------------
+
+
+def split(w: GraphWalk, node: gs.Node, axes: Axes, axis: int, sizes: Iterable[int]) -> list[Factor]:
+    """Cuts an axis into parts, an output each, and returns them."""
+    pieces = w.algebra.cut(axes[axis], [int(s) for s in sizes])
+    for i, piece in enumerate(pieces):
+        w.output(node, (*axes[:axis], piece, *axes[axis + 1 :]), i)
+    return pieces
+
+
+class Part(NamedTuple):
+    """A part of an axis: its factor, and where it was cut out, what is ``before`` it and all ``pieces`` in order."""
+
+    factor: Factor
+    before: tuple[Factor, ...] = ()
+    pieces: tuple[Factor, ...] = ()
+
+
+def part(w: GraphWalk, node: gs.Node, axis: Factor, bounds: slice) -> Part:
+    """Cuts the part of an axis that python's ``bounds`` take."""
+    size = w.algebra.size(axis)
+    start, stop, step = bounds.indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return Part(axis)
+    if step != 1 or stop <= start:
+        return Part(w.strided(axis, range(start, stop, step), at(node, "sliced with a step")))
+    pieces = tuple(w.algebra.cut(axis, [n for n in (start, stop - start, size - stop) if n]))
+    return Part(pieces[1], pieces[:1], pieces) if start else Part(pieces[0], (), pieces)
+
+
+def expand(w: GraphWalk, node: gs.Node, axes: Axes, sizes: Sequence[int], where: tuple[str, int | str]) -> None:
+    """Broadcasts to ``sizes``, aligned at the right, of which one that is no more than one says nothing."""
+    rank = max(len(axes), len(sizes))
+    result: list[Factor] = []
+    for i in range(rank):
+        place, element = i - (rank - len(axes)), i - (rank - len(sizes))
+        size = sizes[element] if element >= 0 else 1
+        factor = axes[place] if place >= 0 else w.fresh(size)
+        if size > 1:
+            if w.algebra.size(factor) == 1:
+                factor = w.fresh(size)
+            if w.algebra.size(factor) != size:
+                w.equate(w.algebra.size(factor), size)
+                w.give_up(node, f"{node.op} to a target that does not fit")
+                return
+            w.size_use(node, (*where, element), factor)
+        result.append(factor)
+    w.output(node, tuple(result))
+
+
+def repeat(w: GraphWalk, node: gs.Node, axes: Axes, counts: Sequence[int], where: tuple[str, int | str]) -> None:
+    """Repeats each axis as a whole; of more counts than axes the first make axes of their own."""
+    result = [*(w.fresh(1) for _ in range(len(counts) - len(axes))), *axes]
+    for element, count in enumerate(counts):
+        place = element + len(result) - len(counts)
+        if count != 1:
+            outer = w.fresh(count)
+            w.size_use(node, (*where, element), outer)
+            result[place] = w.algebra.merge([outer, result[place]])
+    w.output(node, tuple(result))
+
+
+def pad(w: GraphWalk, node: gs.Node, axes: Axes, widths: Mapping[int, tuple[int, int]]) -> None:
+    """``widths`` says what is added before and behind each axis; where it is anything the axis keeps its extent."""
+    where, result = at(node, "padded"), list(axes)
+    for axis, (before, behind) in widths.items():
+        if before or behind:
+            size = w.algebra.size(axes[axis]) + before + behind
+            if not w.slid(node, [size]):
+                return
+            w.pin([axes[axis]], where)
+            result[axis] = w.fresh(size, where)
+    w.output(node, tuple(result))
+
+
+# -- places that data says --------------------------------------------------------------------------------------------
+
+
+def gather_along(w: GraphWalk, node: gs.Node, axis: int) -> None:
+    """Elements along an axis, at places that input 1 says; its other axes are those of the data, or shorter."""
+    axes, indices, where = w.axes_of(node), w.axes_of(node, 1), at(node, f"looked up by {node.op}")
+    for i, (a, b) in enumerate(zip(axes, indices, strict=True)):
+        _alike(w, a, b, where, i == axis)
+    w.output(node, indices)
+
+
+def scatter_along(w: GraphWalk, node: gs.Node, axis: int) -> None:
+    """Elements are written along an axis to places that input 1 says; the other axes are those of the data, or shorter."""
+    axes, where = w.axes_of(node), at(node, f"written to by {node.op}")
+    for position in range(1, len(node.inputs)):
+        for i, (a, b) in enumerate(zip(axes, w.axes_of(node, position), strict=True)):
+            _alike(w, a, b, where, i == axis)
+    w.output(node, axes)
+
+
+def _alike(w: GraphWalk, a: Factor, b: Factor, where: str, pinned: bool) -> None:
+    if pinned or w.algebra.size(a) != w.algebra.size(b):
+        w.pin([a, b], where)
+    else:
+        w.unify(a, b)
+
+
+def sample(w: GraphWalk, node: gs.Node) -> None:
+    """X [b, c, ..] is read at the places of a grid [b, .., r]."""
+    axes, grid = w.axes_of(node), w.axes_of(node, 1)
+    w.unify(axes[0], grid[0])
+    w.pin([*axes[2:], *grid[1:]], at(node, f"sampled by {node.op}"))
+    w.output(node, (*axes[:2], *grid[1:-1]))
+
+
+# -- contractions -----------------------------------------------------------------------------------------------------
+
+
+def product(
+    w: GraphWalk,
+    node: gs.Node,
+    left: Axes,
+    right: Axes,
+    contract: Callable[[Factor], None],
+    places: tuple[int, int] = (0, 1),
+    swapped: tuple[bool, bool] = (False, False),
+    bias: tuple[BiasKind, int] = ("after", 0),
+    scale: float = 1.0,
+    bias_scale: float = 1.0,
+) -> Axes:
+    """The matrix product of two inputs, as ``numpy.matmul`` defines it.
+
+    Args:
+        w: the walk.
+        node: the operator.
+        left: the axes of the left input, in multiplication order.
+        right: those of the right one.
+        contract: is told of a width that is contracted between two activations.
+        places: the positions of the inputs.
+        swapped: which of them are stored the other way round.
+        bias: where the operator adds one.
+        scale: what the product is multiplied by.
+        bias_scale: what the bias is multiplied by.
+
+    Returns:
+        The axes of the product.
+    """
+    first, second = places
+    w.unify(left[-1], right[0] if len(right) == 1 else right[-2])
+    mixes = False
+    if w.constant(node, second) is not None and len(right) == 2:
+        scales = {"scale": scale, "bias_scale": bias_scale}
+        w.consumer(node, first, -2 if swapped[0] else -1, second, int(swapped[1]), bias=bias, **scales)
+    elif w.constant(node, first) is not None and len(left) == 2 and len(right) > 1 and bias[0] == "after":
+        w.consumer(node, second, -1 if swapped[1] else -2, first, int(not swapped[0]), scale=scale, output_axis=-2)
+    elif places != (0, 1) or any(swapped) or not experts_product(w, node, left, right, scale):
+        mixes = True
+        contract(left[-1])
+        w.mix(left, right)
+    batch = w.broadcast(left[:-2], right[:-2]) if left[:-2] or right[:-2] else ()
+    if mixes:
+        w.batched += batch
+    result = (*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
+    w.count(left[-1], *result)
+    return result
+
+
+def convolve(
+    w: GraphWalk,
+    node: gs.Node,
+    groups: tuple[str, int],
+    spatial: Sequence[int],
+    window: Window | None = None,
+    computed: bool = False,
+    last: bool = False,
+) -> Axes | None:
+    """X [b, n, ..], or [b, .., n], W [m, n / groups, ..], bias [m].
+
+    Args:
+        w: the walk.
+        node: the operator; its inputs are X, W and the bias.
+        groups: the attribute that says how many groups there are, and how many.
+        spatial: the sizes of the result.
+        window: how it slides, where what lies under a kernel of more than one place can be measured.
+        computed: whether the weight of a depthwise convolution may be no constant.
+        last: whether channels are the last axis.
+
+    Returns:
+        The axes of the result; None where the window does not fit.
+    """
+    x, weight, bias = w.axes_of(node), w.axes_of(node, 1), w.input_axes(node, 2)
+    name, count = groups
+    channels, sides = (x[-1], x[1:-1]) if last else (x[1], x[2:])
+    if count == 1:
+        w.unify(channels, weight[1])
+        w.channels += [channels, weight[0]]
+        dense = all(k == 1 for k in w.shape(weight[2:]))
+        if w.constant(node, 1) is None or not (dense or window):
+            w.pin([channels], at(node, "input channels of a convolution that is no matrix product"))
+        else:
+            more: dict[str, Any] = {}
+            if not dense:
+                more = {"window": window, "width": w.algebra.merge([*weight[2:], weight[1]]), "channels": weight[1]}
+            axis = -1 if last else 1 - len(x)
+            w.consumer(node, 0, axis, 1, 1, bias=("input", 2), output_axis=axis, **more)
+    elif count == w.algebra.size(channels) == w.algebra.size(weight[0]) and (computed or w.constant(node, 1) is not None):
+        w.unify(channels, weight[0])  # depthwise: every channel by itself
+        w.size_use(node, ("attribute", name, -1), channels)
+    else:
+        w.pin([channels, *weight], at(node, "grouped convolution"))
+    if bias is not None:
+        w.unify(weight[0], bias[0])
+    slid = at(node, "slid over by a convolution")
+    w.pin([*sides, *weight[2:]], slid)
+    if not w.slid(node, spatial, w.shape(sides)):
+        return None
+    w.flops += 2 * math.prod([*w.shape((x[0], *weight)), *spatial])
+    made = tuple(w.fresh(s, slid) for s in spatial)
+    return (x[0], *made, weight[0]) if last else (x[0], weight[0], *made)
 
 
 def experts_product(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float) -> bool:

@@ -308,8 +308,7 @@ def rotary_embedding(w: GraphWalk, node: gs.Node) -> None:
 
 def _rotary(w: GraphWalk, node: gs.Node, width: int) -> None:
     """Pins the width that is turned; ``width`` is used where the operator does not say the number of heads."""
-    x = w.input_axes(node, 0)
-    assert x is not None
+    x = w.axes_of(node)
     where = f"turned by {node.op} (node '{node.name}')"
     for i in range(1, len(node.inputs)):
         w.pin(w.input_axes(node, i), where)

@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes
 from liar_opt.frontend.records import Window
+from liar_opt.frontend.rules import meaning
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
 def conv(w: GraphWalk, node: gs.Node) -> None:
-    """X [b, n, ..], W [m, n / groups, ..], bias [m]; a fused one adds a tensor like the result, before an activation."""
-    x, weight = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert x is not None and weight is not None
-    where = f"(node '{node.name}')"
-    kernel, groups = w.shape(weight)[2:], int(node.attrs.get("group", 1))
-    if groups == 1:
-        w.unify(x[1], weight[1])
-        w.channels += [x[1], weight[0]]
-        pointwise = all(k == 1 for k in kernel)
-        window = None if pointwise else _window(node, kernel)
-        if w.constant(node, 1) is None or (window is None and not pointwise):
-            w.pin([x[1]], f"input channels of a convolution that is no matrix product {where}")
-        else:
-            under = None if window is None else w.algebra.merge([*weight[2:], weight[1]])
-            more: dict[str, Any] = {} if under is None else {"window": window, "width": under, "channels": weight[1]}
-            w.consumer(node, 0, 1, 1, 1, bias=("input", 2), output_axis=1 - len(x), **more)
-    elif groups == w.algebra.size(x[1]) == w.algebra.size(weight[0]) and w.constant(node, 1) is not None:
-        w.unify(x[1], weight[0])  # depthwise: every channel by itself
-        w.size_use(node, ("attribute", "group", -1), x[1])
-    else:
-        w.pin([x[1], *weight], f"grouped convolution {where}")
-    bias = w.input_axes(node, 2)
-    if bias is not None:
-        w.unify(weight[0], bias[0])
-    w.pin([*x[2:], *weight[2:]], f"slid over by a convolution {where}")
-    spatial = _conv_sizes(node, w.shape(x)[2:], kernel) or w.inferred.get(node.outputs[0].name, ())[2:]
-    if len(spatial) != len(kernel):
-        w.give_up(node, "convolution of unknown extent")
-        return
-    if not w.slid(node, spatial, w.shape(x)[2:]):
-        return
-    w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *spatial], dtype=np.int64))
-    result: Axes = (x[0], weight[0], *(w.fresh(s, f"slid over by a convolution {where}") for s in spatial))
-    added = w.input_axes(node, 3)
-    w.output(node, result if added is None else w.broadcast(result, added))
+    """A fused one adds a tensor like the result, input 3, before an activation."""
+    _convolved(w, node, w.axes_of(node)[2:], _window(node, w.shape(w.axes_of(node, 1)[2:])), last=False)
+
+
+def channels_last_conv(w: GraphWalk, node: gs.Node) -> None:
+    """The input channels of a kernel of more than one place stay."""
+    _convolved(w, node, w.axes_of(node)[1:-1], None, last=True)
+
+
+def _convolved(w: GraphWalk, node: gs.Node, sides: Axes, window: Window | None, last: bool) -> None:
+    spatial = _slid_sizes(node, w.shape(sides), w.shape(w.axes_of(node, 1)[2:]))
+    groups, added = ("group", int(node.attrs.get("group", 1))), w.input_axes(node, 3)
+    result = meaning.convolve(w, node, groups, spatial, window, computed=last, last=last)
+    if result is not None:
+        w.output(node, result if added is None else w.broadcast(result, added))
 
 
 def conv_transpose(w: GraphWalk, node: gs.Node) -> None:
@@ -58,8 +39,7 @@ def conv_transpose(w: GraphWalk, node: gs.Node) -> None:
 
     W' is fitted to the addends (k of each output, at most), which bounds what the sums lose.
     """
-    x, weight, bias = w.input_axes(node, 0), w.input_axes(node, 1), w.input_axes(node, 2)
-    assert x is not None and weight is not None
+    x, weight, bias = w.axes_of(node), w.axes_of(node, 1), w.input_axes(node, 2)
     where = f"(node '{node.name}')"
     w.unify(x[1], weight[0])
     w.pin([*x[2:], *weight[2:]], f"slid over by a transposed convolution {where}")
@@ -102,18 +82,19 @@ def _window(node: gs.Node, kernel: Sequence[int]) -> Window | None:
     return Window(tuple(kernel), strides, dilations, pads)
 
 
-def _conv_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:
+def _slid_sizes(node: gs.Node, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:
+    """Returns for how many places a kernel slides over axes of ``sizes``, by the attributes of a convolution."""
     n = len(kernel)
-    if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return []
-    pads = list(node.attrs.get("pads", [0] * 2 * n))
-    strides, dilations = list(node.attrs.get("strides", [1] * n)), list(node.attrs.get("dilations", [1] * n))
-    return [(sizes[i] + pads[i] + pads[n + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)]
+    strides, dilations = node.attrs.get("strides") or [1] * n, node.attrs.get("dilations") or [1] * n
+    pads, automatic = node.attrs.get("pads") or [0] * 2 * n, str(node.attrs.get("auto_pad", "NOTSET"))
+    if automatic.startswith("SAME"):
+        return [-(-size // step) for size, step in zip(sizes, strides, strict=True)]
+    both = [pads[i] + pads[n + i] if automatic == "NOTSET" else 0 for i in range(n)]
+    return [(sizes[i] + both[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(n)]
 
 
 def pool(w: GraphWalk, node: gs.Node) -> None:
-    axes, shape = w.input_axes(node, 0), w.inferred.get(node.outputs[0].name)
-    assert axes is not None
+    axes, shape = w.axes_of(node), w.inferred.get(node.outputs[0].name)
     if shape is None:
         w.give_up(node, f"{node.op} of unknown extent")
         return
@@ -128,7 +109,6 @@ def pool(w: GraphWalk, node: gs.Node) -> None:
 
 
 def global_pool(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
     w.output(node, (*axes[:2], *(w.fresh(1) for _ in axes[2:])))

@@ -23,8 +23,7 @@ def constant_of_shape(w: GraphWalk, node: gs.Node) -> None:
 
 def eye_like(w: GraphWalk, node: gs.Node) -> None:
     """The diagonal pairs the indices of one axis with those of the other."""
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     w.pin(axes, f"paired by EyeLike (node '{node.name}')")
     w.output(node, axes)
 
@@ -35,7 +34,6 @@ def counted(w: GraphWalk, node: gs.Node) -> None:
 
 def drawn_like(w: GraphWalk, node: gs.Node) -> None:
     """Fewer numbers would be others, too."""
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     w.pin(axes, f"random numbers are drawn for it (node '{node.name}')")
     w.output(node, axes)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.axes import Factor
 from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules import meaning
 from liar_opt.frontend.rules.numbers import Array, axes_of, resolve_reshape, slice_arguments, slices
 from liar_opt.frontend.symbols import Misfit
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 
 def reshape(w: GraphWalk, node: gs.Node) -> None:
-    axes, target = w.input_axes(node, 0), w.value(node, 1)
-    assert axes is not None
+    axes, target = w.axes_of(node), w.value(node, 1)
     if target is None:
         w.give_up(node, "Reshape to a target that is not known")
         return
@@ -36,29 +35,25 @@ def reshape(w: GraphWalk, node: gs.Node) -> None:
 
 
 def flatten(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     axis = int(node.attrs.get("axis", 1))
     w.output(node, (w.algebra.merge(axes[:axis]), w.algebra.merge(axes[axis:])))
 
 
 def transpose(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     w.output(node, tuple(axes[p] for p in node.attrs.get("perm") or range(len(axes))[::-1]))
 
 
 def squeeze(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     chosen = axes_of([None, w.value(node, 1)], node.attrs, 1)
     gone = {a % len(axes) for a in chosen} if chosen is not None else {i for i, s in enumerate(w.shape(axes)) if s == 1}
     w.output(node, tuple(f for i, f in enumerate(axes) if i not in gone))
 
 
 def unsqueeze(w: GraphWalk, node: gs.Node) -> None:
-    axes, chosen = w.input_axes(node, 0), axes_of([None, w.value(node, 1)], node.attrs, 1)
-    assert axes is not None
+    axes, chosen = w.axes_of(node), axes_of([None, w.value(node, 1)], node.attrs, 1)
     if chosen is None:
         w.give_up(node, "Unsqueeze of axes that are not known")
         return
@@ -77,8 +72,7 @@ def concat(w: GraphWalk, node: gs.Node) -> None:
 
 
 def parted(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     axis = int(node.attrs.get("axis", 0)) % len(axes)
     size, count = w.algebra.size(axes[axis]), len(node.outputs)
     given = node.attrs.get("split")
@@ -91,16 +85,13 @@ def parted(w: GraphWalk, node: gs.Node) -> None:
         if where is not None:
             w.give_up(node, "Split into sizes that are not known")
             return
-    pieces = w.algebra.cut(axes[axis], [int(g) for g in given])
-    for i, piece in enumerate(pieces):
+    for i, piece in enumerate(meaning.split(w, node, axes, axis, given)):
         # Equal parts by count: the operator itself divides; it is told the sizes where they differ after a cut.
         w.size_use(node, (*(where or ("split", "")), i), piece)
-        w.output(node, (*axes[:axis], piece, *axes[axis + 1 :]), i)
 
 
 def sliced(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     arguments = slice_arguments([None, *(w.value(node, i) for i in range(1, 5))], node.attrs)
     if len(node.inputs) > 3 and present(node.inputs[3]) and w.value(node, 3) is None:
         arguments = None
@@ -111,72 +102,35 @@ def sliced(w: GraphWalk, node: gs.Node) -> None:
     places = [a % len(axes) for a in (chosen if chosen is not None else range(len(starts)))]
     result = list(axes)
     for element, (axis, cut) in enumerate(zip(places, [slices(len(axes), *arguments)[p] for p in places], strict=True)):
-        size = w.algebra.size(axes[axis])
-        start, stop, step = cut.indices(size)
-        if (start, stop, step) == (0, size, 1):
-            continue
-        if step != 1 or stop <= start:
-            result[axis] = w.strided(axes[axis], range(start, stop, step), f"sliced with a step (node '{node.name}')")
-            continue
-        pieces = w.algebra.cut(axes[axis], [s for s in (start, stop - start, size - stop) if s])
-        before, piece = (pieces[:1], pieces[1]) if start else ([], pieces[0])
-        result[axis] = piece
+        result[axis], before, pieces = meaning.part(w, node, axes[axis], cut)
         where = ("attribute", "starts", "ends") if "starts" in node.attrs else ("input", 1, 2)
-        if start:
-            watched = tuple(pieces) if starts[element] < 0 else ()
+        if before:
+            watched = pieces if starts[element] < 0 else ()
             w.size_use(node, (str(where[0]), where[1], element), *before, watched=watched)
-        if stop < size:
-            watched = tuple(pieces) if ends[element] < 0 else ()
-            w.size_use(node, (str(where[0]), where[2], element), *before, piece, watched=watched)
+        if len(pieces) > len(before) + 1:
+            watched = pieces if ends[element] < 0 else ()
+            w.size_use(node, (str(where[0]), where[2], element), *before, result[axis], watched=watched)
     w.output(node, tuple(result))
 
 
 def expand(w: GraphWalk, node: gs.Node) -> None:
-    axes, target = w.input_axes(node, 0), w.value(node, 1)
-    assert axes is not None
+    axes, target = w.axes_of(node), w.value(node, 1)
     if target is None:
         w.give_up(node, "Expand to a target that is not known")
         return
-    sizes = [int(d) for d in target]
-    rank = max(len(axes), len(sizes))
-    padded: list[Factor | None] = [*([None] * (rank - len(axes))), *axes]
-    result: list[Factor] = []
-    for i in range(rank):
-        factor = padded[i]
-        element = i - (rank - len(sizes))
-        size = sizes[element] if element >= 0 else 1
-        if factor is None or (w.algebra.size(factor) == 1 and size > 1):
-            factor = w.fresh(size)
-        if element >= 0 and size > 1:
-            if w.algebra.size(factor) != size:
-                w.equate(w.algebra.size(factor), size)
-                w.give_up(node, "Expand to a target that does not fit")
-                return
-            w.size_use(node, ("input", 1, element), factor)
-        result.append(factor)
-    w.output(node, tuple(result))
+    meaning.expand(w, node, axes, [int(d) for d in target], ("input", 1))
 
 
 def tile(w: GraphWalk, node: gs.Node) -> None:
-    axes, repeats = w.input_axes(node, 0), w.value(node, 1)
-    assert axes is not None
+    axes, repeats = w.axes_of(node), w.value(node, 1)
     if repeats is None:
         w.give_up(node, "Tile by counts that are not known")
         return
-    result = []
-    for i, (factor, count) in enumerate(zip(axes, (int(r) for r in repeats), strict=True)):
-        if count == 1:
-            result.append(factor)
-            continue
-        outer = w.fresh(count)
-        w.size_use(node, ("input", 1, i), outer)
-        result.append(w.algebra.merge([outer, factor]))
-    w.output(node, tuple(result))
+    meaning.repeat(w, node, axes, [int(r) for r in repeats], ("input", 1))
 
 
 def pad(w: GraphWalk, node: gs.Node) -> None:
-    axes, pads = w.input_axes(node, 0), w.value(node, 1)
-    assert axes is not None
+    axes, pads = w.axes_of(node), w.value(node, 1)
     pads = np.asarray(node.attrs["pads"]) if "pads" in node.attrs else pads
     chosen: Array | None = np.arange(len(axes))
     if len(node.inputs) > 3 and present(node.inputs[3]):  # the axes that are padded, in any order
@@ -184,13 +138,5 @@ def pad(w: GraphWalk, node: gs.Node) -> None:
     if pads is None or chosen is None or len(pads) != 2 * len(chosen):
         w.give_up(node, "Pad by widths that are not known")
         return
-    where = f"padded (node '{node.name}')"
-    result = list(axes)
-    for i, axis in enumerate(int(a) % len(axes) for a in chosen):
-        factor, before, behind = axes[axis], int(pads[i]), int(pads[i + len(chosen)])
-        if before or behind:
-            if not w.slid(node, [w.algebra.size(factor) + before + behind]):
-                return
-            w.pin([factor], where)
-            result[axis] = w.fresh(w.algebra.size(factor) + before + behind, where)
-    w.output(node, tuple(result))
+    sides = zip(pads[: len(chosen)].tolist(), pads[len(chosen) :].tolist(), strict=True)
+    meaning.pad(w, node, axes, dict(zip((int(a) % len(axes) for a in chosen), sides, strict=True)))

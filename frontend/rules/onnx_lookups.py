@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.rules import meaning
 from liar_opt.frontend.rules.numbers import VALUE_LIMIT
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
 
 
 def gather(w: GraphWalk, node: gs.Node) -> None:
-    axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert axes is not None and indices is not None
+    axes, indices = w.axes_of(node), w.axes_of(node, 1)
     axis = int(node.attrs.get("axis", 0)) % len(axes)
     chosen = _looked_up(w, node, axes[axis], len(indices))
     if axis == 0 and len(axes) > 1 and w.constant(node, 0) is not None and not is_constant(node.inputs[1]):
@@ -57,23 +57,11 @@ def _contiguous(indices: gs.Tensor, size: int) -> tuple[int, int] | None:
 
 
 def gather_elements(w: GraphWalk, node: gs.Node) -> None:
-    axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert axes is not None and indices is not None
-    axis = int(node.attrs.get("axis", 0)) % len(axes)
-    w.pin([axes[axis], indices[axis]], f"looked up by GatherElements (node '{node.name}')")
-    for i, (a, b) in enumerate(zip(axes, indices, strict=True)):
-        if i == axis:
-            continue
-        if w.algebra.size(a) == w.algebra.size(b):
-            w.unify(a, b)
-        else:
-            w.pin([a, b], f"looked up by GatherElements (node '{node.name}')")
-    w.output(node, indices)
+    meaning.gather_along(w, node, int(node.attrs.get("axis", 0)) % len(w.axes_of(node)))
 
 
 def gather_nd(w: GraphWalk, node: gs.Node) -> None:
-    axes, indices = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert axes is not None and indices is not None
+    axes, indices = w.axes_of(node), w.axes_of(node, 1)
     batch, depth = int(node.attrs.get("batch_dims", 0)), w.algebra.size(indices[-1])
     chosen = _looked_up(w, node, axes[0], 1) if not batch and depth == 1 and len(indices) == 2 else None
     if chosen is not None:
@@ -87,16 +75,14 @@ def gather_nd(w: GraphWalk, node: gs.Node) -> None:
 
 
 def non_zero(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     where = f"looked for what is not zero (node '{node.name}')"
     w.pin(axes, where)
     w.output(node, (w.fresh(len(axes), where), w.fresh(w.unforeseen(), where)))
 
 
 def compress(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     where = f"picked from by Compress (node '{node.name}')"
     picked = w.fresh(w.unforeseen(), where)
     if "axis" not in node.attrs:
@@ -109,8 +95,7 @@ def compress(w: GraphWalk, node: gs.Node) -> None:
 
 
 def scatter_nd(w: GraphWalk, node: gs.Node) -> None:
-    data, indices, updates = (w.input_axes(node, i) for i in range(3))
-    assert data is not None and indices is not None and updates is not None
+    data, indices, updates = (w.axes_of(node, i) for i in range(3))
     depth = w.algebra.size(indices[-1])
     where = f"written to by ScatterND (node '{node.name}')"
     w.pin([*data[:depth], *indices, *updates[: len(indices) - 1]], where)
@@ -120,22 +105,11 @@ def scatter_nd(w: GraphWalk, node: gs.Node) -> None:
 
 
 def scatter_elements(w: GraphWalk, node: gs.Node) -> None:
-    data, indices, updates = (w.input_axes(node, i) for i in range(3))
-    assert data is not None and indices is not None and updates is not None
-    axis = int(node.attrs.get("axis", 0)) % len(data)
-    where = f"written to by {node.op} (node '{node.name}')"
-    for i, factors in enumerate(zip(data, indices, updates, strict=True)):
-        if i == axis or len({w.algebra.size(f) for f in factors}) > 1:
-            w.pin(factors, where)
-            continue
-        w.unify(factors[0], factors[1])
-        w.unify(factors[0], factors[2])
-    w.output(node, data)
+    meaning.scatter_along(w, node, int(node.attrs.get("axis", 0)) % len(w.axes_of(node)))
 
 
 def one_hot(w: GraphWalk, node: gs.Node) -> None:
-    axes, depth = w.input_axes(node, 0), w.value(node, 1)
-    assert axes is not None
+    axes, depth = w.axes_of(node), w.value(node, 1)
     if depth is None:
         w.give_up(node, "OneHot of a depth that is not known")
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.rules import meaning
 from liar_opt.frontend.rules.meaning import normalised_by_groups
 
 if TYPE_CHECKING:
@@ -18,16 +19,14 @@ if TYPE_CHECKING:
 
 def group_normalization(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, ..]; scale and shift [groups] in opset 18, [c] since 21."""
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     normalised_by_groups(w, node, axes, 1, "num_groups")
     w.output(node, axes)
 
 
 def contrib_group_norm(w: GraphWalk, node: gs.Node) -> None:
     """X [b, h, w, c] (or channels first), scale and shift [c]; skip as X, [b, 1, 1, c] or [b, c], and bias [c]."""
-    axes, skip, bias = w.input_axes(node, 0), w.input_axes(node, 3), w.input_axes(node, 4)
-    assert axes is not None
+    axes, skip, bias = w.axes_of(node), w.input_axes(node, 3), w.input_axes(node, 4)
     channel = len(axes) - 1 if node.attrs.get("channels_last", 1) else 1
     if skip is not None and len(skip) == len(axes):
         axes = w.broadcast(axes, skip)
@@ -43,15 +42,13 @@ def contrib_group_norm(w: GraphWalk, node: gs.Node) -> None:
 
 def local_response(w: GraphWalk, node: gs.Node) -> None:
     """Each channel is divided by what its neighbours hold."""
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     w.pin(axes[1:2], f"LRN runs along it (node '{node.name}')")
     w.output(node, axes)
 
 
 def mean_variance(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     chosen = {int(a) % len(axes) for a in node.attrs.get("axes", [0, 2, 3])}
     w.pin([axes[a] for a in chosen], f"{node.op} runs over it (node '{node.name}')")
     w.output(node, axes)
@@ -59,8 +56,7 @@ def mean_variance(w: GraphWalk, node: gs.Node) -> None:
 
 def bias_softmax(w: GraphWalk, node: gs.Node) -> None:
     """Softmax, over all axes from one on, of scores plus a bias whose axes are theirs or one."""
-    axes, bias = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert axes is not None and bias is not None
+    axes, bias = w.axes_of(node), w.axes_of(node, 1)
     where = f"{node.op} runs over it (node '{node.name}')"
     first = int(node.attrs.get("axis", 1)) % len(axes)
     w.pin(axes[first:], where)
@@ -73,39 +69,20 @@ def bias_softmax(w: GraphWalk, node: gs.Node) -> None:
 
 
 def channel_normalization(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     if int(node.attrs.get("training_mode", 0)) or len(node.outputs) > 1:
         w.give_up(node, f"{node.op} in training mode")
         return
-    if node.op == "InstanceNormalization":
-        w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
-        w.channels.append(axes[1])
-    for position in range(1, len(node.inputs)):  # scale, shift, and mean and variance where they are given
-        vector = w.input_axes(node, position)
-        if vector is not None:
-            w.unify(axes[1], vector[0])
-    w.output(node, axes)
+    meaning.normalise_channels(w, node, axes, node.op == "InstanceNormalization")
 
 
 def layer_normalization(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
-    axis = int(node.attrs.get("axis", -1)) % len(axes)
-    where = f"{node.op} runs over it (node '{node.name}')"
-    w.pin(axes[axis:], where)
-    for i in range(1, len(node.inputs)):
-        extra = w.input_axes(node, i)
-        if extra is not None:
-            w.broadcast(axes[axis:], extra)
-    w.output(node, axes)
-    for i in range(1, len(node.outputs)):
-        w.output(node, (*axes[:axis], *(w.fresh(1) for _ in axes[axis:])), i)
+    axes = w.axes_of(node)
+    meaning.normalise(w, node, axes, int(node.attrs.get("axis", -1)) % len(axes))
 
 
 def skip_layer_normalization(w: GraphWalk, node: gs.Node) -> None:
-    x, skip = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert x is not None and skip is not None
+    x, skip = w.axes_of(node), w.axes_of(node, 1)
     axes = w.broadcast(x, skip)
     w.pin(axes[-1:], f"{node.op} runs over it (node '{node.name}')")
     for i in range(2, len(node.inputs)):

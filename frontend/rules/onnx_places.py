@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.axes import Axes
 from liar_opt.frontend.graph_tensors import present
 
 if TYPE_CHECKING:
@@ -25,18 +24,12 @@ def _known(w: GraphWalk, node: gs.Node, position: int) -> list[int] | None:
     return None if value is None else [int(v) for v in np.asarray(value).reshape(-1)]
 
 
-def _first(w: GraphWalk, node: gs.Node) -> Axes:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
-    return axes
-
-
 # -- blocks ---------------------------------------------------------------------------------------------------------
 
 
 def depth_to_space(w: GraphWalk, node: gs.Node) -> None:
     """[b, n*n*c, h, w] -> [b, c, h*n, w*n]; with mode CRD the channels are [c, n, n]."""
-    axes, block = _first(w, node), int(node.attrs["blocksize"])
+    axes, block = w.axes_of(node), int(node.attrs["blocksize"])
     channels = w.algebra.size(axes[1])
     if channels % block**2:
         w.give_up(node, f"DepthToSpace of {channels} channels into blocks of {block}")
@@ -51,7 +44,7 @@ def depth_to_space(w: GraphWalk, node: gs.Node) -> None:
 
 def space_to_depth(w: GraphWalk, node: gs.Node) -> None:
     """[b, c, h*n, w*n] -> [b, n*n*c, h, w]; with mode CRD (opset 28) the channels are [c, n, n]."""
-    axes, block = _first(w, node), int(node.attrs["blocksize"])
+    axes, block = w.axes_of(node), int(node.attrs["blocksize"])
     sizes = w.shape(axes[2:])
     if any(size % block for size in sizes):
         w.misfit(node, f"SpaceToDepth of {sizes[0]} x {sizes[1]} places in blocks of {block}")
@@ -65,7 +58,7 @@ def space_to_depth(w: GraphWalk, node: gs.Node) -> None:
 
 def columns_to_image(w: GraphWalk, node: gs.Node) -> None:
     """[b, c*places, blocks] -> [b, c, image]: blocks are added up where they overlap."""
-    axes, image, block = _first(w, node), _known(w, node, 1), _known(w, node, 2)
+    axes, image, block = w.axes_of(node), _known(w, node, 1), _known(w, node, 2)
     if image is None or block is None or w.algebra.size(axes[1]) % math.prod(block):
         w.give_up(node, "Col2Im of sizes that are not known")
         return
@@ -76,7 +69,7 @@ def columns_to_image(w: GraphWalk, node: gs.Node) -> None:
 
 
 def center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
-    axes, target = _first(w, node), _known(w, node, 1)
+    axes, target = w.axes_of(node), _known(w, node, 1)
     chosen = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
     if target is None or len(target) != len(chosen):
         w.give_up(node, "CenterCropPad to a size that is not known")
@@ -95,36 +88,26 @@ def center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
 
 
 def triangle(w: GraphWalk, node: gs.Node) -> None:
-    axes = _first(w, node)
+    axes = w.axes_of(node)
     w.pin(axes[-2:], f"a triangle of it is taken (node '{node.name}')")
     w.output(node, axes)
 
 
 def determinant(w: GraphWalk, node: gs.Node) -> None:
-    axes = _first(w, node)
+    axes = w.axes_of(node)
     w.pin(axes[-2:], f"Det runs over it (node '{node.name}')")
     w.output(node, axes[:-2])
 
 
 def reverse_sequence(w: GraphWalk, node: gs.Node) -> None:
-    axes = _first(w, node)
+    axes = w.axes_of(node)
     w.pin(axes[:2], f"reversed by {node.op} (node '{node.name}')")  # one is the time, the other the batch
     w.output(node, axes)
 
 
-def grid_sample(w: GraphWalk, node: gs.Node) -> None:
-    """X [b, c, ..] is read at the places of a grid [b, .., r]: the output has its channels and the grid's places."""
-    axes, grid = _first(w, node), w.input_axes(node, 1)
-    assert grid is not None
-    where = f"sampled by {node.op} (node '{node.name}')"
-    w.unify(axes[0], grid[0])
-    w.pin([*axes[2:], *grid[1:]], where)
-    w.output(node, (*axes[:2], *grid[1:-1]))
-
-
 def affine_grid(w: GraphWalk, node: gs.Node) -> None:
     """Matrices [b, r, r + 1] and a size [b, c, ..] -> the places of a grid [b, .., r]."""
-    axes, size = _first(w, node), _known(w, node, 1)
+    axes, size = w.axes_of(node), _known(w, node, 1)
     where = f"made by AffineGrid (node '{node.name}')"
     w.pin(axes, where)
     if size is None:
@@ -135,8 +118,7 @@ def affine_grid(w: GraphWalk, node: gs.Node) -> None:
 
 def regions(w: GraphWalk, node: gs.Node) -> None:
     """X [b, c, h, w] is pooled within boxes [n, ..]: [n, c, rows, columns]."""
-    axes, boxes = _first(w, node), w.input_axes(node, 1)
-    assert boxes is not None
+    axes, boxes = w.axes_of(node), w.axes_of(node, 1)
     where = f"pooled by {node.op} (node '{node.name}')"
     w.pin([axes[0], *axes[2:], *boxes, *(w.input_axes(node, 2) or ())], where)
     pooled = node.attrs.get("pooled_shape") or [node.attrs.get(f"output_{k}", 1) for k in ("height", "width")]
@@ -145,7 +127,7 @@ def regions(w: GraphWalk, node: gs.Node) -> None:
 
 def max_unpool(w: GraphWalk, node: gs.Node) -> None:
     """The indices count through channels and places alike, so that all of them stay."""
-    axes, kernel = _first(w, node), [int(k) for k in node.attrs["kernel_shape"]]
+    axes, kernel = w.axes_of(node), [int(k) for k in node.attrs["kernel_shape"]]
     n, where = len(kernel), f"written to places that are counted by {node.op} (node '{node.name}')"
     w.pin([*axes, *(w.input_axes(node, 1) or ())], where)
     strides, pads = node.attrs.get("strides") or [1] * n, node.attrs.get("pads") or [0] * 2 * n
@@ -161,8 +143,7 @@ def max_unpool(w: GraphWalk, node: gs.Node) -> None:
 
 def tensor_scatter(w: GraphWalk, node: gs.Node) -> None:
     """A cache [b, .., length, ..] is written over from places of its own for each sample."""
-    past, update = _first(w, node), w.input_axes(node, 1)
-    assert update is not None
+    past, update = w.axes_of(node), w.axes_of(node, 1)
     axis, where = int(node.attrs.get("axis", -2)) % len(past), f"written to by {node.op} (node '{node.name}')"
     for i, (a, b) in enumerate(zip(past, update, strict=True)):
         if i != axis:
@@ -173,8 +154,7 @@ def tensor_scatter(w: GraphWalk, node: gs.Node) -> None:
 
 def deformable(w: GraphWalk, node: gs.Node) -> None:
     """X [b, n, ..] is read at offsets [b, .., places] before it meets W [m, n / groups, ..]: no plain product."""
-    x, weight, offset, bias = _first(w, node), w.input_axes(node, 1), w.input_axes(node, 2), w.input_axes(node, 3)
-    assert weight is not None and offset is not None
+    x, weight, offset, bias = w.axes_of(node), w.axes_of(node, 1), w.axes_of(node, 2), w.input_axes(node, 3)
     where = f"slid over by a deformable convolution (node '{node.name}')"
     w.unify(x[0], offset[0])
     w.pin([*x[1:], *weight[1:], *offset[1:], *(w.input_axes(node, 4) or ())], where)
@@ -197,7 +177,7 @@ def suppression(w: GraphWalk, node: gs.Node) -> None:
 
 
 def unique(w: GraphWalk, node: gs.Node) -> None:
-    axes, where = _first(w, node), f"compared by {node.op} (node '{node.name}')"
+    axes, where = w.axes_of(node), f"compared by {node.op} (node '{node.name}')"
     w.pin(axes, where)
     found = w.fresh(w.unforeseen(), where)
     axis = None if "axis" not in node.attrs else int(node.attrs["axis"]) % len(axes)
@@ -209,7 +189,7 @@ def unique(w: GraphWalk, node: gs.Node) -> None:
 
 
 def drawn_by(w: GraphWalk, node: gs.Node) -> None:
-    axes, where = _first(w, node), f"drawn from by {node.op} (node '{node.name}')"
+    axes, where = w.axes_of(node), f"drawn from by {node.op} (node '{node.name}')"
     w.pin(axes, where)
     w.output(node, (axes[0], w.fresh(int(node.attrs.get("sample_size", 1)), where)))
 
@@ -221,8 +201,7 @@ def drawn_from(w: GraphWalk, node: gs.Node) -> None:
 
 
 def resize(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    assert axes is not None
+    axes = w.axes_of(node)
     places = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
     sizes = w.shape([axes[a] for a in places])
     scales, written = w.constant(node, 1 if len(node.inputs) == 2 else 2), w.value(node, 3)

@@ -22,11 +22,6 @@ def unary_with_settings(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, axes, 1)
 
 
-def pointwise(w: GraphWalk, node: gs.Node) -> None:
-    operands = [a for i in range(len(node.inputs)) if (a := w.input_axes(node, i)) is not None]
-    w.output(node, w.broadcast(*operands))
-
-
 def equal(w: GraphWalk, node: gs.Node) -> None:
     """Whole numbers that are compared with many constant ones are a look-up written as a product: one row for each."""
     operands = [a for i in range(2) if (a := w.input_axes(node, i)) is not None]

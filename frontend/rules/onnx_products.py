@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.axes import Axes
-from liar_opt.frontend.graph_tensors import is_constant, present
-from liar_opt.frontend.rules.meaning import einstein, experts_product
+from liar_opt.frontend.axes import Axes, Factor
+from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules import meaning
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-LOOK_UPS = ("Gather", "GatherND")
+def _contracting(w: GraphWalk, node: gs.Node) -> Callable[[Factor], None]:
+    """Returns what is done with a width that is contracted between two activations."""
 
+    def contract(width: Factor) -> None:
+        if any(map(w.taken_from_weights, node.inputs)) and w.algebra.pinned(width) is None:
+            w.leave(node, "weights are looked up for each token, as those of experts: their width stays")
+        w.product(node, width)
 
-def _product(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float, swapped: tuple[bool, bool]) -> Axes:
-    """Unifies batch and contracted axes; ``left`` and ``right`` are in multiplication order already."""
-    vector_left, vector_right = len(left) == 1, len(right) == 1
-    k_left, k_right = left[-1], right[0] if vector_right else right[-2]
-    w.unify(k_left, k_right)
-    if w.constant(node, 1) is not None and len(right) == 2:
-        axis = -2 if swapped[0] else -1
-        w.consumer(node, 0, axis, 1, 1 if swapped[1] else 0, scale=scale)
-    elif w.constant(node, 0) is not None and len(left) == 2 and not vector_right:
-        w.consumer(node, 1, -1 if swapped[1] else -2, 0, 0 if swapped[0] else 1, scale=scale, output_axis=-2)
-    elif swapped == (False, False) and experts_product(w, node, left, right, scale):
-        pass
-    else:
-        looked_up = any(t.inputs and t.inputs[0].op in LOOK_UPS and is_constant(t.inputs[0].inputs[0]) for t in node.inputs)
-        if looked_up and w.algebra.pinned(k_left) is None:
-            w.left.setdefault("weights are looked up for each token, as those of experts: their width stays", []).append(
-                node.name
-            )
-        w.product(node, k_left)
-        w.mix(left, right)
-    batch_left, batch_right = left[: -2 if not vector_left else -1], right[:-2] if not vector_right else ()
-    batch = w.broadcast(batch_left, batch_right) if batch_left or batch_right else ()
-    if w.products and w.products[-1].node is node:
-        w.batched += batch
-    rows = () if vector_left else (left[-2],)
-    columns = () if vector_right else (right[-1],)
-    result = (*batch, *rows, *columns)
-    w.count(k_left, *result)
-    return result
+    return contract
 
 
 def _swap(axes: Axes, swap: bool) -> Axes:
@@ -53,25 +31,22 @@ def _swap(axes: Axes, swap: bool) -> Axes:
 
 
 def matmul(w: GraphWalk, node: gs.Node) -> None:
-    left, right = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert left is not None and right is not None
-    w.output(node, _product(w, node, left, right, 1.0, (False, False)))
+    w.output(node, meaning.product(w, node, w.axes_of(node), w.axes_of(node, 1), _contracting(w, node)))
 
 
 def fused_matmul(w: GraphWalk, node: gs.Node) -> None:
-    left, right = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert left is not None and right is not None
+    left, right = w.axes_of(node), w.axes_of(node, 1)
     if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
         w.give_up(node, "FusedMatMul with transposed batch axes")
         return
     swapped = (bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0)))
-    alpha = float(node.attrs.get("alpha", 1.0))
-    w.output(node, _product(w, node, _swap(left, swapped[0]), _swap(right, swapped[1]), alpha, swapped))
+    left, right = _swap(left, swapped[0]), _swap(right, swapped[1])
+    scale = float(node.attrs.get("alpha", 1.0))
+    w.output(node, meaning.product(w, node, left, right, _contracting(w, node), swapped=swapped, scale=scale))
 
 
 def gemm(w: GraphWalk, node: gs.Node) -> None:
-    left, right = w.input_axes(node, 0), w.input_axes(node, 1)
-    assert left is not None and right is not None
+    left, right = w.axes_of(node), w.axes_of(node, 1)
     swapped = (bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0)))
     a, b = _swap(left, swapped[0]), _swap(right, swapped[1])
     w.unify(a[-1], b[-2])
@@ -94,4 +69,4 @@ def gemm(w: GraphWalk, node: gs.Node) -> None:
 
 
 def einsum(w: GraphWalk, node: gs.Node) -> None:
-    einstein(w, node, lambda width: w.product(node, width))
+    meaning.einstein(w, node, lambda width: w.product(node, width))

@@ -28,8 +28,7 @@ def recurrent(w: GraphWalk, node: gs.Node) -> None:
 
     Y [s, directions, b, h]; with layout 1 the batch comes first in X, the states and Y: [b, s, directions, h].
     """
-    x, weight, recurrence = (w.input_axes(node, i) for i in range(3))
-    assert x is not None and weight is not None and recurrence is not None
+    x, weight, recurrence = (w.axes_of(node, i) for i in range(3))
     if len(x) != 3 or len(weight) != 3 or len(recurrence) != 3:
         w.give_up(node, f"{node.op} of inputs of other ranks")
         return

@@ -82,9 +82,9 @@ class Op:
     untested: str = ""
 
 
-def each(names: str, **columns: Any) -> list[Op]:
+def each(names: str, rule: Rule | None = None, traits: Trait = NONE, **columns: Any) -> list[Op]:
     """Returns rows that differ in the name alone; ``names`` are separated by spaces."""
-    return [Op(name, **columns) for name in names.split()]
+    return [Op(name, rule, traits, **columns) for name in names.split()]
 
 
 def table_of(rows: Mapping[str, Iterable[Op]]) -> dict[tuple[str, str], list[Op]]:
