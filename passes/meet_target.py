@@ -71,6 +71,8 @@ UNITS: dict[Kind, dict[str, float]] = {
 NAMES = {"params": "parameters", "size": "bytes on disk", "flops": "FLOPs", "latency": "seconds"}
 CLOSE = {"params": 2e-3, "size": 2e-3, "flops": 2e-3, "latency": 0.02}
 """How near is near enough, relative to the target."""
+CLEARLY = 0.95
+"""What widths by a latency table must lose less than this times what those of a ratio lose, to be taken."""
 ROUNDS = 6
 FRACTIONS = (0.75, 0.5, 0.25)
 """Widths of the latency table between all and the least."""
@@ -215,20 +217,37 @@ class MeetTargetPass(Pass[Target]):
             other = _Search(self, gauge, wanted, plain, plain_meaning)
             everything = sum(float(m.costs[-1]) for m in plain)
             other.run(everything * (1.0 - search.removed))
-            search = min(search, other, key=lambda s: (s.best.miss > CLOSE[target.kind], s.best.error))
+            search = other if preferred(other.best, search.best) else search
         best = search.best
         state.add(MetTarget(self.target, target.kind, wanted, gauge.dense, best.value, search.tried, gauge.source))
         note_widths(state, best.keep)
         return PassResult(state)
 
 
-class _Landed(NamedTuple):
-    """Widths, what they come to, how far that is from the target, and what they lose by the curves."""
+class Landed(NamedTuple):
+    """Widths, what they come to, how far that is from the target, how far it may be, and what they lose by the curves."""
 
     keep: dict[str, int]
     value: float
     miss: float
+    slack: float
     error: float
+
+    @property
+    def landed(self) -> bool:
+        """Whether it meets the target, as far as that can be told."""
+        return self.miss <= self.slack
+
+
+def preferred(plain: Landed, table: Landed) -> bool:
+    """Returns whether the widths that a ratio gives are taken instead of those that a table of latencies gives.
+
+    A table measured beside other work is wrong in ways that its own errors do not show, and widths by it then lose more at
+    the same time. So they must be clearly better by the curves, which do not depend on the clock.
+    """
+    if plain.landed != table.landed:
+        return plain.landed
+    return plain.error * CLEARLY <= table.error if plain.landed else plain.miss <= table.miss
 
 
 class _Search:
@@ -241,11 +260,11 @@ class _Search:
         self.gauge, self.wanted, self.menus, self.meaning = gauge, wanted, menus, meaning
         self.least, self.most = (sum(float(m.costs[i]) for m in menus) for i in (0, -1))
         self.tried: list[float] = []
-        self.landed: list[_Landed] = []
+        self.landed: list[Landed] = []
         self.goals: list[float] = []
 
     @property
-    def best(self) -> _Landed:
+    def best(self) -> Landed:
         """Where it came nearest to the target."""
         return min(self.landed, key=lambda one: one.miss)
 
@@ -264,10 +283,11 @@ class _Search:
             keep = meant(chosen, self.meaning)
             value = self.gauge.value(keep)
             error = sum(float(m.errors[np.searchsorted(m.widths, chosen[m.name])]) for m in self.menus)
-            self.landed.append(_Landed(keep, value, abs(value / self.wanted - 1.0), error))
+            slack = max(CLOSE[self.kind], 2.0 * self.gauge.spread)
+            self.landed.append(Landed(keep, value, abs(value / self.wanted - 1.0), slack, error))
             self.tried.append(value)
             self.goals.append(goal)
-            if self.best.miss <= CLOSE[self.kind] or keep == narrowest:
+            if self.best.landed or keep == narrowest:
                 return
             if self.kind != "latency":
                 goal += self.wanted - value
@@ -302,6 +322,7 @@ class _Gauge:
         self.waiting = lambda: state.progress(WAITING, 0, 1)
         self.feeds = state.calibration.batches[0]
         self.source = "counted"
+        self.spread = 0.0  # relative standard error of the last value
         self.original: Any = None
         if kind == "latency":
             self.source = "measured"
@@ -324,7 +345,9 @@ class _Gauge:
         feeds = cut_arrays(dict(self.feeds), ends)
         if self.kind == "flops":
             return operations(model, feeds)
-        return self.dense / self._beside(model, feeds, CHECK_SECONDS).speedup
+        found = self._beside(model, feeds, CHECK_SECONDS)
+        self.spread = found.spread if math.isfinite(found.spread) else SPREAD
+        return self.dense / found.speedup
 
     def _beside(self, model: Any, feeds: Mapping[str, Any], budget: float) -> Latency:
         """Times a model and the dense one in turns."""

@@ -6,8 +6,9 @@ weights are equal to rounding.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import transformers
 from onnx import numpy_helper
 
 import liar_opt
+from liar_opt.frontend import fx_module
+from liar_opt.passes import open_module
 from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,8 +74,9 @@ def _llama() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {"bert": _bert, "llama": _llama}
 
 
+@functools.cache
 def made(name: str) -> Any:
-    """A model whose vectors are drawn, too, and whose layers differ in how much they do."""
+    """A model whose vectors are drawn, too, and whose layers differ in how much they do; all tests have the same one."""
     torch.manual_seed(0)
     module = MODELS[name]().eval()
     generator = torch.Generator().manual_seed(1)
@@ -104,6 +108,22 @@ class _Plain(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
         return result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Each model is traced once, which takes longer than all that is done with the trace."""
+    known: dict[Any, Any] = {}
+
+    def trace(module: Any, feeds: Any, free: bool = True) -> Any:
+        key = (id(module), free)
+        if key not in known:
+            known[key] = fx_module.trace(module, feeds, free=free)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_module, "trace", trace)
+        yield
 
 
 @pytest.fixture(scope="module")

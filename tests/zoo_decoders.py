@@ -309,7 +309,7 @@ BLOCKS = {
 }  # heads and query heads in each; CodeGen lays its heads out as 4 x 2
 # Laid out as others are; their export by dynamo, some seconds each, would show nothing new.
 ALIKE = {"granite", "nemotron", "starcoder2", "qwen2", "marian", "pegasus", "olmoe", "stablelm-qk", "gpt-neo", "umt5"}
-QUICK_DYNAMO = ("gpt2", "llama", "qwen3", "phi3", "mixtral", "whisper")
+QUICK_DYNAMO = ("gpt2", "llama", "phi3", "mixtral", "whisper")
 CACHED_DYNAMO = ("gpt2", "llama", "gemma3", "falcon-mqa", "opt")
 
 
@@ -332,7 +332,7 @@ def deep_cases() -> list[Case]:
 def is_quick(case: Case) -> bool:
     """Whether an export takes less than a second, or stands for the others of its exporter."""
     if case.exporter == "torchscript":
-        return True
+        return case.cache or case.architecture not in ALIKE
     named = {"": QUICK_DYNAMO, "cache": ("llama",), "opset": ("bart", "opt")}
     return case.architecture in named["opset" if case.opset else "cache" if case.cache else ""]
 

@@ -14,8 +14,8 @@ DECODERS = [
     zoo_decoders.Case("llama", "dynamo"),
     zoo_decoders.Case("gpt2", "torchscript"),
     zoo_decoders.Case("opt", "torchscript"),
-    zoo_decoders.Case("gpt2", "dynamo", cache=True),
-    zoo_decoders.Case("mistral", "dynamo"),
+    pytest.param(zoo_decoders.Case("gpt2", "dynamo", cache=True), marks=pytest.mark.rest),
+    pytest.param(zoo_decoders.Case("mistral", "dynamo"), marks=pytest.mark.rest),
 ]
 ENCODERS = [case for case in zoo.cases(fast=True) if case.architecture != "vit"]
 PAIRS = [zoo_decoders.Case("bart", "dynamo")]

@@ -15,7 +15,7 @@ from streams import BLOCK, batches, data, prepared
 from liar_opt.passes import meet_target
 from liar_opt.passes.base import DenseModel, State
 from liar_opt.passes.blank_cut import blank_cut, operations
-from liar_opt.passes.meet_target import MeetTargetPass, MetTarget, Target, parse_target
+from liar_opt.passes.meet_target import Landed, MeetTargetPass, MetTarget, Target, parse_target, preferred
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.runtime.errors import ModelError, OptionError
 
@@ -182,3 +182,16 @@ def test_steps_that_are_real_stay_and_never_fall() -> None:
     assert np.all(np.diff(times) >= 0)
     assert times[1] == pytest.approx(0.0, abs=1e-3)  # narrower than 16 saves nothing more
     assert times[-1] == pytest.approx(0.050, rel=0.02)
+
+
+def test_widths_by_a_table_must_be_clearly_better() -> None:
+    """A table that was measured beside other work is wrong in ways that it does not know."""
+
+    def landed(miss: float, error: float) -> Landed:
+        return Landed({}, 1.0, miss, 0.02, error)
+
+    assert preferred(landed(0.01, 1.0), landed(0.0, 0.97))
+    assert not preferred(landed(0.01, 1.0), landed(0.0, 0.9))
+    assert preferred(landed(0.01, 1.0), landed(0.05, 0.5))
+    assert not preferred(landed(0.05, 0.5), landed(0.01, 1.0))
+    assert preferred(landed(0.05, 1.0), landed(0.07, 0.5))
