@@ -71,8 +71,9 @@ UNITS: dict[Kind, dict[str, float]] = {
 NAMES = {"params": "parameters", "size": "bytes on disk", "flops": "FLOPs", "latency": "seconds"}
 CLOSE = {"params": 2e-3, "size": 2e-3, "flops": 2e-3, "latency": 0.02}
 """How near is near enough, relative to the target."""
-CLEARLY = 0.95
-"""What widths by a latency table must lose less than this times what those of a ratio lose, to be taken."""
+CLEARLY = 0.8
+"""What widths by a latency table must lose less than this times what those of a ratio lose, to be taken: a few percent of
+time, which no clock on a shared machine tells apart, are some ten percent of error."""
 ROUNDS = 6
 FRACTIONS = (0.75, 0.5, 0.25)
 """Widths of the latency table between all and the least."""

@@ -190,8 +190,8 @@ def test_widths_by_a_table_must_be_clearly_better() -> None:
     def landed(miss: float, error: float) -> Landed:
         return Landed({}, 1.0, miss, 0.02, error)
 
-    assert preferred(landed(0.01, 1.0), landed(0.0, 0.97))
-    assert not preferred(landed(0.01, 1.0), landed(0.0, 0.9))
+    assert preferred(landed(0.01, 1.0), landed(0.0, 0.85))
+    assert not preferred(landed(0.01, 1.0), landed(0.0, 0.7))
     assert preferred(landed(0.01, 1.0), landed(0.05, 0.5))
     assert not preferred(landed(0.05, 0.5), landed(0.01, 1.0))
     assert preferred(landed(0.05, 1.0), landed(0.07, 0.5))
