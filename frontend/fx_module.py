@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from liar_opt.frontend.engine import Engine
 
 BATCH = 3
 """Samples of the example that is traced; its token axes get prime lengths of their own."""
@@ -107,6 +106,7 @@ class FxModel(OnnxModel):
         originals: the constants as they were, by name.
     """
 
+    traced: ClassVar[bool] = True
     program: ExportedProgram | None = None
     module: torch.nn.Module | None = None
     calls: dict[str, Call] = field(default_factory=dict)
@@ -133,18 +133,6 @@ class FxModel(OnnxModel):
         assert self.module is not None
         return next((p.device for p in self.module.parameters()), "cpu")
 
-    def engine(self, device: Any, lean: bool) -> Engine:
-        """Returns what runs it: torch, where the module is."""
-        from liar_opt.frontend.fx_engine import TorchEngine  # it builds on this module
-
-        return TorchEngine(self)
-
-    def as_given(self) -> Any:
-        """Returns the traced graph, as it is now, as a module."""
-        from liar_opt.frontend.fx_rewrite import cut_graph_module  # it builds on this module
-
-        return cut_graph_module(self).to(self.device)
-
     def file_bytes(self) -> int:
         """Returns the bytes of all weights."""
         return self.weight_bytes()
@@ -152,10 +140,6 @@ class FxModel(OnnxModel):
     def normalise(self) -> int:
         """Changes nothing: a traced graph is in normal form."""
         return 0
-
-    def analysed(self) -> FxWalk:
-        """Returns the analysis of the graph."""
-        return analyse(self)
 
     @property
     def original(self) -> FxOriginal:

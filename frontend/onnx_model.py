@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -41,10 +41,6 @@ from liar_opt.frontend.widen_graph import bodies_of, narrow_values, nodes_within
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import LiarOptError, ModelError
 from liar_opt.runtime.signatures import InputSpec
-
-if TYPE_CHECKING:
-    from liar_opt.frontend.engine import Engine
-    from liar_opt.frontend.walk import GraphWalk
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
@@ -117,8 +113,13 @@ class Stored(Original):
 
 @dataclass(eq=False)
 class OnnxModel:
-    """A graph with what graphsurgeon does not carry: metadata, and the model (unchanged) that it came from."""
+    """A graph with what graphsurgeon does not carry: metadata, and the model (unchanged) that it came from.
 
+    Attributes:
+        traced: whether it is a module, lowered, and no graph of ONNX.
+    """
+
+    traced: ClassVar[bool] = False
     graph: gs.Graph
     source: Path | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -338,23 +339,6 @@ class OnnxModel:
         write_model(*self.as_written(), Path(path))
 
     # -- asking -----------------------------------------------------------------------------------------------------
-
-    def analysed(self) -> "GraphWalk":
-        """Returns the analysis of the graph, which is in normal form."""
-        from liar_opt.frontend.walk import walk
-
-        return walk(self)
-
-    def engine(self, device: Literal["cpu", "cuda"], lean: bool) -> "Engine":
-        """Returns what runs it.
-
-        Args:
-            device: where.
-            lean: whether the weights are used where they lie.
-        """
-        from liar_opt.frontend.onnx_engine import OnnxEngine  # it builds on this module
-
-        return OnnxEngine(device, lean)
 
     @property
     def opset(self) -> int:

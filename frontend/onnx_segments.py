@@ -409,125 +409,142 @@ def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.T
     x [.., n] -> rows [N, n] -> real rows [r, n] in float32, weighted by the stream -> count, column sums [n], X^T X by
     block rows [width of block i, n - bounds[i]].
     """
-    k = tap.key
+    _MomentNodes(tap, nodes, initializers, opset).add()
 
-    def constant(name: str, value: Any) -> str:
-        initializers.append(onnx.numpy_helper.from_array(np.asarray(value), f"{k}/{name}"))
-        return f"{k}/{name}"
 
-    def part(source: str, axes: Any, starts: Any, ends: Any, name: str, steps: Any = None) -> str:
+@dataclass(frozen=True, eq=False)
+class _MomentNodes:
+    """Writes what `add_moments` says; ``make`` returns the name of a node's result, with the tap's own before it."""
+
+    tap: Tap
+    nodes: list[onnx.NodeProto]
+    initializers: list[onnx.TensorProto]
+    opset: int
+
+    def add(self) -> None:
+        tap = self.tap
+        source = tap.tensor if tap.window is None else self.under(tap.tensor, tap.window)
+        x = self.rows(source, tap.axis, tap.rank, tap.width, "x")
+        if tap.numbers:
+            x = self.of_expert(x)
+        rows_seen, count, total, *second = tap.outputs[: 3 + len(tap.bounds) - 1]
+        shape = self.make("Shape", [x], "x_shape_now")
+        self.append("Gather", [shape, self.constant("zero", np.asarray(0, np.int64))], rows_seen, axis=0)
+        if tap.stream is None:
+            ones = self.ones(rows_seen)
+            self.append("Cast", [rows_seen], count, to=TensorProto.FLOAT)
+        else:
+            x, ones, gain = self.weighted(x, tap.stream)
+            self.append("MatMul", [ones, gain], count)
+        self.append("MatMul", [ones, x], total)
+        self.products(x, second)
+
+    def append(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
+
+    def make(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        self.append(op, inputs, f"{self.tap.key}/{name}", **attributes)
+        return f"{self.tap.key}/{name}"
+
+    def constant(self, name: str, value: Any) -> str:
+        self.initializers.append(onnx.numpy_helper.from_array(np.asarray(value), f"{self.tap.key}/{name}"))
+        return f"{self.tap.key}/{name}"
+
+    def part(self, source: str, axes: Any, starts: Any, ends: Any, name: str, steps: Any = None) -> str:
         bounds = [np.asarray(v, np.int64).reshape(-1) for v in (starts, ends, axes)]
-        result = f"{k}/{name}"
-        if opset >= 10:
+        if self.opset >= 10:
             bounds += [] if steps is None else [steps]
-            given = [constant(f"{name}_{i}", v) for i, v in enumerate(bounds)]
-            nodes.append(helper.make_node("Slice", [source, *given], [result]))
-            return result
+            given = [self.constant(f"{name}_{i}", v) for i, v in enumerate(bounds)]
+            return self.make("Slice", [source, *given], name)
         settings: dict[str, Any] = dict(zip(("starts", "ends", "axes"), (v.tolist() for v in bounds), strict=True))
-        nodes.append(helper.make_node("Slice", [source], [result], **settings))
-        if steps is not None and np.any(steps != 1):  # a slice knew no steps; the largest of one number is itself
-            every: dict[str, Any] = {"kernel_shape": [1] * len(steps), "strides": steps.tolist()}
-            nodes.append(helper.make_node("MaxPool", [result], [f"{result}_every"], **every))
-            result = f"{result}_every"
-        return result
+        result = self.make("Slice", [source], name, **settings)
+        if steps is None or not np.any(steps != 1):
+            return result
+        # A slice knew no steps; the largest of one number is itself.
+        return self.make("MaxPool", [result], f"{name}_every", kernel_shape=[1] * len(steps), strides=steps.tolist())
 
-    def under(source: str, window: Window) -> str:
+    def under(self, source: str, window: Window) -> str:
         """[b, n, ...] -> [b, places n, ...]: each place under the kernel is a slice of the padded input."""
         around = np.zeros((2, 2 + len(window.kernel)), np.int64)
         around[:, 2:] = np.reshape(window.pads, (2, -1))
-        nodes.append(helper.make_node("Cast", [source], [f"{k}/x_float"], to=TensorProto.FLOAT))
-        if opset < 11:
-            pad = helper.make_node("Pad", [f"{k}/x_float"], [f"{k}/x_padded"], pads=around.reshape(-1).tolist())
+        plain = self.make("Cast", [source], "x_float", to=TensorProto.FLOAT)
+        if self.opset < 11:
+            padded = self.make("Pad", [plain], "x_padded", pads=around.reshape(-1).tolist())
         else:
-            pad = helper.make_node("Pad", [f"{k}/x_float", constant("pads", around.reshape(-1))], [f"{k}/x_padded"])
-        nodes.append(pad)
-        steps = np.asarray(window.strides, np.int64) * np.asarray(tap.every, np.int64)
+            padded = self.make("Pad", [plain, self.constant("pads", around.reshape(-1))], "x_padded")
+        steps = np.asarray(window.strides, np.int64) * np.asarray(self.tap.every, np.int64)
         dilations, last = np.asarray(window.dilations), np.asarray(window.kernel) - 1
         parts = []
         for number, place in enumerate(np.argwhere(np.ones(window.kernel))):
             left = (last - place) * dilations
             ends = np.where(left, -left, np.iinfo(np.int64).max)
-            parts.append(part(f"{k}/x_padded", range(2, 2 + len(last)), place * dilations, ends, f"place{number}", steps))
-        nodes.append(helper.make_node("Concat", parts, [f"{k}/x_under"], axis=1))
-        return f"{k}/x_under"
+            parts.append(self.part(padded, range(2, 2 + len(last)), place * dilations, ends, f"place{number}", steps))
+        return self.make("Concat", parts, "x_under", axis=1)
 
-    def rows(source: str, axis: int, rank: int, width: int, name: str) -> str:
+    def rows(self, source: str, axis: int, rank: int, width: int, name: str) -> str:
+        """[.., width, ..] -> [real rows, width], in float32."""
         if axis != rank - 1:
             perm = [i for i in range(rank) if i != axis] + [axis]
-            nodes.append(helper.make_node("Transpose", [source], [f"{k}/{name}_last"], perm=perm))
-            source = f"{k}/{name}_last"
-        shape = constant(f"{name}_shape", np.asarray([-1, width], np.int64))
-        nodes.append(helper.make_node("Reshape", [source, shape], [f"{k}/{name}_all"]))
-        result = f"{k}/{name}_all"
-        if tap.layout != "all":
-            mask = f"{ROWS}_{tap.layout}{tap.repeat}"
-            nodes.append(helper.make_node("Compress", [result, mask], [f"{k}/{name}_real"], axis=0))
-            result = f"{k}/{name}_real"
-        nodes.append(helper.make_node("Cast", [result], [f"{k}/{name}"], to=TensorProto.FLOAT))
-        return f"{k}/{name}"
+            source = self.make("Transpose", [source], f"{name}_last", perm=perm)
+        shape = self.constant(f"{name}_shape", np.asarray([-1, width], np.int64))
+        result = self.real(self.make("Reshape", [source, shape], f"{name}_all"), name)
+        return self.make("Cast", [result], name, to=TensorProto.FLOAT)
 
-    source = tap.tensor if tap.window is None else under(tap.tensor, tap.window)
-    x = rows(source, tap.axis, tap.rank, tap.width, "x")
-    if tap.numbers:
-        flat = constant("numbers_shape", np.asarray([-1], np.int64))
-        nodes.append(helper.make_node("Reshape", [tap.numbers, flat], [f"{k}/numbers_all"]))
-        numbers = f"{k}/numbers_all"
-        if tap.layout != "all":
-            nodes.append(helper.make_node("Compress", [numbers, f"{ROWS}_{tap.layout}{tap.repeat}"], [f"{k}/numbers_real"]))
-            numbers = f"{k}/numbers_real"
-        nodes.append(helper.make_node("Cast", [numbers], [f"{k}/numbers"], to=TensorProto.INT64))
-        expert = constant("expert", np.asarray(tap.expert, np.int64))
-        nodes.append(helper.make_node("Equal", [f"{k}/numbers", expert], [f"{k}/own"]))
-        nodes.append(helper.make_node("Compress", [x, f"{k}/own"], [f"{k}/x_own"], axis=0))
-        x = f"{k}/x_own"
-    rows_seen, count, total, *second = tap.outputs[: 3 + len(tap.bounds) - 1]
-    nodes.append(helper.make_node("Shape", [x], [f"{k}/x_shape_now"]))
-    zero = constant("zero", np.asarray(0, np.int64))
-    nodes.append(helper.make_node("Gather", [f"{k}/x_shape_now", zero], [rows_seen], axis=0))
-    one = constant("one", np.asarray([1], np.int64))
-    if tap.stream is None:
-        # A product with ones: column sums at the speed of a matrix product, and valid at every opset.
-        nodes.append(helper.make_node("Reshape", [rows_seen, one], [f"{k}/rows_vector"]))
-        nodes.append(helper.make_node("Concat", [one, f"{k}/rows_vector"], [f"{k}/ones_shape"], axis=0))
+    def real(self, source: str, name: str) -> str:
+        """Leaves out the rows of padding."""
+        if self.tap.layout == "all":
+            return source
+        return self.make("Compress", [source, f"{ROWS}_{self.tap.layout}{self.tap.repeat}"], f"{name}_real", axis=0)
+
+    def of_expert(self, x: str) -> str:
+        """Leaves the rows of one expert."""
+        flat = self.constant("numbers_shape", np.asarray([-1], np.int64))
+        numbers = self.real(self.make("Reshape", [self.tap.numbers, flat], "numbers_all"), "numbers")
+        numbers = self.make("Cast", [numbers], "numbers", to=TensorProto.INT64)
+        expert = self.constant("expert", np.asarray(self.tap.expert, np.int64))
+        own = self.make("Equal", [numbers, expert], "own")
+        return self.make("Compress", [x, own], "x_own", axis=0)
+
+    def ones(self, rows_seen: str) -> str:
+        """[1, rows]: a product with it is column sums at the speed of a matrix product, and valid at every opset."""
+        one = self.constant("one", np.asarray([1], np.int64))
+        vector = self.make("Reshape", [rows_seen, one], "rows_vector")
+        shape = self.make("Concat", [one, vector], "ones_shape", axis=0)
         value = onnx.numpy_helper.from_array(np.ones(1, np.float32))
-        nodes.append(helper.make_node("ConstantOfShape", [f"{k}/ones_shape"], [f"{k}/ones"], value=value))
-        nodes.append(helper.make_node("Cast", [rows_seen], [count], to=TensorProto.FLOAT))
-    else:
-        # Rows times g = 1 / sqrt(var t): moments of weight g^2; sums are g^T (g x), the count is g^T g.
-        seen = tap.stream.projection.shape[1]
-        nodes.append(helper.make_node("MatMul", [x, constant("stream_weight", tap.stream.weight)], [f"{k}/stream0"]))
-        nodes.append(
-            helper.make_node("Add", [f"{k}/stream0", constant("stream_offset", tap.stream.offset)], [f"{k}/stream1"])
-        )
-        sum_ = f"{k}/stream1"
-        projection = constant("projection", tap.stream.projection)
-        for i, term in enumerate(tap.stream.terms):
-            source = rows(term, 1, 2, tap.stream.projection.shape[0], f"term{i}")
-            nodes.append(helper.make_node("MatMul", [source, projection], [f"{k}/projected{i}"]))
-            nodes.append(helper.make_node("Add", [sum_, f"{k}/projected{i}"], [f"{k}/sum{i}"]))
-            sum_ = f"{k}/sum{i}"
-        mean = constant("mean", np.full((seen, 1), 1.0 / seen, np.float32))
-        nodes.append(helper.make_node("Mul", [sum_, sum_], [f"{k}/square"]))
-        nodes.append(helper.make_node("MatMul", [f"{k}/square", mean], [f"{k}/variance"]))
-        floor = constant("floor", np.asarray(VARIANCE_FLOOR, np.float32))
-        nodes.append(helper.make_node("Add", [f"{k}/variance", floor], [f"{k}/floored"]))
-        nodes.append(helper.make_node("Sqrt", [f"{k}/floored"], [f"{k}/deviation"]))
-        nodes.append(helper.make_node("Reciprocal", [f"{k}/deviation"], [f"{k}/gain"]))
-        nodes.append(helper.make_node("Mul", [x, f"{k}/gain"], [f"{k}/weighted"]))
-        x = f"{k}/weighted"
-        nodes.append(helper.make_node("Transpose", [f"{k}/gain"], [f"{k}/ones"], perm=[1, 0]))
-        nodes.append(helper.make_node("MatMul", [f"{k}/ones", f"{k}/gain"], [count]))
-    nodes.append(helper.make_node("MatMul", [f"{k}/ones", x], [total]))
-    bounds = tap.bounds
-    if len(bounds) == 2 and opset >= 11:  # before, Gemm wants a bias
-        nodes.append(helper.make_node("Gemm", [x, x], second, transA=1))
-        return
-    # Blocks of columns lie together then, and a product is quicker than one that transposes.
-    nodes.append(helper.make_node("Transpose", [x], [f"{k}/columns"], perm=[1, 0]))
-    for i, name in enumerate(second):
-        left = part(f"{k}/columns", 0, bounds[i], bounds[i + 1], f"left{i}") if len(bounds) > 2 else f"{k}/columns"
-        right = part(x, 1, bounds[i], tap.width, f"right{i}") if i else x
-        nodes.append(helper.make_node("MatMul", [left, right], [name]))
+        return self.make("ConstantOfShape", [shape], "ones", value=value)
+
+    def weighted(self, x: str, stream: Stream) -> tuple[str, str, str]:
+        """Rows times g = 1 / sqrt(var t): moments of weight g^2; sums are g^T (g x), the count is g^T g.
+
+        Returns:
+            The weighted rows, g^T and g.
+        """
+        width, seen = stream.projection.shape
+        sum_ = self.make("MatMul", [x, self.constant("stream_weight", stream.weight)], "stream0")
+        sum_ = self.make("Add", [sum_, self.constant("stream_offset", stream.offset)], "stream1")
+        projection = self.constant("projection", stream.projection)
+        for i, term in enumerate(stream.terms):
+            projected = self.make("MatMul", [self.rows(term, 1, 2, width, f"term{i}"), projection], f"projected{i}")
+            sum_ = self.make("Add", [sum_, projected], f"sum{i}")
+        mean = self.constant("mean", np.full((seen, 1), 1.0 / seen, np.float32))
+        variance = self.make("MatMul", [self.make("Mul", [sum_, sum_], "square"), mean], "variance")
+        floored = self.make("Add", [variance, self.constant("floor", np.asarray(VARIANCE_FLOOR, np.float32))], "floored")
+        gain = self.make("Reciprocal", [self.make("Sqrt", [floored], "deviation")], "gain")
+        x = self.make("Mul", [x, gain], "weighted")
+        return x, self.make("Transpose", [gain], "ones", perm=[1, 0]), gain
+
+    def products(self, x: str, second: Sequence[str]) -> None:
+        """X^T X, of which only the upper triangle of blocks is computed."""
+        bounds = self.tap.bounds
+        if len(bounds) == 2 and self.opset >= 11:  # before, Gemm wants a bias
+            self.append("Gemm", [x, x], second[0], transA=1)
+            return
+        # Blocks of columns lie together then, and a product is quicker than one that transposes.
+        columns = self.make("Transpose", [x], "columns", perm=[1, 0])
+        for i, name in enumerate(second):
+            left = self.part(columns, 0, bounds[i], bounds[i + 1], f"left{i}") if len(bounds) > 2 else columns
+            right = self.part(x, 1, bounds[i], self.tap.width, f"right{i}") if i else x
+            self.append("MatMul", [left, right], name)
 
 
 def _extents(algebra: Any, factor: Any) -> list[int]:

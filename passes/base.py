@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from liar_opt.frontend.either_model import engine_of
 from liar_opt.frontend.engine import Engine
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
@@ -104,7 +105,7 @@ class State:
 
     def engine(self) -> Engine:
         """Returns what runs the model."""
-        return self.model.engine(self.device, self.memory.tight)
+        return engine_of(self.model, self.device, self.memory.tight)
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

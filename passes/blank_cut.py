@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.either_model import analysis_of
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel, Stored
 from liar_opt.frontend.rewrite import Rewriter
@@ -30,7 +31,7 @@ def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[OnnxModel, dict
     """
     model = dense.model()
     model.normalise()
-    analysis = model.analysed()
+    analysis = analysis_of(model)
     found = find_groups(analysis)
     groups = {g.name: g for g in (*found.groups, *found.queries)}
     unknown = [name for name in keep if name not in groups]

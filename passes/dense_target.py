@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.either_model import analysis_of
 from liar_opt.frontend.onnx_segments import (
     VARIANCE_FLOOR,
     Tap,
@@ -78,7 +79,7 @@ class DenseTargets:
         self.sweep, self.repair, self.data, self.engine = sweep, repair, sweep.data, sweep.engine
         model = sweep.state.found(DenseModel).original.model()
         model.normalise()
-        self.dense: GraphWalk = model.analysed()
+        self.dense: GraphWalk = analysis_of(model)
         self.carry, self.beside = sweep.fresh_carry(), sweep.carry
         self.moments: dict[str, Moments] = {}
 

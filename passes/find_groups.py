@@ -106,115 +106,134 @@ def find_groups(walk: GraphWalk, known: bool = False) -> Found:
         walk: the analysis, run to its end.
         known: whether the same graph was looked at before: that the numbers follow a cut of each group is not asked again.
     """
-    algebra = walk.algebra
-    order = {id(node): i for i, node in enumerate(walk.model.graph.nodes)}
-    consumers: dict[int, list[ConsumerUse]] = defaultdict(list)
-    refused: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for use in walk.consumers:
-        for leaf in dict.fromkeys(algebra.leaves(use.contracted)):
-            reason = algebra.pinned(leaf)
-            if reason is not None and algebra.size(leaf) < LEAST_SIZE:
-                continue
-            if reason is not None:
-                refused[reason, algebra.size(leaf)].append(use.node.name)
-            else:
-                consumers[leaf].append(use)
-    places = _places(walk)
-    constants = _constants(walk)
-    mixed = {leaf for f in walk.mixed for leaf in algebra.leaves(f)}
-    heads = {leaf for f in walk.batched for leaf in algebra.leaves(f)}
-    runs = ({leaf for f in walk.channels for leaf in algebra.leaves(f)} | _shuffled(walk)) - heads
-    rewriter = Rewriter(walk)
-    plain = (u for uses in consumers.values() for u in uses if u.window is None)
-    most_rows = max((_rows(walk, u) for u in plain), default=0)
-    # Hierarchical models have stages of fewer rows; a pooler has at most one a sample.
-    samples = max((walk.input_sizes(t)[0] for t in walk.model.graph.inputs if t.shape), default=1)
-    groups: list[ChannelGroup] = []
-    values: list[ChannelGroup] = []
-    others: list[ChannelGroup] = []
-    for leaf, uses in consumers.items():
-        size = algebra.size(leaf)
-        constant_uses = constants[leaf]
+    return _Grouping(walk, known).found()
+
+
+class _Grouping:
+    """Sorts the leaf factors that consumers contract into groups and refusals."""
+
+    def __init__(self, walk: GraphWalk, known: bool) -> None:
+        self.walk, self.known, self.algebra = walk, known, walk.algebra
+        self.order = {id(node): i for i, node in enumerate(walk.model.graph.nodes)}
+        self.refused: dict[tuple[str, int], list[str]] = defaultdict(list)
+        self.consumers = self._consumers()
+        self.places, self.constants = _places(walk), _constants(walk)
+        self.mixed = {leaf for f in walk.mixed for leaf in self.algebra.leaves(f)}
+        heads = {leaf for f in walk.batched for leaf in self.algebra.leaves(f)}
+        self.runs = ({leaf for f in walk.channels for leaf in self.algebra.leaves(f)} | _shuffled(walk)) - heads
+        self.rewriter = Rewriter(walk)
+        plain = (u for uses in self.consumers.values() for u in uses if u.window is None)
+        most_rows = max((_rows(walk, u) for u in plain), default=0)
+        # Hierarchical models have stages of fewer rows; a pooler has at most one a sample.
+        samples = max((walk.input_sizes(t)[0] for t in walk.model.graph.inputs if t.shape), default=1)
+        self.least_rows = min(most_rows, samples + 1)
+
+    def _consumers(self) -> dict[int, list[ConsumerUse]]:
+        """Returns the contractions of each leaf factor that may go, in the graph's order."""
+        found: dict[int, list[ConsumerUse]] = defaultdict(list)
+        for use in self.walk.consumers:
+            for leaf in dict.fromkeys(self.algebra.leaves(use.contracted)):
+                reason, size = self.algebra.pinned(leaf), self.algebra.size(leaf)
+                if reason is None:
+                    found[leaf].append(use)
+                elif size >= LEAST_SIZE:
+                    self.refused[reason, size].append(use.node.name)
+        return found
+
+    def found(self) -> Found:
+        """Returns what there is."""
+        walk = self.walk
+        groups: list[ChannelGroup] = []
+        values: list[ChannelGroup] = []
+        others: list[ChannelGroup] = []
+        for leaf in self.consumers:
+            group = self.group(leaf)
+            if isinstance(group, ChannelGroup):
+                group = self.checked(group)
+            if isinstance(group, str):
+                self.refused[group, self.algebra.size(leaf)].append(self.name)
+            elif group is not None:
+                kind = group.kind
+                (groups if kind in KINDS else values if kind in (VALUES, RECURRENT) else others).append(group)
+        queries = _queries(walk, self.rewriter, self.places, self.constants, self.known)
+        refusals = [Refusal(r, tuple(dict.fromkeys(nodes)), size) for (r, size), nodes in self.refused.items()]
+        for kind, reason in NOT_PRUNED.items():
+            left = [g for g in others if g.kind == kind]
+            for size in sorted({g.size for g in left}):
+                refusals.append(Refusal(reason, tuple(g.name for g in left if g.size == size), size))
+        refusals += [Refusal(f"operator {op} has no rule", tuple(nodes)) for op, nodes in walk.unknown.items()]
+        refusals += [Refusal(reason, tuple(nodes)) for reason, nodes in walk.left.items()]
+        walk.model.graph.cleanup(remove_unused_node_outputs=False)
+        for members in (groups, values):
+            members.sort(key=lambda g: (g.end, g.start))
+        groups, values = _named_apart(groups), _named_apart(values)
+        poolers = [g for g in others if g.kind == "pooler" and self.rewriter.check({g.factor: range(1)}) is None]
+        return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
+
+    def group(self, leaf: int) -> ChannelGroup | str | None:
+        """Returns the group of a leaf factor, why it is none, or None where nothing is to be said; notes its name."""
+        walk, algebra, uses = self.walk, self.algebra, self.consumers[leaf]
+        size, constant_uses, nodes = algebra.size(leaf), self.constants[leaf], self.places[leaf].nodes
+        self.name = uses[0].node.name
         axes = [f for u in constant_uses for f in u.axes] + [u.width for u in uses]
         if any(algebra.repeats(f, leaf) for f in axes):
-            refused["it occurs twice in one axis", size].append(uses[0].node.name)
-            continue
+            return "it occurs twice in one axis"
         leaves = layout(algebra, uses[0].contracted, leaf)
-        kind = _kind(leaves, leaf, set(consumers), mixed, runs)
+        kind = _kind(leaves, leaf, set(self.consumers), self.mixed, self.runs)
         if kind in KINDS and any(has(u.node, Trait.RECURS) for u in uses):
             kind = RECURRENT
-        if kind == "ffn" and max(_rows(walk, u) for u in uses) < min(most_rows, samples + 1):
+        if kind == "ffn" and max(_rows(walk, u) for u in uses) < self.least_rows:
             kind = "pooler"
         if size < LEAST_SIZE:
-            continue
-        if _is_stem(places[leaf].nodes[0]):
-            refused[STEM, size].append(uses[0].node.name)
-            continue
-        positions = [order[id(n)] for n in places[leaf].nodes]
+            return None
+        if _is_stem(nodes[0]):
+            return STEM
         outer = None
         if any(u.lookup is not None for u in uses):
-            outer = _experts_of(walk, uses, constant_uses, places[leaf].nodes, leaf)
+            outer = _experts_of(walk, uses, constant_uses, nodes, leaf)
             if outer is None:
-                refused["not everything between the weights of experts is looked up by the same numbers", size].append(
-                    uses[0].node.name
-                )
-                continue
+                return "not everything between the weights of experts is looked up by the same numbers"
         if kind == VALUES and any(u.window is not None for u in uses):
-            refused["its consumer is a convolution over a window", size].append(uses[0].node.name)
-            continue
+            return "its consumer is a convolution over a window"
         if kind == VALUES:
-            outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], places[leaf].axes, within=True)
+            outer = _heads_of(walk, leaf, [u.axes for u in constant_uses], self.places[leaf].axes, within=True)
         inner = leaves[leaves.index(leaf) + 1 :]
         elements = _elements(walk, leaf, constant_uses)
-        width = next((i for i, other in enumerate(inner) if other in mixed), len(inner) - 1)
-        group = ChannelGroup(
-            name=_name(uses[0], kind),
+        width = next((i for i, other in enumerate(inner) if other in self.mixed), len(inner) - 1)
+        self.name = _name(uses[0], kind)
+        return ChannelGroup(
+            name=self.name,
             kind=kind,
             factor=leaf,
             size=size,
             consumers=_consumers(walk, leaf, uses, outer),
             parameters=_parameters(elements),
-            start=min(positions),
-            end=max(order[id(u.node)] for u in uses),
+            start=min(self.order[id(n)] for n in nodes),
+            end=max(self.order[id(u.node)] for u in uses),
             constants=frozenset(id(u.constant) for u in constant_uses),
             elements=elements,
             outer=outer,
             sets=1 if outer is None else algebra.size(outer),
             queries=math.prod(algebra.size(i) for i in inner[:width]) if kind == "heads" else 1,
-            bent=_bent(walk, leaf, places[leaf].nodes, uses) if kind == VALUES else None,
+            bent=_bent(walk, leaf, nodes, uses) if kind == VALUES else None,
         )
+
+    def checked(self, group: ChannelGroup) -> ChannelGroup | str:
+        """Returns the group as it can be cut, or why it cannot."""
+        uses = self.consumers[group.factor]
         shared = any(np.any(c.owners < 0) for c in group.consumers)
-        cut = kind in (*KINDS, VALUES, RECURRENT)
-        if shared and outer is not None and kind != VALUES:
-            refused[BESIDE, size].append(group.name)
-            continue
-        given = [u for u in constant_uses if not any(u.constant is use.weight for use in uses)]
-        joined = (algebra.refinement(u.contracted) for u in uses)
+        if shared and group.outer is not None and group.kind != VALUES:
+            return BESIDE
+        given = [u for u in self.constants[group.factor] if not any(u.constant is use.weight for use in uses)]
+        joined = (self.algebra.refinement(u.contracted) for u in uses)
         joins = any(part is not None and part.kind == "concat" for part in joined)
         if (shared or joins) and not any(sum(n > 1 for n in u.constant.shape) > 1 for u in given):
-            refused[NO_WEIGHT, size].append(group.name)
-            continue
-        if shared and kind == VALUES:  # the basis of what lies beside may change, too
+            return NO_WEIGHT
+        if shared and group.kind == VALUES:  # the basis of what lies beside may change, too
             group = replace(group, bent=group.bent or BESIDE)
-        unfollowed = rewriter.check({leaf: range(1)}) if cut and not known else None
-        if unfollowed is not None:
-            refused[unfollowed, size].append(group.name)
-            continue
-        (groups if kind in KINDS else values if kind in (VALUES, RECURRENT) else others).append(group)
-    queries = _queries(walk, rewriter, places, constants, known)
-    refusals = [Refusal(reason, tuple(dict.fromkeys(nodes)), size) for (reason, size), nodes in refused.items()]
-    for kind, reason in NOT_PRUNED.items():
-        left = [g for g in others if g.kind == kind]
-        for size in sorted({g.size for g in left}):
-            refusals.append(Refusal(reason, tuple(g.name for g in left if g.size == size), size))
-    refusals += [Refusal(f"operator {op} has no rule", tuple(nodes)) for op, nodes in walk.unknown.items()]
-    refusals += [Refusal(reason, tuple(nodes)) for reason, nodes in walk.left.items()]
-    walk.model.graph.cleanup(remove_unused_node_outputs=False)
-    for found in (groups, values):
-        found.sort(key=lambda g: (g.end, g.start))
-    groups, values = _named_apart(groups), _named_apart(values)
-    poolers = [g for g in others if g.kind == "pooler" and rewriter.check({g.factor: range(1)}) is None]
-    return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
+        cut = group.kind in (*KINDS, VALUES, RECURRENT)
+        unfollowed = self.rewriter.check({group.factor: range(1)}) if cut and not self.known else None
+        return group if unfollowed is None else unfollowed
 
 
 def _is_stem(node: Any) -> bool:

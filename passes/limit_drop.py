@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from liar_opt.frontend.either_model import as_given
 from liar_opt.passes.allocate_widths import (
     Meaning,
     Sayable,
@@ -245,7 +246,7 @@ class _Search:
         if self.options.metric is None:
             loss = self._difference(trial)
         else:
-            value = self._metric(trial.model.as_given(), self.best)
+            value = self._metric(as_given(trial.model), self.best)
             if value is None:
                 return None
             assert self.reference is not None

@@ -35,7 +35,6 @@ from typing import IO, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from liar_opt.passes.allocate_widths import (
     Cost,
@@ -439,6 +438,8 @@ def smoothed(shapes: Sequence[Points]) -> list[NDArray[np.float64]]:
     Args:
         shapes: what was measured.
     """
+    from scipy.optimize import isotonic_regression  # slow to import
+
     slopes: list[tuple[float, float, bool]] = []  # seconds of a block, its standard error, whether a line fits
     for own in shapes:
         gone, weights = (own.widths[-1] - own.widths[:-1]).astype(np.float64), own.errors**-2.0
