@@ -21,18 +21,18 @@ def analysis_of(model: OnnxModel) -> GraphWalk:
     return analyse(model)
 
 
-def engine_of(model: OnnxModel, device: Literal["cpu", "cuda"], lean: bool) -> Engine:
+def engine_of(model: OnnxModel, device: Literal["cpu", "cuda"], low_memory: bool) -> Engine:
     """Returns what runs a model: ONNX Runtime, or torch where the module is.
 
     Args:
         model: the graph.
         device: where ONNX Runtime computes.
-        lean: whether the weights are used where they lie.
+        low_memory: whether the weights are used where they lie.
     """
     if not model.traced:
         from liar_opt.frontend.onnx_engine import OnnxEngine
 
-        return OnnxEngine(device, lean)
+        return OnnxEngine(device, low_memory)
     from liar_opt.frontend.fx_engine import TorchEngine
     from liar_opt.frontend.fx_module import FxModel
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Value
-from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
 from liar_opt.frontend.onnx_segments import ROWS, Extracted, Tap, extract, row_mask
 from liar_opt.frontend.sound_model import shown
@@ -21,7 +21,7 @@ from liar_opt.runtime.sessions import Level, Runner, Session, as_array, element_
 
 NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
 """How ONNX Runtime says that there is no memory left."""
-Source = Stored | OnnxModel | Extracted | tuple[bytes, Mapping[str, NDArray[Any]]]
+Source = OnnxOriginal | OnnxModel | Extracted | tuple[bytes, Mapping[str, NDArray[Any]]]
 """A model: as it came, as it is now, a part of one, or as bytes with the data of its large initializers."""
 
 
@@ -31,26 +31,28 @@ class OnnxEngine(Engine):
 
     Attributes:
         device: where it runs.
-        lean: whether weights are used where they lie (see ``Session``).
+        low_memory: whether weights are used where they lie (see ``Session``).
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
-    lean: bool = False
+    low_memory: bool = False
     name = "ONNX Runtime"
 
-    def session(self, source: Source, level: Level | None = None, lean: bool | None = None) -> Session:
+    def session(self, source: Source, level: Level | None = None, low_memory: bool | None = None) -> Session:
         """Loads a model; raises what ONNX Runtime raises.
 
         Args:
             source: the model.
             level: how far ONNX Runtime's optimizer goes; None leaves it to ONNX Runtime.
-            lean: as the engine is, if None.
+            low_memory: as the engine is, if None.
         """
         if isinstance(source, Extracted):
             source = source.serialise(), source.weights
         elif not isinstance(source, tuple):
             source = source.detached()
-        return Session(source[0], self.device, source[1], self.lean if lean is None else lean, level=level)
+        return Session(
+            source[0], self.device, source[1], self.low_memory if low_memory is None else low_memory, level=level
+        )
 
     def whole(self, source: Source, what: str = "the model") -> Session:
         """Loads a whole model.
@@ -62,7 +64,7 @@ class OnnxEngine(Engine):
         try:
             return self.session(source)
         except Exception as err:
-            if isinstance(source, Stored):
+            if isinstance(source, OnnxOriginal):
                 raise ModelError(cannot_load(source, _line(err))) from err
             raise CheckError(f"ONNX Runtime cannot load {what}: {_line(err)}") from err
 
@@ -87,7 +89,7 @@ class OnnxEngine(Engine):
         extracted = extract(walk, start, stop, wanted, types, taps)
         apply_patches(extracted, patches)
         try:
-            session = self.session(extracted, lean=self.lean or once)
+            session = self.session(extracted, low_memory=self.low_memory or once)
         except Exception as err:
             raise InternalError(f"ONNX Runtime cannot load a part of the model: {_line(err)}") from err
         return OnnxPart(session, wanted, taps)
@@ -164,7 +166,7 @@ def apply_patches(segment: Extracted, patches: Sequence[Patch | ConstantPatch]) 
             patch_consumer(segment, patch.uses, patch.weight, patch.shift)
 
 
-def cannot_load(dense: Stored, reason: str) -> str:
+def cannot_load(dense: OnnxOriginal, reason: str) -> str:
     """Returns a sentence on an original that ONNX Runtime does not take, for ``reason``, one line of its own."""
     name = f"'{dense.source}'" if dense.source else "the model"
     nodes = {(n.domain, n.op_type): shown(n) for n in nodes_within(dense.proto.graph.node)}

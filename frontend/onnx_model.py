@@ -54,7 +54,7 @@ CACHE_SHAPES = "liar_opt.cache_shapes"
 
 
 @dataclass(frozen=True, eq=False)
-class Stored(Original):
+class OnnxOriginal(Original):
     """A model as it was given: its proto without the data of large initializers, and that data, mapped where it is long.
 
     Attributes:
@@ -125,7 +125,7 @@ class OnnxModel:
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
-    stored: Stored | None = None
+    stored: OnnxOriginal | None = None
     resized: dict[str, dict[int, int]] = field(default_factory=dict)
     store: ArrayStore | None = None
     computed: list[Left] = field(default_factory=list)
@@ -216,9 +216,9 @@ class OnnxModel:
             )
         flat = unfold(proto, arrays)
         if flat is None:
-            model = Stored(proto, arrays, source).model()
+            model = OnnxOriginal(proto, arrays, source).model()
         else:
-            model = Stored(*flat[:2], source, merged=flat[2]).model()
+            model = OnnxOriginal(*flat[:2], source, merged=flat[2]).model()
             notes.append(
                 "a merged decoder: both of its branches are cut alike; FLOPs and latency are those of both, run one behind "
                 "the other"

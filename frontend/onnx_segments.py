@@ -165,8 +165,8 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
     def spans(group: Any, other: Any) -> bool:
         return group is not other and uses[id(group)][0] <= uses[id(other)][-1] < uses[id(group)][-1]
 
-    wide = tuple(g for g in groups if any(spans(g, o) for o in groups))
-    places = [(min(uses[id(g)][0], _first_weight(walk, g, order)), uses[id(g)][-1], g) for g in groups if g not in wide]
+    spanning = tuple(g for g in groups if any(spans(g, o) for o in groups))
+    places = [(min(uses[id(g)][0], _first_weight(walk, g, order)), uses[id(g)][-1], g) for g in groups if g not in spanning]
     merged: list[tuple[int, int, list[Any]]] = []
     for start, end, group in sorted(places, key=lambda place: place[:2]):
         if merged and start <= merged[-1][1]:
@@ -177,7 +177,7 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
     for start, end, members in merged:
         segments.append(Segment(nodes[_cheapest_cut(walk, low, start)], nodes[end], tuple(members)))
         low = end + 1
-    return wide, tuple(segments)
+    return spanning, tuple(segments)
 
 
 def _first_weight(walk: GraphWalk, group: Any, order: Mapping[int, int]) -> int:

@@ -37,7 +37,7 @@ Meaning = dict[str, list[dict[str, int]]]
 
 
 @dataclass(frozen=True)
-class Sayable(Finding):
+class Expressible(Finding):
     """What the configuration of a checkpoint can say of the widths of its groups.
 
     Attributes:
@@ -291,7 +291,7 @@ def alike(
     groups: Sequence[ChannelGroup],
     multiple_of: int,
     curves: Mapping[str, GroupCurve],
-    sayable: Sayable | None,
+    expressible: Expressible | None,
     cost: Cost | None = None,
 ) -> tuple[list[Menu], Meaning]:
     """Puts groups that keep one width on one menu: costs and errors add up.
@@ -302,16 +302,16 @@ def alike(
         groups: the groups.
         multiple_of: kept feed-forward widths are multiples of this.
         curves: what was measured, by group name; may be empty.
-        sayable: what a configuration can say of their widths, if there is one.
+        expressible: what a configuration can say of their widths, if there is one.
         cost: what a group costs at each width, up to a constant; its parameters if None.
 
     Returns:
         The menus, whose widths are numbers from 1 on, and the kept blocks that these stand for.
     """
     menus, meaning = [], Meaning()
-    for members in _classes(groups, sayable):
+    for members in _classes(groups, expressible):
         first = members[0]
-        allowed = {} if sayable is None else sayable.allowed
+        allowed = {} if expressible is None else expressible.allowed
         said = {g.name: (*allowed[g.name], g.size) for g in members if g.name in allowed}
         if len(said) == len(members):
             choices = [dict(zip(said, widths, strict=True)) for widths in zip(*said.values(), strict=True)]
@@ -328,12 +328,12 @@ def alike(
     return menus, meaning
 
 
-def _classes(groups: Sequence[ChannelGroup], sayable: Sayable | None) -> list[list[ChannelGroup]]:
+def _classes(groups: Sequence[ChannelGroup], expressible: Expressible | None) -> list[list[ChannelGroup]]:
     """Returns the groups that keep one width, or widths in proportion (see `_proportional`), the narrowest first."""
     result: dict[tuple[Any, ...], list[ChannelGroup]] = {}
     for group in sorted(groups, key=lambda g: g.size):
-        allowed = None if sayable is None else sayable.allowed.get(group.name)
-        linked = group.kind == "ffn" and (sayable is None or group.name in sayable.linked)
+        allowed = None if expressible is None else expressible.allowed.get(group.name)
+        linked = group.kind == "ffn" and (expressible is None or group.name in expressible.linked)
         base: Any = group.size
         if linked and allowed is not None:
             base = str(len(allowed))  # of one field: they go through their widths together
@@ -351,11 +351,11 @@ def menus_together(
     curves: Mapping[str, GroupCurve],
     cost: Cost | None = None,
     uniform: bool = False,
-    sayable: Sayable | None = None,
+    expressible: Expressible | None = None,
 ) -> tuple[list[Menu], Meaning]:
     """Returns the menus of `joined` groups, or of groups that are `alike` where ``uniform``; arguments are theirs."""
     if uniform:
-        return alike(groups, multiple_of, curves, sayable, cost)
+        return alike(groups, multiple_of, curves, expressible, cost)
     return joined(menus_of(groups, multiple_of, curves, cost), groups, queries, multiple_of, curves, cost)
 
 
@@ -367,13 +367,13 @@ def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:
     return keep
 
 
-def _proportional(groups: Sequence[ChannelGroup], keep: dict[str, int], sayable: Sayable | None) -> dict[str, int]:
+def _proportional(groups: Sequence[ChannelGroup], keep: dict[str, int], expressible: Expressible | None) -> dict[str, int]:
     """Returns widths of which one is as many times another as before: a configuration may say both by one field.
 
     So it says the width of experts that all tokens share: as that of the others, and how many they are. Where it is known
     which widths one field says, the others are left as they are.
     """
-    ffn = [g for g in groups if g.kind == "ffn" and (sayable is None or g.name in sayable.linked)]
+    ffn = [g for g in groups if g.kind == "ffn" and (expressible is None or g.name in expressible.linked)]
     kept = {g.size: keep[g.name] for g in ffn}
     for size in sorted(kept):
         base = next((b for b in sorted(kept) if b < size and size % b == 0), size)
@@ -451,24 +451,24 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         if isinstance(self.query_key, float | int):
             values |= {g.name: kept_width(g, self.query_key, 1) for g in state.queries} if self.query_key else {}
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        sayable = state.get(Sayable)
+        expressible = state.get(Expressible)
         if self.allocate in MEASURED:
             sharing = state.queries if self.query_key == "auto" else ()
             curves = state.found(Curves).by_group
             if self.by_kind or sharing:
-                keep = self._shared_out(groups, sharing, curves, sparsity, sayable)
+                keep = self._shared_out(groups, sharing, curves, sparsity, expressible)
             else:
-                keep = _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s, sayable))
-            if sayable is not None:
-                self._require_less(groups, keep, sayable)
+                keep = _in_all(groups, sparsity, lambda s: self._shared_out(groups, (), curves, s, expressible))
+            if expressible is not None:
+                self._require_less(groups, keep, expressible)
             return keep | values
         if self.by_kind:
             ratios = {g.name: self._ratio(g) for g in groups}
-            keep = self._at(groups, ratios, sayable, more=False)
+            keep = self._at(groups, ratios, expressible, more=False)
         else:
-            keep = _in_all(groups, sparsity, lambda s: self._uniform(groups, s, sayable))
-        if sayable is not None:
-            self._require_less(groups, keep, sayable)
+            keep = _in_all(groups, sparsity, lambda s: self._uniform(groups, s, expressible))
+        if expressible is not None:
+            self._require_less(groups, keep, expressible)
         return keep | values
 
     def _ratio(self, group: ChannelGroup) -> float:
@@ -478,14 +478,14 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     def _at(
-        self, groups: Sequence[ChannelGroup], ratios: Mapping[str, float], sayable: Sayable | None, more: bool
+        self, groups: Sequence[ChannelGroup], ratios: Mapping[str, float], expressible: Expressible | None, more: bool
     ) -> dict[str, int]:
         """Returns the widths at ratios by group name."""
-        allowed = {} if sayable is None else sayable.allowed
+        allowed = {} if expressible is None else expressible.allowed
         keep = {g.name: kept_width(g, ratios[g.name], self.multiple_of, allowed.get(g.name), more) for g in groups}
-        return _proportional(groups, keep, sayable) if self.uniform else keep
+        return _proportional(groups, keep, expressible) if self.uniform else keep
 
-    def _require_less(self, groups: Sequence[ChannelGroup], keep: Mapping[str, int], sayable: Sayable) -> None:
+    def _require_less(self, groups: Sequence[ChannelGroup], keep: Mapping[str, int], expressible: Expressible) -> None:
         """Checks that what a configuration can say is not all that there is.
 
         Raises:
@@ -493,10 +493,10 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         """
         if any(keep[g.name] < g.size for g in groups):
             return
-        held = [g for g in groups if g.name in sayable.allowed]
+        held = [g for g in groups if g.name in expressible.allowed]
         held = [g for g in held if kept_width(g, self._ratio(g), self.multiple_of) < g.size]
         if held:
-            said = "; ".join(dict.fromkeys(sayable.describe(g) for g in held))
+            said = "; ".join(dict.fromkeys(expressible.describe(g) for g in held))
             raise OptionError(
                 f"nothing would go: {said}; give a larger ratio, or write ONNX with --format onnx (in Python: "
                 "checkpoint=False), which may have any"
@@ -508,7 +508,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         queries: tuple[ChannelGroup, ...],
         curves: Mapping[str, GroupCurve],
         sparsity: float,
-        sayable: Sayable | None,
+        expressible: Expressible | None,
     ) -> dict[str, int]:
         keep = {g.name: g.size for g in groups}
         if not self.by_kind:
@@ -518,7 +518,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             parts = [(ratio, tuple(g for g in groups if g.kind == kind)) for kind, ratio in ratios.items()]
         for ratio, members in parts:
             menus, meaning = menus_together(
-                members, queries, self.multiple_of, curves, uniform=self.uniform, sayable=sayable
+                members, queries, self.multiple_of, curves, uniform=self.uniform, expressible=expressible
             )
             if not ratio or not menus:
                 continue
@@ -535,18 +535,20 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             keep |= meant(chosen, meaning)
         return keep
 
-    def _uniform(self, groups: tuple[ChannelGroup, ...], sparsity: float, sayable: Sayable | None) -> dict[str, int]:
-        keep = self._at(groups, {g.name: sparsity for g in groups}, sayable, more=True)
+    def _uniform(
+        self, groups: tuple[ChannelGroup, ...], sparsity: float, expressible: Expressible | None
+    ) -> dict[str, int]:
+        keep = self._at(groups, {g.name: sparsity for g in groups}, expressible, more=True)
         goal = sparsity * sum(g.parameters for g in groups)
-        if sayable is not None and sayable.allowed:
+        if expressible is not None and expressible.allowed:
             # What the nearest width leaves over, or takes too much, is made up for by groups that may have any.
-            held = tuple(g for g in groups if g.name in sayable.allowed)
-            free = tuple(g for g in groups if g.name not in sayable.allowed)
+            held = tuple(g for g in groups if g.name in expressible.allowed)
+            free = tuple(g for g in groups if g.name not in expressible.allowed)
             if free:
                 rest = (goal - removed_parameters(held, keep)) / sum(g.parameters for g in free)
                 most = {g.name: 1.0 - step_of(g, self.multiple_of) / g.size for g in free}
                 ratios = {g.name: sparsity for g in held} | {name: min(max(rest, 0.0), m) for name, m in most.items()}
-                keep = self._at(groups, ratios, sayable, more=True)
+                keep = self._at(groups, ratios, expressible, more=True)
         if self.uniform:
             return keep
         # Rounding moves all layers at once; single steps bring the sum to the goal.
@@ -566,13 +568,13 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         Raises:
             OptionError: something was asked for, and no group would lose anything.
         """
-        sayable = state.get(Sayable)
-        for group in state.groups if sayable is not None and self.allocate not in MEASURED else ():
-            assert sayable is not None
-            if group.name not in sayable.allowed or not self._ratio(group):
+        expressible = state.get(Expressible)
+        for group in state.groups if expressible is not None and self.allocate not in MEASURED else ():
+            assert expressible is not None
+            if group.name not in expressible.allowed or not self._ratio(group):
                 continue
             alone, kept = kept_width(group, self._ratio(group), self.multiple_of), plan[group.name]
-            note = f"{group.kind}: {kept} stay, where the ratio alone leaves {alone}: {sayable.describe(group)}"
+            note = f"{group.kind}: {kept} stay, where the ratio alone leaves {alone}: {expressible.describe(group)}"
             if kept != alone and note not in state.model.notes:
                 state.model.notes.append(note)
         sizes = {g.name: g.size for g in (*state.groups, *state.values, *state.queries)}

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from liar_opt.frontend.either_model import engine_of
 from liar_opt.frontend.engine import Engine
 from liar_opt.frontend.model import Original
-from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
@@ -74,9 +74,9 @@ class DenseModel(Finding):
     original: Original
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> OnnxOriginal:
         """The file, of an ONNX model."""
-        assert isinstance(self.original, Stored)
+        assert isinstance(self.original, OnnxOriginal)
         return self.original
 
 
@@ -105,7 +105,7 @@ class State:
 
     def engine(self) -> Engine:
         """Returns what runs the model."""
-        return engine_of(self.model, self.device, self.memory.tight)
+        return engine_of(self.model, self.device, self.memory.low)
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.either_model import analysis_of
 from liar_opt.frontend.model import Original
-from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.find_groups import find_groups
@@ -46,7 +46,7 @@ def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[OnnxModel, dict
     return model, rewriter.ends()
 
 
-def deployed(model: OnnxModel | Stored, device: str) -> Deployed:
+def deployed(model: OnnxModel | OnnxOriginal, device: str) -> Deployed:
     """Returns a model as it is timed: in a process of its own."""
     data, weights = model.detached()
     return Deployed(data, weights, device, operator_libraries())

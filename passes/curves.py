@@ -71,7 +71,7 @@ def place_of(state: State, options: Mapping[str, Any]) -> Path | None:
     given: dict[str, Any] = {
         **digests_of(state),
         "options": dict(options),
-        "runtime": [onnxruntime.__version__, np.__version__, state.device, state.memory.tight],
+        "runtime": [onnxruntime.__version__, np.__version__, state.device, state.memory.low],
         "code": code_digest(),
     }
     return file_of("curves", given, ".npz")

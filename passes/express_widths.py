@@ -19,7 +19,7 @@ from liar_opt.frontend.hf_checkpoint import (
     refused,
     restate,
 )
-from liar_opt.passes.allocate_widths import Sayable
+from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.find_groups import layout
 from liar_opt.passes.find_module_groups import Poolers
@@ -47,7 +47,7 @@ class Said(NamedTuple):
 class Sayings(NamedTuple):
     """What a configuration can say, the groups of which it can say nothing, with reasons, and the poolers that go along."""
 
-    sayable: Sayable
+    expressible: Expressible
     unsaid: dict[str, str | None]
     poolers: tuple[ChannelGroup, ...]
 
@@ -113,8 +113,8 @@ class ExpressWidthsPass(Pass[Sayings]):
         module = module_of(state)
         allowed = {name: widths for said in found for name, widths in said.allowed.items()}
         places = frozenset(p for said in found for p in said.places)
-        sayable = Sayable(f"the configuration of {type(module).__name__}", allowed, frozenset(linked), places)
-        return Sayings(sayable, unsaid, tuple(poolers))
+        expressible = Expressible(f"the configuration of {type(module).__name__}", allowed, frozenset(linked), places)
+        return Sayings(expressible, unsaid, tuple(poolers))
 
     def apply(self, state: State, plan: Sayings) -> PassResult:
         """Drops those groups, and adds the poolers.
@@ -145,7 +145,7 @@ class ExpressWidthsPass(Pass[Sayings]):
                 f"the pooler {named} is cut as well: one field says its width and that of other layers"
             )
         state.groups = tuple(sorted((*left, *plan.poolers), key=lambda g: (g.end, g.start)))
-        state.add(plan.sayable)
+        state.add(plan.expressible)
         return PassResult(state, (), tuple(refusals))
 
 
@@ -229,8 +229,8 @@ def final_fields(state: State) -> tuple[FieldChange, ...]:
     Raises:
         OptionError: it cannot say them.
     """
-    sayable = state.found(Sayable)
-    fields = _fields(state, state.groups, state.keep, sayable.places)
+    expressible = state.found(Expressible)
+    fields = _fields(state, state.groups, state.keep, expressible.places)
     fields = _fields(state, state.groups, state.keep) if fields is None else fields
     if fields is None:
         module = module_of(state)

@@ -432,7 +432,7 @@ def _consumers(walk: GraphWalk, leaf: int, uses: list[ConsumerUse], outer: int |
             owners = np.where(owners < 0, -1, heads * walk.algebra.size(leaf) + owners)
         # The two branches of a merged decoder read the same tokens, and one of them with nothing in its cache.
         told = [] if walk.of_first is None else [u for u in same if id(u.node) in walk.of_first]
-        result.append(Consumer(tuple(same), owners, told=tuple(told)))
+        result.append(Consumer(tuple(same), owners, measured_uses=tuple(told)))
     return tuple(result)
 
 

@@ -41,12 +41,12 @@ class Consumer:
     uses: tuple[Any, ...]
     owners: NDArray[np.int64]
     expert: int | None = None
-    told: tuple[Any, ...] = ()
+    measured_uses: tuple[Any, ...] = ()
 
     @property
     def measured(self) -> tuple[Any, ...]:
         """The uses whose inputs are measured."""
-        return self.told or self.uses
+        return self.measured_uses or self.uses
 
     @property
     def width(self) -> int:

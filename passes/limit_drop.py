@@ -21,8 +21,8 @@ import numpy as np
 
 from liar_opt.frontend.either_model import as_given
 from liar_opt.passes.allocate_widths import (
+    Expressible,
     Meaning,
-    Sayable,
     meant,
     menus_together,
     note_widths,
@@ -131,8 +131,10 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
         """Returns what each group may become, and what widths of joined menus stand for."""
         curves = state.found(Curves).by_group
         queries = state.queries if self.query_key == "auto" else ()
-        sayable = state.get(Sayable)
-        return menus_together(state.groups, queries, self.multiple_of, curves, uniform=self.uniform, sayable=sayable)
+        expressible = state.get(Expressible)
+        return menus_together(
+            state.groups, queries, self.multiple_of, curves, uniform=self.uniform, expressible=expressible
+        )
 
     def apply(self, state: State, plan: tuple[list[Menu], Meaning]) -> PassResult:
         """Searches; the state becomes that of the last candidate that was inside.

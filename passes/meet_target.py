@@ -38,8 +38,8 @@ from numpy.typing import NDArray
 
 from liar_opt.passes.allocate_widths import (
     Cost,
+    Expressible,
     Meaning,
-    Sayable,
     meant,
     menus_together,
     note_widths,
@@ -195,8 +195,8 @@ class MeetTargetPass(Pass[Target]):
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
         costs = gauge.costs((*groups, *queries), self.multiple_of)
-        sayable = state.get(Sayable)
-        menus, meaning = menus_together(groups, queries, self.multiple_of, curves, costs, self.uniform, sayable)
+        expressible = state.get(Expressible)
+        menus, meaning = menus_together(groups, queries, self.multiple_of, curves, costs, self.uniform, expressible)
         fixed = gauge.dense - sum(float(m.costs[-1]) for m in menus)
         wanted = target.absolute(gauge.dense)
         if wanted >= gauge.dense:
@@ -212,7 +212,7 @@ class MeetTargetPass(Pass[Target]):
         if target.kind == "latency" and self.allocate == "curves" and curves:
             # Never worse than the ratio that reaches the same time: a table is only as good as the clock.
             plain, plain_meaning = menus_together(
-                groups, queries, self.multiple_of, curves, uniform=self.uniform, sayable=sayable
+                groups, queries, self.multiple_of, curves, uniform=self.uniform, expressible=expressible
             )
             other = _Search(self, gauge, wanted, plain, plain_meaning)
             everything = sum(float(m.costs[-1]) for m in plain)

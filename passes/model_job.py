@@ -137,7 +137,7 @@ class ModelJob:
         """Runs the passes once."""
         state, chosen, options = self.state, self.chosen, self.options
         report = self._begun()
-        analysis = _analysed(state, options.observer, load=not state.memory.tight)
+        analysis = _analysed(state, options.observer, load=not state.memory.low)
         state.model.settle()
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
         dense_session(state)
@@ -288,7 +288,7 @@ class ModelJob:
     def _time(self, report: Report) -> None:
         """Times the dense and the pruned model side by side, each in a process of its own where that works."""
         state, target = self.state, self.target
-        if state.memory.tight:
+        if state.memory.low:
             limit = show_size(state.memory.limit)
             report.note(f"latency was not measured: the models are too large for the memory of {limit}")
             return
@@ -319,7 +319,7 @@ class ModelJob:
             **options,
             "calibration data": digests["calibration data"],
             "device": state.device,
-            "lean sessions": state.memory.tight,
+            "lean sessions": state.memory.low,
             "liar-opt": report.liar_opt,
         }
 

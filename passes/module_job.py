@@ -19,7 +19,7 @@ from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.weight_files import lightened, write_model
-from liar_opt.passes.allocate_widths import Sayable
+from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.base import Analysis, Pass, Pipeline, State
 from liar_opt.passes.calibrate import divided
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options
@@ -80,10 +80,10 @@ def inspect_module(model: torch.nn.Module | str | Path, *, example: Any = None, 
     opened = state.found(OpenedModule)
     express_widths = [] if opened.folder is None else [ExpressWidthsPass(required=False)]
     result = Pipeline(passes=[FindModuleGroupsPass(traced=not opened.stock), *express_widths])(state)
-    sayable = state.get(Sayable)
+    expressible = state.get(Expressible)
     report = report_of(state)
-    if sayable is not None:
-        report.note(*(sayable.describe(group) for group in state.groups if group.name in sayable.allowed))
+    if expressible is not None:
+        report.note(*(expressible.describe(group) for group in state.groups if group.name in expressible.allowed))
     report.inspected(state)
     report.refuse(result.refusals)
     return Inspection(state.model, state.groups, result.refusals, report.to_json())

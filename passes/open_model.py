@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.weight_files import MAP_FROM
 from liar_opt.passes.base import DenseModel, Opened, State
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -48,8 +48,8 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     source = loaded.source
     digest = later(lambda: _sha256(source)) if source is not None and source.is_file() else None
     state.memory.model = loaded.weight_bytes()
-    stored = loaded.stored if loaded.stored is not None else Stored(*loaded.light())
-    if state.memory.tight:
+    stored = loaded.stored if loaded.stored is not None else OnnxOriginal(*loaded.light())
+    if state.memory.low:
         loaded.align(state.memory.store)
         loaded.store = state.memory.store
     state.add(DenseModel(replace(stored, store=loaded.store)), Opened(model_sizes(loaded), digest))

@@ -237,7 +237,7 @@ class Proof:
         for level in self._levels():
             how = f"with ONNX Runtime's optimizer {'off' if level == 'none' else 'on'}"
             try:
-                session = self.engine.session(parts, level, lean=level == "none")
+                session = self.engine.session(parts, level, low_memory=level == "none")
             except Exception as err:
                 return Failure(f"{how} the cut graph cannot be loaded: {_line(err)}")
             for feeds in self.feeds if level == "none" else self.feeds[:OPTIMIZED]:
@@ -248,7 +248,7 @@ class Proof:
 
     def _levels(self) -> tuple[Level, ...]:
         """How far ONNX Runtime's optimizer goes, in turns; what it packs does not fit where memory is tight."""
-        return ("none",) if self.state.memory.tight else ("none", "all")
+        return ("none",) if self.state.memory.low else ("none", "all")
 
     def _rehearse(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> "Rehearsal":
         """Cuts a copy of the model."""
@@ -259,7 +259,7 @@ class Proof:
         data = CalibrationData(tuple(self.feeds), (None,) * len(self.feeds), 0, 0, "probes", (), True)
         # What a rehearsal writes goes from the disk with it.
         memory = replace(self.state.memory, store=ArrayStore(self.state.memory.store.folder))
-        model.store = memory.store if memory.tight else None
+        model.store = memory.store if memory.low else None
         state = State(model, data, self.state.device, memory=memory, walk=analysed)
         state.groups = tuple(g for g in (*found.groups, *found.values, *found.queries) if g.name in keep)
         state.keep = dict(keep)
@@ -302,7 +302,7 @@ class Reference:
 
     def __init__(self, memory: Memory, engine: OnnxEngine, part: Extracted) -> None:
         self.memory, self.engine, self.part = memory, engine, part
-        self.session = engine.session(part, "none", lean=True)
+        self.session = engine.session(part, "none", low_memory=True)
         self._known: dict[int, dict[str, NDArray[Any]]] = {}
 
     def run(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
@@ -317,12 +317,12 @@ class Reference:
 
     @functools.cached_property
     def _moved(self) -> Runner:
-        store = ArrayStore(self.memory.store.folder) if self.memory.tight else None
-        return self.engine.session(rounded(self.part.serialise(), self.part.weights, store), "none", lean=True)
+        store = ArrayStore(self.memory.store.folder) if self.memory.low else None
+        return self.engine.session(rounded(self.part.serialise(), self.part.weights, store), "none", low_memory=True)
 
     @functools.cached_property
     def _optimized(self) -> Runner:
-        return self.engine.session(self.part, "all", lean=False)
+        return self.engine.session(self.part, "all", low_memory=False)
 
     def optimized(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Returns what it gives with ONNX Runtime's optimizer, which computes in another order."""
@@ -353,7 +353,7 @@ def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[
         full = np.zeros(old.shape, old.dtype)
         for part in parts:
             full[np.ix_(*part.index)] = part.weight
-        full = memory.store.put(full) if memory.tight else full
+        full = memory.store.put(full) if memory.low else full
         bias, place = spread_bias(repair, full.shape), (own[0].node.name, own[0].weight_position)
         patches[place] = own, full, bias + patches[place][2] if place in patches else bias
     forms: dict[tuple[str, int], NDArray[Any]] = {}
@@ -481,8 +481,8 @@ class Rehearsal(CutGroups):
             RaisedAt: cutting one raises an exception.
         """
         for planned in plan:
-            wide, segments = plan_segments(self.walk, planned)
-            for group in (*wide, *(g for s in segments for g in s.groups)):
+            spanning, segments = plan_segments(self.walk, planned)
+            for group in (*spanning, *(g for s in segments for g in s.groups)):
                 try:
                     taps = self.sweep.taps([group], streams=False)
                     self.group(group, {place: MadeUpMoments(tap.width) for place, tap in taps.items()})

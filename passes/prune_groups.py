@@ -367,7 +367,7 @@ class CutGroups(GroupVisitor):
             left[use.weight_axis] = left[use.weight_axis][stays]
         else:  # in the original's basis these rows are a matrix of low rank
             cut = use.laid_out(basis.back(kept, flat[kept].astype(np.float64)), old.shape).astype(old.dtype)
-        if self.memory.tight:
+        if self.memory.low:
             cut = self.memory.store.put(cut)
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, repaired.bias))
 
@@ -385,7 +385,7 @@ class CutGroups(GroupVisitor):
         left = [np.flatnonzero(self.rewriter.mask(f)) for f in self.walk.input_axes(use.holder, use.weight_position) or ()]
         left[0], left[use.weight_axis] = np.asarray([expert]), left[use.weight_axis][kept]
         cut = np.take(constant.values[expert : expert + 1], kept, use.weight_axis)
-        if self.memory.tight:
+        if self.memory.low:
             cut = self.memory.store.put(cut)
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, np.zeros(repaired.bias.shape)))
 

@@ -15,7 +15,7 @@ from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_program
 from liar_opt.frontend.genai_config import write_config
 from liar_opt.frontend.hf_checkpoint import FieldChange, save_checkpoint
 from liar_opt.frontend.input_files import Inputs
-from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.base import Change, State
 from liar_opt.passes.express_widths import FinalFields
@@ -53,7 +53,7 @@ class PruneResult:
         inputs: what the run read; no result is written there.
     """
 
-    pruned: OnnxModel | Stored
+    pruned: OnnxModel | OnnxOriginal
     report: dict[str, Any]
     changes: tuple[Change, ...] = field(default_factory=tuple)
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)

@@ -130,8 +130,8 @@ class Sweep:
             visitor: what is done.
             groups: with what.
         """
-        wide, segments = plan_segments(self.walk, groups)
-        parts = [*([(wide, None, None)] if wide else []), *((s.groups, s.first, s.last) for s in segments)]
+        spanning, segments = plan_segments(self.walk, groups)
+        parts = [*([(spanning, None, None)] if spanning else []), *((s.groups, s.first, s.last) for s in segments)]
         self.carry = self.fresh_carry()
         self.steps += len(parts) * len(self.data.batches)
         if self.memory.asked:
@@ -249,7 +249,7 @@ class Sweep:
 
     def parts(self, groups: Sequence[ChannelGroup], taps: Mapping[Place, Tap], first: Any = None) -> Parts:
         """Returns which groups are measured together, so that their moments stay under the limit."""
-        if self.memory.tight:
+        if self.memory.low:
             gc.collect()  # graphs refer to themselves in circles
             trim()
         needs, fixed = self.needs(groups, taps, self.position(self.carry.at), first, self.memory)
@@ -314,7 +314,7 @@ class Sweep:
             names = live_tensors(self.walk, self.position(first), self.waiting)
             between = len(self.data.batches) * sum(sizes.get(n, 0) for n in names)
             fixed += between if memory.keep(between) else 0
-        if not memory.tight:
+        if not memory.low:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
         return needs, fixed
 

@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.graph_tensors import Narrow, is_constant, is_float, like
 from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.onnx_engine import NO_MEMORY, run_session
-from liar_opt.frontend.onnx_model import OnnxModel, Stored
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
@@ -133,21 +133,21 @@ class VerifyModelPass(Pass[None]):
         require_interface(dense, state.model, state.analysed().spared)
         ends = cut.ends
         require_format(dense, state.model)
-        lean = state.memory.tight
+        low_memory = state.memory.low
         assert state.calibration is not None
         rounding = folded = None
         batches, masks = state.calibration.batches, state.calibration.row_masks
         # Sessions load while the masked original is made, unless that is too much at a time.
         engine, parts = state.engine(), state.model.detached()
         loading = later(lambda: engine.whole(parts, "the pruned model"))
-        if lean:
+        if low_memory:
             loading.result()
         reference = masked_reference(dense, state.repairs, cut.query_forms)
         masked = engine.whole(reference, "the masked original")
         pruned = loading.result()
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
         whole = [o for o in pruned.outputs if o not in state.analysed().unspecified]
-        room = _samples_that_fit(state) if lean else max(self.exact, self.samples)
+        room = _samples_that_fit(state) if low_memory else max(self.exact, self.samples)
         small = first_samples(state, batches[0], min(self.exact, room))
         # The original first: what does not fit it (an image of another size, say) is no fault of the cut.
         theirs = cut_arrays(run_session(masked, small, whole, whole), ends)
@@ -159,7 +159,7 @@ class VerifyModelPass(Pass[None]):
             exact = require_close(ours, theirs, precision, what)
         except CheckError:
             require_repeatable(theirs, cut_arrays(masked.run(small, whole, arrays=True), ends))
-            if lean:  # a second set of weights would not fit
+            if low_memory:  # a second set of weights would not fit
                 raise
             # A model that was hurt badly can magnify rounding: ask it how much, before blaming the cut.
             model, weights = reference.detached()
@@ -225,7 +225,9 @@ def _check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], 
     return worst
 
 
-def masked_reference(dense: Stored, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> OnnxModel:
+def masked_reference(
+    dense: OnnxOriginal, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()
+) -> OnnxModel:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
     Where the basis of values was changed, the new weight is one of low rank; queries and keys are q U and k V with zeros
@@ -427,7 +429,7 @@ def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: d
             raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
 
 
-def require_interface(dense: Stored, pruned: OnnxModel, spared: Collection[str]) -> None:
+def require_interface(dense: OnnxOriginal, pruned: OnnxModel, spared: Collection[str]) -> None:
     """Checks that inputs and outputs have the names, types and shapes of the original's.
 
     Args:
@@ -442,7 +444,7 @@ def require_interface(dense: Stored, pruned: OnnxModel, spared: Collection[str])
     _check_interface(dense.proto, pruned.light()[0], resized)
 
 
-def require_format(dense: Stored, pruned: OnnxModel) -> None:
+def require_format(dense: OnnxOriginal, pruned: OnnxModel) -> None:
     """Checks that a cut model is valid ONNX, if the original is.
 
     Raises:

@@ -112,7 +112,7 @@ class Memory:
     start: int | None = None
 
     @property
-    def tight(self) -> bool:
+    def low(self) -> bool:
         """Whether the weights are left where they lie, and what is made of them goes to disk."""
         return self.model * LARGE_MODEL > self.limit
 

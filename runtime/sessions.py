@@ -209,12 +209,12 @@ class Session:
         model: the model as bytes, or its file.
         device: where it runs.
         weights: data of the initializers that the model names as external.
-        lean: whether the weights are used where they lie: on the CPU they become inputs of the graph, since initializers
-            are copied, all at once, while a session is made. Otherwise ONNX Runtime packs them, which is a little faster,
-            and folds what it can.
+        low_memory: whether the weights are used where they lie: on the CPU they become inputs of the graph, since
+            initializers are copied, all at once, while a session is made. Otherwise ONNX Runtime packs them, which is a
+            little faster, and folds what it can.
         threads: how many compute an operator, and sleep between runs; None leaves both to ONNX Runtime.
         exact: whether CUDA computes as `EXACT` says; otherwise as ONNX Runtime does for those who do not ask.
-        level: how far ONNX Runtime's optimizer goes; None leaves it to ``lean`` and, else, to ONNX Runtime ("all").
+        level: how far ONNX Runtime's optimizer goes; None leaves it to ``low_memory`` and, else, to ONNX Runtime ("all").
     """
 
     def __init__(
@@ -222,14 +222,14 @@ class Session:
         model: bytes | Path,
         device: Literal["cpu", "cuda"] = "cpu",
         weights: Mapping[str, NDArray[Any]] | None = None,
-        lean: bool = False,
+        low_memory: bool = False,
         threads: int | None = None,
         exact: bool = True,
         level: Level | None = None,
     ) -> None:
         import onnxruntime
 
-        self._made: tuple[Any, ...] = (model, device, weights, lean, threads) if device == "cuda" else ()
+        self._made: tuple[Any, ...] = (model, device, weights, low_memory, threads) if device == "cuda" else ()
 
         onnxruntime.set_default_logger_severity(4)
         options = _options()
@@ -238,12 +238,12 @@ class Session:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         self._weights = {k: np.require(v, requirements=["C", "ALIGNED"]) for k, v in (weights or {}).items()}
         values = {name: _ort_value(v) for name, v in self._weights.items()}
-        self._fed = values if lean and device == "cpu" else {}
+        self._fed = values if low_memory and device == "cpu" else {}
         if self._fed:
             model = _with_inputs(model, self._fed.keys())
         elif values:
             options.add_external_initializers(list(values), list(values.values()))
-        if lean:
+        if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.enable_cpu_mem_arena = False
@@ -257,7 +257,7 @@ class Session:
             model if isinstance(model, bytes) else str(model),
             options,
             providers=[*cuda, "CPUExecutionProvider"],
-            disabled_optimizers=["ConstantFolding"] if lean else None,
+            disabled_optimizers=["ConstantFolding"] if low_memory else None,
             **({} if cuda else {"enable_fallback": 0}),  # to the CPU again, and a banner on stdout
         )
         self.inputs = [i.name for i in self._session.get_inputs() if i.name not in self._fed]
@@ -267,8 +267,8 @@ class Session:
         """Returns a session of the same model that is as fast as those that users make: what latency is measured on."""
         if self.device == "cpu":
             return self
-        model, device, weights, lean, threads = self._made
-        return Session(model, device, weights, lean, threads, exact=False)
+        model, device, weights, low_memory, threads = self._made
+        return Session(model, device, weights, low_memory, threads, exact=False)
 
     def run(
         self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool | Sequence[str] = False

@@ -10,11 +10,13 @@ import zoo_decoders
 from liar_opt.frontend.causal import is_causal, positions
 from liar_opt.frontend.onnx_model import OnnxModel
 
+LLAMA, GPT2 = zoo_decoders.Case("llama", "dynamo"), zoo_decoders.Case("gpt2", "torchscript")
+GPT2_CACHED = zoo_decoders.Case("gpt2", "dynamo", cache=True)
 DECODERS = [
-    zoo_decoders.Case("llama", "dynamo"),
-    zoo_decoders.Case("gpt2", "torchscript"),
+    LLAMA,
+    GPT2,
     zoo_decoders.Case("opt", "torchscript"),
-    pytest.param(zoo_decoders.Case("gpt2", "dynamo", cache=True), marks=pytest.mark.rest),
+    pytest.param(GPT2_CACHED, marks=pytest.mark.rest),
     pytest.param(zoo_decoders.Case("mistral", "dynamo"), marks=pytest.mark.rest),
 ]
 ENCODERS = [case for case in zoo.cases(fast=True) if case.architecture != "vit"]
@@ -61,11 +63,11 @@ def test_the_oracle_can_fail() -> None:
 
 
 def test_positions_of_learned_tables() -> None:
-    assert positions(normalised(zoo_decoders.ready(DECODERS[1]).path)) == zoo_decoders.POSITIONS
-    assert positions(normalised(zoo_decoders.ready(DECODERS[3]).path)) == zoo_decoders.POSITIONS
+    assert positions(normalised(zoo_decoders.ready(GPT2).path)) == zoo_decoders.POSITIONS
+    assert positions(normalised(zoo_decoders.ready(GPT2_CACHED).path)) == zoo_decoders.POSITIONS
     bert = next(case for case in ENCODERS if case.architecture == "bert")
     assert positions(normalised(zoo.ready(bert).path)) == zoo.POSITIONS
-    assert positions(normalised(zoo_decoders.ready(DECODERS[0]).path)) is None  # rotary: nothing in the graph ends
+    assert positions(normalised(zoo_decoders.ready(LLAMA).path)) is None  # rotary: nothing in the graph ends
 
 
 def attention(node: str, *more: str) -> OnnxModel:

@@ -11,7 +11,14 @@ import pytest
 
 import liar_opt
 from liar_opt import prune
-from liar_opt.passes.allocate_widths import AllocateWidthsPass, Sayable, joined, kept_width, menus_of, removed_parameters
+from liar_opt.passes.allocate_widths import (
+    AllocateWidthsPass,
+    Expressible,
+    joined,
+    kept_width,
+    menus_of,
+    removed_parameters,
+)
 from liar_opt.passes.base import State
 from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.groups import QUERY_KEY, ChannelGroup, Consumer
@@ -234,7 +241,7 @@ def said(
     result = state(*(SAID if groups is None else groups))
     notes: list[str] = []
     result.model.notes = notes
-    result.add(Sayable("the configuration", allowed, frozenset(linked)))
+    result.add(Expressible("the configuration", allowed, frozenset(linked)))
     AllocateWidthsPass(uniform=True, **options)(result)
     return result.keep, notes
 
@@ -336,7 +343,7 @@ def test_widths_that_can_be_said_are_on_the_menu_alone() -> None:
     heads = group("h", "heads", 12, 12000)
     found = curved(heads, *linked)
     allowed = {"h": (4, 6), "small": (16, 24, 32), "large": (32, 48, 64)}
-    found.add(Sayable("a configuration", allowed, frozenset({"small", "large"})))
+    found.add(Expressible("a configuration", allowed, frozenset({"small", "large"})))
     AllocateWidthsPass(0.4, allocate="curves", uniform=True)(found)
     assert found.keep["large"] == 2 * found.keep["small"]
     assert found.keep["small"] in (16, 24, 32, 40) and found.keep["h"] in (4, 6, 12)

@@ -179,7 +179,7 @@ def test_a_rehearsal_under_a_tight_limit_writes_to_disk(monkeypatch: pytest.Monk
         return put(self, array, 0)
 
     state = load_state(graphs.parse(PARALLEL, WEIGHTS), 5000)
-    assert state.memory.tight
+    assert state.memory.low
     NormaliseGraphPass()(state)
     FindGroupsPass()(state)
     monkeypatch.setattr(array_store.ArrayStore, "put", everything)

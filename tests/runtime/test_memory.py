@@ -35,8 +35,8 @@ def test_the_default_is_half_of_what_is_free() -> None:
 
 
 def test_large_models_are_left_where_they_lie() -> None:
-    assert Memory(1000, 200).tight
-    assert not Memory(1000, 100).tight
+    assert Memory(1000, 200).low
+    assert not Memory(1000, 100).low
 
 
 @pytest.mark.skipif(anonymous() is None, reason="the system does not tell")

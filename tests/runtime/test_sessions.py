@@ -61,7 +61,7 @@ def test_a_lean_session_uses_weights_where_they_lie() -> None:
     proto = graphs.parse("f (float[a, 40] x) => (float[a, 50] y) { y = MatMul(x, w) }", {"w": (40, 50)})
     light, weights = lightened(proto)
     weight = np.array(weights["w"])
-    own = Session(light.SerializeToString(), "cpu", {"w": weight}, lean=True)
+    own = Session(light.SerializeToString(), "cpu", {"w": weight}, low_memory=True)
     assert own.inputs == ["x"]
     x = np.random.default_rng(0).standard_normal((7, 40)).astype(np.float32)
     np.testing.assert_allclose(own.run({"x": x}, arrays=True)["y"], x @ weight, rtol=1e-5, atol=1e-5)
