@@ -223,15 +223,15 @@ def _elements(walk: GraphWalk, names: set[str]) -> int:
 def live_tensors(walk: GraphWalk, position: int, waiting: Collection[int] = ()) -> list[str]:
     """Returns the names of the tensors made before ``position`` and read from there on; graph inputs left out.
 
-    The graph's outputs are no readers: what is returned is not measured, and a cache of every layer is large. What a shape
-    was computed from is alive with it: a cut behind ``position`` may compute that shape anew.
+    The graph's outputs are no readers: what is returned is not measured, and a cache of every layer is large. The inputs
+    of shape arithmetic are carried too: after a cut behind ``position`` the shape may have to be recomputed from them.
 
     Args:
         walk: the analysis.
         position: of the first node behind.
         waiting: leaf factors that are still to be cut. A tensor that has one of them (a cache that was cast on top of the
-            graph), or a size computed from one, will not be then what it is now: what it is made of is alive instead, and
-            :func:`extract` makes it anew.
+            graph), or a size computed from one, will have another shape then: the tensors that it is made of are carried
+            instead, and :func:`extract` recomputes it.
     """
     nodes = walk.model.graph.nodes[:position]
     made = {t.name: n for n in nodes for t in n.outputs if present(t)}

@@ -675,7 +675,7 @@ def _within(new: Mask, old: Mask) -> Mask:
         return new[old]
     if old.ndim == 1:
         return new if old.all() else new[:, old]
-    return np.ones((len(old), int(old[0].sum())), bool)  # it was cut then, and is cut once
+    return np.ones((len(old), int(old[0].sum())), bool)  # a factor can be cut per head only once, so nothing changes here
 
 
 def _compressed(value: NDArray[Any], mask: Mask, axis: int) -> NDArray[Any]:

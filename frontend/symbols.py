@@ -26,8 +26,8 @@ LARGEST_PROBE = 100_000
 class MergeSymbols(Exception):
     """Two sizes turned out to be equal, of which one at least is a symbolic dimension; the walk starts again with one.
 
-    The other may be the sum of two symbols: a mask covers what is in the cache and what is new. It may be one, too: the
-    batch of the sample that was exported, written where nothing else fits.
+    The other may be the sum of two symbols: a mask covers what is in the cache and what is new. It may be one, too: an
+    exporter traced with batch 1 and hard-coded the 1 in a Reshape; then the symbolic batch must be 1.
     """
 
     def __init__(self, first: int, second: int) -> None:

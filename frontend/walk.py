@@ -213,7 +213,7 @@ class GraphWalk:
             raise MergeSymbols(a, b)
 
     def alone(self, sizes: Sequence[int], target: Sequence[int]) -> None:
-        """Starts the walk again where ``sizes`` have as many elements as a ``target`` once a symbolic dimension is one."""
+        """Raises ``MergeSymbols`` if setting one symbol to 1 makes prod(sizes) == prod(target): the walk starts again."""
         total, made = (int(np.prod(n, dtype=np.int64)) for n in (sizes, target))
         spare = max(total, made) // min(total, made) if min(total, made) > 0 else 0
         known = frozenset((spare, 1)) in self.apart or not self.merging

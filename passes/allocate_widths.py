@@ -33,7 +33,7 @@ CLOSE = 2e-3
 Cost = Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]]
 """(group, widths) -> what it costs at each, in the target's currency."""
 Meaning = dict[str, list[dict[str, int]]]
-"""By the name of a menu that several groups share: the kept blocks of each that its widths 1, 2, ... stand for."""
+"""Joint candidates: menu name -> list; entry i-1 is the {group: kept blocks} that candidate i stands for."""
 
 
 @dataclass(frozen=True)

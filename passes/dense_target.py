@@ -115,7 +115,8 @@ class DenseTargets:
         if use.output_axis != -1 and value.ndim != 2:
             return None
         terms = () if stream is None else stream.terms
-        # Of the dense model's name: a bias that a cut before has put behind the node has left that name to its sum.
+        # If an earlier cut appended an Add for the bias, the Add's output took over the node's output name; so the name is
+        # looked up in the dense model.
         output = next(n for n in self.dense.model.graph.nodes if n.name == use.node.name).outputs[0].name
         rows = use.matrix(value).astype(np.float32) * np.float32(use.scale)
         return _Aim(use, tap, terms, rows, str(output))

@@ -45,7 +45,7 @@ class Said(NamedTuple):
 
 
 class Sayings(NamedTuple):
-    """What a configuration can say, the groups of which it can say nothing, with reasons, and the poolers that go along."""
+    """What a configuration can say, the groups of which it can say nothing, why, and the poolers that share a field."""
 
     expressible: Expressible
     unsaid: dict[str, str | None]

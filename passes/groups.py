@@ -35,7 +35,8 @@ class Consumer:
         uses: the frontend's records of the contractions (one weight, one or more nodes).
         owners: int64 [n], the block that each position of the contracted axis belongs to (-1: none, always kept).
         expert: the expert, where the weight holds those of several: this is its part, for the rows that are routed to it.
-        told: the uses whose inputs are measured, where those of the others are the same.
+        measured_uses: measure only these; the other uses see the same inputs (the second branch of a merged decoder).
+            Empty: measure all.
     """
 
     uses: tuple[Any, ...]
@@ -69,8 +70,8 @@ class ChannelGroup:
         start: position of the first node that touches the dimension, in the graph's order.
         end: position of the last consumer.
         constants: identities of the constants that have the dimension.
-        elements: for each of them and each axis of it that has the dimension, by (identity, axis): its elements, and the
-            share of the axis; empty where groups share no constant.
+        elements: (id(constant), axis) -> (number of elements of the constant, fraction of that axis that belongs to this
+            group); empty where groups share no constant.
         outer: the leaf factor that counts the heads of "values", or the experts, each with an index set of its own; None
             for one set.
         sets: number of index sets. Block j of set i has number i * size + j; each set keeps as many.

@@ -148,7 +148,7 @@ class NoteCurves(GroupVisitor):
         predicted: float,
         deviation: float | None = None,
     ) -> None:
-        """Notes a curve, scaled by what the output was seen to lose where ``predicted`` is expected."""
+        """Stores the curve times (measured output error at the probed width) / (``predicted`` error there)."""
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
         self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
 
