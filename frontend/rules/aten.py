@@ -1,10 +1,8 @@
-"""The ATen operator table of the axis algebra.
+"""Rules of ATen operators, those that ``torch.export`` writes.
 
-The rules say the same things as those of ONNX, of the operators that ``torch.export``
-writes: which factors are equal, how axes are split, merged, cut and joined, which are pinned; where constants, linear
-contractions and sizes are. Tensors are a node's inputs in the order of the operator's schema, all other arguments are its
-attributes. A size that the program computes from its inputs (``Sym``) is recorded like any other: it is scaled if it has
-to change.
+They read the arguments and call the same meanings as the rules of ONNX. Tensors are a node's inputs in the order of the
+operator's schema, all other arguments are its attributes. A size that the program computes from its inputs (``Sym``) is
+recorded like any other: it is scaled if it has to change.
 """
 
 from __future__ import annotations
@@ -33,6 +31,12 @@ def _dims(node: gs.Node, name: str, rank: int) -> list[int]:
     return [int(d) % max(rank, 1) for d in chosen]
 
 
+def _axis(w: GraphWalk, node: gs.Node) -> tuple[Axes, int]:
+    """Returns the axes of the first input and which of them ``dim`` says (the first where nothing does), not negative."""
+    axes = w.axes_of(node)
+    return axes, int(node.attrs.get("dim", 0)) % max(len(axes), 1)
+
+
 # -- pointwise --------------------------------------------------------------------------------------------------------
 
 
@@ -51,7 +55,7 @@ def extremum(w: GraphWalk, node: gs.Node) -> None:
     elif len(node.inputs) > 1:
         meaning.pointwise(w, node)
     else:
-        w.pin(w.input_axes(node, 0), at(node, f"{node.op} runs over it"))
+        w.pin(w.input_axes(node, 0), runs(node))
         w.output(node, ())
 
 
@@ -179,8 +183,7 @@ def stack(w: GraphWalk, node: gs.Node) -> None:
 
 def split(w: GraphWalk, node: gs.Node) -> None:
     """By a list of sizes, by one size, or by a count; by size and by count the parts must stay equal."""
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     sizes = [w.inferred[t.name][dim] if present(t) else 0 for t in node.outputs]
     pieces = meaning.split(w, node, axes, dim, sizes)
     if "split_sizes" in node.attrs:
@@ -199,8 +202,7 @@ def split(w: GraphWalk, node: gs.Node) -> None:
 
 def taken_apart(w: GraphWalk, node: gs.Node) -> None:
     """One index of an axis, or each as an output of its own."""
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     w.pin([axes[dim]], at(node, f"taken apart by {node.op}"))
     for i in range(len(node.outputs)):
         w.output(node, (*axes[:dim], *axes[dim + 1 :]), i)
@@ -226,27 +228,21 @@ def _part(w: GraphWalk, node: gs.Node, axes: Axes, dim: int) -> Factor:
 
 
 def sliced(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     w.output(node, (*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :]))
 
 
 def slice_scatter(w: GraphWalk, node: gs.Node) -> None:
     """A part of a tensor is written over, as in x[..., :n] = y."""
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
-    written = (*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :])
-    for factor, other in zip(written, w.axes_of(node, 1), strict=True):
-        w.unify(factor, other)
+    axes, dim = _axis(w, node)
+    w.broadcast((*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :]), w.axes_of(node, 1))
     w.output(node, axes)
 
 
 def select_scatter(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     w.pin([axes[dim]], at(node, "one index is written over"))
-    for factor, other in zip((*axes[:dim], *axes[dim + 1 :]), w.axes_of(node, 1), strict=True):
-        w.unify(factor, other)
+    w.broadcast((*axes[:dim], *axes[dim + 1 :]), w.axes_of(node, 1))
     w.output(node, axes)
 
 
@@ -288,7 +284,7 @@ def moved_along(w: GraphWalk, node: gs.Node) -> None:
 
 def looked_up(w: GraphWalk, node: gs.Node) -> None:
     """Rows of a table, or what lies along another axis."""
-    meaning.look_up(w, node, int(node.attrs.get("dim", 0)) % len(w.axes_of(node)))
+    meaning.look_up(w, node, _axis(w, node)[1])
 
 
 def index(w: GraphWalk, node: gs.Node) -> None:
@@ -333,13 +329,13 @@ def _indexed(w: GraphWalk, axes: Axes, looked: Sequence[int], indices: Sequence[
 
 
 def gather(w: GraphWalk, node: gs.Node) -> None:
-    meaning.gather_along(w, node, int(node.attrs["dim"]) % len(w.axes_of(node)))
+    meaning.gather_along(w, node, _axis(w, node)[1])
 
 
 def index_along(w: GraphWalk, node: gs.Node) -> None:
     """At indices [n] of an axis something is written, or added: a number, or a tensor that has n of it."""
-    axes = w.axes_of(node)
-    dim, where = int(node.attrs["dim"]) % len(axes), at(node, f"written to by {node.op}")
+    axes, dim = _axis(w, node)
+    where = at(node, f"written to by {node.op}")
     source = w.input_axes(node, 2) or axes
     w.pin([axes[dim], *w.axes_of(node, 1), *source[dim : dim + 1]], where)
     for i, factor in enumerate(source):
@@ -349,7 +345,7 @@ def index_along(w: GraphWalk, node: gs.Node) -> None:
 
 
 def scatter(w: GraphWalk, node: gs.Node) -> None:
-    meaning.scatter_along(w, node, int(node.attrs["dim"]) % max(len(w.axes_of(node)), 1))
+    meaning.scatter_along(w, node, _axis(w, node)[1])
 
 
 # -- made from sizes --------------------------------------------------------------------------------------------------
@@ -367,22 +363,18 @@ def counted(w: GraphWalk, node: gs.Node) -> None:
 
 
 def along_axis(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % max(len(axes), 1)
+    axes, dim = _axis(w, node)
     meaning.along(w, node, axes, axes[dim : dim + 1])
 
 
 def glu(w: GraphWalk, node: gs.Node) -> None:
     """The first half of an axis times the sigmoid of the second."""
-    axes = list(w.axes_of(node))
-    dim = int(node.attrs.get("dim", -1)) % len(axes)
-    axes[dim] = meaning.halves(w, axes[dim])
-    w.output(node, tuple(axes))
+    axes, dim = _axis(w, node)
+    w.output(node, (*axes[:dim], meaning.halves(w, axes[dim]), *axes[dim + 1 :]))
 
 
 def shorter_axis(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     meaning.best(w, node, axes, dim, next(w.inferred[t.name][dim] for t in node.outputs if present(t)))
 
 

@@ -66,7 +66,8 @@ def along(w: GraphWalk, node: gs.Node, axes: Axes, whole: Sequence[Factor]) -> N
 def triangle(w: GraphWalk, node: gs.Node) -> None:
     """Of each matrix."""
     axes = w.axes_of(node)
-    along(w, node, axes, axes[-2:])
+    w.pin(axes[-2:], at(node, "a triangle of it is taken"))
+    w.output(node, axes)
 
 
 def determinant(w: GraphWalk, node: gs.Node) -> None:

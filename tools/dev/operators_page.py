@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx
+import torch
 
 from liar_opt.frontend.rules import (
     aten,
@@ -111,7 +113,7 @@ MEANINGS: dict[str, tuple[Rule, ...]] = {
     "complex numbers": (aten.as_complex, aten.as_real),
 }
 """The rules that say one thing, of both front-ends."""
-RELEASE = "Of the standard operators of onnx"
+RELEASE, CORE = "Of the standard operators of onnx", "Of the core operators of torch"
 STRUCTURAL = {"Constant", "If", "Shape", "Size"}
 """Operators that have no rule: the walk and the normal form read them."""
 
@@ -136,6 +138,7 @@ def page() -> str:
     for domain in ("", MICROSOFT, ATEN):
         lines += [f"| `{_full(domain, op.name)}` | {op.untested} |" for op in _rows(domain) if op.untested]
     lines += ["", "## What has no rule", "", f"{RELEASE} {onnx.__version__}:", "", missing()]
+    lines += ["", f"{CORE} {torch.__version__.partition('+')[0]}, those of gradients left out:", "", missing_of_core()]
     return "\n".join(lines) + "\n"
 
 
@@ -144,6 +147,18 @@ def missing() -> str:
     known = {name for (domain, name), rows in OPERATORS.items() if domain == "" and rows[-1].rule}
     found = {s.name for s in onnx.defs.get_all_schemas() if s.domain == "" and not s.deprecated}
     return _names(found - known - STRUCTURAL)
+
+
+def missing_of_core() -> str:
+    """Returns the core ATen operators without a rule that compute tensors of tensors, going forward."""
+    known = {name for (domain, name) in OPERATORS if domain == ATEN}
+    found = {name for name in dir(torch.ops.aten) if not name.startswith("sym_") and not name.endswith("_backward")}
+    return _names(name for name in found - known if _is_core(getattr(torch.ops.aten, name)))
+
+
+def _is_core(packet: Any) -> bool:
+    names: list[str] = getattr(packet, "overloads", list)()
+    return any(torch.Tag.core in getattr(packet, name).tags for name in names)
 
 
 def _rows(domain: str) -> list[Op]:
