@@ -284,7 +284,9 @@ def moved_along(w: GraphWalk, node: gs.Node) -> None:
 
 def looked_up(w: GraphWalk, node: gs.Node) -> None:
     """Rows of a table, or what lies along another axis."""
-    meaning.look_up(w, node, _axis(w, node)[1])
+    axes, dim = _axis(w, node)
+    w.pin([axes[dim]], at(node, f"looked up by {node.op}"))
+    w.output(node, (*axes[:dim], *w.axes_of(node, 1), *axes[dim + 1 :]))
 
 
 def index(w: GraphWalk, node: gs.Node) -> None:

@@ -274,13 +274,6 @@ def columns_to_image(w: GraphWalk, node: gs.Node, image: Sequence[int], block: S
 # -- places that data says --------------------------------------------------------------------------------------------
 
 
-def look_up(w: GraphWalk, node: gs.Node, axis: int) -> None:
-    """The indices, input 1, stand in the place of the axis that they pick from."""
-    axes, indices = w.axes_of(node), w.axes_of(node, 1)
-    w.pin([axes[axis]], at(node, f"looked up by {node.op}"))
-    w.output(node, (*axes[:axis], *indices, *axes[axis + 1 :]))
-
-
 def gather_along(w: GraphWalk, node: gs.Node, axis: int) -> None:
     """Elements along an axis, at places that input 1 says; its other axes are those of the data, or shorter."""
     axes, indices, where = w.axes_of(node), w.axes_of(node, 1), at(node, f"looked up by {node.op}")
