@@ -346,7 +346,7 @@ def cut(module: nn.Module, shape: tuple[int, ...], names: str, **ratios: float) 
         large = masked.abs().max()
         assert (module(x) - masked).abs().max() > 1e-3 * large
         for form in (result.module, result.graph_module):
-            assert (form(x=x) - masked).abs().max() < 1e-5 * large
+            assert (form(x=x) - masked).abs().max() < 1e-5 * large, "large"
     written = {str(n.target._schema.name) for n in result.graph_module.graph.nodes if hasattr(n.target, "_schema")}
     assert {f"aten::{name}" for name in names.split()} <= written
     return result
@@ -369,6 +369,13 @@ def test_attention() -> None:
         ("heads", 3, 8),
         ("heads", 3, 4),
     ]
+
+
+def test_the_oracle_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(f"{__name__}.kept_positions", lambda owners, kept: [(k + 1) % len(owners) for k in kept])
+    with pytest.raises(AssertionError, match="large"):
+        cut(CASES["glu"].module(), (3, 6, 6, 4), "glu", ffn=0.4)
 
 
 def test_every_row_is_in_a_test_or_says_why_not() -> None:
