@@ -1,26 +1,21 @@
-"""The ATen operator table of the axis algebra.
+"""Rules of ATen operators, those that ``torch.export`` writes.
 
-The rules say the same things as those of ONNX, of the operators that ``torch.export``
-writes: which factors are equal, how axes are split, merged, cut and joined, which are pinned; where constants, linear
-contractions and sizes are. Tensors are a node's inputs in the order of the operator's schema, all other arguments are its
-attributes. A size that the program computes from its inputs (``Sym``) is recorded like any other: it is scaled if it has
-to change.
+They read the arguments and call the same meanings as the rules of ONNX. Tensors are a node's inputs in the order of the
+operator's schema, all other arguments are its attributes. A size that the program computes from its inputs (``Sym``) is
+recorded like any other: it is scaled if it has to change.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import present
-from liar_opt.frontend.records import BiasKind
 from liar_opt.frontend.rules import meaning
-from liar_opt.frontend.rules.meaning import at
-from liar_opt.frontend.rules.numbers import resolve_reshape
+from liar_opt.frontend.rules.meaning import at, runs
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
@@ -36,11 +31,13 @@ def _dims(node: gs.Node, name: str, rank: int) -> list[int]:
     return [int(d) % max(rank, 1) for d in chosen]
 
 
+def _axis(w: GraphWalk, node: gs.Node) -> tuple[Axes, int]:
+    """Returns the axes of the first input and which of them ``dim`` says (the first where nothing does), not negative."""
+    axes = w.axes_of(node)
+    return axes, int(node.attrs.get("dim", 0)) % max(len(axes), 1)
+
+
 # -- pointwise --------------------------------------------------------------------------------------------------------
-
-
-def like_first(w: GraphWalk, node: gs.Node) -> None:
-    w.output(node, w.input_axes(node, 0))
 
 
 def prelu(w: GraphWalk, node: gs.Node) -> None:
@@ -58,7 +55,7 @@ def extremum(w: GraphWalk, node: gs.Node) -> None:
     elif len(node.inputs) > 1:
         meaning.pointwise(w, node)
     else:
-        w.pin(w.input_axes(node, 0), at(node, f"{node.op} runs over it"))
+        w.pin(w.input_axes(node, 0), runs(node))
         w.output(node, ())
 
 
@@ -66,30 +63,7 @@ def extremum(w: GraphWalk, node: gs.Node) -> None:
 
 
 def linear(w: GraphWalk, node: gs.Node) -> None:
-    x, weight = w.axes_of(node, 0), w.axes_of(node, 1)
-    w.unify(x[-1], weight[-1])
-    if w.constant(node, 1) is not None and len(weight) == 2:
-        w.consumer(node, 0, -1, 1, 1, bias=("input", 2))
-    else:
-        w.pin([x[-1]], at(node, "contracted between two activations"))
-    bias = w.input_axes(node, 2)
-    if bias is not None:
-        w.broadcast(weight[:-1], bias)
-    w.count(*x, *weight[:-1])
-    w.output(node, (*x[:-1], *weight[:-1]))
-
-
-def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[BiasKind, int] = ("after", 0)) -> Axes:
-    scale, bias_scale = (float(node.attrs.get(name, 1.0)) for name in ("alpha", "beta"))
-    a, b = w.axes_of(node, left), w.axes_of(node, right)
-    return meaning.product(
-        w, node, a, b, _contracting(w, node), (left, right), bias=bias, scale=scale, bias_scale=bias_scale
-    )
-
-
-def _contracting(w: GraphWalk, node: gs.Node) -> Callable[[Factor], None]:
-    """Returns what is done with a width that is contracted between two activations."""
-    return lambda width: w.pin([width], at(node, "contracted between two activations"))
+    w.output(node, _product(w, node, 0, 1, bias=("input", 2), swapped=(False, True), mixing=False))
 
 
 def matmul(w: GraphWalk, node: gs.Node) -> None:
@@ -97,22 +71,27 @@ def matmul(w: GraphWalk, node: gs.Node) -> None:
 
 
 def addmm(w: GraphWalk, node: gs.Node) -> None:
-    axes = _product(w, node, 1, 2, ("input", 0))
-    w.output(node, w.broadcast(axes, w.axes_of(node, 0)))
+    scale, bias_scale = (float(node.attrs.get(name, 1.0)) for name in ("alpha", "beta"))
+    w.output(node, _product(w, node, 1, 2, bias=("input", 0), scale=scale, bias_scale=bias_scale))
+
+
+def _product(w: GraphWalk, node: gs.Node, left: int, right: int, **more: Any) -> Axes:
+    contract = meaning.pinned(w, node)
+    return meaning.product(w, node, w.axes_of(node, left), w.axes_of(node, right), contract, (left, right), **more)
 
 
 def einsum(w: GraphWalk, node: gs.Node) -> None:
-    meaning.einstein(w, node, _contracting(w, node))
+    meaning.einstein(w, node, meaning.pinned(w, node))
 
 
 def convolution(w: GraphWalk, node: gs.Node) -> None:
-    x, weight = w.axes_of(node), w.axes_of(node, 1)
-    if len(x) != len(weight) or node.attrs.get("transposed", False):
-        w.give_up(node, "convolution without a batch, or transposed")
-        return
-    groups = ("groups", int(node.attrs.get("groups", 1)))
-    result = meaning.convolve(w, node, groups, w.inferred[node.outputs[0].name][2:], computed=True)
-    if result is not None:
+    """With a batch axis; transposed by its name, or where it says so."""
+    groups, spatial = int(node.attrs.get("groups", 1)), w.inferred[node.outputs[0].name][2:]
+    if len(w.axes_of(node)) != len(w.axes_of(node, 1)):
+        w.give_up(node, "convolution without a batch")
+    elif node.attrs.get("transposed", "transpose" in node.op):
+        meaning.convolve_transposed(w, node, groups, spatial)
+    elif (result := meaning.convolve(w, node, ("groups", groups), spatial, computed=True)) is not None:
         w.output(node, result)
 
 
@@ -120,10 +99,9 @@ def attention(w: GraphWalk, node: gs.Node) -> None:
     """Queries [.., h, s, e], keys [.., k, t, e], values [.., k, t, v]; h is a multiple of k with ``enable_gqa``."""
     query, key, value, mask = w.axes_of(node, 0), w.axes_of(node, 1), w.axes_of(node, 2), w.input_axes(node, 3)
     where = at(node, f"inside {node.op}")
+    meaning.attend(w, node, query[-1], key[-1], value[-1])
     w.unify(key[-2], value[-2])
-    w.unify(query[-1], key[-1])
-    w.pin([query[-1], query[-2], key[-2]], where)
-    w.mixed.append(value[-1])
+    w.pin([query[-2], key[-2]], where)
     batch = w.broadcast(query[:-3], key[:-3], value[:-3])
     heads: Axes = ()
     if len(query) > 2:
@@ -131,9 +109,7 @@ def attention(w: GraphWalk, node: gs.Node) -> None:
         w.unify(groups, value[-3])
         sizes = w.algebra.size(heads[0]), w.algebra.size(groups)
         if sizes[0] != sizes[1] and sizes[1] > 1 and sizes[0] % sizes[1] == 0:
-            parts = w.algebra.split(heads[0], [sizes[1], sizes[0] // sizes[1]])
-            w.unify(parts[0], groups)
-            w.pin(parts[1:], at(node, f"heads of one group inside {node.op}"))
+            meaning.share_heads(w, node, heads[0], groups)
         else:
             heads = w.broadcast(heads, (groups,))
     w.batched += [*batch, *heads]
@@ -148,45 +124,12 @@ def attention(w: GraphWalk, node: gs.Node) -> None:
 # -- layout -----------------------------------------------------------------------------------------------------------
 
 
-def _sized(w: GraphWalk, node: gs.Node, name: str, factors: Sequence[Factor]) -> None:
-    """Records that the elements of an attribute are the sizes of ``factors``; -1 says so by itself."""
-    for i, (number, factor) in enumerate(zip(node.attrs[name], factors, strict=True)):
-        if int(number) != -1:
-            w.size_use(node, ("attribute", name, i), factor)
-
-
 def view(w: GraphWalk, node: gs.Node) -> None:
     name = "shape" if "shape" in node.attrs else "size"
-    axes = w.axes_of(node)
     if name not in node.attrs:
         w.give_up(node, "view as another type")
         return
-    sizes = resolve_reshape([int(s) for s in node.attrs[name]], w.shape(axes), True)
-    if sizes is None or 0 in sizes:
-        w.give_up(node, "view that does not fit")
-        return
-    result = tuple(w.algebra.reshape(axes, sizes))
-    _sized(w, node, name, result)
-    w.output(node, result)
-
-
-def flatten(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    rank = max(len(axes), 1)
-    start, end = int(node.attrs["start_dim"]) % rank, int(node.attrs["end_dim"]) % rank
-    w.output(node, (*axes[:start], w.algebra.merge(axes[start : end + 1]), *axes[end + 1 :]))
-
-
-def unflatten(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
-    sizes = resolve_reshape([int(s) for s in node.attrs["sizes"]], [w.algebra.size(axes[dim])], True)
-    if sizes is None:
-        w.give_up(node, "unflatten that does not fit")
-        return
-    parts = w.algebra.split(axes[dim], sizes)
-    _sized(w, node, "sizes", parts)
-    w.output(node, (*axes[:dim], *parts, *axes[dim + 1 :]))
+    meaning.reshape(w, node, node.attrs[name], ("attribute", name))
 
 
 def permute(w: GraphWalk, node: gs.Node) -> None:
@@ -196,13 +139,9 @@ def permute(w: GraphWalk, node: gs.Node) -> None:
 
 def transpose(w: GraphWalk, node: gs.Node) -> None:
     axes = list(w.axes_of(node))
-    if "dim0" in node.attrs:
-        a, b = int(node.attrs["dim0"]) % len(axes), int(node.attrs["dim1"]) % len(axes)
+    a, b = (int(node.attrs.get(name, i)) for i, name in enumerate(("dim0", "dim1")))
+    if len(axes) > 1:
         axes[a], axes[b] = axes[b], axes[a]
-    elif node.op == "mT":
-        axes[-2:] = axes[-2:][::-1]
-    else:
-        axes = axes[::-1]
     w.output(node, tuple(axes))
 
 
@@ -222,7 +161,8 @@ def cat(w: GraphWalk, node: gs.Node) -> None:
     given = [w.axes_of(node, i) for i in range(len(node.inputs))]
     # torch lets a vector without elements stand for a tensor of any rank.
     operands = [a for a in given if [w.algebra.size(f) for f in a] != [0]] or given[:1]
-    w.output(node, w.concatenate(operands, int(node.attrs["dim"]) % len(operands[0])))
+    along = int(node.attrs.get("dim", 0 if len(operands[0]) == 1 else 1))  # hstack has none
+    w.output(node, w.concatenate(operands, along % len(operands[0])))
 
 
 def as_complex(w: GraphWalk, node: gs.Node) -> None:
@@ -243,12 +183,12 @@ def stack(w: GraphWalk, node: gs.Node) -> None:
 
 def split(w: GraphWalk, node: gs.Node) -> None:
     """By a list of sizes, by one size, or by a count; by size and by count the parts must stay equal."""
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     sizes = [w.inferred[t.name][dim] if present(t) else 0 for t in node.outputs]
     pieces = meaning.split(w, node, axes, dim, sizes)
     if "split_sizes" in node.attrs:
-        _sized(w, node, "split_sizes", pieces)
+        for i, piece in enumerate(pieces):
+            w.size_use(node, ("attribute", "split_sizes", i), piece)
         return
     for piece, size in zip(pieces, sizes, strict=True):
         if size != sizes[0]:
@@ -260,38 +200,27 @@ def split(w: GraphWalk, node: gs.Node) -> None:
         w.size_use(node, ("attribute", name, -1), pieces[0])
 
 
-def unbind(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
-    w.pin([axes[dim]], at(node, "taken apart by unbind"))
+def taken_apart(w: GraphWalk, node: gs.Node) -> None:
+    """One index of an axis, or each as an output of its own."""
+    axes, dim = _axis(w, node)
+    w.pin([axes[dim]], at(node, f"taken apart by {node.op}"))
     for i in range(len(node.outputs)):
         w.output(node, (*axes[:dim], *axes[dim + 1 :]), i)
-
-
-def select(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
-    w.pin([axes[dim]], at(node, "one index is selected"))
-    w.output(node, (*axes[:dim], *axes[dim + 1 :]))
 
 
 def _part(w: GraphWalk, node: gs.Node, axes: Axes, dim: int) -> Factor:
     """Returns the factor of the part of an axis that a node takes or writes, by ``start``, ``end`` and ``step``."""
     factor, given = axes[dim], node.attrs
     size = w.algebra.size(factor)
-    first = int(given.get("start") or 0)
-    narrow = node.op == "narrow"
-    last = first + int(given["length"]) if narrow else int(_FOREVER if given.get("end") is None else given["end"])
+    first, last = int(given.get("start") or 0), int(_FOREVER if given.get("end") is None else given["end"])
     piece, before, pieces = meaning.part(w, node, factor, slice(first, last, int(given.get("step", 1))))
     if piece == factor:
         if last == size and not isinstance(given.get("end"), bool):
-            w.size_use(node, ("attribute", "length" if narrow else "end", -1), factor)
+            w.size_use(node, ("attribute", "end", -1), factor)
         return factor
     if before:
         w.size_use(node, ("attribute", "start", -1), *before, watched=pieces if first < 0 else ())
-    if narrow and pieces:
-        w.size_use(node, ("attribute", "length", -1), piece)
-    elif len(pieces) > len(before) + 1:
+    if len(pieces) > len(before) + 1:
         w.size_use(node, ("attribute", "end", -1), *before, piece, watched=pieces if last < 0 else ())
     elif pieces and last == size:
         w.size_use(node, ("attribute", "end", -1), *before, piece)
@@ -299,27 +228,21 @@ def _part(w: GraphWalk, node: gs.Node, axes: Axes, dim: int) -> Factor:
 
 
 def sliced(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     w.output(node, (*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :]))
 
 
 def slice_scatter(w: GraphWalk, node: gs.Node) -> None:
     """A part of a tensor is written over, as in x[..., :n] = y."""
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
-    written = (*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :])
-    for factor, other in zip(written, w.axes_of(node, 1), strict=True):
-        w.unify(factor, other)
+    axes, dim = _axis(w, node)
+    w.broadcast((*axes[:dim], _part(w, node, axes, dim), *axes[dim + 1 :]), w.axes_of(node, 1))
     w.output(node, axes)
 
 
 def select_scatter(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     w.pin([axes[dim]], at(node, "one index is written over"))
-    for factor, other in zip((*axes[:dim], *axes[dim + 1 :]), w.axes_of(node, 1), strict=True):
-        w.unify(factor, other)
+    w.broadcast((*axes[:dim], *axes[dim + 1 :]), w.axes_of(node, 1))
     w.output(node, axes)
 
 
@@ -359,89 +282,101 @@ def moved_along(w: GraphWalk, node: gs.Node) -> None:
 # -- lookups ----------------------------------------------------------------------------------------------------------
 
 
-def embedding(w: GraphWalk, node: gs.Node) -> None:
-    weight, indices = w.axes_of(node, 0), w.axes_of(node, 1)
-    w.pin(weight[:1], at(node, "looked up by embedding"))
-    w.output(node, (*indices, *weight[1:]))
+def looked_up(w: GraphWalk, node: gs.Node) -> None:
+    """Rows of a table, or what lies along another axis."""
+    axes, dim = _axis(w, node)
+    w.pin([axes[dim]], at(node, f"looked up by {node.op}"))
+    w.output(node, (*axes[:dim], *w.axes_of(node, 1), *axes[dim + 1 :]))
 
 
 def index(w: GraphWalk, node: gs.Node) -> None:
     """x[i, :, j]: indexed axes are replaced by those of the indices, in place where they are neighbours, else in front."""
-    axes = w.axes_of(node)
-    given = [i for i in range(1, len(node.inputs)) if present(node.inputs[i])]
-    indices = [w.axes_of(node, i) for i in given]
-    if any(_is_mask(node.inputs[i]) for i in given):
-        w.give_up(node, "indexed by a mask")
+    axes, looked = w.axes_of(node), _looked(w, node, len(node.inputs))
+    if looked is None:
         return
-    looked = [i - 1 for i in given]
-    if looked == [0] and len(indices[0]) == 1 and len(axes) > 1 and w.constant(node, 0) is not None:
+    if looked == [0] and len(w.axes_of(node, 1)) == 1 and len(axes) > 1 and w.constant(node, 0) is not None:
         w.look_up(node, axes[0])
-    w.pin([axes[i] for i in looked], at(node, "looked up by index"))
+    w.output(node, _indexed(w, axes, looked, [w.axes_of(node, i + 1) for i in looked]))
+
+
+def index_put(w: GraphWalk, node: gs.Node) -> None:
+    """x[i, :, j] = values, which are broadcast to what is written over."""
+    axes, looked = w.axes_of(node), _looked(w, node, len(node.inputs) - 1)
+    if looked is None:
+        return
+    indices = [w.axes_of(node, i + 1) for i in looked]
+    for one in indices:
+        w.pin(one, at(node, f"looked up by {node.op}"))
+    w.broadcast(_indexed(w, axes, looked, indices), w.axes_of(node, len(node.inputs) - 1))
+    w.output(node, axes)
+
+
+def _looked(w: GraphWalk, node: gs.Node, end: int) -> list[int] | None:
+    """Returns which axes the inputs from 1 to ``end`` index, pinned; None for a mask, of which nobody knows how many."""
+    given = [i for i in range(1, end) if present(node.inputs[i])]
+    if any(str(node.inputs[i].dtype) == "bool" for i in given):
+        w.give_up(node, "indexed by a mask")
+        return None
+    axes = w.axes_of(node)
+    w.pin([axes[i - 1] for i in given], at(node, f"looked up by {node.op}"))
+    return [i - 1 for i in given]
+
+
+def _indexed(w: GraphWalk, axes: Axes, looked: Sequence[int], indices: Sequence[Axes]) -> Axes:
     found = w.broadcast(*indices)
-    together = looked == list(range(looked[0], looked[0] + len(looked)))
+    together = list(looked) == list(range(looked[0], looked[0] + len(looked)))
     front = looked[0] if together else 0
     rest = [f for i, f in enumerate(axes) if i not in looked]
-    w.output(node, (*rest[:front], *found, *rest[front:]))
-
-
-def _is_mask(tensor: gs.Tensor) -> bool:
-    return str(tensor.dtype) == "bool"
+    return (*rest[:front], *found, *rest[front:])
 
 
 def gather(w: GraphWalk, node: gs.Node) -> None:
-    meaning.gather_along(w, node, int(node.attrs["dim"]) % len(w.axes_of(node)))
+    meaning.gather_along(w, node, _axis(w, node)[1])
+
+
+def index_along(w: GraphWalk, node: gs.Node) -> None:
+    """At indices [n] of an axis something is written, or added: a number, or a tensor that has n of it."""
+    axes, dim = _axis(w, node)
+    where = at(node, f"written to by {node.op}")
+    source = w.input_axes(node, 2) or axes
+    w.pin([axes[dim], *w.axes_of(node, 1), *source[dim : dim + 1]], where)
+    for i, factor in enumerate(source):
+        if i != dim:
+            w.unify(axes[i], factor)
+    w.output(node, axes)
 
 
 def scatter(w: GraphWalk, node: gs.Node) -> None:
-    meaning.scatter_along(w, node, int(node.attrs["dim"]) % max(len(w.axes_of(node)), 1))
-
-
-def index_select(w: GraphWalk, node: gs.Node) -> None:
-    axes, indices = w.axes_of(node, 0), w.axes_of(node, 1)
-    dim = int(node.attrs["dim"]) % len(axes)
-    w.pin([axes[dim]], at(node, "looked up by index_select"))
-    w.output(node, (*axes[:dim], *indices, *axes[dim + 1 :]))
+    meaning.scatter_along(w, node, _axis(w, node)[1])
 
 
 # -- made from sizes --------------------------------------------------------------------------------------------------
 
 
 def filled(w: GraphWalk, node: gs.Node) -> None:
-    result = tuple(w.fresh(int(s)) for s in node.attrs["size"])
-    _sized(w, node, "size", result)
-    w.output(node, result)
+    meaning.filled(w, node, node.attrs["size"], ("attribute", "size"))
 
 
 def counted(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, tuple(w.fresh(s, at(node, "counted through")) for s in w.inferred[node.outputs[0].name]))
 
 
-def triangle(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    w.pin(axes[-2:], at(node, "a triangle of it is taken"))
-    w.output(node, axes)
-
-
 # -- what needs the whole axis ----------------------------------------------------------------------------------------
 
 
 def along_axis(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % max(len(axes), 1)
+    axes, dim = _axis(w, node)
     meaning.along(w, node, axes, axes[dim : dim + 1])
 
 
 def glu(w: GraphWalk, node: gs.Node) -> None:
     """The first half of an axis times the sigmoid of the second."""
-    axes = list(w.axes_of(node))
-    dim = int(node.attrs.get("dim", -1)) % len(axes)
-    axes[dim] = meaning.halves(w, axes[dim])
-    w.output(node, tuple(axes))
+    axes, dim = _axis(w, node)
+    w.output(node, (*axes[:dim], meaning.halves(w, axes[dim]), *axes[dim + 1 :]))
 
 
 def shorter_axis(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    dim = int(node.attrs["dim"]) % len(axes)
+    axes, dim = _axis(w, node)
     meaning.best(w, node, axes, dim, next(w.inferred[t.name][dim] for t in node.outputs if present(t)))
 
 
@@ -477,37 +412,29 @@ def group_norm(w: GraphWalk, node: gs.Node) -> None:
             w.output(node, (axes[0], w.fresh(int(node.attrs["group"])) if groups is None else groups), i)
 
 
-RESAMPLED = ("linear1d", "bilinear2d", "bicubic2d", "nearest1d", "nearest2d", "_nearest_exact1d", "_nearest_exact2d")
-
-
 def pool(w: GraphWalk, node: gs.Node) -> None:
     """Indices of what was the largest count through the places of one channel, so that channels may go."""
-    axes = w.axes_of(node)
     spatial = int(next(c for c in node.op[::-1] if c.isdigit()))
-    where = at(node, f"{node.op} runs over it")
-    w.pin(axes[-spatial:], where)
-    sizes = w.inferred[node.outputs[0].name][-spatial:]
-    for i in range(len(node.outputs)):
-        w.output(node, (*axes[:-spatial], *(w.fresh(s, where) for s in sizes)), i)
+    meaning.pool(w, node, w.axes_of(node), w.inferred[node.outputs[0].name][-spatial:])
+
+
+def unfold(w: GraphWalk, node: gs.Node) -> None:
+    """Windows over one axis: it counts them, and what lies in one comes last."""
+    axes, sizes = w.axes_of(node), w.inferred[node.outputs[0].name]
+    dim = int(node.attrs["dimension"]) % len(axes)
+    w.pin([axes[dim]], runs(node))
+    w.output(node, (*axes[:dim], w.fresh(sizes[dim], runs(node)), *axes[dim + 1 :], w.fresh(sizes[-1], runs(node))))
 
 
 # -- channels and places ----------------------------------------------------------------------------------------------
 
 
 def pixel_shuffle(w: GraphWalk, node: gs.Node) -> None:
-    """[.., c*n*n, h, w] <-> [.., c, h*n, w*n]: channels outermost, then the row and the column within a block."""
-    *batch, channels, high, wide = w.axes_of(node)
-    where = at(node, "a place within a block")
-    if node.op == "pixel_shuffle":
-        n = int(node.attrs["upscale_factor"])
-        depth, row, column = w.algebra.split(channels, [w.algebra.size(channels) // n**2, n, n])
-        w.pin([row, column], where)
-        w.output(node, (*batch, depth, w.algebra.merge([high, row]), w.algebra.merge([wide, column])))
-        return
-    n = int(node.attrs["downscale_factor"])
-    (high, row), (wide, column) = (w.algebra.split(f, [w.algebra.size(f) // n, n]) for f in (high, wide))
-    w.pin([row, column], where)
-    w.output(node, (*batch, w.algebra.merge([channels, row, column]), high, wide))
+    meaning.depth_to_space(w, node, int(node.attrs["upscale_factor"]), first=False)
+
+
+def pixel_unshuffle(w: GraphWalk, node: gs.Node) -> None:
+    meaning.space_to_depth(w, node, int(node.attrs["downscale_factor"]), first=False)
 
 
 def channel_shuffle(w: GraphWalk, node: gs.Node) -> None:
@@ -518,20 +445,17 @@ def channel_shuffle(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, (axes[0], w.algebra.merge([rest, groups]), *axes[2:]))
 
 
-def columns(w: GraphWalk, node: gs.Node) -> None:
-    """[.., c, h, w] <-> [.., c*places, blocks], as ``unfold`` and ``fold`` say."""
-    axes, where = w.axes_of(node), at(node, f"slid over by {node.op}")
-    kernel, sizes = [int(k) for k in node.attrs["kernel_size"]], w.inferred[node.outputs[0].name]
-    if node.op == "im2col":
-        *batch, channels = axes[:-2]
-        w.pin(axes[-2:], where)
-        places = [w.fresh(k, where) for k in kernel]
-        w.output(node, (*batch, w.algebra.merge([channels, *places]), w.fresh(sizes[-1], where)))
-        return
-    *batch, packed, blocks = axes
-    channels, *places = w.algebra.split(packed, [w.algebra.size(packed) // math.prod(kernel), *kernel])
-    w.pin([blocks, *places], where)
-    w.output(node, (*batch, channels, *(w.fresh(s, where) for s in sizes[-2:])))
+def image_to_columns(w: GraphWalk, node: gs.Node) -> None:
+    """[.., c, h, w] -> [.., c*places, blocks], as ``unfold`` of ``torch.nn`` says."""
+    *batch, channels, high, wide = w.axes_of(node)
+    w.pin([high, wide], runs(node))
+    places = [w.fresh(int(k), runs(node)) for k in node.attrs["kernel_size"]]
+    blocks = w.fresh(w.inferred[node.outputs[0].name][-1], runs(node))
+    w.output(node, (*batch, w.algebra.merge([channels, *places]), blocks))
+
+
+def columns_to_image(w: GraphWalk, node: gs.Node) -> None:
+    meaning.columns_to_image(w, node, node.attrs["output_size"], [int(k) for k in node.attrs["kernel_size"]])
 
 
 def diagonal(w: GraphWalk, node: gs.Node) -> None:

@@ -11,6 +11,8 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.records import BiasKind, ConsumerUse, Window
+from liar_opt.frontend.rules.numbers import resolve_reshape
+from liar_opt.frontend.symbols import Misfit
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
@@ -36,6 +38,13 @@ def pointwise(w: GraphWalk, node: gs.Node) -> None:
         w.output(node, axes, i)
 
 
+def like_first(w: GraphWalk, node: gs.Node) -> None:
+    """All outputs have the axes of the first input: one tensor and settings, or what nothing but its shape is taken of."""
+    axes = w.input_axes(node, 0)
+    for i in range(len(node.outputs)):
+        w.output(node, axes, i)
+
+
 def halves(w: GraphWalk, axis: Factor) -> Factor:
     """Returns the factor of both halves of an axis, which are multiplied with each other."""
     size = w.algebra.size(axis)
@@ -52,6 +61,28 @@ def along(w: GraphWalk, node: gs.Node, axes: Axes, whole: Sequence[Factor]) -> N
     w.pin(whole, runs(node))
     for i in range(len(node.outputs)):
         w.output(node, axes, i)
+
+
+def triangle(w: GraphWalk, node: gs.Node) -> None:
+    """Of each matrix."""
+    axes = w.axes_of(node)
+    w.pin(axes[-2:], at(node, "a triangle of it is taken"))
+    w.output(node, axes)
+
+
+def determinant(w: GraphWalk, node: gs.Node) -> None:
+    """Of each matrix."""
+    axes = w.axes_of(node)
+    w.pin(axes[-2:], runs(node))
+    w.output(node, axes[:-2])
+
+
+def pool(w: GraphWalk, node: gs.Node, axes: Axes, sizes: Sequence[int]) -> None:
+    """Something slides over the last axes, or samples them, and leaves ``sizes`` of them; all before them go through."""
+    first = len(axes) - len(sizes)
+    w.pin(axes[first:], runs(node))
+    for i in range(len(node.outputs)):
+        w.output(node, (*axes[:first], *(w.fresh(s, runs(node) if s > 1 else None) for s in sizes)), i)
 
 
 def reduce(w: GraphWalk, node: gs.Node, axes: Axes, gone: Collection[int], keep: bool) -> None:
@@ -97,6 +128,39 @@ def normalise_channels(w: GraphWalk, node: gs.Node, axes: Axes, each_sample: boo
 # -- layout -----------------------------------------------------------------------------------------------------------
 
 
+Place = tuple[str, int | str]
+"""Where sizes are written: an attribute by name, or an input by position."""
+
+
+def _written(w: GraphWalk, node: gs.Node, where: Place, sizes: Iterable[int], axes: Axes) -> None:
+    """Records that numbers are the sizes of axes; a -1 of an attribute says so by itself."""
+    for i, (size, factor) in enumerate(zip(sizes, axes, strict=True)):
+        if where[0] == "input" or int(size) != -1:
+            w.size_use(node, (*where, i), factor)
+
+
+def reshape(w: GraphWalk, node: gs.Node, target: Sequence[int], where: Place, zeros: bool = True) -> None:
+    """To a ``target`` of which one may be -1; a 0 is a size where ``zeros`` says so, else that of the axis."""
+    axes = w.axes_of(node)
+    sizes = resolve_reshape([int(d) for d in target], w.shape(axes), zeros)
+    if sizes is None or 0 in sizes:
+        if w.choosy:
+            raise Misfit
+        w.alone(w.shape(axes), [int(d) for d in target])
+        w.give_up(node, f"{node.op} to a target that does not fit")
+        return
+    result = tuple(w.algebra.reshape(axes, sizes))
+    _written(w, node, where, target, result)
+    w.output(node, result)
+
+
+def filled(w: GraphWalk, node: gs.Node, sizes: Sequence[int], where: Place) -> None:
+    """Made of nothing but its sizes."""
+    result = tuple(w.fresh(int(s)) for s in sizes)
+    _written(w, node, where, sizes, result)
+    w.output(node, result)
+
+
 def split(w: GraphWalk, node: gs.Node, axes: Axes, axis: int, sizes: Iterable[int]) -> list[Factor]:
     """Cuts an axis into parts, an output each, and returns them."""
     pieces = w.algebra.cut(axes[axis], [int(s) for s in sizes])
@@ -125,7 +189,7 @@ def part(w: GraphWalk, node: gs.Node, axis: Factor, bounds: slice) -> Part:
     return Part(pieces[1], pieces[:1], pieces) if start else Part(pieces[0], (), pieces)
 
 
-def expand(w: GraphWalk, node: gs.Node, axes: Axes, sizes: Sequence[int], where: tuple[str, int | str]) -> None:
+def expand(w: GraphWalk, node: gs.Node, axes: Axes, sizes: Sequence[int], where: Place) -> None:
     """Broadcasts to ``sizes``, aligned at the right, of which one that is no more than one says nothing."""
     rank = max(len(axes), len(sizes))
     result: list[Factor] = []
@@ -145,7 +209,7 @@ def expand(w: GraphWalk, node: gs.Node, axes: Axes, sizes: Sequence[int], where:
     w.output(node, tuple(result))
 
 
-def repeat(w: GraphWalk, node: gs.Node, axes: Axes, counts: Sequence[int], where: tuple[str, int | str]) -> None:
+def repeat(w: GraphWalk, node: gs.Node, axes: Axes, counts: Sequence[int], where: Place) -> None:
     """Repeats each axis as a whole; of more counts than axes the first make axes of their own."""
     result = [*(w.fresh(1) for _ in range(len(counts) - len(axes))), *axes]
     for element, count in enumerate(counts):
@@ -168,6 +232,43 @@ def pad(w: GraphWalk, node: gs.Node, axes: Axes, widths: Mapping[int, tuple[int,
             w.pin([axes[axis]], where)
             result[axis] = w.fresh(size, where)
     w.output(node, tuple(result))
+
+
+def depth_to_space(w: GraphWalk, node: gs.Node, block: int, first: bool) -> None:
+    """[.., c*n*n, h, w] -> [.., c, h*n, w*n]; the places of a block come ``first`` among the channels, or last."""
+    *batch, channels, high, wide = w.axes_of(node)
+    size = w.algebra.size(channels)
+    if size % block**2:
+        w.give_up(node, f"{node.op} of {size} channels into blocks of {block}")
+        return
+    rest = size // block**2
+    parts = w.algebra.split(channels, [block, block, rest] if first else [rest, block, block])
+    depth = parts.pop(2 if first else 0)
+    w.pin(parts, at(node, "a place within a block"))
+    w.output(node, (*batch, depth, w.algebra.merge([high, parts[0]]), w.algebra.merge([wide, parts[1]])))
+
+
+def space_to_depth(w: GraphWalk, node: gs.Node, block: int, first: bool) -> None:
+    """[.., c, h*n, w*n] -> [.., c*n*n, h, w], the other way round."""
+    *batch, channels, high, wide = w.axes_of(node)
+    sizes = w.shape([high, wide])
+    if any(size % block for size in sizes):
+        w.misfit(node, f"{node.op} of {sizes[0]} x {sizes[1]} places in blocks of {block}")
+        return
+    split = [w.algebra.split(f, [size // block, block]) for f, size in zip((high, wide), sizes, strict=True)]
+    places = [parts[1] for parts in split]
+    w.pin(places, at(node, "a place within a block"))
+    packed = w.algebra.merge([*places, channels] if first else [channels, *places])
+    w.output(node, (*batch, packed, *(p[0] for p in split)))
+
+
+def columns_to_image(w: GraphWalk, node: gs.Node, image: Sequence[int], block: Sequence[int]) -> None:
+    """[.., c*places, blocks] -> [.., c, image]: blocks are added up where they overlap."""
+    *batch, packed, blocks = w.axes_of(node)
+    where = at(node, f"added up by {node.op}")
+    channels, *places = w.algebra.split(packed, [w.algebra.size(packed) // math.prod(block), *block])
+    w.pin([*places, blocks], where)
+    w.output(node, (*batch, channels, *(w.fresh(int(size), where) for size in image)))
 
 
 # -- places that data says --------------------------------------------------------------------------------------------
@@ -219,13 +320,14 @@ def product(
     bias: tuple[BiasKind, int] = ("after", 0),
     scale: float = 1.0,
     bias_scale: float = 1.0,
+    mixing: bool = True,
 ) -> Axes:
-    """The matrix product of two inputs, as ``numpy.matmul`` defines it.
+    """The matrix product of two inputs, as ``numpy.matmul`` defines it, and the bias that the operator reads.
 
     Args:
         w: the walk.
         node: the operator.
-        left: the axes of the left input, in multiplication order.
+        left: the axes of the left input, as it is stored.
         right: those of the right one.
         contract: is told of a width that is contracted between two activations.
         places: the positions of the inputs.
@@ -233,11 +335,13 @@ def product(
         bias: where the operator adds one.
         scale: what the product is multiplied by.
         bias_scale: what the bias is multiplied by.
+        mixing: whether a product of two activations may be one of attention weights with what they mix.
 
     Returns:
-        The axes of the product.
+        The axes of the result.
     """
     first, second = places
+    left, right = _swap(left, swapped[0]), _swap(right, swapped[1])
     w.unify(left[-1], right[0] if len(right) == 1 else right[-2])
     mixes = False
     if w.constant(node, second) is not None and len(right) == 2:
@@ -246,15 +350,26 @@ def product(
     elif w.constant(node, first) is not None and len(left) == 2 and len(right) > 1 and bias[0] == "after":
         w.consumer(node, second, -1 if swapped[1] else -2, first, int(not swapped[0]), scale=scale, output_axis=-2)
     elif places != (0, 1) or any(swapped) or not experts_product(w, node, left, right, scale):
-        mixes = True
         contract(left[-1])
-        w.mix(left, right)
+        mixes = mixing
+        if mixes:
+            w.mix(left, right)
     batch = w.broadcast(left[:-2], right[:-2]) if left[:-2] or right[:-2] else ()
     if mixes:
         w.batched += batch
     result = (*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
     w.count(left[-1], *result)
-    return result
+    added = w.input_axes(node, bias[1]) if bias[0] == "input" else None
+    return result if added is None else w.broadcast(result, added)
+
+
+def _swap(axes: Axes, swap: bool) -> Axes:
+    return (*axes[:-2], axes[-1], axes[-2]) if swap and len(axes) >= 2 else axes
+
+
+def pinned(w: GraphWalk, node: gs.Node) -> Callable[[Factor], None]:
+    """Returns what is done with a width that is contracted between two activations, where nothing else is known."""
+    return lambda width: w.pin([width], at(node, "contracted between two activations"))
 
 
 def convolve(
@@ -309,6 +424,46 @@ def convolve(
     w.flops += 2 * math.prod([*w.shape((x[0], *weight)), *spatial])
     made = tuple(w.fresh(s, slid) for s in spatial)
     return (x[0], *made, weight[0]) if last else (x[0], weight[0], *made)
+
+
+def convolve_transposed(w: GraphWalk, node: gs.Node, groups: int, spatial: Sequence[int]) -> None:
+    """X [b, n, ..], W [n, m / groups, ..], bias [m]: [b, m, ..], of sizes ``spatial``.
+
+    What it adds up where its outputs overlap is a matrix product [.., n] [n, m k] of its inputs, without a bias. W' is
+    fitted to the addends (k of each output, at most), which bounds what the sums lose.
+    """
+    x, weight, bias = w.axes_of(node), w.axes_of(node, 1), w.input_axes(node, 2)
+    slid = at(node, "slid over by a transposed convolution")
+    w.unify(x[1], weight[0])
+    w.pin([*x[2:], *weight[2:]], slid)
+    if groups > 1 or w.constant(node, 1) is None:
+        w.pin(weight, at(node, f"{'grouped ' if groups > 1 else ''}transposed convolution"))
+    else:
+        w.consumer(node, 0, 1, 1, 0, bias=("none", 0), output_axis=1 - len(x))
+    made = weight[1] if groups == 1 else w.fresh(groups * w.algebra.size(weight[1]), at(node, "grouped convolution"))
+    if bias is not None:
+        w.unify(made, bias[0])
+    w.flops += 2 * math.prod([*w.shape((x[0], *weight)), *w.shape(x[2:])])
+    w.output(node, (x[0], made, *(w.fresh(s, slid) for s in spatial)))
+
+
+def share_heads(w: GraphWalk, node: gs.Node, heads: Factor, groups: Factor) -> None:
+    """Says that ``heads`` query heads, outermost by group, share ``groups`` key and value heads."""
+    w.batched += [heads, groups]
+    repeat = w.algebra.size(heads) // max(1, w.algebra.size(groups))
+    if repeat <= 1:
+        w.unify(heads, groups)
+        return
+    parts = w.algebra.split(heads, [w.algebra.size(groups), repeat])
+    w.unify(parts[0], groups)
+    w.pin(parts[1:], at(node, f"heads of one group inside {node.op}"))
+
+
+def attend(w: GraphWalk, node: gs.Node, query: Factor, key: Factor, value: Factor) -> None:
+    """Of the widths of a head those of query and key are contracted, and the values are mixed."""
+    w.unify(query, key)
+    w.pin([query, key], at(node, f"contracted inside {node.op}"))
+    w.mixed.append(value)
 
 
 def experts_product(w: GraphWalk, node: gs.Node, left: Axes, right: Axes, scale: float) -> bool:

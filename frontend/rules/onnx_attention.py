@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes
 from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules.meaning import attend, share_heads
 
 if TYPE_CHECKING:
     from liar_opt.frontend.axes import Factor
@@ -35,18 +36,6 @@ def _head_split(w: GraphWalk, node: gs.Node, factor: Factor, heads: Factor, widt
     parts = w.algebra.split(factor, [w.algebra.size(heads), width])
     w.unify(parts[0], heads)
     return parts[1]
-
-
-def _share(w: GraphWalk, node: gs.Node, heads: Factor, groups: Factor) -> None:
-    """Says that ``heads`` query heads, outermost by group, share ``groups`` key and value heads."""
-    w.batched += [heads, groups]
-    repeat = w.algebra.size(heads) // max(1, w.algebra.size(groups))
-    if repeat <= 1:
-        w.unify(heads, groups)
-        return
-    parts = w.algebra.split(heads, [w.algebra.size(groups), repeat])
-    w.unify(parts[0], groups)
-    w.pin(parts[1:], f"heads of one group inside {node.op} (node '{node.name}')")
 
 
 def _unify_heads(w: GraphWalk, node: gs.Node, axes: Axes, axis: int, heads: Factor) -> None:
@@ -278,7 +267,7 @@ def group_query_attention(w: GraphWalk, node: gs.Node) -> None:
     widths = [_head_split(w, node, packed[0], heads, width)]
     widths += [_head_split(w, node, part, groups, width) for part in packed[1:]]
     w.pin(widths, f"width of a head {where}")
-    _share(w, node, heads, groups)
+    share_heads(w, node, heads, groups)
     for i in (5, 6, 7, 8, 9, 14, 15):
         w.pin(w.input_axes(node, i), where)
     _attention_bias(w, node, 10, heads)
@@ -401,7 +390,7 @@ def linear_attention(w: GraphWalk, node: gs.Node) -> None:
     widths = [_head_split(w, node, query[2], heads, width), _head_split(w, node, key[2], groups, width)]
     column = _head_split(w, node, value[2], groups, w.algebra.size(value[2]) // counts[1])
     w.unify(*widths)
-    _share(w, node, heads, groups)
+    share_heads(w, node, heads, groups)
     w.unify(query[1], key[1])
     w.unify(query[1], value[1])
     if decay is not None:
@@ -455,10 +444,8 @@ def standard_attention(w: GraphWalk, node: gs.Node) -> None:
     for name, factor in (("q_num_heads", heads), ("kv_num_heads", groups)):
         if name in node.attrs:
             w.size_use(node, ("attribute", name, -1), factor)
-    _share(w, node, heads, groups)
-    w.unify(q_width, k_width)
-    w.pin([q_width, k_width], f"contracted between two activations {where}")
-    w.mixed.append(v_width)
+    share_heads(w, node, heads, groups)
+    attend(w, node, q_width, k_width, v_width)
     _attention_bias(w, node, 3, heads)
     w.pin(w.input_axes(node, 6), where)
     for position, width in ((4, k_width), (5, v_width)):

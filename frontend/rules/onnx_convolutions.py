@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes
@@ -35,36 +34,19 @@ def _convolved(w: GraphWalk, node: gs.Node, sides: Axes, window: Window | None, 
 
 
 def conv_transpose(w: GraphWalk, node: gs.Node) -> None:
-    """What it adds up where its outputs overlap is a matrix product [.., n] [n, m k] of its inputs, without a bias.
-
-    W' is fitted to the addends (k of each output, at most), which bounds what the sums lose.
-    """
-    x, weight, bias = w.axes_of(node), w.axes_of(node, 1), w.input_axes(node, 2)
-    where = f"(node '{node.name}')"
-    w.unify(x[1], weight[0])
-    w.pin([*x[2:], *weight[2:]], f"slid over by a transposed convolution {where}")
-    groups = int(node.attrs.get("group", 1))
-    if groups > 1 or w.constant(node, 1) is None:
-        w.pin(weight, f"{'grouped ' if groups > 1 else ''}transposed convolution {where}")
-    else:
-        w.consumer(node, 0, 1, 1, 0, bias=("none", 0), output_axis=1 - len(x))
-    made = weight[1] if groups == 1 else w.fresh(groups * w.algebra.size(weight[1]), f"grouped convolution {where}")
-    if bias is not None:
-        w.unify(made, bias[0])
-    kernel, sizes, n = w.shape(weight)[2:], w.shape(x)[2:], len(x) - 2
-    spatial: Sequence[int] = w.inferred.get(node.outputs[0].name, ())[2:]
+    kernel, sizes = w.shape(w.axes_of(node, 1)[2:]), w.shape(w.axes_of(node)[2:])
+    n, spatial = len(sizes), w.inferred.get(node.outputs[0].name, ())[2:]
     if node.attrs.get("auto_pad", "NOTSET") == "NOTSET" and "output_shape" not in node.attrs:
         pads, more = node.attrs.get("pads", [0] * 2 * n), node.attrs.get("output_padding", [0] * n)
         strides, dilations = node.attrs.get("strides", [1] * n), node.attrs.get("dilations", [1] * n)
-        spatial = [
+        spatial = tuple(
             strides[i] * (sizes[i] - 1) + more[i] + (kernel[i] - 1) * dilations[i] + 1 - pads[i] - pads[n + i]
             for i in range(n)
-        ]
+        )
     if len(spatial) != n:
         w.give_up(node, "transposed convolution of unknown extent")
         return
-    w.flops += 2 * int(np.prod([*w.shape((x[0], *weight)), *sizes], dtype=np.int64))
-    w.output(node, (x[0], made, *(w.fresh(s, f"slid over by a transposed convolution {where}") for s in spatial)))
+    meaning.convolve_transposed(w, node, int(node.attrs.get("group", 1)), spatial)
 
 
 def _window(node: gs.Node, kernel: Sequence[int]) -> Window | None:
@@ -100,15 +82,11 @@ def pool(w: GraphWalk, node: gs.Node) -> None:
         return
     if not w.slid(node, shape[2:], w.shape(axes)[2:]):
         return
-    where = f"slid over by {node.op} (node '{node.name}')"
-    w.pin(axes[2:], where)
     if len(node.outputs) > 1 and w.read(node.outputs[1]):
         w.pin(axes[:2], f"counted by the indices of {node.op} (node '{node.name}')")
-    for position in range(len(node.outputs)):
-        w.output(node, (*axes[:2], *(w.fresh(s, where) for s in shape[2:])), position)
+    meaning.pool(w, node, axes, shape[2:])
 
 
 def global_pool(w: GraphWalk, node: gs.Node) -> None:
     axes = w.axes_of(node)
-    w.pin(axes[2:], f"{node.op} runs over it (node '{node.name}')")
-    w.output(node, (*axes[:2], *(w.fresh(1) for _ in axes[2:])))
+    meaning.pool(w, node, axes, [1] * (len(axes) - 2))

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.rules import meaning
+
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
@@ -15,10 +17,7 @@ def constant_of_shape(w: GraphWalk, node: gs.Node) -> None:
     if target is None:
         w.give_up(node, "ConstantOfShape of a target that is not known")
         return
-    result = tuple(w.fresh(int(s)) for s in target)
-    for i, factor in enumerate(result):
-        w.size_use(node, ("input", 0, i), factor)
-    w.output(node, result)
+    meaning.filled(w, node, target.tolist(), ("input", 0))
 
 
 def eye_like(w: GraphWalk, node: gs.Node) -> None:

@@ -9,29 +9,18 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import present
 from liar_opt.frontend.rules import meaning
-from liar_opt.frontend.rules.numbers import Array, axes_of, resolve_reshape, slice_arguments, slices
-from liar_opt.frontend.symbols import Misfit
+from liar_opt.frontend.rules.numbers import Array, axes_of, slice_arguments, slices
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
 def reshape(w: GraphWalk, node: gs.Node) -> None:
-    axes, target = w.axes_of(node), w.value(node, 1)
+    target = w.value(node, 1)
     if target is None:
         w.give_up(node, "Reshape to a target that is not known")
         return
-    sizes = resolve_reshape([int(d) for d in target], w.shape(axes), bool(node.attrs.get("allowzero", 0)))
-    if sizes is None or 0 in sizes:
-        if w.choosy:
-            raise Misfit
-        w.alone(w.shape(axes), target.tolist())
-        w.give_up(node, "Reshape to a target that does not fit")
-        return
-    result = tuple(w.algebra.reshape(axes, sizes))
-    for i, factor in enumerate(result):
-        w.size_use(node, ("input", 1, i), factor)
-    w.output(node, result)
+    meaning.reshape(w, node, target.tolist(), ("input", 1), bool(node.attrs.get("allowzero", 0)))
 
 
 def flatten(w: GraphWalk, node: gs.Node) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules import meaning
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
@@ -28,44 +29,21 @@ def _known(w: GraphWalk, node: gs.Node, position: int) -> list[int] | None:
 
 
 def depth_to_space(w: GraphWalk, node: gs.Node) -> None:
-    """[b, n*n*c, h, w] -> [b, c, h*n, w*n]; with mode CRD the channels are [c, n, n]."""
-    axes, block = w.axes_of(node), int(node.attrs["blocksize"])
-    channels = w.algebra.size(axes[1])
-    if channels % block**2:
-        w.give_up(node, f"DepthToSpace of {channels} channels into blocks of {block}")
-        return
-    rest, first = channels // block**2, str(node.attrs.get("mode", "DCR")) == "DCR"
-    parts = w.algebra.split(axes[1], [block, block, rest] if first else [rest, block, block])
-    high, wide = parts[:2] if first else parts[1:]
-    w.pin([high, wide], f"a place within a block (node '{node.name}')")
-    depth = parts[2] if first else parts[0]
-    w.output(node, (axes[0], depth, w.algebra.merge([axes[2], high]), w.algebra.merge([axes[3], wide])))
+    """With mode CRD the channels are [c, n, n]."""
+    meaning.depth_to_space(w, node, int(node.attrs["blocksize"]), str(node.attrs.get("mode", "DCR")) == "DCR")
 
 
 def space_to_depth(w: GraphWalk, node: gs.Node) -> None:
-    """[b, c, h*n, w*n] -> [b, n*n*c, h, w]; with mode CRD (opset 28) the channels are [c, n, n]."""
-    axes, block = w.axes_of(node), int(node.attrs["blocksize"])
-    sizes = w.shape(axes[2:])
-    if any(size % block for size in sizes):
-        w.misfit(node, f"SpaceToDepth of {sizes[0]} x {sizes[1]} places in blocks of {block}")
-        return
-    split = [w.algebra.split(f, [size // block, block]) for f, size in zip(axes[2:], sizes, strict=True)]
-    places = [parts[1] for parts in split]
-    w.pin(places, f"a place within a block (node '{node.name}')")
-    first = str(node.attrs.get("mode", "DCR")) == "DCR"
-    w.output(node, (axes[0], w.algebra.merge([*places, axes[1]] if first else [axes[1], *places]), *(p[0] for p in split)))
+    """With mode CRD (opset 28) the channels are [c, n, n]."""
+    meaning.space_to_depth(w, node, int(node.attrs["blocksize"]), str(node.attrs.get("mode", "DCR")) == "DCR")
 
 
 def columns_to_image(w: GraphWalk, node: gs.Node) -> None:
-    """[b, c*places, blocks] -> [b, c, image]: blocks are added up where they overlap."""
-    axes, image, block = w.axes_of(node), _known(w, node, 1), _known(w, node, 2)
-    if image is None or block is None or w.algebra.size(axes[1]) % math.prod(block):
+    image, block = _known(w, node, 1), _known(w, node, 2)
+    if image is None or block is None or w.algebra.size(w.axes_of(node)[1]) % math.prod(block):
         w.give_up(node, "Col2Im of sizes that are not known")
         return
-    where = f"added up by Col2Im (node '{node.name}')"
-    channels, *places = w.algebra.split(axes[1], [w.algebra.size(axes[1]) // math.prod(block), *block])
-    w.pin([*places, axes[2]], where)
-    w.output(node, (axes[0], channels, *(w.fresh(size, where) for size in image)))
+    meaning.columns_to_image(w, node, image, block)
 
 
 def center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
@@ -85,18 +63,6 @@ def center_crop_pad(w: GraphWalk, node: gs.Node) -> None:
 
 
 # -- places that are picked -----------------------------------------------------------------------------------------
-
-
-def triangle(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    w.pin(axes[-2:], f"a triangle of it is taken (node '{node.name}')")
-    w.output(node, axes)
-
-
-def determinant(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.axes_of(node)
-    w.pin(axes[-2:], f"Det runs over it (node '{node.name}')")
-    w.output(node, axes[:-2])
 
 
 def reverse_sequence(w: GraphWalk, node: gs.Node) -> None:

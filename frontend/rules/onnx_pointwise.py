@@ -12,16 +12,6 @@ if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-def unary(w: GraphWalk, node: gs.Node) -> None:
-    w.output(node, w.input_axes(node, 0))
-
-
-def unary_with_settings(w: GraphWalk, node: gs.Node) -> None:
-    axes = w.input_axes(node, 0)
-    w.output(node, axes)
-    w.output(node, axes, 1)
-
-
 def equal(w: GraphWalk, node: gs.Node) -> None:
     """Whole numbers that are compared with many constant ones are a look-up written as a product: one row for each."""
     operands = [a for i in range(2) if (a := w.input_axes(node, i)) is not None]

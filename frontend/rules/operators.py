@@ -36,7 +36,9 @@ POINTWISE = Trait.UNARY | Trait.BROADCASTS
 
 DRAWN = "what is drawn differs from run to run, and no result can be compared"
 GPU = "no kernel on the CPU"
-UNTRACED = "no test is known to trace it: torch.export writes other operators in its place"
+ANY = "what it holds is anything, and no result can be compared"
+IDLE = "torch.export leaves it out of a module in evaluation mode"
+OLDER = "older releases of torch.export write it"
 NEW = "newer than the operators that ONNX Runtime takes"
 
 _STANDARD = (
@@ -109,7 +111,7 @@ _STANDARD = (
     Op("Col2Im", onnx_places.columns_to_image),
     Op("DeformConv", onnx_places.deformable),
     Op("DepthToSpace", onnx_places.depth_to_space),
-    Op("Det", onnx_places.determinant),
+    Op("Det", meaning.determinant),
     Op("Multinomial", onnx_places.drawn_by, Trait.RANDOM, untested=DRAWN),
     *each("RandomNormal RandomUniform", onnx_places.drawn_from, Trait.RANDOM, untested=DRAWN),
     Op("GridSample", meaning.sample),
@@ -120,7 +122,7 @@ _STANDARD = (
     Op("SpaceToDepth", onnx_places.space_to_depth),
     Op("NonMaxSuppression", onnx_places.suppression),
     Op("TensorScatter", onnx_places.tensor_scatter, untested=NEW),
-    Op("Trilu", onnx_places.triangle),
+    Op("Trilu", meaning.triangle),
     Op("Unique", onnx_places.unique),
     Op("Equal", onnx_pointwise.equal, Trait.BROADCASTS, evaluate=numbers.elementwise(np.equal)),
     Op(
@@ -167,31 +169,31 @@ _STANDARD = (
     ),
     Op("Sum", meaning.pointwise, Trait.BROADCASTS | Trait.SUMS, fold=numbers.summed),
     Op("Where", meaning.pointwise, Trait.BROADCASTS | Trait.INDEXES, evaluate=numbers.elementwise(np.where)),
-    Op("Abs", onnx_pointwise.unary, Trait.UNARY, evaluate=numbers.same_type(np.abs)),
-    Op("BitCast", onnx_pointwise.unary, Trait.UNARY, untested=NEW),
+    Op("Abs", meaning.like_first, Trait.UNARY, evaluate=numbers.same_type(np.abs)),
+    Op("BitCast", meaning.like_first, Trait.UNARY, untested=NEW),
     *each(
         "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Celu Cos Cosh Elu Erf Gelu HardSigmoid HardSwish "
         "IsInf IsNaN LeakyRelu Mish Relu Round Selu Shrink Sin Sinh Softsign Swish Tan ThresholdedRelu",
-        onnx_pointwise.unary,
+        meaning.like_first,
         Trait.UNARY,
     ),
-    Op("Cast", onnx_pointwise.unary, COPYING, evaluate=numbers.cast),
-    Op("Ceil", onnx_pointwise.unary, Trait.UNARY, evaluate=numbers.same_type(np.ceil)),
-    Op("Exp", onnx_pointwise.unary, Trait.UNARY, fold=numbers.unary(np.exp)),
-    Op("Floor", onnx_pointwise.unary, Trait.UNARY, evaluate=numbers.same_type(np.floor)),
-    Op("Identity", onnx_pointwise.unary, COPYING | Trait.HANDS_ON, evaluate=numbers.elementwise(lambda x: x)),
-    Op("Log", onnx_pointwise.unary, Trait.UNARY, fold=numbers.unary(np.log)),
-    Op("Neg", onnx_pointwise.unary, Trait.UNARY, evaluate=numbers.same_type(np.negative)),
-    Op("Not", onnx_pointwise.unary, Trait.UNARY | Trait.INDEXES, evaluate=numbers.elementwise(np.logical_not)),
-    Op("Reciprocal", onnx_pointwise.unary, Trait.UNARY, evaluate=numbers.same_type(np.reciprocal)),
-    Op("Sigmoid", onnx_pointwise.unary, Trait.UNARY, fold=numbers.unary(lambda x: 1 / (1 + np.exp(-x)))),
-    Op("Sign", onnx_pointwise.unary, Trait.UNARY, fold=numbers.unary(np.sign)),
-    Op("Softplus", onnx_pointwise.unary, Trait.UNARY, fold=numbers.unary(lambda x: np.logaddexp(x, np.zeros((), x.dtype)))),
-    Op("Sqrt", onnx_pointwise.unary, Trait.UNARY, evaluate=numbers.same_type(np.sqrt)),
-    Op("Tanh", onnx_pointwise.unary, Trait.UNARY, fold=numbers.unary(np.tanh)),
-    Op("CastLike", onnx_pointwise.unary_with_settings, COPYING),
-    Op("Clip", onnx_pointwise.unary_with_settings, Trait.UNARY | Trait.INDEXES, fold=numbers.clip),
-    Op("Dropout", onnx_pointwise.unary_with_settings, Trait.UNARY | Trait.DROPS | Trait.HANDS_ON),
+    Op("Cast", meaning.like_first, COPYING, evaluate=numbers.cast),
+    Op("Ceil", meaning.like_first, Trait.UNARY, evaluate=numbers.same_type(np.ceil)),
+    Op("Exp", meaning.like_first, Trait.UNARY, fold=numbers.unary(np.exp)),
+    Op("Floor", meaning.like_first, Trait.UNARY, evaluate=numbers.same_type(np.floor)),
+    Op("Identity", meaning.like_first, COPYING | Trait.HANDS_ON, evaluate=numbers.elementwise(lambda x: x)),
+    Op("Log", meaning.like_first, Trait.UNARY, fold=numbers.unary(np.log)),
+    Op("Neg", meaning.like_first, Trait.UNARY, evaluate=numbers.same_type(np.negative)),
+    Op("Not", meaning.like_first, Trait.UNARY | Trait.INDEXES, evaluate=numbers.elementwise(np.logical_not)),
+    Op("Reciprocal", meaning.like_first, Trait.UNARY, evaluate=numbers.same_type(np.reciprocal)),
+    Op("Sigmoid", meaning.like_first, Trait.UNARY, fold=numbers.unary(lambda x: 1 / (1 + np.exp(-x)))),
+    Op("Sign", meaning.like_first, Trait.UNARY, fold=numbers.unary(np.sign)),
+    Op("Softplus", meaning.like_first, Trait.UNARY, fold=numbers.unary(lambda x: np.logaddexp(x, np.zeros((), x.dtype)))),
+    Op("Sqrt", meaning.like_first, Trait.UNARY, evaluate=numbers.same_type(np.sqrt)),
+    Op("Tanh", meaning.like_first, Trait.UNARY, fold=numbers.unary(np.tanh)),
+    Op("CastLike", meaning.like_first, COPYING),
+    Op("Clip", meaning.like_first, Trait.UNARY | Trait.INDEXES, fold=numbers.clip),
+    Op("Dropout", meaning.like_first, Trait.UNARY | Trait.DROPS | Trait.HANDS_ON),
     Op(
         "Einsum",
         onnx_products.einsum,
@@ -273,9 +275,9 @@ _CONTRIB = (
     Op("SkipLayerNormalization", onnx_normalisation.skip_layer_normalization, Trait.SKIPS, bias_inputs=(4,)),
     Op("SkipSimplifiedLayerNormalization", onnx_normalisation.skip_layer_normalization, Trait.SKIPS, bias_inputs=(3,)),
     Op("GridSample", meaning.sample),
-    Op("Trilu", onnx_places.triangle),
+    Op("Trilu", meaning.triangle),
     *each("BiasAdd BiasGelu FastGelu", meaning.pointwise, Trait.BROADCASTS, bias_inputs=(1,)),
-    *each("Gelu QuickGelu", onnx_pointwise.unary, Trait.UNARY),
+    *each("Gelu QuickGelu", meaning.like_first, Trait.UNARY),
     *each("FusedMatMul TransposeMatMul", onnx_products.fused_matmul, Trait.LINEAR, contracts=(0, 1)),
     Op("FusedGemm", onnx_products.gemm, contracts=(0, 1)),
     Op("GemmFastGelu", onnx_products.gemm),
@@ -283,113 +285,105 @@ _CONTRIB = (
     Op("FusedMatMulActivation", contracts=(0, 1)),
 )
 _ATEN = (
-    Op("addmm", aten.addmm),
-    Op("baddbmm", aten.addmm, untested=UNTRACED),
-    *each("cumsum log_softmax softmax sort", aten.along_axis),
-    *each("_log_softmax _safe_softmax _softmax", aten.along_axis, untested=UNTRACED),
+    *each("addmm baddbmm", aten.addmm),
+    *each(
+        "_log_softmax _safe_softmax _softmax cummax cummin cumprod cumsum log_softmax logcumsumexp softmax sort",
+        aten.along_axis,
+    ),
     Op("view_as_complex", aten.as_complex),
     Op("view_as_real", aten.as_real),
     Op("scaled_dot_product_attention", aten.attention),
-    *each("cat concat", aten.cat, Trait.JOINS),
-    Op("concatenate", aten.cat, Trait.JOINS, untested=UNTRACED),
-    *each("batch_norm instance_norm", aten.channel_norm),
-    Op("_native_batch_norm_legit_no_training", aten.channel_norm, untested=UNTRACED),
-    Op("channel_shuffle", aten.channel_shuffle),
-    *each("col2im im2col", aten.columns),
-    *each("conv1d conv2d conv3d convolution", aten.convolution),
-    *each("arange eye linspace", aten.counted),
-    Op("scalar_tensor", aten.counted, untested=UNTRACED),
+    *each("cat concat concatenate hstack", aten.cat, Trait.JOINS),
+    *each("_native_batch_norm_legit_no_training instance_norm", aten.channel_norm),
+    Op("batch_norm", aten.channel_norm, untested=OLDER),
+    *each("channel_shuffle native_channel_shuffle", aten.channel_shuffle),
+    Op("col2im", aten.columns_to_image),
+    *each(
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution",
+        aten.convolution,
+    ),
+    *each("arange eye linspace scalar_tensor", aten.counted),
     Op("diagonal", aten.diagonal),
     Op("einsum", aten.einsum),
-    Op("embedding", aten.embedding, Trait.LOOKS_UP),
     Op("expand", aten.expand, Trait.REPEATS),
-    *each("max min", aten.extremum, untested=UNTRACED),
+    *each("max min", aten.extremum),
     *each("full new_full new_ones new_zeros ones zeros", aten.filled),
-    *each("empty new_empty", aten.filled, untested=UNTRACED),
-    Op("flatten", aten.flatten, Trait.KEEPS_ORDER, untested=UNTRACED),
+    *each("empty new_empty", aten.filled, untested=ANY),
     Op("gather", aten.gather, Trait.LOOKS_UP),
     Op("glu", aten.glu),
-    Op("grid_sampler", meaning.sample),
-    *each("grid_sampler_2d grid_sampler_3d", meaning.sample, untested=UNTRACED),
     *each("group_norm native_group_norm", aten.group_norm),
+    Op("im2col", aten.image_to_columns),
     Op("index", aten.index, Trait.LOOKS_UP),
-    Op("index_select", aten.index_select, Trait.LOOKS_UP),
-    *each("layer_norm rms_norm", aten.layer_norm),
-    Op("native_layer_norm", aten.layer_norm, untested=UNTRACED),
-    *each("full_like ones_like zeros_like", aten.like_first),
-    *each("empty_like type_as", aten.like_first, untested=UNTRACED),
-    Op("rand_like", aten.like_first, Trait.RANDOM, untested=UNTRACED),
+    *each("index_add index_copy index_fill", aten.index_along),
+    Op("index_put", aten.index_put),
+    *each("layer_norm native_layer_norm rms_norm", aten.layer_norm),
     Op("linear", aten.linear),
-    *each("bmm matmul mm", aten.matmul),
-    *each("dot mv", aten.matmul, untested=UNTRACED),
+    *each("embedding index_select", aten.looked_up, Trait.LOOKS_UP),
+    *each("bmm dot matmul mm mv", aten.matmul),
     *each("flip roll", aten.moved_along),
     *each(
-        "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d replication_pad3d", aten.pad
+        "constant_pad_nd pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+        "replication_pad3d",
+        aten.pad,
     ),
-    *each("pad reflection_pad3d", aten.pad, untested=UNTRACED),
     Op("permute", aten.permute, Trait.TURNS),
-    *each("pixel_shuffle pixel_unshuffle", aten.pixel_shuffle),
+    Op("pixel_shuffle", aten.pixel_shuffle),
+    Op("pixel_unshuffle", aten.pixel_unshuffle),
     *each(
-        "__and__ __or__ __xor__ abs acos acosh asin asinh atan atan2 atanh bitwise_and bitwise_not "
-        "bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min cos cosh div elu eq erf erfc exp "
-        "expm1 floor floor_divide fmod ge gelu gt hardsigmoid hardswish hardtanh isfinite isinf isnan le "
-        "leaky_relu lerp log log10 log1p log2 log_sigmoid logical_and logical_not logical_or logical_xor "
-        "lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg polar pow reciprocal relu "
-        "relu6 remainder round rsqrt rsub selu sigmoid sign silu sin sinh softplus sqrt square sub tan "
-        "tanh threshold trunc where xlogy",
-        meaning.pointwise,
-        Trait.BROADCASTS,
-    ),
-    *each(
-        "clip copy detach_ fill lift_fresh lift_fresh_copy _prelu_kernel softsign",
-        meaning.pointwise,
-        Trait.BROADCASTS,
-        untested=UNTRACED,
+        "_adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa "
+        "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d adaptive_avg_pool1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d "
+        "avg_pool2d avg_pool3d max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d "
+        "max_pool3d_with_indices upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d "
+        "upsample_nearest2d upsample_nearest3d upsample_trilinear3d",
+        aten.pool,
     ),
     Op("prelu", aten.prelu, Trait.BROADCASTS),
-    Op("_to_copy", meaning.pointwise, Trait.KEEPS_ORDER | Trait.COPIES | Trait.BROADCASTS),
     *each(
-        "contiguous detach to", meaning.pointwise, Trait.KEEPS_ORDER | Trait.COPIES | Trait.BROADCASTS, untested=UNTRACED
+        "all amax amin aminmax any argmax argmin count_nonzero kthvalue linalg_vector_norm logsumexp mean median nanmean "
+        "nansum norm prod std std_mean sum var var_mean",
+        aten.reduce,
     ),
-    Op("add", meaning.pointwise, Trait.BROADCASTS | Trait.ADDS, bias_inputs=(0, 1)),
-    *each("alias clone", meaning.pointwise, Trait.KEEPS_ORDER | Trait.COPIES | Trait.BROADCASTS | Trait.HANDS_ON),
-    Op("dropout", meaning.pointwise, Trait.BROADCASTS | Trait.DROPS | Trait.HANDS_ON),
-    *each("feature_dropout native_dropout", meaning.pointwise, Trait.BROADCASTS | Trait.DROPS, untested=UNTRACED),
-    *each(
-        "_upsample_nearest_exact1d _upsample_nearest_exact2d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d "
-        "avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool2d_with_indices max_pool3d "
-        "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d",
-        aten.pool,
-    ),
-    *each(
-        "_adaptive_avg_pool2d _adaptive_avg_pool3d max_pool1d_with_indices max_pool3d_with_indices",
-        aten.pool,
-        untested=UNTRACED,
-    ),
-    *each("all amax amin any argmax argmin linalg_vector_norm logsumexp mean norm prod std sum var_mean", aten.reduce),
-    Op("var", aten.reduce, untested=UNTRACED),
-    Op("repeat", aten.repeat, Trait.REPEATS),
-    Op("tile", aten.repeat, Trait.REPEATS, untested=UNTRACED),
+    *each("repeat tile", aten.repeat, Trait.REPEATS),
     Op("repeat_interleave", aten.repeat_interleave),
     *each("scatter scatter_add scatter_reduce", aten.scatter),
-    Op("select", aten.select),
     Op("select_scatter", aten.select_scatter),
     *each("diff topk", aten.shorter_axis),
-    Op("slice_scatter", aten.slice_scatter),
     Op("slice", aten.sliced, Trait.SLICES),
-    Op("narrow", aten.sliced, Trait.SLICES, untested=UNTRACED),
-    *each("split split_with_sizes", aten.split, Trait.SPLITS),
-    *each("chunk split_with_sizes_copy", aten.split, Trait.SPLITS, untested=UNTRACED),
+    Op("slice_scatter", aten.slice_scatter),
+    *each("split split_with_sizes split_with_sizes_copy unsafe_split", aten.split, Trait.SPLITS),
     Op("squeeze", aten.squeeze, Trait.KEEPS_ORDER),
     Op("stack", aten.stack),
+    *each("select unbind", aten.taken_apart),
     *each("t transpose", aten.transpose, Trait.TURNS),
-    *each("mT numpy_T", aten.transpose, Trait.TURNS, untested=UNTRACED),
-    *each("tril triu", aten.triangle),
-    Op("unbind", aten.unbind),
-    Op("unflatten", aten.unflatten, untested=UNTRACED),
+    Op("unfold", aten.unfold),
     Op("unsqueeze", aten.unsqueeze, Trait.KEEPS_ORDER),
-    *each("_unsafe_view reshape view view_copy", aten.view, Trait.KEEPS_ORDER | Trait.HANDS_ON),
+    *each("_unsafe_view view view_copy", aten.view, Trait.KEEPS_ORDER | Trait.HANDS_ON),
+    Op("linalg_det", meaning.determinant),
+    *each("full_like ones_like type_as zeros_like", meaning.like_first),
+    Op("empty_like", meaning.like_first, untested=ANY),
+    Op("rand_like", meaning.like_first, Trait.RANDOM, untested=DRAWN),
+    *each(
+        "__and__ __lshift__ __or__ __rshift__ __xor__ _prelu_kernel abs absolute acos acosh addcdiv addcmul asin asinh "
+        "atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil "
+        "celu clamp clamp_max clamp_min clip copy copysign cos cosh deg2rad digamma div divide elu eq erf erfc erfinv "
+        "exp exp2 expm1 fill float_power floor floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt "
+        "hardsigmoid hardswish hardtanh heaviside hypot isfinite isinf isnan le leaky_relu lerp less less_equal lgamma "
+        "log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt "
+        "masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative not_equal polar pow rad2deg "
+        "reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus "
+        "sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy zero",
+        meaning.pointwise,
+        Trait.BROADCASTS,
+    ),
+    Op("lift_fresh_copy", meaning.pointwise, Trait.BROADCASTS, untested=OLDER),
+    *each("_to_copy detach", meaning.pointwise, Trait.KEEPS_ORDER | Trait.COPIES | Trait.BROADCASTS),
+    Op("add", meaning.pointwise, Trait.BROADCASTS | Trait.ADDS, bias_inputs=(0, 1)),
+    *each("alias clone", meaning.pointwise, Trait.KEEPS_ORDER | Trait.COPIES | Trait.BROADCASTS | Trait.HANDS_ON),
+    Op("dropout", meaning.pointwise, Trait.BROADCASTS | Trait.DROPS | Trait.HANDS_ON, untested=IDLE),
+    Op("native_dropout", meaning.pointwise, Trait.BROADCASTS | Trait.DROPS),
+    *each("grid_sampler grid_sampler_2d grid_sampler_3d", meaning.sample),
+    *each("tril triu", meaning.triangle),
 )
 
 OPERATORS = table_of({"": _STANDARD, MICROSOFT: _CONTRIB, ATEN: _ATEN})

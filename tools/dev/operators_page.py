@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx
+import torch
 
 from liar_opt.frontend.rules import (
     aten,
@@ -32,10 +34,7 @@ from liar_opt.frontend.rules.table import ATEN, MICROSOFT, Op, Rule
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
 WIDTH = 100
 MEANINGS: dict[str, tuple[Rule, ...]] = {
-    "element by element": (
-        *(onnx_pointwise.unary, onnx_pointwise.unary_with_settings, onnx_pointwise.equal),
-        *(meaning.pointwise, aten.like_first, aten.prelu),
-    ),
+    "element by element": (*(meaning.pointwise, meaning.like_first, onnx_pointwise.equal, aten.prelu),),
     "the larger or smaller, of two or along an axis": (aten.extremum,),
     "gates": (onnx_fused.bias_split_gelu, aten.glu),
     "matrix product": (
@@ -57,18 +56,25 @@ MEANINGS: dict[str, tuple[Rule, ...]] = {
     "rotary embedding": (
         *(onnx_attention.rotary_embedding, onnx_attention.contrib_rotary_embedding, onnx_attention.gemma_rotary_embedding),
     ),
-    "reshape": (onnx_layout.reshape, onnx_layout.flatten, aten.view, aten.flatten, aten.unflatten),
+    "reshape": (onnx_layout.reshape, onnx_layout.flatten, aten.view),
     "permute": (onnx_layout.transpose, aten.permute, aten.transpose),
     "axes of one": (onnx_layout.squeeze, onnx_layout.unsqueeze, aten.squeeze, aten.unsqueeze),
     "concatenate": (onnx_layout.concat, aten.cat, aten.stack),
-    "split": (onnx_layout.parted, aten.split, aten.unbind),
-    "slice": (onnx_layout.sliced, aten.sliced, aten.select),
-    "write a slice": (onnx_places.tensor_scatter, aten.slice_scatter, aten.select_scatter),
+    "split": (onnx_layout.parted, aten.split, aten.taken_apart),
+    "slice": (onnx_layout.sliced, aten.sliced),
+    "write a slice": (
+        onnx_places.tensor_scatter,
+        aten.slice_scatter,
+        aten.select_scatter,
+        aten.index_put,
+        aten.index_along,
+    ),
     "expand": (onnx_layout.expand, aten.expand),
     "repeat": (onnx_layout.tile, aten.repeat, aten.repeat_interleave),
     "pad": (onnx_layout.pad, onnx_places.center_crop_pad, aten.pad),
     "move along an axis": (onnx_places.reverse_sequence, aten.moved_along),
-    "look up": (onnx_lookups.gather, onnx_lookups.gather_nd, aten.embedding, aten.index, aten.index_select),
+    "windows along an axis": (aten.unfold,),
+    "look up": (onnx_lookups.gather, onnx_lookups.gather_nd, aten.looked_up, aten.index),
     "gather along an axis": (onnx_lookups.gather_elements, aten.gather),
     "scatter": (onnx_lookups.scatter_nd, onnx_lookups.scatter_elements, aten.scatter),
     "places that data says": (onnx_lookups.non_zero, onnx_lookups.compress, onnx_places.unique, onnx_places.suppression),
@@ -77,7 +83,7 @@ MEANINGS: dict[str, tuple[Rule, ...]] = {
         *(onnx_generators.constant_of_shape, onnx_generators.counted, onnx_generators.eye_like, aten.filled, aten.counted),
     ),
     "random numbers": (onnx_generators.drawn_like, onnx_places.drawn_by, onnx_places.drawn_from),
-    "triangle, diagonal, determinant": (onnx_places.triangle, onnx_places.determinant, aten.triangle, aten.diagonal),
+    "triangle, diagonal, determinant": (meaning.triangle, meaning.determinant, aten.diagonal),
     "softmax and others that run along an axis": (
         onnx_reductions.softmax,
         onnx_reductions.softmax_of_rows,
@@ -96,7 +102,7 @@ MEANINGS: dict[str, tuple[Rule, ...]] = {
     "normalise groups": (onnx_normalisation.group_normalization, onnx_normalisation.contrib_group_norm, aten.group_norm),
     "channels and places": (
         *(onnx_places.depth_to_space, onnx_places.space_to_depth, onnx_places.columns_to_image),
-        *(aten.pixel_shuffle, aten.channel_shuffle, aten.columns),
+        *(aten.pixel_shuffle, aten.pixel_unshuffle, aten.channel_shuffle, aten.image_to_columns, aten.columns_to_image),
     ),
     "sample": (
         meaning.sample,
@@ -107,7 +113,7 @@ MEANINGS: dict[str, tuple[Rule, ...]] = {
     "complex numbers": (aten.as_complex, aten.as_real),
 }
 """The rules that say one thing, of both front-ends."""
-RELEASE = "Of the standard operators of onnx"
+RELEASE, CORE = "Of the standard operators of onnx", "Of the core operators of torch"
 STRUCTURAL = {"Constant", "If", "Shape", "Size"}
 """Operators that have no rule: the walk and the normal form read them."""
 
@@ -132,6 +138,7 @@ def page() -> str:
     for domain in ("", MICROSOFT, ATEN):
         lines += [f"| `{_full(domain, op.name)}` | {op.untested} |" for op in _rows(domain) if op.untested]
     lines += ["", "## What has no rule", "", f"{RELEASE} {onnx.__version__}:", "", missing()]
+    lines += ["", f"{CORE} {torch.__version__.partition('+')[0]}, those of gradients left out:", "", missing_of_core()]
     return "\n".join(lines) + "\n"
 
 
@@ -140,6 +147,18 @@ def missing() -> str:
     known = {name for (domain, name), rows in OPERATORS.items() if domain == "" and rows[-1].rule}
     found = {s.name for s in onnx.defs.get_all_schemas() if s.domain == "" and not s.deprecated}
     return _names(found - known - STRUCTURAL)
+
+
+def missing_of_core() -> str:
+    """Returns the core ATen operators without a rule that compute tensors of tensors, going forward."""
+    known = {name for (domain, name) in OPERATORS if domain == ATEN}
+    found = {name for name in dir(torch.ops.aten) if not name.startswith("sym_") and not name.endswith("_backward")}
+    return _names(name for name in found - known if _is_core(getattr(torch.ops.aten, name)))
+
+
+def _is_core(packet: Any) -> bool:
+    names: list[str] = getattr(packet, "overloads", list)()
+    return any(torch.Tag.core in getattr(packet, name).tags for name in names)
 
 
 def _rows(domain: str) -> list[Op]:
