@@ -15,8 +15,8 @@ import liar_opt
 from liar_opt.frontend.fx_module import Executor, Sym, analyse, example_from, lower, trace
 from liar_opt.frontend.fx_onnx import export_onnx
 from liar_opt.frontend.hf_checkpoint import without_cache
+from liar_opt.frontend.tables import vocabulary
 from liar_opt.passes.find_groups import find_groups
-from liar_opt.passes.open_module import vocabulary
 from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.errors import InternalError, ModelError, OptionError
 from liar_opt.runtime.sessions import Session
@@ -446,7 +446,7 @@ def test_whose_fault_a_failing_part_is(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(40).reshape(8, 5) % 9
     module = Placed().eval()
     options: dict[str, Any] = {"ffn": 0.5, "latency": False, "example": {"input_ids": ids[:2]}}
-    monkeypatch.setattr("liar_opt.passes.module_job.vocabulary", lambda model: None)
+    monkeypatch.setattr("liar_opt.passes.calibrate.vocabulary", lambda model: None)
     with pytest.raises(ModelError, match=r"torch fails on the calibration data \('input_ids' \[8, 5\]\)"):
         liar_opt.prune(module, {"input_ids": ids + 7}, **options)
 
