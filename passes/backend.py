@@ -52,6 +52,16 @@ class Backend(ABC):
     inputs: Inputs
 
     @classmethod
+    @abstractmethod
+    def open(cls, model: Any, calibration: Any, options: PruneOptions) -> Backend:
+        """Opens a model, for options that are possible.
+
+        Raises:
+            ModelError: it cannot be read.
+            OptionError: an option does not fit it.
+        """
+
+    @classmethod
     def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
         """Checks options that need no model.
 

@@ -94,7 +94,6 @@ class TorchBackend(Backend):
             ModelError: the module cannot be loaded or traced.
             OptionError: an option does not work here, or nothing says what the module's inputs are.
         """
-        cls.require_possible(calibration, options)
         inputs = Inputs((model,), calibration, (options.tokenizer,))
         state, calibration = load_module_state(model, calibration, options)
         opened = state.found(OpenedModule)

@@ -51,7 +51,6 @@ class OnnxBackend(Backend):
             ModelError: it cannot be read.
             OptionError: an option does not work here.
         """
-        cls.require_possible(calibration, options)
         inputs = Inputs((model,), calibration, (options.tokenizer,), (options.custom_ops,))
         state = load_state(model, options.memory)
         state.device = resolve_provider(options.provider)

@@ -45,16 +45,16 @@ def inspect(
     """
     options = PruneOptions(provider="cpu", example=example, allow_pickle=allow_pickle)
     with custom_operators(_libraries(custom_ops)):
-        return inspect_model(_opened(model, None, options))
+        return inspect_model(_backend(model).open(model, None, options))
 
 
-def _opened(model: Any, calibration: Any, options: PruneOptions) -> Backend:
-    """Opens a model, whatever it is."""
+def _backend(model: Any) -> type[Backend]:
+    """Returns what works on a model."""
     if is_module_source(model):
         from liar_opt.passes.module_backend import TorchBackend
 
-        return TorchBackend.open(model, calibration, options)
-    return OnnxBackend.open(model, calibration, options)
+        return TorchBackend
+    return OnnxBackend
 
 
 def prune(
@@ -164,9 +164,10 @@ def prune(
         progress=progress,
         observer=observer,
     )
-    start, watch = time.perf_counter(), MemoryWatch()
+    start, watch, backend = time.perf_counter(), MemoryWatch(), _backend(model)
+    backend.require_possible(calibration, options)
     with custom_operators(_libraries(custom_ops)):
-        return ModelJob(_opened(model, calibration, options), start, watch).run()
+        return ModelJob(backend.open(model, calibration, options), start, watch).run()
 
 
 if prune.__doc__ is not None:  # it is where Python runs with -OO
