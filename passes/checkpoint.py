@@ -160,8 +160,8 @@ class Checkpoint:
                 kinds = [v.dtype.name if v.dtype.kind == "V" else "" for v in values.values()]
                 stored = (v.view(np.uint16) if kind else v for v, kind in zip(values.values(), kinds, strict=True))
                 named: dict[str, Any] = {f"v{k}": v for k, v in enumerate(stored)}
-                words = {"names": np.asarray(list(values), np.str_), "kinds": np.asarray(kinds, np.str_)}
-                np.savez(temporary / f"alive-{i}.npz", **words, **named)
+                named |= {"names": np.asarray(list(values), np.str_), "kinds": np.asarray(kinds, np.str_)}
+                np.savez(temporary / f"alive-{i}.npz", **named)
             temporary.rename(place)
         except OSError as err:
             _remove_segment(temporary)

@@ -78,11 +78,14 @@ class ModelJob:
 
         Raises:
             CheckError: nothing was left to cut.
+            ModelError: the original fails on the data, too.
         """
         while True:
             try:
                 return self._attempt()
             except GroupFault as fault:
+                if self.state.calibration is not None:  # a batch that the model itself fails on is no fault of a group
+                    require_runs(self.state, dense_session(self.state), every=True)
                 news = {name: reason for name, reason in fault.reasons.items() if name not in self.faults}
                 if not news:
                     raise

@@ -140,7 +140,8 @@ class TorchBackend(Backend):
         """Returns what asks a checkpoint's configuration which widths it can say."""
         options = self.options
         asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
-        return [ExpressWidthsPass(asked, required)] if options.checkpoint else []
+        stored = self.state.found(OpenedModule).folder is not None
+        return [ExpressWidthsPass(asked, required)] if options.checkpoint and (required or stored) else []
 
     def positions(self, state: State) -> int | None:
         """Returns for how many tokens the configuration has positions, where nothing else says how long inputs are."""

@@ -164,10 +164,10 @@ def prune(
         progress=progress,
         observer=observer,
     )
-    start, watch, backend = time.perf_counter(), MemoryWatch(), _backend(model)
-    backend.require_possible(calibration, options)
+    start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
+    opening.require_possible(calibration, options)
     with custom_operators(_libraries(custom_ops)):
-        return ModelJob(backend.open(model, calibration, options), start, watch).run()
+        return ModelJob(opening.open(model, calibration, options), start, watch).run()
 
 
 if prune.__doc__ is not None:  # it is where Python runs with -OO

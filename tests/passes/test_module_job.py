@@ -44,7 +44,7 @@ class Chain(nn.Module):
         self.down = nn.ModuleList(nn.Linear(n, 9) for n in HIDDEN)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = nn.functional.one_hot(tokens, 9).to(self.up[0].weight.dtype)
+        x = nn.functional.one_hot(tokens, 9).to(next(self.parameters()).dtype)
         for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             h = torch.tanh(up(x))
             x = x + down(torch.roll(h, 3, -1) if i == 2 else h)
