@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from liar_opt.frontend.walk import GraphWalk, walk
+from numpy.typing import NDArray
+
+from liar_opt.frontend.walk import GraphWalk, walk, walk_sized
 
 if TYPE_CHECKING:
     from liar_opt.frontend.engine import Engine
@@ -38,6 +41,22 @@ def engine_of(model: OnnxModel, device: Literal["cpu", "cuda"], low_memory: bool
 
     assert isinstance(model, FxModel)
     return TorchEngine(model)
+
+
+def bytes_on(model: OnnxModel, feeds: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """Returns the bytes of every tensor that is no constant, for inputs of the shapes of ``feeds``.
+
+    Empty where the graph does not say them.
+    """
+    if not model.traced:
+        from liar_opt.frontend.live_memory import tensor_sizes
+
+        whole = walk_sized(model, feeds)
+        return {} if whole is None else tensor_sizes(whole)
+    from liar_opt.frontend.fx_module import FxModel, tensor_bytes
+
+    assert isinstance(model, FxModel)
+    return tensor_bytes(model, feeds)
 
 
 def as_given(model: OnnxModel) -> Any:

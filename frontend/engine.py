@@ -7,9 +7,9 @@ stay on the engine's device, and adds up the moments of activations there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 from liar_opt.frontend.onnx_segments import Place, Tap
 from liar_opt.frontend.records import ConsumerUse
 from liar_opt.frontend.walk import GraphWalk
+from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Runner
+
+if TYPE_CHECKING:
+    from liar_opt.frontend.model import Original
+    from liar_opt.frontend.onnx_model import OnnxModel
 
 Value = Any
 """A tensor: an array, or what the engine keeps on its device."""
@@ -90,11 +95,29 @@ class Part(ABC):
         return self.moments
 
 
+class Reference(ABC):
+    """A whole model with other values for some of its constants, which is never cut: what a cut one is compared with."""
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns its outputs, of the graph as it is written."""
+
+    @abstractmethod
+    def rounded(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns them with every weight moved by its rounding error."""
+
+    def reordered(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns them computed as in the other ways of `Engine.ways`, whose sums may have another order."""
+        return self.run(feeds)
+
+
 class Engine(ABC):
     """What runs a model, whole or in parts."""
 
     name: str
     """What the user knows it by."""
+    copies_weights: bool = False
+    """Whether a part that is ready to run holds its weights a second time, in the memory of the host."""
 
     @abstractmethod
     def part(
@@ -138,3 +161,59 @@ class Engine(ABC):
     @abstractmethod
     def array(self, value: Value) -> NDArray[Any]:
         """Returns a tensor as an array."""
+
+    @abstractmethod
+    def ways(self, model: OnnxModel) -> Iterator[tuple[str, Callable[[], Runner]]]:
+        """Yields in which ways a cut model will be run, in words, with what loads it so; as it is written first.
+
+        What loads it raises whatever the engine does.
+        """
+
+    @abstractmethod
+    def reference(
+        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[Patch | ConstantPatch], store: ArrayStore | None
+    ) -> Reference:
+        """Returns a whole graph in which consumers and constants have other values.
+
+        Args:
+            walk: the analysis of the graph, which stays as it is.
+            outputs: what is computed.
+            patches: the other values.
+            store: where weights go that are made; None keeps them in memory.
+        """
+
+    @abstractmethod
+    def rounded(self, model: OnnxModel, what: str) -> Runner:
+        """Loads a whole model with every weight moved by its rounding error; ``what`` is how messages call it."""
+
+    @abstractmethod
+    def require_form(self, original: Original, model: OnnxModel, spared: Collection[str]) -> None:
+        """Checks that a cut model can stand where the original stood, before it is run.
+
+        Args:
+            original: the model as it came.
+            model: the cut one.
+            spared: caches among its inputs and outputs, which may have lost heads.
+
+        Raises:
+            CheckError: it cannot.
+        """
+
+    def require_written(
+        self, model: OnnxModel, feeds: Mapping[str, Any], found: Mapping[str, Any], dtype: str
+    ) -> float | None:
+        """Checks what will be written, where that is another graph than the one that was cut.
+
+        Args:
+            model: the cut model.
+            feeds: its inputs.
+            found: what it gave.
+            dtype: the precision of the comparison.
+
+        Returns:
+            How far it is from ``found``, relative; None where the graph is written as it is.
+
+        Raises:
+            CheckError: it computes something else.
+        """
+        return None

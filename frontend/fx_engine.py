@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Value
+from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Reference, Value
 from liar_opt.frontend.fx_module import Executor, FxModel, FxOriginal, Patched, to_numpy
+from liar_opt.frontend.graph_tensors import is_constant, nudged
+from liar_opt.frontend.model import Original
+from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, nodes_for, row_mask
 from liar_opt.frontend.walk import GraphWalk
-from liar_opt.runtime.errors import InternalError, ModelError, OptionError
+from liar_opt.runtime.array_store import ArrayStore
+from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.torch_backend import BatchMoments, RunningMoments, batch_moments, real_rows, stream_gain
 
 FAILURES = (RuntimeError, IndexError, ValueError)
@@ -58,19 +63,23 @@ class TorchEngine(Engine):
         """Returns a tensor as an array."""
         return value if isinstance(value, np.ndarray) else to_numpy(value)
 
-    def fault(self, feeds: Mapping[str, Any], said: str) -> Exception:
-        """Returns what to raise for a batch that a part fails on: the data's fault, where the original fails on it, too."""
-        model = self.model
-        own = {spec.name for spec in model.signature}
-        feeds = {name: value for name, value in feeds.items() if name in own}
-        try:
-            Executor(model.original.model(), model.device).run(feeds)
-        except FAILURES:
-            fed = ", ".join(f"'{name}' {list(np.shape(value))}" for name, value in feeds.items())
-            made = "where liar-opt made them up, give real ones (--calibration), or another length (--sequence-length)"
-            fits = "is its sequence length or a token id beyond what the model was made for?"
-            return ModelError(f"torch fails on the calibration data ({fed}): {said}; {fits} ({made})")
-        return InternalError(f"torch fails on a part of the model: {said}")
+    def ways(self, model: OnnxModel) -> Iterator[tuple[str, Callable[[], TorchRunner]]]:
+        """Yields the one way that there is."""
+        yield "in torch", functools.partial(self.whole, cast(FxModel, model))
+
+    def reference(
+        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[Patch | ConstantPatch], store: ArrayStore | None
+    ) -> TorchReference:
+        """Returns the traced graph, which runs with other constants."""
+        return TorchReference(self, cast(FxModel, walk.model), outputs, patched(patches))
+
+    def rounded(self, model: OnnxModel, what: str) -> TorchRunner:
+        """Returns a traced module with every weight moved by its rounding error."""
+        fx = cast(FxModel, model)
+        return TorchRunner(fx, self.model.device, _rounded(fx, Patched()))
+
+    def require_form(self, original: Original, model: OnnxModel, spared: Collection[str]) -> None:
+        """Checks nothing: what a trace takes and gives is the module's own."""
 
 
 class TorchPart(Part):
@@ -110,7 +119,7 @@ class TorchPart(Part):
         try:
             values = {**feeds, **self.executor.run(feeds, self.nodes, self.read)}
         except FAILURES as err:
-            raise self.engine.fault(feeds, " ".join(str(err).split())[:300]) from err
+            raise InternalError(f"torch fails on a part of the model: {' '.join(str(err).split())[:300]}") from err
         for tap in self.taps:
             try:
                 self.sums[tap.place].add(_moments(tap, values, mask), held_back)
@@ -134,10 +143,11 @@ class TorchRunner:
     Args:
         model: the module, cut or not.
         device: where it runs.
+        changed: what is other than in the graph.
     """
 
-    def __init__(self, model: FxModel, device: Any) -> None:
-        self.executor = Executor(model, device)
+    def __init__(self, model: FxModel, device: Any, changed: Patched | None = None) -> None:
+        self.executor = Executor(model, device, changed)
         self.inputs = [spec.name for spec in model.signature]
         self.outputs = [t.name for t in model.graph.outputs]
 
@@ -151,6 +161,42 @@ class TorchRunner:
     def as_deployed(self) -> TorchRunner:
         """Returns itself."""
         return self
+
+
+class TorchReference(Reference):
+    """A traced module with other values for some constants.
+
+    Args:
+        engine: what runs it.
+        model: the module.
+        outputs: what is computed.
+        changed: what is other than in the graph.
+    """
+
+    def __init__(self, engine: TorchEngine, model: FxModel, outputs: Sequence[str], changed: Patched) -> None:
+        self.engine, self.model, self.outputs, self.changed = engine, model, list(outputs), changed
+        self.runner = TorchRunner(model, engine.model.device, changed)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns its outputs."""
+        return self.runner.run(feeds, self.outputs)
+
+    @functools.cached_property
+    def _moved(self) -> TorchRunner:
+        return TorchRunner(self.model, self.engine.model.device, _rounded(self.model, self.changed))
+
+    def rounded(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns them with every weight moved by its rounding error."""
+        return self._moved.run(feeds, self.outputs)
+
+
+def _rounded(model: FxModel, changed: Patched) -> Patched:
+    """Returns what moves every weight by its rounding error, those that are changed already included."""
+    rng = np.random.default_rng(0)
+    places = [(node, i) for node in model.graph.nodes for i, t in enumerate(node.inputs) if is_constant(t)]
+    moved = {id(node.inputs[i].values): nudged(node.inputs[i].values, rng) for node, i in places}
+    constants = {(id(node), i): moved[id(node.inputs[i].values)] for node, i in places}
+    return Patched(constants | {place: nudged(value, rng) for place, value in changed.constants.items()}, changed.shifts)
 
 
 def host_array(tensor: Any) -> NDArray[Any]:

@@ -18,7 +18,6 @@ import hashlib
 import inspect
 import io
 import logging
-import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.graph_tensors import is_constant, is_float, present
+from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.rules.table import ATEN
@@ -140,6 +139,10 @@ class FxModel(OnnxModel):
     def normalise(self) -> int:
         """Changes nothing: a traced graph is in normal form."""
         return 0
+
+    def loadable(self) -> FxModel:
+        """Returns itself."""
+        return self
 
     @property
     def original(self) -> FxOriginal:
@@ -760,6 +763,24 @@ class Executor:
         self._constants.clear()
 
 
+def tensor_bytes(model: FxModel, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Returns the bytes of every tensor that is no constant, for inputs of the shapes of ``feeds``.
+
+    The graph runs without data. Empty where it cannot: sizes depend on what is computed.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    names = [t.name for node in model.graph.nodes for t in node.outputs if present(t)]
+    own = {t.name: feeds[t.name] for t in model.graph.inputs if t.name in feeds}
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            found = Executor(model, model.device).run(own, wanted=names)
+    except Exception:  # of torch: a class for each way in which it can fail
+        return {}
+    return {name: value.numel() * value.element_size() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
 def arguments_of(
     call: Call, inputs: Sequence[Any], attributes: Mapping[str, Any], number: Any
 ) -> tuple[list[Any], dict[str, Any]]:
@@ -806,13 +827,6 @@ def _number(old: Any, new: Any, symbols: Mapping[Any, int]) -> int:
     return actual * ratio.numerator // ratio.denominator
 
 
-def precision(model: FxModel) -> str:
-    """Returns the least precise floating-point type among the weights."""
-    order = ("bfloat16", "float16", "float32", "float64")
-    names = {np.dtype(c.dtype).name for c in model.constants() if is_float(c.dtype) and math.prod(c.shape) > 1}
-    return next((p for p in order if p in names), "float32")
-
-
 __all__ = [
     "Call",
     "Executor",
@@ -826,7 +840,7 @@ __all__ = [
     "example_from",
     "lower",
     "named_arguments",
-    "precision",
+    "tensor_bytes",
     "to_numpy",
     "to_torch",
     "token_lengths",

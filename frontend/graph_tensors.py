@@ -93,6 +93,14 @@ def is_float(dtype: object) -> bool:
     return bool(np.issubdtype(kind, np.floating)) or kind.name == "bfloat16"
 
 
+def nudged(value: Any, rng: np.random.Generator) -> Any:
+    """Returns a weight moved by its rounding error, up or down at random; what is no weight stays."""
+    if not is_float(value.dtype) or value.size < 2:
+        return value
+    step = np.spacing(np.abs(value)).astype(value.dtype)
+    return value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
+
+
 def is_constant(tensor: object) -> bool:
     """Returns whether a tensor is an initializer."""
     return isinstance(tensor, gs.Constant)

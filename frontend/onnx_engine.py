@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Value
+from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Reference, Value
+from liar_opt.frontend.graph_tensors import nudged
+from liar_opt.frontend.model import Original
+from liar_opt.frontend.onnx_form import require_format, require_interface, require_signature, require_valid
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
 from liar_opt.frontend.onnx_segments import ROWS, Extracted, Tap, extract, row_mask
 from liar_opt.frontend.sound_model import shown
 from liar_opt.frontend.walk import GraphWalk
-from liar_opt.frontend.widen_graph import nodes_within
+from liar_opt.frontend.weight_files import without_data
+from liar_opt.frontend.widen_graph import nodes_within, widen
+from liar_opt.runtime.array_store import ArrayStore
+from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import CheckError, InternalError, LiarOptError, ModelError, OptionError
 from liar_opt.runtime.sessions import Level, Runner, Session, as_array, element_type, unknown_operators
 
@@ -37,6 +45,11 @@ class OnnxEngine(Engine):
     device: Literal["cpu", "cuda"] = "cpu"
     low_memory: bool = False
     name = "ONNX Runtime"
+
+    @property
+    def copies_weights(self) -> bool:  # type: ignore[override]
+        """Whether ONNX Runtime packs the weights of a part."""
+        return not self.low_memory
 
     def session(self, source: Source, level: Level | None = None, low_memory: bool | None = None) -> Session:
         """Loads a model; raises what ONNX Runtime raises.
@@ -98,6 +111,105 @@ class OnnxEngine(Engine):
         """Returns a tensor as an array."""
         return as_array(value)
 
+    def ways(self, model: OnnxModel) -> Iterator[tuple[str, Callable[[], Session]]]:
+        """Yields ONNX Runtime's optimizer off and on; what it packs does not fit where memory is tight."""
+        parts = model.detached()
+        levels: tuple[Level, ...] = ("none",) if self.low_memory else ("none", "all")
+        for level in levels:
+            how = f"with ONNX Runtime's optimizer {'off' if level == 'none' else 'on'}"
+            yield how, functools.partial(self.session, parts, level, level == "none")
+
+    def reference(
+        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[Patch | ConstantPatch], store: ArrayStore | None
+    ) -> OnnxReference:
+        """Makes a session of the whole graph, without ONNX Runtime's optimizer."""
+        whole = extract(walk, 0, len(walk.model.graph.nodes), list(outputs), {})
+        apply_patches(whole, patches)
+        return OnnxReference(self, whole, store)
+
+    def rounded(self, model: OnnxModel, what: str) -> Session:
+        """Loads a model with every weight moved by its rounding error."""
+        return self.whole(_rounded(*model.detached()), what)
+
+    def require_form(self, original: Original, model: OnnxModel, spared: Collection[str]) -> None:
+        """Checks the interface, and that it is valid ONNX if the original was."""
+        assert isinstance(original, OnnxOriginal)
+        require_interface(original, model, spared)
+        require_format(original, model)
+
+    def require_written(
+        self, model: OnnxModel, feeds: Mapping[str, Any], found: Mapping[str, Any], dtype: str
+    ) -> float | None:
+        """Checks a merged decoder, branch by branch, against the flat graph that was cut."""
+        merged = model.merged
+        if merged is None:
+            return None
+        proto, arrays = model.as_written()
+        require_signature(merged.shell, proto, merged.sizes(model.resized))
+        require_valid(without_data(proto))
+        session = self.whole((widen(proto).SerializeToString(), arrays), "the pruned model")
+        worst = 0.0
+        for branch in (merged.first, merged.second):
+            chosen = {**feeds, **merged.feeds(branch, found)}
+            names = {
+                output: name
+                for output, name in zip(merged.shell.graph.node[0].output, branch.outputs, strict=True)
+                if name is not None and name in found
+            }
+            ours = session.run(chosen, list(names), arrays=True)
+            theirs = {output: found[name] for output, name in names.items()}
+            worst = max(worst, require_close(ours, theirs, dtype, f"{branch.attribute} against the flat graph"))
+        return worst
+
+
+class OnnxReference(Reference):
+    """A graph with other values for some constants.
+
+    Args:
+        engine: what runs it.
+        part: the whole of it.
+        store: where weights go that are moved.
+    """
+
+    def __init__(self, engine: OnnxEngine, part: Extracted, store: ArrayStore | None) -> None:
+        self.engine, self.part, self.store = engine, part, store
+        self.session = engine.session(part, "none", low_memory=True)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns its outputs, without ONNX Runtime's optimizer."""
+        return self.session.run(feeds, arrays=True)
+
+    @functools.cached_property
+    def _moved(self) -> Session:
+        return self.engine.session(_rounded(self.part.serialise(), self.part.weights, self.store), "none", low_memory=True)
+
+    @functools.cached_property
+    def _optimized(self) -> Session:
+        return self.engine.session(self.part, "all", low_memory=False)
+
+    def rounded(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns them with every weight moved by its rounding error."""
+        return self._moved.run(feeds, arrays=True)
+
+    def reordered(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns them with ONNX Runtime's optimizer, which computes in another order."""
+        return self._optimized.run(feeds, arrays=True)
+
+
+def _rounded(model: bytes, arrays: Mapping[str, Any], store: ArrayStore | None = None) -> tuple[bytes, dict[str, Any]]:
+    """Returns a model, and the data of its large weights, with every weight moved by its rounding error.
+
+    The large ones are in ``store`` then, if there is one.
+    """
+    rng = np.random.default_rng(0)
+    proto = onnx.ModelProto.FromString(model)
+    for tensor in proto.graph.initializer:
+        if tensor.name not in arrays:
+            value = nudged(onnx.numpy_helper.to_array(tensor), rng)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    moved = ((name, nudged(value, rng)) for name, value in arrays.items())
+    return proto.SerializeToString(), {name: v if store is None else store.put(v) for name, v in moved}
+
 
 class OnnxPart(Part):
     """A session that returns tensors, and sums of activations beside them.
@@ -138,9 +250,13 @@ class OnnxPart(Part):
 
 
 def run_session(
-    session: Runner, feeds: Mapping[str, Value], outputs: Sequence[str], arrays: Sequence[str]
+    session: Runner,
+    feeds: Mapping[str, Value],
+    outputs: Sequence[str],
+    arrays: Sequence[str],
+    engine: str = OnnxEngine.name,
 ) -> dict[str, Value]:
-    """Runs a session on one batch; arguments as ``Session.run``.
+    """Runs a session on one batch; arguments as ``Session.run``, and what messages call what runs it.
 
     Raises:
         InternalError: it fails. Whether the original fails on that data as well, `verify_model.require_runs` tells.
@@ -154,7 +270,7 @@ def run_session(
         if any(text in str(err) for text in NO_MEMORY):
             raise MemoryError(_line(err)) from err
         part = ", ".join(f"'{name}'" for name in outputs[:3])
-        raise InternalError(f"ONNX Runtime fails on the part of the model that computes {part}: {_line(err)}") from err
+        raise InternalError(f"{engine} fails on the part of the model that computes {part}: {_line(err)}") from err
 
 
 def apply_patches(segment: Extracted, patches: Sequence[Patch | ConstantPatch]) -> None:

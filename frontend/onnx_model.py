@@ -269,6 +269,10 @@ class OnnxModel:
         proto, arrays = self.light()
         return widen(proto).SerializeToString(), arrays
 
+    def loadable(self) -> Any:
+        """Returns what an engine loads, of the graph as it is now."""
+        return self.detached()
+
     @property
     def merged(self) -> MergedDecoder | None:
         """What the graph is folded to when it is written, if it came from a merged decoder."""

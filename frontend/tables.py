@@ -20,6 +20,8 @@ INDEX_STEPS = MOVERS | Trait.INDEXES
 
 def vocabulary(model: OnnxModel) -> int | None:
     """Returns the number of rows of the table that token ids look up: the largest of those read by a graph input."""
+    if model.traced:
+        return max(looked_up(model).values(), default=None)
     roles = Signature.read(model.inputs(), None).roles
     inputs = {t.name for t in model.graph.inputs if roles.get(t.name) != "position"}
     sizes = []
@@ -40,7 +42,7 @@ def looked_up(model: OnnxModel) -> dict[str, int]:
     inputs = {t.name for t in model.graph.inputs}
     rows: dict[str, int] = {}
     for node in model.graph.nodes:
-        if node.op != "Gather" or not is_constant(node.inputs[0]) or is_constant(node.inputs[1]):
+        if node.op not in ("Gather", "embedding") or not is_constant(node.inputs[0]) or is_constant(node.inputs[1]):
             continue
         table, index = node.inputs
         while index.inputs and has(index.inputs[0], MOVERS):

@@ -7,7 +7,7 @@ the :class:`State`; it never prints. Long work is told through ``State.progress`
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -78,6 +78,22 @@ class DenseModel(Finding):
         """The file, of an ONNX model."""
         assert isinstance(self.original, OnnxOriginal)
         return self.original
+
+
+@dataclass(frozen=True)
+class OutputNames(Finding):
+    """What a module calls its outputs, by the tensor of its graph."""
+
+    by: ClassVar[str] = "load_module_state"
+    by_tensor: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Probes(Finding):
+    """Inputs on which cuts are rehearsed, of a model for which none can be made up."""
+
+    by: ClassVar[str] = "load_module_state"
+    feeds: tuple[dict[str, Any], ...]
 
 
 @dataclass

@@ -4,10 +4,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liar_opt.frontend.causal import is_causal, positions
-from liar_opt.frontend.live_memory import live_bytes, tensor_sizes
+from liar_opt.frontend.causal import is_causal
+from liar_opt.frontend.either_model import bytes_on
+from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.tables import looked_up, vocabulary
-from liar_opt.frontend.walk import walk_sized
 from liar_opt.passes.base import State
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.plan_memory import TensorSizes
@@ -29,14 +29,20 @@ SIDE_BY_SIDE = 6
 """Batches that are made smaller leave room for so many: three sessions check the result, each takes about twice as much."""
 
 
-def calibrate(state: State, source: Any, options: PruneOptions) -> CalibrationData:
-    """Returns the calibration data of an ONNX model: read, made up, or written by the model itself.
+def calibrate(state: State, source: Any, options: PruneOptions, limit: int | None) -> CalibrationData:
+    """Returns the calibration data of a model: read, made up, or written by the model itself.
+
+    Args:
+        state: the analysed model.
+        source: see :func:`liar_opt.prune`.
+        options: of the run.
+        limit: how many tokens a sample may have at the most; None for any number.
 
     Raises:
         OptionError: it cannot be read, or does not fit the model's inputs.
     """
     fields = {name: value for name, value in options.data().items() if name != "packing"}
-    fields |= {"vocabulary": vocabulary(state.model), "positions": positions(state.model)}
+    fields |= {"vocabulary": vocabulary(state.model), "positions": limit}
     inputs = state.analysed().input_specs()
     if source is None:
         fields["rows"] = looked_up(state.model)
@@ -72,10 +78,9 @@ def fitted(state: State, data: CalibrationData, notes: list[str]) -> Calibration
         notes: gets a sentence where they became smaller.
     """
     dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in state.analysed().input_specs())
-    whole = walk_sized(state.model, data.batches[0]) if dynamic else None
-    if whole is None:
+    sizes = bytes_on(state.model, data.batches[0]) if dynamic else {}
+    if not sizes:
         return data
-    sizes = tensor_sizes(whole)
     need = live_bytes(state.model.graph.nodes, sizes)
     samples = max((len(value) for value in data.batches[0].values() if value.ndim), default=1)
     room, sessions = state.memory.limit, 1

@@ -156,8 +156,12 @@ class Checkpoint:
                 if group.turns:
                     np.savez(temporary / f"turns-{i}.npz", *group.turns)
             for i, values in enumerate(alive):
-                named: dict[str, Any] = {f"v{k}": v for k, v in enumerate(values.values())}
-                np.savez(temporary / f"alive-{i}.npz", names=np.asarray(list(values), dtype=np.str_), **named)
+                # numpy's files know no bfloat16
+                kinds = [v.dtype.name if v.dtype.kind == "V" else "" for v in values.values()]
+                stored = (v.view(np.uint16) if kind else v for v, kind in zip(values.values(), kinds, strict=True))
+                named: dict[str, Any] = {f"v{k}": v for k, v in enumerate(stored)}
+                named |= {"names": np.asarray(list(values), np.str_), "kinds": np.asarray(kinds, np.str_)}
+                np.savez(temporary / f"alive-{i}.npz", **named)
             temporary.rename(place)
         except OSError as err:
             _remove_segment(temporary)
@@ -210,7 +214,9 @@ class Checkpoint:
         try:
             while (file := place / f"alive-{len(result)}.npz").is_file():
                 with np.load(file) as values:
-                    result.append({str(name): values[f"v{k}"] for k, name in enumerate(values["names"])})
+                    words = zip(values["names"], values["kinds"], strict=True)
+                    found = [(str(name), values[f"v{k}"], str(kind)) for k, (name, kind) in enumerate(words)]
+                result.append({name: value.view(kind) if kind else value for name, value, kind in found})
         except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as err:
             raise self._damaged(self.done) from err
         return result

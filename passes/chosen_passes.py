@@ -38,23 +38,50 @@ DECIDING = (AllocateWidthsPass, MeetTargetPass, LimitDropPass)
 
 @dataclass(frozen=True)
 class Chosen:
-    """The passes of one run behind the analysis; None for one that does not run."""
+    """The passes of one run behind the analysis; None for one that does not run.
+
+    Attributes:
+        widths: decides the widths.
+        cut: prunes.
+        curves: measures error curves.
+        search: exchanges widths.
+        verify: checks the result.
+        gradients: notes what some scores need.
+        stating: finds what a checkpoint must say of the widths.
+        fit: makes a module of a cut graph.
+    """
 
     widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
     cut: PruneGroupsPass
     curves: MeasureCurvesPass | None = None
     search: SearchWidthsPass | None = None
     verify: VerifyModelPass = field(default_factory=VerifyModelPass)
+    gradients: Pass[Any] | None = None
+    stating: Pass[Any] | None = None
+    fit: Pass[Any] | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether the widths are decided by pruning."""
+        return isinstance(self.widths, LimitDropPass)
+
+    @property
+    def _gradients_first(self) -> bool:
+        """Whether the widths are decided by a score that needs gradients; else those of what is cut are enough."""
+        return self.limited or (self.curves is not None and self.curves.score == self.cut.score)
 
     @property
     def deciding(self) -> list[Pass[Any]]:
         """Those that decide the widths, in order."""
-        return [step for step in (self.curves, self.widths, self.search) if step is not None]
+        gradients = self.gradients if self._gradients_first else None
+        steps = (gradients, self.curves, self.widths, self.search, self.stating)
+        return [step for step in steps if step is not None]
 
     @property
     def cutting(self) -> list[Pass[Any]]:
         """Those that come behind."""
-        return [self.verify] if isinstance(self.widths, LimitDropPass) else [self.cut, self.verify]
+        gradients, cut = None if self._gradients_first else self.gradients, None if self.limited else self.cut
+        return [step for step in (gradients, cut, self.verify, self.fit) if step is not None]
 
 
 def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:

@@ -32,7 +32,7 @@ from liar_opt.runtime.errors import ModelError, OptionError
 class FinalFields(Finding):
     """What the configuration of a checkpoint must say for the widths that were decided."""
 
-    by: ClassVar[str] = "final_fields"
+    by: ClassVar[str] = "state-fields"
     changes: tuple[FieldChange, ...]
 
 
@@ -223,16 +223,26 @@ def _planned(state: State, groups: Sequence[ChannelGroup], keep: Mapping[str, in
     return Planned(shapes, sizes, ratios, {walk.algebra.size(parts[-1]) for parts in leaves})
 
 
-def final_fields(state: State) -> tuple[FieldChange, ...]:
-    """Returns what the configuration must say for the widths that were decided, before any of the work.
+@dataclass(frozen=True)
+class StateFieldsPass(Pass[tuple[FieldChange, ...]]):
+    """Find what the configuration must say for the widths that were decided, before any of the work."""
 
-    Raises:
-        OptionError: it cannot say them.
-    """
-    expressible = state.found(Expressible)
-    fields = _fields(state, state.groups, state.keep, expressible.places)
-    fields = _fields(state, state.groups, state.keep) if fields is None else fields
-    if fields is None:
-        module = module_of(state)
-        raise OptionError(inexpressible(module))
-    return fields
+    name: ClassVar[str] = "state-fields"
+
+    def plan(self, state: State) -> tuple[FieldChange, ...]:
+        """Returns the fields.
+
+        Raises:
+            OptionError: it cannot say the widths.
+        """
+        expressible = state.found(Expressible)
+        fields = _fields(state, state.groups, state.keep, expressible.places)
+        fields = _fields(state, state.groups, state.keep) if fields is None else fields
+        if fields is None:
+            raise OptionError(inexpressible(module_of(state)))
+        return fields
+
+    def apply(self, state: State, plan: tuple[FieldChange, ...]) -> PassResult:
+        """Adds them."""
+        state.add(FinalFields(plan))
+        return PassResult(state)

@@ -53,7 +53,7 @@ DRAWS = 4
 class Gradients(Finding):
     """The gradients of each group's blocks, by its name."""
 
-    by: ClassVar[str] = "prune_module"
+    by: ClassVar[str] = "note-gradients"
     by_group: Mapping[str, Any]
 
 

@@ -70,7 +70,8 @@ def cut_on_onnx(visitor: CutGroups, groups: Sequence[ChannelGroup]) -> None:
 def _exported(state: State) -> State:
     model = state.model
     assert isinstance(model, FxModel) and model.module is not None
-    exported = load_state(export_onnx(model.module, state.found(OpenedModule).example, symbolic_axes(model.signature)))
+    made = export_onnx(model.module, state.found(OpenedModule).example, symbolic_axes(model.signature))
+    exported = load_state(made, state.memory.limit if state.memory.asked else None)
     exported.progress, exported.calibration = state.progress, state.calibration
     Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(exported)
     return exported

@@ -8,8 +8,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from liar_opt.frontend.fx_module import BATCH, FxModel, example_from, lower, token_lengths, trace
-from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.fx_engine import FAILURES
+from liar_opt.frontend.fx_module import BATCH, Executor, FxModel, example_from, lower, to_numpy, token_lengths, trace
 from liar_opt.frontend.hf_checkpoint import (
     checkpoint_folder,
     example_inputs,
@@ -22,11 +22,12 @@ from liar_opt.frontend.hf_checkpoint import (
 )
 from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
 from liar_opt.frontend.plain_module import evaluating, plain_module
-from liar_opt.passes.base import DenseModel, Finding, Opened, State
+from liar_opt.passes.base import DenseModel, Finding, Opened, OutputNames, Probes, State
 from liar_opt.passes.open_model import model_sizes
-from liar_opt.passes.plan_memory import TensorSizes
+from liar_opt.passes.options import PruneOptions
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.memory import Memory
 from liar_opt.runtime.sessions import PROVIDERS
 
 if TYPE_CHECKING:
@@ -40,14 +41,12 @@ class OpenedModule(Finding):
 
     Attributes:
         example: the batch that it was traced with, by argument.
-        outputs: the names of the module's outputs, by those of the traced graph.
         folder: that of its checkpoint; None for a module in memory.
         stock: whether it is a model of transformers.
     """
 
     by: ClassVar[str] = "load_module_state"
     example: dict[str, Any]
-    outputs: Mapping[str, str]
     folder: Path | None
     stock: bool
 
@@ -65,49 +64,56 @@ def module_of(state: State) -> torch.nn.Module:
     return module
 
 
-def vocabulary(model: FxModel) -> int | None:
-    """Returns how many token ids there are: rows of the shortest table that an input looks up, of the inputs the most."""
-    inputs = {t.name for t in model.graph.inputs}
-    rows: dict[str, int] = {}
-    for node in model.graph.nodes:
-        if node.op == "embedding" and is_constant(node.inputs[0]) and node.inputs[1].name in inputs:
-            size, name = int(node.inputs[0].shape[0]), node.inputs[1].name
-            rows[name] = min(size, rows.get(name, size))
-    return max(rows.values(), default=None)
+def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, options: PruneOptions) -> tuple[State, Any]:
+    """Takes a module from memory or from a checkpoint, traces it and lowers it; names the calibration data.
 
-
-def load_module_state(
-    model: torch.nn.Module | str | Path,
-    calibration: Any,
-    example: Any,
-    allow_pickle: bool,
-    provider: str = "cpu",
-    batch_size: int = 32,
-) -> tuple[State, Any]:
-    """Takes a module from memory or from a checkpoint, traces it and lowers it; names the calibration data."""
+    Raises:
+        ModelError: it cannot be loaded or traced.
+        OptionError: nothing says what its inputs are.
+    """
     folder: Path | None = None
     notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)):
-        folder = checkpoint_folder(model, allow_pickle)
-        module = load_module(folder, allow_pickle).to(_device(provider))
+        folder = checkpoint_folder(model, options.allow_pickle)
+        module = load_module(folder, options.allow_pickle).to(_device(options.provider))
     else:
         module, notes = plain_module(model)
-    calibration = named_source(module, calibration, batch_size)
-    example = example if example is None else named_batch(module, example, "example")
+    calibration = named_source(module, calibration, options.batch_size)
+    example = None if options.example is None else named_batch(module, options.example, "example")
     with evaluating(module), without_cache(module):
         feeds, program = _traced(module, calibration, example)
         lowered = lower(program, module, folder)
         names = _output_names(module, feeds, lowered)
     lowered.notes += notes
-    state = State(lowered)
-    # What a traced graph's tensors take is not known: the plan of the memory has widths alone to go by.
+    state = State(lowered, memory=Memory.of(options.memory))
     state.add(
         DenseModel(lowered.original),
         Opened(model_sizes(lowered)),
-        OpenedModule(feeds, names, folder, is_stock(module)),
-        TensorSizes({}),
+        OpenedModule(feeds, folder, is_stock(module)),
+        OutputNames(names),
+        _probes(lowered, feeds),
     )
     return state, calibration
+
+
+def _probes(model: FxModel, example: Mapping[str, torch.Tensor]) -> Probes:
+    """Returns the example, and where the trace has left sizes open a part of it that is one shorter along each of them.
+
+    A smaller one that the module does not take says nothing, and is left out.
+    """
+    arrays = {name: to_numpy(value) for name, value in example.items()}
+    smaller = dict(arrays)
+    for spec in model.signature:
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str) and spec.name in smaller and arrays[spec.name].shape[axis] > 1:
+                smaller[spec.name] = smaller[spec.name].take(range(arrays[spec.name].shape[axis] - 1), axis)
+    if all(smaller[name].shape == value.shape for name, value in arrays.items()):
+        return Probes((arrays,))
+    try:
+        Executor(model, model.device).run(smaller)
+    except FAILURES:
+        return Probes((arrays,))
+    return Probes((arrays, smaller))
 
 
 def _traced(

@@ -43,7 +43,6 @@ class Description:
         shown: the command's own help, where that must say something else.
         demo: whether ``liar-opt demo`` has it.
         data: whether it says how calibration data is read.
-        onnx_only: whether a torch module must have its default.
     """
 
     help: str = ""
@@ -57,7 +56,6 @@ class Description:
     shown: str = ""
     demo: bool = True
     data: bool = False
-    onnx_only: bool = False
 
 
 def documented(thing: Any) -> dict[str, str]:
@@ -144,12 +142,12 @@ class PruneOptions:
     )
     ffn: float | None = field(default=None, metadata=_ratio("ffn"))
     heads: float | None = field(default=None, metadata=_ratio("heads"))
-    values: float | None = field(default=None, metadata=_ratio("values", onnx_only=True))
+    values: float | None = field(default=None, metadata=_ratio("values"))
     value_cut: str = field(
-        default=PruneGroupsPass.value_cut, metadata=_of(PruneGroupsPass, "value_cut", choices=VALUE_CUTS, onnx_only=True)
+        default=PruneGroupsPass.value_cut, metadata=_of(PruneGroupsPass, "value_cut", choices=VALUE_CUTS)
     )
-    query_key: float | Literal["auto"] | None = field(default=None, metadata=_ratio("query_key", onnx_only=True))
-    recurrent: float | None = field(default=None, metadata=_ratio("recurrent", onnx_only=True))
+    query_key: float | Literal["auto"] | None = field(default=None, metadata=_ratio("query_key"))
+    recurrent: float | None = field(default=None, metadata=_ratio("recurrent"))
     multiple_of: int = field(
         default=AllocateWidthsPass.multiple_of, metadata=_of(AllocateWidthsPass, "multiple_of", kind=int, metavar="N")
     )
@@ -166,7 +164,7 @@ class PruneOptions:
     allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
     search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
     passes: str | None = field(
-        default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False, onnx_only=True)
+        default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )
     score: str | ScoreFunction = field(
         default=PruneGroupsPass.score, metadata=_of(PruneGroupsPass, "score", choices=tuple(SCORES))
@@ -190,12 +188,10 @@ class PruneOptions:
     mask_input: str | None = field(default=None, metadata=_told("calibration", metavar="NAME", demo=False, data=True))
     packing: str = field(default="auto", metadata=_told("calibration", choices=PACKINGS, demo=False, data=True))
     provider: str = field(default="auto", metadata=_told("calibration", choices=PROVIDERS))
-    memory: int | str | None = field(default=None, metadata=_told("calibration", metavar="SIZE", onnx_only=True))
+    memory: int | str | None = field(default=None, metadata=_told("calibration", metavar="SIZE"))
     resume: str | Path | None = field(
         default=None,
-        metadata=_told(
-            "calibration", kind=Path, metavar="FOLDER", more="without FOLDER, beside the output", demo=False, onnx_only=True
-        ),
+        metadata=_told("calibration", kind=Path, metavar="FOLDER", more="without FOLDER, beside the output", demo=False),
     )
     fresh: bool = field(default=False, metadata=_told("calibration", flag="--fresh", sets=True, demo=False))
     seed: int = field(default=0, metadata=_told("calibration", kind=int, metavar="N", data=True))
@@ -211,7 +207,6 @@ class PruneOptions:
             shown="a shared library with operators that ONNX Runtime lacks and the model needs; it runs code (repeatable)",
             kind=Path,
             metavar="LIBRARY",
-            onnx_only=True,
         ),
     )
     dry_run: bool = field(

@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from liar_opt.frontend.live_memory import tensor_sizes
-from liar_opt.frontend.walk import walk_sized
+from liar_opt.frontend.either_model import bytes_on
 from liar_opt.passes.base import Finding, State
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import show_size
@@ -45,8 +44,7 @@ def sizes_of(state: State) -> Mapping[str, int]:
     sizes = state.get(TensorSizes)
     if sizes is None:
         assert state.calibration is not None
-        whole = walk_sized(state.model, state.calibration.batches[0])
-        sizes = TensorSizes({} if whole is None else tensor_sizes(whole))
+        sizes = TensorSizes(bytes_on(state.model, state.calibration.batches[0]))
         state.add(sizes)
     return sizes.bytes
 

@@ -1,10 +1,11 @@
 """Prove every group on the graph itself before anything is measured: doubt costs sparsity, never the run.
 
 The cut is rehearsed on a copy of the graph with made-up moments: blocks of every group go, what stays gets other weights
-and a bias, by the very code that cuts later. The copy must be a valid model with the same interface, load in ONNX Runtime
-with its optimizer on and off, and compute what the original computes when the removed rows of every consumer are zero, at
-several sets of input sizes that differ in batch and in length. Where that fails, the groups at fault are found by
-bisection; they are left alone, each with its reason, and the rest is proved without them.
+and a bias, by the very code that cuts later. The copy must be a valid model with the same interface, load in every way in
+which it will be run (in ONNX Runtime with its optimizer on and off), and compute what the original computes when the
+removed rows of every consumer are zero, at several sets of input sizes that differ in batch and in length (of a module: at
+those of its example, and where the trace has left sizes open at smaller ones). Where that fails, the groups at fault are
+found by bisection; they are left alone, each with its reason, and the rest is proved without them.
 
     failure(G)   None where the cut of all groups of G together is right, else what is wrong
     proved(A, C) A + C where failure(A + C) is None; A where C is one group, which is at fault; else the halves of C in turn
@@ -12,7 +13,6 @@ bisection; they are left alone, each with its reason, and the rest is proved wit
 Each group at fault costs about log2 of their number in rehearsals, however many cause a failure together.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.causal import positions
-from liar_opt.frontend.onnx_engine import OnnxEngine
-from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
-from liar_opt.frontend.onnx_segments import Extracted, extract, plan_segments
-from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.either_model import analysis_of
+from liar_opt.frontend.engine import ConstantPatch, Patch, Reference
+from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.frontend.tables import looked_up, vocabulary
-from liar_opt.frontend.walk import GraphWalk, walk
-from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
+from liar_opt.frontend.walk import GraphWalk
+from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, Probes, State
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured, Repaired
@@ -38,18 +37,14 @@ from liar_opt.passes.verify_model import (
     dense_session,
     first_samples,
     least_precision,
-    require_format,
-    require_interface,
-    rounded,
     spread_bias,
 )
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 from liar_opt.runtime.errors import LiarOptError, OptionError
-from liar_opt.runtime.memory import Memory
 from liar_opt.runtime.moments import MadeUpMoments
-from liar_opt.runtime.sessions import Level, Runner
+from liar_opt.runtime.sessions import Runner
 from liar_opt.runtime.signatures import InputSpec, Signature
 
 BATCHES = (2, 3, 1)
@@ -187,24 +182,20 @@ class Proof:
     Args:
         state: the analysed model, not cut yet.
         cut: how groups are cut; score and repair are those of a rehearsal.
-        feeds: inputs to compare on; None makes some up.
+        feeds: inputs to compare on; None takes those of the state, or makes some up.
     """
 
     def __init__(self, state: State, cut: PruneGroupsPass, feeds: Sequence[dict[str, Any]] | None = None) -> None:
-        self.state = state
-        engine = state.engine()
-        assert isinstance(engine, OnnxEngine)
-        self.engine = engine
-        self.stored = state.found(DenseModel).stored
+        self.state, self.engine = state, state.engine()
+        self.original = state.found(DenseModel).original
         self.cut = rehearsal_of(cut)
         self.precision = least_precision(state.model)
         # What an operator leaves open cannot be compared.
         self.outputs = [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
-        self.feeds = list(probe_feeds(state, self._dense) if feeds is None else feeds)
-
-    @functools.cached_property
-    def _dense(self) -> Runner:
-        return dense_session(self.state)
+        known = state.get(Probes)
+        if feeds is None:
+            feeds = probe_feeds(state, dense_session(state)) if known is None else known.feeds
+        self.feeds = list(feeds)
 
     def faults(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> dict[str, str]:
         """Returns the groups that cannot be cut, with the reason of each.
@@ -219,42 +210,43 @@ class Proof:
 
     def failure(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> Failure | None:
         """Returns what is wrong with the cut of some groups together, or None."""
+        analysed, memory = self.state.analysed(), self.state.memory
         try:
             rehearsal = self._rehearse(keep, blocks)
             model = rehearsal.state.model
-            require_interface(self.stored, model, rehearsal.walk.spared)
-            require_format(self.stored, model)
-            reference = Reference(
-                self.state.memory, self.engine, masked_graph(self.state.analysed(), rehearsal, self.outputs)
-            )
+            self.engine.require_form(self.original, model, rehearsal.walk.spared)
+            patches = masked_patches(analysed, rehearsal)
+            store = ArrayStore(memory.store.folder) if memory.low else None
+            reference = self.engine.reference(analysed, self.outputs, patches, store)
         except RaisedAt as err:
             return Failure(str(err), err.group)
         except (MemoryError, OSError):
             raise
         except Exception as err:
             return Failure(_line(err))
-        parts, ends = model.detached(), rehearsal.rewriter.ends()
-        for level in self._levels():
-            how = f"with ONNX Runtime's optimizer {'off' if level == 'none' else 'on'}"
+        ends = rehearsal.rewriter.ends()
+        expected: dict[int, dict[str, Any]] = {}
+        for turn, (how, load) in enumerate(self.engine.ways(model)):
             try:
-                session = self.engine.session(parts, level, low_memory=level == "none")
+                session = load()
             except Exception as err:
                 return Failure(f"{how} the cut graph cannot be loaded: {_line(err)}")
-            for feeds in self.feeds if level == "none" else self.feeds[:OPTIMIZED]:
-                wrong = self._wrong(session, feeds, reference, ends, level)
+            for number, feeds in enumerate(self.feeds[:OPTIMIZED] if turn else self.feeds):
+                try:
+                    if number not in expected:
+                        expected[number] = cut_arrays(reference.run(feeds), ends)
+                except Exception as err:
+                    return Failure(f"the masked original fails ({_line(err)}) at {sizes_of(feeds)}, {how}")
+                wrong = self._wrong(session, feeds, reference, ends, expected[number], turn > 0)
                 if wrong is not None:
                     return Failure(f"{wrong} at {sizes_of(feeds)}, {how}")
         return None
 
-    def _levels(self) -> tuple[Level, ...]:
-        """How far ONNX Runtime's optimizer goes, in turns; what it packs does not fit where memory is tight."""
-        return ("none",) if self.state.memory.low else ("none", "all")
-
     def _rehearse(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> "Rehearsal":
         """Cuts a copy of the model."""
-        model = self.stored.model()
+        model = self.original.model()
         model.normalise()
-        analysed = walk(model)
+        analysed = analysis_of(model)
         found = find_groups(analysed, known=True)
         data = CalibrationData(tuple(self.feeds), (None,) * len(self.feeds), 0, 0, "probes", (), True)
         # What a rehearsal writes goes from the disk with it.
@@ -268,13 +260,15 @@ class Proof:
         return state.found(Rehearsed).run
 
     def _wrong(
-        self, session: Runner, feeds: dict[str, Any], reference: "Reference", ends: Mapping[str, Any], level: Level
+        self,
+        session: Runner,
+        feeds: dict[str, Any],
+        reference: Reference,
+        ends: Mapping[str, Any],
+        expected: Mapping[str, Any],
+        again: bool,
     ) -> str | None:
-        """Returns how a cut model differs from the masked original on a probe, or None."""
-        try:
-            expected = cut_arrays(reference.run(feeds), ends)
-        except Exception as err:
-            return f"the masked original fails ({_line(err)})"
+        """Returns how a cut model differs from the masked original on a probe, or None; ``again`` in another way."""
         try:
             found = session.run(cut_arrays(feeds, ends), self.outputs, arrays=True)
         except Exception as err:
@@ -285,89 +279,48 @@ class Proof:
                 continue
             # A model may magnify rounding by itself, or draw random numbers: ask it, before blaming the cut.
             moved = relative_difference(cut_arrays(reference.rounded(feeds), ends)[name], value)
-            if level == "all":
-                other = cut_arrays(reference.optimized(feeds), ends)[name]
+            if again:
+                other = cut_arrays(reference.reordered(feeds), ends)[name]
                 moved, apart = (
                     max(moved, relative_difference(other, value)),
                     min(apart, relative_difference(found[name], other)),
                 )
-            again = relative_difference(cut_arrays(reference.again(feeds), ends)[name], value)
-            if not apart <= allowed_difference(self.precision, moved) and again <= REPEATED:
+            repeated = relative_difference(cut_arrays(reference.run(feeds), ends)[name], value)
+            if not apart <= allowed_difference(self.precision, moved) and repeated <= REPEATED:
                 return f"output '{name}' differs by {apart:.1e}"
         return None
 
 
-class Reference:
-    """The masked original, run without ONNX Runtime's optimizer."""
-
-    def __init__(self, memory: Memory, engine: OnnxEngine, part: Extracted) -> None:
-        self.memory, self.engine, self.part = memory, engine, part
-        self.session = engine.session(part, "none", low_memory=True)
-        self._known: dict[int, dict[str, NDArray[Any]]] = {}
-
-    def run(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """Returns what it gives on a probe."""
-        if id(feeds) not in self._known:
-            self._known[id(feeds)] = self.again(feeds)
-        return self._known[id(feeds)]
-
-    def again(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """Runs it once more."""
-        return self.session.run(feeds, arrays=True)
-
-    @functools.cached_property
-    def _moved(self) -> Runner:
-        store = ArrayStore(self.memory.store.folder) if self.memory.low else None
-        return self.engine.session(rounded(self.part.serialise(), self.part.weights, store), "none", low_memory=True)
-
-    @functools.cached_property
-    def _optimized(self) -> Runner:
-        return self.engine.session(self.part, "all", low_memory=False)
-
-    def optimized(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """Returns what it gives with ONNX Runtime's optimizer, which computes in another order."""
-        return self._optimized.run(feeds, arrays=True)
-
-    def rounded(self, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """Returns what it gives with every weight moved by its rounding error."""
-        return self._moved.run(feeds, arrays=True)
-
-
-def masked_graph(analysed: GraphWalk, rehearsal: "Rehearsal", outputs: Sequence[str]) -> Extracted:
-    """Returns a graph that nothing was cut out of, with zeros in the removed rows and the new biases.
+def masked_patches(analysed: GraphWalk, rehearsal: "Rehearsal") -> list[Patch | ConstantPatch]:
+    """Returns what makes a graph of it that nothing was cut out of: zeros in the removed rows, and the new biases.
 
     Args:
         analysed: the graph as it was.
         rehearsal: of a copy of it.
-        outputs: what the result computes.
     """
-    whole = extract(analysed, 0, len(analysed.model.graph.nodes), list(outputs), {})
     memory, nodes = rehearsal.memory, {n.name: n for n in analysed.model.graph.nodes}
     uses = {(u.node.name, u.weight_position): u for u in analysed.consumers}
     # A weight that was repaired again is what it became last; biases were added to those before.
-    patches: dict[tuple[str, int], tuple[list[ConsumerUse], NDArray[Any], NDArray[np.float64]]] = {}
+    patches: dict[tuple[str, int], Patch] = {}
     for parts in by_weight(rehearsal.repairs):
         repair = parts[0]
-        own = [uses[u.node.name, u.weight_position] for u in repair.uses]
+        own = tuple(uses[u.node.name, u.weight_position] for u in repair.uses)
         old = own[0].holder.inputs[own[0].weight_position]
         full = np.zeros(old.shape, old.dtype)
         for part in parts:
             full[np.ix_(*part.index)] = part.weight
         full = memory.store.put(full) if memory.low else full
         bias, place = spread_bias(repair, full.shape), (own[0].node.name, own[0].weight_position)
-        patches[place] = own, full, bias + patches[place][2] if place in patches else bias
+        patches[place] = Patch(own, full, bias + patches[place].shift if place in patches else bias)
     forms: dict[tuple[str, int], NDArray[Any]] = {}
     for form in rehearsal.bases.query_forms:
         use = form.source.use
         value = forms.setdefault((use.node.name, use.position), np.array(nodes[use.node.name].inputs[use.position].values))
         value[np.ix_(*form.index)] = form.value
-    repaired = {(use.holder.name, use.weight_position) for own, _, _ in patches.values() for use in own}
-    for (name, position), value in forms.items():
-        if (name, position) not in repaired:  # what was repaired later is in that basis
-            patch_constant(whole, [(nodes[name], position)], value)
-    for own, full, bias in patches.values():
-        patch_consumer(whole, own, full, bias)
-    return whole
+    repaired = {(use.holder.name, use.weight_position) for patch in patches.values() for use in patch.uses}
+    # What was repaired later is in that basis.
+    left = [ConstantPatch((nodes[n], at), value) for (n, at), value in forms.items() if (n, at) not in repaired]
+    return [*left, *patches.values()]
 
 
 def probe_feeds(state: State, session: Runner) -> list[dict[str, Any]]:

@@ -4,20 +4,23 @@
 needs the code that made it.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Observer, Progress, no_progress
-from liar_opt.passes.gradient_scores import Labelled, Loss, require_labels
+from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
 from liar_opt.passes.model_job import ModelJob, inspect_model
+from liar_opt.passes.onnx_backend import OnnxBackend
 from liar_opt.passes.open_model import is_module_source
-from liar_opt.passes.options import PACKINGS, PruneOptions, documentation
-from liar_opt.passes.registry import lookup
+from liar_opt.passes.options import PruneOptions, documentation
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
+from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.sessions import custom_operators
 
 
@@ -40,12 +43,18 @@ def inspect(
         ModelError: the model cannot be read.
         OptionError: a library of operators cannot be loaded.
     """
+    options = PruneOptions(provider="cpu", example=example, allow_pickle=allow_pickle)
     with custom_operators(_libraries(custom_ops)):
-        if is_module_source(model):
-            from liar_opt.passes.module_job import inspect_module
+        return inspect_model(_backend(model).open(model, None, options))
 
-            return inspect_module(model, example=example, allow_pickle=allow_pickle)
-        return inspect_model(model)
+
+def _backend(model: Any) -> type[Backend]:
+    """Returns what works on a model."""
+    if is_module_source(model):
+        from liar_opt.passes.module_backend import TorchBackend
+
+        return TorchBackend
+    return OnnxBackend
 
 
 def prune(
@@ -155,14 +164,10 @@ def prune(
         progress=progress,
         observer=observer,
     )
-    if is_module_source(model):
-        from liar_opt.passes.module_job import prune_module
-
-        return prune_module(model, calibration, options)
+    start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
+    opening.require_possible(calibration, options)
     with custom_operators(_libraries(custom_ops)):
-        require_labels(score, loss, labelled, torch_module=False)
-        lookup("packing", dict.fromkeys(PACKINGS), packing)
-        return ModelJob(model, calibration, options).run()
+        return ModelJob(opening.open(model, calibration, options), start, watch).run()
 
 
 if prune.__doc__ is not None:  # it is where Python runs with -OO

@@ -19,9 +19,9 @@ from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.base import Change, State
 from liar_opt.passes.express_widths import FinalFields
+from liar_opt.passes.fit_module import CutModule
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.open_module import OpenedModule
-from liar_opt.passes.verify_module import CutModule
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.whole_file import whole_file

@@ -314,7 +314,7 @@ class Sweep:
             names = live_tensors(self.walk, self.position(first), self.waiting)
             between = len(self.data.batches) * sum(sizes.get(n, 0) for n in names)
             fixed += between if memory.keep(between) else 0
-        if not memory.low:
+        if self.engine.copies_weights:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
         return needs, fixed
 

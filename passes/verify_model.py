@@ -11,32 +11,31 @@
 4. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
+from liar_opt.frontend.either_model import analysis_of
 from liar_opt.frontend.graph_tensors import Narrow, is_constant, is_float, like
 from liar_opt.frontend.live_memory import live_bytes
+from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_engine import NO_MEMORY, run_session
-from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.tables import vocabulary
-from liar_opt.frontend.walk import GraphWalk, walk
-from liar_opt.frontend.weight_files import without_data
-from liar_opt.frontend.widen_graph import widen
-from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
+from liar_opt.frontend.walk import GraphWalk
+from liar_opt.passes.base import DenseModel, Finding, OutputNames, Pass, PassResult, State
 from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prune_groups import ConsumerRepair, Cut
 from liar_opt.passes.sweep import cut_arrays, held_batches
-from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
@@ -129,17 +128,14 @@ class VerifyModelPass(Pass[None]):
             CheckError: one failed.
             ModelError: the model's outputs are not the same twice, or the data does not fit it.
         """
-        dense, cut = state.found(DenseModel).stored, state.found(Cut)
-        require_interface(dense, state.model, state.analysed().spared)
-        ends = cut.ends
-        require_format(dense, state.model)
-        low_memory = state.memory.low
+        dense, cut, engine = state.found(DenseModel).original, state.found(Cut), state.engine()
+        engine.require_form(dense, state.model, state.analysed().spared)
+        ends, low_memory = cut.ends, state.memory.low
         assert state.calibration is not None
-        rounding = folded = None
+        rounding = None
         batches, masks = state.calibration.batches, state.calibration.row_masks
         # Sessions load while the masked original is made, unless that is too much at a time.
-        engine, parts = state.engine(), state.model.detached()
-        loading = later(lambda: engine.whole(parts, "the pruned model"))
+        loading = later(functools.partial(engine.whole, state.model.loadable(), "the pruned model"))
         if low_memory:
             loading.result()
         reference = masked_reference(dense, state.repairs, cut.query_forms)
@@ -150,7 +146,7 @@ class VerifyModelPass(Pass[None]):
         room = _samples_that_fit(state) if low_memory else max(self.exact, self.samples)
         small = first_samples(state, batches[0], min(self.exact, room))
         # The original first: what does not fit it (an image of another size, say) is no fault of the cut.
-        theirs = cut_arrays(run_session(masked, small, whole, whole), ends)
+        theirs = cut_arrays(run_session(masked, small, whole, whole, engine.name), ends)
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
         # An optional that is empty, say; the parts of sequences and maps have names of their own.
         left_out = [o for o in whole if not any(name == o or name.startswith(f"{o}[") for name in theirs)]
@@ -162,8 +158,7 @@ class VerifyModelPass(Pass[None]):
             if low_memory:  # a second set of weights would not fit
                 raise
             # A model that was hurt badly can magnify rounding: ask it how much, before blaming the cut.
-            model, weights = reference.detached()
-            nudged = engine.whole(rounded(model, weights), "the masked original")
+            nudged = engine.rounded(reference, "the masked original")
             moved = cut_arrays(nudged.run(small, whole, arrays=True), ends)
             rounding = max(relative_difference(moved[name], value) for name, value in theirs.items())
             # Where all probabilities are tiny, the steps of a sigmoid are large beside them.
@@ -171,13 +166,13 @@ class VerifyModelPass(Pass[None]):
             exact = require_close(ours, theirs, precision, what, rounding, steps)
             del nudged
         del masked, reference, theirs
-        if state.model.merged is not None:
-            folded = _check_folded(state, cut_arrays(small, ends), ours, precision)
+        folded = engine.require_written(state.model, cut_arrays(small, ends), ours, precision)
         del ours
         original = dense_session(state)
         held = held_batches(len(batches))
         meter, words = DifferenceMeter(), vocabulary(state.model)
         made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
+        named = state.get(OutputNames)
         for done, i in enumerate(held[: self.batches]):
             some = first_samples(state, batches[i], min(self.samples, room))
             x = pruned.run(cut_arrays(some, ends), arrays=True)
@@ -185,7 +180,8 @@ class VerifyModelPass(Pass[None]):
             mask = masks[i]
             mask = mask if mask is None or all(some[k] is batches[i][k] for k in some) else mask[: min(self.samples, room)]
             for name, value in y.items():
-                meter.add(name, x[name], value, mask, holds_logits(name, value.shape, words, made_by.get(name)))
+                shown = name if named is None else named.by_tensor.get(name, name)
+                meter.add(shown, x[name], value, mask, holds_logits(shown, value.shape, words, made_by.get(name)))
             state.progress("verify", done + 1, len(held[: self.batches]))
         outputs, uneven = meter.result(), sorted(meter.uneven)
         state.add(Verification(exact, precision, outputs, rounding, folded, left_out or None, uneven or None))
@@ -193,41 +189,7 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def _check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], precision: str) -> float:
-    """Checks a merged decoder against its flat graph, branch by branch; returns the largest difference.
-
-    Args:
-        state: has the flat model.
-        feeds: inputs of the flat graph.
-        flat: what it gave.
-        precision: of the comparison.
-
-    Raises:
-        CheckError: the interface is another, it is no valid model, or a branch gives something else.
-    """
-    model, merged = state.model, state.model.merged
-    assert merged is not None
-    proto, arrays = model.as_written()
-    _check_interface(merged.shell, proto, merged.sizes(model.resized))
-    _require_valid(without_data(proto))
-    session = state.engine().whole((widen(proto).SerializeToString(), arrays), "the pruned model")
-    worst = 0.0
-    for branch in (merged.first, merged.second):
-        chosen = {**feeds, **merged.feeds(branch, flat)}
-        names = {
-            output: name
-            for output, name in zip(merged.shell.graph.node[0].output, branch.outputs, strict=True)
-            if name is not None and name in flat
-        }
-        ours = session.run(chosen, list(names), arrays=True)
-        theirs = {output: flat[name] for output, name in names.items()}
-        worst = max(worst, require_close(ours, theirs, precision, f"{branch.attribute} against the flat graph"))
-    return worst
-
-
-def masked_reference(
-    dense: OnnxOriginal, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()
-) -> OnnxModel:
+def masked_reference(dense: Original, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> OnnxModel:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
     Where the basis of values was changed, the new weight is one of low rank; queries and keys are q U and k V with zeros
@@ -237,7 +199,7 @@ def masked_reference(
     model = dense.model()
     model.normalise()
     project_queries(model, query_forms)
-    mask_model(walk(model), repairs)
+    mask_model(analysis_of(model), repairs)
     return model
 
 
@@ -311,29 +273,6 @@ def _made_by(tensor: Any) -> str | None:
     return tensor.inputs[0].op if tensor.inputs else None
 
 
-def nudged(value: Any, rng: np.random.Generator) -> Any:
-    """Returns a weight moved by its rounding error, up or down at random; what is no weight stays."""
-    if not is_float(value.dtype) or value.size < 2:
-        return value
-    step = np.spacing(np.abs(value)).astype(value.dtype)
-    return value + step * rng.choice(np.asarray([-1, 1], value.dtype), value.shape)
-
-
-def rounded(model: bytes, arrays: Mapping[str, Any], store: ArrayStore | None = None) -> tuple[bytes, dict[str, Any]]:
-    """Returns a model, and the data of its large weights, with every weight moved by its rounding error.
-
-    The large ones are in ``store`` then, if there is one.
-    """
-    rng = np.random.default_rng(0)
-    proto = onnx.ModelProto.FromString(model)
-    for tensor in proto.graph.initializer:
-        if tensor.name not in arrays:
-            value = nudged(onnx.numpy_helper.to_array(tensor), rng)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
-    moved = ((name, nudged(value, rng)) for name, value in arrays.items())
-    return proto.SerializeToString(), {name: v if store is None else store.put(v) for name, v in moved}
-
-
 def _samples_that_fit(state: State) -> int:
     """Returns how many samples of the first batch the models may be run on under the memory's limit, at least one."""
     assert state.calibration is not None
@@ -365,7 +304,7 @@ def dense_session(state: State) -> Runner:
         ModelError: it cannot be loaded; the message names the operator that is missing.
     """
     known = state.get(DenseSession)
-    return state.engine().whole(state.found(DenseModel).stored) if known is None else known.session.result()
+    return state.engine().whole(state.found(DenseModel).original) if known is None else known.session.result()
 
 
 def require_runs(state: State, session: Runner, every: bool = False) -> None:
@@ -390,7 +329,7 @@ def require_runs(state: State, session: Runner, every: bool = False) -> None:
             made = "liar-opt made them up: give real ones (--calibration), or another sequence length (--sequence-length)"
             fits = "is a size or a token id not what the model was made for? --calibration takes data that fits"
             raise ModelError(
-                f"ONNX Runtime fails on the calibration data ({fed}): {line}; {made if data.synthetic else fits}"
+                f"{state.engine().name} fails on the calibration data ({fed}): {line}; {made if data.synthetic else fits}"
             ) from err
         if not every:
             return
@@ -401,68 +340,3 @@ def least_precision(model: OnnxModel) -> str:
     weights = [c for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1]
     names = {np.dtype(c.kind if isinstance(c, Narrow) else c.dtype).name for c in weights}
     return next((p for p in PRECISION if p in names), "float32")
-
-
-Signature = list[tuple[str, int, list[int | str]]]
-
-
-def _signature(values: Any, resized: dict[str, dict[int, int]] | None = None) -> Signature:
-    """Returns names, element types and shapes; in shapes the axes of ``resized`` have their new sizes."""
-    result = []
-    for value in values:
-        kind = value.type.tensor_type
-        shape: list[int | str] = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
-        for axis, size in (resized or {}).get(value.name, {}).items():
-            shape[axis] = size
-        result.append((value.name, kind.elem_type, shape))
-    return result
-
-
-def _check_interface(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: dict[str, dict[int, int]]) -> None:
-    weights = {t.name for t in dense.graph.initializer}
-    inputs = [i for i in dense.graph.input if i.name not in weights]
-    for what, before, after in (
-        ("inputs", inputs, pruned.graph.input),
-        ("outputs", dense.graph.output, pruned.graph.output),
-    ):
-        if _signature(before, resized) != _signature(after):
-            raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
-
-
-def require_interface(dense: OnnxOriginal, pruned: OnnxModel, spared: Collection[str]) -> None:
-    """Checks that inputs and outputs have the names, types and shapes of the original's.
-
-    Args:
-        dense: the original.
-        pruned: the cut model.
-        spared: caches, which may have lost heads.
-
-    Raises:
-        CheckError: they have not.
-    """
-    resized = {name: axes for name, axes in pruned.resized.items() if name in spared}
-    _check_interface(dense.proto, pruned.light()[0], resized)
-
-
-def require_format(dense: OnnxOriginal, pruned: OnnxModel) -> None:
-    """Checks that a cut model is valid ONNX, if the original is.
-
-    Raises:
-        CheckError: it is not.
-    """
-    # Graphs that ONNX Runtime's optimizer wrote may be refused from the start: they are no worse for being smaller.
-    _require_valid(pruned.skeleton(), lambda: _checker_error(dense.model().skeleton()) is None)
-
-
-def _require_valid(proto: onnx.ModelProto, was_valid: Callable[[], bool] = lambda: True) -> None:
-    error = _checker_error(proto)
-    if error is not None and was_valid():
-        raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(error).split())[:300]}") from error
-
-
-def _checker_error(proto: onnx.ModelProto) -> Exception | None:
-    try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as err:
-        return err
-    return None

@@ -448,7 +448,7 @@ def test_heads_that_no_number_can_say_are_refused_before_the_work(
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("liar_opt.passes.module_job.load_calibration", work)
+    monkeypatch.setattr("liar_opt.passes.calibrate.load_calibration", work)
     assert main([str(tmp_path / "model"), "--heads", "0.2", "-o", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "nothing would go: of 5 heads the configuration of LlamaForCausalLM can say 1, no other" in told

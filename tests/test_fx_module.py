@@ -15,10 +15,10 @@ import liar_opt
 from liar_opt.frontend.fx_module import Executor, Sym, analyse, example_from, lower, trace
 from liar_opt.frontend.fx_onnx import export_onnx
 from liar_opt.frontend.hf_checkpoint import without_cache
+from liar_opt.frontend.tables import vocabulary
 from liar_opt.passes.find_groups import find_groups
-from liar_opt.passes.open_module import vocabulary
 from liar_opt.passes.result import ModuleResult
-from liar_opt.runtime.errors import InternalError, ModelError, OptionError
+from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 from liar_opt.runtime.sessions import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -431,7 +431,7 @@ def test_a_list_of_tensors_is_named() -> None:
 
 
 def test_whose_fault_a_failing_part_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module runs on the data: it is ours. It does not: it is the data's, and the sizes are named."""
+    """The module runs on the data: it is ours, and the group is left alone. It does not: it is the data's, in any batch."""
 
     class Placed(nn.Module):
         def __init__(self) -> None:
@@ -446,9 +446,11 @@ def test_whose_fault_a_failing_part_is(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(40).reshape(8, 5) % 9
     module = Placed().eval()
     options: dict[str, Any] = {"ffn": 0.5, "latency": False, "example": {"input_ids": ids[:2]}}
-    monkeypatch.setattr("liar_opt.passes.module_job.vocabulary", lambda model: None)
+    monkeypatch.setattr("liar_opt.passes.calibrate.vocabulary", lambda model: None)
     with pytest.raises(ModelError, match=r"torch fails on the calibration data \('input_ids' \[8, 5\]\)"):
         liar_opt.prune(module, {"input_ids": ids + 7}, **options)
+    with pytest.raises(ModelError, match=r"torch fails on the calibration data \('input_ids' \[8, 5\]\)"):
+        liar_opt.prune(module, [{"input_ids": ids}, {"input_ids": ids + 7}], batch_size=8, **options)
 
     def fail(self: Any, inputs: Any, nodes: Any = None, wanted: Any = None) -> Any:
         if nodes is not None:
@@ -457,5 +459,5 @@ def test_whose_fault_a_failing_part_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
     run = Executor.run
     monkeypatch.setattr(Executor, "run", fail)
-    with pytest.raises(InternalError, match="torch fails on a part of the model: broken"):
+    with pytest.raises(CheckError, match=r"would be wrong .*torch fails on a part of the model: broken"):
         liar_opt.prune(module, {"input_ids": ids}, **options)

@@ -198,7 +198,7 @@ def _files(path: Path, place: Path) -> Files:
             f"folder '{path}' has no model.onnx, no onnx/model.onnx and no config.json of a checkpoint; give the path of "
             "an ONNX model or of a checkpoint"
         )
-    from liar_opt.passes.module_job import export_checkpoint
+    from liar_opt.passes.module_backend import export_checkpoint
 
     place.mkdir()
     export_checkpoint(path, place / "model.onnx")

@@ -12,8 +12,8 @@ from liar_opt.frontend.rules.operators import OPERATORS
 from liar_opt.frontend.rules.table import Op
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.open_module import load_module_state
-from liar_opt.passes.prove_groups import Failure, groups_at_fault
-from liar_opt.passes.prove_module import ProveModuleGroupsPass, failure, probe_sizes
+from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.prove_groups import Failure, Proof, ProveGroupsPass, groups_at_fault
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.result import ModuleResult
 
@@ -62,13 +62,13 @@ def test_a_wrong_rule_costs_its_group() -> None:
 
 
 def test_right_rules_are_proved_at_two_sizes() -> None:
-    state, _ = load_module_state(Rolled().eval(), data(), None, False)
+    state, _ = load_module_state(Rolled().eval(), data(), PruneOptions())
     FindModuleGroupsPass()(state)
     (group,) = state.groups
-    probes = probe_sizes(state)
-    assert [tuple(p["tokens"].shape) for p in probes] == [(3, 7), (2, 6)]
-    assert failure(state, PruneGroupsPass(), {group.name: 5}, probes) is None
-    assert ProveModuleGroupsPass(PruneGroupsPass())(state).refusals == () and state.groups == (group,)
+    proof = Proof(state, PruneGroupsPass())
+    assert [tuple(p["tokens"].shape) for p in proof.feeds] == [(3, 7), (2, 6)]
+    assert proof.failure({group.name: 5}, {}) is None
+    assert ProveGroupsPass(PruneGroupsPass())(state).refusals == () and state.groups == (group,)
 
 
 def test_bisection_finds_every_group_at_fault() -> None:

@@ -62,10 +62,10 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures latency for no longer than it takes."""
-    from liar_opt.passes import model_job
+    from liar_opt.passes import onnx_backend
     from liar_opt.runtime.latency import measure_latency
 
-    monkeypatch.setattr(model_job, "measure_latency", lambda s, f, **_: measure_latency(s, f, budget=0.0, least=1))
+    monkeypatch.setattr(onnx_backend, "measure_latency", lambda s, f, **_: measure_latency(s, f, budget=0.0, least=1))
 
 
 def listing(folder: Path) -> dict[str, bytes]:

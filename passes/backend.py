@@ -1,0 +1,160 @@
+"""What a run asks of an ONNX graph and of a torch module alike: the job is one (`passes.model_job`), and this is the rest.
+
+What a backend cannot do is said by its ``cannot``, before any work, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from liar_opt.frontend.input_files import Inputs
+from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
+from liar_opt.passes.chosen_passes import Chosen, passes_of_text
+from liar_opt.passes.gradient_scores import require_labels
+from liar_opt.passes.groups import Refusal
+from liar_opt.passes.meet_target import parse_target
+from liar_opt.passes.options import OPTIONS, PACKINGS, PruneOptions
+from liar_opt.passes.registry import lookup
+from liar_opt.passes.report import Report
+from liar_opt.passes.result import PruneResult
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.latency import Latency
+from liar_opt.runtime.self_calibration import SELF
+
+TIMED_SAMPLES = 8
+"""How many of a batch are timed, and counted in its FLOPs."""
+
+
+@dataclass(eq=False)
+class Backend(ABC):
+    """An opened model, with what differs between kinds of them.
+
+    Attributes:
+        state: the model as it was opened, on which nothing ran yet.
+        calibration: what was given as calibration data, with the names of the model's inputs.
+        options: of the run; what the model itself says is filled in.
+        inputs: what the run reads.
+    """
+
+    cannot: ClassVar[Mapping[str, str]] = {}
+    """Why an option does not work: by its name, "target KIND", or "calibration self"."""
+    opened: ClassVar[tuple[type[Finding], ...]] = ()
+    """What was found when it was opened: a run that starts again needs it, too."""
+    gradients: ClassVar[bool] = False
+    """Whether scores may need gradients."""
+
+    state: State
+    calibration: Any
+    options: PruneOptions
+    inputs: Inputs
+
+    @classmethod
+    @abstractmethod
+    def open(cls, model: Any, calibration: Any, options: PruneOptions) -> Backend:
+        """Opens a model, for options that are possible.
+
+        Raises:
+            ModelError: it cannot be read.
+            OptionError: an option does not fit it.
+        """
+
+    @classmethod
+    def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
+        """Checks options that need no model.
+
+        Raises:
+            OptionError: one does not work here, is unknown, or does not fit another.
+        """
+        require_labels(options.score, options.loss, options.labelled, cls.gradients)
+        lookup("packing", dict.fromkeys(PACKINGS), options.packing)
+        asked = [name for name in OPTIONS if options.given(name)]
+        target = options.target
+        if options.passes is not None and cls.cannot:
+            chosen = passes_of_text(options.passes, options)
+            target = getattr(chosen.widths, "target", None)
+            steps = (chosen.widths, chosen.cut)
+            asked += [f.name for step in steps for f in fields(step) if getattr(step, f.name) != f.default]
+        if target is not None:
+            asked.append(f"target {parse_target(target).kind}")
+        if isinstance(calibration, str) and calibration == SELF:
+            asked.append("calibration self")
+        for name in asked:
+            if name in cls.cannot:
+                raise OptionError(cls.cannot[name])
+
+    @abstractmethod
+    def choose(self) -> Chosen:
+        """Returns the passes behind the analysis.
+
+        Raises:
+            OptionError: options exclude each other.
+        """
+
+    @abstractmethod
+    def analysis(self) -> list[Pass[Any]]:
+        """Returns the passes that find the groups, in a model as it was opened."""
+
+    def narrowing(self, required: bool = True) -> list[Pass[Any]]:
+        """Returns the passes that say which widths groups may have; ``required``: of a run, not of an inspection."""
+        return []
+
+    def analyse(self, state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
+        """Runs the analysis; with ``load`` the original is loaded meanwhile, where that takes long.
+
+        Raises:
+            ModelError: the model is at fault.
+        """
+        return Pipeline(passes=self.analysis(), observer=observer)(state)
+
+    def analysed_so(self) -> Analysis:
+        """Returns how copies of the model are analysed."""
+        return Analysis((*self.analysis(), *self.narrowing()), self.opened)
+
+    @abstractmethod
+    def positions(self, state: State) -> int | None:
+        """Returns how long made-up inputs may be; None where nothing limits them."""
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """What measures."""
+
+    @property
+    def where(self) -> str:
+        """What was asked to measure."""
+        return self.options.provider
+
+    def notes(self, state: State) -> Sequence[str]:
+        """Returns what a user should know of how the run is made."""
+        return ()
+
+    def notes_of_inspection(self, state: State) -> Sequence[str]:
+        """Returns what a user should know before a run."""
+        return ()
+
+    @abstractmethod
+    def operations(self, state: State, batch: Mapping[str, Any]) -> int | None:
+        """Returns the floating-point operations of the model as it is now; None where they cannot be counted."""
+
+    @abstractmethod
+    def complete(self, report: Report, state: State) -> None:
+        """Says of the result what this kind of model has beside."""
+
+    @abstractmethod
+    def timed(self, state: State, batch: Mapping[str, Any], aimed: bool) -> Latency | str:
+        """Times the dense and the pruned model side by side; returns a sentence where that is not possible.
+
+        Args:
+            state: behind the checks.
+            batch: what they run on.
+            aimed: whether a time was the target: it is measured longer then.
+        """
+
+    @abstractmethod
+    def result(
+        self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
+    ) -> PruneResult:
+        """Returns what the user gets; without changes of a dry run the model as it came."""

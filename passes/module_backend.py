@@ -1,0 +1,219 @@
+"""torch modules as the job sees them: a trace of ATen operators, run by torch where the module's parameters are.
+
+The module comes back with smaller weights (:attr:`ModuleResult.module`), with the traced graph
+(:attr:`ModuleResult.program`), and for transformers models as a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from liar_opt.frontend.fx_module import to_torch
+from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
+from liar_opt.frontend.hf_checkpoint import positions
+from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.weight_files import lightened, write_model
+from liar_opt.passes.allocate_widths import Expressible
+from liar_opt.passes.backend import Backend
+from liar_opt.passes.base import Change, DenseModel, Opened, OutputNames, Pass, Probes, State
+from liar_opt.passes.checkpoint import Digests
+from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.express_widths import ExpressWidthsPass, StateFieldsPass
+from liar_opt.passes.find_module_groups import FindModuleGroupsPass
+from liar_opt.passes.fit_module import CutModule, FitModulePass
+from liar_opt.passes.gradient_scores import GRADIENT_SCORES, KNOWLEDGE
+from liar_opt.passes.groups import Refusal
+from liar_opt.passes.limit_drop import LimitDropPass
+from liar_opt.passes.module_on_onnx import PruneExportedPass
+from liar_opt.passes.note_gradients import NoteGradientsPass
+from liar_opt.passes.open_module import OpenedModule, load_module_state, module_of, traced_model
+from liar_opt.passes.options import BACKENDS, PruneOptions
+from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.registry import lookup
+from liar_opt.passes.report import Report
+from liar_opt.passes.result import ModuleResult
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.latency import Latency, measure_latency
+
+if TYPE_CHECKING:
+    import torch
+
+TIMED_SECONDS = 0.3
+"""Seconds that timing may take beside a first run of each model, and one more where that takes longer."""
+
+
+def _onnx_alone(name: str) -> str:
+    return f"{name} works on ONNX files alone; prune the exported module, or leave it out"
+
+
+@dataclass(eq=False)
+class TorchBackend(Backend):
+    """A traced module."""
+
+    cannot: ClassVar[Mapping[str, str]] = {
+        "values": _onnx_alone("values"),
+        "value_cut": _onnx_alone("value-cut"),
+        "query_key": _onnx_alone("query-key"),
+        "recurrent": _onnx_alone("recurrent"),
+        "target flops": "targets of flops and latency work on ONNX files alone; give params= or size=, or export it",
+        "target latency": "targets of flops and latency work on ONNX files alone; give params= or size=, or export it",
+        "calibration self": "calibration 'self' works on ONNX files alone; prune the exported module, or give data",
+        "custom_ops": "custom-ops are libraries of ONNX Runtime, and a module runs in torch; leave them out",
+    }
+    opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes)
+    gradients = True
+
+    @classmethod
+    def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
+        """Checks options that need no model."""
+        super().require_possible(calibration, options)
+        lookup("backend", dict.fromkeys(BACKENDS), options.backend)
+        if options.backend == "torch":
+            return
+        if options.labelled is not None or options.score == KNOWLEDGE:
+            raise OptionError(
+                f"score '{options.score}' needs gradients; backend '{options.backend}' has none, give backend 'torch'"
+            )
+        if options.resume is not None:
+            raise OptionError(f"resume keeps what torch measured; leave it or backend '{options.backend}' out")
+
+    @classmethod
+    def open(cls, model: torch.nn.Module | str | Path, calibration: Any, options: PruneOptions) -> TorchBackend:
+        """Takes a module from memory or from a checkpoint, and traces it.
+
+        Args:
+            model: a module (it is not changed), a folder with a transformers checkpoint, or a hub name. Of what
+                ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel hold, the module inside is pruned.
+            calibration: see :func:`liar_opt.prune`.
+            options: of the run.
+
+        Raises:
+            ModelError: the module cannot be loaded or traced.
+            OptionError: an option does not work here, or nothing says what the module's inputs are.
+        """
+        inputs = Inputs((model,), calibration, (options.tokenizer,))
+        state, calibration = load_module_state(model, calibration, options)
+        opened = state.found(OpenedModule)
+        options = replace(
+            options,
+            checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
+            tokenizer=opened.folder if options.tokenizer is None else options.tokenizer,
+        )
+        return cls(state, calibration, options, inputs)
+
+    def choose(self) -> Chosen:
+        """Returns the passes: a checkpoint has one width for all layers, and no new biases."""
+        options, checkpoint = self.options, bool(self.options.checkpoint)
+        uniform = checkpoint if options.uniform is None else options.uniform
+        if options.passes is None:
+            new_bias = not checkpoint if options.new_bias is None else options.new_bias
+            chosen = passes_of_options(replace(options, uniform=None, new_bias=new_bias), self.calibration is not None)
+        else:
+            chosen = passes_of_text(options.passes, options)
+            uniform, new_bias = uniform or chosen.widths.uniform, chosen.cut.new_bias and not checkpoint
+        if uniform and chosen.search is not None:
+            raise OptionError(
+                "a search exchanges widths between layers, and a configuration has one for all of a kind; leave search "
+                "out, or write ONNX with --format onnx (in Python: checkpoint=False)"
+            )
+        pruning = PruneExportedPass if options.backend == "onnxruntime" else PruneGroupsPass
+        cut, widths = pruning(**{**vars(chosen.cut), "new_bias": new_bias}), replace(chosen.widths, uniform=uniform)
+        if isinstance(widths, LimitDropPass):
+            widths = replace(widths, cut=cut)
+        curves = chosen.curves
+        if curves is not None and cut.score in GRADIENT_SCORES and widths.allocate == "curves":
+            curves = replace(curves, score="greedy")  # curves alone are read, no values of that score
+        gradients = None
+        if cut.score in GRADIENT_SCORES:
+            gradients = NoteGradientsPass(str(cut.score), options.loss, options.labelled, options.seed)
+        stating, fit = StateFieldsPass() if checkpoint else None, FitModulePass(checkpoint)
+        return replace(chosen, widths=widths, cut=cut, curves=curves, gradients=gradients, stating=stating, fit=fit)
+
+    def analysis(self) -> list[Pass[Any]]:
+        """Returns the passes that find the groups."""
+        return [FindModuleGroupsPass(traced=not self.options.checkpoint)]
+
+    def narrowing(self, required: bool = True) -> list[Pass[Any]]:
+        """Returns what asks a checkpoint's configuration which widths it can say."""
+        options = self.options
+        asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
+        stored = self.state.found(OpenedModule).folder is not None
+        return [ExpressWidthsPass(asked, required)] if options.checkpoint and (required or stored) else []
+
+    def positions(self, state: State) -> int | None:
+        """Returns for how many tokens the configuration has positions, where nothing else says how long inputs are."""
+        made_up = self.calibration is None and self.options.sequence_length is None
+        return positions(module_of(state)) if made_up else None
+
+    @property
+    def device(self) -> str:
+        """Where the module's parameters are."""
+        return str(traced_model(self.state).device)
+
+    @property
+    def where(self) -> str:
+        """Whether torch measures, or ONNX Runtime on an export."""
+        return self.options.backend
+
+    def notes_of_inspection(self, state: State) -> Sequence[str]:
+        """Says which widths the configuration can say."""
+        expressible = state.get(Expressible)
+        if expressible is None:
+            return ()
+        return [expressible.describe(group) for group in state.groups if group.name in expressible.allowed]
+
+    def operations(self, state: State, batch: Mapping[str, Any]) -> int | None:
+        """Returns nothing: they are not counted of a traced graph."""
+        return None
+
+    def complete(self, report: Report, state: State) -> None:
+        """Counts the module's own parameters, and says where its code does not fit them."""
+        made = state.found(CutModule)
+        assert report.after is not None
+        report.after.parameters = sum(p.numel() for p in made.module.parameters())  # each counted once
+        if made.traced is not None:
+            report.note(f"the result is the traced graph: {made.traced}")
+
+    def timed(self, state: State, batch: Mapping[str, Any], aimed: bool) -> Latency | str:
+        """Times both modules in turns."""
+        model = traced_model(state)
+        feeds = {k: v for k, v in batch.items() if k in {s.name for s in model.signature}}
+        runners = [_Runner(m, feeds, model.device) for m in (module_of(state), state.found(CutModule).module)]
+        return measure_latency(runners, feeds, budget=TIMED_SECONDS, least=1)
+
+    def result(
+        self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
+    ) -> ModuleResult:
+        """Returns the cut module; of a dry run the module as it came."""
+        return ModuleResult(state, report.to_json(), changes, refusals, self.inputs)
+
+
+class _Runner:
+    """A module behind the face of a session, for timing."""
+
+    def __init__(self, module: torch.nn.Module, feeds: Mapping[str, Any], device: Any) -> None:
+        self.inputs = list(feeds)
+        self.module, self.arguments = module, {k: to_torch(v, device) for k, v in feeds.items()}
+
+    def run(self, feeds: Mapping[str, Any]) -> None:
+        import torch
+
+        with torch.no_grad():
+            self.module(**self.arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -> None:
+    """Writes a transformers checkpoint as ONNX, for what only reads ONNX.
+
+    Raises:
+        ModelError: it cannot be loaded, traced or exported.
+        OptionError: nothing says what its inputs are.
+    """
+    state, _ = load_module_state(folder, None, PruneOptions(allow_pickle=allow_pickle, provider="cpu"))
+    example, axes = state.found(OpenedModule).example, symbolic_axes(traced_model(state).signature)
+    write_model(*lightened(export_onnx(module_of(state), example, axes)), path)

@@ -1,0 +1,141 @@
+"""ONNX graphs as the job sees them: a stored file, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from liar_opt.frontend.causal import positions
+from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.onnx_engine import cannot_load
+from liar_opt.frontend.sound_model import why_invalid
+from liar_opt.frontend.walk import count_flops
+from liar_opt.passes.backend import Backend
+from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State
+from liar_opt.passes.blank_cut import deployed
+from liar_opt.passes.checkpoint import Digests
+from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.groups import Refusal
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state
+from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.plan_memory import sizes_of
+from liar_opt.passes.prune_groups import Cut
+from liar_opt.passes.report import Report
+from liar_opt.passes.result import PruneResult
+from liar_opt.passes.sweep import cut_arrays
+from liar_opt.passes.verify_model import ComparedSessions, DenseSession
+from liar_opt.runtime.errors import InternalError, ModelError
+from liar_opt.runtime.latency import CannotTime, Latency, measure_latency
+from liar_opt.runtime.later import later
+from liar_opt.runtime.memory import show_size
+from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provider
+
+SPREAD = 0.02
+"""Relative standard error of the ratio of two latencies at which they were timed long enough."""
+
+
+@dataclass(eq=False)
+class OnnxBackend(Backend):
+    """An ONNX graph."""
+
+    opened = (Opened, DenseModel, DenseSession, Digests)
+
+    @classmethod
+    def open(cls, model: Any, calibration: Any, options: PruneOptions) -> OnnxBackend:
+        """Takes a model from a path or from memory.
+
+        Raises:
+            ModelError: it cannot be read.
+            OptionError: an option does not work here.
+        """
+        inputs = Inputs((model,), calibration, (options.tokenizer,), (options.custom_ops,))
+        state = load_state(model, options.memory)
+        state.device = resolve_provider(options.provider)
+        return cls(state, calibration, options, inputs)
+
+    def choose(self) -> Chosen:
+        """Returns the passes behind the analysis."""
+        if self.options.passes is None:
+            return passes_of_options(self.options, self.calibration is not None)
+        return passes_of_text(self.options.passes, self.options)
+
+    def analysis(self) -> list[Pass[Any]]:
+        """Returns the passes that find the groups."""
+        return [NormaliseGraphPass(), FindGroupsPass()]
+
+    def analyse(self, state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
+        """Runs the analysis; with ``load`` the original is loaded meanwhile.
+
+        Raises:
+            ModelError: it fails on a model that is no valid ONNX, or that ONNX Runtime refuses.
+        """
+        dense = state.found(DenseModel).stored
+        try:
+            if load and state.get(DenseSession) is None:
+                state.add(DenseSession(later(lambda: state.engine().whole(dense))))
+            return super().analyse(state, observer)
+        except InternalError as err:
+            reason = why_invalid(dense.proto)
+            if reason is not None:
+                name = f"'{dense.source}'" if dense.source else "the model"
+                raise ModelError(f"{name} is no valid ONNX ({reason}); export it again") from err
+            reason = refusal_of(dense.detached()[0])
+            if reason is not None:
+                raise ModelError(cannot_load(dense, reason)) from err
+            raise
+
+    def positions(self, state: State) -> int | None:
+        """Returns for how many tokens the graph has positions."""
+        return positions(state.model)
+
+    @property
+    def device(self) -> str:
+        """Where ONNX Runtime computes."""
+        return self.state.device
+
+    def notes(self, state: State) -> Sequence[str]:
+        """Says that a device is there which is not used."""
+        if self.options.provider != "auto" or not device_unused(state.device):
+            return ()
+        return (
+            "the CPU was used: this machine has a CUDA device, but the libraries that ONNX Runtime needs for it were "
+            "not found; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them",
+        )
+
+    def notes_of_inspection(self, state: State) -> Sequence[str]:
+        """Says that ONNX Runtime does not take the model."""
+        stored = state.found(DenseModel).stored
+        reason = refusal_of(stored.detached()[0])
+        return () if reason is None else (f"{cannot_load(stored, reason)}; until then it cannot be pruned",)
+
+    def operations(self, state: State, batch: Mapping[str, Any]) -> int | None:
+        """Returns the operations of all contractions."""
+        return count_flops(state.model, dict(batch)) if sizes_of(state) else None
+
+    def complete(self, report: Report, state: State) -> None:
+        """Says which caches became narrower."""
+        report.cache_shapes = state.model.resized_shapes(state.model.as_written()[0])
+
+    def timed(self, state: State, batch: Mapping[str, Any], aimed: bool) -> Latency | str:
+        """Times both models, each in a process of its own where that works."""
+        if state.memory.low:
+            limit = show_size(state.memory.limit)
+            return f"latency was not measured: the models are too large for the memory of {limit}"
+        feeds = [dict(batch), cut_arrays(dict(batch), state.found(Cut).ends)]
+        models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
+        try:
+            return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD)
+        except CannotTime:
+            compared = state.found(ComparedSessions)
+            sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
+            return measure_latency(sessions, feeds, budget=0.3, least=6)
+
+    def result(
+        self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
+    ) -> PruneResult:
+        """Returns the cut graph; of a dry run the original."""
+        model = state.found(DenseModel).stored if self.options.dry_run else state.model
+        return PruneResult(model, report.to_json(), changes, refusals, self.inputs)
