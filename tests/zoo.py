@@ -466,7 +466,7 @@ def _register_once() -> None:
 
     made: Any = ONNXRegistry.from_torchlib
     if not hasattr(made, "cache_clear"):
-        ONNXRegistry.from_torchlib = staticmethod(functools.cache(made))  # type: ignore[assignment,method-assign]
+        ONNXRegistry.from_torchlib = staticmethod(functools.cache(made))  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
