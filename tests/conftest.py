@@ -86,7 +86,7 @@ def traced_once() -> Iterator[None]:
     known: dict[Any, tuple[Any, Any]] = {}
 
     def trace(module: Any, feeds: Any, free: bool = True) -> Any:
-        if not type(module).__module__.startswith("transformers."):
+        if not type(module).__module__.startswith("transformers.") or not hasattr(module, "config"):
             return fx_module.trace(module, feeds, free=free)
         digest = _digest(module)
         key = (digest, free, tuple((n, str(v.dtype), tuple(v.shape)) for n, v in feeds.items()))
