@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import gc
+import hashlib
+import os
+import shutil
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+TRACES = 40
+"""Traced modules that a worker keeps."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,18 +33,90 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Names the folder of the zoo's models, which all workers of xdist share: they inherit it from who starts them."""
+    if hasattr(config, "workerinput"):
+        return
     folder = config.getoption("--zoo")
     if folder is not None:
         import zoo
 
-        kept = Path(folder).resolve() / zoo.fingerprint()
-        zoo._session_folder = functools.cache(lambda: kept)
+        os.environ["LIAR_ZOO"] = str(Path(folder).resolve() / zoo.fingerprint())
+        return
+    made = tempfile.mkdtemp(prefix="liar-zoo-")
+    os.environ["LIAR_ZOO"] = made
+    config.add_cleanup(lambda: shutil.rmtree(made, ignore_errors=True))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is there until the end: the collector need not look at it each time (exporters call it often)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def no_curves_of_earlier_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Curves and tables of latencies are kept in a folder of the test's own."""
     monkeypatch.setattr("liar_opt.runtime.kept_results.cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_of_onnxruntime() -> Iterator[None]:
+    """Sessions that do not say otherwise compute on one thread: those of two test workers would wait for each other."""
+    import onnxruntime
+
+    class SessionOptions(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", SessionOptions)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """A model of transformers is traced once by each worker, which takes longer than all that is done with the trace.
+
+    Another one with the same configuration, parts and numbers has the same trace for inputs of the same shapes.
+    """
+    from liar_opt.frontend import fx_module
+    from liar_opt.passes import open_module
+
+    known: dict[Any, tuple[Any, Any]] = {}
+
+    def trace(module: Any, feeds: Any, free: bool = True) -> Any:
+        if not type(module).__module__.startswith("transformers.") or not hasattr(module, "config"):
+            return fx_module.trace(module, feeds, free=free)
+        digest = _digest(module)
+        key = (digest, free, tuple((n, str(v.dtype), tuple(v.shape)) for n, v in feeds.items()))
+        first, program = known.get(key, (None, None))
+        if first is None or _digest(first) != digest:  # the program has the tensors of the first
+            while len(known) >= TRACES:
+                del known[next(iter(known))]
+            program = fx_module.trace(module, feeds, free=free)
+            known[key] = module, program
+        return program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_module, "trace", trace)
+        yield
+
+
+def _digest(module: Any) -> str:
+    """Tells models of transformers apart: by class, configuration, parts, all numbers, and which of them are shared."""
+    import torch
+
+    said = (type(module), module, module.training, module.config._attn_implementation)
+    digest = hashlib.sha256(f"{said} {module.config.to_json_string(use_diff=False)}".encode())
+    first: dict[int, str] = {}
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        same = first.setdefault(id(tensor), name)
+        digest.update(f"{name} {same} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
+        if same == name:
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def prove(
             reference = oracle.masked(path, found, kept)
         pruned, ends = oracle.prune_with_ends(model, state, found, kept)
         feeds = feeds_of(proto, symbols, seed)
-        wanted, dense = (oracle.run_uncut(with_functions(p, functions), feeds, ends) for p in (reference, proto))
+        wanted, dense = (oracle.uncut_runner(with_functions(p, functions), ends)(feeds) for p in (reference, proto))
         found_now = oracle.run(with_functions(pruned, functions), cut_arrays(feeds, ends))
         assert oracle.difference(found_now, wanted) <= 1e-5
         assert oracle.difference(dense, wanted) > 1e-3

@@ -5,6 +5,7 @@ vector in front of every consumer.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -140,20 +141,28 @@ def _mask_experts(proto: onnx.ModelProto, group: ChannelGroup, consumer: Consume
         proto.graph.node.insert(index + i, new)
 
 
-def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Runs a model in ONNX Runtime on the CPU, without graph optimisations that would change rounding."""
+Feeds = dict[str, np.ndarray]
+
+
+def runner(proto: onnx.ModelProto) -> Callable[[Feeds], list[np.ndarray]]:
+    """Loads a model in ONNX Runtime on the CPU, without graph optimisations that would change rounding."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     wanted = {i.name for i in session.get_inputs()}
-    return list(session.run(None, {k: v for k, v in feeds.items() if k in wanted}))
+    return lambda feeds: list(session.run(None, {k: v for k, v in feeds.items() if k in wanted}))
 
 
-def run_uncut(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], ends: Ends) -> list[np.ndarray]:
-    """Runs a model that was not cut; its outputs lose what the cut one's lost."""
-    outputs = dict(zip((o.name for o in proto.graph.output), run(proto, feeds), strict=True))
-    return list(cut_arrays(outputs, ends).values())
+def run(proto: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
+    """Runs a model once; see `runner`."""
+    return runner(proto)(feeds)
+
+
+def uncut_runner(proto: onnx.ModelProto, ends: Ends) -> Callable[[Feeds], list[np.ndarray]]:
+    """Loads a model that was not cut; its outputs lose what the cut one's lost."""
+    names, run_once = [o.name for o in proto.graph.output], runner(proto)
+    return lambda feeds: list(cut_arrays(dict(zip(names, run_once(feeds), strict=True)), ends).values())
 
 
 def difference(a: list[np.ndarray], b: list[np.ndarray]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ import onnx
 import pytest
 import torch
 import transformers
+import zoo
 from onnx import numpy_helper
 
 import liar_opt
-from liar_opt.frontend import fx_module
-from liar_opt.passes import open_module
 from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,51 +111,35 @@ class _Plain(torch.nn.Module):
         return result
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Each model is traced once, which takes longer than all that is done with the trace."""
-    known: dict[Any, Any] = {}
-
-    def trace(module: Any, feeds: Any, free: bool = True) -> Any:
-        key = (id(module), free)
-        if key not in known:
-            known[key] = fx_module.trace(module, feeds, free=free)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_module, "trace", trace)
-        yield
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("exports")
-    for name in MODELS:
-        names, outputs = ["input_ids", "attention_mask"], ["logits"]
-        axes = {key: {0: "batch", 1: "sequence"} for key in (*names, *outputs)}
-        arguments = tuple(torch.from_numpy(v) for v in batches(1)[0].values())
-        with warnings.catch_warnings():
+@functools.cache
+def export(name: str) -> Path:
+    """Exports a model, once for all test workers."""
+    path = zoo.session_folder() / f"both-engines-{name}.onnx"
+    names, outputs = ["input_ids", "attention_mask"], ["logits"]
+    with zoo.alone(path.name), warnings.catch_warnings():
+        if not path.exists():
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 _Plain(made(name)).eval(),
-                arguments,
-                str(folder / f"{name}.onnx"),
+                tuple(torch.from_numpy(v) for v in batches(1)[0].values()),
+                str(path),
                 dynamo=False,
                 input_names=names,
                 output_names=outputs,
-                dynamic_axes=axes,
+                dynamic_axes={key: {0: "batch", 1: "sequence"} for key in (*names, *outputs)},
                 opset_version=17,
             )
-    return {name: folder / f"{name}.onnx" for name in MODELS}
+    return path
 
 
-def both(name: str, exports: dict[str, Path], **options: Any) -> tuple[ModuleResult, liar_opt.PruneResult]:
+@functools.cache
+def both(name: str, **options: Any) -> tuple[ModuleResult, liar_opt.PruneResult]:
     """The same run on both engines."""
     # A ridge of its own would be chosen by errors that differ in their last digits alone.
     common: dict[str, Any] = {"latency": False, "multiple_of": 4, "fresh": True, "ridge": 0.1, **options}
     module = liar_opt.prune(made(name), batches(), checkpoint=False, **common)
     assert isinstance(module, ModuleResult)
-    return module, liar_opt.prune(exports[name], batches(), **common)
+    return module, liar_opt.prune(export(name), batches(), **common)
 
 
 def kept(result: liar_opt.PruneResult) -> list[tuple[str, list[int]]]:
@@ -178,16 +161,17 @@ def apart(module: ModuleResult, proto: onnx.ModelProto) -> float:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", MODELS)
-def test_both_engines_make_the_same(name: str, capability: str, exports: dict[str, Path]) -> None:
-    module, graph = both(name, exports, **CAPABILITIES[capability])
+def test_both_engines_make_the_same(name: str, capability: str) -> None:
+    module, graph = both(name, **CAPABILITIES[capability])
     assert kept(module) == kept(graph)
     assert any(group["after"] < group["before"] for group in graph.report["groups"])
     assert apart(module, graph.model) < ROUNDING
 
 
-def test_another_repair_is_seen(exports: dict[str, Path]) -> None:
+def test_another_repair_is_seen() -> None:
     """What is called rounding is less than what a repair, or its target, makes of the same kept blocks."""
-    options: dict[str, Any] = {"ffn": 0.4, "heads": 0.25}
-    results = {repair: both("bert", exports, **options, repair=repair) for repair in ("liar", "dense", "residual")}
+    ratios = CAPABILITIES["ratios"]
+    results = {"liar": both("bert", **ratios), "dense": both("bert", **CAPABILITIES["dense"])}
+    results["residual"] = both("bert", **ratios, repair="residual")
     for one, other in (("liar", "dense"), ("dense", "residual"), ("residual", "liar")):
         assert apart(results[one][0], results[other][1].model) > 2 * ROUNDING

@@ -63,10 +63,11 @@ def prove(path: Path, batches: Sequence[Feeds], expected: dict[str, int], alike:
     kept = oracle.random_kept(whole.groups, 1)
     reference = oracle.masked(path, whole, kept)
     pruned, ends = oracle.prune_with_ends(model, state, whole, kept)
+    masked, dense, cut = oracle.uncut_runner(reference, ends), oracle.uncut_runner(original, ends), oracle.runner(pruned)
     for feeds in batches:
-        wanted, dense = (oracle.run_uncut(p, feeds, ends) for p in (reference, original))
-        assert oracle.difference(oracle.run(pruned, cut_arrays(feeds, ends)), wanted) <= TOLERANCE
-        assert oracle.difference(dense, wanted) > 2 * TOLERANCE
+        wanted = masked(feeds)
+        assert oracle.difference(cut(cut_arrays(feeds, ends)), wanted) <= TOLERANCE
+        assert oracle.difference(dense(feeds), wanted) > 2 * TOLERANCE
 
 
 class Session:
@@ -111,10 +112,10 @@ def prove_default(path: Path, batches: Sequence[Feeds]) -> liar_opt.PruneResult:
     assert result.report["verification"]["exact_difference"] <= TOLERANCE
     assert result.report["after"]["parameters"] < result.report["before"]["parameters"]
     assert {g["kind"] for g in result.report["groups"] if g["after"] < g["before"]} == {"ffn", "heads"}
-    caches = result.report.get("cache_shapes", {})
+    caches, run = result.report.get("cache_shapes", {}), oracle.runner(result.model)
     for feeds in batches:
         cut = {n: v[:, : caches[n][1]] if n in caches else v for n, v in feeds.items()}
-        assert all(np.isfinite(v).all() for v in oracle.run(result.model, cut))
+        assert all(np.isfinite(v).all() for v in run(cut))
     return result
 
 

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import io
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 LAYERS, HEADS, HEAD_DIM, FFN, VOCABULARY, POSITIONS = 2, 5, 12, 88, 101, 37
 HIDDEN = HEADS * HEAD_DIM
@@ -128,6 +130,13 @@ def _case(architecture: str, exporter: str, attention: str, axes: str, opset: in
     )
 
 
+def exported(case: Case) -> Case:
+    """The case whose file is rewritten to make this one; itself, if nothing is."""
+    if not case.optimised and case.half_by == "torch":
+        return case
+    return _case(case.architecture, case.exporter, case.attention, case.axes, case.opset)
+
+
 ARCHITECTURES = ("bert", "distilbert", "roberta", "electra", "albert", "deberta-v3", "mpnet", "vit")
 EXPORTERS = ("torchscript", "dynamo")
 AXES = ("dynamic", "static")
@@ -154,7 +163,7 @@ def quick_cases() -> set[str]:
     """Names of cases that show, together, all that the matrix shows one thing at a time: what CI runs of it.
 
     Covered are each architecture by each exporter, and each exporter with each attention and kind of axes, opset, type, and
-    optimiser on each family; the cheapest first.
+    optimiser on each family; the cheapest first (the dynamo exporter is slow, and its files can serve several).
     """
     every = cases(fast=False)
     things = {
@@ -164,14 +173,21 @@ def quick_cases() -> set[str]:
             (case.exporter, case.opset),
             (case.exporter, case.dtype, case.half_by),
             (case.exporter, case.optimiser),
+            (case.exporter, case.attention == "classic", case.optimised),
             (case.architecture == "vit", case.optimiser),
         }
         for case in every
     }
     chosen = {case.name for case in every if case.name in QUICK}
     left = set().union(*things.values()) - set().union(*(things[name] for name in chosen))
+    made = {exported(case).name for case in every if case.name in chosen}
+
+    def gain(case: Case) -> float:
+        return len(things[case.name] & left) / (1 if case.exporter == "torchscript" or exported(case).name in made else 4)
+
     while left:
-        best = max(every, key=lambda case: len(things[case.name] & left) / (1 if case.exporter == "torchscript" else 4))
+        best = max(every, key=gain)
+        made.add(exported(best).name)
         chosen.add(best.name)
         left -= things[best.name]
     return chosen
@@ -444,9 +460,19 @@ def feeds_of(case: Case, size: tuple[int, int] = BATCH, seed: int = 0) -> dict[s
 # -------------------------------------------------------------------------------------------------------- the exports
 
 
+def _register_once() -> None:
+    """Keeps the dynamo exporter's table of what each operator becomes, which it makes anew for each export, in a second."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made: Any = ONNXRegistry.from_torchlib
+    if not hasattr(made, "cache_clear"):
+        ONNXRegistry.from_torchlib = staticmethod(functools.cache(made))  # type: ignore[method-assign]
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters warn and print about things that are not news here."""
+    _register_once()
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -568,7 +594,11 @@ def build(case: Case, folder: Path) -> Built:
             arrays: dict[str, np.ndarray] = {}
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 draft = Path(scratch) / path.name
-                _export(case, module, draft)
+                base = path.with_name(f"{exported(case).name}.onnx")
+                if base != path and base.exists():
+                    shutil.copyfile(base, draft)
+                else:
+                    _export(case, module, draft)
                 _optimise(case, draft)
                 for prefix, batch in (("feeds", feeds), ("other", other)):
                     if batch is None:
@@ -590,16 +620,28 @@ def build(case: Case, folder: Path) -> Built:
 
 
 @functools.cache
-def _session_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="liar-zoo-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def session_folder() -> Path:
+    """The folder of models to share: that of the test session (conftest.py names it), else one of this process."""
+    named = os.environ.get("LIAR_ZOO")
+    folder = Path(named or tempfile.mkdtemp(prefix="liar-zoo-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not named:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def alone(name: str) -> FileLock:
+    """Held while something is made in the shared folder: other test workers wait for it, and find it there."""
+    return FileLock(session_folder() / f"{name}.lock")
 
 
 @functools.cache
 def ready(case: Case) -> Built:
-    """`build` once per process, in a folder that goes with the process."""
-    return build(case, _session_folder())
+    """`build` once, in a folder that all test workers share."""
+    if case.exporter == "dynamo" and exported(case) != case:
+        ready(exported(case))
+    with alone(case.name):
+        return build(case, session_folder())
 
 
 def fingerprint() -> str:

@@ -507,5 +507,6 @@ def _logits(module: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def ready(case: Case) -> Built:
-    """`build` once per process, in a folder that goes with the process."""
-    return build(case, zoo._session_folder())
+    """`build` once, in a folder that all test workers share."""
+    with zoo.alone(case.name):
+        return build(case, zoo.session_folder())

@@ -179,26 +179,33 @@ def with_half_ends(model: onnx.ModelProto) -> onnx.ModelProto:
 @functools.cache
 def half_ends(name: str) -> Path:
     """Returns the file of `ready` with float16 around it."""
-    path = ready(name).with_name(f"{name}-merged-half.onnx")
-    onnx.save(with_half_ends(onnx.load(ready(name))), path)
+    whole, path = ready(name), zoo.session_folder() / f"{name}-merged-half.onnx"
+    with zoo.alone(path.name):
+        if not path.exists():
+            onnx.save(with_half_ends(onnx.load(whole)), path)
     return path
 
 
 @functools.cache
 def ready(name: str) -> Path:
-    """Exports and merges one of the decoder zoo's architectures, once per process; returns the file."""
+    """Exports and merges one of the decoder zoo's architectures, once for all test workers; returns the file."""
+    folder = zoo.session_folder()
+    path = folder / f"{name}-merged.onnx"
+    with zoo.alone(path.name):
+        if not path.exists():
+            _make(name, path)
+    return path
+
+
+def _make(name: str, path: Path) -> None:
     import torch
 
-    folder = Path(zoo._session_folder())
-    path = folder / f"{name}-merged.onnx"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        with zoo._quiet():
-            model = zoo_decoders.BY_NAME[name].make("eager" if name == "t5" else "sdpa").eval()
-            zoo._randomise(model)
-            both: Sequence[onnx.ModelProto] = [
-                _export(name, model, past, folder / f"{name}-{past}.onnx") for past in (None, zoo_decoders.PAST)
-            ]
-        onnx.save(merge(*both), path)
-    return path
+    torch.manual_seed(0)
+    with zoo._quiet():
+        model = zoo_decoders.BY_NAME[name].make("eager" if name == "t5" else "sdpa").eval()
+        zoo._randomise(model)
+        both: Sequence[onnx.ModelProto] = [
+            _export(name, model, past, path.with_name(f"{name}-{past}.onnx")) for past in (None, zoo_decoders.PAST)
+        ]
+    onnx.save(merge(*both), path.with_suffix(".draft"))
+    path.with_suffix(".draft").replace(path)
