@@ -1,7 +1,7 @@
 """The calibration data of a run: read for the model's inputs, in batches that fit the memory."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from liar_opt.frontend.causal import is_causal, positions
@@ -41,13 +41,17 @@ def calibrate(state: State, source: Any, options: PruneOptions) -> CalibrationDa
     if source is None:
         fields["rows"] = looked_up(state.model)
     if isinstance(source, str) and source == SELF:
-        written = {k: v for k, v in fields.items() if k not in ("text_column", "mask_input")}
-        progress = functools.partial(state.progress, "write")
-        return write_calibration(lambda: dense_session(state), inputs, progress=progress, **written)
+        return own_text(state, lambda: dense_session(state), inputs, **fields)
     packing = is_causal(state.model) if options.packing == "auto" else options.packing == "on"
     if source is None and any(len(i.shape) == 4 and not isinstance(i.shape[-1], int) for i in inputs):
         fields["image_size"] = _image_size(state, inputs, fields)
     return load_calibration(source, inputs, packing=packing, **fields)
+
+
+def own_text(state: State, load: Callable[[], Any], inputs: Sequence[InputSpec], **options: Any) -> CalibrationData:
+    """Lets a model write its own calibration text; options are those of `write_calibration`, and what reads others."""
+    options = {k: v for k, v in options.items() if k not in ("text_column", "mask_input", "packing")}
+    return write_calibration(load, inputs, progress=functools.partial(state.progress, "write"), **options)
 
 
 def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, Any]) -> int | None:

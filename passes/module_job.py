@@ -18,10 +18,11 @@ from liar_opt.frontend.fx_module import Executor, to_torch
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.own_text import GenerateWriter
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.base import Analysis, Pass, Pipeline, State
-from liar_opt.passes.calibrate import divided
+from liar_opt.passes.calibrate import divided, own_text
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
@@ -58,6 +59,7 @@ from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency, measure_latency
 from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.self_calibration import SELF
+from liar_opt.runtime.text_tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +106,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
         CheckError: the result failed a check.
     """
     start, watch = time.perf_counter(), MemoryWatch()
-    _require_possible(calibration, options)
+    _require_possible(options)
     inputs = Inputs((model,), calibration, (options.tokenizer,))
     state, calibration = load_module_state(
         model, calibration, options.example, options.allow_pickle, options.provider, options.batch_size
@@ -164,7 +166,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     return ModuleResult(state, report.to_json(), changes, analysis.refusals, inputs)
 
 
-def _require_possible(calibration: Any, options: PruneOptions) -> None:
+def _require_possible(options: PruneOptions) -> None:
     """Checks that options fit a module, and each other.
 
     Raises:
@@ -184,8 +186,6 @@ def _require_possible(calibration: Any, options: PruneOptions) -> None:
         raise OptionError(
             f"score '{options.score}' needs gradients; backend '{options.backend}' has none, give backend 'torch'"
         )
-    if isinstance(calibration, str) and calibration == SELF:
-        raise OptionError("calibration 'self' works on ONNX files alone; prune the exported module, or give data")
 
 
 def _chosen(options: PruneOptions, calibrated: bool) -> Chosen:
@@ -218,9 +218,15 @@ def _load_calibration(state: State, source: Any, options: PruneOptions, limited:
     began = time.perf_counter()
     fields, model = options.data(), traced_model(state)
     fields["packing"] = is_causal(model) if options.packing == "auto" else options.packing == "on"
-    if source is None and options.sequence_length is None:  # inputs that are made up are no longer than there are positions
+    fields["vocabulary"], own = vocabulary(model), isinstance(source, str) and source == SELF
+    if own or (source is None and options.sequence_length is None):  # what is made is no longer than there are positions
         fields["positions"] = positions(module_of(state))
-    data = load_calibration(source, model.inputs(), vocabulary=vocabulary(model), **fields)
+    if own:
+        if fields["tokenizer"] == state.found(OpenedModule).folder is not None and not has_tokenizer(fields["tokenizer"]):
+            fields["tokenizer"] = None
+        data = own_text(state, lambda: module_of(state), model.inputs(), author=GenerateWriter.of, **fields)
+    else:
+        data = load_calibration(source, model.inputs(), **fields)
     state.calibration = divided(data, model.inputs()) if limited else data
     state.seconds["load-calibration"] = time.perf_counter() - began
 

@@ -21,12 +21,14 @@ from liar_opt.frontend.hf_checkpoint import (
     without_cache,
 )
 from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
+from liar_opt.frontend.own_text import require_generate
 from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.passes.base import DenseModel, Finding, Opened, State
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.self_calibration import SELF
 from liar_opt.runtime.sessions import PROVIDERS
 
 if TYPE_CHECKING:
@@ -84,7 +86,12 @@ def load_module_state(
     provider: str = "cpu",
     batch_size: int = 32,
 ) -> tuple[State, Any]:
-    """Takes a module from memory or from a checkpoint, traces it and lowers it; names the calibration data."""
+    """Takes a module from memory or from a checkpoint, traces it and lowers it; names the calibration data.
+
+    Raises:
+        ModelError: it cannot be loaded or traced.
+        OptionError: nothing says what its inputs are, or it is to write its calibration text and cannot.
+    """
     folder: Path | None = None
     notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)):
@@ -92,6 +99,8 @@ def load_module_state(
         module = load_module(folder, allow_pickle).to(_device(provider))
     else:
         module, notes = plain_module(model)
+    if isinstance(calibration, str) and calibration == SELF:
+        require_generate(module)
     calibration = named_source(module, calibration, batch_size)
     example = example if example is None else named_batch(module, example, "example")
     with evaluating(module), without_cache(module):
