@@ -598,6 +598,29 @@ def _whole_lists(
             yield FieldChange(path, name, tuple(values), tuple(new))
 
 
+def by_entry(changes: Iterable[FieldChange]) -> dict[int | None, list[FieldChange]]:
+    """Returns changes by the index of the entry of a list that each is of; those of no list by None."""
+    result: dict[int | None, list[FieldChange]] = {}
+    for c in changes:
+        whole = c.index is None and isinstance(c.before, tuple)
+        pairs = enumerate(zip(c.before, c.after, strict=True)) if whole else [(c.index, (c.before, c.after))]
+        for index, (before, after) in pairs:
+            if before != after:
+                result.setdefault(index, []).append(FieldChange(c.path, c.name, before, after, index))
+    return result
+
+
+def reshaped(module: torch.nn.Module, changes: Sequence[FieldChange]) -> set[str]:
+    """Returns the names of the tensors that have another shape in the model that a changed configuration makes, if any."""
+    shapes, before = _shapes(module, changes, False), _shapes(module, (), False)
+    return set() if shapes is None or before is None else {n for n in before if shapes.get(n) != before[n]}
+
+
+def says(module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Shapes) -> bool:
+    """Returns whether a changed configuration is valid and makes tensors of the wanted shapes."""
+    return _missing(module, changes, wanted, True) == 0
+
+
 def ratio_widths(config: Any, size: int) -> list[int]:
     """Returns the widths below ``size`` that whole numbers can say where a field says a multiple, ascending."""
     found: set[int] = set()

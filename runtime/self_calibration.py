@@ -42,11 +42,13 @@ class Author(Protocol):
     """What writes on behind first tokens, and how, for the report."""
 
     @property
-    def how(self) -> str: ...
+    def how(self) -> str:
+        """Says how, behind "written by the model itself"."""
 
     def write(
         self, first: NDArray[np.int64], length: int, rng: np.random.Generator, progress: Callable[[int], None]
-    ) -> NDArray[np.int64]: ...
+    ) -> NDArray[np.int64]:
+        """Writes windows [n, length] on behind first tokens [n, 1]; see `Writer.write`."""
 
 
 @dataclass(frozen=True)

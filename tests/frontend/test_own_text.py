@@ -1,4 +1,4 @@
-"""A module writes its own calibration text through its generate: seeded, of its own distribution, to the end of each window."""
+"""A module writes its own calibration text through its generate: seeded, of its own distribution, windows filled."""
 
 import json
 from pathlib import Path
