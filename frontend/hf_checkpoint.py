@@ -610,6 +610,13 @@ def by_entry(changes: Iterable[FieldChange]) -> dict[int | None, list[FieldChang
     return result
 
 
+def of_list(config: Any, place: FieldPlace) -> bool:
+    """Returns whether a field, or what it is an entry of, is a list."""
+    for part in place[0]:
+        config = getattr(config, part)
+    return isinstance(getattr(config, place[1], None), (list, tuple))
+
+
 def reshaped(module: torch.nn.Module, changes: Sequence[FieldChange]) -> set[str]:
     """Returns the names of the tensors that have another shape in the model that a changed configuration makes, if any."""
     shapes, before = _shapes(module, changes, False), _shapes(module, (), False)

@@ -16,6 +16,7 @@ from liar_opt.frontend.hf_checkpoint import (
     express,
     inexpressible,
     is_stock,
+    of_list,
     ratio_widths,
     refused,
     reshaped,
@@ -205,7 +206,9 @@ def _by_entry(state: State, groups: Sequence[ChannelGroup], said: Said) -> list[
 
     Which groups an entry is of is seen from the tensors that are made with another number in it.
     """
-    module = module_of(state)
+    module: Any = module_of(state)
+    if not all(of_list(module.config, place) for place in said.places):
+        return None
     narrow = {g.name: said.allowed[g.name][-1] if g.name in said.allowed else g.size - 1 for g in groups}
     changes = by_entry(_fields(state, groups, narrow, said.places) or ())
     if len(changes) < 2 or None in changes:
