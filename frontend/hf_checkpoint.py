@@ -410,6 +410,10 @@ def express(
         The changes, or None where no set of fields says these widths.
     """
     candidates = _candidates_of(module, sizes, head_widths, ratios, places)
+    # A list as a whole is no step where it changes what stays: its entries are candidates as well.
+    before = _shapes(module, (), False) or {}
+    kept = {n for n, shape in before.items() if wanted.get(n) == shape}
+    candidates = [c for c in candidates if not isinstance(c.before, tuple) or kept.isdisjoint(reshaped(module, [c]))]
     if places is not None:
         # Together first: a part of them may be no valid configuration.
         by_place = [[c for c in candidates if c.place == p] for p in dict.fromkeys(c.place for c in candidates)]

@@ -222,7 +222,9 @@ def _by_entry(state: State, groups: Sequence[ChannelGroup], said: Said) -> list[
     classes = [[g for g in groups if own[g.name] <= names] for names in moved]
     if sorted(g.name for c in classes for g in c) != sorted(own) or not all(classes):
         return None
-    parts = [(members, one) for members in classes if (one := _said(state, members)) is not None and one.reason is None]
+    parts: list[tuple[Sequence[ChannelGroup], Said]] = [
+        (members, one) for members in classes if (one := _said(state, members)) is not None and one.reason is None
+    ]
     return parts if len(parts) == len(classes) else None
 
 

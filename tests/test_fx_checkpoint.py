@@ -512,7 +512,7 @@ GEMMA3N = {
 PVT = {
     **{"image_size": 32, "num_encoder_blocks": 3, "depths": [1, 2, 1], "sequence_reduction_ratios": [2, 1, 1]},
     **{"hidden_sizes": [16, 24, 24], "patch_sizes": [4, 2, 1], "strides": [4, 2, 1], "num_attention_heads": [1, 2, 2]},
-    **{"mlp_ratios": [4.0, 4.0, 4.0]},
+    **{"mlp_ratios": [4, 4, 4]},
 }
 LAGUNA = {
     **{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6},
@@ -522,7 +522,7 @@ LAGUNA = {
 # Class, configuration, a part of the names of weights that are made small, the field, and the kind of its groups.
 ENTRIES: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
     "gemma3n": ("Gemma3nForCausalLM", GEMMA3N, "layers.1.mlp.down_proj", "intermediate_size", "ffn"),
-    "pvt": ("PvtModel", PVT, "block.1.0.mlp.dense2", "mlp_ratios", "ffn"),
+    "pvt": ("PvtModel", PVT, "block.2.0.mlp.dense2", "mlp_ratios", "ffn"),
     "laguna": ("LagunaForCausalLM", LAGUNA, "layers.1.self_attn.o_proj", "num_attention_heads_per_layer", "heads"),
 }
 
