@@ -410,6 +410,10 @@ def express(
         The changes, or None where no set of fields says these widths.
     """
     candidates = _candidates_of(module, sizes, head_widths, ratios, places)
+    # A list as a whole is no step where it changes what stays: its entries are candidates as well.
+    before = _shapes(module, (), False) or {}
+    kept = {n for n, shape in before.items() if wanted.get(n) == shape}
+    candidates = [c for c in candidates if not isinstance(c.before, tuple) or kept.isdisjoint(reshaped(module, [c]))]
     if places is not None:
         # Together first: a part of them may be no valid configuration.
         by_place = [[c for c in candidates if c.place == p] for p in dict.fromkeys(c.place for c in candidates)]
@@ -596,6 +600,36 @@ def _whole_lists(
         if sum(o is not None for o in options) > 1:
             new = [v if o is None else o for v, o in zip(values, options, strict=True)]
             yield FieldChange(path, name, tuple(values), tuple(new))
+
+
+def by_entry(changes: Iterable[FieldChange]) -> dict[int | None, list[FieldChange]]:
+    """Returns changes by the index of the entry of a list that each is of; those of no list by None."""
+    result: dict[int | None, list[FieldChange]] = {}
+    for c in changes:
+        whole = c.index is None and isinstance(c.before, tuple)
+        pairs = enumerate(zip(c.before, c.after, strict=True)) if whole else [(c.index, (c.before, c.after))]
+        for index, (before, after) in pairs:
+            if before != after:
+                result.setdefault(index, []).append(FieldChange(c.path, c.name, before, after, index))
+    return result
+
+
+def of_list(config: Any, place: FieldPlace) -> bool:
+    """Returns whether a field, or what it is an entry of, is a list."""
+    for part in place[0]:
+        config = getattr(config, part)
+    return isinstance(getattr(config, place[1], None), (list, tuple))
+
+
+def reshaped(module: torch.nn.Module, changes: Sequence[FieldChange]) -> set[str]:
+    """Returns the names of the tensors that have another shape in the model that a changed configuration makes, if any."""
+    shapes, before = _shapes(module, changes, False), _shapes(module, (), False)
+    return set() if shapes is None or before is None else {n for n in before if shapes.get(n) != before[n]}
+
+
+def says(module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Shapes) -> bool:
+    """Returns whether a changed configuration is valid and makes tensors of the wanted shapes."""
+    return _missing(module, changes, wanted, True) == 0
 
 
 def ratio_widths(config: Any, size: int) -> list[int]:

@@ -45,6 +45,7 @@ class Expressible(Finding):
         allowed: by group name the numbers of blocks below all of them that it can say; groups not named may keep any.
         linked: names of the feed-forward groups of which one field says several widths, which stay in proportion.
         places: the fields that say widths.
+        entries: by group name the entries of lists that say its width alone, or that of its stage, where there are.
         reasons: by group name why others are not allowed, where that was said.
     """
 
@@ -53,6 +54,7 @@ class Expressible(Finding):
     allowed: Mapping[str, tuple[int, ...]]
     linked: frozenset[str]
     places: frozenset[Any] = frozenset()
+    entries: Mapping[str, frozenset[Any]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self, group: ChannelGroup) -> str:
@@ -340,7 +342,8 @@ def _classes(groups: Sequence[ChannelGroup], expressible: Expressible | None) ->
         elif linked:
             sizes = (key[2] for key in result if key[:2] == (group.kind, True) and isinstance(key[2], int))
             base = next((size for size in sizes if group.size % size == 0), group.size)
-        result.setdefault((group.kind, linked, base, None if linked else allowed), []).append(group)
+        entries = None if expressible is None else expressible.entries.get(group.name)
+        result.setdefault((group.kind, linked, base, None if linked else allowed, entries), []).append(group)
     return list(result.values())
 
 

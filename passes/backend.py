@@ -6,7 +6,7 @@ What a backend cannot do is said by its ``cannot``, before any work, and nowhere
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -20,9 +20,11 @@ from liar_opt.passes.options import OPTIONS, PACKINGS, PruneOptions
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
+from liar_opt.passes.verify_model import dense_session
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency
-from liar_opt.runtime.self_calibration import SELF
+from liar_opt.runtime.self_calibration import Author, Writer, is_own_text
+from liar_opt.runtime.signatures import Signature
 
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
@@ -79,7 +81,7 @@ class Backend(ABC):
             asked += [f.name for step in steps for f in fields(step) if getattr(step, f.name) != f.default]
         if target is not None:
             asked.append(f"target {parse_target(target).kind}")
-        if isinstance(calibration, str) and calibration == SELF:
+        if is_own_text(calibration):
             asked.append("calibration self")
         for name in asked:
             if name in cls.cannot:
@@ -116,6 +118,10 @@ class Backend(ABC):
     @abstractmethod
     def positions(self, state: State) -> int | None:
         """Returns how long made-up inputs may be; None where nothing limits them."""
+
+    def author(self, state: State) -> tuple[Callable[[], Any], Callable[[Any, Signature], Author]]:
+        """Returns what loads the model that may write its own calibration text, and what makes a writer of it."""
+        return lambda: dense_session(state), Writer.of
 
     @property
     @abstractmethod

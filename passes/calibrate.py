@@ -1,7 +1,7 @@
 """The calibration data of a run: read for the model's inputs, in batches that fit the memory."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from liar_opt.frontend.causal import is_causal
@@ -15,8 +15,8 @@ from liar_opt.passes.sweep import HELD_BACK
 from liar_opt.passes.verify_model import dense_session
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.memory import anonymous, show_size
-from liar_opt.runtime.self_calibration import SELF, write_calibration
-from liar_opt.runtime.signatures import InputSpec
+from liar_opt.runtime.self_calibration import Author, is_own_text, write_calibration
+from liar_opt.runtime.signatures import InputSpec, Signature
 from liar_opt.runtime.synthetic_inputs import IMAGE_SIZES
 
 SESSIONS = 3
@@ -29,7 +29,13 @@ SIDE_BY_SIDE = 6
 """Batches that are made smaller leave room for so many: three sessions check the result, each takes about twice as much."""
 
 
-def calibrate(state: State, source: Any, options: PruneOptions, limit: int | None) -> CalibrationData:
+def calibrate(
+    state: State,
+    source: Any,
+    options: PruneOptions,
+    limit: int | None,
+    author: tuple[Callable[[], Any], Callable[[Any, Signature], Author]],
+) -> CalibrationData:
     """Returns the calibration data of a model: read, made up, or written by the model itself.
 
     Args:
@@ -37,6 +43,7 @@ def calibrate(state: State, source: Any, options: PruneOptions, limit: int | Non
         source: see :func:`liar_opt.prune`.
         options: of the run.
         limit: how many tokens a sample may have at the most; None for any number.
+        author: what loads the model that may write, and what makes a writer of it.
 
     Raises:
         OptionError: it cannot be read, or does not fit the model's inputs.
@@ -46,10 +53,10 @@ def calibrate(state: State, source: Any, options: PruneOptions, limit: int | Non
     inputs = state.analysed().input_specs()
     if source is None:
         fields["rows"] = looked_up(state.model)
-    if isinstance(source, str) and source == SELF:
+    if is_own_text(source):
         written = {k: v for k, v in fields.items() if k not in ("text_column", "mask_input")}
         progress = functools.partial(state.progress, "write")
-        return write_calibration(lambda: dense_session(state), inputs, progress=progress, **written)
+        return write_calibration(author[0], inputs, author=author[1], progress=progress, **written)
     packing = is_causal(state.model) if options.packing == "auto" else options.packing == "on"
     if source is None and any(len(i.shape) == 4 and not isinstance(i.shape[-1], int) for i in inputs):
         fields["image_size"] = _image_size(state, inputs, fields)

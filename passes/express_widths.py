@@ -11,13 +11,17 @@ from liar_opt.frontend.hf_checkpoint import (
     FieldChange,
     FieldPlace,
     Shapes,
+    by_entry,
     completed,
     express,
     inexpressible,
     is_stock,
+    of_list,
     ratio_widths,
     refused,
+    reshaped,
     restate,
+    says,
 )
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.base import Finding, Pass, PassResult, State
@@ -56,7 +60,8 @@ class Sayings(NamedTuple):
 class ExpressWidthsPass(Pass[Sayings]):
     """Leave alone what the configuration of a transformers model has no field for, and find which widths it can say.
 
-    Where one field says the width of a pooler and of other layers (SigLIP), the pooler is cut with them.
+    Where one field says the width of a pooler and of other layers (SigLIP), the pooler is cut with them. Where a field is a
+    list with an entry for each layer or stage (Gemma 3n, PVT), each entry says the width of its own groups alone.
 
     Attributes:
         asked: kinds that were asked for by name; that there is no field for them is an error then.
@@ -82,6 +87,7 @@ class ExpressWidthsPass(Pass[Sayings]):
     def plan(self, state: State) -> Sayings:
         """Returns what can be said of each kind: of every width by itself, else of several in proportion."""
         found: list[Said] = []
+        entries: dict[str, frozenset[FieldPlace]] = {}
         linked: set[str] = set()
         unsaid: dict[str, str | None] = {}
         poolers: list[ChannelGroup] = []
@@ -95,6 +101,9 @@ class ExpressWidthsPass(Pass[Sayings]):
                     rest += own
                 elif said.reason is not None:
                     unsaid |= dict.fromkeys((g.name for g in own), said.reason)
+                elif (parts := _by_entry(state, own, said)) is not None:
+                    found += [one for _, one in parts]
+                    entries |= {g.name: one.places for members, one in parts for g in members}
                 else:
                     found.append(said)
             if not rest:
@@ -113,7 +122,8 @@ class ExpressWidthsPass(Pass[Sayings]):
         module = module_of(state)
         allowed = {name: widths for said in found for name, widths in said.allowed.items()}
         places = frozenset(p for said in found for p in said.places)
-        expressible = Expressible(f"the configuration of {type(module).__name__}", allowed, frozenset(linked), places)
+        owner = f"the configuration of {type(module).__name__}"
+        expressible = Expressible(owner, allowed, frozenset(linked), places, entries)
         return Sayings(expressible, unsaid, tuple(poolers))
 
     def apply(self, state: State, plan: Sayings) -> PassResult:
@@ -191,6 +201,33 @@ def _said(state: State, groups: Sequence[ChannelGroup]) -> Said | None:
     return Said(places, {} if anything else {g.name: tuple(g.size * w // least for w in said) for g in groups})
 
 
+def _by_entry(state: State, groups: Sequence[ChannelGroup], said: Said) -> list[tuple[Sequence[ChannelGroup], Said]] | None:
+    """Returns groups by the entry of lists that says their width, and how it does; None where it is no such list.
+
+    Which groups an entry is of is seen from the tensors that are made with another number in it.
+    """
+    module: Any = module_of(state)
+    if not all(of_list(module.config, place) for place in said.places):
+        return None
+    narrow = {g.name: said.allowed[g.name][-1] if g.name in said.allowed else g.size - 1 for g in groups}
+    changes = by_entry(_fields(state, groups, narrow, said.places) or ())
+    if len(changes) < 2 or None in changes:
+        return None
+    before = _planned(state, (), {}).shapes
+    own: dict[str, set[str]] = {}
+    for group in groups:
+        shapes = _planned(state, [group], narrow).shapes
+        own[group.name] = {n for n, shape in shapes.items() if shape != before[n]}
+    moved = [reshaped(module, c) for c in changes.values()]
+    classes = [[g for g in groups if own[g.name] <= names] for names in moved]
+    if sorted(g.name for c in classes for g in c) != sorted(own) or not all(classes):
+        return None
+    parts: list[tuple[Sequence[ChannelGroup], Said]] = [
+        (members, one) for members in classes if (one := _said(state, members)) is not None and one.reason is None
+    ]
+    return parts if len(parts) == len(classes) else None
+
+
 def _fields(
     state: State,
     groups: Iterable[ChannelGroup],
@@ -235,12 +272,20 @@ class StateFieldsPass(Pass[tuple[FieldChange, ...]]):
         Raises:
             OptionError: it cannot say the widths.
         """
-        expressible = state.found(Expressible)
-        fields = _fields(state, state.groups, state.keep, expressible.places)
-        fields = _fields(state, state.groups, state.keep) if fields is None else fields
-        if fields is None:
-            raise OptionError(inexpressible(module_of(state)))
-        return fields
+        expressible, module = state.found(Expressible), module_of(state)
+        classes: dict[frozenset[FieldPlace], list[ChannelGroup]] = {}
+        others = expressible.places.difference(*expressible.entries.values())
+        for group in state.groups:
+            classes.setdefault(expressible.entries.get(group.name, others), []).append(group)
+        parts = [_fields(state, members, state.keep, places) for places, members in classes.items()]
+        fields = tuple(change for part in parts for change in part or ())
+        shapes = _planned(state, state.groups, state.keep).shapes
+        if None not in parts and (len(parts) == 1 or says(module, fields, shapes)):
+            return fields
+        every = _fields(state, state.groups, state.keep)
+        if every is None:
+            raise OptionError(inexpressible(module))
+        return every
 
     def apply(self, state: State, plan: tuple[FieldChange, ...]) -> PassResult:
         """Adds them."""

@@ -207,7 +207,9 @@ class ModelJob:
     def _load_calibration(self, report: Report) -> None:
         state, began = self.state, time.perf_counter()
         if self.data is None:
-            self.data = calibrate(state, self.backend.calibration, self.options, self.backend.positions(state))
+            backend = self.backend
+            limit, author = backend.positions(state), backend.author(state)
+            self.data = calibrate(state, backend.calibration, self.options, limit, author)
             if self.limited:  # what is lost is measured on rows that nothing is fitted to
                 self.data = divided(self.data, state.analysed().input_specs())
         state.calibration = fitted(state, self.data, report.model.notes)

@@ -6,7 +6,7 @@ The module comes back with smaller weights (:attr:`ModuleResult.module`), with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ from liar_opt.frontend.fx_module import to_torch
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.own_text import GenerateWriter
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.backend import Backend
@@ -37,6 +38,9 @@ from liar_opt.passes.report import Report
 from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency, measure_latency
+from liar_opt.runtime.self_calibration import Author, is_own_text
+from liar_opt.runtime.signatures import Signature
+from liar_opt.runtime.text_tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +64,6 @@ class TorchBackend(Backend):
         "recurrent": _onnx_alone("recurrent"),
         "target flops": "targets of flops and latency work on ONNX files alone; give params= or size=, or export it",
         "target latency": "targets of flops and latency work on ONNX files alone; give params= or size=, or export it",
-        "calibration self": "calibration 'self' works on ONNX files alone; prune the exported module, or give data",
         "custom_ops": "custom-ops are libraries of ONNX Runtime, and a module runs in torch; leave them out",
     }
     opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes)
@@ -97,10 +100,11 @@ class TorchBackend(Backend):
         inputs = Inputs((model,), calibration, (options.tokenizer,))
         state, calibration = load_module_state(model, calibration, options)
         opened = state.found(OpenedModule)
+        readable = opened.folder is not None and (not is_own_text(calibration) or has_tokenizer(opened.folder))
         options = replace(
             options,
             checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
-            tokenizer=opened.folder if options.tokenizer is None else options.tokenizer,
+            tokenizer=opened.folder if options.tokenizer is None and readable else options.tokenizer,
         )
         return cls(state, calibration, options, inputs)
 
@@ -146,7 +150,11 @@ class TorchBackend(Backend):
     def positions(self, state: State) -> int | None:
         """Returns for how many tokens the configuration has positions, where nothing else says how long inputs are."""
         made_up = self.calibration is None and self.options.sequence_length is None
-        return positions(module_of(state)) if made_up else None
+        return positions(module_of(state)) if made_up or is_own_text(self.calibration) else None
+
+    def author(self, state: State) -> tuple[Callable[[], Any], Callable[[Any, Signature], Author]]:
+        """Returns the module, which writes through its own ``generate``."""
+        return lambda: module_of(state), GenerateWriter.of
 
     @property
     def device(self) -> str:

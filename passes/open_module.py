@@ -21,6 +21,7 @@ from liar_opt.frontend.hf_checkpoint import (
     without_cache,
 )
 from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
+from liar_opt.frontend.own_text import require_generate
 from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.passes.base import DenseModel, Finding, Opened, OutputNames, Probes, State
 from liar_opt.passes.open_model import model_sizes
@@ -28,6 +29,7 @@ from liar_opt.passes.options import PruneOptions
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.memory import Memory
+from liar_opt.runtime.self_calibration import is_own_text
 from liar_opt.runtime.sessions import PROVIDERS
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
 
     Raises:
         ModelError: it cannot be loaded or traced.
-        OptionError: nothing says what its inputs are.
+        OptionError: nothing says what its inputs are, or it is to write its calibration text and cannot.
     """
     folder: Path | None = None
     notes: tuple[str, ...] = ()
@@ -78,6 +80,8 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
         module = load_module(folder, options.allow_pickle).to(_device(options.provider))
     else:
         module, notes = plain_module(model)
+    if is_own_text(calibration):
+        require_generate(module)
     calibration = named_source(module, calibration, options.batch_size)
     example = None if options.example is None else named_batch(module, options.example, "example")
     with evaluating(module), without_cache(module):

@@ -7,13 +7,14 @@ and with a token drawn uniformly otherwise, so that no two windows are about the
 goes on behind it, as packed texts do.
 
 With a key-value cache in the graph each step runs one token; without one the prefix is run anew at every step, which costs
-about half a window's length times as much. Both give the same text, up to rounding at the edge of a draw.
+about half a window's length times as much. Both give the same text, up to rounding at the edge of a draw. A model of
+transformers writes through its own ``generate`` (`frontend.own_text`), at the same temperature and with the same nucleus.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,24 @@ _LOGIT_BYTES = 1 << 28
 """Of the logits of one run, at most: rows are run in chunks where the prefix is run anew."""
 _ROWS = 64
 """Windows that are written together at most."""
+
+
+def is_own_text(source: Any) -> bool:
+    """Returns whether a calibration source means the model's own text."""
+    return isinstance(source, str) and source == SELF
+
+
+class Author(Protocol):
+    """What writes on behind first tokens, and how, for the report."""
+
+    @property
+    def how(self) -> str:
+        """Says how, behind "written by the model itself"."""
+
+    def write(
+        self, first: NDArray[np.int64], length: int, rng: np.random.Generator, progress: Callable[[int], None]
+    ) -> NDArray[np.int64]:
+        """Writes windows [n, length] on behind first tokens [n, 1]; see `Writer.write`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,11 @@ class Writer:
         logits = next((name for name in session.outputs if "logits" in name.lower()), session.outputs[0])
         caches = {} if signature.seen else _pairs(signature.past, [name for name in session.outputs if name != logits])
         return cls(session, signature, logits, caches)
+
+    @property
+    def how(self) -> str:
+        """What its speed depends on."""
+        return "through its cache" if self.caches else "by running each prefix anew"
 
     def write(
         self,
@@ -152,9 +176,10 @@ def draw(scores: NDArray[Any], uniforms: NDArray[np.float64]) -> NDArray[np.int6
 
 
 def write_calibration(
-    load: Callable[[], Runner],
+    load: Callable[[], Any],
     inputs: Sequence[InputSpec],
     *,
+    author: Callable[[Any, Signature], Author] = Writer.of,
     tokenizer: str | Path | None = None,
     samples: int = 512,
     batch_size: int = 32,
@@ -169,6 +194,7 @@ def write_calibration(
     Args:
         load: makes the session of the dense model; called when the options have been checked.
         inputs: the graph's inputs.
+        author: makes of what was loaded, and of the inputs, what writes.
         tokenizer: says which token begins a text and which are special; without it every token may begin a window.
         samples: windows.
         batch_size: windows of a calibration batch at most; see `calibration_data.load_calibration`.
@@ -190,7 +216,7 @@ def write_calibration(
         raise OptionError(f"'sequence_length' is {length}; calibration 'self' needs at least 2.")
     rng = np.random.default_rng(seed)
     first = _first_tokens(samples, tokenizer, vocabulary, rng)
-    writer = Writer.of(load(), signature)
+    writer = author(load(), signature)
     rows = signature.batch or _ROWS
     written = []
     for start in range(0, samples, rows):
@@ -209,8 +235,9 @@ def write_calibration(
     given = {name: feed[name] for name in feed if signature.roles[name] in ("ids", "mask", "type")}
     size = packed_rows(samples, length, batch_size)
     data = load_calibration(given, inputs, samples=samples, batch_size=size, seed=seed, vocabulary=vocabulary)
-    how = "through its cache" if writer.caches else "by running each prefix anew"
-    said = f"{samples} windows of {length} tokens, written by the model itself {how} with seed {seed} (top-p {TOP_P:g})"
+    said = (
+        f"{samples} windows of {length} tokens, written by the model itself {writer.how} with seed {seed} (top-p {TOP_P:g})"
+    )
     return replace(data, source=said)
 
 

@@ -67,6 +67,11 @@ class TextTokenizer:
     special: frozenset[int]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder holds files of a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *TOKENIZER_FILES))
+
+
 def load_tokenizer(where: str | Path) -> TextTokenizer:
     """Reads a tokenizer from its folder, or from its tokenizer.json.
 
@@ -82,7 +87,7 @@ def load_tokenizer(where: str | Path) -> TextTokenizer:
     try:
         if fast.is_file():
             return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if has_tokenizer(folder):
             return _slow_tokenizer(folder)
     except Exception as err:  # `tokenizers` raises bare Exception
         raise OptionError(f"tokenizer '{where}' cannot be loaded ({one_line(err)}); {hint}.") from err

@@ -21,6 +21,7 @@ from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError
 from liar_opt.tools.cli import main
+from liar_opt.tools.report import target_met
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -471,6 +472,81 @@ def test_inspect_counts_what_will_be_cut(tmp_path: Path, capsys: pytest.CaptureF
     told = capsys.readouterr()
     assert "of 96 channels the configuration of Dinov2Model can say 24, 48, 72" in told.err
     assert "cannot say another number of heads" in " ".join(told.out.split())
+
+
+# -- goals, and a width for each layer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"target": "params=0.85x"}, {"target": "size=0.85x"}, {"max_drop": "10%"}], ids=str)
+def test_a_checkpoint_meets_a_goal(options: dict[str, str], tmp_path: Path) -> None:
+    """As near as the steps of one width for all layers allow; what was reached is said."""
+    folder, calibration = stored("llama", tmp_path / "model"), data("llama", tmp_path / "data.npz")
+    result = prune_module(folder, calibration, multiple_of=4, latency=False, batch_size=4, **options)
+    model_class: Any = transformers.LlamaForCausalLM
+    loaded, info = model_class.from_pretrained(result.save(tmp_path / "out"), output_loading_info=True)
+    assert not any(info.values())
+    arrays = zoo_fx.feeds("llama", seed=9)
+    for a, b in zip(run(loaded.eval(), arrays), run(result.module, arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    report, target = result.report, result.report["target"]
+    assert report["verification"]["exact_difference"] < 1e-4
+    assert len({g["after"] for g in report["groups"] if g["kind"] == "ffn"}) == 1
+    assert loaded.num_parameters() < zoo_fx.build("llama").num_parameters()
+    said = target_met(report)
+    if "max_drop" in options:
+        assert 0.0 < target["found"] <= 0.1 and f"{100 * target['found']:.2f} % lost with" in said
+        return
+    step = 4 * 3 * 60 * 2  # four channels of three matrices, in both layers
+    bytes_each = 4 if "size" in options["target"] else 1
+    assert abs(target["found"] - target["wanted"]) <= step * bytes_each
+    assert abs(loaded.num_parameters() * bytes_each - target["found"]) <= 0.02 * target["found"]
+    assert said.startswith(f"target {options['target']}: ") and ", asked " in said
+
+
+GEMMA3N = {
+    **{"vocab_size": 97, "vocab_size_per_layer_input": 97, "hidden_size": 48, "hidden_size_per_layer_input": 8},
+    **{"intermediate_size": [72, 72, 72], "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"head_dim": 12, "max_position_embeddings": 64, "num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 2},
+    **{"activation_sparsity_pattern": [0.0, 0.0, 0.0], **zoo_fx.SPECIAL},
+}
+PVT = {
+    **{"image_size": 32, "num_encoder_blocks": 3, "depths": [1, 2, 1], "sequence_reduction_ratios": [2, 1, 1]},
+    **{"hidden_sizes": [16, 24, 24], "patch_sizes": [4, 2, 1], "strides": [4, 2, 1], "num_attention_heads": [1, 2, 2]},
+    **{"mlp_ratios": [4, 4, 4]},
+}
+LAGUNA = {
+    **{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6},
+    **{"num_key_value_heads": 1, "head_dim": 12, "num_attention_heads_per_layer": [6, 6]},
+    **{"mlp_layer_types": ["dense"] * 2, "layer_types": ["full_attention"] * 2, **zoo_fx.SPECIAL},
+}
+# Class, configuration, a part of the names of weights that are made small, the field, and the kind of its groups.
+ENTRIES: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
+    "gemma3n": ("Gemma3nForCausalLM", GEMMA3N, "layers.1.mlp.down_proj", "intermediate_size", "ffn"),
+    "pvt": ("PvtModel", PVT, "block.2.0.mlp.dense2", "mlp_ratios", "ffn"),
+    "laguna": ("LagunaForCausalLM", LAGUNA, "layers.1.self_attn.o_proj", "num_attention_heads_per_layer", "heads"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES))
+def test_a_list_in_the_configuration_says_a_width_for_each_entry(name: str, tmp_path: Path) -> None:
+    model, config, small, field, kind = ENTRIES[name]
+    module = made(model, config)
+    weights = [p for n, p in module.named_parameters() if small in n and p.ndim > 1]
+    assert weights
+    for p in weights:
+        p.data *= 0.02
+    options: dict[str, Any] = {"multiple_of": 4, "latency": False, kind: 0.4, "allocate": "curves"}
+    result = prune_module(module, [drawn(module, 4, s) for s in range(3)], **options)
+    groups = [g for g in result.report["groups"] if g["kind"] == kind]
+    assert len({g["after"] / g["before"] for g in groups}) > 1
+    assert result.report["verification"]["exact_difference"] < 1e-4
+    loaded, info = type(module).from_pretrained(result.save(tmp_path / "out"), output_loading_info=True)
+    assert not any(info.values())
+    was, now = getattr(module.config, field), getattr(loaded.config, field)
+    assert len({a / b for a, b in zip(now, was, strict=True)}) > 1
+    arrays = drawn(module, 2, 9)
+    for a, b in zip(run(loaded.eval(), arrays), run(result.module, arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 # -- what is no plain checkpoint --------------------------------------------------------------------------------------

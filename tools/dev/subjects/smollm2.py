@@ -152,13 +152,19 @@ def export(model: Any, path: Path, *, past: bool = False) -> Path:
 
 def ensure(folder: Path, *, past: bool = False) -> tuple[Path, Path]:
     """Makes what is not there yet in a folder; returns the graph (with the cache if `past`) and the tokenizer's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, tokenizer = folder / ("model_past.onnx" if past else "model.onnx"), folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file():
-        save_tokenizer(tokenizer)
+    path, tokenizer = folder / ("model_past.onnx" if past else "model.onnx"), ensure_tokenizer(folder)
     if not path.is_file():
         export(load_model(), path, past=past)
     return path, tokenizer
+
+
+def ensure_tokenizer(folder: Path) -> Path:
+    """Makes the tokenizer's folder in a folder where it is not there yet, and returns it."""
+    tokenizer = folder / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file():
+        tokenizer.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(tokenizer)
+    return tokenizer
 
 
 # The text --------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.dev.harness import Cells, commit, say
-from liar_opt.tools.dev.subjects.smollm2 import TEXTS, Text, draw, ensure
+from liar_opt.tools.dev.subjects.smollm2 import TEXTS, Text, draw, ensure, ensure_tokenizer
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 EVALUATION_ROWS = 1024
@@ -86,9 +86,14 @@ def windows(corpus: Text, tokens: int, window: int, seed: int, tokenizer: Path) 
 def measure(proto: onnx.ModelProto, held: np.ndarray) -> Perplexity:
     """Perplexity of a model over windows [n, s]."""
     session = Session(proto.SerializeToString())
-    size = max(1, EVALUATION_ROWS // held.shape[1])
-    batches = [feed(held[start : start + size]) for start in range(0, len(held), size)]
+    batches = batches_of(held)
     return perplexity(lambda f: session.run(f, ["logits"], arrays=True)["logits"], batches, [None] * len(batches))
+
+
+def batches_of(held: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Feeds of windows [n, s]."""
+    size = max(1, EVALUATION_ROWS // held.shape[1])
+    return [feed(held[start : start + size]) for start in range(0, len(held), size)]
 
 
 def feed(ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -136,9 +141,14 @@ class Workplace:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model, self.tokenizer = ensure(options.folder)
+        self.tokenizer = ensure_tokenizer(options.folder)
         self.held = windows(options.held_out, options.evaluation_tokens, options.window, options.seed, self.tokenizer)
         self.cells = Cells(options.cells)
+
+    @cached_property
+    def model(self) -> Path:
+        """The graph, exported where it is not there."""
+        return ensure(self.options.folder)[0]
 
     def calibration(self, source: str) -> np.ndarray:
         """Calibration windows [n, s]: of a corpus, or ("self") of the dense model, which writes them once."""
@@ -243,6 +253,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--only", choices=(*TABLES, SCORES_TABLE, TOKENS_TABLE), action="append", help="this table alone (may be repeated)"
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
+    add_setting(parser)
+
+
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """What texts, and where the model and finished cells are."""
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=128, help="tokens of a window, for both")
