@@ -313,6 +313,10 @@ class OnnxModel:
             if value.name in resized
         }
 
+    def structure(self) -> bytes:
+        """Returns what is known of the model without the data of its weights."""
+        return bytes(self.skeleton().SerializeToString())
+
     def skeleton(self) -> onnx.ModelProto:
         """Returns the graph without the data of its weights, which become inputs: enough to infer shapes."""
         exporter = gs.exporters.onnx_exporter.OnnxExporter

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_opt.frontend.causal import is_causal
-from liar_opt.frontend.fx_module import Executor, to_torch
+from liar_opt.frontend.either_model import flops_of
+from liar_opt.frontend.fx_engine import TimedModule
+from liar_opt.frontend.fx_module import Executor
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
-from liar_opt.passes.base import Analysis, Pass, Pipeline, State
+from liar_opt.passes.base import Analysis, DenseModel, Pass, Pipeline, State
+from liar_opt.passes.blank_cut import deployed, in_one_form
 from liar_opt.passes.calibrate import divided
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
@@ -34,8 +38,8 @@ from liar_opt.passes.gradient_scores import (
     require_labels,
 )
 from liar_opt.passes.limit_drop import LimitDropPass
-from liar_opt.passes.meet_target import MeetTargetPass, parse_target
-from liar_opt.passes.model_job import TIMED_SAMPLES
+from liar_opt.passes.meet_target import MeetTargetPass
+from liar_opt.passes.model_job import SPREAD, TIMED_SAMPLES
 from liar_opt.passes.module_on_onnx import PruneExportedPass
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.open_module import (
@@ -125,8 +129,8 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
         *([ExpressWidthsPass(asked)] if options.checkpoint else []),
     ]
     analysis = Pipeline(passes=passes, observer=options.observer)(state)
-    limited = isinstance(chosen.widths, LimitDropPass)
-    if chosen.curves is not None or isinstance(chosen.widths, MeetTargetPass):
+    limited, targeted = isinstance(chosen.widths, LimitDropPass), isinstance(chosen.widths, MeetTargetPass)
+    if chosen.curves is not None or targeted:
         _load_calibration(state, calibration, options, limited)
     if chosen.curves is not None and chosen.curves.score in GRADIENT_SCORES:
         _note_gradients(state, options)
@@ -139,6 +143,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     report.refuse(analysis.refusals)
     report.decided(state)
     if options.dry_run:
+        report.before.flops = _flops(state, state.found(DenseModel).original.model(), targeted)
         report.planned(state)
         return ModuleResult(state, report.to_json(), (), analysis.refusals, inputs)
     if state.calibration is None:
@@ -153,12 +158,14 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     report.cut(state, changes, cut.repair)
     made = state.found(CutModule)
     elements = sum(p.numel() for p in made.module.parameters())  # each counted once
-    report.after = replace(SizesEntry(**model_sizes(state.model)), parameters=elements)
+    report.before.flops = _flops(state, state.found(DenseModel).original.model(), targeted)
+    sizes = {**model_sizes(state.model), "parameters": elements}
+    report.after = SizesEntry(**sizes, flops=_flops(state, state.model, targeted))
     if made.traced is not None:
         report.note(f"the result is the traced graph: {made.traced}")
     if options.latency:
         began = time.perf_counter()
-        report.timed(_latency(state))
+        report.timed(_latency(state, targeted))
         state.seconds["latency"] = time.perf_counter() - began
     report.ended(state, watch, time.perf_counter() - start)
     return ModuleResult(state, report.to_json(), changes, analysis.refusals, inputs)
@@ -176,8 +183,6 @@ def _require_possible(calibration: Any, options: PruneOptions) -> None:
             raise OptionError(
                 f"{name.replace('_', '-')} works on ONNX files alone; prune the exported module, or leave it out"
             )
-    if options.target is not None and parse_target(options.target).kind in ("flops", "latency"):
-        raise OptionError("targets of flops and latency work on ONNX files alone; give params= or size=, or export it")
     lookup("packing", dict.fromkeys(PACKINGS), options.packing)
     lookup("backend", dict.fromkeys(BACKENDS), options.backend)
     if (options.labelled is not None or options.score == KNOWLEDGE) and options.backend != "torch":
@@ -260,27 +265,22 @@ def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -
     write_model(*lightened(export_onnx(module_of(state), example, axes)), path)
 
 
-class _Runner:
-    """A module behind the face of a session, for timing."""
-
-    def __init__(self, module: torch.nn.Module, feeds: Mapping[str, Any], device: Any) -> None:
-        self.inputs = list(feeds)
-        self.module, self.arguments = module, {k: to_torch(v, device) for k, v in feeds.items()}
-
-    def run(self, feeds: Mapping[str, Any]) -> None:
-        import torch
-
-        with torch.no_grad():
-            self.module(**self.arguments)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+def _latency(state: State, target: bool) -> Latency:
+    """Times both modules in turns; a result that meets a target as long as it takes to tell."""
+    made = state.found(CutModule)
+    dense = deployed(state.found(DenseModel).original.model(), state.device)
+    models = in_one_form([dense, TimedModule(traced_model(state), made.module, made.traced is None)])
+    if target:
+        return measure_latency(models, _one_batch(state, target), budget=2.0, least=12, close=SPREAD)
+    return measure_latency(models, _one_batch(state, target), budget=TIMED_SECONDS, least=1)
 
 
-def _latency(state: State) -> Latency:
-    """Times both modules in turns."""
-    model, data = traced_model(state), state.calibration
-    assert data is not None
-    batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
-    feeds = {k: v for k, v in batch.items() if k in {s.name for s in model.signature}}
-    runners = [_Runner(m, feeds, model.device) for m in (module_of(state), state.found(CutModule).module)]
-    return measure_latency(runners, feeds, budget=TIMED_SECONDS, least=1)
+def _one_batch(state: State, target: bool) -> Mapping[str, Any]:
+    """What is timed, and whose FLOPs are counted; targets are met on a whole batch."""
+    assert state.calibration is not None
+    batch = state.calibration.batches[0]
+    return batch if target else first_samples(state, batch, TIMED_SAMPLES)
+
+
+def _flops(state: State, model: OnnxModel, target: bool) -> int | None:
+    return None if state.calibration is None else flops_of(model, _one_batch(state, target))

@@ -10,6 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from onnx import numpy_helper
 
 import liar_opt
 from liar_opt.frontend import fx_module
-from liar_opt.passes import open_module
+from liar_opt.passes import meet_target, open_module
+from liar_opt.passes.blank_cut import operations
 from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +39,8 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "dense": {"ffn": 0.4, "heads": 0.25, "repair": "dense"},
     "residual": {"sparsity": 0.3, "repair": "residual"},
     "target": {"target": "params=0.8x", "allocate": "curves"},
+    "flops": {"target": "flops=0.8x", "allocate": "curves"},
+    "latency": {"target": "latency=1.2x", "allocate": "curves"},
     "max-drop": {"max_drop": "5%"},
     "search": {"sparsity": 0.3, "search": 600.0},
     "flap": {"sparsity": 0.3, "allocate": "flap"},
@@ -148,6 +152,19 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.onnx" for name in MODELS}
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose time is a known function of the operations, on which both engines depend alike."""
+
+    def measure(models: Any, feeds: Any, **_: Any) -> Any:
+        batches = [feeds] * len(models) if isinstance(feeds, dict) else feeds
+        seconds = [0.01 + 1e-8 * operations(m, f) ** 0.9 for m, f in zip(models, batches, strict=True)]
+        return SimpleNamespace(seconds=seconds, speedup=seconds[0] / seconds[-1], spread=0.001)
+
+    monkeypatch.setattr(meet_target, "deployed", lambda model, device: model)
+    monkeypatch.setattr(meet_target, "measure_latency", measure)
+
+
 def both(name: str, exports: dict[str, Path], **options: Any) -> tuple[ModuleResult, liar_opt.PruneResult]:
     """The same run on both engines."""
     # A ridge of its own would be chosen by errors that differ in their last digits alone.
@@ -176,11 +193,25 @@ def apart(module: ModuleResult, proto: onnx.ModelProto) -> float:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("clock")
 def test_both_engines_make_the_same(name: str, capability: str, exports: dict[str, Path]) -> None:
     module, graph = both(name, exports, **CAPABILITIES[capability])
     assert kept(module) == kept(graph)
     assert any(group["after"] < group["before"] for group in graph.report["groups"])
     assert apart(module, graph.model) < ROUNDING
+    for when in ("before", "after"):
+        assert module.report[when]["flops"] == graph.report[when]["flops"] > 0
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("target", ["flops=0.8x", "latency=1.2x"])
+def test_a_checkpoint_meets_a_target_with_one_width_a_kind(target: str) -> None:
+    result = liar_opt.prune(made("llama"), batches(), target=target, multiple_of=4, fresh=True, latency=False)
+    found = result.report["target"]
+    step = found["dense"] * 4 / 88  # of all feed-forward widths at once, more than they are of the whole
+    assert found["found"] == pytest.approx(found["wanted"], abs=step / 2)
+    for kind in ("ffn", "heads"):
+        assert len({g["after"] for g in result.report["groups"] if g["kind"] == kind}) == 1
 
 
 def test_another_repair_is_seen(exports: dict[str, Path]) -> None:
