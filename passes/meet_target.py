@@ -11,7 +11,8 @@ the target by is added to the goal, a few times, until it lands.
 
 Latency is not linear in the width. All groups of one shape are cut together to a few widths, and the time that is saved,
 shared among them, gives the table of that shape on this machine, provider and batch, each model in a process of its own
-(`runtime.latency`), modules in turns in this one. What is noise in it is evened out, so that the error decides among what the clock cannot tell apart:
+(`runtime.latency`), a module and what is cut of it in this one, in turns. What is noise in it is evened out, so that the
+error decides among what the clock cannot tell apart:
 
     line      saved(w) = b (n - w), b by weighted least squares, where no point is further than two standard errors from it
     rate      b is the pooled time of one operation, for all shapes whose own is within two standard errors of that
