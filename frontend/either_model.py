@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.walk import GraphWalk, walk, walk_sized
+from liar_opt.frontend.walk import GraphWalk, count_flops, walk, walk_sized
 
 if TYPE_CHECKING:
     from liar_opt.frontend.engine import Engine
@@ -57,6 +58,20 @@ def bytes_on(model: OnnxModel, feeds: Mapping[str, NDArray[Any]]) -> dict[str, i
 
     assert isinstance(model, FxModel)
     return tensor_bytes(model, feeds)
+
+
+def flops_of(model: OnnxModel, feeds: Mapping[str, Any]) -> int | None:
+    """Returns the operations of all products and convolutions of a graph for inputs of the shapes of ``feeds``.
+
+    A multiplication and an addition are two; pointwise operators and softmax are not counted. None where they cannot be.
+    """
+    if not model.traced:
+        return count_flops(model, {k: np.asarray(v) for k, v in feeds.items()})
+    from liar_opt.frontend import fx_engine
+    from liar_opt.frontend.fx_module import FxModel
+
+    assert isinstance(model, FxModel)
+    return fx_engine.count_flops(model, feeds)
 
 
 def as_given(model: OnnxModel) -> Any:

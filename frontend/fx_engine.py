@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Reference, Value
-from liar_opt.frontend.fx_module import Executor, FxModel, FxOriginal, Patched, to_numpy
+from liar_opt.frontend.fx_module import Executor, FxModel, FxOriginal, Patched, to_numpy, to_torch
+from liar_opt.frontend.fx_rewrite import changed_parameters, cut_graph_module, cut_module
 from liar_opt.frontend.graph_tensors import is_constant, nudged
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, nodes_for, row_mask
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.array_store import ArrayStore
-from liar_opt.runtime.errors import InternalError, OptionError
+from liar_opt.runtime.compare import TOLERANCES
+from liar_opt.runtime.errors import InternalError, ModelError, OptionError
 from liar_opt.runtime.torch_backend import BatchMoments, RunningMoments, batch_moments, real_rows, stream_gain
+
+if TYPE_CHECKING:
+    import torch
 
 FAILURES = (RuntimeError, IndexError, ValueError)
 """What torch raises where data does not fit a model."""
@@ -197,6 +203,74 @@ def _rounded(model: FxModel, changed: Patched) -> Patched:
     moved = {id(node.inputs[i].values): nudged(node.inputs[i].values, rng) for node, i in places}
     constants = {(id(node), i): moved[id(node.inputs[i].values)] for node, i in places}
     return Patched(constants | {place: nudged(value, rng) for place, value in changed.constants.items()}, changed.shifts)
+
+
+class TimedModule:
+    """A module behind the face of a session, for timing: in its own code, or as the traced graph.
+
+    Args:
+        model: its graph, cut or not.
+        module: what is run.
+        own_code: whether that is the module as it was written.
+    """
+
+    def __init__(self, model: FxModel, module: torch.nn.Module, own_code: bool = True) -> None:
+        self.model, self.module, self.own_code = model, module, own_code
+        self.inputs = [spec.name for spec in model.signature]
+
+    @classmethod
+    def of(cls, model: FxModel) -> TimedModule:
+        """Returns a module as it was cut; the traced graph where no attributes make its code fit."""
+        assert model.program is not None and model.module is not None
+        if not changed_parameters(model):
+            return cls(model, model.module)
+        try:
+            return cls(
+                model, cut_module(model, dict(model.program.example_inputs[1]), TOLERANCES[model.least_precision()])[0]
+            )
+        except ModelError:
+            return cls(model, model.module).as_graph()
+
+    def as_graph(self) -> TimedModule:
+        """Returns the traced graph of the same."""
+        model = self.model
+        return TimedModule(model, cut_graph_module(model).to(model.device), own_code=False) if self.own_code else self
+
+    def run(self, feeds: Mapping[str, Any]) -> None:
+        """Runs it once, to the end."""
+        import torch
+
+        arguments = {name: to_torch(feeds[name], self.model.device) for name in self.inputs}
+        with torch.no_grad():
+            self.module(**arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def count_flops(model: FxModel, feeds: Mapping[str, Any]) -> int | None:
+    """Returns the operations of all products and convolutions for inputs of the shapes of ``feeds``; none is carried out.
+
+    A multiplication and an addition are two operations. None where a shape depends on the data.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # torch's counter knows not all kernels of attention, and none of them where queries share keys and values.
+    kernels = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    attention = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in kernels}
+    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), counter:
+            Executor(model, model.device).run({spec.name: feeds[spec.name] for spec in model.signature})
+    except FAILURES:
+        return None
+    return int(counter.get_total_flops())
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Returns the operations for queries [b, h, s, e], keys [b, k, t, e] and values [b, k, t, v]."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
 def host_array(tensor: Any) -> NDArray[Any]:

@@ -160,6 +160,13 @@ class FxModel(OnnxModel):
             lines.append(f"{made} = {node.domain}::{node.op}({read}{'; ' if numbers else ''}{numbers})")
         return "\n".join(lines)
 
+    def structure(self) -> bytes:
+        """Returns what is known of the module without the data of its weights, and the torch that runs it."""
+        import torch
+
+        constants = (f"{c.name} {c.dtype} {c.shape}" for c in self.constants())
+        return "\n".join([torch.__version__, str(self.device), self.listing(), *constants]).encode()
+
     def parameters(self) -> int:
         """Returns the number of elements of the module's parameters, those that the trace does not reach included."""
         traced = sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.constants() if c.name in self.trained)
@@ -190,12 +197,9 @@ class FxOriginal(Original):
 
     def digest(self) -> str:
         """Returns the SHA-256 of the graph with all its weights, and of the torch that runs them."""
-        import torch
-
         model = self.model()
-        digest = hashlib.sha256(f"{torch.__version__} {model.device} {model.listing()}".encode())
+        digest = hashlib.sha256(model.structure())
         for constant in model.constants():
-            digest.update(f"{constant.name} {constant.dtype} {constant.shape}".encode())
             digest.update(as_bytes(constant.values))
         return digest.hexdigest()
 

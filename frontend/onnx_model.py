@@ -44,6 +44,8 @@ from liar_opt.runtime.signatures import InputSpec
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
+PRECISION = ("bfloat16", "float16", "float32", "float64")
+"""Types of weights, the least precise first."""
 QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
 QUANTISED_PREFIXES = (
     *("QLinear", "QGemm", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized"),
@@ -317,6 +319,10 @@ class OnnxModel:
             if value.name in resized
         }
 
+    def structure(self) -> bytes:
+        """Returns what is known of the model without the data of its weights."""
+        return bytes(self.skeleton().SerializeToString())
+
     def skeleton(self) -> onnx.ModelProto:
         """Returns the graph without the data of its weights, which become inputs: enough to infer shapes."""
         exporter = gs.exporters.onnx_exporter.OnnxExporter
@@ -378,6 +384,12 @@ class OnnxModel:
         bodies = (body for node in nodes_within(graph.node) for body in bodies_of(node))
         outer = {t.name for t in graph.initializer}
         return frozenset(t.name for body in bodies for t in body.initializer if t.name not in outer)
+
+    def least_precision(self) -> str:
+        """Returns the least precise type of the weights, as they are stored."""
+        weights = [c for c in self.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1]
+        names = {np.dtype(c.kind if isinstance(c, Narrow) else c.dtype).name for c in weights}
+        return next((p for p in PRECISION if p in names), "float32")
 
     def constants(self, unread: bool = False) -> Iterator[gs.Constant]:
         """Yields every constant of the graph that a node uses, once, those that branches alone read included.

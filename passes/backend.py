@@ -26,6 +26,8 @@ from liar_opt.runtime.latency import Latency
 from liar_opt.runtime.self_calibration import Author, Writer, is_own_text
 from liar_opt.runtime.signatures import Signature
 
+SPREAD = 0.02
+"""Relative standard error of the ratio of two latencies at which they were timed long enough."""
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
 

@@ -3,20 +3,19 @@
 Which blocks go does not matter to parameters, bytes, operations and time, only how many: the first ones stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.either_model import analysis_of
+from liar_opt.frontend.either_model import analysis_of, flops_of
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.rewrite import Rewriter
-from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.runtime.errors import InternalError
-from liar_opt.runtime.latency import Deployed
+from liar_opt.runtime.latency import Deployed, Runs
 from liar_opt.runtime.sessions import operator_libraries
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -33,7 +32,7 @@ def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[OnnxModel, dict
     model.normalise()
     analysis = analysis_of(model)
     found = find_groups(analysis)
-    groups = {g.name: g for g in (*found.groups, *found.queries)}
+    groups = {g.name: g for g in (*found.groups, *found.queries, *found.poolers)}
     unknown = [name for name in keep if name not in groups]
     if unknown:
         raise InternalError(f"group '{unknown[0]}' was not found again")
@@ -46,12 +45,36 @@ def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[OnnxModel, dict
     return model, rewriter.ends()
 
 
-def deployed(model: OnnxModel | OnnxOriginal, device: str) -> Deployed:
-    """Returns a model as it is timed: in a process of its own."""
+def deployed(model: OnnxModel | OnnxOriginal, device: str) -> Deployed | Runs:
+    """Returns a model as it is timed: in a process of its own; a module in this one."""
+    if isinstance(model, OnnxModel) and model.traced:
+        from liar_opt.frontend.fx_engine import TimedModule
+        from liar_opt.frontend.fx_module import FxModel
+
+        assert isinstance(model, FxModel)
+        return TimedModule.of(model)
     data, weights = model.detached()
     return Deployed(data, weights, device, operator_libraries())
 
 
+def clock_of(model: OnnxModel, device: str) -> dict[str, Any]:
+    """Returns what times besides the model and the machine depend on: the runtime, and where it runs."""
+    if not model.traced:
+        import onnxruntime
+
+        return {"runtime": [onnxruntime.__version__, device], "clock": "a process each"}
+    import torch
+
+    return {"runtime": torch.get_num_threads(), "clock": "in turns"}  # the graph's structure names torch and the device
+
+
+def in_one_form(models: Sequence[Any]) -> list[Any]:
+    """Returns modules as traced graphs where one of them is: without their own code both are faster."""
+    if all(getattr(model, "own_code", True) for model in models):
+        return list(models)
+    return [model.as_graph() for model in models]
+
+
 def operations(model: OnnxModel, feeds: Feeds) -> int:
     """Returns the floating-point operations of all contractions; 0 where they cannot be counted."""
-    return count_flops(model, {k: np.asarray(v) for k, v in feeds.items()}) or 0
+    return flops_of(model, feeds) or 0

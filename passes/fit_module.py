@@ -9,7 +9,7 @@ from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.open_module import OpenedModule, traced_model
-from liar_opt.passes.verify_model import Verification, least_precision
+from liar_opt.passes.verify_model import Verification
 from liar_opt.runtime.compare import TOLERANCES
 from liar_opt.runtime.errors import ModelError
 
@@ -54,7 +54,7 @@ class FitModulePass(Pass[None]):
             ModelError: a checkpoint was asked for, and the module's own code cannot be made to fit.
         """
         model, fields = traced_model(state), state.get(FinalFields)
-        example, tolerance = state.found(OpenedModule).example, TOLERANCES[least_precision(model)]
+        example, tolerance = state.found(OpenedModule).example, TOLERANCES[model.least_precision()]
         try:
             module, attributes = cut_module(model, example, tolerance, () if fields is None else fields.changes)
             state.add(CutModule(module))

@@ -3,7 +3,7 @@
     params=10M  params=0.5x     floating-point weights of the whole model
     size=40MB   size=0.5x       bytes of its file
     flops=3G    flops=0.5x      operations of all contractions on the first calibration batch
-    latency=5ms latency=2x      median time of that batch in ONNX Runtime; 2x is twice as fast
+    latency=5ms latency=2x      median time of that batch in ONNX Runtime, or torch; 2x is twice as fast
 
 What one block of a group costs is found on blank cuts (`passes.blank_cut`) of one group of every shape; the allocation
 then picks the widths whose costs add up to the target. The model cut to them is looked at as a whole, and what it misses
@@ -11,7 +11,8 @@ the target by is added to the goal, a few times, until it lands.
 
 Latency is not linear in the width. All groups of one shape are cut together to a few widths, and the time that is saved,
 shared among them, gives the table of that shape on this machine, provider and batch, each model in a process of its own
-(`runtime.latency`). What is noise in it is evened out, so that the error decides among what the clock cannot tell apart:
+(`runtime.latency`), a module and what is cut of it in this one, in turns. What is noise in it is evened out, so that the
+error decides among what the clock cannot tell apart:
 
     line      saved(w) = b (n - w), b by weighted least squares, where no point is further than two standard errors from it
     rate      b is the pooled time of one operation, for all shapes whose own is within two standard errors of that
@@ -49,7 +50,7 @@ from liar_opt.passes.allocate_widths import (
 )
 from liar_opt.passes.allocations import ALLOCATIONS, Menu
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
-from liar_opt.passes.blank_cut import blank_cut, deployed, operations
+from liar_opt.passes.blank_cut import blank_cut, clock_of, deployed, in_one_form, operations
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.sweep import cut_arrays
@@ -327,7 +328,8 @@ class _Gauge:
         if kind == "latency":
             self.source = "measured"
             model, _ = blank_cut(self.dense_model, {})
-            self.digest = hashlib.sha256(model.skeleton().SerializeToString()).hexdigest()
+            self.clock = clock_of(model, self.device)
+            self.digest = hashlib.sha256(model.structure()).hexdigest()
             self.original = deployed(model, self.device)
             self.dense = measure_latency([self.original], self.feeds, budget=TABLE_SECONDS).seconds[0]
         else:
@@ -351,7 +353,7 @@ class _Gauge:
 
     def _beside(self, model: Any, feeds: Mapping[str, Any], budget: float) -> Latency:
         """Times a model and the dense one in turns."""
-        models = [self.original, deployed(model, self.device)]
+        models = in_one_form([self.original, deployed(model, self.device)])
         return measure_latency(models, [self.feeds, feeds], budget=budget, most=2000, close=SPREAD)
 
     def costs(self, groups: Sequence[ChannelGroup], multiple_of: int) -> Cost:
@@ -373,16 +375,13 @@ class _Gauge:
         self, shapes: Mapping[str, list[ChannelGroup]], multiple_of: int
     ) -> dict[str, tuple[list[int], list[float]]]:
         """Returns widths and seconds of each shape; from the cache where the same was measured before."""
-        import onnxruntime
-
         given = {
             "graph": self.digest,
             "batch": sorted((k, list(v.shape), str(v.dtype)) for k, v in self.feeds.items()),
             "machine": [platform.node(), platform.machine(), _processor(), os.cpu_count()],
-            "runtime": [onnxruntime.__version__, self.device],
+            **self.clock,
             "multiple_of": multiple_of,
             "fractions": FRACTIONS,
-            "clock": "a process each",
         }
         path = file_of("latency", given, ".json")
         with one_at_a_time(path, self.waiting):

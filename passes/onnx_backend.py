@@ -11,7 +11,7 @@ from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_engine import cannot_load
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
-from liar_opt.passes.backend import Backend
+from liar_opt.passes.backend import SPREAD, Backend
 from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
@@ -32,9 +32,6 @@ from liar_opt.runtime.latency import CannotTime, Latency, measure_latency
 from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import show_size
 from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provider
-
-SPREAD = 0.02
-"""Relative standard error of the ratio of two latencies at which they were timed long enough."""
 
 
 @dataclass(eq=False)

@@ -36,7 +36,6 @@ from liar_opt.passes.verify_model import (
     by_weight,
     dense_session,
     first_samples,
-    least_precision,
     spread_bias,
 )
 from liar_opt.runtime.array_store import ArrayStore
@@ -189,7 +188,7 @@ class Proof:
         self.state, self.engine = state, state.engine()
         self.original = state.found(DenseModel).original
         self.cut = rehearsal_of(cut)
-        self.precision = least_precision(state.model)
+        self.precision = state.model.least_precision()
         # What an operator leaves open cannot be compared.
         self.outputs = [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
         known = state.get(Probes)

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.either_model import analysis_of
-from liar_opt.frontend.graph_tensors import Narrow, is_constant, is_float, like
+from liar_opt.frontend.graph_tensors import is_constant, like
 from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_engine import NO_MEMORY, run_session
@@ -52,7 +52,6 @@ from liar_opt.runtime.sessions import Runner
 
 COMPARED = 12
 """Bytes that comparing takes for each byte of an output in float32."""
-PRECISION = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class VerifyModelPass(Pass[None]):
         ours = pruned.run(cut_arrays(small, ends), arrays=True)
         # An optional that is empty, say; the parts of sequences and maps have names of their own.
         left_out = [o for o in whole if not any(name == o or name.startswith(f"{o}[") for name in theirs)]
-        precision, what = least_precision(state.model), "cut against masked original"
+        precision, what = state.model.least_precision(), "cut against masked original"
         try:
             exact = require_close(ours, theirs, precision, what)
         except CheckError:
@@ -333,10 +332,3 @@ def require_runs(state: State, session: Runner, every: bool = False) -> None:
             ) from err
         if not every:
             return
-
-
-def least_precision(model: OnnxModel) -> str:
-    """Returns the least precise type of a model's weights, as they are stored."""
-    weights = [c for c in model.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1]
-    names = {np.dtype(c.kind if isinstance(c, Narrow) else c.dtype).name for c in weights}
-    return next((p for p in PRECISION if p in names), "float32")

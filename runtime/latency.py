@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from liar_opt.runtime.errors import OptionError
 TURNS = 6
 """Turns of each model in the time that is given."""
 ALIGNMENT = 64
+PATIENCE = 600.0
+"""Seconds within which a process must have loaded its model and run it once."""
 WORKER = Path(__file__).with_name("timing_worker.py")
 
 
@@ -186,7 +189,7 @@ class Process:
     """
 
     def __init__(self, model: Deployed, feeds: Mapping[str, Any]) -> None:
-        self.inputs = list(feeds)
+        self.inputs, self._first = list(feeds), 0.0
         self._folder = tempfile.TemporaryDirectory(prefix="liar-opt-timing-", ignore_cleanup_errors=True)
         try:
             job = _write_job(Path(self._folder.name), model, feeds)
@@ -206,15 +209,17 @@ class Process:
         """Waits until the model is loaded.
 
         Raises:
-            CannotTime: it cannot be.
+            CannotTime: it cannot be, or not in time.
         """
-        self._answer()
+        began = time.perf_counter()
+        self._answer(PATIENCE)
+        self._first = time.perf_counter() - began
 
     def times(self, seconds: float, least: int, most: int) -> list[float]:
         """Returns the seconds of single runs.
 
         Raises:
-            CannotTime: the process has gone.
+            CannotTime: the process has gone, or does not answer in time.
         """
         assert self._process.stdin is not None
         try:
@@ -222,7 +227,7 @@ class Process:
             self._process.stdin.flush()
         except OSError as err:
             raise CannotTime(f"the process that times the model has gone ({err})") from err
-        return [float(t) for t in self._answer()]
+        return [float(t) for t in self._answer(PATIENCE + seconds + 2 * (least + 2) * self._first)]
 
     def close(self) -> None:
         """Ends the process and removes what it was given."""
@@ -235,9 +240,23 @@ class Process:
                     pipe.close()
         self._folder.cleanup()
 
-    def _answer(self) -> Any:
+    def _answer(self, seconds: float) -> Any:
+        """Returns what the process says next; one that says nothing for so many seconds is ended."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        watch = threading.Timer(seconds, end)
+        watch.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            watch.cancel()
+        if late.is_set():
+            raise CannotTime(f"the process that times the model did not answer for {seconds:.0f} s")
         said = json.loads(line) if line.strip() else {"error": f"it ended with exit code {self._process.wait()}"}
         if isinstance(said, dict):
             raise CannotTime(f"the model cannot be timed in a process of its own ({said['error']})")

@@ -10,6 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ import zoo
 from onnx import numpy_helper
 
 import liar_opt
+from liar_opt.passes import meet_target
+from liar_opt.passes.blank_cut import operations
 from liar_opt.passes.result import ModuleResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,6 +39,8 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "dense": {"ffn": 0.4, "heads": 0.25, "repair": "dense"},
     "residual": {"sparsity": 0.3, "repair": "residual"},
     "target": {"target": "params=0.8x", "allocate": "curves"},
+    "flops": {"target": "flops=0.8x", "allocate": "curves"},
+    "latency": {"target": "latency=1.2x", "allocate": "curves"},
     "max-drop": {"max_drop": "5%"},
     "search": {"sparsity": 0.3, "search": 600.0},
     "flap": {"sparsity": 0.3, "allocate": "flap"},
@@ -132,6 +137,19 @@ def export(name: str) -> Path:
     return path
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose time is a known function of the operations, on which both engines depend alike."""
+
+    def measure(models: Any, feeds: Any, **_: Any) -> Any:
+        batches = [feeds] * len(models) if isinstance(feeds, dict) else feeds
+        seconds = [0.01 + 1e-8 * operations(m, f) ** 0.9 for m, f in zip(models, batches, strict=True)]
+        return SimpleNamespace(seconds=seconds, speedup=seconds[0] / seconds[-1], spread=0.001)
+
+    monkeypatch.setattr(meet_target, "deployed", lambda model, device: model)
+    monkeypatch.setattr(meet_target, "measure_latency", measure)
+
+
 @functools.cache
 def both(name: str, **options: Any) -> tuple[ModuleResult, liar_opt.PruneResult]:
     """The same run on both engines."""
@@ -161,11 +179,25 @@ def apart(module: ModuleResult, proto: onnx.ModelProto) -> float:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("clock")
 def test_both_engines_make_the_same(name: str, capability: str) -> None:
     module, graph = both(name, **CAPABILITIES[capability])
     assert kept(module) == kept(graph)
     assert any(group["after"] < group["before"] for group in graph.report["groups"])
     assert apart(module, graph.model) < ROUNDING
+    for when in ("before", "after"):
+        assert module.report[when]["flops"] == graph.report[when]["flops"] > 0
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("target", ["flops=0.8x", "latency=1.2x"])
+def test_a_checkpoint_meets_a_target_with_one_width_a_kind(target: str) -> None:
+    result = liar_opt.prune(made("llama"), batches(), target=target, multiple_of=4, fresh=True, latency=False)
+    found = result.report["target"]
+    step = found["dense"] * 4 / 88  # of all feed-forward widths at once, more than they are of the whole
+    assert found["found"] == pytest.approx(found["wanted"], abs=step / 2)
+    for kind in ("ffn", "heads"):
+        assert len({g["after"] for g in result.report["groups"] if g["kind"] == kind}) == 1
 
 
 def test_another_repair_is_seen() -> None:

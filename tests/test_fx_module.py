@@ -225,7 +225,6 @@ def test_a_module_that_cannot_be_traced() -> None:
         (None, {}, "nothing says what the inputs of Block are; give calibration data with an array for each of tokens"),
         ([{"words": torch.zeros(3, 7, dtype=torch.int64)}], {}, "none of 'words' is an argument of Block.forward"),
         (batches(), {"checkpoint": True}, "no model of transformers"),
-        (batches(), {"target": "flops=0.5x"}, "targets of flops and latency work on ONNX files alone"),
         (batches(), {"backend": "numpy"}, "backend 'numpy' is unknown"),
     ],
 )

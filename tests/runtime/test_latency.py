@@ -90,6 +90,26 @@ def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         measure_latency(deployed(), {"x": np.eye(2, dtype=np.float32)})
 
 
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_process_that_says_nothing_is_ended(loads: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither while it loads, nor when it is asked."""
+    worker = tmp_path / "worker.py"
+    said = """print('"ready"', flush=True)""" if loads else ""
+    worker.write_text(f"import time\n{said}\ntime.sleep(600)", encoding="utf-8")
+    monkeypatch.setattr(latency, "WORKER", worker)
+    clock = Process(deployed()[0], {"x": np.eye(2, dtype=np.float32)})
+    try:
+        if loads:
+            clock.wait()
+            clock._first = 0.0
+        monkeypatch.setattr(latency, "PATIENCE", 0.3)
+        with pytest.raises(CannotTime, match="did not answer for 0 s"):
+            clock.times(0.0, 1, 1) if loads else clock.wait()
+        assert clock._process.wait() != 0
+    finally:
+        clock.close()
+
+
 class Machine:
     """A clock with known times: the first half of the turns are disturbed, both models alike."""
 
