@@ -33,6 +33,7 @@ from liar_opt.passes.gradient_scores import (
     own_samples,
     require_labels,
 )
+from liar_opt.passes.groups import QUERY_KEY, RECURRENT, VALUES
 from liar_opt.passes.limit_drop import LimitDropPass
 from liar_opt.passes.meet_target import MeetTargetPass, parse_target
 from liar_opt.passes.model_job import TIMED_SAMPLES
@@ -62,6 +63,9 @@ from liar_opt.runtime.self_calibration import SELF
 if TYPE_CHECKING:
     import torch
 
+ONE_WIDTH = "a configuration has one width for the queries, keys and values of all layers"
+UNSAID = {VALUES: ONE_WIDTH, QUERY_KEY: ONE_WIDTH, RECURRENT: "no configuration says the units of recurrent layers alone"}
+ELSEWHERE = "write ONNX with --format onnx (in Python: checkpoint=False)"
 TIMED_SECONDS = 0.3
 """Seconds that timing may take beside a first run of each model, and one more where that takes longer."""
 
@@ -121,7 +125,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
     passes: list[Pass[Any]] = [
         FindModuleGroupsPass(traced=not options.checkpoint),
-        ProveModuleGroupsPass(cut),
+        ProveModuleGroupsPass(cut, _alone(options)),
         *([ExpressWidthsPass(asked)] if options.checkpoint else []),
     ]
     analysis = Pipeline(passes=passes, observer=options.observer)(state)
@@ -195,6 +199,9 @@ def _chosen(options: PruneOptions, calibrated: bool) -> Chosen:
         OptionError: they exclude each other.
     """
     checkpoint = bool(options.checkpoint)
+    if checkpoint and _alone(options):
+        kind = _alone(options)[0]
+        raise OptionError(f"{kind} works on a traced graph: {UNSAID[kind]}; leave it out, or {ELSEWHERE}")
     uniform = checkpoint if options.uniform is None else options.uniform
     new_bias = not checkpoint if options.new_bias is None else options.new_bias
     chosen = passes_of_options(replace(options, uniform=None, new_bias=new_bias), calibrated)
@@ -211,6 +218,12 @@ def _chosen(options: PruneOptions, calibrated: bool) -> Chosen:
     if curves is not None and options.score in GRADIENT_SCORES and widths.allocate == "curves":
         curves = replace(curves, score="greedy")  # curves alone are read, no values of that score
     return replace(chosen, widths=widths, cut=cut, curves=curves)
+
+
+def _alone(options: PruneOptions) -> tuple[str, ...]:
+    """Returns the kinds that were asked for, of those that are cut when asked for alone."""
+    asked = {VALUES: options.values, QUERY_KEY: options.query_key, RECURRENT: options.recurrent}
+    return tuple(kind for kind, ratio in asked.items() if ratio)
 
 
 def _load_calibration(state: State, source: Any, options: PruneOptions, limited: bool) -> None:

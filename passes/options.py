@@ -144,12 +144,12 @@ class PruneOptions:
     )
     ffn: float | None = field(default=None, metadata=_ratio("ffn"))
     heads: float | None = field(default=None, metadata=_ratio("heads"))
-    values: float | None = field(default=None, metadata=_ratio("values", onnx_only=True))
+    values: float | None = field(default=None, metadata=_ratio("values"))
     value_cut: str = field(
-        default=PruneGroupsPass.value_cut, metadata=_of(PruneGroupsPass, "value_cut", choices=VALUE_CUTS, onnx_only=True)
+        default=PruneGroupsPass.value_cut, metadata=_of(PruneGroupsPass, "value_cut", choices=VALUE_CUTS)
     )
-    query_key: float | Literal["auto"] | None = field(default=None, metadata=_ratio("query_key", onnx_only=True))
-    recurrent: float | None = field(default=None, metadata=_ratio("recurrent", onnx_only=True))
+    query_key: float | Literal["auto"] | None = field(default=None, metadata=_ratio("query_key"))
+    recurrent: float | None = field(default=None, metadata=_ratio("recurrent"))
     multiple_of: int = field(
         default=AllocateWidthsPass.multiple_of, metadata=_of(AllocateWidthsPass, "multiple_of", kind=int, metavar="N")
     )

@@ -26,8 +26,8 @@ from liar_opt.passes.prove_groups import (
     rehearsal_of,
     sizes_of,
 )
-from liar_opt.passes.prune_groups import PruneGroupsPass
-from liar_opt.passes.verify_model import mask_model, nudged
+from liar_opt.passes.prune_groups import Cut, PruneGroupsPass
+from liar_opt.passes.verify_model import mask_model, nudged, project_queries
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 
@@ -38,14 +38,17 @@ class ProveModuleGroupsPass(Pass[Mapping[str, int]]):
 
     Attributes:
         cut: how groups are cut.
+        kinds: of the groups that are cut when asked for alone, those that were asked for.
     """
 
     name: ClassVar[str] = "prove-module-groups"
     cut: PruneGroupsPass = field(default_factory=PruneGroupsPass)
+    kinds: tuple[str, ...] = ()
 
     def plan(self, state: State) -> Mapping[str, int]:
         """Returns how many blocks of each group are to stay in the rehearsal."""
-        return {g.name: g.size - 1 for g in state.groups if g.size > 1}
+        asked = (g for g in (*state.queries, *state.values) if g.kind in self.kinds)
+        return {g.name: g.size - 1 for g in (*state.groups, *asked) if g.size > 1}
 
     def apply(self, state: State, plan: Mapping[str, int]) -> PassResult:
         """Proves the groups; those at fault are no groups any more."""
@@ -87,10 +90,12 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
         arrays = {name: _array(value) for name, value in probes[0].items()}
         data = CalibrationData((arrays,), (None,), 0, 0, "probe", (), True)
         copied = State(again, data, state.device, memory=state.memory, walk=walk)
-        copied.groups = tuple(g for g in find_groups(walk).groups if g.name in keep)
+        found = find_groups(walk)
+        copied.groups = tuple(g for g in (*found.groups, *found.values, *found.queries) if g.name in keep)
         copied.keep = dict(keep)
         copied.add(AskedBlocks({}))
         rehearse.apply(copied, rehearse.plan(copied))
+        project_queries(reference, copied.found(Cut).query_forms)
         mask_model(analyse(reference), copied.repairs)
     except RaisedAt as err:
         return Failure(str(err), err.group)

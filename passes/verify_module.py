@@ -13,8 +13,9 @@ from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.open_module import OpenedModule, vocabulary
+from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.sweep import held_batches
-from liar_opt.passes.verify_model import Verification, mask_model
+from liar_opt.passes.verify_model import Verification, mask_model, project_queries
 from liar_opt.runtime.compare import TOLERANCES, DifferenceMeter, holds_logits, require_close, require_repeatable
 from liar_opt.runtime.errors import CheckError, ModelError
 
@@ -67,6 +68,7 @@ class VerifyModulePass(Pass[None]):
         device = model.device
         dtype = precision(model)
         original, reference = model.original.model(), model.original.model()
+        project_queries(reference, state.found(Cut).query_forms)
         mask_model(analyse(reference), state.repairs)
         opened, fields = state.found(OpenedModule), state.get(FinalFields)
         example = opened.example

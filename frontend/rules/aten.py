@@ -10,23 +10,20 @@ to change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import present
-from liar_opt.frontend.records import BiasKind
+from liar_opt.frontend.records import BiasKind, Window
 from liar_opt.frontend.rules import meaning
-from liar_opt.frontend.rules.meaning import at
-from liar_opt.frontend.rules.numbers import resolve_reshape
+from liar_opt.frontend.rules.meaning import INSIDE, at
+from liar_opt.frontend.rules.numbers import resolve_reshape, slice_bounds
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
-
-_FOREVER = 1 << 62
-"""Slices end at about this number where they go to the end."""
 
 
 def _dims(node: gs.Node, name: str, rank: int) -> list[int]:
@@ -82,14 +79,7 @@ def linear(w: GraphWalk, node: gs.Node) -> None:
 def _product(w: GraphWalk, node: gs.Node, left: int, right: int, bias: tuple[BiasKind, int] = ("after", 0)) -> Axes:
     scale, bias_scale = (float(node.attrs.get(name, 1.0)) for name in ("alpha", "beta"))
     a, b = w.axes_of(node, left), w.axes_of(node, right)
-    return meaning.product(
-        w, node, a, b, _contracting(w, node), (left, right), bias=bias, scale=scale, bias_scale=bias_scale
-    )
-
-
-def _contracting(w: GraphWalk, node: gs.Node) -> Callable[[Factor], None]:
-    """Returns what is done with a width that is contracted between two activations."""
-    return lambda width: w.pin([width], at(node, "contracted between two activations"))
+    return meaning.product(w, node, a, b, (left, right), bias=bias, scale=scale, bias_scale=bias_scale)
 
 
 def matmul(w: GraphWalk, node: gs.Node) -> None:
@@ -101,19 +91,31 @@ def addmm(w: GraphWalk, node: gs.Node) -> None:
     w.output(node, w.broadcast(axes, w.axes_of(node, 0)))
 
 
-def einsum(w: GraphWalk, node: gs.Node) -> None:
-    meaning.einstein(w, node, _contracting(w, node))
-
-
 def convolution(w: GraphWalk, node: gs.Node) -> None:
     x, weight = w.axes_of(node), w.axes_of(node, 1)
     if len(x) != len(weight) or node.attrs.get("transposed", False):
         w.give_up(node, "convolution without a batch, or transposed")
         return
-    groups = ("groups", int(node.attrs.get("groups", 1)))
-    result = meaning.convolve(w, node, groups, w.inferred[node.outputs[0].name][2:], computed=True)
+    groups, window = ("groups", int(node.attrs.get("groups", 1))), _window(node, w.shape(weight[2:]))
+    result = meaning.convolve(w, node, groups, w.inferred[node.outputs[0].name][2:], window, computed=True)
     if result is not None:
         w.output(node, result)
+
+
+def _window(node: gs.Node, kernel: Sequence[int]) -> Window:
+    """Returns how a convolution slides; what "same" padding cannot share out evenly comes behind."""
+
+    def each(name: str) -> tuple[int, ...]:
+        value = [int(v) for v in node.attrs[name]]
+        return tuple(value * len(kernel) if len(value) == 1 else value)
+
+    dilations, padding = each("dilation"), node.attrs["padding"]
+    if padding == "same":
+        spread = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        pads = (*(s // 2 for s in spread), *(s - s // 2 for s in spread))
+    else:
+        pads = (0,) * 2 * len(kernel) if padding == "valid" else each("padding") * 2
+    return Window(tuple(kernel), each("stride"), dilations, pads)
 
 
 def attention(w: GraphWalk, node: gs.Node) -> None:
@@ -122,7 +124,8 @@ def attention(w: GraphWalk, node: gs.Node) -> None:
     where = at(node, f"inside {node.op}")
     w.unify(key[-2], value[-2])
     w.unify(query[-1], key[-1])
-    w.pin([query[-1], query[-2], key[-2]], where)
+    w.product(node, query[-1])
+    w.pin([query[-2], key[-2]], where)
     w.mixed.append(value[-1])
     batch = w.broadcast(query[:-3], key[:-3], value[:-3])
     heads: Axes = ()
@@ -143,6 +146,40 @@ def attention(w: GraphWalk, node: gs.Node) -> None:
     w.count(*query, key[-2])
     w.count(*query[:-1], key[-2], value[-1])
     w.output(node, (*batch, *heads, query[-2], value[-1]))
+
+
+def recurrent(w: GraphWalk, node: gs.Node) -> None:
+    """X [s, b, n] (or the batch first), states [1, b, h], W [gates*h, n], R [gates*h, h], two biases [gates*h].
+
+    Of one layer in one direction; what lies between layers, and what goes backward, is no tensor of the graph.
+    """
+    count, settings = 2 if node.op == "lstm" else 1, node.attrs
+    x, weight, recurrence = (w.input_axes(node, i) for i in (0, 1 + count, 2 + count))
+    assert x is not None and weight is not None and recurrence is not None
+    hidden, several = recurrence[-1], int(settings.get("num_layers", 1)) > 1 or settings.get("bidirectional", False)
+    size = w.algebra.size(hidden)
+    states = [w.axes_of(node, 1 + i) for i in range(count)]
+    if several or len(x) != 3 or any(w.algebra.size(state[-1]) != size for state in states):
+        w.give_up(node, f"{node.op} of several layers or directions, whose states in between no tensor holds")
+        return
+    length, batch = (x[1], x[0]) if settings.get("batch_first", False) else (x[0], x[1])
+    w.pin([length], at(node, f"gone over by {node.op}"))
+    w.unify(x[2], weight[1])
+    for position in range(1 + count, len(node.inputs)):
+        axes = w.axes_of(node, position)
+        gates, units = w.algebra.split(axes[0], [w.algebra.size(axes[0]) // size, size])
+        w.pin([gates], at(node, f"the gates of {node.op}"))
+        w.unify(units, hidden)
+    for position, state in enumerate(states, 1):
+        w.pin(state[:1], at(node, f"a state of {node.op}"))
+        w.unify(state[1], batch)
+        w.unify(state[2], hidden)
+        w.output(node, (state[0], batch, hidden), position)
+    w.output(node, (*x[:2], hidden))
+    w.count(batch, length, *weight)
+    w.count(batch, length, *recurrence)
+    w.consumer(node, 0, 2, 1 + count, 1, **INSIDE)
+    w.consumer(node, 0, 2, 2 + count, 1, reads=node.outputs[0], **INSIDE)
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------
@@ -278,11 +315,9 @@ def select(w: GraphWalk, node: gs.Node) -> None:
 def _part(w: GraphWalk, node: gs.Node, axes: Axes, dim: int) -> Factor:
     """Returns the factor of the part of an axis that a node takes or writes, by ``start``, ``end`` and ``step``."""
     factor, given = axes[dim], node.attrs
-    size = w.algebra.size(factor)
-    first = int(given.get("start") or 0)
-    narrow = node.op == "narrow"
-    last = first + int(given["length"]) if narrow else int(_FOREVER if given.get("end") is None else given["end"])
-    piece, before, pieces = meaning.part(w, node, factor, slice(first, last, int(given.get("step", 1))))
+    size, narrow, bounds = w.algebra.size(factor), node.op == "narrow", slice_bounds(given)
+    first, last = bounds.start, bounds.stop
+    piece, before, pieces = meaning.part(w, node, factor, bounds)
     if piece == factor:
         if last == size and not isinstance(given.get("end"), bool):
             w.size_use(node, ("attribute", "length" if narrow else "end", -1), factor)

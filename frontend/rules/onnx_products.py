@@ -1,13 +1,12 @@
-"""Rules of ONNX operators that are matrix products, and of Einsum."""
+"""Rules of ONNX operators that are matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.axes import Axes, Factor
+from liar_opt.frontend.axes import Axes
 from liar_opt.frontend.graph_tensors import present
 from liar_opt.frontend.rules import meaning
 
@@ -15,23 +14,12 @@ if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-def _contracting(w: GraphWalk, node: gs.Node) -> Callable[[Factor], None]:
-    """Returns what is done with a width that is contracted between two activations."""
-
-    def contract(width: Factor) -> None:
-        if any(map(w.taken_from_weights, node.inputs)) and w.algebra.pinned(width) is None:
-            w.leave(node, "weights are looked up for each token, as those of experts: their width stays")
-        w.product(node, width)
-
-    return contract
-
-
 def _swap(axes: Axes, swap: bool) -> Axes:
     return (*axes[:-2], axes[-1], axes[-2]) if swap and len(axes) >= 2 else axes
 
 
 def matmul(w: GraphWalk, node: gs.Node) -> None:
-    w.output(node, meaning.product(w, node, w.axes_of(node), w.axes_of(node, 1), _contracting(w, node)))
+    w.output(node, meaning.product(w, node, w.axes_of(node), w.axes_of(node, 1)))
 
 
 def fused_matmul(w: GraphWalk, node: gs.Node) -> None:
@@ -42,7 +30,7 @@ def fused_matmul(w: GraphWalk, node: gs.Node) -> None:
     swapped = (bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0)))
     left, right = _swap(left, swapped[0]), _swap(right, swapped[1])
     scale = float(node.attrs.get("alpha", 1.0))
-    w.output(node, meaning.product(w, node, left, right, _contracting(w, node), swapped=swapped, scale=scale))
+    w.output(node, meaning.product(w, node, left, right, swapped=swapped, scale=scale))
 
 
 def gemm(w: GraphWalk, node: gs.Node) -> None:
@@ -66,7 +54,3 @@ def gemm(w: GraphWalk, node: gs.Node) -> None:
     w.count(a[-1], *axes)
     bias = w.input_axes(node, 2) if has_bias else None
     w.output(node, axes if bias is None else w.broadcast(axes, bias))
-
-
-def einsum(w: GraphWalk, node: gs.Node) -> None:
-    meaning.einstein(w, node, lambda width: w.product(node, width))

@@ -42,8 +42,8 @@ NEW = "newer than the operators that ONNX Runtime takes"
 _STANDARD = (
     Op("LinearAttention", onnx_attention.linear_attention),
     Op("RotaryEmbedding", onnx_attention.rotary_embedding, cosines=1),
-    Op("Attention", onnx_attention.standard_attention),
-    Op("Conv", onnx_convolutions.conv, Trait.LINEAR, contracts=(1,)),
+    Op("Attention", onnx_attention.standard_attention, Trait.MIXES),
+    Op("Conv", onnx_convolutions.conv, Trait.LINEAR | Trait.SLIDES, contracts=(1,), summand=2),
     Op("ConvTranspose", onnx_convolutions.conv_transpose, contracts=(1,)),
     *each("GlobalAveragePool GlobalLpPool GlobalMaxPool", onnx_convolutions.global_pool),
     *each("AveragePool LpPool MaxPool", onnx_convolutions.pool),
@@ -133,7 +133,7 @@ _STANDARD = (
     Op("And", meaning.pointwise, Trait.BROADCASTS, evaluate=numbers.elementwise(np.logical_and)),
     *each("BitShift BitwiseAnd BitwiseOr", meaning.pointwise, Trait.BROADCASTS | Trait.UNPACKS),
     *each("BitwiseXor Mean PRelu Xor", meaning.pointwise, Trait.BROADCASTS),
-    Op("Div", meaning.pointwise, Trait.BROADCASTS | Trait.ARITHMETIC, evaluate=numbers.divide),
+    Op("Div", meaning.pointwise, Trait.BROADCASTS | Trait.ARITHMETIC | Trait.SCALES, evaluate=numbers.divide),
     Op("Greater", meaning.pointwise, Trait.BROADCASTS | Trait.COMPARES, evaluate=numbers.elementwise(np.greater)),
     Op(
         "GreaterOrEqual",
@@ -154,7 +154,7 @@ _STANDARD = (
     Op(
         "Mul",
         meaning.pointwise,
-        Trait.BROADCASTS | Trait.ARITHMETIC | Trait.INDEXES,
+        Trait.BROADCASTS | Trait.ARITHMETIC | Trait.SCALES | Trait.INDEXES,
         evaluate=numbers.same_type(np.multiply),
     ),
     Op("Or", meaning.pointwise, Trait.BROADCASTS, evaluate=numbers.elementwise(np.logical_or)),
@@ -166,7 +166,9 @@ _STANDARD = (
         evaluate=numbers.same_type(np.subtract),
     ),
     Op("Sum", meaning.pointwise, Trait.BROADCASTS | Trait.SUMS, fold=numbers.summed),
-    Op("Where", meaning.pointwise, Trait.BROADCASTS | Trait.INDEXES, evaluate=numbers.elementwise(np.where)),
+    Op(
+        "Where", meaning.pointwise, Trait.BROADCASTS | Trait.CHOOSES | Trait.INDEXES, evaluate=numbers.elementwise(np.where)
+    ),
     Op("Abs", onnx_pointwise.unary, Trait.UNARY, evaluate=numbers.same_type(np.abs)),
     Op("BitCast", onnx_pointwise.unary, Trait.UNARY, untested=NEW),
     *each(
@@ -194,12 +196,12 @@ _STANDARD = (
     Op("Dropout", onnx_pointwise.unary_with_settings, Trait.UNARY | Trait.DROPS | Trait.HANDS_ON),
     Op(
         "Einsum",
-        onnx_products.einsum,
+        meaning.einsum,
         Trait.LINEAR,
         fold=lambda i, a: [np.einsum(str(a["equation"]).replace(" ", ""), *(np.asarray(x) for x in i), optimize=True)],
         contracts=(0, 1, 2),
     ),
-    Op("Gemm", onnx_products.gemm, Trait.LINEAR, fold=numbers.gemm, contracts=(0, 1)),
+    Op("Gemm", onnx_products.gemm, Trait.LINEAR, fold=numbers.gemm, contracts=(0, 1), summand=2),
     Op(
         "MatMul",
         onnx_products.matmul,
@@ -211,8 +213,10 @@ _STANDARD = (
     *each("GRU LSTM RNN", onnx_recurrent.recurrent, Trait.RECURS),
     *each("ArgMax ArgMin", onnx_reductions.place_of_best),
     *each("CumProd CumSum", onnx_reductions.cumulated),
-    *each("Hardmax LogSoftmax Softmax", onnx_reductions.softmax_of_rows),
-    *each("Hardmax LogSoftmax Softmax", onnx_reductions.softmax, since=13),
+    *each("Hardmax LogSoftmax", onnx_reductions.softmax_of_rows),
+    *each("Hardmax LogSoftmax", onnx_reductions.softmax, since=13),
+    Op("Softmax", onnx_reductions.softmax_of_rows, Trait.SHARES),
+    Op("Softmax", onnx_reductions.softmax, Trait.SHARES, since=13),
     Op("LpNormalization", onnx_reductions.softmax, fold=numbers.lp_normalization),
     Op(
         "ReduceL1",
@@ -283,24 +287,26 @@ _CONTRIB = (
     Op("FusedMatMulActivation", contracts=(0, 1)),
 )
 _ATEN = (
-    Op("addmm", aten.addmm),
-    Op("baddbmm", aten.addmm, untested=UNTRACED),
-    *each("cumsum log_softmax softmax sort", aten.along_axis),
-    *each("_log_softmax _safe_softmax _softmax", aten.along_axis, untested=UNTRACED),
+    Op("addmm", aten.addmm, Trait.LINEAR, summand=0),
+    Op("baddbmm", aten.addmm, Trait.LINEAR, summand=0, untested=UNTRACED),
+    *each("cumsum log_softmax sort", aten.along_axis),
+    Op("softmax", aten.along_axis, Trait.SHARES),
+    Op("_log_softmax", aten.along_axis, untested=UNTRACED),
+    *each("_safe_softmax _softmax", aten.along_axis, Trait.SHARES, untested=UNTRACED),
     Op("view_as_complex", aten.as_complex),
     Op("view_as_real", aten.as_real),
-    Op("scaled_dot_product_attention", aten.attention),
+    Op("scaled_dot_product_attention", aten.attention, Trait.MIXES),
     *each("cat concat", aten.cat, Trait.JOINS),
     Op("concatenate", aten.cat, Trait.JOINS, untested=UNTRACED),
     *each("batch_norm instance_norm", aten.channel_norm),
     Op("_native_batch_norm_legit_no_training", aten.channel_norm, untested=UNTRACED),
     Op("channel_shuffle", aten.channel_shuffle),
     *each("col2im im2col", aten.columns),
-    *each("conv1d conv2d conv3d convolution", aten.convolution),
+    *each("conv1d conv2d conv3d convolution", aten.convolution, Trait.LINEAR | Trait.SLIDES, summand=2),
     *each("arange eye linspace", aten.counted),
     Op("scalar_tensor", aten.counted, untested=UNTRACED),
     Op("diagonal", aten.diagonal),
-    Op("einsum", aten.einsum),
+    Op("einsum", meaning.einsum, Trait.LINEAR),
     Op("embedding", aten.embedding, Trait.LOOKS_UP),
     Op("expand", aten.expand, Trait.REPEATS),
     *each("max min", aten.extremum, untested=UNTRACED),
@@ -319,8 +325,8 @@ _ATEN = (
     *each("full_like ones_like zeros_like", aten.like_first),
     *each("empty_like type_as", aten.like_first, untested=UNTRACED),
     Op("rand_like", aten.like_first, Trait.RANDOM, untested=UNTRACED),
-    Op("linear", aten.linear),
-    *each("bmm matmul mm", aten.matmul),
+    Op("linear", aten.linear, Trait.LINEAR, summand=2),
+    *each("bmm matmul mm", aten.matmul, Trait.LINEAR),
     *each("dot mv", aten.matmul, untested=UNTRACED),
     *each("flip roll", aten.moved_along),
     *each(
@@ -331,12 +337,12 @@ _ATEN = (
     *each("pixel_shuffle pixel_unshuffle", aten.pixel_shuffle),
     *each(
         "__and__ __or__ __xor__ abs acos acosh asin asinh atan atan2 atanh bitwise_and bitwise_not "
-        "bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min cos cosh div elu eq erf erfc exp "
+        "bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min cos cosh elu eq erf erfc exp "
         "expm1 floor floor_divide fmod ge gelu gt hardsigmoid hardswish hardtanh isfinite isinf isnan le "
         "leaky_relu lerp log log10 log1p log2 log_sigmoid logical_and logical_not logical_or logical_xor "
-        "lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg polar pow reciprocal relu "
-        "relu6 remainder round rsqrt rsub selu sigmoid sign silu sin sinh softplus sqrt square sub tan "
-        "tanh threshold trunc where xlogy",
+        "lt maximum minimum mish nan_to_num ne neg polar pow reciprocal relu "
+        "relu6 remainder round rsqrt rsub selu sigmoid sign silu sin sinh softplus sqrt square tan "
+        "tanh threshold trunc xlogy",
         meaning.pointwise,
         Trait.BROADCASTS,
     ),
@@ -351,7 +357,10 @@ _ATEN = (
     *each(
         "contiguous detach to", meaning.pointwise, Trait.KEEPS_ORDER | Trait.COPIES | Trait.BROADCASTS, untested=UNTRACED
     ),
-    Op("add", meaning.pointwise, Trait.BROADCASTS | Trait.ADDS, bias_inputs=(0, 1)),
+    *each("masked_fill where", meaning.pointwise, Trait.BROADCASTS | Trait.CHOOSES),
+    *each("div mul multiply", meaning.pointwise, Trait.BROADCASTS | Trait.SCALES),
+    Op("sub", meaning.pointwise, Trait.BROADCASTS | Trait.SUMS),
+    Op("add", meaning.pointwise, Trait.BROADCASTS | Trait.ADDS | Trait.SUMS, bias_inputs=(0, 1)),
     *each("alias clone", meaning.pointwise, Trait.KEEPS_ORDER | Trait.COPIES | Trait.BROADCASTS | Trait.HANDS_ON),
     Op("dropout", meaning.pointwise, Trait.BROADCASTS | Trait.DROPS | Trait.HANDS_ON),
     *each("feature_dropout native_dropout", meaning.pointwise, Trait.BROADCASTS | Trait.DROPS, untested=UNTRACED),
@@ -372,6 +381,7 @@ _ATEN = (
     Op("repeat", aten.repeat, Trait.REPEATS),
     Op("tile", aten.repeat, Trait.REPEATS, untested=UNTRACED),
     Op("repeat_interleave", aten.repeat_interleave),
+    *each("gru lstm rnn_relu rnn_tanh", aten.recurrent, Trait.RECURS),
     *each("scatter scatter_add scatter_reduce", aten.scatter),
     Op("select", aten.select),
     Op("select_scatter", aten.select_scatter),
