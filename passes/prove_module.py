@@ -90,8 +90,8 @@ def failure(state: State, cut: PruneGroupsPass, keep: Mapping[str, int], probes:
         arrays = {name: _array(value) for name, value in probes[0].items()}
         data = CalibrationData((arrays,), (None,), 0, 0, "probe", (), True)
         copied = State(again, data, state.device, memory=state.memory, walk=walk)
-        found = find_groups(walk)
-        copied.groups = tuple(g for g in (*found.groups, *found.values, *found.queries) if g.name in keep)
+        groups = find_groups(walk)
+        copied.groups = tuple(g for g in (*groups.groups, *groups.values, *groups.queries) if g.name in keep)
         copied.keep = dict(keep)
         copied.add(AskedBlocks({}))
         rehearse.apply(copied, rehearse.plan(copied))
