@@ -22,7 +22,7 @@ from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import TOLERANCES
 from liar_opt.runtime.errors import InternalError, ModelError, OptionError
-from liar_opt.runtime.torch_backend import BatchMoments, RunningMoments, batch_moments, real_rows, stream_gain
+from liar_opt.runtime.torch_backend import BatchMoments, RunningMoments, batch_moments, real_rows, stream_gain, under_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -298,7 +298,11 @@ def patched(patches: Sequence[Patch | ConstantPatch]) -> Patched:
 
 def _moments(tap: Tap, values: Mapping[str, Any], mask: NDArray[np.bool_] | None) -> BatchMoments:
     rows = None if mask is None or tap.layout == "all" else row_mask(mask, tap.layout, tap.repeat)
-    x = real_rows(values[tap.tensor], tap.axis, rows)
+    source = values[tap.tensor]
+    if tap.window is not None:
+        steps = [s * n for s, n in zip(tap.window.strides, tap.every, strict=True)]
+        source = under_kernel(source, tap.window.kernel, steps, tap.window.dilations, tap.window.pads)
+    x = real_rows(source, tap.axis, rows)
     if tap.numbers:
         x = x[real_rows(values[tap.numbers].reshape(-1, 1), 1, rows)[:, 0] == tap.expert]
     gain = None

@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import io
 import logging
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -461,9 +462,12 @@ class _Lowering:
         values = list(value) if isinstance(value, (tuple, list)) else [value]
         if not any(isinstance(v, torch.Tensor) for v in values):
             return  # arithmetic on sizes, or a check
-        target = self._multiplied(node)
+        target = self._called(node, values)
         inputs, attributes, arguments = self._arguments(node, target)
-        if target is not node.target:
+        if "split_sizes" in attributes:
+            dim = int(attributes["dim"])
+            attributes["split_sizes"] = [_size(item.shape[dim]) for item in values]
+        elif target is not node.target:
             inputs[1] = self.transposed[node.args[1].name]
         elif _swaps_two_axes(node) and isinstance(inputs[0], gs.Constant) and len(inputs[0].shape) == 2:
             self.transposed[node.name] = inputs[0]
@@ -480,21 +484,31 @@ class _Lowering:
         self.tensors[node.name] = outputs if multiple else outputs[0]
         schema = getattr(target, "_schema", None)
         domain, _, op = str(schema.name).partition("::") if schema is not None else ("", "", str(node.target))
-        self.model.graph.nodes.append(
-            gs.Node(op, node.name, dict(attributes), inputs, outputs, domain=domain or str(node.target))
-        )
+        settings = dict(attributes)
+        if op == "scaled_dot_product_attention" and settings["scale"] is None:  # of this width, also when it is cut
+            settings["scale"] = 1.0 / math.sqrt(inputs[0].shape[-1])
+        self.model.graph.nodes.append(gs.Node(op, node.name, settings, inputs, outputs, domain=domain or str(node.target)))
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = str(stack[-1][0]) if stack else ""
         read = tuple(t.name for t in inputs)
+        if target is torch.ops.aten.view.default:  # what is cut may lie in memory in another order
+            target = torch.ops.aten.reshape.default
         self.model.calls[node.name] = Call(target, tuple(arguments), path, attributes, read)
 
-    def _multiplied(self, node: Any) -> Any:
-        """Returns what a node calls: a product with the transpose of a weight is a linear layer."""
+    def _called(self, node: Any, values: Sequence[Any]) -> Any:
+        """Returns what a node calls: a product with the transpose of a weight is a linear layer.
+
+        A split into parts of one size is one by a list of sizes, which may be cut differently.
+        """
         import torch
 
         product = node.target in (torch.ops.aten.matmul.default, torch.ops.aten.mm.default)
         if product and getattr(node.args[1], "name", "") in self.transposed:
             return torch.ops.aten.linear.default
+        if node.target is torch.ops.aten.split.Tensor:
+            dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+            if not any(isinstance(_size(item.shape[dim]), Sym) for item in values):
+                return torch.ops.aten.split_with_sizes.default
         return node.target
 
     def _arguments(

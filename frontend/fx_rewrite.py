@@ -45,6 +45,7 @@ LAYER_SIZES: dict[str, dict[str, tuple[str, ...]]] = {
     "Embedding": {"weight": ("num_embeddings", "embedding_dim")},
     "_NormBase": {"weight": ("num_features",)},
     "GroupNorm": {"weight": ("num_channels",)},
+    "RNNBase": {"weight_ih_l0": ("", "input_size"), "weight_hh_l0": ("", "hidden_size")},
 }
 """Attributes of layers that repeat the sizes of a parameter's axes: torch's own and transformers' Conv1D."""
 MOST_TOGETHER = 3
@@ -210,7 +211,8 @@ def cut_graph_module(model: FxModel) -> torch.fx.GraphModule:
             _insert_addition(graph, node, nodes, stored)
             continue
         target = nodes[node.name]
-        if tuple(t.name for t in node.inputs) == call.inputs and node.attrs == dict(call.attributes):
+        same = target.target is call.target and node.attrs == dict(call.attributes)
+        if same and tuple(t.name for t in node.inputs) == call.inputs:
             continue
         with graph.inserting_before(target):
             inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
@@ -464,6 +466,8 @@ def _set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None
         else:
             place._parameters.pop(key, None)
             place.register_parameter(key, new)
+        if isinstance(place, torch.nn.RNNBase):
+            place._init_flat_weights()  # it has a list of them
 
 
 def _set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mapping[str, np.ndarray]) -> None:
@@ -473,7 +477,8 @@ def _set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mappin
         known = (LAYER_SIZES[c.__name__] for c in type(owner).__mro__ if c.__name__ in LAYER_SIZES)
         names = next(known, {}).get(attribute, ())
         for axis, size in enumerate(names):
-            setattr(owner, size, int(changes[name].shape[axis]))
+            if size:
+                setattr(owner, size, int(changes[name].shape[axis]))
         if names and getattr(owner, "groups", 1) > 1:  # depthwise: every channel is a group
             owner.groups = owner.in_channels = owner.out_channels
 

@@ -19,11 +19,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.graph_tensors import STANDARD, is_constant, present
 from liar_opt.frontend.records import ConstantUse, ProductUse
-from liar_opt.frontend.rules.numbers import slice_arguments, slices
-from liar_opt.frontend.rules.operators import MOVERS, has
-from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.rules.numbers import slice_arguments, slice_bounds, slices
+from liar_opt.frontend.rules.operators import MOVERS, has, operator
+from liar_opt.frontend.rules.table import ATEN, Trait
 from liar_opt.frontend.walk import GraphWalk
 
 if TYPE_CHECKING:
@@ -134,17 +134,19 @@ def operands_of(
 
 def _is_relative(walk: GraphWalk, node: gs.Node) -> bool:
     """Returns whether a Softmax runs over the rows of a product's second input, which does not see what they share."""
-    if node.op == "Einsum":
+    if has(node, Trait.MIXES):
+        return True
+    if node.op.lower() == "einsum":
         return False
     tensor = node.outputs[0]
     while len(tensor.outputs) == 1:
         reader = tensor.outputs[0]
-        if reader.op == "Softmax":
-            rank = len(walk.axes[tensor.name] or ())
-            return int(reader.attrs.get("axis", -1 if walk.model.opset >= 13 else 1)) % max(rank, 1) == rank - 1
-        if not has(reader, Trait.ARITHMETIC | Trait.COPIES) and reader.op != "Where":
+        if has(reader, Trait.SHARES):
+            rank, default = len(walk.axes[tensor.name] or ()), -1 if walk.model.opset >= 13 else 1
+            return int(reader.attrs.get("dim", reader.attrs.get("axis", default))) % max(rank, 1) == rank - 1
+        if not has(reader, Trait.SUMS | Trait.SCALES | Trait.CHOOSES | Trait.COPIES):
             return False
-        if reader.op in ("Div", "Mul") and any(
+        if has(reader, Trait.SCALES) and any(
             _last(walk, reader, i) > 1 for i, t in enumerate(reader.inputs) if t is not tensor
         ):
             return False  # a factor of each key: what the keys share is not shared by their logits
@@ -192,7 +194,7 @@ class _Side:
         _require_linear(self.walk, self.leaf, node)
         self.seen.add(id(node))
         carrying = [(i, t) for i, t in enumerate(node.inputs) if present(t) and self._has(node, i)]
-        scalar = node.op in ("Mul", "Div") and all(
+        scalar = has(node, Trait.SCALES) and all(
             self.walk.algebra.size(f) == 1 for i, t in enumerate(node.inputs) if i != carrying[0][0]
             for f in self.walk.input_axes(node, i) or ()
         )  # fmt: skip
@@ -219,13 +221,18 @@ class _Side:
         if window is not None or len(places) != 1 or not has(node, Trait.SPLITS | Trait.SLICES):
             raise Bent(f"queries and keys are packed in a way that is not followed (node '{node.name}')")
         place = places[0]
-        if node.op == "Split":
-            sizes = [self.walk.algebra.size((self.walk.axes[t.name] or ())[place]) for t in node.outputs]
+        if has(node, Trait.SPLITS):
+            made = [self.walk.axes[t.name] if present(t) else None for t in node.outputs]
+            sizes = [0 if own is None else self.walk.algebra.size(own[place]) for own in made]
             index = next(i for i, t in enumerate(node.outputs) if t is tensor)
             return _Window(axes[place], sum(sizes[:index]), sum(sizes[: index + 1]))
-        arguments = slice_arguments([None, *(self.walk.value(node, i) for i in range(1, 5))], node.attrs)
-        assert arguments is not None  # the rule gave up otherwise
-        start, stop, _ = slices(len(axes), *arguments)[place].indices(self.walk.algebra.size(axes[place]))
+        if node.domain == ATEN:
+            bounds = slice_bounds(node.attrs)
+        else:
+            arguments = slice_arguments([None, *(self.walk.value(node, i) for i in range(1, 5))], node.attrs)
+            assert arguments is not None  # the rule gave up otherwise
+            bounds = slices(len(axes), *arguments)[place]
+        start, stop, _ = bounds.indices(self.walk.algebra.size(axes[place]))
         return _Window(axes[place], start, stop)
 
     def _inside(self, factor: Factor, window: _Window | None) -> NDArray[np.bool_]:
@@ -277,29 +284,29 @@ def _require_linear(walk: GraphWalk, leaf: Factor, node: gs.Node) -> None:
         return
     held = [_has(walk, leaf, walk.input_axes(node, i)) for i in range(len(node.inputs))]
     name = f"'{node.name}' ({node.op}) between"
-    domain = "" if node.domain in (None, "ai.onnx") else node.domain
     if has(node, Trait.LINEAR):
         # A constant with the width is a projection that makes it, or a bias that is added to its result.
-        rest = held[:2] if node.op == "Gemm" or node.op == "Conv" else held
-        if len(held) > len(rest) and present(node.inputs[2]) and not held[2]:
+        added = operator(node.domain, node.op).summand
+        rest = [own for i, own in enumerate(held) if i != added]
+        if added is not None and added < len(held) and present(node.inputs[added]) and not held[added]:
             raise Bent(f"{name} adds the same to all channels")
         if sum(rest) == 1 and any(_has(walk, leaf, walk.axes.get(t.name)) for t in node.outputs):
             return
         raise Bent(f"{name} contracts it, or has it on both sides")
-    if domain:
+    if node.domain not in (*STANDARD, ATEN):
         raise Bent(f"{name} is not known to be linear")
-    if node.op == "Attention":
+    if has(node, Trait.MIXES):
         if held[2] and not any(held[:2]) and not any(held[3:]):
             return
         raise Bent(f"{name} needs it whole")
     if has(node, LAYOUT):
         return
     if has(node, Trait.SUMS):
-        if all(held):
+        if all(held) and "other" not in node.attrs:
             return
         raise Bent(f"{name} adds the same to all channels")
-    if node.op in ("Mul", "Div"):
-        if held[0] + held[1] == 1 and (held[0] or node.op == "Mul"):
+    if has(node, Trait.SCALES) and node.attrs.get("rounding_mode") is None:
+        if sum(held) == 1 and (held[0] or node.op.lower() != "div"):
             return
         raise Bent(f"{name} scales each channel by its own")
     raise Bent(f"{name} is not linear")

@@ -91,12 +91,14 @@ class FindGroupsPass(Pass[None]):
     def apply(self, state: State, plan: None) -> PassResult:
         """Adds the analysis and the groups to the state."""
         state.walk = walk(state.model)
-        found = find_groups(state.walk)
-        state.groups = found.groups
-        state.values = found.values
-        state.queries = found.queries
-        state.add(WholeQueries(found.whole))
-        return PassResult(state, (), found.refusals)
+        return PassResult(state, (), note_groups(state, find_groups(state.walk)))
+
+
+def note_groups(state: State, found: Found) -> tuple[Refusal, ...]:
+    """Adds the groups to the state, and returns the refusals."""
+    state.groups, state.values, state.queries = found.groups, found.values, found.queries
+    state.add(WholeQueries(found.whole))
+    return found.refusals
 
 
 def find_groups(walk: GraphWalk, known: bool = False) -> Found:
@@ -238,7 +240,7 @@ class _Grouping:
 
 def _is_stem(node: Any) -> bool:
     """Returns whether a node is a convolution over a window, and no weight comes before its own."""
-    if node.op != "Conv" or not is_constant(node.inputs[1]) or max(node.inputs[1].shape[2:], default=1) == 1:
+    if not has(node, Trait.SLIDES) or not is_constant(node.inputs[1]) or max(node.inputs[1].shape[2:], default=1) == 1:
         return False
     waiting, seen = [t for t in node.inputs if not is_constant(t)], set()
     while waiting:

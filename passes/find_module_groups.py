@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from liar_opt.frontend.fx_module import FxModel, FxWalk, analyse
 from liar_opt.passes.base import Finding, PassResult, State
-from liar_opt.passes.find_groups import FindGroupsPass, find_groups
+from liar_opt.passes.find_groups import FindGroupsPass, find_groups, note_groups
 from liar_opt.passes.groups import ChannelGroup, Refusal
 
 RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream: no checkpoint can say fewer heads"
@@ -34,11 +34,14 @@ class FindModuleGroupsPass(FindGroupsPass):
         assert isinstance(state.model, FxModel)
         state.walk = analyse(state.model)
         found = find_groups(state.walk)
+        refused = note_groups(state, found)
         rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
         state.groups = tuple(g for g in found.groups if g not in rigid)
+        if not self.traced:  # a configuration has one width for queries, keys and values
+            state.values = state.queries = ()
         state.add(Poolers(tuple(g for g in found.poolers if self.traced or not _rigid(state.walk, g))))
         refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
-        return PassResult(state, (), (*found.refusals, *refusals))
+        return PassResult(state, (), (*refused, *refusals))
 
 
 def _rigid(walk: FxWalk, group: ChannelGroup) -> bool:

@@ -28,7 +28,7 @@ from liar_opt.passes.express_widths import ExpressWidthsPass, StateFieldsPass
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.fit_module import CutModule, FitModulePass
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES, KNOWLEDGE
-from liar_opt.passes.groups import Refusal
+from liar_opt.passes.groups import QUERY_KEY, RECURRENT, VALUES, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass
 from liar_opt.passes.module_on_onnx import PruneExportedPass
 from liar_opt.passes.note_gradients import NoteGradientsPass
@@ -47,12 +47,11 @@ from liar_opt.runtime.text_tokenizer import has_tokenizer
 if TYPE_CHECKING:
     import torch
 
+ONE_WIDTH = "a configuration has one width for the queries, keys and values of all layers"
+UNSAID = {VALUES: ONE_WIDTH, QUERY_KEY: ONE_WIDTH, RECURRENT: "no configuration says the units of recurrent layers alone"}
+ELSEWHERE = "write ONNX with --format onnx (in Python: checkpoint=False)"
 TIMED_SECONDS = 0.3
 """Seconds that timing may take beside a first run of each model, and one more where that takes longer."""
-
-
-def _onnx_alone(name: str) -> str:
-    return f"{name} works on ONNX files alone; prune the exported module, or leave it out"
 
 
 @dataclass(eq=False)
@@ -60,10 +59,6 @@ class TorchBackend(Backend):
     """A traced module."""
 
     cannot: ClassVar[Mapping[str, str]] = {
-        "values": _onnx_alone("values"),
-        "value_cut": _onnx_alone("value-cut"),
-        "query_key": _onnx_alone("query-key"),
-        "recurrent": _onnx_alone("recurrent"),
         "custom_ops": "custom-ops are libraries of ONNX Runtime, and a module runs in torch; leave them out",
     }
     opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes)
@@ -121,8 +116,12 @@ class TorchBackend(Backend):
         if uniform and chosen.search is not None:
             raise OptionError(
                 "a search exchanges widths between layers, and a configuration has one for all of a kind; leave search "
-                "out, or write ONNX with --format onnx (in Python: checkpoint=False)"
+                f"out, or {ELSEWHERE}"
             )
+        asked = {VALUES: "values", QUERY_KEY: "query_key", RECURRENT: "recurrent"}
+        for kind, field in asked.items():
+            if checkpoint and getattr(chosen.widths, field, None):
+                raise OptionError(f"{kind} works on a traced graph: {UNSAID[kind]}; leave it out, or {ELSEWHERE}")
         pruning = PruneExportedPass if options.backend == "onnxruntime" else PruneGroupsPass
         cut, widths = pruning(**{**vars(chosen.cut), "new_bias": new_bias}), replace(chosen.widths, uniform=uniform)
         if isinstance(widths, LimitDropPass):

@@ -5,7 +5,7 @@ the same pass as any ONNX graph; its kept sets, repaired weights and biases are 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,7 @@ from liar_opt.frontend.fx_module import FxModel
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.passes.base import PassResult, Pipeline, State
 from liar_opt.passes.find_groups import FindGroupsPass
-from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
-from liar_opt.passes.measured import Repaired
+from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
 from liar_opt.passes.open_module import OpenedModule
@@ -49,22 +48,20 @@ def cut_on_onnx(visitor: CutGroups, groups: Sequence[ChannelGroup]) -> None:
         ModelError: the module cannot be exported, or the export has other groups.
     """
     exported = _exported(visitor.state)
+    exported.groups = (*exported.groups, *exported.values, *exported.queries)
     partners = _partners(groups, exported.groups)
     exported.keep = {g.name: g.size for g in exported.groups}
     exported.keep |= {theirs: visitor.state.keep[ours] for ours, theirs in partners.items()}
-    done = PruneGroupsPass(**vars(visitor.options))(exported)
-    ours = {partners[g.name]: g for g in groups}
-    repairs = iter(exported.repairs)
+    step = PruneGroupsPass(**vars(visitor.options))
+    step.requires(exported)
+    there = step.visitor(exported)
+    there.recording = True
+    for together in step.plan(exported):
+        there.sweep.over(there, together)
     # In the order of the export: a consumer that groups share was rewritten for each of them.
-    for change in done.changes:
-        group, details = ours[change.where], dict(change.details)
-        blocks = np.asarray(details["kept"], np.int64)
-        for consumer in (visitor.left(c) for c in group.consumers):
-            repair = next(repairs)
-            rows = repair.uses[0].matrix(np.asarray(repair.weight)).astype(np.float64)
-            repaired = Repaired(rows, repair.bias, np.inf, "repair")
-            visitor.write(consumer, kept_positions(consumer.owners, blocks), repaired)
-        visitor.cut(group, blocks, details)
+    ours, finished = {partners[g.name]: g for g in groups}, there.finished()
+    done = [replace(kept, name=ours[kept.name].name) for kept in finished.groups]
+    visitor.replay([ours[kept.name] for kept in finished.groups], replace(finished, groups=done))
 
 
 def _exported(state: State) -> State:
@@ -94,7 +91,9 @@ def _partners(ours: Sequence[ChannelGroup], theirs: tuple[ChannelGroup, ...]) ->
 
 def _weights(group: ChannelGroup) -> tuple[Any, ...]:
     places = ((c.owners >= 0).tobytes() for c in group.consumers)  # other groups may have the same consumers
-    return group.kind, group.size, *places, *(_laid_out(c).tobytes() for c in group.consumers)
+    operands = (s for operand in group.operands for s in operand.sources)
+    sources = (np.ascontiguousarray(np.moveaxis(s.use.constant.values, s.axis, 0)).tobytes() for s in operands)
+    return group.kind, group.size, *places, *(_laid_out(c).tobytes() for c in group.consumers), *sources
 
 
 def _laid_out(consumer: Consumer) -> NDArray[Any]:

@@ -229,6 +229,7 @@ class CutGroups(GroupVisitor):
         self.repairs: list[ConsumerRepair] = []
         self.selected: dict[str, list[str]] = {}
         self.stack: Any = None
+        self.recording = sweep.checkpoint is not None  # what is cut is noted, so that it can be done again
         self.kept: list[KeptGroup] = []
         self.written: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
@@ -304,7 +305,7 @@ class CutGroups(GroupVisitor):
         """Removes the other blocks, and notes it."""
         self.rewriter.cut(group.cut(blocks.tolist()))
         self.changes.append(Change("blocks removed", group.name, group.size, self.state.keep[group.name], details))
-        if self.sweep.checkpoint is not None:
+        if self.recording:
             self.kept.append(KeptGroup(group.name, blocks.tolist(), details, self.written, list(turns)))
             self.written = []
 
@@ -390,12 +391,12 @@ class CutGroups(GroupVisitor):
         self.repairs.append(ConsumerRepair(consumer.uses, tuple(left), cut, np.zeros(repaired.bias.shape)))
 
     def _check_written(self, use: ConsumerUse, flat: NDArray[Any], repaired: Repaired) -> None:
-        """Notes new rows for a checkpoint.
+        """Notes new rows for what does the same again.
 
         Raises:
             ModelError: they are not finite in the model's type.
         """
-        if self.sweep.checkpoint is not None:
+        if self.recording:
             plain = flat.dtype if flat.dtype.kind != "V" else np.float32  # numpy's files know no bfloat16
             self.written.append((flat.astype(plain), repaired.bias))
         if not np.isfinite(flat).all():
@@ -403,7 +404,7 @@ class CutGroups(GroupVisitor):
                 f"the repaired weight of node '{use.node.name}' overflows {flat.dtype}; use repair 'bias' or float32"
             )
 
-    # -- a run that is resumed --------------------------------------------------------------------------------------
+    # -- a cut that is made again -----------------------------------------------------------------------------------
 
     def finished(self) -> Finished:
         """Returns what was cut since it was last asked."""

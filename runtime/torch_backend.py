@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,6 +98,33 @@ def real_rows(x: torch.Tensor, axis: int, mask: NDArray[np.bool_] | None) -> tor
     if mask is not None:
         rows = rows[torch.from_numpy(mask).to(rows.device)]
     return rows.float()
+
+
+def under_kernel(
+    x: torch.Tensor, kernel: Sequence[int], steps: Sequence[int], dilations: Sequence[int], pads: Sequence[int]
+) -> torch.Tensor:
+    """Returns what lies under a kernel at every place, [b, places n, ..] of an activation [b, n, ..].
+
+    Args:
+        x: the activation.
+        kernel: its extent along each axis behind the channels.
+        steps: from one place to the next; as long, as are the dilations.
+        dilations: from one element of the kernel to the next.
+        pads: zeros before each axis, then behind each.
+    """
+    import torch
+
+    n = len(kernel)
+    around = [pad for i in reversed(range(n)) for pad in (pads[i], pads[n + i])]  # torch says the last axis first
+    padded = torch.nn.functional.pad(x, around)
+    parts = []
+    for place in itertools.product(*map(range, kernel)):
+        spans = [
+            slice(at * wide, size - (last - 1 - at) * wide, step)
+            for at, wide, size, last, step in zip(place, dilations, padded.shape[2:], kernel, steps, strict=True)
+        ]
+        parts.append(padded[(slice(None), slice(None), *spans)])
+    return torch.cat(parts, dim=1)
 
 
 def batch_moments(x: torch.Tensor, bounds: Sequence[int], gain: torch.Tensor | None = None) -> BatchMoments:

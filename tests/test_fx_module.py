@@ -225,6 +225,7 @@ def test_a_module_that_cannot_be_traced() -> None:
         (None, {}, "nothing says what the inputs of Block are; give calibration data with an array for each of tokens"),
         ([{"words": torch.zeros(3, 7, dtype=torch.int64)}], {}, "none of 'words' is an argument of Block.forward"),
         (batches(), {"checkpoint": True}, "no model of transformers"),
+        (batches(), {"checkpoint": True, "values": 0.5}, "values works on a traced graph: a configuration has one width"),
         (batches(), {"backend": "numpy"}, "backend 'numpy' is unknown"),
     ],
 )
@@ -324,6 +325,43 @@ def test_code_that_cannot_fit_gives_the_traced_graph(tmp_path: Path) -> None:
     np.testing.assert_allclose(next(iter(found.values())), expected.numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(OptionError, match=r"give a path that ends in .pt2"):
         result.save(tmp_path / "checkpoint")
+
+
+class Packed(nn.Module):
+    """Queries, keys and values from one projection, into fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 72), nn.Linear(24, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        q, k, v = (p.reshape(b, s, 4, 6).transpose(1, 2) for p in self.qkv(x).split(24, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        result: torch.Tensor = x + self.out(mixed.transpose(1, 2).reshape(b, s, 24))
+        return result
+
+
+def test_values_queries_and_keys_of_fused_attention(tmp_path: Path) -> None:
+    """The scale stays that of the width that was; what is measured in ONNX Runtime becomes the same."""
+    module, data = Packed().eval(), [{"x": torch.randn(8, 7, 12)} for _ in range(4)]
+    options: dict[str, Any] = {"ffn": None, "heads": 0.5, "values": 0.34, "query_key": 0.5, "ridge": 0.1}
+    result, other = (pruned(module, data, backend=backend, **options) for backend in ("torch", "onnxruntime"))
+    kinds = [(g["kind"], g["before"], g["after"]) for g in result.report["groups"]]
+    assert kinds == [("heads", 4, 2), ("query-key", 6, 3), ("values", 6, 4)]
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    shapes = sorted(tuple(p.shape) for p in result.module.parameters())
+    assert shapes == [(12,), (12, 8), (20,), (20, 12)] and isinstance(result.module, torch.fx.GraphModule)
+    x = torch.randn(2, 7, 12)
+    with torch.no_grad():
+        expected = result.module(x)
+        assert difference(other.module(x), expected) < 1e-3
+    loaded = torch.export.load(result.save(tmp_path / "small.pt2")).module()
+    torch.testing.assert_close(loaded(x=x), expected, rtol=1e-4, atol=1e-5)
+    alone = pruned(module, data, ffn=None, query_key=0.5)
+    assert alone.report["verification"]["exact_difference"] < 1e-5
+    kept = [g for g in liar_opt.inspect(module, example=data[0]).report["values"]]
+    assert {g["kind"] for g in kept} == {"values", "query-key"}
 
 
 def test_inspecting_a_module_changes_nothing() -> None:

@@ -14,14 +14,13 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes, Factor
 from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.records import Window
 from liar_opt.frontend.rules import meaning
 from liar_opt.frontend.rules.meaning import at, runs
+from liar_opt.frontend.rules.numbers import slice_bounds
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
-
-_FOREVER = 1 << 62
-"""Slices end at about this number where they go to the end."""
 
 
 def _dims(node: gs.Node, name: str, rank: int) -> list[int]:
@@ -76,32 +75,49 @@ def addmm(w: GraphWalk, node: gs.Node) -> None:
 
 
 def _product(w: GraphWalk, node: gs.Node, left: int, right: int, **more: Any) -> Axes:
-    contract = meaning.pinned(w, node)
-    return meaning.product(w, node, w.axes_of(node, left), w.axes_of(node, right), contract, (left, right), **more)
-
-
-def einsum(w: GraphWalk, node: gs.Node) -> None:
-    meaning.einstein(w, node, meaning.pinned(w, node))
+    return meaning.product(w, node, w.axes_of(node, left), w.axes_of(node, right), (left, right), **more)
 
 
 def convolution(w: GraphWalk, node: gs.Node) -> None:
     """With a batch axis; transposed by its name, or where it says so."""
-    groups, spatial = int(node.attrs.get("groups", 1)), w.inferred[node.outputs[0].name][2:]
-    if len(w.axes_of(node)) != len(w.axes_of(node, 1)):
+    weight, groups, spatial = w.axes_of(node, 1), int(node.attrs.get("groups", 1)), w.inferred[node.outputs[0].name][2:]
+    if len(w.axes_of(node)) != len(weight):
         w.give_up(node, "convolution without a batch")
-    elif node.attrs.get("transposed", "transpose" in node.op):
+        return
+    if node.attrs.get("transposed", "transpose" in node.op):
         meaning.convolve_transposed(w, node, groups, spatial)
-    elif (result := meaning.convolve(w, node, ("groups", groups), spatial, computed=True)) is not None:
+        return
+    window = _window(node, w.shape(weight[2:]))
+    result = meaning.convolve(w, node, ("groups", groups), spatial, window, computed=True)
+    if result is not None:
         w.output(node, result)
+
+
+def _window(node: gs.Node, kernel: Sequence[int]) -> Window:
+    """Returns how a convolution slides; what "same" padding cannot share out evenly comes behind."""
+
+    def each(name: str) -> tuple[int, ...]:
+        value = [int(v) for v in node.attrs[name]]
+        return tuple(value * len(kernel) if len(value) == 1 else value)
+
+    dilations, padding = each("dilation"), node.attrs["padding"]
+    if padding == "same":
+        spread = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        pads = (*(s // 2 for s in spread), *(s - s // 2 for s in spread))
+    else:
+        pads = (0,) * 2 * len(kernel) if padding == "valid" else each("padding") * 2
+    return Window(tuple(kernel), each("stride"), dilations, pads)
 
 
 def attention(w: GraphWalk, node: gs.Node) -> None:
     """Queries [.., h, s, e], keys [.., k, t, e], values [.., k, t, v]; h is a multiple of k with ``enable_gqa``."""
     query, key, value, mask = w.axes_of(node, 0), w.axes_of(node, 1), w.axes_of(node, 2), w.input_axes(node, 3)
     where = at(node, f"inside {node.op}")
-    meaning.attend(w, node, query[-1], key[-1], value[-1])
+    w.unify(query[-1], key[-1])
     w.unify(key[-2], value[-2])
+    w.product(node, query[-1])
     w.pin([query[-2], key[-2]], where)
+    w.mixed.append(value[-1])
     batch = w.broadcast(query[:-3], key[:-3], value[:-3])
     heads: Axes = ()
     if len(query) > 2:
@@ -119,6 +135,40 @@ def attention(w: GraphWalk, node: gs.Node) -> None:
     w.count(*query, key[-2])
     w.count(*query[:-1], key[-2], value[-1])
     w.output(node, (*batch, *heads, query[-2], value[-1]))
+
+
+def recurrent(w: GraphWalk, node: gs.Node) -> None:
+    """X [s, b, n] (or the batch first), states [1, b, h], W [gates*h, n], R [gates*h, h], two biases [gates*h].
+
+    Of one layer in one direction; what lies between layers, and what goes backward, is no tensor of the graph.
+    """
+    count, settings = 2 if node.op == "lstm" else 1, node.attrs
+    x, weight, recurrence = (w.input_axes(node, i) for i in (0, 1 + count, 2 + count))
+    assert x is not None and weight is not None and recurrence is not None
+    hidden, several = recurrence[-1], int(settings.get("num_layers", 1)) > 1 or settings.get("bidirectional", False)
+    size = w.algebra.size(hidden)
+    states = [w.axes_of(node, 1 + i) for i in range(count)]
+    if several or len(x) != 3 or any(w.algebra.size(state[-1]) != size for state in states):
+        w.give_up(node, f"{node.op} of several layers or directions, whose states in between no tensor holds")
+        return
+    length, batch = (x[1], x[0]) if settings.get("batch_first", False) else (x[0], x[1])
+    w.pin([length], at(node, f"gone over by {node.op}"))
+    w.unify(x[2], weight[1])
+    for position in range(1 + count, len(node.inputs)):
+        axes = w.axes_of(node, position)
+        gates, units = w.algebra.split(axes[0], [w.algebra.size(axes[0]) // size, size])
+        w.pin([gates], at(node, f"the gates of {node.op}"))
+        w.unify(units, hidden)
+    for position, state in enumerate(states, 1):
+        w.pin(state[:1], at(node, f"a state of {node.op}"))
+        w.unify(state[1], batch)
+        w.unify(state[2], hidden)
+        w.output(node, (state[0], batch, hidden), position)
+    w.output(node, (*x[:2], hidden))
+    w.count(batch, length, *weight)
+    w.count(batch, length, *recurrence)
+    w.consumer(node, 0, 2, 1 + count, 1, **meaning.INSIDE)
+    w.consumer(node, 0, 2, 2 + count, 1, reads=node.outputs[0], **meaning.INSIDE)
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------
@@ -211,9 +261,9 @@ def taken_apart(w: GraphWalk, node: gs.Node) -> None:
 def _part(w: GraphWalk, node: gs.Node, axes: Axes, dim: int) -> Factor:
     """Returns the factor of the part of an axis that a node takes or writes, by ``start``, ``end`` and ``step``."""
     factor, given = axes[dim], node.attrs
-    size = w.algebra.size(factor)
-    first, last = int(given.get("start") or 0), int(_FOREVER if given.get("end") is None else given["end"])
-    piece, before, pieces = meaning.part(w, node, factor, slice(first, last, int(given.get("step", 1))))
+    size, bounds = w.algebra.size(factor), slice_bounds(given)
+    first, last = bounds.start, bounds.stop
+    piece, before, pieces = meaning.part(w, node, factor, bounds)
     if piece == factor:
         if last == size and not isinstance(given.get("end"), bool):
             w.size_use(node, ("attribute", "end", -1), factor)

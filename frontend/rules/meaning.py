@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx_graphsurgeon as gs
@@ -16,6 +16,11 @@ from liar_opt.frontend.symbols import Misfit
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
+
+
+CONTRACTED = "contracted between two activations"
+INSIDE: dict[str, Any] = {"bias": ("none", 0), "output_axis": -2}
+"""Of products whose result is inside an operator: no bias can be put behind them, and no axis of the output is theirs."""
 
 
 def at(node: gs.Node, what: str) -> str:
@@ -314,7 +319,6 @@ def product(
     node: gs.Node,
     left: Axes,
     right: Axes,
-    contract: Callable[[Factor], None],
     places: tuple[int, int] = (0, 1),
     swapped: tuple[bool, bool] = (False, False),
     bias: tuple[BiasKind, int] = ("after", 0),
@@ -329,7 +333,6 @@ def product(
         node: the operator.
         left: the axes of the left input, as it is stored.
         right: those of the right one.
-        contract: is told of a width that is contracted between two activations.
         places: the positions of the inputs.
         swapped: which of them are stored the other way round.
         bias: where the operator adds one.
@@ -350,10 +353,12 @@ def product(
     elif w.constant(node, first) is not None and len(left) == 2 and len(right) > 1 and bias[0] == "after":
         w.consumer(node, second, -1 if swapped[1] else -2, first, int(not swapped[0]), scale=scale, output_axis=-2)
     elif places != (0, 1) or any(swapped) or not experts_product(w, node, left, right, scale):
-        contract(left[-1])
         mixes = mixing
-        if mixes:
+        if mixing:
+            _contract(w, node, left[-1], places)
             w.mix(left, right)
+        else:
+            w.pin([left[-1]], at(node, CONTRACTED))
     batch = w.broadcast(left[:-2], right[:-2]) if left[:-2] or right[:-2] else ()
     if mixes:
         w.batched += batch
@@ -365,11 +370,6 @@ def product(
 
 def _swap(axes: Axes, swap: bool) -> Axes:
     return (*axes[:-2], axes[-1], axes[-2]) if swap and len(axes) >= 2 else axes
-
-
-def pinned(w: GraphWalk, node: gs.Node) -> Callable[[Factor], None]:
-    """Returns what is done with a width that is contracted between two activations, where nothing else is known."""
-    return lambda width: w.pin([width], at(node, "contracted between two activations"))
 
 
 def convolve(
@@ -522,8 +522,18 @@ def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | 
     return full, result
 
 
-def einstein(w: GraphWalk, node: gs.Node, contract: Callable[[Factor], None]) -> None:
-    """The rule of an Einsum; ``contract`` is told of a width that is contracted between two activations."""
+def _contract(w: GraphWalk, node: gs.Node, width: Factor, places: tuple[int, int]) -> None:
+    """A width is contracted between two activations; what looks for both of them takes the first two inputs."""
+    if places != (0, 1):
+        w.pin([width], at(node, CONTRACTED))
+        return
+    if any(map(w.taken_from_weights, node.inputs)) and w.algebra.pinned(width) is None:
+        w.leave(node, "weights are looked up for each token, as those of experts: their width stays")
+    w.product(node, width)
+
+
+def einsum(w: GraphWalk, node: gs.Node) -> None:
+    """Products and sums of two operands, as the equation says."""
     operands = [w.input_axes(node, i) or () for i in range(len(node.inputs))]
     spelled = spelled_out(str(node.attrs["equation"]), [len(a) for a in operands])
     if spelled is None:
@@ -547,7 +557,7 @@ def einstein(w: GraphWalk, node: gs.Node, contract: Callable[[Factor], None]) ->
         w.consumer(node, 1 - weight, terms[1 - weight].index(summed[0]), weight, terms[weight].index(summed[0]))
     else:
         if linear and weight is None:
-            contract(factors[summed[0]])
+            w.product(node, factors[summed[0]])
         else:
             w.pin([factors[s] for s in summed], f"summed over by {node.op} (node '{node.name}')")
         w.mixed += [f for letter, f in factors.items() if letter in right and sum(letter in t for t in terms) == 1]

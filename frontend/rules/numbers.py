@@ -16,6 +16,8 @@ Array = NDArray[Any]
 Attributes = Mapping[str, Any]
 Inputs = Sequence[Array | None]
 Evaluator = Callable[[Inputs, Attributes], Sequence[Array]]
+FOREVER = 1 << 62
+"""Slices of ATen end at about this number where they go to the end."""
 VALUE_LIMIT = 4096
 """Tensors with more elements than this are data, not shape arithmetic."""
 
@@ -58,6 +60,14 @@ def slice_arguments(
         return None
     lists = [None if a is None else [int(v) for v in np.atleast_1d(a)] for a in padded[1:5]]
     return lists[0] or [], lists[1] or [], lists[2], lists[3]
+
+
+def slice_bounds(attributes: Attributes) -> slice:
+    """Returns what ATen's slice, or its narrow, takes."""
+    first, last = int(attributes.get("start") or 0), attributes.get("end")
+    if "length" in attributes:
+        last = first + int(attributes["length"])
+    return slice(first, FOREVER if last is None else int(last), int(attributes.get("step", 1)))
 
 
 def resolve_reshape(target: Sequence[int], shape: Sequence[int], allow_zero: bool = False) -> list[int] | None:

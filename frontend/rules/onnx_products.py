@@ -1,32 +1,19 @@
-"""Rules of ONNX operators that are matrix products, and of Einsum."""
+"""Rules of ONNX operators that are matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.axes import Factor
 from liar_opt.frontend.rules import meaning
 
 if TYPE_CHECKING:
     from liar_opt.frontend.walk import GraphWalk
 
 
-def _contracting(w: GraphWalk, node: gs.Node) -> Callable[[Factor], None]:
-    """Returns what is done with a width that is contracted between two activations."""
-
-    def contract(width: Factor) -> None:
-        if any(map(w.taken_from_weights, node.inputs)) and w.algebra.pinned(width) is None:
-            w.leave(node, "weights are looked up for each token, as those of experts: their width stays")
-        w.product(node, width)
-
-    return contract
-
-
 def matmul(w: GraphWalk, node: gs.Node) -> None:
-    w.output(node, meaning.product(w, node, w.axes_of(node), w.axes_of(node, 1), _contracting(w, node)))
+    w.output(node, meaning.product(w, node, w.axes_of(node), w.axes_of(node, 1)))
 
 
 def _swapped(node: gs.Node) -> tuple[bool, bool]:
@@ -38,18 +25,14 @@ def fused_matmul(w: GraphWalk, node: gs.Node) -> None:
         w.give_up(node, "FusedMatMul with transposed batch axes")
         return
     more: dict[str, Any] = {"swapped": _swapped(node), "scale": float(node.attrs.get("alpha", 1.0))}
-    w.output(node, meaning.product(w, node, w.axes_of(node), w.axes_of(node, 1), _contracting(w, node), **more))
+    w.output(node, meaning.product(w, node, w.axes_of(node), w.axes_of(node, 1), **more))
 
 
 def gemm(w: GraphWalk, node: gs.Node) -> None:
     left, right, swapped = w.axes_of(node), w.axes_of(node, 1), _swapped(node)
     scales = {"scale": float(node.attrs.get("alpha", 1.0)), "bias_scale": float(node.attrs.get("beta", 1.0))}
     more: dict[str, Any] = {"swapped": swapped, "bias": ("input", 2), "mixing": False, **scales}
-    w.output(node, meaning.product(w, node, left, right, meaning.pinned(w, node), **more))
+    w.output(node, meaning.product(w, node, left, right, **more))
     if node.op == "GemmFastGelu" and w.input_axes(node, 2) is not None and w.constant(node, 2) is None:
         # An addition behind the node would come after the activation.
         w.pin([left[0 if swapped[0] else 1]], f"the bias of a fused activation is computed (node '{node.name}')")
-
-
-def einsum(w: GraphWalk, node: gs.Node) -> None:
-    meaning.einstein(w, node, lambda width: w.product(node, width))

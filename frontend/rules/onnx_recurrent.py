@@ -12,11 +12,12 @@ what is inside it and cannot be measured: its units stay.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import present
+from liar_opt.frontend.rules import meaning
 
 if TYPE_CHECKING:
     from liar_opt.frontend.axes import Factor
@@ -46,13 +47,9 @@ def recurrent(w: GraphWalk, node: gs.Node) -> None:
     if w.constant(node, 1) is None:
         w.pin([x[2]], f"contracted between two activations (node '{node.name}')")
     else:
-        w.consumer(node, 0, 2, 1, 2, **INSIDE)
+        w.consumer(node, 0, 2, 1, 2, **meaning.INSIDE)
     if w.constant(node, 2) is not None and present(node.outputs[0]):
-        w.consumer(node, 0, 3, 2, 2, reads=node.outputs[0], **INSIDE)
-
-
-INSIDE: dict[str, Any] = {"bias": ("none", 0), "output_axis": -2}
-"""Of products whose result is inside an operator: no bias can be put behind them, and no axis of the output is theirs."""
+        w.consumer(node, 0, 3, 2, 2, reads=node.outputs[0], **meaning.INSIDE)
 
 
 def _units(w: GraphWalk, node: gs.Node, hidden: Factor) -> None:

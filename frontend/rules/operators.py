@@ -44,8 +44,8 @@ NEW = "newer than the operators that ONNX Runtime takes"
 _STANDARD = (
     Op("LinearAttention", onnx_attention.linear_attention),
     Op("RotaryEmbedding", onnx_attention.rotary_embedding, cosines=1),
-    Op("Attention", onnx_attention.standard_attention),
-    Op("Conv", onnx_convolutions.conv, Trait.LINEAR, contracts=(1,)),
+    Op("Attention", onnx_attention.standard_attention, Trait.MIXES),
+    Op("Conv", onnx_convolutions.conv, Trait.LINEAR | Trait.SLIDES, contracts=(1,), summand=2),
     Op("ConvTranspose", onnx_convolutions.conv_transpose, contracts=(1,)),
     *each("GlobalAveragePool GlobalLpPool GlobalMaxPool", onnx_convolutions.global_pool),
     *each("AveragePool LpPool MaxPool", onnx_convolutions.pool),
@@ -135,7 +135,7 @@ _STANDARD = (
     Op("And", meaning.pointwise, Trait.BROADCASTS, evaluate=numbers.elementwise(np.logical_and)),
     *each("BitShift BitwiseAnd BitwiseOr", meaning.pointwise, Trait.BROADCASTS | Trait.UNPACKS),
     *each("BitwiseXor Mean PRelu Xor", meaning.pointwise, Trait.BROADCASTS),
-    Op("Div", meaning.pointwise, Trait.BROADCASTS | Trait.ARITHMETIC, evaluate=numbers.divide),
+    Op("Div", meaning.pointwise, Trait.BROADCASTS | Trait.ARITHMETIC | Trait.SCALES, evaluate=numbers.divide),
     Op("Greater", meaning.pointwise, Trait.BROADCASTS | Trait.COMPARES, evaluate=numbers.elementwise(np.greater)),
     Op(
         "GreaterOrEqual",
@@ -156,7 +156,7 @@ _STANDARD = (
     Op(
         "Mul",
         meaning.pointwise,
-        Trait.BROADCASTS | Trait.ARITHMETIC | Trait.INDEXES,
+        Trait.BROADCASTS | Trait.ARITHMETIC | Trait.SCALES | Trait.INDEXES,
         evaluate=numbers.same_type(np.multiply),
     ),
     Op("Or", meaning.pointwise, Trait.BROADCASTS, evaluate=numbers.elementwise(np.logical_or)),
@@ -168,7 +168,9 @@ _STANDARD = (
         evaluate=numbers.same_type(np.subtract),
     ),
     Op("Sum", meaning.pointwise, Trait.BROADCASTS | Trait.SUMS, fold=numbers.summed),
-    Op("Where", meaning.pointwise, Trait.BROADCASTS | Trait.INDEXES, evaluate=numbers.elementwise(np.where)),
+    Op(
+        "Where", meaning.pointwise, Trait.BROADCASTS | Trait.CHOOSES | Trait.INDEXES, evaluate=numbers.elementwise(np.where)
+    ),
     Op("Abs", meaning.like_first, Trait.UNARY, evaluate=numbers.same_type(np.abs)),
     Op("BitCast", meaning.like_first, Trait.UNARY, untested=NEW),
     *each(
@@ -196,12 +198,12 @@ _STANDARD = (
     Op("Dropout", meaning.like_first, Trait.UNARY | Trait.DROPS | Trait.HANDS_ON),
     Op(
         "Einsum",
-        onnx_products.einsum,
+        meaning.einsum,
         Trait.LINEAR,
         fold=lambda i, a: [np.einsum(str(a["equation"]).replace(" ", ""), *(np.asarray(x) for x in i), optimize=True)],
         contracts=(0, 1, 2),
     ),
-    Op("Gemm", onnx_products.gemm, Trait.LINEAR, fold=numbers.gemm, contracts=(0, 1)),
+    Op("Gemm", onnx_products.gemm, Trait.LINEAR, fold=numbers.gemm, contracts=(0, 1), summand=2),
     Op(
         "MatMul",
         onnx_products.matmul,
@@ -213,8 +215,10 @@ _STANDARD = (
     *each("GRU LSTM RNN", onnx_recurrent.recurrent, Trait.RECURS),
     *each("ArgMax ArgMin", onnx_reductions.place_of_best),
     *each("CumProd CumSum", onnx_reductions.cumulated),
-    *each("Hardmax LogSoftmax Softmax", onnx_reductions.softmax_of_rows),
-    *each("Hardmax LogSoftmax Softmax", onnx_reductions.softmax, since=13),
+    *each("Hardmax LogSoftmax", onnx_reductions.softmax_of_rows),
+    *each("Hardmax LogSoftmax", onnx_reductions.softmax, since=13),
+    Op("Softmax", onnx_reductions.softmax_of_rows, Trait.SHARES),
+    Op("Softmax", onnx_reductions.softmax, Trait.SHARES, since=13),
     Op("LpNormalization", onnx_reductions.softmax, fold=numbers.lp_normalization),
     Op(
         "ReduceL1",
@@ -285,26 +289,22 @@ _CONTRIB = (
     Op("FusedMatMulActivation", contracts=(0, 1)),
 )
 _ATEN = (
-    *each("addmm baddbmm", aten.addmm),
-    *each(
-        "_log_softmax _safe_softmax _softmax cummax cummin cumprod cumsum log_softmax logcumsumexp softmax sort",
-        aten.along_axis,
-    ),
+    *each("addmm baddbmm", aten.addmm, Trait.LINEAR, summand=0),
+    *each("_log_softmax cummax cummin cumprod cumsum log_softmax logcumsumexp sort", aten.along_axis),
+    *each("_safe_softmax _softmax softmax", aten.along_axis, Trait.SHARES),
     Op("view_as_complex", aten.as_complex),
     Op("view_as_real", aten.as_real),
-    Op("scaled_dot_product_attention", aten.attention),
+    Op("scaled_dot_product_attention", aten.attention, Trait.MIXES),
     *each("cat concat concatenate hstack", aten.cat, Trait.JOINS),
     *each("_native_batch_norm_legit_no_training instance_norm", aten.channel_norm),
     Op("batch_norm", aten.channel_norm, untested=OLDER),
     *each("channel_shuffle native_channel_shuffle", aten.channel_shuffle),
     Op("col2im", aten.columns_to_image),
-    *each(
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution",
-        aten.convolution,
-    ),
+    *each("conv1d conv2d conv3d convolution", aten.convolution, Trait.LINEAR | Trait.SLIDES, summand=2),
+    *each("conv_transpose1d conv_transpose2d conv_transpose3d", aten.convolution),
     *each("arange eye linspace scalar_tensor", aten.counted),
     Op("diagonal", aten.diagonal),
-    Op("einsum", aten.einsum),
+    Op("einsum", meaning.einsum, Trait.LINEAR),
     Op("expand", aten.expand, Trait.REPEATS),
     *each("max min", aten.extremum),
     *each("full new_full new_ones new_zeros ones zeros", aten.filled),
@@ -317,9 +317,10 @@ _ATEN = (
     *each("index_add index_copy index_fill", aten.index_along),
     Op("index_put", aten.index_put),
     *each("layer_norm native_layer_norm rms_norm", aten.layer_norm),
-    Op("linear", aten.linear),
+    Op("linear", aten.linear, Trait.LINEAR, summand=2),
     *each("embedding index_select", aten.looked_up, Trait.LOOKS_UP),
-    *each("bmm dot matmul mm mv", aten.matmul),
+    *each("bmm matmul mm", aten.matmul, Trait.LINEAR),
+    *each("dot mv", aten.matmul),
     *each("flip roll", aten.moved_along),
     *each(
         "constant_pad_nd pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
@@ -346,6 +347,7 @@ _ATEN = (
     ),
     *each("repeat tile", aten.repeat, Trait.REPEATS),
     Op("repeat_interleave", aten.repeat_interleave),
+    *each("gru lstm rnn_relu rnn_tanh", aten.recurrent, Trait.RECURS),
     *each("scatter scatter_add scatter_reduce", aten.scatter),
     Op("select_scatter", aten.select_scatter),
     *each("diff topk", aten.shorter_axis),

@@ -38,7 +38,12 @@ class Trait(Flag):
     COMPARES = auto()  # whether one is less or greater
     ADDS = auto()  # the sum of two
     SUMS = auto()  # a sum, or a difference
+    SCALES = auto()  # a product, or a quotient
+    CHOOSES = auto()  # takes each element of one or of another
+    SHARES = auto()  # a softmax along an axis
+    MIXES = auto()  # attention of queries, keys and values: inputs 0, 1 and 2
     LINEAR = auto()  # a contraction and nothing else
+    SLIDES = auto()  # a convolution with the weight at input 1
     RECURS = auto()  # goes over a sequence with a state
     RANDOM = auto()  # draws numbers
     DROPS = auto()  # gives its input as it is, but in training
@@ -66,6 +71,7 @@ class Op:
         fold: what it computes of weights, where that is not done of numbers.
         bias_inputs: where it adds a constant vector to what it reads.
         contracts: where a weight is that it contracts.
+        summand: where it has what it adds to a contraction.
         cosines: where it has a table of cosines, [positions, ..].
         untested: why no test has a graph with it.
     """
@@ -78,6 +84,7 @@ class Op:
     fold: Evaluator | None = None
     bias_inputs: tuple[int, ...] = ()
     contracts: tuple[int, ...] = ()
+    summand: int | None = None
     cosines: int | None = None
     untested: str = ""
 

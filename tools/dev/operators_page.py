@@ -40,14 +40,14 @@ MEANINGS: dict[str, tuple[Rule, ...]] = {
     "matrix product": (
         *(onnx_products.matmul, onnx_products.fused_matmul, onnx_products.gemm, aten.matmul, aten.addmm, aten.linear),
     ),
-    "Einstein's sum": (onnx_products.einsum, aten.einsum),
+    "Einstein's sum": (meaning.einsum,),
     "mixture of experts": (onnx_fused.mixture_of_experts,),
     "convolution": (
         *(onnx_convolutions.conv, onnx_convolutions.conv_transpose, onnx_convolutions.channels_last_conv),
         *(onnx_places.deformable, onnx_recurrent.causal_convolution, aten.convolution),
     ),
     "pool, resample": (onnx_convolutions.pool, onnx_convolutions.global_pool, onnx_places.resize, aten.pool),
-    "recurrence": (onnx_recurrent.recurrent,),
+    "recurrence": (onnx_recurrent.recurrent, aten.recurrent),
     "attention": (
         *(onnx_attention.standard_attention, onnx_attention.contrib_attention, onnx_attention.multi_head_attention),
         *(onnx_attention.group_query_attention, onnx_attention.linear_attention, onnx_attention.attention_left_alone),
