@@ -235,7 +235,8 @@ class Windows(torch.nn.Module):
 class Sequence(torch.nn.Module):
     def __init__(self, kind: Any) -> None:
         super().__init__()
-        self.enter, self.layer, self.leave = torch.nn.Linear(6, 14), kind(14, 10), torch.nn.Linear(10, 5)
+        self.enter, self.leave = torch.nn.Linear(6, 14), torch.nn.Linear(10, 5)
+        self.layer = kind(14, 10, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.leave(self.layer(self.enter(x).tanh())[0])
@@ -245,8 +246,8 @@ class Sequence(torch.nn.Module):
 OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "windows": (Windows, (4, 3, 9, 8), {"ffn": 0.5}),
     "windows by curves": (Windows, (4, 3, 9, 8), {"sparsity": 0.4}),
-    "LSTM": (lambda: Sequence(torch.nn.LSTM), (7, 4, 6), {"recurrent": 0.5}),
-    "GRU": (lambda: Sequence(torch.nn.GRU), (7, 4, 6), {"recurrent": 0.5}),
+    "LSTM": (lambda: Sequence(torch.nn.LSTM), (4, 7, 6), {"recurrent": 0.5}),
+    "GRU": (lambda: Sequence(torch.nn.GRU), (4, 7, 6), {"recurrent": 0.5}),
 }
 
 
