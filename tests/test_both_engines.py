@@ -30,9 +30,9 @@ from liar_opt.passes.result import ModuleResult
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS, WORDS, LENGTH = 4, 101, 13
-ROUNDING = 0.02
-"""Of the largest weight. Repair of what attention has nearly averaged magnifies rounding: the engines' BERTs are 0.0003
-(ratios) and 0.005 (dense) apart. Weights drawn as small as by default make it worse, and near ties fall otherwise then."""
+ROUNDING = 0.04
+"""Of the largest weight. Repair of what attention has nearly averaged magnifies rounding: the engines' BERTs are 0.001
+(ratios) and 0.01 to 0.02 (dense) apart, by the processor. What is drawn smaller or larger has more near ties."""
 CAPABILITIES: dict[str, dict[str, Any]] = {
     "ratios": {"ffn": 0.4, "heads": 0.25},
     "curves": {"sparsity": 0.3},
@@ -61,7 +61,7 @@ def _bert() -> Any:
         num_attention_heads=5,
         intermediate_size=88,
         max_position_embeddings=37,
-        initializer_range=0.3,
+        initializer_range=0.1,
         attn_implementation="eager",
     )
     return transformers.BertModel(config, add_pooling_layer=False)
@@ -76,7 +76,7 @@ def _llama() -> Any:
         num_key_value_heads=4,
         intermediate_size=88,
         max_position_embeddings=64,
-        initializer_range=0.3,
+        initializer_range=0.1,
         use_cache=False,
         attn_implementation="eager",
     )
@@ -248,6 +248,8 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...], dict[str
     "windows by curves": (Windows, (4, 3, 9, 8), {"sparsity": 0.4}),
     "LSTM": (lambda: Sequence(torch.nn.LSTM), (4, 7, 6), {"recurrent": 0.5}),
     "GRU": (lambda: Sequence(torch.nn.GRU), (4, 7, 6), {"recurrent": 0.5}),
+    "RNN": (lambda: Sequence(torch.nn.RNN), (4, 7, 6), {"recurrent": 0.5}),
+    "RNN of Relu": (lambda: Sequence(functools.partial(torch.nn.RNN, nonlinearity="relu")), (4, 7, 6), {"recurrent": 0.5}),
 }
 
 
