@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
 from liar_opt.passes.chosen_passes import Chosen, passes_of_text
-from liar_opt.passes.gradient_scores import require_labels
+from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.meet_target import parse_target
 from liar_opt.passes.options import OPTIONS, PACKINGS, PruneOptions
@@ -115,7 +115,7 @@ class Backend(ABC):
 
     def analysed_so(self) -> Analysis:
         """Returns how copies of the model are analysed."""
-        return Analysis((*self.analysis(), *self.narrowing()), self.opened)
+        return Analysis((*self.analysis(), *self.narrowing()), (*self.opened, Gradients))
 
     @abstractmethod
     def positions(self, state: State) -> int | None:

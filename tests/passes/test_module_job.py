@@ -155,3 +155,9 @@ def test_what_cannot_be_done_is_said_before_any_work(option: str, monkeypatch: p
     with pytest.raises(OptionError) as caught:
         prune_module(chain(), source, **options)
     assert str(caught.value) == TorchBackend.cannot[option] and kind in ("", "flops", "latency", "self")
+
+
+def test_a_limit_is_kept_by_a_score_that_needs_gradients() -> None:
+    result = prune_module(chain(), data(), max_drop=0.2, score="knowledge", multiple_of=1, latency=False)
+    assert any(g["after"] < g["before"] for g in result.report["groups"])
+    assert result.report["target"]["found"] <= 0.2
