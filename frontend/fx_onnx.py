@@ -14,6 +14,7 @@ import onnx
 from liar_opt.frontend.fx_module import named_arguments
 from liar_opt.frontend.hf_checkpoint import experts_by_lookup, without_cache
 from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.extras import require
 from liar_opt.runtime.signatures import InputSpec
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def export_onnx(
 
     Raises:
         ModelError: the exporter refuses it.
+        OptionError: a package that the exporter needs is not installed.
     """
+    require("writing a torch module as ONNX", "onnxscript")
     import torch
 
     shapes: dict[str, Any] = {k: {axis: torch.export.Dim.AUTO for axis in symbolic.get(k, [])} for k in feeds}

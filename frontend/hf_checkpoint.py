@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from liar_opt.frontend.weight_files import within
 from liar_opt.runtime.compare import TOLERANCES, relative_difference
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
+from liar_opt.runtime.extras import require
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.whole_file import whole_folder
 
@@ -49,6 +50,8 @@ BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*/config.json")
 WRITTEN = "liar_opt.json"
 """The file of a checkpoint in which liar-opt says what it wrote: path within the folder -> SHA-256."""
+PACKAGES = ("torch", "transformers", "safetensors")
+"""What loads a checkpoint."""
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -92,9 +95,11 @@ def checkpoint_folder(path: str | Path, allow_pickle: bool) -> Path:
     Raises:
         ModelError: there is no configuration, or no weights, or weights in pickle files alone; a link leads out of it;
             or it is an adapter, is quantised, or needs code of its own.
+        OptionError: torch, transformers or safetensors is not installed.
     """
     folder = Path(path)
     if not folder.is_dir():
+        require(f"'{path}' is neither a file nor a folder, and a checkpoint of the hub", *PACKAGES)
         _require_plain(_download(str(path), ["*.json"]), path)
         folder = _download(str(path), [*BESIDE_WEIGHTS, "*.safetensors", *(PICKLES if allow_pickle else ())])
     _check_links(folder)
@@ -120,6 +125,7 @@ def _require_plain(folder: Path, path: str | Path) -> None:
 
     Raises:
         ModelError: it has no configuration that can be read, is an adapter, is quantised, or needs code of its own.
+        OptionError: a package that loads it is not installed.
     """
     if (folder / "adapter_config.json").is_file():
         base = _fields_of(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -131,6 +137,7 @@ def _require_plain(folder: Path, path: str | Path) -> None:
         raise ModelError(
             f"folder '{path}' has no config.json; give the folder of a transformers checkpoint, or an ONNX file"
         )
+    require(f"checkpoint '{path}'", *PACKAGES)
     config = _fields_of(folder / "config.json")
     method = _quantised(folder, config)
     if method is not None:

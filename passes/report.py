@@ -24,7 +24,15 @@ from liar_opt.runtime.latency import Latency
 from liar_opt.runtime.memory import MemoryWatch
 
 SCHEMA = 1
-PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnx-graphsurgeon")
+PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "onnxruntime-directml",
+    "onnx-graphsurgeon",
+)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from liar_opt.runtime.array_columns import Column, InMemory, npy_column, npz_columns
 from liar_opt.runtime.calibration_batches import CalibrationJob, Feeds, batch_feeds, check_feed
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.extras import require
 from liar_opt.runtime.signatures import InputSpec, names, one_line
 from liar_opt.runtime.synthetic_inputs import synthesise
 from liar_opt.runtime.text_batches import batch_texts
@@ -173,6 +174,7 @@ def _draw_from_path(source: str | Path, job: CalibrationJob) -> Texts | Feeds:
 
 def _draw_from_folder(folder: Path, job: CalibrationJob) -> Texts | Feeds:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        require(f"dataset folder '{folder}'", "datasets")
         import datasets  # type: ignore[import-untyped, unused-ignore]
 
         try:
@@ -222,6 +224,7 @@ def may_be_hub_name(name: str) -> bool:
 
 
 def _draw_from_hub(name: str, job: CalibrationJob) -> Texts | Feeds:
+    require(f"calibration '{name}' is no file here, and a named dataset", "datasets")
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
     path, *parts = name.split(":")

