@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_engine import cannot_load
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
@@ -16,6 +15,7 @@ from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, Digests, digests_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
+from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, CutWords, choose_words, wants_words
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass
@@ -38,6 +38,7 @@ from liar_opt.passes.verify_model import (
     first_samples,
     require_runs,
 )
+from liar_opt.passes.vocabulary_job import inputs_of
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.latency import CannotTime, measure_latency
@@ -85,7 +86,7 @@ class ModelJob:
     def __init__(self, model: Any, calibration: Any, options: PruneOptions) -> None:
         self.start, self.watch = time.perf_counter(), MemoryWatch()
         self.options, self.calibration = options, calibration
-        self.inputs = Inputs((model,), calibration, (options.tokenizer,), (options.custom_ops,))
+        self.inputs = inputs_of(model, calibration, options)
         self.state = load_state(model, options.memory)
         self.state.progress, self.state.fresh = options.progress, options.fresh
         self.state.device = resolve_provider(options.provider)
@@ -129,7 +130,7 @@ class ModelJob:
         model = old.found(DenseModel).stored.model()
         model.notes = list(self.notes)
         state = State(model, None, old.device, old.progress, memory=old.memory, fresh=old.fresh)
-        state.inherit(old, Opened, DenseModel, DenseSession, Digests)
+        state.inherit(old, Opened, DenseModel, DenseSession, Digests, ChosenWords)
         state.seconds = old.seconds
         return state
 
@@ -139,6 +140,8 @@ class ModelJob:
         report = self._begun()
         analysis = _analysed(state, options.observer, load=not state.memory.low)
         state.model.settle()
+        if wants_words(options) and state.get(ChosenWords) is None:
+            state.add(choose_words(state.model, self.calibration, options))
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
         dense_session(state)
         early = chosen.curves is not None or self.target is not None or options.resume is not None
@@ -164,6 +167,9 @@ class ModelJob:
         refusals += done.refusals
         report.refuse(refusals)
         report.cut(state, changes, chosen.cut.repair)
+        if wants_words(options):
+            changes = (*changes, *_run(state, [CutVocabularyPass()], options.observer).changes)
+            report.vocabulary = state.found(CutWords)
         report.cache_shapes = state.model.resized_shapes(state.model.as_written()[0])
         report.after = SizesEntry(**model_sizes(state.model), flops=self._flops())
         if options.latency:

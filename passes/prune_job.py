@@ -18,6 +18,7 @@ from liar_opt.passes.registry import lookup
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
+from liar_opt.passes.vocabulary_job import cut_vocabulary, words_alone
 from liar_opt.runtime.sessions import custom_operators
 
 
@@ -67,6 +68,8 @@ def prune(
     metric: Metric | None = None,
     allocate: str | None = None,
     search: float | None = None,
+    vocabulary: Any = None,
+    vocabulary_coverage: float | None = None,
     passes: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
@@ -126,6 +129,8 @@ def prune(
         metric=metric,
         allocate=allocate,
         search=search,
+        vocabulary=vocabulary,
+        vocabulary_coverage=vocabulary_coverage,
         passes=passes,
         score=score,
         repair=repair,
@@ -162,6 +167,8 @@ def prune(
     with custom_operators(_libraries(custom_ops)):
         require_labels(score, loss, labelled, torch_module=False)
         lookup("packing", dict.fromkeys(PACKINGS), packing)
+        if words_alone(options):
+            return cut_vocabulary(model, calibration, options)
         return ModelJob(model, calibration, options).run()
 
 

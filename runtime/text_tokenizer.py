@@ -8,6 +8,7 @@ many characters are given at once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ WORD = 256
 AT_ONCE = 1 << 17
 """Characters that are tokenised at once."""
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token of one byte, as sentencepiece writes it."""
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
@@ -54,6 +57,8 @@ class TextTokenizer:
         cut: Length at which its own file cuts texts, when stated.
         separator: Id of its end token, else of its begin token, if it has one.
         special: Ids of all special tokens.
+        unknown: Id of what it has no token for, if it has one.
+        basic: Ids of single bytes, of which every text can be made.
     """
 
     encode: Callable[[Sequence[Text], int | None], list[tuple[list[int], list[int]]]]
@@ -65,6 +70,8 @@ class TextTokenizer:
     cut: int | None
     separator: int | None
     special: frozenset[int]
+    unknown: int | None = None
+    basic: frozenset[int] = frozenset()
 
 
 def load_tokenizer(where: str | Path) -> TextTokenizer:
@@ -123,6 +130,7 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
         pad = next((found for found in ids if found is not None), None)
     tokenizer.no_padding()
     sample = tokenizer.encode("a")
+    unknown, basic = _unknown_and_basic(json.loads(tokenizer.to_str()))
 
     def encode(texts: Sequence[Text], longest: int | None) -> list[tuple[list[int], list[int]]]:
         if longest is None:
@@ -144,7 +152,23 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
             {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
             | {i for i, added in zip(sample.ids, sample.special_tokens_mask, strict=True) if added}
         ),
+        unknown=unknown,
+        basic=basic,
     )
+
+
+def _unknown_and_basic(raw: Mapping[str, Any]) -> tuple[int | None, frozenset[int]]:
+    """Returns the id of what is unknown, and the ids of single bytes, of a tokenizer.json."""
+    model = raw["model"]
+    if model["type"] == "Unigram":
+        words = {text: i for i, (text, _) in enumerate(model["vocab"])}
+        unknown = model.get("unk_id")
+    else:
+        words = model["vocab"]
+        unknown = words.get(model.get("unk_token"))
+    by_bytes = model["type"] == "BPE" and '"ByteLevel"' in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+    basic = {i for text, i in words.items() if (by_bytes and len(text) == 1) or BYTE.fullmatch(text)}
+    return unknown, frozenset(basic)
 
 
 def _slow_tokenizer(folder: Path) -> TextTokenizer:
@@ -172,6 +196,7 @@ def _slow_tokenizer(folder: Path) -> TextTokenizer:
         cut=None,
         separator=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id,
         special=frozenset(tokenizer.all_special_ids),
+        unknown=tokenizer.unk_token_id,
     )
 
 

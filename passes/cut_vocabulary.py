@@ -1,0 +1,229 @@
+"""Leave only the words in a model that its texts use: rows of embeddings, columns of heads (`frontend.vocabulary`).
+
+Which ones is chosen before the work (:func:`choose_words`), since that may be wrong; they are cut when widths are. For
+texts of words that stay the result computes what it did: that is checked on every run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.causal import positions
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.vocabulary import Words, cut_words, find_words, hide_logits
+from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
+from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.verify_model import first_samples, least_precision, require_format, require_interface
+from liar_opt.runtime.calibration_data import load_calibration
+from liar_opt.runtime.compare import require_close
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.text_tokenizer import TextTokenizer, load_tokenizer
+from liar_opt.runtime.word_counts import count_words, listed_ids, most_frequent
+
+SAMPLES = 4
+"""On which the cut is compared with the original."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenWords(Finding):
+    """The words that stay.
+
+    Attributes:
+        kept: their ids, ascending [K].
+        size: how many there were.
+        unknown: the kept id that others are read as.
+        named: what the tokenizer calls it.
+        source: what they were chosen by.
+        tokens: of the texts, special ones left out; None for a list of ids.
+        covered: of these, those that are kept.
+    """
+
+    by: ClassVar[str] = "choose_words"
+    kept: NDArray[np.int64]
+    size: int
+    unknown: int
+    named: str | None
+    source: str
+    tokens: int | None = None
+    covered: int | None = None
+
+    def known(self, feeds: Mapping[str, Any], inputs: tuple[str, ...]) -> dict[str, Any]:
+        """Returns feeds whose ids are of words that stay: others are replaced by some of these."""
+        result = dict(feeds)
+        for name in inputs:
+            ids = np.asarray(result[name])
+            result[name] = np.where(np.isin(ids, self.kept), ids, self.kept[ids % len(self.kept)]).astype(ids.dtype)
+        return result
+
+
+@dataclass(frozen=True)
+class CutWords(Finding):
+    """What was cut, as the report has it.
+
+    Attributes:
+        kept: words that are left.
+        words: that there were.
+        tokens: of the texts.
+        share: of these that are kept; None for a list of ids.
+        source: what they were chosen by.
+        unknown: the id that others are read as.
+        named: what the tokenizer calls it.
+        bytes_before: of tables, heads and their biases.
+        bytes_after: the same, with what takes their place.
+        parameters_before: elements of tables, heads and their biases.
+        parameters_after: the same.
+        exact_difference: of the cut model and the original, on words that are left.
+    """
+
+    by: ClassVar[str] = "cut-vocabulary"
+    kept: int
+    words: int
+    tokens: int | None
+    share: float | None
+    source: str
+    unknown: int
+    named: str | None
+    bytes_before: int
+    bytes_after: int
+    parameters_before: int
+    parameters_after: int
+    exact_difference: float | None = None
+
+
+def wants_words(options: PruneOptions) -> bool:
+    """Returns whether a vocabulary is to be cut."""
+    return options.vocabulary is not None or options.vocabulary_coverage is not None
+
+
+def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions) -> ChosenWords:
+    """Returns the words that are to stay in a normalised model.
+
+    Raises:
+        ModelError: it has no table that token ids look up.
+        OptionError: the vocabulary cannot be read or does not fit the model, or nothing would be left, or nothing go.
+    """
+    words, coverage = find_words(model), options.vocabulary_coverage
+    source = calibration if options.vocabulary is None else options.vocabulary
+    if coverage is not None and not 0.0 < coverage <= 1.0:
+        raise OptionError(f"vocabulary-coverage is {coverage:g}; give a share of the tokens above 0, and at most 1")
+    if source is None:
+        raise OptionError("vocabulary-coverage needs texts to count words in; give --vocabulary or --calibration")
+    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    ids, counts = listed_ids(source, words.size), None
+    if ids is None:
+        fields = {"text_column": options.text_column, "tokenizer": options.tokenizer, "mask_input": options.mask_input}
+        counts = count_words(source, model.inputs(), words.inputs, words.size, tokenizer, **fields)
+        counts[[i for i in _specials(tokenizer) if i < words.size]] = 0
+        ids = np.flatnonzero(counts) if coverage is None or not counts.any() else most_frequent(counts, coverage)
+    elif coverage is not None:
+        raise OptionError("vocabulary-coverage chooses among words of texts; leave it out beside a list of ids")
+    name = str(source) if isinstance(source, (str, Path)) else "ids from Python" if counts is None else "texts from Python"
+    if not ids.size:
+        raise OptionError(f"vocabulary '{name}' leaves no word; give texts, or a list of token ids")
+    kept, unknown, named = _with_specials(ids, tokenizer, words.size)
+    if len(kept) == words.size:
+        raise OptionError(
+            f"vocabulary '{name}' has all {words.size:,} words of the model; leave it out, or give --vocabulary-coverage"
+        )
+    tokens = None if counts is None else int(counts.sum())
+    covered = None if counts is None else int(counts[kept].sum())
+    return ChosenWords(kept, words.size, unknown, named, name, tokens, covered)
+
+
+def _specials(tokenizer: TextTokenizer | None) -> frozenset[int]:
+    return frozenset() if tokenizer is None else tokenizer.special
+
+
+def _with_specials(
+    ids: NDArray[np.int64], tokenizer: TextTokenizer | None, size: int
+) -> tuple[NDArray[np.int64], int, str | None]:
+    """Returns the ids with those that always stay, and the one that others are read as, with its name.
+
+    A tokenizer that knows every byte has nothing unknown: what goes is read as a blank then, where that is one token.
+    """
+    unknown, named = int(ids[0]), None
+    if tokenizer is not None:
+        always = {i for i in (*tokenizer.special, *tokenizer.basic) if i < size}
+        ((blank, _),) = tokenizer.encode([" "], None)
+        plain = [i for i in blank if i not in tokenizer.special]
+        if tokenizer.unknown is not None and tokenizer.unknown < size:
+            unknown, named = tokenizer.unknown, "the unknown token"
+        elif len(plain) == 1 and plain[0] < size:
+            unknown, named = plain[0], "a blank"
+        ids = np.union1d(ids, np.asarray(sorted({unknown, *always}), np.int64))
+    return ids, unknown, named
+
+
+@dataclass(frozen=True)
+class CutVocabularyPass(Pass[ChosenWords]):
+    """Cut tables of words and heads to the words that were chosen; ids and logits keep their meaning.
+
+    Before: ``Gather(table, ids)``, ``MatMul(x, head)``. After: ``Gather(table', Gather(map, ids))``, and the product with
+    ``head'`` laid out at full width, -inf where words went.
+    """
+
+    name: ClassVar[str] = "cut-vocabulary"
+
+    def plan(self, state: State) -> ChosenWords:
+        """Returns the words that stay."""
+        return state.found(ChosenWords)
+
+    def apply(self, state: State, plan: ChosenWords) -> PassResult:
+        """Cuts them, and compares the result with what it was on words that stay; adds a ``CutWords``.
+
+        Raises:
+            CheckError: it is not the same.
+        """
+        model = state.model
+        whole = OnnxOriginal(*model.light(), model.source, model.store, model.merged)
+        words, weights, elements = find_words(model), model.weight_bytes(), model.parameters()
+        before = words.bytes(), words.parameters()
+        cut_words(model, words, plan.kept, plan.unknown)
+        model.graph.cleanup(remove_unused_node_outputs=False).toposort()
+        model.settle()
+        state.add(
+            CutWords(
+                kept=len(plan.kept),
+                words=plan.size,
+                tokens=plan.tokens,
+                share=None if plan.tokens is None or plan.covered is None else plan.covered / plan.tokens,
+                source=plan.source,
+                unknown=plan.unknown,
+                named=plan.named,
+                bytes_before=before[0],
+                bytes_after=before[0] - weights + model.weight_bytes(),
+                parameters_before=before[1],
+                parameters_after=before[1] - elements + model.parameters(),
+                exact_difference=_checked(state, whole, words, plan),
+            )
+        )
+        return PassResult(state, (Change("words", "vocabulary", plan.size, len(plan.kept)),))
+
+
+def synthetic_batch(model: OnnxModel) -> dict[str, Any]:
+    """Returns a few samples of made-up inputs."""
+    fields: dict[str, Any] = {"vocabulary": vocabulary(model), "positions": positions(model), "rows": looked_up(model)}
+    return load_calibration(None, model.inputs(), samples=SAMPLES, **fields).batches[0]
+
+
+def _checked(state: State, whole: OnnxOriginal, words: Words, plan: ChosenWords) -> float:
+    """Compares the cut model with what it was, -inf added to the logits of words that went; returns the difference."""
+    require_interface(whole, state.model, state.model.resized)
+    require_format(whole, state.model)
+    batch = synthetic_batch(state.model) if state.calibration is None else state.calibration.batches[0]
+    feeds = plan.known(first_samples(state, batch, SAMPLES), words.inputs)
+    reference = whole.model()
+    reference.normalise()
+    hide_logits(reference, find_words(reference), plan.kept)
+    engine, left = state.engine(), () if state.walk is None else state.walk.unspecified
+    session = engine.whole(reference, "the original")
+    outputs = [name for name in session.outputs if name not in left]
+    theirs = session.run(feeds, outputs, arrays=True)
+    del session, reference
+    ours = engine.whole(state.model, "the model with fewer words").run(feeds, outputs, arrays=True)
+    return require_close(ours, theirs, least_precision(state.model), "fewer words against all of them")

@@ -1,0 +1,77 @@
+"""A run of ``prune`` that cuts the vocabulary alone: no width is touched, and nothing is measured for it."""
+
+import time
+from typing import Any
+
+from liar_opt.frontend.input_files import Inputs
+from liar_opt.passes.base import DenseModel, Pipeline, State
+from liar_opt.passes.blank_cut import deployed
+from liar_opt.passes.cut_vocabulary import CutVocabularyPass, CutWords, choose_words, synthetic_batch, wants_words
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import load_state, model_sizes
+from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.report import Report, SizesEntry, report_of
+from liar_opt.passes.result import PruneResult
+from liar_opt.passes.verify_model import Verification, least_precision
+from liar_opt.runtime.latency import CannotTime, measure_latency
+from liar_opt.runtime.memory import MemoryWatch
+from liar_opt.runtime.sessions import resolve_provider
+
+WIDTHS = ("sparsity", "ffn", "heads", "values", "query_key", "recurrent", "target", "max_drop", "search", "passes")
+"""Options that ask for other widths."""
+
+
+def words_alone(options: PruneOptions) -> bool:
+    """Returns whether nothing but the vocabulary is to be cut."""
+    return wants_words(options) and all(getattr(options, name) is None for name in WIDTHS)
+
+
+def inputs_of(model: Any, calibration: Any, options: PruneOptions) -> Inputs:
+    """Returns what a run reads."""
+    return Inputs((model,), calibration, (options.tokenizer,), (options.custom_ops, options.vocabulary))
+
+
+def cut_vocabulary(model: Any, calibration: Any, options: PruneOptions) -> PruneResult:
+    """Cuts the vocabulary of an ONNX model; :func:`liar_opt.prune` calls this where no width is asked for.
+
+    Raises:
+        ModelError: the model cannot be read, or has no vocabulary that is found.
+        OptionError: the vocabulary cannot be read, does not fit the model, or leaves nothing.
+        CheckError: the result is not what the original is.
+    """
+    start, watch = time.perf_counter(), MemoryWatch()
+    state = load_state(model, options.memory)
+    state.device = resolve_provider(options.provider)
+    Pipeline(passes=[NormaliseGraphPass()], observer=options.observer)(state)
+    words = choose_words(state.model, calibration, options)
+    state.add(words)
+    report = report_of(state)
+    report.asked([CutVocabularyPass()], options, calibration, options.provider, state.device)
+    report.groups, report.values = [], []
+    report.refuse(())
+    done = Pipeline(passes=[CutVocabularyPass()], observer=options.observer)(state)
+    cut = state.found(CutWords)
+    report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
+    report.vocabulary = cut
+    inputs = inputs_of(model, calibration, options)
+    if options.dry_run:
+        return PruneResult(state.found(DenseModel).stored, report.to_json(), (), (), inputs)
+    report.after = SizesEntry(**model_sizes(state.model))
+    assert cut.exact_difference is not None
+    report.verification = Verification(cut.exact_difference, least_precision(state.model), {})
+    if options.latency:
+        _time(state, report)
+    report.ended(state, watch, time.perf_counter() - start)
+    return PruneResult(state.model, report.to_json(), done.changes, (), inputs)
+
+
+def _time(state: State, report: Report) -> None:
+    """Times both models in turns, on made-up ids."""
+    batch = synthetic_batch(state.model)
+    models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
+    began = time.perf_counter()
+    try:
+        report.timed(measure_latency(models, [batch, batch], budget=1.0, least=12, close=0.02))
+    except CannotTime:
+        report.note("latency was not measured: the models cannot be run in processes of their own")
+    state.seconds["latency"] = time.perf_counter() - began
