@@ -61,6 +61,7 @@ class Words:
         lookups: (node, position) of the ids.
         places: of the constants with a row or a column a word.
         logits: tensors with a logit a word, [.., V]: behind them words mean something else, or the graph ends.
+        wide: outputs of the graph that have a number a word last.
     """
 
     size: int
@@ -68,6 +69,7 @@ class Words:
     lookups: tuple[tuple[gs.Node, int], ...]
     places: tuple[Place, ...]
     logits: tuple[gs.Variable, ...]
+    wide: frozenset[str]
 
     def bytes(self) -> int:
         """Returns what the constants take, each counted once."""
@@ -131,7 +133,10 @@ def find_words(model: OnnxModel) -> Words:
             logits.append(end)
     if any(t is p.constant for p in places for t in model.graph.outputs):
         raise ModelError("a table of words is an output of the graph; its words stay")
-    return Words(size, tuple(dict.fromkeys(t[2] for t in own.values())), tuple(lookups), tuple(places), tuple(logits))
+    inputs = tuple(dict.fromkeys(t[2] for t in own.values()))
+    behind = _behind(logits)
+    wide = {t.name for t in model.graph.outputs if id(t) in behind and (t.shape or [size])[-1] == size}
+    return Words(size, inputs, tuple(lookups), tuple(places), tuple(logits), frozenset(wide))
 
 
 def cut_words(model: OnnxModel, words: Words, kept: NDArray[np.int64], unknown: int, tables: bool = True) -> None:
@@ -308,6 +313,18 @@ def _end_of(node: gs.Node, size: int, model: OnnxModel) -> tuple[gs.Variable, li
     return tensor, places
 
 
+def _behind(tensors: Collection[gs.Tensor]) -> set[int]:
+    """The tensors that are made of some, and these."""
+    seen: set[int] = set()
+    waiting = list(tensors)
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            waiting += [t for reader in tensor.outputs for t in reader.outputs]
+    return seen
+
+
 def _floats(kind: Any) -> bool:
     if isinstance(kind, int):
         return kind in (1, 10, 11, 16)  # of onnx.TensorProto
@@ -367,9 +384,8 @@ def _lay_out(model: OnnxModel, tensor: gs.Variable, shared: dict[str, gs.Constan
 def _renumber(model: OnnxModel, words: Words, kept: NDArray[np.int64]) -> None:
     """Gives the outputs their new widths, and what ids are compared with its new number."""
     for tensor in model.graph.outputs:
-        shape = list(tensor.shape or ())
-        if shape and shape[-1] == words.size:
-            model.resize(tensor, len(shape) - 1, len(kept))
+        if tensor.name in words.wide and tensor.shape is not None:
+            model.resize(tensor, len(tensor.shape) - 1, len(kept))
     for node in model.graph.nodes:
         for i, t in enumerate(node.inputs[:2]):
             other = node.inputs[1 - i] if len(node.inputs) > 1 else None

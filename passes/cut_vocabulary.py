@@ -4,6 +4,7 @@ Which ones is chosen before the work (:func:`choose_words`), since that may be w
 texts of words that stay the result computes what it did: that is checked on every run.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,13 @@ from liar_opt.passes.verify_model import first_samples, least_precision, require
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import OptionError
-from liar_opt.runtime.text_tokenizer import TextTokenizer, load_tokenizer
-from liar_opt.runtime.word_counts import count_words, listed_ids, most_frequent
+from liar_opt.runtime.small_tokenizer import SmallTokenizer
+from liar_opt.runtime.text_tokenizer import TextTokenizer, load_tokenizer, unknown_and_basic
+from liar_opt.runtime.word_counts import count_words, listed_ids, most_frequent, texts_of
 
+CHECKED_TEXTS = 1024
+"""Texts that a smaller tokenizer is checked on."""
+LENGTH = 16
 SAMPLES = 4
 """On which the cut is compared with the original."""
 
@@ -41,6 +46,8 @@ class ChosenWords(Finding):
         source: what they were chosen by.
         tokens: of the texts, special ones left out; None for a list of ids.
         covered: of these, those that are kept.
+        inputs: the graph inputs that take ids.
+        small: the tokenizer that a smaller one is made of: ids are places among the kept then; None where they stay.
     """
 
     by: ClassVar[str] = "choose_words"
@@ -51,11 +58,19 @@ class ChosenWords(Finding):
     source: str
     tokens: int | None = None
     covered: int | None = None
+    inputs: tuple[str, ...] = ()
+    small: SmallTokenizer | None = None
 
-    def known(self, feeds: Mapping[str, Any], inputs: tuple[str, ...]) -> dict[str, Any]:
+    def numbered(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns feeds of ids that are kept with the ids that the cut model takes."""
+        if self.small is None:
+            return dict(feeds)
+        return {k: np.searchsorted(self.kept, v).astype(v.dtype) if k in self.inputs else v for k, v in feeds.items()}
+
+    def known(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Returns feeds whose ids are of words that stay: others are replaced by some of these."""
         result = dict(feeds)
-        for name in inputs:
+        for name in self.inputs:
             ids = np.asarray(result[name])
             result[name] = np.where(np.isin(ids, self.kept), ids, self.kept[ids % len(self.kept)]).astype(ids.dtype)
         return result
@@ -113,6 +128,8 @@ def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions) -> C
         raise OptionError(f"vocabulary-coverage is {coverage:g}; give a share of the tokens above 0, and at most 1")
     if source is None:
         raise OptionError("vocabulary-coverage needs texts to count words in; give --vocabulary or --calibration")
+    if options.small_tokenizer and options.tokenizer is None:
+        raise OptionError("small-tokenizer makes a smaller one of the model's tokenizer; give --tokenizer DIR")
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     ids, counts = listed_ids(source, words.size), None
     if ids is None:
@@ -125,38 +142,54 @@ def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions) -> C
     name = str(source) if isinstance(source, (str, Path)) else "ids from Python" if counts is None else "texts from Python"
     if not ids.size:
         raise OptionError(f"vocabulary '{name}' leaves no word; give texts, or a list of token ids")
-    kept, unknown, named = _with_specials(ids, tokenizer, words.size)
+    kept, unknown, named = _with_specials(ids, tokenizer, options, words.size)
     if len(kept) == words.size:
         raise OptionError(
             f"vocabulary '{name}' has all {words.size:,} words of the model; leave it out, or give --vocabulary-coverage"
         )
     tokens = None if counts is None else int(counts.sum())
     covered = None if counts is None else int(counts[kept].sum())
-    return ChosenWords(kept, words.size, unknown, named, name, tokens, covered)
+    small = None
+    if options.small_tokenizer:
+        small = SmallTokenizer(options.tokenizer)
+        small.check(kept, _some_texts(source, options))
+    return ChosenWords(kept, words.size, unknown, named, name, tokens, covered, words.inputs, small)
 
 
 def _specials(tokenizer: TextTokenizer | None) -> frozenset[int]:
-    return frozenset() if tokenizer is None else tokenizer.special
+    if tokenizer is None:
+        return frozenset()
+    named = (tokenizer.pad, tokenizer.separator)
+    return tokenizer.special | {i for i in named if i is not None}
 
 
 def _with_specials(
-    ids: NDArray[np.int64], tokenizer: TextTokenizer | None, size: int
+    ids: NDArray[np.int64], tokenizer: TextTokenizer | None, options: PruneOptions, size: int
 ) -> tuple[NDArray[np.int64], int, str | None]:
     """Returns the ids with those that always stay, and the one that others are read as, with its name.
 
     A tokenizer that knows every byte has nothing unknown: what goes is read as a blank then, where that is one token.
     """
     unknown, named = int(ids[0]), None
-    if tokenizer is not None:
-        always = {i for i in (*tokenizer.special, *tokenizer.basic) if i < size}
+    if tokenizer is not None and options.tokenizer is not None:
+        own, basic = unknown_and_basic(options.tokenizer)
         ((blank, _),) = tokenizer.encode([" "], None)
         plain = [i for i in blank if i not in tokenizer.special]
-        if tokenizer.unknown is not None and tokenizer.unknown < size:
-            unknown, named = tokenizer.unknown, "the unknown token"
+        if own is not None and own < size:
+            unknown, named = own, "the unknown token"
         elif len(plain) == 1 and plain[0] < size:
             unknown, named = plain[0], "a blank"
-        ids = np.union1d(ids, np.asarray(sorted({unknown, *always}), np.int64))
+        always = {unknown, *_specials(tokenizer), *basic}
+        if options.small_tokenizer:
+            always |= SmallTokenizer(options.tokenizer).needed({*map(int, ids), *always})
+        ids = np.union1d(ids, [i for i in sorted(always) if i < size])
     return ids, unknown, named
+
+
+def _some_texts(source: Any, options: PruneOptions) -> list[str]:
+    """A few of the texts that the words were chosen by."""
+    found = texts_of(source, options.text_column)
+    return [] if found is None else list(itertools.islice(found, CHECKED_TEXTS))
 
 
 @dataclass(frozen=True)
@@ -183,7 +216,7 @@ class CutVocabularyPass(Pass[ChosenWords]):
         whole = OnnxOriginal(*model.light(), model.source, model.store, model.merged)
         words, weights, elements = find_words(model), model.weight_bytes(), model.parameters()
         before = words.bytes(), words.parameters()
-        cut_words(model, words, plan.kept, plan.unknown)
+        cut_words(model, words, plan.kept, plan.unknown, tables=plan.small is None)
         model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         model.settle()
         state.add(
@@ -206,8 +239,10 @@ class CutVocabularyPass(Pass[ChosenWords]):
 
 
 def synthetic_batch(model: OnnxModel) -> dict[str, Any]:
-    """Returns a few samples of made-up inputs."""
-    fields: dict[str, Any] = {"vocabulary": vocabulary(model), "positions": positions(model), "rows": looked_up(model)}
+    """Returns a few short samples of made-up inputs."""
+    known = positions(model)
+    short = LENGTH if known is None else min(LENGTH, max(1, known // 2))  # some tables of positions begin with padding
+    fields: dict[str, Any] = {"vocabulary": vocabulary(model), "sequence_length": short, "rows": looked_up(model)}
     return load_calibration(None, model.inputs(), samples=SAMPLES, **fields).batches[0]
 
 
@@ -215,15 +250,18 @@ def _checked(state: State, whole: OnnxOriginal, words: Words, plan: ChosenWords)
     """Compares the cut model with what it was, -inf added to the logits of words that went; returns the difference."""
     require_interface(whole, state.model, state.model.resized)
     require_format(whole, state.model)
-    batch = synthetic_batch(state.model) if state.calibration is None else state.calibration.batches[0]
-    feeds = plan.known(first_samples(state, batch, SAMPLES), words.inputs)
     reference = whole.model()
     reference.normalise()
+    batch = synthetic_batch(reference) if state.calibration is None else state.calibration.batches[0]
+    feeds = plan.known(first_samples(state, batch, SAMPLES))
     hide_logits(reference, find_words(reference), plan.kept)
     engine, left = state.engine(), () if state.walk is None else state.walk.unspecified
     session = engine.whole(reference, "the original")
     outputs = [name for name in session.outputs if name not in left]
     theirs = session.run(feeds, outputs, arrays=True)
     del session, reference
-    ours = engine.whole(state.model, "the model with fewer words").run(feeds, outputs, arrays=True)
+    given = plan.numbered(feeds)
+    ours = engine.whole(state.model, "the model with fewer words").run(given, outputs, arrays=True)
+    if plan.small is not None:
+        theirs = {name: value[..., plan.kept] if name in words.wide else value for name, value in theirs.items()}
     return require_close(ours, theirs, least_precision(state.model), "fewer words against all of them")

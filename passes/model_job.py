@@ -180,7 +180,8 @@ class ModelJob:
         return self._result(state.model, report, changes, refusals)
 
     def _result(self, model: Any, report: Report, changes: tuple[Change, ...], refusals: list[Refusal]) -> PruneResult:
-        return PruneResult(model, report.to_json(), changes, tuple(refusals), self.inputs)
+        words = self.state.get(ChosenWords)
+        return PruneResult(model, report.to_json(), changes, tuple(refusals), self.inputs, words)
 
     def _begun(self) -> Report:
         """Returns the report's first part: what was asked for, and of what."""
@@ -301,6 +302,9 @@ class ModelJob:
         began = time.perf_counter()
         batch = self._one_batch()
         feeds = [batch, cut_arrays(batch, state.found(Cut).ends)]
+        words = state.get(ChosenWords)
+        if words is not None:
+            feeds = [words.known(feeds[0]), words.numbered(words.known(feeds[1]))]
         models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
         try:
             times = measure_latency(models, feeds, budget=1.0 if target is None else 2.0, least=12, close=SPREAD)

@@ -18,12 +18,14 @@ from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.base import Change, State
+from liar_opt.passes.cut_vocabulary import ChosenWords
 from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.open_module import OpenedModule
 from liar_opt.passes.verify_module import CutModule
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.places import Places
+from liar_opt.runtime.small_tokenizer import write_beside
 from liar_opt.runtime.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class PruneResult:
         changes: what the passes did.
         refusals: what did not qualify, and why.
         inputs: what the run read; no result is written there.
+        words: those that are left, of a model that takes the ids of a smaller tokenizer.
     """
 
     pruned: OnnxModel | OnnxOriginal
@@ -58,6 +61,7 @@ class PruneResult:
     changes: tuple[Change, ...] = field(default_factory=tuple)
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)
     inputs: Inputs = field(default_factory=Inputs)
+    words: ChosenWords | None = None
 
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
@@ -76,6 +80,8 @@ class PruneResult:
         path = Path(path)
         source = self.report["model"]["path"]
         check_output(path, Path(source) if source else None, force, self.inputs)
+        if self.words is not None and self.words.small is not None:
+            write_beside(self.words.small, self.words.kept, path, force)
         # Whoever has asked for the proto may have changed it.
         parts = lightened(self.model) if "model" in vars(self) else self.pruned.as_written()
         try:

@@ -1,12 +1,20 @@
 """A run of ``prune`` that cuts the vocabulary alone: no width is touched, and nothing is measured for it."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.passes.base import DenseModel, Pipeline, State
 from liar_opt.passes.blank_cut import deployed
-from liar_opt.passes.cut_vocabulary import CutVocabularyPass, CutWords, choose_words, synthetic_batch, wants_words
+from liar_opt.passes.cut_vocabulary import (
+    ChosenWords,
+    CutVocabularyPass,
+    CutWords,
+    choose_words,
+    synthetic_batch,
+    wants_words,
+)
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state, model_sizes
 from liar_opt.passes.options import PruneOptions
@@ -45,6 +53,7 @@ def cut_vocabulary(model: Any, calibration: Any, options: PruneOptions) -> Prune
     Pipeline(passes=[NormaliseGraphPass()], observer=options.observer)(state)
     words = choose_words(state.model, calibration, options)
     state.add(words)
+    batch = words.known(synthetic_batch(state.model))
     report = report_of(state)
     report.asked([CutVocabularyPass()], options, calibration, options.provider, state.device)
     report.groups, report.values = [], []
@@ -60,18 +69,17 @@ def cut_vocabulary(model: Any, calibration: Any, options: PruneOptions) -> Prune
     assert cut.exact_difference is not None
     report.verification = Verification(cut.exact_difference, least_precision(state.model), {})
     if options.latency:
-        _time(state, report)
+        _time(state, report, words, batch)
     report.ended(state, watch, time.perf_counter() - start)
-    return PruneResult(state.model, report.to_json(), done.changes, (), inputs)
+    return PruneResult(state.model, report.to_json(), done.changes, (), inputs, words)
 
 
-def _time(state: State, report: Report) -> None:
-    """Times both models in turns, on made-up ids."""
-    batch = synthetic_batch(state.model)
+def _time(state: State, report: Report, words: ChosenWords, batch: Mapping[str, Any]) -> None:
+    """Times both models in turns, on a made-up batch."""
     models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
     began = time.perf_counter()
     try:
-        report.timed(measure_latency(models, [batch, batch], budget=1.0, least=12, close=0.02))
+        report.timed(measure_latency(models, [batch, words.numbered(batch)], budget=1.0, least=12, close=0.02))
     except CannotTime:
         report.note("latency was not measured: the models cannot be run in processes of their own")
     state.seconds["latency"] = time.perf_counter() - began

@@ -57,8 +57,6 @@ class TextTokenizer:
         cut: Length at which its own file cuts texts, when stated.
         separator: Id of its end token, else of its begin token, if it has one.
         special: Ids of all special tokens.
-        unknown: Id of what it has no token for, if it has one.
-        basic: Ids of single bytes, of which every text can be made.
     """
 
     encode: Callable[[Sequence[Text], int | None], list[tuple[list[int], list[int]]]]
@@ -70,8 +68,6 @@ class TextTokenizer:
     cut: int | None
     separator: int | None
     special: frozenset[int]
-    unknown: int | None = None
-    basic: frozenset[int] = frozenset()
 
 
 def load_tokenizer(where: str | Path) -> TextTokenizer:
@@ -84,16 +80,21 @@ def load_tokenizer(where: str | Path) -> TextTokenizer:
     hint = "pass the folder that the tokenizer's save_pretrained wrote"
     if not path.exists():
         raise OptionError(f"tokenizer '{where}' does not exist; {hint}.")
-    folder = path if path.is_dir() else path.parent
-    fast = path / "tokenizer.json" if path.is_dir() else path
+    folder, fast = path if path.is_dir() else path.parent, fast_file(path)
     try:
-        if fast.is_file():
+        if fast is not None:
             return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return _slow_tokenizer(folder)
     except Exception as err:  # `tokenizers` raises bare Exception
         raise OptionError(f"tokenizer '{where}' cannot be loaded ({one_line(err)}); {hint}.") from err
     raise OptionError(f"tokenizer folder '{where}' holds no tokenizer files (tokenizer.json, ...); {hint}.")
+
+
+def fast_file(path: Path) -> Path | None:
+    """Returns the tokenizer.json of a tokenizer's folder, or the file itself; None where there is none."""
+    fast = path / "tokenizer.json" if path.is_dir() else path
+    return fast if fast.is_file() else None
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -130,7 +131,6 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
         pad = next((found for found in ids if found is not None), None)
     tokenizer.no_padding()
     sample = tokenizer.encode("a")
-    unknown, basic = _unknown_and_basic(json.loads(tokenizer.to_str()))
 
     def encode(texts: Sequence[Text], longest: int | None) -> list[tuple[list[int], list[int]]]:
         if longest is None:
@@ -152,21 +152,26 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
             {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
             | {i for i, added in zip(sample.ids, sample.special_tokens_mask, strict=True) if added}
         ),
-        unknown=unknown,
-        basic=basic,
     )
 
 
-def _unknown_and_basic(raw: Mapping[str, Any]) -> tuple[int | None, frozenset[int]]:
-    """Returns the id of what is unknown, and the ids of single bytes, of a tokenizer.json."""
+def unknown_and_basic(where: str | Path) -> tuple[int | None, frozenset[int]]:
+    """Returns the id of what a tokenizer has no token for, if it has one, and the ids of single bytes, if it has these."""
+    file = fast_file(Path(where))
+    if file is None:
+        from transformers import AutoTokenizer
+
+        slow: Any = AutoTokenizer.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
+        return slow.unk_token_id, frozenset()
+    raw = json.loads(file.read_text(encoding="utf-8"))
     model = raw["model"]
-    if model["type"] == "Unigram":
+    if model.get("type") == "Unigram":
         words = {text: i for i, (text, _) in enumerate(model["vocab"])}
         unknown = model.get("unk_id")
     else:
         words = model["vocab"]
         unknown = words.get(model.get("unk_token"))
-    by_bytes = model["type"] == "BPE" and '"ByteLevel"' in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+    by_bytes = "merges" in model and '"ByteLevel"' in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
     basic = {i for text, i in words.items() if (by_bytes and len(text) == 1) or BYTE.fullmatch(text)}
     return unknown, frozenset(basic)
 
@@ -196,7 +201,6 @@ def _slow_tokenizer(folder: Path) -> TextTokenizer:
         cut=None,
         separator=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id,
         special=frozenset(tokenizer.all_special_ids),
-        unknown=tokenizer.unk_token_id,
     )
 
 

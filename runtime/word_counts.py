@@ -95,7 +95,7 @@ def count_words(
         OptionError: they cannot be read, or an id is outside of the table.
     """
     counts = np.zeros(size, np.int64)
-    texts = _texts(source, options.get("text_column"))
+    texts = texts_of(source, options.get("text_column"))
     if texts is None:
         data = load_calibration(source, inputs, vocabulary=size, samples=NO_END, **options)
         for batch, mask in zip(data.batches, data.row_masks, strict=True):
@@ -124,8 +124,8 @@ def most_frequent(counts: NDArray[np.int64], coverage: float) -> NDArray[np.int6
     return np.sort(order[: min(enough, int((counts > 0).sum()))])
 
 
-def _texts(source: Any, text_column: str | None) -> Iterator[str] | None:
-    """All texts of a file or of a list; None where it is something else."""
+def texts_of(source: Any, text_column: str | None) -> Iterator[str] | None:
+    """Yields all texts of a file or of a list; None where it is something else."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         suffix = path.suffix.lower()
