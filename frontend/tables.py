@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INDEX_STEPS = MOVERS | Trait.INDEXES
 """Operators between token ids and the table that they look up."""
-LOOKUPS = {"Gather": ((0, 1),), "EmbedLayerNormalization": ((2, 0),)}
+LOOKUPS = {"Gather": ((0, 1),), "EmbedLayerNormalization": ((2, 0),), "embedding": ((0, 1),)}
 """Operators that look rows up: the inputs with the table and with the ids."""
 
 

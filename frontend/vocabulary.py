@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from liar_opt.frontend.graph_tensors import is_constant, is_float, like
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.rules.operators import has, operator
-from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.rules.table import ATEN, Trait
 from liar_opt.frontend.tables import LOOKUPS, ids_of
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.signatures import Signature
@@ -255,7 +255,7 @@ def _columns(node: gs.Node, position: int, rank: int) -> int | None:
     """The axis of the columns in the weight of a product; None where it is none that gives one a column last."""
     if position != 1 or 1 not in operator(node.domain, node.op).contracts or node.op == "Einsum" or "Conv" in node.op:
         return None
-    return rank - 2 if node.attrs.get("transB") else rank - 1
+    return rank - 2 if node.op == "linear" or node.attrs.get("transB") else rank - 1
 
 
 def _products(model: OnnxModel, size: int) -> Iterator[Place]:
@@ -295,7 +295,7 @@ def _end_of(node: gs.Node, size: int, model: OnnxModel) -> tuple[gs.Variable, li
     """The last tensor behind a product with a number a word, and the constants on the way that have one, too."""
     outputs = {id(t) for t in model.graph.outputs}
     places = []
-    if node.op.endswith("Gemm") and len(node.inputs) > 2 and _is_row(node.inputs[2], size):
+    if node.op.endswith(("Gemm", "linear")) and len(node.inputs) > 2 and _is_row(node.inputs[2], size):
         places.append(_row(node, 2))
     tensor = node.outputs[0]
     while id(tensor) not in outputs and len(tensor.outputs) == 1:
@@ -304,7 +304,8 @@ def _end_of(node: gs.Node, size: int, model: OnnxModel) -> tuple[gs.Variable, li
         numbers = all(is_constant(t) and (_is_row(t, size) or int(np.prod(t.shape)) == 1) for _, t in others)
         result = reader.outputs[0]
         kind = reader.attrs.get("to", result.dtype)
-        if not has(reader, ELEMENTWISE) or not numbers or len(others) + 1 != len(reader.inputs) or not _floats(kind):
+        kept = Trait.BROADCASTS if reader.domain == ATEN else ELEMENTWISE
+        if not has(reader, kept) or not numbers or len(others) + 1 != len(reader.inputs) or not _floats(kind):
             break
         if not any(reader is n for n in model.graph.nodes):
             break

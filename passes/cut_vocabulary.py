@@ -5,8 +5,8 @@ texts of words that stay the result computes what it did: that is checked on eve
 """
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,7 +47,9 @@ class ChosenWords(Finding):
         tokens: of the texts, special ones left out; None for a list of ids.
         covered: of these, those that are kept.
         inputs: the graph inputs that take ids.
-        small: the tokenizer that a smaller one is made of: ids are places among the kept then; None where they stay.
+        small: the tokenizer that a smaller one is made of, where one is wanted.
+        renumbered: whether the cut model's ids are places among the kept.
+        asked: whether a smaller tokenizer was asked for: a checkpoint has one in any case.
     """
 
     by: ClassVar[str] = "choose_words"
@@ -60,10 +62,12 @@ class ChosenWords(Finding):
     covered: int | None = None
     inputs: tuple[str, ...] = ()
     small: SmallTokenizer | None = None
+    renumbered: bool = False
+    asked: bool = False
 
     def numbered(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Returns feeds of ids that are kept with the ids that the cut model takes."""
-        if self.small is None:
+        if not self.renumbered:
             return dict(feeds)
         return {k: np.searchsorted(self.kept, v).astype(v.dtype) if k in self.inputs else v for k, v in feeds.items()}
 
@@ -93,6 +97,7 @@ class CutWords(Finding):
         parameters_before: elements of tables, heads and their biases.
         parameters_after: the same.
         exact_difference: of the cut model and the original, on words that are left.
+        small_tokenizer: whether a smaller tokenizer was asked for.
     """
 
     by: ClassVar[str] = "cut-vocabulary"
@@ -108,6 +113,7 @@ class CutWords(Finding):
     parameters_before: int
     parameters_after: int
     exact_difference: float | None = None
+    small_tokenizer: bool = False
 
 
 def wants_words(options: PruneOptions) -> bool:
@@ -115,8 +121,8 @@ def wants_words(options: PruneOptions) -> bool:
     return options.vocabulary is not None or options.vocabulary_coverage is not None
 
 
-def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions) -> ChosenWords:
-    """Returns the words that are to stay in a normalised model.
+def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions, always: Collection[int] = ()) -> ChosenWords:
+    """Returns the words that are to stay in a normalised model: those that are asked for, special ones, and ``always``.
 
     Raises:
         ModelError: it has no table that token ids look up.
@@ -142,7 +148,7 @@ def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions) -> C
     name = str(source) if isinstance(source, (str, Path)) else "ids from Python" if counts is None else "texts from Python"
     if not ids.size:
         raise OptionError(f"vocabulary '{name}' leaves no word; give texts, or a list of token ids")
-    kept, unknown, named = _with_specials(ids, tokenizer, options, words.size)
+    kept, unknown, named = _with_specials(ids, tokenizer, options, words.size, always)
     if len(kept) == words.size:
         raise OptionError(
             f"vocabulary '{name}' has all {words.size:,} words of the model; leave it out, or give --vocabulary-coverage"
@@ -153,7 +159,8 @@ def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions) -> C
     if options.small_tokenizer:
         small = SmallTokenizer(options.tokenizer)
         small.check(kept, _some_texts(source, options))
-    return ChosenWords(kept, words.size, unknown, named, name, tokens, covered, words.inputs, small)
+    asked = small is not None
+    return ChosenWords(kept, words.size, unknown, named, name, tokens, covered, words.inputs, small, asked, asked)
 
 
 def _specials(tokenizer: TextTokenizer | None) -> frozenset[int]:
@@ -164,13 +171,14 @@ def _specials(tokenizer: TextTokenizer | None) -> frozenset[int]:
 
 
 def _with_specials(
-    ids: NDArray[np.int64], tokenizer: TextTokenizer | None, options: PruneOptions, size: int
+    ids: NDArray[np.int64], tokenizer: TextTokenizer | None, options: PruneOptions, size: int, more: Collection[int]
 ) -> tuple[NDArray[np.int64], int, str | None]:
     """Returns the ids with those that always stay, and the one that others are read as, with its name.
 
     A tokenizer that knows every byte has nothing unknown: what goes is read as a blank then, where that is one token.
     """
     unknown, named = int(ids[0]), None
+    always = set(more)
     if tokenizer is not None and options.tokenizer is not None:
         own, basic = unknown_and_basic(options.tokenizer)
         ((blank, _),) = tokenizer.encode([" "], None)
@@ -179,10 +187,10 @@ def _with_specials(
             unknown, named = own, "the unknown token"
         elif len(plain) == 1 and plain[0] < size:
             unknown, named = plain[0], "a blank"
-        always = {unknown, *_specials(tokenizer), *basic}
+        always |= {unknown, *_specials(tokenizer), *basic}
         if options.small_tokenizer:
             always |= SmallTokenizer(options.tokenizer).needed({*map(int, ids), *always})
-        ids = np.union1d(ids, [i for i in sorted(always) if i < size])
+    ids = np.union1d(ids, np.asarray([i for i in sorted(always) if i < size], np.int64))
     return ids, unknown, named
 
 
@@ -215,26 +223,12 @@ class CutVocabularyPass(Pass[ChosenWords]):
         model = state.model
         whole = OnnxOriginal(*model.light(), model.source, model.store, model.merged)
         words, weights, elements = find_words(model), model.weight_bytes(), model.parameters()
-        before = words.bytes(), words.parameters()
-        cut_words(model, words, plan.kept, plan.unknown, tables=plan.small is None)
+        cut_words(model, words, plan.kept, plan.unknown, tables=not plan.renumbered)
         model.graph.cleanup(remove_unused_node_outputs=False).toposort()
         model.settle()
-        state.add(
-            CutWords(
-                kept=len(plan.kept),
-                words=plan.size,
-                tokens=plan.tokens,
-                share=None if plan.tokens is None or plan.covered is None else plan.covered / plan.tokens,
-                source=plan.source,
-                unknown=plan.unknown,
-                named=plan.named,
-                bytes_before=before[0],
-                bytes_after=before[0] - weights + model.weight_bytes(),
-                parameters_before=before[1],
-                parameters_after=before[1] - elements + model.parameters(),
-                exact_difference=_checked(state, whole, words, plan),
-            )
-        )
+        entry = cut_words_entry(plan, words, _checked(state, whole, words, plan))
+        left = entry.bytes_before - weights + model.weight_bytes(), entry.parameters_before - elements + model.parameters()
+        state.add(replace(entry, bytes_after=left[0], parameters_after=left[1]))
         return PassResult(state, (Change("words", "vocabulary", plan.size, len(plan.kept)),))
 
 
@@ -244,6 +238,26 @@ def synthetic_batch(model: OnnxModel) -> dict[str, Any]:
     short = LENGTH if known is None else min(LENGTH, max(1, known // 2))  # some tables of positions begin with padding
     fields: dict[str, Any] = {"vocabulary": vocabulary(model), "sequence_length": short, "rows": looked_up(model)}
     return load_calibration(None, model.inputs(), samples=SAMPLES, **fields).batches[0]
+
+
+def cut_words_entry(plan: ChosenWords, words: Words, difference: float) -> CutWords:
+    """Returns what the report says of words that were cut, of as many numbers each as the others."""
+    share, kept = len(plan.kept) / plan.size, len(plan.kept)
+    return CutWords(
+        kept=kept,
+        words=plan.size,
+        tokens=plan.tokens,
+        share=None if plan.tokens is None or plan.covered is None else plan.covered / plan.tokens,
+        source=plan.source,
+        unknown=plan.unknown,
+        named=plan.named,
+        bytes_before=words.bytes(),
+        bytes_after=round(words.bytes() * share),
+        parameters_before=words.parameters(),
+        parameters_after=round(words.parameters() * share),
+        exact_difference=difference,
+        small_tokenizer=plan.asked,
+    )
 
 
 def _checked(state: State, whole: OnnxOriginal, words: Words, plan: ChosenWords) -> float:
@@ -262,6 +276,6 @@ def _checked(state: State, whole: OnnxOriginal, words: Words, plan: ChosenWords)
     del session, reference
     given = plan.numbered(feeds)
     ours = engine.whole(state.model, "the model with fewer words").run(given, outputs, arrays=True)
-    if plan.small is not None:
+    if plan.renumbered:
         theirs = {name: value[..., plan.kept] if name in words.wide else value for name, value in theirs.items()}
     return require_close(ours, theirs, least_precision(state.model), "fewer words against all of them")

@@ -344,7 +344,7 @@ class _Gauge:
         """Returns the quantity at widths; seconds are those of the dense model, scaled by a ratio taken in turns."""
         model, ends = blank_cut(self.dense_model, keep)
         if self.words is not None and self.kind != "latency":  # a table of ids and logits at full width are hardly timed
-            cut_words(model, find_words(model), self.words.kept, self.words.unknown)
+            cut_words(model, find_words(model), self.words.kept, self.words.unknown, not self.words.renumbered)
         if self.kind == "params":
             return model.parameters()
         if self.kind == "size":

@@ -17,12 +17,13 @@ from liar_opt.frontend.causal import is_causal
 from liar_opt.frontend.fx_module import Executor, to_torch
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
-from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.base import Analysis, Pass, Pipeline, State
 from liar_opt.passes.calibrate import divided
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options
+from liar_opt.passes.cut_module_words import CutModuleWordsPass, choose_module_words
+from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, wants_words
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.gradient_scores import (
@@ -37,7 +38,6 @@ from liar_opt.passes.limit_drop import LimitDropPass
 from liar_opt.passes.meet_target import MeetTargetPass, parse_target
 from liar_opt.passes.model_job import TIMED_SAMPLES
 from liar_opt.passes.module_on_onnx import PruneExportedPass
-from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.open_module import (
     OpenedModule,
     load_module_state,
@@ -49,10 +49,11 @@ from liar_opt.passes.options import BACKENDS, OPTIONS, PACKINGS, PruneOptions
 from liar_opt.passes.prove_module import ProveModuleGroupsPass
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import lookup
-from liar_opt.passes.report import SizesEntry, report_of
+from liar_opt.passes.report import report_of
 from liar_opt.passes.result import Inspection, ModuleResult
 from liar_opt.passes.verify_model import first_samples
 from liar_opt.passes.verify_module import CutModule, VerifyModulePass
+from liar_opt.passes.vocabulary_job import cut_module_vocabulary, cut_sizes, inputs_of, words_alone
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency, measure_latency
@@ -105,7 +106,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     """
     start, watch = time.perf_counter(), MemoryWatch()
     _require_possible(calibration, options)
-    inputs = Inputs((model,), calibration, (options.tokenizer,))
+    inputs = inputs_of(model, calibration, options)
     state, calibration = load_module_state(
         model, calibration, options.example, options.allow_pickle, options.provider, options.batch_size
     )
@@ -116,6 +117,10 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
         checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
         tokenizer=opened.folder if options.tokenizer is None else options.tokenizer,
     )
+    if wants_words(options):
+        state.add(choose_module_words(state, calibration, options))
+    if words_alone(options):
+        return cut_module_vocabulary(state, options, calibration, inputs)
     chosen = _chosen(options, calibration is not None)
     cut = chosen.cut
     asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
@@ -126,6 +131,8 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     ]
     analysis = Pipeline(passes=passes, observer=options.observer)(state)
     limited = isinstance(chosen.widths, LimitDropPass)
+    if wants_words(options):
+        state.add(choose_module_words(state, options.calibration_of(calibration), options))
     if chosen.curves is not None or isinstance(chosen.widths, MeetTargetPass):
         _load_calibration(state, calibration, options, limited)
     if chosen.curves is not None and chosen.curves.score in GRADIENT_SCORES:
@@ -151,9 +158,11 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     done = Pipeline(passes=[*([] if limited else [cut]), verify], observer=options.observer)(state)
     changes = (*decided.changes, *done.changes)
     report.cut(state, changes, cut.repair)
+    if wants_words(options):
+        changes = (*changes, *Pipeline(passes=[CutModuleWordsPass()], observer=options.observer)(state).changes)
+        report.vocabulary = state.found(CutWords)
     made = state.found(CutModule)
-    elements = sum(p.numel() for p in made.module.parameters())  # each counted once
-    report.after = replace(SizesEntry(**model_sizes(state.model)), parameters=elements)
+    report.after = cut_sizes(state)
     if made.traced is not None:
         report.note(f"the result is the traced graph: {made.traced}")
     if options.latency:
@@ -282,5 +291,8 @@ def _latency(state: State) -> Latency:
     assert data is not None
     batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
     feeds = {k: v for k, v in batch.items() if k in {s.name for s in model.signature}}
-    runners = [_Runner(m, feeds, model.device) for m in (module_of(state), state.found(CutModule).module)]
+    words = state.get(ChosenWords)
+    known = feeds if words is None else words.known(feeds)
+    pairs = ((module_of(state), known), (state.found(CutModule).module, known if words is None else words.numbered(known)))
+    runners = [_Runner(m, f, model.device) for m, f in pairs]
     return measure_latency(runners, feeds, budget=TIMED_SECONDS, least=1)

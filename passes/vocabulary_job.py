@@ -4,9 +4,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from liar_opt.frontend.fx_module import precision
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.passes.base import DenseModel, Pipeline, State
 from liar_opt.passes.blank_cut import deployed
+from liar_opt.passes.cut_module_words import CutModuleWordsPass
 from liar_opt.passes.cut_vocabulary import (
     ChosenWords,
     CutVocabularyPass,
@@ -15,12 +17,15 @@ from liar_opt.passes.cut_vocabulary import (
     synthetic_batch,
     wants_words,
 )
+from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state, model_sizes
+from liar_opt.passes.open_module import traced_model
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.report import Report, SizesEntry, report_of
-from liar_opt.passes.result import PruneResult
+from liar_opt.passes.result import ModuleResult, PruneResult
 from liar_opt.passes.verify_model import Verification, least_precision
+from liar_opt.passes.verify_module import CutModule
 from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.sessions import resolve_provider
@@ -72,6 +77,39 @@ def cut_vocabulary(model: Any, calibration: Any, options: PruneOptions) -> Prune
         _time(state, report, words, batch)
     report.ended(state, watch, time.perf_counter() - start)
     return PruneResult(state.model, report.to_json(), done.changes, (), inputs, words)
+
+
+def cut_module_vocabulary(state: State, options: PruneOptions, calibration: Any, inputs: Inputs) -> ModuleResult:
+    """Cuts the vocabulary of a torch module that was opened, whose words were chosen.
+
+    Raises:
+        ModelError: its code does not fit fewer words.
+        CheckError: the result is not what the original is.
+    """
+    start, watch = time.perf_counter(), MemoryWatch()
+    report = report_of(state)
+    report.asked([CutModuleWordsPass()], options, calibration, options.backend, str(traced_model(state).device))
+    report.groups, report.values = [], []
+    report.refuse(())
+    done = Pipeline(passes=[CutModuleWordsPass()], observer=options.observer)(state)
+    state.add(FinalFields(()))
+    cut = state.found(CutWords)
+    report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
+    report.vocabulary = cut
+    if not options.dry_run:
+        report.after = cut_sizes(state)
+        assert cut.exact_difference is not None
+        report.verification = Verification(cut.exact_difference, precision(traced_model(state)), {})
+        report.ended(state, watch, time.perf_counter() - start)
+    return ModuleResult(state, report.to_json(), done.changes, (), inputs)
+
+
+def cut_sizes(state: State) -> SizesEntry:
+    """Returns what a module comes to whose widths, or words, were cut; each parameter is counted once."""
+    sizes, words = model_sizes(state.model), state.get(CutWords)
+    elements = sum(p.numel() for p in state.found(CutModule).module.parameters())
+    gone = 0 if words is None else words.bytes_before - words.bytes_after
+    return SizesEntry(**{**sizes, "parameters": elements, "bytes": sizes["bytes"] - gone})
 
 
 def _time(state: State, report: Report, words: ChosenWords, batch: Mapping[str, Any]) -> None:

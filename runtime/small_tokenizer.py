@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,19 +220,21 @@ def folder_beside(output: Path, force: bool) -> Path:
     return folder
 
 
-def renumbered(config: Any, new: dict[int, int]) -> Any:
-    """Returns a configuration whose token ids are new ones; those of tokens that went are None, or left out of lists."""
-    if isinstance(config, list):
-        return [renumbered(value, new) for value in config]
-    if not isinstance(config, dict):
-        return config
-    return {k: _new_ids(v, new) if ID.search(k) else renumbered(v, new) for k, v in config.items()}
-
-
-def _new_ids(value: Any, new: dict[int, int]) -> Any:
-    if isinstance(value, list):
-        return [_new_ids(v, new) for v in value if not (type(v) is int and v not in new)]
+def new_ids(value: Any, new: Mapping[int, int]) -> Any:
+    """Returns a field of token ids with new ones: of tokens that went None, and left out of lists; -1 and the like stay."""
+    if isinstance(value, (list, tuple)):
+        left = [v for v in value if not (type(v) is int and v >= 0 and v not in new)]
+        return type(value)(new_ids(v, new) for v in left)
     return new.get(value) if type(value) is int and value >= 0 else value
+
+
+def token_ids(value: Any) -> Iterator[int]:
+    """Yields the ids in a field of them."""
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from token_ids(inner)
+    elif type(value) is int:
+        yield value
 
 
 def _renumber_processor(processor: Any, new: dict[int, int]) -> None:

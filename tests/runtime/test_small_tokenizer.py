@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from liar_opt.runtime.errors import CheckError, OptionError
-from liar_opt.runtime.small_tokenizer import SmallTokenizer, folder_beside, renumbered, write_beside
+from liar_opt.runtime.small_tokenizer import ID, SmallTokenizer, folder_beside, new_ids, token_ids, write_beside
 from liar_opt.runtime.text_tokenizer import load_tokenizer, unknown_and_basic
 
 CORPUS = [
@@ -134,11 +134,11 @@ def test_where_it_goes(tmp_path: Path) -> None:
         SmallTokenizer(tmp_path)
 
 
-def test_configurations() -> None:
-    config = {"eos_token_id": [7, 9], "pad_token_id": -1, "text": {"bos_token_id": 3, "size": 7}, "suppress_tokens": [5, 7]}
-    assert renumbered(config, {7: 1, 3: 0}) == {
-        "eos_token_id": [1],
-        "pad_token_id": -1,
-        "text": {"bos_token_id": 0, "size": 7},
-        "suppress_tokens": [1],
-    }
+def test_fields_of_ids() -> None:
+    new = {7: 1, 3: 0}
+    assert [new_ids(value, new) for value in (7, [7, 9], (3, 7), None, -1, 8, [[1, 3]])] == [
+        *(1, [1], (0, 1), None, -1, None, [[0]])
+    ]
+    assert list(token_ids([[1, 3], (4,), None])) == [1, 3, 4]
+    assert all(map(ID.search, ("eos_token_id", "pad_token_ids", "padding_idx", "suppress_tokens")))
+    assert not any(map(ID.search, ("num_tokens", "hidden_size", "max_new_tokens")))
