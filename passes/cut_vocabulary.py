@@ -19,7 +19,7 @@ from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.frontend.vocabulary import Words, cut_words, find_words, hide_logits
 from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
 from liar_opt.passes.options import PruneOptions
-from liar_opt.passes.verify_model import first_samples, least_precision, require_format, require_interface
+from liar_opt.passes.verify_model import check_folded, first_samples, least_precision, require_format, require_interface
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import OptionError
@@ -276,6 +276,8 @@ def _checked(state: State, whole: OnnxOriginal, words: Words, plan: ChosenWords)
     del session, reference
     given = plan.numbered(feeds)
     ours = engine.whole(state.model, "the model with fewer words").run(given, outputs, arrays=True)
+    if state.model.merged is not None:
+        check_folded(state, given, ours, least_precision(state.model))
     if plan.renumbered:
         theirs = {name: value[..., plan.kept] if name in words.wide else value for name, value in theirs.items()}
     return require_close(ours, theirs, least_precision(state.model), "fewer words against all of them")

@@ -172,7 +172,7 @@ class VerifyModelPass(Pass[None]):
             del nudged
         del masked, reference, theirs
         if state.model.merged is not None:
-            folded = _check_folded(state, cut_arrays(small, ends), ours, precision)
+            folded = check_folded(state, cut_arrays(small, ends), ours, precision)
         del ours
         original = dense_session(state)
         held = held_batches(len(batches))
@@ -193,7 +193,7 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def _check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], precision: str) -> float:
+def check_folded(state: State, feeds: dict[str, Any], flat: Mapping[str, Any], precision: str) -> float:
     """Checks a merged decoder against its flat graph, branch by branch; returns the largest difference.
 
     Args:

@@ -12,6 +12,7 @@ import pytest
 import words
 import zoo
 import zoo_decoders
+import zoo_merged
 from oracle import run
 
 import liar_opt
@@ -148,6 +149,14 @@ def test_what_ids_are_compared_with(tokenizer: Path) -> None:
     (theirs,) = run(onnx.load(path), feeds)
     (ours,) = run(result.model, result.words.numbered(feeds))
     assert relative_difference(ours, theirs) <= 1e-5
+
+
+def test_a_merged_decoder() -> None:
+    """Both branches have the words that are left, and each its own table."""
+    result = cut(zoo_merged.ready("gpt2"), vocabulary=IDS)
+    assert result.report["vocabulary"]["exact_difference"] <= 1e-4
+    assert [n.op_type for n in result.model.graph.node] == ["If"]
+    assert result.model.ByteSize() < onnx.load(zoo_merged.ready("gpt2")).ByteSize()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
