@@ -92,7 +92,10 @@ class PruneResult:
             raise OptionError(
                 f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
             ) from err
-        left = write_config(Path(source), path, self.report["groups"]) if source and "after" in self.report else None
+        small = self.words is not None and self.words.renumbered
+        words = {int(i): k for k, i in enumerate(self.words.kept)} if small and self.words is not None else None
+        told = source and "after" in self.report
+        left = write_config(Path(source), path, self.report["groups"], words) if told else None
         if left is not None:
             self.report["model"]["notes"].append(left)
         return path

@@ -18,7 +18,7 @@ from oracle import run
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.tables import vocabulary
-from liar_opt.frontend.vocabulary import cut_words, find_words
+from liar_opt.frontend.vocabulary import cut_words, find_words, hide_logits
 from liar_opt.runtime.compare import relative_difference
 from liar_opt.runtime.errors import ModelError
 
@@ -110,3 +110,109 @@ def test_an_optimised_graph() -> None:
     built = zoo.ready(case)
     assert "EmbedLayerNormalization" in {n.op for n in OnnxModel.load(built.path).graph.nodes}
     check(built.path, built.feeds)
+
+
+HEAD = """
+<ir_version: 8, opset_import: ["" : 17]>
+g (int64[b, s] input_ids, int64[b, s] position_ids) => ({outputs})
+<float[11, 4] table, float[29, 4] places, float[4, 11] head, float[11] bias, float scale = {{0.5}}>
+{{
+  flat = Cast<to = 6>(input_ids)
+  words = Gather(table, flat)
+  there = Gather(places, position_ids)
+  x = Add(words, there)
+  {body}
+}}
+"""
+FILLED = {"table": (11, 4), "places": (29, 4), "head": (4, 11), "bias": (11,)}
+FEW = np.asarray([0, 2, 3, 7])
+
+
+def small_graph(body: str, outputs: str) -> onnx.ModelProto:
+    proto = onnx.parser.parse_model(HEAD.format(body=body, outputs=outputs))
+    rng = np.random.default_rng(0)
+    for tensor in [t for t in proto.graph.initializer if t.name in FILLED]:
+        proto.graph.initializer.remove(tensor)
+    for name, shape in FILLED.items():
+        value = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    return proto
+
+
+def normalised(proto: onnx.ModelProto) -> OnnxModel:
+    model = OnnxModel.from_proto(proto)
+    model.normalise()
+    return model
+
+
+IDS = {"input_ids": np.asarray([[2, 7, 3], [0, 0, 2]]), "position_ids": np.asarray([[0, 1, 2], [0, 1, 28]])}
+BODIES = {
+    "softmax": ("z = MatMul(x, head) y = Softmax(z)", "float[b, s, 11] y", 1),
+    "two readers": (
+        "z = MatMul(x, head) y = LogSoftmax(z) w = ArgMax<axis = -1>(z)",
+        "float[b, s, 11] y, int64[b, s, 1] w",
+        1,
+    ),
+    "a bias and a bounded range": (
+        "z = MatMul(x, head) a = Add(z, bias) c = Mul(a, scale) t = Tanh(c) y = Div(t, scale)",
+        "float[b, s, 11] y",
+        2,
+    ),
+    "the largest few": ("z = MatMul(x, head) k = Constant<value_ints = [2]>() y, w = TopK(z, k)", "float[b, s, 2] y", 1),
+    "tied": ("r = Transpose<perm = [1, 0]>(table) y = MatMul(x, r)", "float[b, s, 11] y", 0),
+    "no logits": ("y = Relu(x)", "float[b, s, 4] y", 0),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_what_reads_logits(case: str) -> None:
+    """What is computed of logits is computed as if those of words that went were -inf."""
+    body, outputs, constants = BODIES[case]
+    proto = small_graph(body, outputs)
+    model, reference = normalised(proto), normalised(proto)
+    words = find_words(model)
+    assert (words.size, words.inputs, len({id(p.constant) for p in words.places})) == (11, ("input_ids",), 1 + constants)
+    cut_words(model, words, FEW, 2)
+    hide_logits(reference, find_words(reference), FEW)
+    ours, theirs = run(model.to_proto(), IDS), run(reference.to_proto(), IDS)
+    assert all(relative_difference(a, b) <= 1e-6 for a, b in zip(ours, theirs, strict=True))
+    if case == "a bias and a bounded range":
+        assert np.isneginf(ours[0][..., [1, 4, 10]]).all()
+    gone = run(model.to_proto(), {**IDS, "input_ids": IDS["input_ids"] * 0 + 9})
+    unknown = run(model.to_proto(), {**IDS, "input_ids": IDS["input_ids"] * 0 + 2})
+    assert all(np.array_equal(a, b) for a, b in zip(gone, unknown, strict=True))
+
+
+def test_a_constant_that_something_else_reads_stays() -> None:
+    """The bias of the head is added to something else, too: there it keeps its numbers."""
+    proto = small_graph(
+        "z = MatMul(x, head) y = Add(z, bias) q = Constant<value_floats = [1.0]>() w = Mul(bias, q) v = Sub(w, y)",
+        "float[b, s, 11] y, float[b, s, 11] v",
+    )
+    model, reference = normalised(proto), normalised(proto)
+    cut_words(model, find_words(model), FEW, 2)
+    hide_logits(reference, find_words(reference), FEW)
+    assert all(
+        relative_difference(a, b) <= 1e-6
+        for a, b in zip(run(model.to_proto(), IDS), run(reference.to_proto(), IDS), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("z = MatMul(x, head) p = Softmax(z) y = MatMul(p, table)", "neither by ids nor for logits"),
+        ("c = Cos(table) q = ReduceSum(c) y = Add(x, q)", "neither by ids nor for logits"),
+    ],
+)
+def test_a_table_that_is_read_otherwise(body: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        find_words(normalised(small_graph(body, "float[b, s, 4] y")))
+
+
+def test_ids_that_are_computed() -> None:
+    proto = small_graph("y = Relu(x)", "float[b, s, 4] y")
+    proto.graph.node[0].CopyFrom(onnx.helper.make_node("CumSum", ["input_ids", "axis"], ["flat"]))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(1), "axis"))
+    with pytest.raises(ModelError, match="computed inside"):
+        find_words(normalised(proto))
