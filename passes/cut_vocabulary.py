@@ -5,7 +5,7 @@ texts of words that stay the result computes what it did: that is checked on eve
 """
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,6 +119,13 @@ class CutWords(Finding):
 def wants_words(options: PruneOptions) -> bool:
     """Returns whether a vocabulary is to be cut."""
     return options.vocabulary is not None or options.vocabulary_coverage is not None
+
+
+def planned_words(state: State) -> Iterator[str]:
+    """Yields a sentence on the words that would be left, if some would go."""
+    words = state.get(ChosenWords)
+    if words is not None:
+        yield f"{len(words.kept):,} of {words.size:,} words would be left, by {words.source}"
 
 
 def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions, always: Collection[int] = ()) -> ChosenWords:

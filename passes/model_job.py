@@ -15,7 +15,14 @@ from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, Digests, digests_of
 from liar_opt.passes.chosen_passes import passes_of_options, passes_of_text
-from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, CutWords, choose_words, wants_words
+from liar_opt.passes.cut_vocabulary import (
+    ChosenWords,
+    CutVocabularyPass,
+    CutWords,
+    choose_words,
+    planned_words,
+    wants_words,
+)
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass
@@ -155,6 +162,7 @@ class ModelJob:
         report.refuse(refusals)
         if options.dry_run:
             report.planned(state)
+            report.note(*planned_words(state))
             return self._result(state.found(DenseModel).stored, report, (), refusals)
         if not early:
             report.before.flops = self._flops()
@@ -317,7 +325,7 @@ class ModelJob:
 
     def _identity(self, report: Report) -> dict[str, Any]:
         """Returns what must be the same for an interrupted run to go on."""
-        state, digests = self.state, digests_of(self.state)
+        state, digests, words = self.state, digests_of(self.state), self.state.get(ChosenWords)
         assert report.options is not None
         options = {name: dict(values) for name, values in report.options.items() if isinstance(values, dict)}
         for place in ("source", "tokenizer"):  # what was read from there is compared
@@ -328,6 +336,7 @@ class ModelJob:
             "search": None if self.chosen.search is None else self.chosen.search.search,
             **options,
             "calibration data": digests["calibration data"],
+            "words": None if words is None else words.kept.tolist(),
             "device": state.device,
             "lean sessions": state.memory.low,
             "liar-opt": report.liar_opt,

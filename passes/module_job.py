@@ -23,7 +23,7 @@ from liar_opt.passes.base import Analysis, Pass, Pipeline, State
 from liar_opt.passes.calibrate import divided
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options
 from liar_opt.passes.cut_module_words import CutModuleWordsPass, choose_module_words
-from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, wants_words
+from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, final_fields
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.gradient_scores import (
@@ -147,6 +147,7 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     report.decided(state)
     if options.dry_run:
         report.planned(state)
+        report.note(*planned_words(state))
         return ModuleResult(state, report.to_json(), (), analysis.refusals, inputs)
     if state.calibration is None:
         _load_calibration(state, calibration, options, limited)

@@ -13,9 +13,10 @@ from liar_opt.frontend.fx_module import FxModel, trace
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_program
 from liar_opt.frontend.genai_config import write_config
-from liar_opt.frontend.hf_checkpoint import FieldChange, save_checkpoint
+from liar_opt.frontend.hf_checkpoint import FieldChange, save_checkpoint, without_cache
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.plain_module import evaluating
 from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.base import Change, State
@@ -154,7 +155,8 @@ class ModuleResult(PruneResult):
     def program(self) -> ExportedProgram:
         """The traced graph, cut: what ``torch.export.save`` writes."""
         if self._whole is not None:
-            return trace(self.module, self._example)
+            with evaluating(self.module), without_cache(self.module):
+                return trace(self.module, self._example)
         return cut_program(self._model, self._example)
 
     @functools.cached_property

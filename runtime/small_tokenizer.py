@@ -74,13 +74,13 @@ class SmallTokenizer:
         found, known = set(map(int, ids)), self.ids
         tokens = [self.texts[i] for i in sorted(found) if i in self.texts]
         if self.kind == "BPE":
-            pieces = (piece for token in tokens for piece in self._pieces(token))
+            pieces = {piece for token in tokens for piece in self._pieces(token)}
         elif self.kind == "WordLevel":
             return found
         else:
             mark = self.model.get("continuing_subword_prefix") or ""
             characters = {c for token in tokens for c in token.removeprefix(mark)}
-            pieces = iter({*characters, *(f"{mark}{c}" for c in characters)})
+            pieces = {*characters, *(f"{mark}{c}" for c in characters)}
         return found | {known[piece] for piece in pieces if piece in known}
 
     def _pieces(self, token: str) -> Iterator[str]:
@@ -116,7 +116,7 @@ class SmallTokenizer:
     def cut(self, kept: NDArray[np.int64]) -> dict[str, Any]:
         """Returns the tokenizer.json of the tokens that are kept, ids ascending [K]."""
         new = {int(old): place for place, old in enumerate(kept)}
-        raw = json.loads(json.dumps(self.raw))
+        raw: dict[str, Any] = json.loads(json.dumps(self.raw))
         model = raw["model"]
         if self.kind == "Unigram":
             model["vocab"] = [pair for i, pair in enumerate(model["vocab"]) if i in new]

@@ -93,6 +93,17 @@ def test_a_checkpoint(name: str, tokenizer: Path, tmp_path: Path) -> None:
     assert module.config.vocab_size == V and module.get_input_embeddings().num_embeddings == V  # it is not changed
 
 
+@pytest.mark.parametrize("name", ["bart", "t5", "whisper", "clip"])
+def test_other_architectures(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    """Tables shared by an encoder and a decoder, sound and images beside texts; saving loads it and compares."""
+    module = zoo_fx.build(name)
+    result = prune_module(module, vocabulary=TEXTS, tokenizer=tokenizer)
+    entry = result.report["vocabulary"]
+    assert entry["kept"] < 20 and entry["bytes_after"] * entry["words"] == entry["bytes_before"] * entry["kept"]
+    config = type(module).from_pretrained(result.save(tmp_path / "out")).config
+    assert getattr(config, "text_config", config).vocab_size == entry["kept"]
+
+
 def test_a_folder_with_widths(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tokenizer is that of the folder; widths and words go together, and one more run finds fewer words."""
     module = build("bert")

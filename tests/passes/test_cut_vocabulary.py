@@ -103,6 +103,8 @@ def test_with_widths(tokenizer: Path) -> None:
     met = cut(model, **data, target="size=0.7x")
     found, wanted = (met.report["target"][key] for key in ("found", "wanted"))
     assert abs(found / wanted - 1) < 0.01 and abs(met.model.ByteSize() / found - 1) < 0.01
+    planned = cut(model, **data, sparsity=0.3, dry_run=True).report["model"]["notes"]
+    assert "12 of 101 words would be left, by texts from Python" in planned
     with pytest.raises(OptionError, match="without the words that go"):
         cut(model, **data, target="size=0.99x")
 

@@ -46,7 +46,7 @@ def make(kind: str, folder: Path) -> Path:
         tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**common)
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     else:
-        ends = {"end_of_word_suffix": "</w>"} if variant else {}
+        ends: dict[str, Any] = {"end_of_word_suffix": "</w>"} if variant else {}
         tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", **ends))
         trainer = trainers.BpeTrainer(**common, **ends)
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
