@@ -23,6 +23,7 @@ from liar_opt.passes.verify_model import check_folded, first_samples, least_prec
 from liar_opt.runtime.calibration_data import load_calibration
 from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.self_calibration import SELF
 from liar_opt.runtime.small_tokenizer import SmallTokenizer
 from liar_opt.runtime.text_tokenizer import TextTokenizer, load_tokenizer, unknown_and_basic
 from liar_opt.runtime.word_counts import count_words, listed_ids, most_frequent, texts_of
@@ -139,7 +140,7 @@ def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions, alwa
     source = calibration if options.vocabulary is None else options.vocabulary
     if coverage is not None and not 0.0 < coverage <= 1.0:
         raise OptionError(f"vocabulary-coverage is {coverage:g}; give a share of the tokens above 0, and at most 1")
-    if source is None:
+    if source is None or (isinstance(source, str) and source == SELF):
         raise OptionError("vocabulary-coverage needs texts to count words in; give --vocabulary or --calibration")
     if options.small_tokenizer and options.tokenizer is None:
         raise OptionError("small-tokenizer makes a smaller one of the model's tokenizer; give --tokenizer DIR")
@@ -163,7 +164,7 @@ def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions, alwa
     tokens = None if counts is None else int(counts.sum())
     covered = None if counts is None else int(counts[kept].sum())
     small = None
-    if options.small_tokenizer:
+    if options.small_tokenizer and options.tokenizer is not None:
         small = SmallTokenizer(options.tokenizer)
         small.check(kept, _some_texts(source, options))
     asked = small is not None

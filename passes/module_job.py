@@ -131,8 +131,6 @@ def prune_module(model: torch.nn.Module | str | Path, calibration: Any, options:
     ]
     analysis = Pipeline(passes=passes, observer=options.observer)(state)
     limited = isinstance(chosen.widths, LimitDropPass)
-    if wants_words(options):
-        state.add(choose_module_words(state, options.calibration_of(calibration), options))
     if chosen.curves is not None or isinstance(chosen.widths, MeetTargetPass):
         _load_calibration(state, calibration, options, limited)
     if chosen.curves is not None and chosen.curves.score in GRADIENT_SCORES:

@@ -148,7 +148,8 @@ class ModuleResult(PruneResult):
     def graph_module(self) -> torch.fx.GraphModule:
         """The traced graph, cut: a ``torch.fx.GraphModule`` that is called like the module."""
         if self._whole is not None:
-            return self.program.graph_module
+            whole: torch.fx.GraphModule = self.program.graph_module
+            return whole
         return cut_graph_module(self._model)
 
     @functools.cached_property

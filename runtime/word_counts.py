@@ -22,6 +22,8 @@ from liar_opt.runtime.text_tokenizer import TextTokenizer, all_tokens
 TEXT_FILES = (".txt", ".jsonl", ".csv")
 AT_ONCE = 1024
 """Texts that are tokenised at once."""
+BEGINNING = 1 << 16
+"""Characters of a text file by which it is told whether it holds numbers alone."""
 NO_END = 1 << 30
 _NUMBERS = re.compile(r"[\s,\d]*\d[\s,\d]*")
 
@@ -47,10 +49,12 @@ def listed_ids(source: Any, size: int) -> NDArray[np.int64] | None:
             if suffix == ".npy":
                 found: Any = np.load(path, allow_pickle=False)
             else:
-                text = path.read_text(encoding="utf-8-sig")
-                if suffix == ".txt" and not _NUMBERS.fullmatch(text):
-                    return None
-                found = json.loads(text) if suffix == ".json" else [int(n) for n in re.findall(r"\d+", text)]
+                with path.open(encoding="utf-8-sig") as stream:
+                    text = stream.read(BEGINNING)
+                    if suffix == ".txt" and not _NUMBERS.fullmatch(text):
+                        return None
+                    text += stream.read()
+                found = json.loads(text) if suffix == ".json" else [int(n) for n in text.replace(",", " ").split()]
         except UnicodeDecodeError as err:
             raise OptionError(f"{where} is not UTF-8 text; save it as such") from err
         except (OSError, ValueError) as err:
