@@ -13,16 +13,20 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
-from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.frontend.vocabulary import Words, cut_words, find_words, hide_logits
-from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
+from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.options import PruneOptions
-from liar_opt.passes.verify_model import check_folded, first_samples, least_precision, require_format, require_interface
-from liar_opt.runtime.calibration_data import load_calibration
+from liar_opt.passes.verify_model import (
+    check_folded,
+    first_samples,
+    least_precision,
+    require_format,
+    require_interface,
+    require_runs,
+)
 from liar_opt.runtime.compare import require_close
-from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.errors import CheckError, OptionError
 from liar_opt.runtime.self_calibration import SELF
 from liar_opt.runtime.small_tokenizer import SmallTokenizer
 from liar_opt.runtime.text_tokenizer import TextTokenizer, load_tokenizer, unknown_and_basic
@@ -30,7 +34,6 @@ from liar_opt.runtime.word_counts import count_words, listed_ids, most_frequent,
 
 CHECKED_TEXTS = 1024
 """Texts that a smaller tokenizer is checked on."""
-LENGTH = 16
 SAMPLES = 4
 """On which the cut is compared with the original."""
 
@@ -240,14 +243,6 @@ class CutVocabularyPass(Pass[ChosenWords]):
         return PassResult(state, (Change("words", "vocabulary", plan.size, len(plan.kept)),))
 
 
-def synthetic_batch(model: OnnxModel) -> dict[str, Any]:
-    """Returns a few short samples of made-up inputs."""
-    known = positions(model)
-    short = LENGTH if known is None else min(LENGTH, max(1, known // 2))  # some tables of positions begin with padding
-    fields: dict[str, Any] = {"vocabulary": vocabulary(model), "sequence_length": short, "rows": looked_up(model)}
-    return load_calibration(None, model.inputs(), samples=SAMPLES, **fields).batches[0]
-
-
 def cut_words_entry(plan: ChosenWords, words: Words, difference: float) -> CutWords:
     """Returns what the report says of words that were cut, of as many numbers each as the others."""
     share, kept = len(plan.kept) / plan.size, len(plan.kept)
@@ -274,13 +269,21 @@ def _checked(state: State, whole: OnnxOriginal, words: Words, plan: ChosenWords)
     require_format(whole, state.model)
     reference = whole.model()
     reference.normalise()
-    batch = synthetic_batch(reference) if state.calibration is None else state.calibration.batches[0]
-    feeds = plan.known(first_samples(state, batch, SAMPLES))
+    assert state.calibration is not None
+    feeds = plan.known(first_samples(state, state.calibration.batches[0], SAMPLES))
     hide_logits(reference, find_words(reference), plan.kept)
     engine, left = state.engine(), () if state.walk is None else state.walk.unspecified
-    session = engine.whole(reference, "the original")
+    try:
+        session = engine.whole(reference, "the original")
+    except CheckError:
+        engine.whole(state.found(DenseModel).stored)  # says what is wrong with the model as it came
+        raise
     outputs = [name for name in session.outputs if name not in left]
-    theirs = session.run(feeds, outputs, arrays=True)
+    try:
+        theirs = session.run(feeds, outputs, arrays=True)
+    except Exception:  # of ONNX Runtime: a class of its own for each release
+        require_runs(state, session)
+        raise
     del session, reference
     given = plan.numbered(feeds)
     ours = engine.whole(state.model, "the model with fewer words").run(given, outputs, arrays=True)

@@ -4,17 +4,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from liar_opt.frontend.causal import positions
 from liar_opt.frontend.fx_module import precision
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.walk import walk
 from liar_opt.passes.base import DenseModel, Pipeline, State
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.cut_module_words import CutModuleWordsPass
 from liar_opt.passes.cut_vocabulary import (
+    SAMPLES,
     ChosenWords,
     CutVocabularyPass,
     CutWords,
     choose_words,
-    synthetic_batch,
     wants_words,
 )
 from liar_opt.passes.express_widths import FinalFields
@@ -26,10 +30,13 @@ from liar_opt.passes.report import Report, SizesEntry, report_of
 from liar_opt.passes.result import ModuleResult, PruneResult
 from liar_opt.passes.verify_model import Verification, least_precision
 from liar_opt.passes.verify_module import CutModule
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.sessions import resolve_provider
 
+LENGTH = 16
+"""Tokens of the samples on which the result is compared."""
 WIDTHS = ("sparsity", "ffn", "heads", "values", "query_key", "recurrent", "target", "max_drop", "search", "passes")
 """Options that ask for other widths."""
 
@@ -58,7 +65,8 @@ def cut_vocabulary(model: Any, calibration: Any, options: PruneOptions) -> Prune
     Pipeline(passes=[NormaliseGraphPass()], observer=options.observer)(state)
     words = choose_words(state.model, calibration, options)
     state.add(words)
-    batch = words.known(synthetic_batch(state.model))
+    state.calibration = _few_samples(state.model, calibration, options)
+    batch = words.known(state.calibration.batches[0])
     report = report_of(state)
     report.asked([CutVocabularyPass()], options, calibration, options.provider, state.device)
     report.groups, report.values = [], []
@@ -110,6 +118,17 @@ def cut_sizes(state: State) -> SizesEntry:
     elements = sum(p.numel() for p in state.found(CutModule).module.parameters())
     gone = 0 if words is None else words.bytes_before - words.bytes_after
     return SizesEntry(**{**sizes, "parameters": elements, "bytes": sizes["bytes"] - gone})
+
+
+def _few_samples(model: OnnxModel, calibration: Any, options: PruneOptions) -> CalibrationData:
+    """Returns some short samples to compare on: of the calibration data, if there is some, or made up."""
+    known = positions(model)
+    short = LENGTH if known is None else min(LENGTH, max(1, known // 2))  # some tables of positions begin with padding
+    fields = {name: value for name, value in options.data().items() if name != "packing"}
+    fields |= {"samples": SAMPLES, "sequence_length": options.sequence_length or short, "vocabulary": vocabulary(model)}
+    if calibration is None:
+        fields["rows"] = looked_up(model)
+    return load_calibration(calibration, walk(model).input_specs(), **fields)
 
 
 def _time(state: State, report: Report, words: ChosenWords, batch: Mapping[str, Any]) -> None:

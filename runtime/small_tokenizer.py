@@ -194,7 +194,7 @@ def write_beside(tokenizer: SmallTokenizer, kept: NDArray[np.int64], output: Pat
     Raises:
         OptionError: the folder exists (without ``force``), holds what is no part of a tokenizer, or cannot be written.
     """
-    folder = folder_beside(output, force)
+    folder = folder_beside(output, tokenizer.file, force)
     try:
         with whole_folder(folder) as temporary:
             tokenizer.write(kept, temporary)
@@ -203,14 +203,16 @@ def write_beside(tokenizer: SmallTokenizer, kept: NDArray[np.int64], output: Pat
     return folder
 
 
-def folder_beside(output: Path, force: bool) -> Path:
-    """Returns where the smaller tokenizer of a model goes.
+def folder_beside(output: Path, source: Path, force: bool) -> Path:
+    """Returns where the smaller tokenizer of a model goes, which is made of the one in ``source``.
 
     Raises:
         OptionError: it may not be written there.
     """
     folder = output.with_suffix(".tokenizer")
     Places(lambda: ()).folder(folder, "tokenizer folder")
+    if folder.exists() and any(folder.samefile(place) for place in (source, source.parent) if place.exists()):
+        raise OptionError(f"tokenizer folder '{folder}' is the input; choose another output, inputs are never written to")
     there = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in there if not any(fnmatch.fnmatch(name, pattern) for pattern in WRITTEN)]
     if foreign:

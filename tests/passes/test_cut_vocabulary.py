@@ -12,6 +12,7 @@ import pytest
 import words
 import zoo
 import zoo_decoders
+import zoo_genai
 import zoo_merged
 from oracle import run
 
@@ -151,6 +152,18 @@ def test_what_ids_are_compared_with(tokenizer: Path) -> None:
     (theirs,) = run(onnx.load(path), feeds)
     (ours,) = run(result.model, result.words.numbered(feeds))
     assert relative_difference(ours, theirs) <= 1e-5
+
+
+def test_fused_operators() -> None:
+    """What ONNX Runtime GenAI runs: the widths of its caches are known by the analysis alone."""
+    result = cut(zoo_genai.decoder(zoo_genai.Shape()), vocabulary=range(40))
+    assert result.report["vocabulary"]["exact_difference"] <= 1e-4 and result.report["vocabulary"]["kept"] == 40
+
+
+def test_a_model_that_does_not_run() -> None:
+    model = zoo_genai.decoder(zoo_genai.Shape(operator="MultiHeadAttention", rotary="node", packed=False))
+    with pytest.raises(ModelError, match="ONNX Runtime cannot load the model"):
+        cut(model, vocabulary=range(40))
 
 
 def test_a_merged_decoder() -> None:

@@ -125,11 +125,13 @@ def test_where_it_goes(tmp_path: Path) -> None:
     kept = kept_of(folder)
     write_beside(SmallTokenizer(folder), kept, output, force=False)
     with pytest.raises(OptionError, match="exists; give --force"):
-        folder_beside(output, force=False)
+        folder_beside(output, folder, force=False)
     write_beside(SmallTokenizer(folder), kept, output, force=True)
     (tmp_path / "out.tokenizer" / "mine.txt").write_text("x")
     with pytest.raises(OptionError, match=r"holds 'mine.txt'"):
-        folder_beside(output, force=True)
+        folder_beside(output, folder, force=True)
+    with pytest.raises(OptionError, match="is the input"):
+        folder_beside(output, tmp_path / "out.tokenizer" / "tokenizer.json", force=True)
     with pytest.raises(OptionError, match="has none"):
         SmallTokenizer(tmp_path)
 
