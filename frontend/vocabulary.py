@@ -253,7 +253,8 @@ def _at_source(place: Place) -> Place:
 
 def _columns(node: gs.Node, position: int, rank: int) -> int | None:
     """The axis of the columns in the weight of a product; None where it is none that gives one a column last."""
-    if position != 1 or 1 not in operator(node.domain, node.op).contracts or node.op == "Einsum" or "Conv" in node.op:
+    product = node.op == "linear" if node.domain == ATEN else 1 in operator(node.domain, node.op).contracts
+    if position != 1 or not product or node.op == "Einsum" or "Conv" in node.op:
         return None
     return rank - 2 if node.op == "linear" or node.attrs.get("transB") else rank - 1
 
@@ -284,11 +285,15 @@ def _ends_there(node: gs.Node, model: OnnxModel) -> bool:
         seen.add(id(tensor))
         reached = reached or id(tensor) in outputs
         for reader in tensor.outputs:
-            places = operator(reader.domain, reader.op).contracts
-            if any(len(reader.inputs) > i and _origin(reader.inputs[i], 0) is not None for i in places):
+            if not has(reader, ELEMENTWISE | Trait.BROADCASTS) and any(map(_is_matrix, reader.inputs)):
                 return False
             waiting += reader.outputs
     return reached
+
+
+def _is_matrix(tensor: gs.Tensor) -> bool:
+    found = _origin(tensor, 0)
+    return found is not None and is_float(found[0].dtype) and sum(int(n) > 1 for n in found[0].shape) > 1
 
 
 def _end_of(node: gs.Node, size: int, model: OnnxModel) -> tuple[gs.Variable, list[Place]]:

@@ -283,7 +283,7 @@ _CONTRIB = (
     Op("FusedMatMulActivation", contracts=(0, 1)),
 )
 _ATEN = (
-    Op("addmm", aten.addmm, contracts=(1, 2)),
+    Op("addmm", aten.addmm),
     Op("baddbmm", aten.addmm, untested=UNTRACED),
     *each("cumsum log_softmax softmax sort", aten.along_axis),
     *each("_log_softmax _safe_softmax _softmax", aten.along_axis, untested=UNTRACED),
@@ -319,8 +319,8 @@ _ATEN = (
     *each("full_like ones_like zeros_like", aten.like_first),
     *each("empty_like type_as", aten.like_first, untested=UNTRACED),
     Op("rand_like", aten.like_first, Trait.RANDOM, untested=UNTRACED),
-    Op("linear", aten.linear, contracts=(1,)),
-    *each("bmm matmul mm", aten.matmul, contracts=(0, 1)),
+    Op("linear", aten.linear),
+    *each("bmm matmul mm", aten.matmul),
     *each("dot mv", aten.matmul, untested=UNTRACED),
     *each("flip roll", aten.moved_along),
     *each(
