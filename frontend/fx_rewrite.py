@@ -204,7 +204,7 @@ def cut_graph_module(model: FxModel) -> torch.fx.GraphModule:
     nodes = {n.name: n for n in graph.nodes}
     stored: dict[str, Any] = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
     for name, value in changed_parameters(model).items():
-        _set_tensor(module, name, to_torch(np.array(value)))
+        set_tensor(module, name, to_torch(np.array(value)))
     for node in model.graph.nodes:
         call = model.calls.get(node.name)
         if call is None:
@@ -372,10 +372,10 @@ def cut_module(
     """
     assert model.module is not None
     changes = changed_parameters(model)
-    module = _copy_without(model.module, set(changes))
+    module = copy_without(model.module, set(changes))
     for name, value in changes.items():
-        _set_tensor(module, name, to_torch(np.array(value), _device(model.module)))
-    _set_layer_sizes(model.module, module, changes)
+        set_tensor(module, name, to_torch(np.array(value), _device(model.module)))
+    set_layer_sizes(model.module, module, changes)
     outputs = Executor(model, _device(model.module)).run(feeds)
     expected = [outputs.get(name) for name in model.results]
     arguments = {s.name: feeds[s.name] for s in model.signature}
@@ -435,13 +435,13 @@ def _device(module: torch.nn.Module) -> Any:
     return "cpu" if tensor is None else tensor.device
 
 
-def _copy_without(module: torch.nn.Module, names: set[str]) -> torch.nn.Module:
+def copy_without(module: torch.nn.Module, names: set[str]) -> torch.nn.Module:
     """Returns a deep copy; the data of the parameters ``names`` is not copied (it will be replaced)."""
     memo = {id(p): p for n, p in module.named_parameters(remove_duplicate=False) if n in names}
     return copied_module(module, memo)
 
 
-def _set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     """Replaces a parameter or buffer under all its names; a new one is registered."""
     import torch
 
@@ -470,7 +470,8 @@ def _set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None
             place._init_flat_weights()  # it has a list of them
 
 
-def _set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mapping[str, np.ndarray]) -> None:
+def set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mapping[str, np.ndarray]) -> None:
+    """Sets the attributes in which torch's own layers repeat the sizes of parameters that changed."""
     for name in changes:
         path, _, attribute = name.rpartition(".")
         owner = new.get_submodule(path)

@@ -5,18 +5,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from liar_opt.runtime.small_tokenizer import ID, new_ids
 from liar_opt.runtime.whole_file import write_whole
 
 NAME = "genai_config.json"
 
 
-def write_config(source: Path, target: Path, groups: Sequence[Mapping[str, Any]]) -> str | None:
+def write_config(
+    source: Path, target: Path, groups: Sequence[Mapping[str, Any]], words: Mapping[int, int] | None = None
+) -> str | None:
     """Writes the configuration beside a cut model, if there is one beside the original.
 
     Args:
         source: the original model.
         target: the cut model.
         groups: those of the report.
+        words: new token ids by old ones, where ids are others now.
 
     Returns:
         What has to be done by hand; None where nothing has.
@@ -31,6 +35,9 @@ def write_config(source: Path, target: Path, groups: Sequence[Mapping[str, Any]]
         layers = int(decoder["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"'{beside}' is no configuration of a decoder; nothing was written for GenAI"
+    if words is not None:
+        named = {k: new_ids(v, words) for k, v in config["model"].items() if ID.search(k)}
+        config["model"] |= {**named, "vocab_size": len(words)}
     shared = {g["after"] for g in heads}
     if any(g["after"] < g["before"] for g in heads):
         if len(shared) > 1 or len(heads) != layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -48,6 +49,8 @@ LONGEST_LIST = 64
 """Entries of a list in a configuration that are looked at one by one."""
 BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*/config.json")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken")
+"""Files of a tokenizer."""
 WRITTEN = "liar_opt.json"
 """The file of a checkpoint in which liar-opt says what it wrote: path within the folder -> SHA-256."""
 PACKAGES = ("torch", "transformers", "safetensors")
@@ -287,7 +290,7 @@ def runs(module: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> bool:
     return True
 
 
-def _configs(config: Any) -> list[Any]:
+def configs_of(config: Any) -> list[Any]:
     """Returns a configuration and those of a model's parts that it holds."""
     return [config, *(v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type"))]
 
@@ -296,7 +299,7 @@ def _images(module: torch.nn.Module) -> torch.Tensor:
     """Returns images, or videos, of the size that the configuration, or that of a part, says."""
     import torch
 
-    config: Any = next((c for c in _configs(module.config) if hasattr(c, "image_size")), module.config)
+    config: Any = next((c for c in configs_of(module.config) if hasattr(c, "image_size")), module.config)
     size = getattr(config, "image_size", None)
     size = size if isinstance(size, (int, list, tuple)) else EXAMPLE_PIXELS
     height, width = (size, size) if isinstance(size, int) else size
@@ -312,7 +315,7 @@ def _tokens(config: Any) -> int:
 
 def _positions(config: Any) -> list[int]:
     names = ("max_position_embeddings", "max_target_positions", "n_positions")
-    said = [getattr(c, n, None) for c in _configs(config) for n in names]
+    said = [getattr(c, n, None) for c in configs_of(config) for n in names]
     return [n for n in said if isinstance(n, int) and n > 0]
 
 
@@ -642,7 +645,7 @@ def says(module: torch.nn.Module, changes: Sequence[FieldChange], wanted: Shapes
 def ratio_widths(config: Any, size: int) -> list[int]:
     """Returns the widths below ``size`` that whole numbers can say where a field says a multiple, ascending."""
     found: set[int] = set()
-    for part in _configs(config):
+    for part in configs_of(config):
         for name, value in vars(part).items():
             if name.startswith("_") or not RATIO.search(name):
                 continue
@@ -792,6 +795,7 @@ def save_checkpoint(
     example: Mapping[str, torch.Tensor],
     *,
     force: bool = False,
+    tokenizer: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes a checkpoint folder, whole or not at all, after loading it as anybody would.
 
@@ -804,6 +808,7 @@ def save_checkpoint(
         changes: what its configuration must say.
         example: inputs on which the loaded checkpoint must give what the module gives.
         force: replace a folder that exists.
+        tokenizer: writes another tokenizer than that of the original.
 
     Raises:
         OptionError: the folder exists, holds what liar-opt did not write, or cannot be written, or the configuration cannot
@@ -823,8 +828,10 @@ def save_checkpoint(
         with whole_folder(path) as temporary:
             with quiet_loading():
                 writer.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer(temporary)
             if source is not None:
-                _copy_beside(source, temporary)
+                _copy_beside(source, temporary, () if tokenizer is None else TOKENIZER)
             _check_loads(module, temporary, example)
             _note_written(temporary)
     except OSError as err:
@@ -845,7 +852,7 @@ def inexpressible(
     """
     config: Any = module.config
     names = ("head_dim", "num_attention_heads", "num_heads", "n_head", "intermediate_size", "mlp_ratio", "mlp_ratios")
-    fields = ", ".join(k for k in names if any(hasattr(c, k) for c in _configs(config))) or "none"
+    fields = ", ".join(k for k in names if any(hasattr(c, k) for c in configs_of(config))) or "none"
     fields += f": {because}" if because else ""
     named = ["another number of heads" if k == "heads" else "another feed-forward width" for k in sorted(kinds)]
     what = " or ".join(named) or "these widths"
@@ -859,11 +866,14 @@ def inexpressible(
     )
 
 
-def _copy_beside(source: Path, target: Path) -> None:
-    """Copies what belongs to a model beside its weights: tokenizer, generation config, modules of sentence-transformers."""
+def _copy_beside(source: Path, target: Path, out: Collection[str] = ()) -> None:
+    """Copies what belongs to a model beside its weights: tokenizer, generation config, modules of sentence-transformers.
+
+    What has a name as those ``out`` stays where it is.
+    """
     for file in _beside(source):
         place = target / file.relative_to(source)
-        if not place.exists():
+        if not place.exists() and not any(fnmatch.fnmatch(file.name, pattern) for pattern in out):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, place)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.graph_tensors import is_constant, is_float
 from liar_opt.frontend.rules.operators import MOVERS, has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.runtime.signatures import Signature
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 INDEX_STEPS = MOVERS | Trait.INDEXES
 """Operators between token ids and the table that they look up."""
+LOOKUPS = {"Gather": ((0, 1),), "EmbedLayerNormalization": ((2, 0),), "embedding": ((0, 1),)}
+"""Operators that look rows up: the inputs with the table and with the ids."""
 
 
 def vocabulary(model: OnnxModel) -> int | None:
@@ -26,13 +28,13 @@ def vocabulary(model: OnnxModel) -> int | None:
     inputs = {t.name for t in model.graph.inputs if roles.get(t.name) != "position"}
     sizes = []
     for node in model.graph.nodes:
-        places = {"Gather": [(0, 1)], "EmbedLayerNormalization": [(2, 0)]}.get(node.op, [])
-        for table, ids in places:
+        for table, ids in LOOKUPS.get(node.op, ()):
             rows, axis = node.inputs[table], 0
             if rows.inputs and rows.inputs[0].op == "Transpose":  # the weight of the head, turned round
                 rows, axis = rows.inputs[0].inputs[0], 1
-            if is_constant(rows) and len(rows.shape) == 2:
-                sources = _sources(node.inputs[ids])
+            numbered = is_constant(rows) and len(rows.shape) == 1 and not is_float(rows.dtype)  # where words went
+            if is_constant(rows) and (len(rows.shape) == 2 or numbered):
+                sources = ids_of(node.inputs[ids])
                 sizes += [int(rows.shape[axis])] if len(sources) == 1 and sources <= inputs else []
     return max(sizes, default=None)
 
@@ -53,8 +55,11 @@ def looked_up(model: OnnxModel) -> dict[str, int]:
     return rows
 
 
-def _sources(tensor: gs.Tensor) -> set[str]:
-    """The tensors that indices come from, but for steps as those that add the length to negative ones (TensorFlow, JAX)."""
+def ids_of(tensor: gs.Tensor) -> set[str]:
+    """Returns the names of the tensors that indices come from.
+
+    Steps as those that add the length to negative ones (TensorFlow, JAX) are looked behind.
+    """
     found: set[str] = set()
     seen: set[int] = set()
     waiting = [tensor]

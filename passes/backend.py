@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
 from liar_opt.passes.chosen_passes import Chosen, passes_of_text
+from liar_opt.passes.cut_vocabulary import ChosenWords
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.meet_target import parse_target
@@ -23,6 +24,7 @@ from liar_opt.passes.result import PruneResult
 from liar_opt.passes.verify_model import dense_session
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency
+from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.self_calibration import Author, Writer, is_own_text
 from liar_opt.runtime.signatures import Signature
 
@@ -30,6 +32,11 @@ SPREAD = 0.02
 """Relative standard error of the ratio of two latencies at which they were timed long enough."""
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
+
+
+def inputs_of(model: Any, calibration: Any, options: PruneOptions) -> Inputs:
+    """Returns what a run reads."""
+    return Inputs((model,), calibration, (options.tokenizer,), (options.custom_ops, options.vocabulary))
 
 
 @dataclass(eq=False)
@@ -124,6 +131,23 @@ class Backend(ABC):
     def author(self, state: State) -> tuple[Callable[[], Any], Callable[[Any, Signature], Author]]:
         """Returns what loads the model that may write its own calibration text, and what makes a writer of it."""
         return lambda: dense_session(state), Writer.of
+
+    @abstractmethod
+    def choose_words(self, state: State) -> ChosenWords:
+        """Returns the words that are to stay, where a vocabulary is to be cut.
+
+        Raises:
+            ModelError: the model has no table that token ids look up.
+            OptionError: the vocabulary cannot be read or does not fit the model, or nothing would be left, or nothing go.
+        """
+
+    @abstractmethod
+    def cutting_words(self) -> Pass[Any]:
+        """Returns the pass that cuts them."""
+
+    @abstractmethod
+    def cut_words_alone(self, start: float, watch: MemoryWatch) -> PruneResult:
+        """Cuts the vocabulary, and no width; see `passes.vocabulary_job`."""
 
     @property
     @abstractmethod

@@ -37,6 +37,7 @@ from typing import IO, Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.passes.allocate_widths import (
     Cost,
     Expressible,
@@ -52,6 +53,7 @@ from liar_opt.passes.allocations import ALLOCATIONS, Menu
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, clock_of, deployed, in_one_form, operations
 from liar_opt.passes.curves import Curves
+from liar_opt.passes.cut_vocabulary import ChosenWords
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -198,10 +200,10 @@ class MeetTargetPass(Pass[Target]):
         costs = gauge.costs((*groups, *queries), self.multiple_of)
         expressible = state.get(Expressible)
         menus, meaning = menus_together(groups, queries, self.multiple_of, curves, costs, self.uniform, expressible)
-        fixed = gauge.dense - sum(float(m.costs[-1]) for m in menus)
+        fixed = gauge.whole - sum(float(m.costs[-1]) for m in menus)
         wanted = target.absolute(gauge.dense)
-        if wanted >= gauge.dense:
-            has = f"{gauge.dense:,.6g} {NAMES[target.kind]}"
+        if wanted >= gauge.whole:
+            has = f"{gauge.whole:,.6g} {NAMES[target.kind]}" + (" without the words that go" if gauge.words else "")
             raise OptionError(f"target '{self.target}' is met already: the model has {has}; ask for less")
         narrowest = meant({m.name: int(m.widths[0]) for m in menus}, meaning)
         if wanted < fixed + sum(float(m.costs[0]) for m in menus) * 1.1:  # near the end: look, before refusing
@@ -325,6 +327,7 @@ class _Gauge:
         self.source = "counted"
         self.spread = 0.0  # relative standard error of the last value
         self.original: Any = None
+        self.words: ChosenWords | None = None
         if kind == "latency":
             self.source = "measured"
             model, _ = blank_cut(self.dense_model, {})
@@ -334,12 +337,16 @@ class _Gauge:
             self.dense = measure_latency([self.original], self.feeds, budget=TABLE_SECONDS).seconds[0]
         else:
             self.dense = self.value({})
+        self.words = state.get(ChosenWords)
+        self.whole = self.dense if self.words is None or kind == "latency" else self.value({})
         if not self.dense > 0:
             raise ModelError(f"the {NAMES[kind]} of this model cannot be counted; give another target")
 
     def value(self, keep: Mapping[str, int]) -> float:
         """Returns the quantity at widths; seconds are those of the dense model, scaled by a ratio taken in turns."""
         model, ends = blank_cut(self.dense_model, keep)
+        if self.words is not None and self.kind != "latency":  # a table of ids and logits at full width are hardly timed
+            cut_words(model, find_words(model), self.words.kept, self.words.unknown, not self.words.renumbered)
         if self.kind == "params":
             return model.parameters()
         if self.kind == "size":
@@ -369,7 +376,7 @@ class _Gauge:
 
     def _slope(self, group: ChannelGroup) -> float:
         keep = group.size // 2
-        return (self.dense - self.value({group.name: keep})) / (group.size - keep)
+        return (self.whole - self.value({group.name: keep})) / (group.size - keep)
 
     def _table(
         self, shapes: Mapping[str, list[ChannelGroup]], multiple_of: int

@@ -13,6 +13,7 @@ from liar_opt.passes.backend import TIMED_SAMPLES, Backend
 from liar_opt.passes.base import Change, DenseModel, Observer, Pass, PassResult, Pipeline, Probes, State
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
+from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
 from liar_opt.passes.open_model import model_sizes
@@ -113,6 +114,8 @@ class ModelJob:
         report = self._begun()
         analysis = backend.analyse(state, options.observer, load=not state.memory.low)
         state.model.settle()
+        if wants_words(options) and state.get(ChosenWords) is None:
+            state.add(backend.choose_words(state))
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
         probed = state.get(Probes) is not None  # nothing but the model is needed
         if probed:
@@ -132,6 +135,7 @@ class ModelJob:
         report.refuse(refusals)
         if options.dry_run:
             report.planned(state)
+            report.note(*planned_words(state))
             return backend.result(state, report, (), tuple(refusals))
         if not early:
             report.before.flops = self._flops()
@@ -144,6 +148,9 @@ class ModelJob:
         refusals += done.refusals
         report.refuse(refusals)
         report.cut(state, changes, chosen.cut.repair)
+        if wants_words(options):
+            changes = (*changes, *_run(state, [backend.cutting_words()], options.observer).changes)
+            report.vocabulary = state.found(CutWords)
         report.after = SizesEntry(**model_sizes(state.model), flops=self._flops())
         backend.complete(report, state)
         if options.latency:
@@ -279,7 +286,7 @@ class ModelJob:
 
     def _identity(self, report: Report) -> dict[str, Any]:
         """Returns what must be the same for an interrupted run to go on."""
-        state, digests = self.state, digests_of(self.state)
+        state, digests, words = self.state, digests_of(self.state), self.state.get(ChosenWords)
         assert report.options is not None
         options = {name: dict(values) for name, values in report.options.items() if isinstance(values, dict)}
         for place in ("source", "tokenizer"):  # what was read from there is compared
@@ -290,6 +297,7 @@ class ModelJob:
             "search": None if self.chosen.search is None else self.chosen.search.search,
             **options,
             "calibration data": digests["calibration data"],
+            "words": None if words is None else words.kept.tolist(),
             "device": self.backend.device,
             "lean sessions": state.memory.low,
             "liar-opt": report.liar_opt,

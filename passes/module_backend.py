@@ -15,15 +15,16 @@ from liar_opt.frontend.either_model import flops_of
 from liar_opt.frontend.fx_engine import TimedModule
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
-from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.own_text import GenerateWriter
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
-from liar_opt.passes.backend import SPREAD, Backend
+from liar_opt.passes.backend import SPREAD, Backend, inputs_of
 from liar_opt.passes.base import Change, DenseModel, Opened, OutputNames, Pass, Probes, State
 from liar_opt.passes.blank_cut import deployed, in_one_form
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.cut_module_words import CutModuleWordsPass, choose_module_words
+from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords
 from liar_opt.passes.express_widths import ExpressWidthsPass, StateFieldsPass
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.fit_module import CutModule, FitModulePass
@@ -38,8 +39,10 @@ from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import ModuleResult
+from liar_opt.passes.vocabulary_job import cut_module_vocabulary
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency, measure_latency
+from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.self_calibration import Author, is_own_text
 from liar_opt.runtime.signatures import Signature
 from liar_opt.runtime.text_tokenizer import has_tokenizer
@@ -61,7 +64,7 @@ class TorchBackend(Backend):
     cannot: ClassVar[Mapping[str, str]] = {
         "custom_ops": "custom-ops are libraries of ONNX Runtime, and a module runs in torch; leave them out",
     }
-    opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes)
+    opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes, ChosenWords)
     gradients = True
 
     @classmethod
@@ -92,7 +95,7 @@ class TorchBackend(Backend):
             ModelError: the module cannot be loaded or traced.
             OptionError: an option does not work here, or nothing says what the module's inputs are.
         """
-        inputs = Inputs((model,), calibration, (options.tokenizer,))
+        inputs = inputs_of(model, calibration, options)
         state, calibration = load_module_state(model, calibration, options)
         opened = state.found(OpenedModule)
         readable = opened.folder is not None and (not is_own_text(calibration) or has_tokenizer(opened.folder))
@@ -173,14 +176,16 @@ class TorchBackend(Backend):
         return [expressible.describe(group) for group in state.groups if group.name in expressible.allowed]
 
     def operations(self, state: State, batch: Mapping[str, Any]) -> int | None:
-        """Returns those of the trace."""
-        return flops_of(state.model, batch)
+        """Returns those of the trace; none where words went, of which the trace does not know."""
+        return None if state.get(CutWords) is not None else flops_of(state.model, batch)
 
     def complete(self, report: Report, state: State) -> None:
         """Counts the module's own parameters, and says where its code does not fit them."""
-        made = state.found(CutModule)
+        made, words = state.found(CutModule), state.get(CutWords)
         assert report.after is not None
         report.after.parameters = sum(p.numel() for p in made.module.parameters())  # each counted once
+        if words is not None:
+            report.after.bytes -= words.bytes_before - words.bytes_after
         if made.traced is not None:
             report.note(f"the result is the traced graph: {made.traced}")
 
@@ -189,9 +194,24 @@ class TorchBackend(Backend):
         made = state.found(CutModule)
         dense = deployed(state.found(DenseModel).original.model(), state.device)
         models = in_one_form([dense, TimedModule(traced_model(state), made.module, made.traced is None)])
+        feeds, words = [dict(batch)] * 2, state.get(ChosenWords)
+        if words is not None:
+            feeds = [words.known(batch), words.numbered(words.known(batch))]
         if aimed:
-            return measure_latency(models, batch, budget=2.0, least=12, close=SPREAD)
-        return measure_latency(models, batch, budget=TIMED_SECONDS, least=1)
+            return measure_latency(models, feeds, budget=2.0, least=12, close=SPREAD)
+        return measure_latency(models, feeds, budget=TIMED_SECONDS, least=1)
+
+    def choose_words(self, state: State) -> ChosenWords:
+        """Returns the words that are to stay, those that its configurations name among them."""
+        return choose_module_words(state, self.calibration, self.options)
+
+    def cutting_words(self) -> Pass[Any]:
+        """Returns what cuts the module's embeddings and heads."""
+        return CutModuleWordsPass()
+
+    def cut_words_alone(self, start: float, watch: MemoryWatch) -> ModuleResult:
+        """Cuts the vocabulary of the module, and no width."""
+        return cut_module_vocabulary(self, start, watch)
 
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]

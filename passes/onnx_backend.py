@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from liar_opt.frontend.causal import positions
-from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_engine import cannot_load
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
-from liar_opt.passes.backend import SPREAD, Backend
+from liar_opt.passes.backend import SPREAD, Backend, inputs_of
 from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, choose_words
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -27,10 +27,11 @@ from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.passes.verify_model import ComparedSessions, DenseSession
+from liar_opt.passes.vocabulary_job import cut_vocabulary
 from liar_opt.runtime.errors import InternalError, ModelError
 from liar_opt.runtime.latency import CannotTime, Latency, measure_latency
 from liar_opt.runtime.later import later
-from liar_opt.runtime.memory import show_size
+from liar_opt.runtime.memory import MemoryWatch, show_size
 from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provider
 
 
@@ -38,7 +39,7 @@ from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provide
 class OnnxBackend(Backend):
     """An ONNX graph."""
 
-    opened = (Opened, DenseModel, DenseSession, Digests)
+    opened = (Opened, DenseModel, DenseSession, Digests, ChosenWords)
 
     @classmethod
     def open(cls, model: Any, calibration: Any, options: PruneOptions) -> OnnxBackend:
@@ -48,7 +49,7 @@ class OnnxBackend(Backend):
             ModelError: it cannot be read.
             OptionError: an option does not work here.
         """
-        inputs = Inputs((model,), calibration, (options.tokenizer,), (options.custom_ops,))
+        inputs = inputs_of(model, calibration, options)
         state = load_state(model, options.memory)
         state.device = resolve_provider(options.provider)
         return cls(state, calibration, options, inputs)
@@ -122,6 +123,9 @@ class OnnxBackend(Backend):
             limit = show_size(state.memory.limit)
             return f"latency was not measured: the models are too large for the memory of {limit}"
         feeds = [dict(batch), cut_arrays(dict(batch), state.found(Cut).ends)]
+        words = state.get(ChosenWords)
+        if words is not None:
+            feeds = [words.known(feeds[0]), words.numbered(words.known(feeds[1]))]
         models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
         try:
             return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD)
@@ -130,9 +134,21 @@ class OnnxBackend(Backend):
             sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
             return measure_latency(sessions, feeds, budget=0.3, least=6)
 
+    def choose_words(self, state: State) -> ChosenWords:
+        """Returns the words that are to stay."""
+        return choose_words(state.model, self.calibration, self.options)
+
+    def cutting_words(self) -> Pass[Any]:
+        """Returns what cuts the graph's tables and heads."""
+        return CutVocabularyPass()
+
+    def cut_words_alone(self, start: float, watch: MemoryWatch) -> PruneResult:
+        """Cuts the vocabulary of the graph, and no width."""
+        return cut_vocabulary(self, start, watch)
+
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
         model = state.found(DenseModel).stored if self.options.dry_run else state.model
-        return PruneResult(model, report.to_json(), changes, refusals, self.inputs)
+        return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))

@@ -105,6 +105,11 @@ class PruneOptions:
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
+        vocabulary: words of these texts alone are left (what calibration data may be, read by the tokenizer), or those of
+            a list of token ids (.json, .npy, .txt, an array); special tokens stay; alone, nothing else is cut.
+        vocabulary_coverage: the most frequent words that cover this share of the tokens (0.999), of the vocabulary's texts
+            or of the calibration data.
+        small_tokenizer: write a smaller tokenizer beside the model (OUT.tokenizer), and have the model take its ids.
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -163,6 +168,11 @@ class PruneOptions:
     metric: Metric | None = field(default=None, metadata=_told())
     allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
     search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
+    vocabulary: Any = field(default=None, metadata=_told("pruning", metavar="TEXTS", demo=False))
+    vocabulary_coverage: float | None = field(
+        default=None, metadata=_told("pruning", kind=float, metavar="SHARE", demo=False)
+    )
+    small_tokenizer: bool = field(default=False, metadata=_told("pruning", flag="--small-tokenizer", sets=True, demo=False))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

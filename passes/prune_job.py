@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Observer, Progress, no_progress
+from liar_opt.passes.cut_vocabulary import words_alone
 from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
 from liar_opt.passes.model_job import ModelJob, inspect_model
@@ -76,6 +77,9 @@ def prune(
     metric: Metric | None = None,
     allocate: str | None = None,
     search: float | None = None,
+    vocabulary: Any = None,
+    vocabulary_coverage: float | None = None,
+    small_tokenizer: bool = False,
     passes: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
@@ -135,6 +139,9 @@ def prune(
         metric=metric,
         allocate=allocate,
         search=search,
+        vocabulary=vocabulary,
+        vocabulary_coverage=vocabulary_coverage,
+        small_tokenizer=small_tokenizer,
         passes=passes,
         score=score,
         repair=repair,
@@ -167,7 +174,10 @@ def prune(
     start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
     opening.require_possible(calibration, options)
     with custom_operators(_libraries(custom_ops)):
-        return ModelJob(opening.open(model, calibration, options), start, watch).run()
+        opened = opening.open(model, calibration, options)
+        if words_alone(options):
+            return opened.cut_words_alone(start, watch)
+        return ModelJob(opened, start, watch).run()
 
 
 if prune.__doc__ is not None:  # it is where Python runs with -OO

@@ -11,6 +11,7 @@ from typing import Any
 from liar_opt.passes.allocate_widths import NAMED
 from liar_opt.passes.base import Change, Opened, Pass, State
 from liar_opt.passes.curves import Curves
+from liar_opt.passes.cut_vocabulary import CutWords
 from liar_opt.passes.groups import KINDS, ChannelGroup, Refusal, parameters_left
 from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
@@ -110,6 +111,7 @@ class Report:
         prunable: parameters of all that may be cut, before and after.
         prunable_parameters: the same, of an inspection.
         refusals: what was left alone, and why.
+        vocabulary: which words are left, where some went.
         calibration: the data.
         curves: the error of the output at each width, by group.
         target: how a target was met, or how much a limit allowed.
@@ -136,6 +138,7 @@ class Report:
     prunable: dict[str, int] | None = None
     prunable_parameters: int | None = None
     refusals: list[dict[str, Any]] | None = None
+    vocabulary: CutWords | None = None
     calibration: CalibrationEntry | None = None
     curves: dict[str, Any] | None = None
     target: MetTarget | LimitedDrop | None = None

@@ -9,21 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from liar_opt.frontend.fx_module import FxModel
+from liar_opt.frontend.fx_module import FxModel, trace
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_program
 from liar_opt.frontend.genai_config import write_config
-from liar_opt.frontend.hf_checkpoint import FieldChange, save_checkpoint
+from liar_opt.frontend.hf_checkpoint import FieldChange, save_checkpoint, without_cache
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.plain_module import evaluating
+from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.base import Change, State
+from liar_opt.passes.cut_module_words import WholeModule, numbered
+from liar_opt.passes.cut_vocabulary import ChosenWords
 from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.fit_module import CutModule
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.open_module import OpenedModule
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.places import Places
+from liar_opt.runtime.small_tokenizer import write_beside
 from liar_opt.runtime.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -51,6 +56,7 @@ class PruneResult:
         changes: what the passes did.
         refusals: what did not qualify, and why.
         inputs: what the run read; no result is written there.
+        words: those that are left, of a model that takes the ids of a smaller tokenizer.
     """
 
     pruned: OnnxModel | OnnxOriginal
@@ -58,6 +64,7 @@ class PruneResult:
     changes: tuple[Change, ...] = field(default_factory=tuple)
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)
     inputs: Inputs = field(default_factory=Inputs)
+    words: ChosenWords | None = None
 
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
@@ -76,6 +83,8 @@ class PruneResult:
         path = Path(path)
         source = self.report["model"]["path"]
         check_output(path, Path(source) if source else None, force, self.inputs)
+        if self.words is not None and self.words.small is not None:
+            write_beside(self.words.small, self.words.kept, path, force)
         # Whoever has asked for the proto may have changed it.
         parts = lightened(self.model) if "model" in vars(self) else self.pruned.as_written()
         try:
@@ -84,7 +93,10 @@ class PruneResult:
             raise OptionError(
                 f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
             ) from err
-        left = write_config(Path(source), path, self.report["groups"]) if source and "after" in self.report else None
+        small = self.words is not None and self.words.renumbered
+        words = {int(i): k for k, i in enumerate(self.words.kept)} if small and self.words is not None else None
+        told = source and "after" in self.report
+        left = write_config(Path(source), path, self.report["groups"], words) if told else None
         if left is not None:
             self.report["model"]["notes"].append(left)
         return path
@@ -99,6 +111,7 @@ class ModuleResult(PruneResult):
         report: plain data, as for ONNX files; ``verification.attributes`` names the attributes that were changed.
         changes: what the passes did.
         refusals: what did not qualify, and why.
+        words: those that are left, where some went: the module's ids are places among them.
         groups: what could be pruned, in execution order.
         fields: what the configuration says of the new widths; None where it cannot.
         folder: where the checkpoint came from, if it did.
@@ -125,21 +138,39 @@ class ModuleResult(PruneResult):
         # of a name of the hub: the folder to which it was fetched
         self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
         self._model, self._example = state.model, opened.example
+        self.words, whole = state.get(ChosenWords), state.get(WholeModule)
+        self._whole = None if whole is None else whole.module
+        self._small = self.words.small if self.words is not None and report["vocabulary"]["small_tokenizer"] else None
+        if self.words is not None:
+            self._example = numbered(numbered(opened.example, self.words, new=False), self.words)
 
     @functools.cached_property
     def graph_module(self) -> torch.fx.GraphModule:
         """The traced graph, cut: a ``torch.fx.GraphModule`` that is called like the module."""
+        if self._whole is not None:
+            whole: torch.fx.GraphModule = self.program.graph_module
+            return whole
         return cut_graph_module(self._model)
 
     @functools.cached_property
     def program(self) -> ExportedProgram:
         """The traced graph, cut: what ``torch.export.save`` writes."""
+        if self._whole is not None:
+            with evaluating(self.module), without_cache(self.module):
+                return trace(self.module, self._example)
         return cut_program(self._model, self._example)
 
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
-        """The pruned module, exported to ONNX."""
-        return export_onnx(self.module, self._example, symbolic_axes(self._model.signature))
+        """The pruned module, exported to ONNX; ids are those that it had, unless a smaller tokenizer was asked for."""
+        axes, words = symbolic_axes(self._model.signature), self.words
+        if words is None or self._whole is None or self._small is not None:
+            return export_onnx(self.module, self._example, axes)
+        whole = OnnxModel.from_proto(export_onnx(self._whole, self._example, axes))
+        whole.normalise()
+        cut_words(whole, find_words(whole), words.kept, words.unknown)
+        whole.graph.cleanup(remove_unused_node_outputs=False).toposort()
+        return whole.to_proto()
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the module, whole or not at all: ``.onnx`` and ``.pt2`` files, or a transformers checkpoint folder.
@@ -152,8 +183,16 @@ class ModuleResult(PruneResult):
         path = Path(path)
         if path.suffix not in (".onnx", ".pt2"):
             Places(self.inputs.files).folder(path, "output")
-            return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force)
+            small, words = None if self.words is None else self.words.small, self.words
+            if words is not None and small is None:
+                raise OptionError(
+                    "a checkpoint of fewer words needs the tokenizer that gives them; give --tokenizer DIR, or write ONNX"
+                )
+            write = None if small is None or words is None else functools.partial(small.write, words.kept)
+            return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force, tokenizer=write)
         check_output(path, None, force, self.inputs)
+        if self._small is not None and self.words is not None:
+            write_beside(self._small, self.words.kept, path, force)
         try:
             if path.suffix == ".onnx":
                 write_model(*lightened(self.model), path, keep=[file for file, _ in self.inputs.files()])

@@ -127,8 +127,8 @@ def checked_texts(items: Iterable[object]) -> Iterator[str]:
         yield item
 
 
-def file_texts(path: Path, suffix: str, job: CalibrationJob) -> Iterator[str]:
-    """Yields the texts of a .txt, .jsonl or .csv file, each as far as it may be needed.
+def file_texts(path: Path, suffix: str, job: CalibrationJob, where: str = "") -> Iterator[str]:
+    """Yields the texts of a .txt, .jsonl or .csv file, each as far as it may be needed; ``where`` names it in messages.
 
     Raises:
         OptionError: The file is not what its suffix says, or has no column of text.
@@ -136,15 +136,14 @@ def file_texts(path: Path, suffix: str, job: CalibrationJob) -> Iterator[str]:
         UnicodeDecodeError: It is not UTF-8.
     """
     with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as stream:
-        where = f"calibration file '{path}'"
+        where = where or f"calibration file '{path}'"
         if suffix == ".txt":
             yield from _line_beginnings(stream, job.characters, where)
         elif suffix == ".jsonl":
-            yield from _column_texts(
-                jsonl_rows(_short_strings(stream, job.characters, where), where), path, job.text_column
-            )
+            rows = jsonl_rows(_short_strings(stream, job.characters, where), where)
+            yield from _column_texts(rows, where, job.text_column)
         else:
-            yield from _column_texts(csv_rows(_bounded(stream, where), where), path, job.text_column)
+            yield from _column_texts(csv_rows(_bounded(stream, where), where), where, job.text_column)
 
 
 def _pieces(stream: IO[str], where: str) -> Iterator[Iterator[str]]:
@@ -260,8 +259,7 @@ def csv_rows(lines: Iterable[str], where: str) -> Iterator[tuple[int, dict[str, 
         raise OptionError(f"line {reader.line_num + 1} of {where} is no CSV ({one_line(err)}); quote or cut it.") from err
 
 
-def _column_texts(rows: Iterator[tuple[int, dict[str, Any]]], path: Path, text_column: str | None) -> Iterator[str]:
-    where = f"calibration file '{path}'"
+def _column_texts(rows: Iterator[tuple[int, dict[str, Any]]], where: str, text_column: str | None) -> Iterator[str]:
     head = list(itertools.islice(rows, _COLUMN_PROBE))
     if not head:
         return

@@ -8,6 +8,7 @@ many characters are given at once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ WORD = 256
 AT_ONCE = 1 << 17
 """Characters that are tokenised at once."""
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token of one byte, as sentencepiece writes it."""
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
@@ -83,10 +86,9 @@ def load_tokenizer(where: str | Path) -> TextTokenizer:
     hint = "pass the folder that the tokenizer's save_pretrained wrote"
     if not path.exists():
         raise OptionError(f"tokenizer '{where}' does not exist; {hint}.")
-    folder = path if path.is_dir() else path.parent
-    fast = path / "tokenizer.json" if path.is_dir() else path
+    folder, fast = path if path.is_dir() else path.parent, fast_file(path)
     try:
-        if fast.is_file():
+        if fast is not None:
             return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
         if has_tokenizer(folder):
             require(f"tokenizer '{where}' has no tokenizer.json; reading its other files", "transformers")
@@ -96,6 +98,12 @@ def load_tokenizer(where: str | Path) -> TextTokenizer:
     except Exception as err:  # `tokenizers` raises bare Exception
         raise OptionError(f"tokenizer '{where}' cannot be loaded ({one_line(err)}); {hint}.") from err
     raise OptionError(f"tokenizer folder '{where}' holds no tokenizer files (tokenizer.json, ...); {hint}.")
+
+
+def fast_file(path: Path) -> Path | None:
+    """Returns the tokenizer.json of a tokenizer's folder, or the file itself; None where there is none."""
+    fast = path / "tokenizer.json" if path.is_dir() else path
+    return fast if fast.is_file() else None
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -154,6 +162,27 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
             | {i for i, added in zip(sample.ids, sample.special_tokens_mask, strict=True) if added}
         ),
     )
+
+
+def unknown_and_basic(where: str | Path) -> tuple[int | None, frozenset[int]]:
+    """Returns the id of what a tokenizer has no token for, if it has one, and the ids of single bytes, if it has these."""
+    file = fast_file(Path(where))
+    if file is None:
+        from transformers import AutoTokenizer
+
+        slow: Any = AutoTokenizer.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
+        return slow.unk_token_id, frozenset()
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    model = raw["model"]
+    if model.get("type") == "Unigram":
+        words = {text: i for i, (text, _) in enumerate(model["vocab"])}
+        unknown = model.get("unk_id")
+    else:
+        words = model["vocab"]
+        unknown = words.get(model.get("unk_token"))
+    by_bytes = "merges" in model and '"ByteLevel"' in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+    basic = {i for text, i in words.items() if (by_bytes and len(text) == 1) or BYTE.fullmatch(text)}
+    return unknown, frozenset(basic)
 
 
 def _slow_tokenizer(folder: Path) -> TextTokenizer:

@@ -44,7 +44,7 @@ RTOL = {"float32": 1e-4, "float16": 3e-2}  # relative to the largest magnitude o
 ONE_ATTENTION = frozenset({"deberta-v3", "mpnet"})  # transformers has no SDPA variant of these
 ONE_BIAS = frozenset({"mpnet"})  # by position, with an axis of heads, for all layers
 NO_MASK = frozenset({"vit"})
-TOKEN_TYPES = frozenset({"bert", "bert-pooler", "bert-classifier", "electra", "albert"})
+TOKEN_TYPES = frozenset({"bert", "bert-pooler", "bert-classifier", "bert-words", "electra", "albert"})
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,11 @@ def deep_cases() -> list[Case]:
     return [_case(a, e, attentions(a)[-1], "dynamic", deep=True) for a in ARCHITECTURES for e in EXPORTERS]
 
 
+def words_case(exporter: str, **more: Any) -> Case:
+    """BERT with the head that guesses words, tied to its table."""
+    return _case("bert-words", exporter, "sdpa", "dynamic", **more)
+
+
 QUICK = {
     "bert-torchscript-eager-dynamic",
     "bert-dynamo-sdpa-dynamic",
@@ -296,6 +301,7 @@ def _model(case: Case, layers: int = LAYERS, heads: int = HEADS, ffn: int = FFN)
         "bert": lambda: tf.BertModel(tf.BertConfig(**text), add_pooling_layer=False),
         "bert-pooler": lambda: tf.BertModel(tf.BertConfig(**text)),
         "bert-classifier": lambda: tf.BertForSequenceClassification(tf.BertConfig(**text, num_labels=3)),
+        "bert-words": lambda: tf.BertForMaskedLM(tf.BertConfig(**text)),
         "distilbert": lambda: tf.DistilBertModel(
             tf.DistilBertConfig(
                 dim=HIDDEN,
@@ -438,9 +444,8 @@ def input_names(case: Case) -> list[str]:
 
 def output_names(case: Case) -> list[str]:
     """Names of the graph outputs, in order."""
-    return {"bert-pooler": ["last_hidden_state", "pooler_output"], "bert-classifier": ["logits"]}.get(
-        case.architecture, ["last_hidden_state"]
-    )
+    logits = {"bert-classifier": ["logits"], "bert-words": ["logits"]}
+    return {"bert-pooler": ["last_hidden_state", "pooler_output"], **logits}.get(case.architecture, ["last_hidden_state"])
 
 
 def feeds_of(case: Case, size: tuple[int, int] = BATCH, seed: int = 0) -> dict[str, np.ndarray]:

@@ -169,7 +169,8 @@ def _set_resume(options: argparse.Namespace, output: Path) -> None:
 def _inputs(options: argparse.Namespace, calibration: Any = None) -> "Inputs":
     from liar_opt.frontend.input_files import Inputs
 
-    return Inputs((options.model,), calibration, (getattr(options, "tokenizer", None),), (options.custom_ops,))
+    more = (options.custom_ops, getattr(options, "vocabulary", None))
+    return Inputs((options.model,), calibration, (getattr(options, "tokenizer", None),), more)
 
 
 def _demo(options: argparse.Namespace, run: _Run) -> None:
@@ -290,7 +291,7 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
     data = report.get("calibration", {"warnings": [], "synthetic": False})
     for warning in data["warnings"][1 if data["synthetic"] else 0 :]:  # the first was said before the work
         _warn(warning)
-    if all(g["after"] == g["before"] for g in report["groups"]):
+    if report["groups"] and all(g["after"] == g["before"] for g in report["groups"]):
         _warn("the ratios round to nothing, every group keeps its width; give larger ratios or a smaller --multiple-of")
     if options.dry_run:
         return report

@@ -76,6 +76,8 @@ def _pruning(report: Report, name: str) -> Iterator[Markup | None]:
     if warnings:
         yield _section("Warnings", *(element("p", line) for line in warnings))
     kinds = list(dict.fromkeys(g["kind"] for g in groups))
+    if not groups:  # the vocabulary alone
+        return
     yield _section("Sparsity by layer and kind", *_sparsity(groups, kinds))
     yield _section("Error before and after repair", *_errors(groups))
     if report.get("curves"):

@@ -46,8 +46,15 @@ def before_after(report: Report) -> Table:
     table.add_row(
         "parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before, after, "parameters")
     )
-    prunable, left = ({"all": report["prunable"][when]} for when in ("before", "after"))
-    table.add_row("  of them prunable", f"{prunable['all']:,}", f"{left['all']:,}", change(prunable, left, "all"))
+    if report["groups"]:
+        prunable, left = ({"all": report["prunable"][when]} for when in ("before", "after"))
+        table.add_row("  of them prunable", f"{prunable['all']:,}", f"{left['all']:,}", change(prunable, left, "all"))
+    words = report.get("vocabulary")
+    if words:
+        count, left = {"all": words["words"]}, {"all": words["kept"]}
+        table.add_row("words", f"{count['all']:,}", f"{left['all']:,}", change(count, left, "all"))
+        held, left = ({"all": words[f"bytes_{when}"]} for when in ("before", "after"))
+        table.add_row("  bytes of them", quantity(held["all"], "B"), quantity(left["all"], "B"), change(held, left, "all"))
     size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
     name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
     table.add_row(name, quantity(before[size], "B"), quantity(after[size], "B"), change(before, after, size))
@@ -74,11 +81,15 @@ def before_after(report: Report) -> Table:
 
 def footnotes(report: Report) -> Iterator[str]:
     """What the numbers of :func:`before_after` were measured on, one line each."""
-    latency, data, check = report.get("latency"), report["calibration"], report["verification"]
+    latency, data, check = report.get("latency"), report.get("calibration"), report["verification"]
     if latency:
         yield f"(1) one batch, {latency['batch']}, on {report['device']}; median of {latency['runs']} runs, taken in turns"
-    else:
+    elif data:
         yield "(1) the first calibration batch; latency was not measured"
+    if report.get("vocabulary"):
+        yield vocabulary_left(report["vocabulary"])
+    if data is None:  # no width was cut
+        return
     rows = max((d["rows"] for d in check["outputs"].values()), default=0)
     random = "random inputs, not your data" if data["synthetic"] else data["source"]
     yield f"(2) {rows:,} rows of the calibration batches: {random}"
@@ -98,6 +109,18 @@ def footnotes(report: Report) -> Iterator[str]:
         changed = Counter(f"{a['name']} {a['before']} -> {a['after']}" for a in check["attributes"])
         shown = (text if count == 1 else f"{text} ({count} modules)" for text, count in changed.items())
         yield f"configuration and attributes that were set: {', '.join(shown)}"
+
+
+def vocabulary_left(words: Mapping[str, Any]) -> str:
+    """One line: which words are left, what others are read as, and how exact that is."""
+    share = "" if words["share"] is None else f", {100 * words['share']:.2f} % of the {words['tokens']:,} tokens"
+    named = f" ({words['named']})" if words["named"] else ""
+    exact = words["exact_difference"]
+    told = "" if exact is None else f"; for texts of those that are left the model gives what it gave, to {exact:.1e}"
+    return (
+        f"vocabulary: {words['kept']:,} of {words['words']:,} words are left{share} of {words['source']}; others are "
+        f"read as id {words['unknown']}{named}{told}"
+    )
 
 
 def target_met(report: Report) -> str:

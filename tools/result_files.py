@@ -35,6 +35,10 @@ def check_results(output: Path, options: argparse.Namespace, inputs: "Inputs") -
         check_folder(output, options.model if options.model.is_dir() else None, replace)
     else:
         places.file(output, "output", replace=replace)
+        if getattr(options, "small_tokenizer", False) and options.tokenizer is not None:
+            from liar_opt.runtime.small_tokenizer import folder_beside
+
+            folder_beside(output, options.tokenizer, replace)
         config = output.with_name(NAME)
         model: Path | None = getattr(options, "model", None)  # the demo makes its own
         if model is not None and (model.parent / NAME).is_file() and not config.exists():

@@ -52,3 +52,13 @@ def test_no_configuration_and_a_broken_one(tmp_path: Path) -> None:
     assert write_config(tmp_path / "model.onnx", tmp_path / "cut.onnx", heads(2, 2)) is None
     (tmp_path / NAME).write_text("{")
     assert "no configuration of a decoder" in (write_config(tmp_path / "model.onnx", tmp_path / "cut.onnx", []) or "")
+
+
+def test_ids_that_are_others_now(source: Path) -> None:
+    (source.parent / NAME).write_text(
+        json.dumps({"model": {"decoder": DECODER, "vocab_size": 9, "eos_token_id": [2, 7], "pad_token_id": 3}})
+    )
+    target = source.parents[1] / "cut" / "small.onnx"
+    assert write_config(source, target, [], {0: 0, 3: 1, 7: 2}) is None
+    model = json.loads((target.parent / NAME).read_text())["model"]
+    assert (model["vocab_size"], model["eos_token_id"], model["pad_token_id"]) == (3, [2], 1)

@@ -115,8 +115,8 @@ def embeddings(model: bytes, texts: Sequence[str]) -> NDArray[np.float64]:
 class Held:
     """The held-out sentences and the dense model's embeddings of them."""
 
-    def __init__(self, work: Workplace) -> None:
-        self.texts = [s.text for s in split("reviews", HELD_OUT, work.options.seed).chosen]
+    def __init__(self, work: Workplace, sentences: int = HELD_OUT) -> None:
+        self.texts = [s.text for s in split("reviews", sentences, work.options.seed).chosen]
         self.dense = embeddings(work.model.read_bytes(), self.texts)
 
     def cosine(self, pruned: bytes) -> dict[str, float]:

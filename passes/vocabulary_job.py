@@ -1,0 +1,118 @@
+"""A run of ``prune`` that cuts the vocabulary alone: no width is touched, and nothing is measured for it."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from liar_opt.frontend.causal import positions
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.walk import walk
+from liar_opt.passes.backend import Backend
+from liar_opt.passes.base import DenseModel, Pipeline, State
+from liar_opt.passes.blank_cut import deployed
+from liar_opt.passes.cut_module_words import CutModuleWordsPass
+from liar_opt.passes.cut_vocabulary import (
+    SAMPLES,
+    ChosenWords,
+    CutVocabularyPass,
+    CutWords,
+)
+from liar_opt.passes.express_widths import FinalFields
+from liar_opt.passes.normalise_graph import NormaliseGraphPass
+from liar_opt.passes.open_model import model_sizes
+from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.report import Report, SizesEntry, report_of
+from liar_opt.passes.result import ModuleResult, PruneResult
+from liar_opt.passes.verify_model import Verification
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.latency import CannotTime, measure_latency
+from liar_opt.runtime.memory import MemoryWatch
+
+LENGTH = 16
+"""Tokens of the samples on which the result is compared."""
+
+
+def cut_vocabulary(backend: Backend, start: float, watch: MemoryWatch) -> PruneResult:
+    """Cuts the vocabulary of an ONNX model; :func:`liar_opt.prune` calls this where no width is asked for.
+
+    Raises:
+        ModelError: the model cannot be read, or has no vocabulary that is found.
+        OptionError: the vocabulary cannot be read, does not fit the model, or leaves nothing.
+        CheckError: the result is not what the original is.
+    """
+    state, options, calibration = backend.state, backend.options, backend.calibration
+    Pipeline(passes=[NormaliseGraphPass()], observer=options.observer)(state)
+    words = backend.choose_words(state)
+    state.add(words)
+    state.calibration = _few_samples(state.model, calibration, options)
+    batch = words.known(state.calibration.batches[0])
+    report = report_of(state)
+    report.asked([CutVocabularyPass()], options, calibration, options.provider, state.device)
+    report.groups, report.values = [], []
+    report.refuse(())
+    done = Pipeline(passes=[CutVocabularyPass()], observer=options.observer)(state)
+    cut = state.found(CutWords)
+    report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
+    report.vocabulary = cut
+    if options.dry_run:
+        return backend.result(state, report, (), ())
+    report.after = SizesEntry(**model_sizes(state.model))
+    assert cut.exact_difference is not None
+    report.verification = Verification(cut.exact_difference, state.model.least_precision(), {})
+    if options.latency:
+        _time(state, report, words, batch)
+    report.ended(state, watch, time.perf_counter() - start)
+    return backend.result(state, report, done.changes, ())
+
+
+def cut_module_vocabulary(backend: Backend, start: float, watch: MemoryWatch) -> ModuleResult:
+    """Cuts the vocabulary of a torch module.
+
+    Raises:
+        ModelError: its code does not fit fewer words.
+        OptionError: the vocabulary cannot be read, does not fit the module, or leaves nothing.
+        CheckError: the result is not what the original is.
+    """
+    state, options = backend.state, backend.options
+    state.add(backend.choose_words(state))
+    report = report_of(state)
+    report.asked([CutModuleWordsPass()], options, backend.calibration, backend.where, backend.device)
+    report.groups, report.values = [], []
+    report.refuse(())
+    done = Pipeline(passes=[CutModuleWordsPass()], observer=options.observer)(state)
+    state.add(FinalFields(()))
+    cut = state.found(CutWords)
+    report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
+    report.vocabulary = cut
+    if not options.dry_run:
+        report.after = SizesEntry(**model_sizes(state.model))
+        backend.complete(report, state)
+        assert cut.exact_difference is not None
+        report.verification = Verification(cut.exact_difference, state.model.least_precision(), {})
+        report.ended(state, watch, time.perf_counter() - start)
+    result = backend.result(state, report, done.changes, ())
+    assert isinstance(result, ModuleResult)
+    return result
+
+
+def _few_samples(model: OnnxModel, calibration: Any, options: PruneOptions) -> CalibrationData:
+    """Returns some short samples to compare on: of the calibration data, if there is some, or made up."""
+    known = positions(model)
+    short = LENGTH if known is None else min(LENGTH, max(1, known // 2))  # some tables of positions begin with padding
+    fields = {name: value for name, value in options.data().items() if name != "packing"}
+    fields |= {"samples": SAMPLES, "sequence_length": options.sequence_length or short, "vocabulary": vocabulary(model)}
+    if calibration is None:
+        fields["rows"] = looked_up(model)
+    return load_calibration(calibration, walk(model).input_specs(), **fields)
+
+
+def _time(state: State, report: Report, words: ChosenWords, batch: Mapping[str, Any]) -> None:
+    """Times both models in turns, on a made-up batch."""
+    models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
+    began = time.perf_counter()
+    try:
+        report.timed(measure_latency(models, [batch, words.numbered(batch)], budget=1.0, least=12, close=0.02))
+    except CannotTime:
+        report.note("latency was not measured: the models cannot be run in processes of their own")
+    state.seconds["latency"] = time.perf_counter() - began
