@@ -241,7 +241,8 @@ class PruneOptions:
 
     def given(self, name: str) -> bool:
         """Returns whether an option does not have its default."""
-        return bool(getattr(self, name) != getattr(type(self), name))
+        value, default = getattr(self, name), getattr(type(self), name)
+        return value is not None if default is None else bool(value != default)
 
 
 _TEXTS = documented(PruneOptions)

@@ -58,7 +58,7 @@ def before_after(report: Report) -> Table:
     size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
     name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
     table.add_row(name, quantity(before[size], "B"), quantity(after[size], "B"), change(before, after, size))
-    if before.get("flops"):
+    if before.get("flops") and after.get("flops"):
         table.add_row("FLOPs (1)", quantity(before["flops"]), quantity(after["flops"]), change(before, after, "flops"))
     latency = report.get("latency")
     if latency:
