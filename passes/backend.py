@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
-from liar_opt.passes.chosen_passes import Chosen, passes_of_text
+from liar_opt.passes.chosen_passes import Chosen
 from liar_opt.passes.cut_vocabulary import ChosenWords
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
-from liar_opt.passes.meet_target import parse_target
-from liar_opt.passes.options import OPTIONS, PACKINGS, PruneOptions
+from liar_opt.passes.options import PACKINGS, PruneOptions
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
@@ -25,7 +24,7 @@ from liar_opt.passes.verify_model import dense_session
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency
 from liar_opt.runtime.memory import MemoryWatch
-from liar_opt.runtime.self_calibration import Author, Writer, is_own_text
+from liar_opt.runtime.self_calibration import Author, Writer
 from liar_opt.runtime.signatures import Signature
 
 SPREAD = 0.02
@@ -51,7 +50,7 @@ class Backend(ABC):
     """
 
     cannot: ClassVar[Mapping[str, str]] = {}
-    """Why an option does not work: by its name, "target KIND", or "calibration self"."""
+    """Why an option does not work, by its name."""
     opened: ClassVar[tuple[type[Finding], ...]] = ()
     """What was found when it was opened: a run that starts again needs it, too."""
     gradients: ClassVar[bool] = False
@@ -81,20 +80,9 @@ class Backend(ABC):
         """
         require_labels(options.score, options.loss, options.labelled, cls.gradients)
         lookup("packing", dict.fromkeys(PACKINGS), options.packing)
-        asked = [name for name in OPTIONS if options.given(name)]
-        target = options.target
-        if options.passes is not None and cls.cannot:
-            chosen = passes_of_text(options.passes, options)
-            target = getattr(chosen.widths, "target", None)
-            steps = (chosen.widths, chosen.cut)
-            asked += [f.name for step in steps for f in fields(step) if getattr(step, f.name) != f.default]
-        if target is not None:
-            asked.append(f"target {parse_target(target).kind}")
-        if is_own_text(calibration):
-            asked.append("calibration self")
-        for name in asked:
-            if name in cls.cannot:
-                raise OptionError(cls.cannot[name])
+        for name, reason in cls.cannot.items():
+            if options.given(name):
+                raise OptionError(reason)
 
     @abstractmethod
     def choose(self) -> Chosen:
