@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Menu
+from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Candidates
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.find_groups import WholeQueries
@@ -33,7 +33,7 @@ CLOSE = 2e-3
 Cost = Callable[[ChannelGroup, NDArray[np.int64]], NDArray[np.float64]]
 """(group, widths) -> what it costs at each, in the target's currency."""
 Meaning = dict[str, list[dict[str, int]]]
-"""Joint candidates: menu name -> list; entry i-1 is the {group: kept blocks} that candidate i stands for."""
+"""Joint candidates: name -> list; entry i-1 is the {group: kept blocks} that candidate i stands for."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,12 @@ def _widths(size: int, step: int) -> NDArray[np.int64]:
     return np.append(np.arange(step, size, step), size).astype(np.int64)
 
 
-def menus_of(
+def candidates_of(
     groups: Sequence[ChannelGroup],
     multiple_of: int,
     curves: Mapping[str, GroupCurve],
     cost: Cost | None = None,
-) -> list[Menu]:
+) -> list[Candidates]:
     """Returns what each group may become.
 
     Args:
@@ -215,13 +215,13 @@ def menus_of(
         curves: what was measured, by group name; may be empty.
         cost: what a group costs at each width; its parameters if None.
     """
-    menus = []
+    candidates = []
     for group in groups:
         step = step_of(group, multiple_of)
         widths = _widths(group.size, step)
         curve = curves.get(group.name)
-        menus.append(
-            Menu(
+        candidates.append(
+            Candidates(
                 group.name,
                 widths,
                 group.parameters * widths / group.size if cost is None else cost(group, widths),
@@ -230,7 +230,7 @@ def menus_of(
                 None if curve is None else curve.deviation,
             )
         )
-    return menus
+    return candidates
 
 
 def note_widths(state: State, keep: dict[str, int]) -> None:
@@ -242,20 +242,21 @@ def note_widths(state: State, keep: dict[str, int]) -> None:
 
 
 def joined(
-    menus: Sequence[Menu],
+    candidates: Sequence[Candidates],
     groups: Sequence[ChannelGroup],
     queries: Sequence[ChannelGroup],
     multiple_of: int,
     curves: Mapping[str, GroupCurve],
     cost: Cost | None = None,
-) -> tuple[list[Menu], Meaning]:
-    """Puts the heads of a layer and the width of its queries and keys on one menu: they are of the same weights.
+) -> tuple[list[Candidates], Meaning]:
+    """Joins the candidates of the heads of a layer and of the width of its queries and keys: they are of the same weights.
 
     With h heads of n and r channels of d there cost P h/n - Q h/n (1 - r/d), P the parameters of all and Q those of queries
-    and keys, or what ``cost`` says of both; errors add up. Of all pairs those are on the menu that no other beats in both.
+    and keys, or what ``cost`` says of both; errors add up. Of all pairs those stay that no other beats in
+    both.
 
     Args:
-        menus: of the groups.
+        candidates: of the groups.
         groups: the groups.
         queries: widths of queries and keys; those without a curve, or whose heads are none of the groups, stay as they are.
         multiple_of: kept channels are multiples of this.
@@ -263,21 +264,21 @@ def joined(
         cost: what a group costs at each width, up to a constant; its parameters if None.
 
     Returns:
-        The menus, whose widths are numbers from 1 on where pairs are on them, and the kept blocks that these stand for.
+        The candidates, whose widths are numbers from 1 on where they are pairs, and the kept blocks that these stand for.
     """
-    result, meaning = list(menus), Meaning()
+    result, meaning = list(candidates), Meaning()
     for query in queries:
         place = next((i for i, g in enumerate(groups) if g.kind == "heads" and query.constants <= g.constants), None)
         if place is None or query.name not in curves or groups[place].name in meaning:
             continue
-        heads, menu = groups[place], menus[place]
+        heads, choice = groups[place], candidates[place]
         step = min(multiple_of, query.size)
         channels = _widths(query.size, step)
         spent = query.parameters * channels / query.size if cost is None else cost(query, channels)
         gone = spent[-1] - spent
-        costs = (menu.costs[:, None] - (menu.widths / heads.size)[:, None] * gone).reshape(-1)
-        errors = (menu.errors[:, None] + curves[query.name].errors[channels]).reshape(-1)
-        pairs = [{heads.name: int(h), query.name: int(r)} for h in menu.widths for r in channels]
+        costs = (choice.costs[:, None] - (choice.widths / heads.size)[:, None] * gone).reshape(-1)
+        errors = (choice.errors[:, None] + curves[query.name].errors[channels]).reshape(-1)
+        pairs = [{heads.name: int(h), query.name: int(r)} for h in choice.widths for r in channels]
         best, chosen = np.inf, []
         for index in np.lexsort((errors, costs)):
             if errors[index] < best:
@@ -285,7 +286,7 @@ def joined(
                 chosen.append(int(index))
         meaning[heads.name] = [pairs[i] for i in chosen]
         numbers = np.arange(1, len(chosen) + 1)
-        result[place] = Menu(heads.name, numbers, costs[chosen], errors[chosen], menu.values, menu.deviation)
+        result[place] = Candidates(heads.name, numbers, costs[chosen], errors[chosen], choice.values, choice.deviation)
     return result, meaning
 
 
@@ -295,10 +296,10 @@ def alike(
     curves: Mapping[str, GroupCurve],
     expressible: Expressible | None,
     cost: Cost | None = None,
-) -> tuple[list[Menu], Meaning]:
-    """Puts groups that keep one width on one menu: costs and errors add up.
+) -> tuple[list[Candidates], Meaning]:
+    """Joins the candidates of groups that keep one width: costs and errors add up.
 
-    So a configuration with one number of heads and one feed-forward width for all layers has a menu of each.
+    So a configuration with one number of heads and one feed-forward width for all layers has one set of candidates of each.
 
     Args:
         groups: the groups.
@@ -308,9 +309,9 @@ def alike(
         cost: what a group costs at each width, up to a constant; its parameters if None.
 
     Returns:
-        The menus, whose widths are numbers from 1 on, and the kept blocks that these stand for.
+        The candidates, whose widths are numbers from 1 on, and the kept blocks that these stand for.
     """
-    menus, meaning = [], Meaning()
+    candidates, meaning = [], Meaning()
     for members in _classes(groups, expressible):
         first = members[0]
         allowed = {} if expressible is None else expressible.allowed
@@ -326,8 +327,8 @@ def alike(
             costs += group.parameters * widths / group.size if cost is None else cost(group, widths)
             errors += curves[group.name].errors[widths] if group.name in curves else 0.0
         meaning[first.name] = choices
-        menus.append(Menu(first.name, np.arange(1, len(choices) + 1), costs, errors, np.zeros(0)))
-    return menus, meaning
+        candidates.append(Candidates(first.name, np.arange(1, len(choices) + 1), costs, errors, np.zeros(0)))
+    return candidates, meaning
 
 
 def _classes(groups: Sequence[ChannelGroup], expressible: Expressible | None) -> list[list[ChannelGroup]]:
@@ -347,7 +348,7 @@ def _classes(groups: Sequence[ChannelGroup], expressible: Expressible | None) ->
     return list(result.values())
 
 
-def menus_together(
+def candidates_together(
     groups: Sequence[ChannelGroup],
     queries: Sequence[ChannelGroup],
     multiple_of: int,
@@ -355,15 +356,15 @@ def menus_together(
     cost: Cost | None = None,
     uniform: bool = False,
     expressible: Expressible | None = None,
-) -> tuple[list[Menu], Meaning]:
-    """Returns the menus of `joined` groups, or of groups that are `alike` where ``uniform``; arguments are theirs."""
+) -> tuple[list[Candidates], Meaning]:
+    """Returns the candidates of `joined` groups, or of groups that are `alike` where ``uniform``; arguments are theirs."""
     if uniform:
         return alike(groups, multiple_of, curves, expressible, cost)
-    return joined(menus_of(groups, multiple_of, curves, cost), groups, queries, multiple_of, curves, cost)
+    return joined(candidates_of(groups, multiple_of, curves, cost), groups, queries, multiple_of, curves, cost)
 
 
 def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:
-    """Returns the kept blocks that widths of joined menus stand for, by group name."""
+    """Returns the kept blocks that widths of joined candidates stand for, by group name."""
     keep: dict[str, int] = {}
     for name, width in chosen.items():
         keep |= meaning[name][width - 1] if name in meaning else {name: width}
@@ -520,21 +521,21 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
             ratios = {"ffn": self.ffn or 0.0, "heads": self.heads or 0.0}
             parts = [(ratio, tuple(g for g in groups if g.kind == kind)) for kind, ratio in ratios.items()]
         for ratio, members in parts:
-            menus, meaning = menus_together(
+            candidates, meaning = candidates_together(
                 members, queries, self.multiple_of, curves, uniform=self.uniform, expressible=expressible
             )
-            if not ratio or not menus:
+            if not ratio or not candidates:
                 continue
-            everything, least = sum(m.costs[-1] for m in menus), sum(m.costs[0] for m in menus)
-            if (1.0 - ratio) * everything < least - 0.5 * max(m.costs[0] for m in menus):
-                if all(m.widths.size == 1 for m in menus):
+            everything, least = sum(m.costs[-1] for m in candidates), sum(m.costs[0] for m in candidates)
+            if (1.0 - ratio) * everything < least - 0.5 * max(m.costs[0] for m in candidates):
+                if all(m.widths.size == 1 for m in candidates):
                     raise OptionError(
                         f"nothing can be removed for ratio {ratio:g}: groups are of one block, or no wider than multiple-of"
                         f" {self.multiple_of}; give a smaller multiple-of"
                     )
                 most = math.floor((1.0 - least / everything) * 1000) / 1000
                 raise OptionError(f"ratio {ratio:g} would empty a group; the most is {most:g}")
-            chosen = ALLOCATIONS[self.allocate](menus, (1.0 - ratio) * everything)
+            chosen = ALLOCATIONS[self.allocate](candidates, (1.0 - ratio) * everything)
             keep |= meant(chosen, meaning)
         return keep
 

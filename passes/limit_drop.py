@@ -23,13 +23,13 @@ from liar_opt.frontend.either_model import as_given
 from liar_opt.passes.allocate_widths import (
     Expressible,
     Meaning,
+    candidates_together,
     meant,
-    menus_together,
     note_widths,
     require_allocatable,
     require_sharing,
 )
-from liar_opt.passes.allocations import ALLOCATIONS, Menu
+from liar_opt.passes.allocations import ALLOCATIONS, Candidates
 from liar_opt.passes.base import Analysis, Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
@@ -94,7 +94,7 @@ class LimitedDrop(Finding):
 
 
 @dataclass(frozen=True)
-class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
+class LimitDropPass(Pass[tuple[list[Candidates], Meaning]]):
     """Prune as much as a limit on the loss allows.
 
     Attributes:
@@ -127,16 +127,16 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
         require_allocatable(state, self.allocate, self.multiple_of)
         require_sharing(self.query_key, self.allocate)
 
-    def plan(self, state: State) -> tuple[list[Menu], Meaning]:
-        """Returns what each group may become, and what widths of joined menus stand for."""
+    def plan(self, state: State) -> tuple[list[Candidates], Meaning]:
+        """Returns what each group may become, and what widths of joined candidates stand for."""
         curves = state.found(Curves).by_group
         queries = state.queries if self.query_key == "auto" else ()
         expressible = state.get(Expressible)
-        return menus_together(
+        return candidates_together(
             state.groups, queries, self.multiple_of, curves, uniform=self.uniform, expressible=expressible
         )
 
-    def apply(self, state: State, plan: tuple[list[Menu], Meaning]) -> PassResult:
+    def apply(self, state: State, plan: tuple[list[Candidates], Meaning]) -> PassResult:
         """Searches; the state becomes that of the last candidate that was inside.
 
         Raises:
@@ -177,17 +177,19 @@ class LimitDropPass(Pass[tuple[list[Menu], Meaning]]):
 class _Search:
     """The bracket, what has been evaluated, and the best candidate."""
 
-    def __init__(self, options: LimitDropPass, state: State, menus: list[Menu], meaning: Meaning) -> None:
+    def __init__(self, options: LimitDropPass, state: State, candidates: list[Candidates], meaning: Meaning) -> None:
         assert state.calibration is not None
-        self.options, self.state, self.menus, self.meaning = options, state, menus, meaning
+        self.options, self.state, self.candidates, self.meaning = options, state, candidates, meaning
         self.limit = parse_drop(options.max_drop)
         self.data = state.calibration
         self.dense = state.found(DenseModel).original
         self.analysis = state.get(Analysis) or Analysis((NormaliseGraphPass(), FindGroupsPass()))
-        everything = sum(float(m.costs[-1]) for m in menus)
-        least = sum(float(m.costs[0]) for m in menus)
+        everything = sum(float(m.costs[-1]) for m in candidates)
+        least = sum(float(m.costs[0]) for m in candidates)
         self.widths = {
-            s: ALLOCATIONS[options.allocate](menus, (1.0 - s) * everything) for s in GRID if (1.0 - s) * everything >= least
+            s: ALLOCATIONS[options.allocate](candidates, (1.0 - s) * everything)
+            for s in GRID
+            if (1.0 - s) * everything >= least
         }
         self.predicted = {s: self._predicted(keep) for s, keep in self.widths.items()}
         self.losses: dict[float, float] = {}
@@ -234,7 +236,7 @@ class _Search:
                 factor = loss / self.predicted[chosen]
 
     def _predicted(self, keep: dict[str, int]) -> float:
-        return sum(float(m.errors[np.searchsorted(m.widths, keep[m.name])]) for m in self.menus)
+        return sum(float(m.errors[np.searchsorted(m.widths, keep[m.name])]) for m in self.candidates)
 
     def _evaluate(self, sparsity: float) -> float | None:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""

@@ -42,14 +42,14 @@ from liar_opt.passes.allocate_widths import (
     Cost,
     Expressible,
     Meaning,
+    candidates_together,
     meant,
-    menus_together,
     note_widths,
     require_allocatable,
     require_sharing,
     step_of,
 )
-from liar_opt.passes.allocations import ALLOCATIONS, Menu
+from liar_opt.passes.allocations import ALLOCATIONS, Candidates
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, clock_of, deployed, in_one_form, operations
 from liar_opt.passes.curves import Curves
@@ -199,22 +199,24 @@ class MeetTargetPass(Pass[Target]):
         queries = state.queries if self.query_key == "auto" else ()
         costs = gauge.costs((*groups, *queries), self.multiple_of)
         expressible = state.get(Expressible)
-        menus, meaning = menus_together(groups, queries, self.multiple_of, curves, costs, self.uniform, expressible)
-        fixed = gauge.whole - sum(float(m.costs[-1]) for m in menus)
+        candidates, meaning = candidates_together(
+            groups, queries, self.multiple_of, curves, costs, self.uniform, expressible
+        )
+        fixed = gauge.whole - sum(float(m.costs[-1]) for m in candidates)
         wanted = target.absolute(gauge.dense)
         if wanted >= gauge.whole:
             has = f"{gauge.whole:,.6g} {NAMES[target.kind]}" + (" without the words that go" if gauge.words else "")
             raise OptionError(f"target '{self.target}' is met already: the model has {has}; ask for less")
-        narrowest = meant({m.name: int(m.widths[0]) for m in menus}, meaning)
-        if wanted < fixed + sum(float(m.costs[0]) for m in menus) * 1.1:  # near the end: look, before refusing
+        narrowest = meant({m.name: int(m.widths[0]) for m in candidates}, meaning)
+        if wanted < fixed + sum(float(m.costs[0]) for m in candidates) * 1.1:  # near the end: look, before refusing
             least = gauge.value(narrowest)
             if wanted < least * (1.0 - CLOSE[target.kind]):
                 raise OptionError(_unreachable(self.target, target, least, gauge.dense, groups, state))
-        search = _Search(self, gauge, wanted, menus, meaning)
+        search = _Search(self, gauge, wanted, candidates, meaning)
         search.run(wanted - fixed)
         if target.kind == "latency" and self.allocate == "curves" and curves:
             # Never worse than the ratio that reaches the same time: a table is only as good as the clock.
-            plain, plain_meaning = menus_together(
+            plain, plain_meaning = candidates_together(
                 groups, queries, self.multiple_of, curves, uniform=self.uniform, expressible=expressible
             )
             other = _Search(self, gauge, wanted, plain, plain_meaning)
@@ -257,11 +259,11 @@ class _Search:
     """Brings one allocation to the target: the goal is corrected by what the model that is cut to it comes to."""
 
     def __init__(
-        self, options: MeetTargetPass, gauge: "_Gauge", wanted: float, menus: Sequence[Menu], meaning: Meaning
+        self, options: MeetTargetPass, gauge: "_Gauge", wanted: float, candidates: Sequence[Candidates], meaning: Meaning
     ) -> None:
         self.allocate, self.kind = ALLOCATIONS[options.allocate], gauge.kind
-        self.gauge, self.wanted, self.menus, self.meaning = gauge, wanted, menus, meaning
-        self.least, self.most = (sum(float(m.costs[i]) for m in menus) for i in (0, -1))
+        self.gauge, self.wanted, self.candidates, self.meaning = gauge, wanted, candidates, meaning
+        self.least, self.most = (sum(float(m.costs[i]) for m in candidates) for i in (0, -1))
         self.tried: list[float] = []
         self.landed: list[Landed] = []
         self.goals: list[float] = []
@@ -278,14 +280,14 @@ class _Search:
         return (self.most - self.goals[at]) / (self.most or 1.0)
 
     def run(self, goal: float) -> None:
-        """Starts from a goal in the currency of the menus."""
-        narrowest = meant({m.name: int(m.widths[0]) for m in self.menus}, self.meaning)
+        """Starts from a goal in the currency of the candidates."""
+        narrowest = meant({m.name: int(m.widths[0]) for m in self.candidates}, self.meaning)
         for _ in range(ROUNDS):
             goal = min(max(goal, self.least), self.most)
-            chosen = self.allocate(self.menus, goal)
+            chosen = self.allocate(self.candidates, goal)
             keep = meant(chosen, self.meaning)
             value = self.gauge.value(keep)
-            error = sum(float(m.errors[np.searchsorted(m.widths, chosen[m.name])]) for m in self.menus)
+            error = sum(float(m.errors[np.searchsorted(m.widths, chosen[m.name])]) for m in self.candidates)
             slack = max(CLOSE[self.kind], 2.0 * self.gauge.spread)
             self.landed.append(Landed(keep, value, abs(value / self.wanted - 1.0), slack, error))
             self.tried.append(value)

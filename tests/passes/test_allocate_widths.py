@@ -14,9 +14,9 @@ from liar_opt import prune
 from liar_opt.passes.allocate_widths import (
     AllocateWidthsPass,
     Expressible,
+    candidates_of,
     joined,
     kept_width,
-    menus_of,
     removed_parameters,
 )
 from liar_opt.passes.base import State
@@ -174,25 +174,25 @@ def test_values_that_are_not_there() -> None:
         keep(*LAYERS, values=1.0)
 
 
-def test_heads_and_their_queries_share_one_menu() -> None:
-    """Costs count what is left of the weights of both; no pair is on the menu that another beats in both."""
+def test_heads_and_their_queries_share_their_candidates() -> None:
+    """Costs count what is left of the weights of both; no pair stays that another beats in both."""
     rng = np.random.default_rng(0)
     heads = replace(group("h", "heads", 4, 400), constants=frozenset({1, 2, 3}))
     query = replace(group("q", QUERY_KEY, 8, 200), constants=frozenset({1, 2}))
     apart = replace(query, name="other", constants=frozenset({1, 9}))
     curves = {g.name: GroupCurve(np.append(np.sort(rng.random(g.size))[::-1], 0.0), np.zeros(0)) for g in (heads, query)}
-    (menu,), meaning = joined(menus_of([heads], 8, curves), [heads], [query, apart], 2, curves)
-    assert list(meaning) == ["h"] and len(meaning["h"]) == menu.size > 4
-    assert meaning["h"][-1] == {"h": 4, "q": 8} and menu.costs[-1] == 400 and menu.errors[-1] == 0.0
-    assert (np.diff(menu.costs) > 0).all() and (np.diff(menu.errors) < 0).all()
-    for pair, cost, error in zip(meaning["h"], menu.costs, menu.errors, strict=True):
+    (choice,), meaning = joined(candidates_of([heads], 8, curves), [heads], [query, apart], 2, curves)
+    assert list(meaning) == ["h"] and len(meaning["h"]) == choice.size > 4
+    assert meaning["h"][-1] == {"h": 4, "q": 8} and choice.costs[-1] == 400 and choice.errors[-1] == 0.0
+    assert (np.diff(choice.costs) > 0).all() and (np.diff(choice.errors) < 0).all()
+    for pair, cost, error in zip(meaning["h"], choice.costs, choice.errors, strict=True):
         assert pair["q"] % 2 == 0
         assert cost == pytest.approx(200 * pair["h"] / 4 + 200 * pair["h"] / 4 * pair["q"] / 8)
         assert error == pytest.approx(curves["h"].errors[pair["h"]] + curves["q"].errors[pair["q"]])
     for h in range(1, 5):
         for r in range(2, 9, 2):
             cost, error = 50 * h + 50 * h * r / 8, curves["h"].errors[h] + curves["q"].errors[r]
-            assert ((menu.costs <= cost + 1e-9) & (menu.errors <= error + 1e-9)).any()
+            assert ((choice.costs <= cost + 1e-9) & (choice.errors <= error + 1e-9)).any()
 
 
 def test_queries_share_in_a_sparsity_alone() -> None:
@@ -338,7 +338,7 @@ def test_one_width_a_kind_is_the_pair_of_least_summed_error(sparsity: float) -> 
     assert error <= min(lost for share, lost in pairs if share >= sparsity + step)
 
 
-def test_widths_that_can_be_said_are_on_the_menu_alone() -> None:
+def test_widths_that_can_be_said_are_candidates_alone() -> None:
     linked = (group("small", "ffn", 40, 4000), group("large", "ffn", 80, 8000))
     heads = group("h", "heads", 12, 12000)
     found = curved(heads, *linked)
