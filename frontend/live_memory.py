@@ -1,4 +1,4 @@
-"""How many bytes a graph's tensors take while it runs: the sizes of all, and the most that is alive at a time."""
+"""How many bytes a graph's tensors take while it runs: the sizes of all, and the most that is live at a time."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -26,7 +26,7 @@ def tensor_sizes(walk: GraphWalk) -> dict[str, int]:
 
 
 def live_bytes(nodes: Sequence[gs.Node], sizes: Mapping[str, int], kept: Collection[str] = ()) -> int:
-    """Returns the most bytes that are alive while nodes run in order: made by one of them and still to be read, or kept.
+    """Returns the most bytes that are live while nodes run in order: made by one of them and still to be read, or kept.
 
     Args:
         nodes: in the order in which they run.

@@ -1,7 +1,7 @@
 """Cutting a graph into segments at the residual stream, and measuring moments inside it.
 
 A segment holds the groups that must be measured together. Between two segments the graph is cut where the least has to
-be carried over: for a transformer that is the residual stream, with what else is alive there (an attention mask). Each
+be carried over: for a transformer that is the residual stream, with what else is live there (an attention mask). Each
 segment is a model of its own: :func:`extract` takes the nodes that its outputs need.
 
 :func:`add_moments` appends, for an activation x [.., n], what the solver needs: the rows that are no padding (dropped
@@ -191,7 +191,7 @@ def _first_weight(walk: GraphWalk, group: Any, order: Mapping[int, int]) -> int:
 
 
 def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
-    """Returns the position in [low, high] at which the least is alive, the last of equals (more is run once only)."""
+    """Returns the position in [low, high] where the live tensors are smallest, of equals the last (more is run once)."""
     nodes = walk.model.graph.nodes
     alive = set(live_tensors(walk, low))
     remaining: dict[str, int] = {}

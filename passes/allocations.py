@@ -1,8 +1,8 @@
 """How a goal is shared out among the groups: widths from what each width costs and what it loses.
 
 Every group comes with its :class:`Candidates`: the widths that it may have and, for each, what it costs in the target's
-currency (parameters, operations, seconds) and the error after repair. An allocation picks one width of each so that the costs
-add up to the goal, as nearly as the steps allow:
+currency (parameters, operations, seconds) and the error after repair. An allocation picks one width of each so that the
+costs add up to the goal, as nearly as the steps allow:
 
     uniform   the same share of every group
     curves    least sum of errors: the multiple-choice knapsack, by dynamic programming

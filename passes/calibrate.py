@@ -77,7 +77,7 @@ def _image_size(state: State, inputs: Sequence[InputSpec], fields: Mapping[str, 
 
 
 def fitted(state: State, data: CalibrationData, notes: list[str]) -> CalibrationData:
-    """Returns the data in smaller batches where what is alive in the model, run on one, takes more than may be used.
+    """Returns the data in smaller batches where the live tensors of the model, run on one, take more than may be used.
 
     Args:
         state: the analysed model.

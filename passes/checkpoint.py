@@ -1,10 +1,10 @@
 """A run that was interrupted goes on: what each segment came to is kept in a folder until the run is done.
 
 The folder holds ``run.json`` (which model, data and options it belongs to, and the widths that were decided) and a folder
-for each finished segment: the kept blocks, the new weights and biases, the state of the random numbers, and what is alive
-behind it. A segment's folder appears whole or not at all. Cuts are made again from these, by the code that made them the
-first time, so that the result is the same to the last bit; nothing is measured again. One process at a time works in the
-folder (``run.lock``).
+for each finished segment: the kept blocks, the new weights and biases, the state of the random numbers, and the live
+tensors behind it. A segment's folder appears whole or not at all. Cuts are made again from these, by the code that made
+them the first time, so that the result is the same to the last bit; nothing is measured again. One process at a time works
+in the folder (``run.lock``).
 
 What is removed, at the end of the run or behind one that was killed there, is what bears these names; any other file stays,
 and the folder with it.
@@ -135,7 +135,7 @@ class Checkpoint:
         self._write_run()
 
     def save(self, number: int, finished: Finished, alive: Iterable[Mapping[str, NDArray[Any]]]) -> None:
-        """Keeps a finished segment, whole or not at all, and forgets what was alive before it.
+        """Keeps a finished segment, whole or not at all, and forgets the live tensors before it.
 
         Raises:
             OptionError: the disk is full.
@@ -204,7 +204,7 @@ class Checkpoint:
         return Finished(groups, plain["generator"])
 
     def alive(self) -> list[dict[str, NDArray[Any]]]:
-        """Returns what is alive behind the last finished segment, for each batch.
+        """Returns the live tensors behind the last finished segment, for each batch.
 
         Raises:
             OptionError: its files are damaged.

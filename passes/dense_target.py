@@ -176,7 +176,7 @@ class DenseTargets:
             yield {n: self.engine.array(values[n]) for n in wanted}
 
     def dense_values(self, wanted: list[str], stop: int, first: Any) -> Iterator[dict[str, Any]]:
-        """The dense model over the same nodes; what is alive at the segment's first node is kept for the next."""
+        """The dense model over the same nodes; the live tensors at the segment's first node are kept for the next."""
         nodes, carry = self.dense.model.graph.nodes, self.carry
         place = {n.name: i for i, n in enumerate(nodes)}
         start = 0 if carry.at is None else place[carry.at]

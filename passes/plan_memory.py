@@ -1,8 +1,8 @@
 """How much memory a segment takes, and how its groups are measured so that they stay under the limit.
 
 What is anonymous at a time is: what the process has already, a copy of the segment's weights (ONNX Runtime packs them;
-none where the limit is tight), the activations of one batch that are alive together, what is alive between segments where
-it stays in memory, and
+none where the limit is tight), the activations of one batch that are live together, the live tensors between segments where
+they stay in memory, and
 
     measuring    2 folds x 8 n^2 for the moments of each activation of width n, and 4 n^2 for what one batch adds
     solving      the moments of one group, and SOLVING x 8 n^2 for its widest: covariances, factors, the downdated inverse

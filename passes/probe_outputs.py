@@ -30,7 +30,7 @@ PROBE_ROWS = 256
 
 
 class ProbeOutputs:
-    """Runs the rest of the model behind what is alive, or the whole, on a few held-back batches.
+    """Runs the rest of the model behind the live tensors, or the whole, on a few held-back batches.
 
     Args:
         sweep: over the model.
@@ -56,8 +56,8 @@ class ProbeOutputs:
 
         Args:
             patches: the consumers and constants that are changed.
-            behind: position of the last node of the group that they belong to, which lies behind what is alive; None runs
-                the model from its start.
+            behind: position of the last node of the group that they belong to, which lies behind the live tensors; None
+                runs the model from its start.
         """
         nodes = self.sweep.walk.model.graph.nodes
         made = {t.name for n in nodes[behind or 0 :] for t in n.outputs}

@@ -1,13 +1,13 @@
 """The loop over the segments of a graph, whatever is done with its groups and whatever runs them.
 
-The graph is cut into segments where the least is alive, at the residual stream: one just before each group's own weights.
-A run goes from one such place, through the groups that were cut there, to the activations of the next groups, so that
-moments are those of the inputs that will be seen when deployed; it leaves what is alive at the next place. What belongs to
-no group runs once, what does runs twice, as it was and as it is now. Groups that span others (shared weights, heads tied
-over layers by a common position bias) come first, on the whole model.
+The graph is cut into segments where the live tensors are smallest, at the residual stream: one just before each group's own
+weights. A run goes from one such place, through the groups that were cut there, to the activations of the next groups, so
+that moments are those of the inputs that will be seen when deployed; it leaves the live tensors at the next place. What
+belongs to no group runs once, what does runs twice, as it was and as it is now. Groups that span others (shared weights,
+heads tied over layers by a common position bias) come first, on the whole model.
 
-A :class:`Sweep` has the graph, the data and what is alive; a :class:`Visitor` gets the moments of each group and does with
-it what it is for: cut it, note its error curve, make variants of it.
+A :class:`Sweep` has the graph, the data and the live tensors; a :class:`Visitor` gets the moments of each group and does
+with it what it is for: cut it, note its error curve, make variants of it.
 """
 
 import functools
@@ -69,11 +69,11 @@ class Visitor:
 
 @dataclass(eq=False)
 class Carry:
-    """The tensors that are alive between two segments.
+    """The live tensors between two segments.
 
     Attributes:
         values: for each batch, by name; empty before the first segment.
-        at: the node before which they are alive; None: the start of the graph.
+        at: the node before which they are live; None: the start of the graph.
     """
 
     values: list[dict[str, Value]]
@@ -86,7 +86,7 @@ class Carry:
 
 
 class Sweep:
-    """The graph as it is by now, the data, and what is alive between segments.
+    """The graph as it is by now, the data, and the live tensors between segments.
 
     Args:
         state: the analysed model and its calibration data.
@@ -120,7 +120,7 @@ class Sweep:
         self.held = set(held_batches(len(self.data.batches))) if several else set()
 
     def fresh_carry(self) -> Carry:
-        """Returns what is alive at the start of the graph: nothing."""
+        """Returns the live tensors at the start of the graph: none."""
         return Carry([{} for _ in self.data.batches])
 
     def over(self, visitor: Visitor, groups: Sequence[ChannelGroup]) -> None:
@@ -172,7 +172,7 @@ class Sweep:
             visitor: what is done.
             groups: what is measured together.
             stop: position behind the last node that has to run.
-            first: the segment's first node: what is alive there is kept for the next segment; None keeps nothing.
+            first: the segment's first node: the live tensors there are kept for the next segment; None keeps nothing.
         """
         visitor.before(groups, stop, first)
         with blamed(groups):

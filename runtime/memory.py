@@ -19,7 +19,7 @@ UNITS = {"": 1, **{f"{p}{b}": (1024 if b == "IB" else 1000) ** (i + 1) for i, p 
 LARGE_MODEL = 8
 """A model whose weights take more than this part of the limit is worked on where it lies; its copies go to disk."""
 LARGE_STREAM = 4
-"""What is alive between segments goes to disk from this part of the limit on."""
+"""Live tensors between segments go to disk from this part of the limit on."""
 
 
 def parse_size(size: int | str) -> int:
