@@ -54,7 +54,7 @@ def require_signature(dense: onnx.ModelProto, pruned: onnx.ModelProto, resized: 
         ("outputs", dense.graph.output, pruned.graph.output),
     ):
         if _signature(before, resized) != _signature(after):
-            raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}; nothing was written")
+            raise CheckError(f"the {what} changed from {_signature(before)} to {_signature(after)}")
 
 
 def require_valid(proto: onnx.ModelProto, was_valid: Callable[[], bool] = lambda: True) -> None:
