@@ -74,7 +74,7 @@ def _signature(values: Any, resized: Resized | None = None) -> list[tuple[str, i
     for value in values:
         kind = value.type.tensor_type
         shape: list[int | str] = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
-        for axis, size in (resized or {}).get(value.name, {}).items():
+        for axis, size in (resized or {}).get(value.name, {}).items() if shape else ():
             shape[axis] = size
         result.append((value.name, kind.elem_type, shape))
     return result

@@ -257,8 +257,9 @@ class OnnxModel:
                 for value in values:
                     if value.name in as_it_was:
                         value.CopyFrom(as_it_was[value.name])
-                    for axis, size in self.resized.get(value.name, {}).items():
-                        value.type.tensor_type.shape.dim[axis].dim_value = size
+                    sizes = value.type.tensor_type.shape.dim
+                    for axis, size in self.resized.get(value.name, {}).items() if sizes else ():
+                        sizes[axis].dim_value = size
         # Shapes between input and output may have changed since they were noted; readers infer them.
         inner = onnx.helper.make_graph(
             [exporter.export_node(n) for n in casts] + self._exported_nodes(),
@@ -325,12 +326,12 @@ class OnnxModel:
             tensor.shape = [size if i == axis else d for i, d in enumerate(tensor.shape)]
 
     def resized_shapes(self, proto: onnx.ModelProto) -> dict[str, list[int | str]]:
-        """Returns the shapes, in ``proto``, of the inputs and outputs that were resized."""
+        """Returns the shapes, in ``proto``, of the inputs and outputs that were resized, where they are written."""
         resized = {*self.resized, *(self.merged.sizes(self.resized) if self.merged is not None else ())}
         return {
             value.name: [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
             for value in [*proto.graph.input, *proto.graph.output]
-            if value.name in resized
+            if value.name in resized and value.type.tensor_type.shape.dim
         }
 
     def structure(self) -> bytes:
