@@ -91,7 +91,8 @@ def small_tensor(constant: gs.Constant) -> onnx.TensorProto:
     """Returns a constant as an initializer with its data."""
     if constant.dtype == np.dtype(object):  # texts, such as the names of classes: graphsurgeon writes numbers alone
         return onnx.numpy_helper.from_array(constant.values, constant.name)
-    return gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(constant)
+    tensor: onnx.TensorProto = gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(constant)
+    return tensor
 
 
 def is_float(dtype: object) -> bool:

@@ -473,7 +473,7 @@ def _input_given_back() -> onnx.ModelProto:
 
 def _weights_given_back() -> onnx.ModelProto:
     proto = graphs.parse("f (float[b, 6] x) => (float[b, 3] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }", WIDE)
-    proto.graph.initializer.append(numpy_helper.from_array(np.float32([1, 2, 4]), "scales"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.asarray([1, 2, 4], np.float32), "scales"))
     proto.graph.output.append(helper.make_tensor_value_info("scales", TensorProto.FLOAT, [3]))
     return proto
 
