@@ -83,8 +83,16 @@ def detached_tensors(constants: Iterable[gs.Constant]) -> tuple[list[onnx.Tensor
             arrays[constant.name] = values
             stubs.append(stub(constant.name, element_type(values.dtype), values.shape))
         else:
-            stubs.append(gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(constant))
+            stubs.append(small_tensor(constant))
     return stubs, arrays
+
+
+def small_tensor(constant: gs.Constant) -> onnx.TensorProto:
+    """Returns a constant as an initializer with its data."""
+    if constant.dtype == np.dtype(object):  # texts, such as the names of classes: graphsurgeon writes numbers alone
+        return onnx.numpy_helper.from_array(constant.values, constant.name)
+    tensor: onnx.TensorProto = gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(constant)
+    return tensor
 
 
 def is_float(dtype: object) -> bool:

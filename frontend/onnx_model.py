@@ -21,7 +21,14 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
 from liar_opt.frontend.fold_weights import Left
-from liar_opt.frontend.graph_tensors import SKELETON_LIMIT, Narrow, constant_value, detached_tensors, is_float
+from liar_opt.frontend.graph_tensors import (
+    SKELETON_LIMIT,
+    Narrow,
+    constant_value,
+    detached_tensors,
+    is_float,
+    small_tensor,
+)
 from liar_opt.frontend.hand_quantised import hand_quantised_node
 from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, unfold
 from liar_opt.frontend.model import Original
@@ -216,6 +223,12 @@ class OnnxModel:
                 f"input '{parted}' of {name} is no tensor (a sequence, map or optional), and liar-opt feeds tensors alone; "
                 "export the model with a tensor for each part"
             )
+        texts = next((i.name for i in proto.graph.input if i.type.tensor_type.elem_type == onnx.TensorProto.STRING), None)
+        if texts is not None:
+            raise ModelError(
+                f"input '{texts}' of {name} takes texts, and liar-opt feeds numbers alone; export the model without the "
+                "part that makes numbers of texts"
+            )
         flat = unfold(proto, arrays)
         if flat is None:
             model = OnnxOriginal(proto, arrays, source).model()
@@ -239,12 +252,14 @@ class OnnxModel:
         ends = [[exporter.export_value_info_proto(t, False) for t in ends] for ends in (graph.inputs, graph.outputs)]
         if self.stored is not None:
             # graphsurgeon loses the shape of an output that is listed again, without one, among the inner values.
-            known = {v.name: v for v in [*self.stored.proto.graph.input, *self.stored.proto.graph.output]}
-            for value in itertools.chain(*ends):
-                if value.name in known:
-                    value.CopyFrom(known[value.name])
-                for axis, size in self.resized.get(value.name, {}).items():
-                    value.type.tensor_type.shape.dim[axis].dim_value = size
+            for values, known in zip(ends, (self.stored.proto.graph.input, self.stored.proto.graph.output), strict=True):
+                as_it_was = {v.name: v for v in known}
+                for value in values:
+                    if value.name in as_it_was:
+                        value.CopyFrom(as_it_was[value.name])
+                    sizes = value.type.tensor_type.shape.dim
+                    for axis, size in self.resized.get(value.name, {}).items() if sizes else ():
+                        sizes[axis].dim_value = size
         # Shapes between input and output may have changed since they were noted; readers infer them.
         inner = onnx.helper.make_graph(
             [exporter.export_node(n) for n in casts] + self._exported_nodes(),
@@ -311,12 +326,12 @@ class OnnxModel:
             tensor.shape = [size if i == axis else d for i, d in enumerate(tensor.shape)]
 
     def resized_shapes(self, proto: onnx.ModelProto) -> dict[str, list[int | str]]:
-        """Returns the shapes, in ``proto``, of the inputs and outputs that were resized."""
+        """Returns the shapes, in ``proto``, of the inputs and outputs that were resized, where they are written."""
         resized = {*self.resized, *(self.merged.sizes(self.resized) if self.merged is not None else ())}
         return {
             value.name: [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
             for value in [*proto.graph.input, *proto.graph.output]
-            if value.name in resized
+            if value.name in resized and value.type.tensor_type.shape.dim
         }
 
     def structure(self) -> bytes:
@@ -330,7 +345,7 @@ class OnnxModel:
         small, large = [], []
         for tensor in self.constants():
             if int(np.prod(tensor.shape, dtype=np.int64)) <= SKELETON_LIMIT:
-                small.append(exporter.export_tensor_proto(tensor))
+                small.append(small_tensor(tensor))
             else:
                 large.append(exporter.export_value_info_proto(tensor, False))
         ends = [[exporter.export_value_info_proto(t, False) for t in tensors] for tensors in (graph.inputs, graph.outputs)]

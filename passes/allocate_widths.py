@@ -534,7 +534,9 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                         f" {self.multiple_of}; give a smaller multiple-of"
                     )
                 most = math.floor((1.0 - least / everything) * 1000) / 1000
-                raise OptionError(f"ratio {ratio:g} would empty a group; the most is {most:g}")
+                raise OptionError(
+                    f"ratio {ratio:g} would empty a group; the most is {most:g} with multiple-of {self.multiple_of}"
+                )
             chosen = ALLOCATIONS[self.allocate](candidates, (1.0 - ratio) * everything)
             keep |= meant(chosen, meaning)
         return keep

@@ -39,7 +39,10 @@ class ProbeOutputs:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep, self.data = sweep, sweep.data
         self.batches = self._enough()
-        self.outputs = [t.name for t in sweep.walk.model.graph.outputs if is_float(t.dtype)][:PROBE_OUTPUTS]
+        ends = [
+            t for t in sweep.walk.model.graph.outputs if getattr(t, "type", "") == "tensor_type"
+        ]  # no sequence, and no constant
+        self.outputs = [t.name for t in ends if is_float(t.dtype)][:PROBE_OUTPUTS]
 
     @functools.cached_property
     def dense(self) -> list[dict[str, NDArray[np.float64]]]:

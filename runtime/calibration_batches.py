@@ -145,6 +145,8 @@ def _doubts(
                 sample.update(f"{name} {real.shape}".encode())
                 sample.update(np.ascontiguousarray(real).tobytes())
             seen.add(sample.digest())
+    if samples == 1:
+        yield "there is one sample: nothing is held back, and errors look smaller than they are; give more samples."
     if samples > 1 and samples - len(seen) > DOUBTFUL * samples:
         yield (
             f"only {len(seen)} of {samples} samples differ: what is held back was fitted as well, and errors look smaller "

@@ -47,6 +47,8 @@ def onnx_runtime() -> Any:
     try:
         import onnxruntime
     except ImportError as err:
+        if isinstance(err.__cause__, KeyboardInterrupt):  # its compiled part says "initialization failed" of Ctrl-C
+            raise err.__cause__ from err
         why = one_line(err)
     else:
         if hasattr(onnxruntime, "InferenceSession"):

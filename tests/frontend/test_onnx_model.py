@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import graphs
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import oracle
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -445,3 +447,64 @@ def test_an_input_that_is_no_tensor_is_named(proto: onnx.ModelProto) -> None:
     proto.graph.input.append(helper.make_tensor_sequence_value_info("many", 1, None))
     with pytest.raises(ModelError, match="input 'many' of the model is no tensor"):
         OnnxModel.from_proto(proto)
+
+
+def test_an_input_of_texts_is_named(proto: onnx.ModelProto) -> None:
+    proto.graph.input.append(helper.make_tensor_value_info("words", TensorProto.STRING, ["b"]))
+    with pytest.raises(ModelError, match="input 'words' of the model takes texts"):
+        OnnxModel.from_proto(proto)
+
+
+def _names_of_classes() -> onnx.ModelProto:
+    """As scikit-learn's classifiers are exported: the name of the class beside the scores."""
+    text = """f (float[b, 6] x) => (string[b] name, float[b, 3] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2)
+        i = ArgMax <axis = 1, keepdims = 0> (y)  name = Gather(names, i) }"""
+    names = np.asarray([b"no", b"yes", b"perhaps"], object)
+    proto = graphs.parse(text, {"w1": (6, 17), "w2": (17, 3)})
+    proto.graph.initializer.append(numpy_helper.from_array(names, "names"))
+    return proto
+
+
+def _input_given_back() -> onnx.ModelProto:
+    proto = graphs.parse("f (float[b, 6] x) => (float[b, 3] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }", WIDE)
+    proto.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, None))  # its shape is said once
+    return proto
+
+
+def _weights_given_back() -> onnx.ModelProto:
+    proto = graphs.parse("f (float[b, 6] x) => (float[b, 3] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }", WIDE)
+    proto.graph.initializer.append(numpy_helper.from_array(np.asarray([1, 2, 4], np.float32), "scales"))
+    proto.graph.output.append(helper.make_tensor_value_info("scales", TensorProto.FLOAT, [3]))
+    return proto
+
+
+def _a_sequence_beside() -> onnx.ModelProto:
+    text = """f (float[b, 6] x) => (float[b, 3] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2)
+        both = SequenceConstruct(y, y) }"""
+    proto = graphs.parse(text, WIDE)
+    proto.graph.output.append(helper.make_tensor_sequence_value_info("both", 1, None))
+    return proto
+
+
+WIDE: graphs.Weights = {"w1": (6, 17), "w2": (17, 3)}
+
+
+@pytest.mark.parametrize("make", [_names_of_classes, _input_given_back, _weights_given_back, _a_sequence_beside])
+def test_outputs_of_rare_kinds(make: Callable[[], onnx.ModelProto], tmp_path: Path) -> None:
+    """By the default options, which measure curves; the interface stays, and rows of zeros are those that go."""
+    proto = make()
+    (lost,) = (t for t in proto.graph.initializer if t.name == "w2")
+    weight = numpy_helper.to_array(lost).copy()
+    weight[3:13] = 0
+    lost.CopyFrom(numpy_helper.from_array(weight, "w2"))
+    x = np.random.default_rng(1).standard_normal((600, 6)).astype(np.float32)
+    path = prune(proto, {"x": x}, sparsity=0.5, multiple_of=1, latency=False, provider="cpu").save(tmp_path / "out.onnx")
+    out = onnx.load(path)
+    assert (out.graph.input, out.graph.output) == (proto.graph.input, proto.graph.output)
+    assert next(t.dims for t in out.graph.initializer if t.name == "w1") == [6, 8]
+    dense, pruned = (ort.InferenceSession(m).run(None, {"x": x[:7]}) for m in (proto.SerializeToString(), str(path)))
+    for expected, found in zip(dense, pruned, strict=True):
+        if isinstance(expected, np.ndarray) and expected.dtype == object:
+            assert list(found) == list(expected)
+        else:
+            np.testing.assert_allclose(found, expected, atol=1e-5)

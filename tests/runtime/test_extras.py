@@ -95,6 +95,17 @@ def test_without_onnx_runtime(
     assert "ONNX Runtime cannot be imported" in line
 
 
+def test_ctrl_c_while_onnx_runtime_is_imported(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its compiled part makes an ImportError of it; nobody has to install anything again."""
+    (small / "onnxruntime.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()\n")
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.syspath_prepend(small)
+    assert run("inspect", small / "model.onnx") == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+
+
 def test_a_folder_of_that_name_is_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "somewhere").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
