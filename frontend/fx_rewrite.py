@@ -192,11 +192,15 @@ def _pairs(before: Any, after: Any) -> Iterator[tuple[int, int]]:
 # -- the traced graph -------------------------------------------------------------------------------------------------
 
 
-def cut_graph_module(model: FxModel) -> torch.fx.GraphModule:
+def cut_graph_module(model: FxModel, gaps: bool = True) -> torch.fx.GraphModule:
     """Returns the traced graph with what was cut: a GraphModule that is called like the module.
 
     Its arguments are those that were traced, under their names and in the order of the module's signature. It is in
     evaluation mode for good: what the trace has left out, such as dropout, does not come back with ``train()``.
+
+    Args:
+        model: the cut model.
+        gaps: whether arguments between them that were not traced keep their places.
     """
     assert model.program is not None
     module = model.program.module(check_guards=False)
@@ -218,10 +222,10 @@ def cut_graph_module(model: FxModel) -> torch.fx.GraphModule:
             inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
             positional, keywords = arguments_of(call, inputs, node.attrs, lambda a, b: _fx_number(graph, a, b, nodes))
         target.target, target.args, target.kwargs = call.target, tuple(positional), keywords
-    return _called_like(model, module)
+    return _called_like(model, module, gaps)
 
 
-def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+def _called_like(model: FxModel, module: torch.fx.GraphModule, gaps: bool) -> torch.fx.GraphModule:
     """Returns a traced graph as a plain GraphModule, which can be copied, pickled, trained and called by position.
 
     What ``torch.export`` makes refuses all of that; it checks sizes that the trace has fixed, and so does this.
@@ -248,7 +252,7 @@ def _called_like(model: FxModel, module: torch.fx.GraphModule) -> torch.fx.Graph
         if name in given:
             made[given[name]] = value = plain.placeholder(name, default_value=None) if gap else plain.placeholder(name)
             checks += [(operator.ne, value, None, f"argument '{name}' is missing")] if gap else []
-        else:
+        elif gaps:
             gap = True
             value = plain.placeholder(name, default_value=None)
             checks.append((operator.eq, value, None, f"argument '{name}' was not traced; leave it out"))
@@ -304,7 +308,7 @@ def cut_program(model: FxModel, feeds: Mapping[str, torch.Tensor]) -> ExportedPr
     for spec in model.signature:
         shapes[spec.name] = {i: torch.export.Dim.AUTO for i, d in enumerate(spec.shape) if isinstance(d, str)}
     arguments = {k: feeds[k] for k in (s.name for s in model.signature)}
-    module = cut_graph_module(model)
+    module = cut_graph_module(model, gaps=False)  # torch exports named arguments by their places
     with torch.no_grad():
         return torch.export.export(module, (), arguments, dynamic_shapes=shapes, strict=False)
 

@@ -160,10 +160,14 @@ def require_queries(state: State) -> None:
         ModelError: they cannot.
     """
     if not state.queries:
-        whole = state.found(WholeQueries).refusals
-        fused = "the graph has no product of queries and keys, and fused attention operators keep their widths"
-        why = whole[0].reason if whole else fused
-        raise ModelError(f"the width of queries and keys cannot be cut: {why}; leave query-key out")
+        raise ModelError(f"the width of queries and keys cannot be cut: {why_whole(state)}; leave query-key out")
+
+
+def why_whole(state: State) -> str:
+    """Returns why no width of queries and keys can be cut."""
+    whole = state.found(WholeQueries).refusals
+    fused = "the graph has no product of queries and keys, and fused attention operators keep their widths"
+    return whole[0].reason if whole else fused
 
 
 def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -> float:

@@ -277,8 +277,13 @@ def _queries(
     refused: dict[tuple[str, int], list[str]] = defaultdict(list)
     by_leaf: dict[int, list[Any]] = defaultdict(list)
     for product in walk.products:
-        (leaf,) = algebra.leaves(product.width) if len(algebra.leaves(product.width)) == 1 else (None,)
-        if leaf is not None and constants.get(leaf) and algebra.size(leaf) >= LEAST_SIZE:
+        leaf, *more = algebra.leaves(product.width) or (None,)
+        if leaf is None or not constants.get(leaf):
+            continue
+        if more:
+            parted = "it is taken apart before the product, as a rotary embedding does", algebra.size(product.width)
+            refused[parted].append(product.node.name)
+        elif algebra.size(leaf) >= LEAST_SIZE:
             by_leaf[leaf].append(product)
     for leaf, products in by_leaf.items():
         size, node = algebra.size(leaf), products[0].node

@@ -145,7 +145,7 @@ class LimitDropPass(Pass[tuple[list[Candidates], Meaning]]):
         search = _Search(self, state, *plan)
         search.run()
         if search.best is None:
-            tried = ", ".join(f"{s:.0%} loses {loss:.2%}" for s, loss in sorted(search.losses.items()))
+            tried = ", ".join(f"{search.gone[s]:.0%} loses {loss:.2%}" for s, loss in sorted(search.losses.items()))
             raise OptionError(
                 f"max-drop '{self.max_drop}' cannot be kept: {tried}; allow more, give more calibration samples, or prune "
                 "one kind alone (--ffn, --heads)"
@@ -165,8 +165,8 @@ class LimitDropPass(Pass[tuple[list[Candidates], Meaning]]):
                 asked=f"max-drop {self.max_drop}",
                 wanted=parse_drop(self.max_drop),
                 found=search.losses[sparsity],
-                sparsity=sparsity,
-                tried=[[s, loss] for s, loss in search.losses.items()],
+                sparsity=search.gone[sparsity],
+                tried=[[search.gone[s], loss] for s, loss in search.losses.items()],
                 stopped=search.stopped,
                 held_back=search.unseen,
             )
@@ -191,7 +191,9 @@ class _Search:
             for s in GRID
             if (1.0 - s) * everything >= least
         }
-        self.predicted = {s: self._predicted(keep) for s, keep in self.widths.items()}
+        self.gone = {s: 1.0 - self._summed("costs", keep) / everything for s, keep in self.widths.items()}
+        """What goes by widths that there are, for each sparsity; layers that share a width have few of them."""
+        self.predicted = {s: self._summed("errors", keep) for s, keep in self.widths.items()}
         self.losses: dict[float, float] = {}
         self.best: tuple[State, tuple[Change, ...], float] | None = None
         self.stopped: str | None = None
@@ -235,8 +237,8 @@ class _Search:
             if loss > 0 and self.predicted[chosen] > 0:
                 factor = loss / self.predicted[chosen]
 
-    def _predicted(self, keep: dict[str, int]) -> float:
-        return sum(float(m.errors[np.searchsorted(m.widths, keep[m.name])]) for m in self.candidates)
+    def _summed(self, what: str, keep: dict[str, int]) -> float:
+        return sum(float(getattr(m, what)[np.searchsorted(m.widths, keep[m.name])]) for m in self.candidates)
 
     def _evaluate(self, sparsity: float) -> float | None:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from liar_opt.passes.allocate_widths import note_widths
+from liar_opt.passes.allocate_widths import note_widths, why_whole
 from liar_opt.passes.backend import TIMED_SAMPLES, Backend
 from liar_opt.passes.base import Change, DenseModel, Observer, Pass, PassResult, Pipeline, Probes, State
 from liar_opt.passes.calibrate import calibrate, divided, fitted
@@ -122,6 +122,8 @@ class ModelJob:
             refusals += self._prove(ProveGroupsPass(chosen.cut))
         refusals += Pipeline(passes=backend.narrowing(), observer=options.observer)(state).refusals
         state.add(backend.analysed_so())
+        if chosen.widths.query_key == "auto" and not state.queries:
+            report.note(f"queries and keys keep their width: {why_whole(state)}")
         if not probed:
             dense_session(state)
         early = chosen.curves is not None or self.target is not None or options.resume is not None

@@ -18,6 +18,7 @@ from liar_opt.frontend.hf_checkpoint import positions
 from liar_opt.frontend.own_text import GenerateWriter
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
+from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
 from liar_opt.passes.base import Change, DenseModel, Opened, OutputNames, Pass, Probes, State
 from liar_opt.passes.blank_cut import deployed, in_one_form
@@ -120,6 +121,11 @@ class TorchBackend(Backend):
             raise OptionError(
                 "a search exchanges widths between layers, and a configuration has one for all of a kind; leave search "
                 f"out, or {ELSEWHERE}"
+            )
+        if checkpoint and options.uniform is None and chosen.widths.allocate in set(MEASURED) - {"curves"}:
+            raise OptionError(
+                f"allocation '{chosen.widths.allocate}' gives each layer a width of its own, and a configuration has one "
+                f"for all of a kind; leave allocate out, or {ELSEWHERE}"
             )
         asked = {VALUES: "values", QUERY_KEY: "query_key", RECURRENT: "recurrent"}
         for kind, field in asked.items():

@@ -138,7 +138,8 @@ class ModuleResult(PruneResult):
         # of a name of the hub: the folder to which it was fetched
         self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
         self._model, self._example = state.model, opened.example
-        self.words, whole = state.get(ChosenWords), state.get(WholeModule)
+        whole = state.get(WholeModule)
+        self.words = None if whole is None else state.get(ChosenWords)  # a dry run has chosen words, and cut none
         self._whole = None if whole is None else whole.module
         self._small = self.words.small if self.words is not None and report["vocabulary"]["small_tokenizer"] else None
         if self.words is not None:

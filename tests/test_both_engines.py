@@ -288,3 +288,11 @@ def test_another_repair_is_seen() -> None:
     results["residual"] = both("bert", **ratios, repair="residual")
     for one, other in (("liar", "dense"), ("dense", "residual"), ("residual", "liar")):
         assert apart(results[one][0], results[other][1].model) > 2 * ROUNDING
+
+
+def test_a_rotary_embedding_is_the_reason_in_both() -> None:
+    for model in (made("llama"), export("llama")):
+        with pytest.raises(liar_opt.ModelError, match="taken apart before the product, as a rotary embedding does"):
+            liar_opt.prune(model, batches(1), query_key=0.3, checkpoint=False)
+        planned = liar_opt.prune(model, batches(1), query_key="auto", sparsity=0.2, checkpoint=False, dry_run=True)
+        assert any("queries and keys keep their width: it is taken apart" in n for n in planned.report["model"]["notes"])

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import oracle
 import pytest
 import torch
 import transformers
@@ -198,6 +200,13 @@ def test_the_command_writes_onnx_of_a_checkpoint(tmp_path: Path, capsys: pytest.
     arguments = [str(model), "--calibration", str(calibration), "--heads", "0.4", "--ffn", "0.5", "--no-latency"]
     assert main([*arguments, "--format", "onnx", "-o", str(output), "--quiet"]) == 0
     assert {g.kind: g.size for g in liar_opt.inspect(output).groups} == {"heads": 3, "ffn": 48}
+    program = tmp_path / "small.pt2"  # no configuration that would have to say the heads
+    assert main([*arguments, "-o", str(program), "--quiet"]) == 0
+    arrays = zoo_fx.feeds("bert", seed=3)
+    (theirs, *_) = oracle.run(onnx.load(output), arrays)
+    with torch.no_grad():
+        ours = torch.export.load(program).module()(**{k: torch.from_numpy(v) for k, v in arrays.items()})
+    np.testing.assert_allclose(next(iter(ours.values())).numpy(), theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -495,6 +504,7 @@ def test_a_checkpoint_meets_a_goal(options: dict[str, str], tmp_path: Path) -> N
     said = target_met(report)
     if "max_drop" in options:
         assert 0.0 < target["found"] <= 0.1 and f"{100 * target['found']:.2f} % lost with" in said
+        assert target["sparsity"] == pytest.approx(1.0 - report["prunable"]["after"] / report["prunable"]["before"])
         return
     step = 4 * 3 * 60 * 2  # four channels of three matrices, in both layers
     bytes_each = 4 if "size" in options["target"] else 1

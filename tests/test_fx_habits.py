@@ -143,6 +143,7 @@ def test_traced_graphs_are_used_like_modules() -> None:
     small(x, late=late)[0].sum().backward()
     assert all(p.grad is not None for p in small.parameters())
     assert torch.export.export(small, (x, None, late)).module()(x, None, late)[0].shape == (8, 7, 20)
+    torch.testing.assert_close(result.program.module()(x=x, late=late)[0], found.mixed)  # nothing in the gap
     with pytest.raises(AssertionError, match="argument 'early' was not traced; leave it out"):
         small(x, late, late)
     with pytest.raises(AssertionError, match="argument 'late' is missing"):

@@ -154,7 +154,7 @@ def _output_of(options: argparse.Namespace) -> Path:
                 f"'{options.model}' is an ONNX file: it becomes ONNX; give the folder of a checkpoint for one"
             )
         return output or options.model.with_name(f"{options.model.stem}.liar.onnx")
-    plain = output is None or output.suffix != ".onnx"
+    plain = output is None or output.suffix not in (".onnx", ".pt2")
     options.checkpoint = options.format == "checkpoint" or (options.format is None and plain)
     beside: Path = options.model.absolute() if options.model.is_dir() else Path(options.model.name).absolute()
     return output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")

@@ -134,7 +134,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         output.add_argument(
             "--format",
             choices=("onnx", "checkpoint"),
-            help="what a checkpoint becomes (default: a checkpoint, unless the output ends in .onnx)",
+            help="what a checkpoint becomes (default: a checkpoint, unless the output ends in .onnx or .pt2)",
         )
     if command == "demo":
         output.add_argument(

@@ -124,6 +124,13 @@ def test_a_folder_with_widths(tokenizer: Path, tmp_path: Path, capsys: pytest.Ca
     assert main([str(output), "--vocabulary", str(texts), "--force", "-o", str(tmp_path / "again")]) == 2  # has them all
 
 
+def test_a_dry_run_with_widths_says_what_would_go() -> None:
+    module = build("bert")
+    result = prune_module(module, vocabulary=np.arange(40), ffn=0.5, checkpoint=False, dry_run=True)
+    assert result.report["model"]["notes"] == ["40 of 101 words would be left, by ids from Python"] and result.words is None
+    assert result.module is module and result.graph_module is not None
+
+
 def test_onnx(tokenizer: Path, tmp_path: Path) -> None:
     """An export keeps the ids that the module had, or has those of the smaller tokenizer beside it."""
     module = build("gpt2")
