@@ -243,7 +243,7 @@ class CutVocabularyPass(Pass[ChosenWords]):
         return PassResult(state, (Change("words", "vocabulary", plan.size, len(plan.kept)),))
 
 
-def cut_words_entry(plan: ChosenWords, words: Words, difference: float) -> CutWords:
+def cut_words_entry(plan: ChosenWords, words: Words, difference: float | None) -> CutWords:
     """Returns what the report says of words that were cut, of as many numbers each as the others."""
     share, kept = len(plan.kept) / plan.size, len(plan.kept)
     return CutWords(

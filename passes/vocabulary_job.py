@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from liar_opt.frontend.causal import positions
+from liar_opt.frontend.fx_module import to_numpy
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.tables import looked_up, vocabulary
+from liar_opt.frontend.vocabulary import find_words
 from liar_opt.frontend.walk import walk
 from liar_opt.passes.backend import Backend
-from liar_opt.passes.base import DenseModel, Pipeline, State
+from liar_opt.passes.base import Change, DenseModel, Pipeline, State
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.cut_module_words import CutModuleWordsPass
 from liar_opt.passes.cut_vocabulary import (
@@ -17,10 +19,12 @@ from liar_opt.passes.cut_vocabulary import (
     ChosenWords,
     CutVocabularyPass,
     CutWords,
+    cut_words_entry,
 )
 from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import model_sizes
+from liar_opt.passes.open_module import OpenedModule
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.report import Report, SizesEntry, report_of
 from liar_opt.passes.result import ModuleResult, PruneResult
@@ -80,9 +84,13 @@ def cut_module_vocabulary(backend: Backend, start: float, watch: MemoryWatch) ->
     report.asked([CutModuleWordsPass()], options, backend.calibration, backend.where, backend.device)
     report.groups, report.values = [], []
     report.refuse(())
-    done = Pipeline(passes=[CutModuleWordsPass()], observer=options.observer)(state)
-    state.add(FinalFields(()))
-    cut = state.found(CutWords)
+    changes: tuple[Change, ...] = ()
+    if options.dry_run:
+        cut = cut_words_entry(state.found(ChosenWords), find_words(state.model), None)
+    else:
+        changes = Pipeline(passes=[CutModuleWordsPass()], observer=options.observer)(state).changes
+        state.add(FinalFields(()))
+        cut = state.found(CutWords)
     report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
     report.vocabulary = cut
     if not options.dry_run:
@@ -90,8 +98,10 @@ def cut_module_vocabulary(backend: Backend, start: float, watch: MemoryWatch) ->
         backend.complete(report, state)
         assert cut.exact_difference is not None
         report.verification = Verification(cut.exact_difference, state.model.least_precision(), {})
+        if options.latency:
+            _time_module(backend, report)
         report.ended(state, watch, time.perf_counter() - start)
-    result = backend.result(state, report, done.changes, ())
+    result = backend.result(state, report, changes, ())
     assert isinstance(result, ModuleResult)
     return result
 
@@ -115,4 +125,16 @@ def _time(state: State, report: Report, words: ChosenWords, batch: Mapping[str, 
         report.timed(measure_latency(models, [batch, words.numbered(batch)], budget=1.0, least=12, close=0.02))
     except CannotTime:
         report.note("latency was not measured: the models cannot be run in processes of their own")
+    state.seconds["latency"] = time.perf_counter() - began
+
+
+def _time_module(backend: Backend, report: Report) -> None:
+    """Times both modules in turns, on the batch that the module was traced with."""
+    state, began = backend.state, time.perf_counter()
+    batch = {name: to_numpy(value) for name, value in state.found(OpenedModule).example.items()}
+    times = backend.timed(state, batch, False)
+    if isinstance(times, str):
+        report.note(times)
+    else:
+        report.timed(times)
     state.seconds["latency"] = time.perf_counter() - began

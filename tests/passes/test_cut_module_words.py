@@ -163,3 +163,13 @@ def test_ids_alone(tmp_path: Path) -> None:
     assert module.get_input_embeddings().weight.shape[0] == len(result.words.kept)
     with pytest.raises(OptionError, match="needs the tokenizer"):
         result.save(tmp_path / "out")
+
+
+def test_a_dry_run_of_words_alone_cuts_nothing() -> None:
+    module = build("bert")
+    planned = prune_module(module, vocabulary=np.arange(40), checkpoint=False, dry_run=True)
+    assert planned.report["vocabulary"]["kept"] == 40 and "after" not in planned.report and not planned.changes
+    assert planned.module is module
+    done = prune_module(module, vocabulary=np.arange(40), checkpoint=False)
+    assert done.report["vocabulary"]["parameters_after"] == planned.report["vocabulary"]["parameters_after"]
+    assert done.report["latency"]["speedup"] > 0
