@@ -5,6 +5,7 @@ What a backend cannot do is said by its ``cannot``, before any work, and nowhere
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,6 +173,16 @@ class Backend(ABC):
             batch: what they run on.
             aimed: whether a time was the target: it is measured longer then.
         """
+
+    def note_times(self, report: Report, state: State, batch: Mapping[str, Any], aimed: bool = False) -> None:
+        """Times both models for the report, or says there why not; see `timed`."""
+        began = time.perf_counter()
+        times = self.timed(state, batch, aimed)
+        if isinstance(times, str):
+            report.note(times)
+            return
+        report.timed(times)
+        state.seconds["latency"] = time.perf_counter() - began
 
     @abstractmethod
     def result(

@@ -70,6 +70,10 @@ class ChosenWords(Finding):
             return dict(feeds)
         return {k: np.searchsorted(self.kept, v).astype(v.dtype) if k in self.inputs else v for k, v in feeds.items()}
 
+    def beside(self, dense: Mapping[str, Any], cut: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Returns feeds of the dense and of the cut model with words that stay, each with the ids that it takes."""
+        return [self.known(dense), self.numbered(self.known(cut))]
+
     def known(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Returns feeds whose ids are of words that stay: others are replaced by some of these."""
         result = dict(feeds)

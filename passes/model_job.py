@@ -156,7 +156,7 @@ class ModelJob:
         report.after = SizesEntry(**model_sizes(state.model), flops=self._flops())
         backend.complete(report, state)
         if options.latency:
-            self._time(report)
+            backend.note_times(report, state, self._one_batch(), self.target is not None)
         report.ended(state, self.watch, time.perf_counter() - self.start)
         if state.checkpoint is not None:
             state.checkpoint.remove()
@@ -275,16 +275,6 @@ class ModelJob:
         self.faults |= self.state.found(Faults).reasons
         self._leave_alone()
         return list(result.refusals)
-
-    def _time(self, report: Report) -> None:
-        """Times the dense and the pruned model side by side."""
-        began = time.perf_counter()
-        times = self.backend.timed(self.state, self._one_batch(), self.target is not None)
-        if isinstance(times, str):
-            report.note(times)
-            return
-        report.timed(times)
-        self.state.seconds["latency"] = time.perf_counter() - began
 
     def _identity(self, report: Report) -> dict[str, Any]:
         """Returns what must be the same for an interrupted run to go on."""

@@ -202,7 +202,7 @@ class TorchBackend(Backend):
         models = in_one_form([dense, TimedModule(traced_model(state), made.module, made.traced is None)])
         feeds, words = [dict(batch)] * 2, state.get(ChosenWords)
         if words is not None:
-            feeds = [words.known(batch), words.numbered(words.known(batch))]
+            feeds = words.beside(batch, batch)
         if aimed:
             return measure_latency(models, feeds, budget=2.0, least=12, close=SPREAD)
         return measure_latency(models, feeds, budget=TIMED_SECONDS, least=1)

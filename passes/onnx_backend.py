@@ -122,15 +122,17 @@ class OnnxBackend(Backend):
         if state.memory.low:
             limit = show_size(state.memory.limit)
             return f"latency was not measured: the models are too large for the memory of {limit}"
-        feeds = [dict(batch), cut_arrays(dict(batch), state.found(Cut).ends)]
-        words = state.get(ChosenWords)
+        cut, words = state.get(Cut), state.get(ChosenWords)
+        feeds = [dict(batch), dict(batch) if cut is None else cut_arrays(dict(batch), cut.ends)]
         if words is not None:
-            feeds = [words.known(feeds[0]), words.numbered(words.known(feeds[1]))]
+            feeds = words.beside(*feeds)
         models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
         try:
             return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD)
         except CannotTime:
-            compared = state.found(ComparedSessions)
+            compared = state.get(ComparedSessions)
+            if compared is None:
+                return "latency was not measured: the models cannot be run in processes of their own"
             sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
             return measure_latency(sessions, feeds, budget=0.3, least=6)
 

@@ -11,13 +11,10 @@ from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.frontend.vocabulary import find_words
 from liar_opt.frontend.walk import walk
 from liar_opt.passes.backend import Backend
-from liar_opt.passes.base import Change, DenseModel, Pipeline, State
-from liar_opt.passes.blank_cut import deployed
-from liar_opt.passes.cut_module_words import CutModuleWordsPass
+from liar_opt.passes.base import Change, Pipeline
 from liar_opt.passes.cut_vocabulary import (
     SAMPLES,
     ChosenWords,
-    CutVocabularyPass,
     CutWords,
     cut_words_entry,
 )
@@ -30,7 +27,6 @@ from liar_opt.passes.report import Report, SizesEntry, report_of
 from liar_opt.passes.result import ModuleResult, PruneResult
 from liar_opt.passes.verify_model import Verification
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
-from liar_opt.runtime.latency import CannotTime, measure_latency
 from liar_opt.runtime.memory import MemoryWatch
 
 LENGTH = 16
@@ -47,27 +43,12 @@ def cut_vocabulary(backend: Backend, start: float, watch: MemoryWatch) -> PruneR
     """
     state, options, calibration = backend.state, backend.options, backend.calibration
     Pipeline(passes=[NormaliseGraphPass()], observer=options.observer)(state)
-    words = backend.choose_words(state)
-    state.add(words)
+    state.add(backend.choose_words(state))
     state.calibration = _few_samples(state.model, calibration, options)
-    batch = words.known(state.calibration.batches[0])
-    report = report_of(state)
-    report.asked([CutVocabularyPass()], options, calibration, options.provider, state.device)
-    report.groups, report.values = [], []
-    report.refuse(())
-    done = Pipeline(passes=[CutVocabularyPass()], observer=options.observer)(state)
-    cut = state.found(CutWords)
-    report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
-    report.vocabulary = cut
-    if options.dry_run:
-        return backend.result(state, report, (), ())
-    report.after = SizesEntry(**model_sizes(state.model))
-    assert cut.exact_difference is not None
-    report.verification = Verification(cut.exact_difference, state.model.least_precision(), {})
-    if options.latency:
-        _time(state, report, words, batch)
-    report.ended(state, watch, time.perf_counter() - start)
-    return backend.result(state, report, done.changes, ())
+    report = _begun(backend)
+    done = Pipeline(passes=[backend.cutting_words()], observer=options.observer)(state)
+    changes = () if options.dry_run else done.changes
+    return _ended(backend, report, state.found(CutWords), changes, state.calibration.batches[0], start, watch)
 
 
 def cut_module_vocabulary(backend: Backend, start: float, watch: MemoryWatch) -> ModuleResult:
@@ -80,30 +61,50 @@ def cut_module_vocabulary(backend: Backend, start: float, watch: MemoryWatch) ->
     """
     state, options = backend.state, backend.options
     state.add(backend.choose_words(state))
-    report = report_of(state)
-    report.asked([CutModuleWordsPass()], options, backend.calibration, backend.where, backend.device)
-    report.groups, report.values = [], []
-    report.refuse(())
-    changes: tuple[Change, ...] = ()
+    report, changes = _begun(backend), tuple[Change, ...]()
     if options.dry_run:
         cut = cut_words_entry(state.found(ChosenWords), find_words(state.model), None)
     else:
-        changes = Pipeline(passes=[CutModuleWordsPass()], observer=options.observer)(state).changes
+        changes = Pipeline(passes=[backend.cutting_words()], observer=options.observer)(state).changes
         state.add(FinalFields(()))
         cut = state.found(CutWords)
+    batch = {name: to_numpy(value) for name, value in state.found(OpenedModule).example.items()}
+    result = _ended(backend, report, cut, changes, batch, start, watch)
+    assert isinstance(result, ModuleResult)
+    return result
+
+
+def _begun(backend: Backend) -> Report:
+    """Returns the report's first part."""
+    report = report_of(backend.state)
+    report.asked([backend.cutting_words()], backend.options, backend.calibration, backend.where, backend.device)
+    report.groups, report.values = [], []
+    report.refuse(())
+    return report
+
+
+def _ended(
+    backend: Backend,
+    report: Report,
+    cut: CutWords,
+    changes: tuple[Change, ...],
+    batch: Mapping[str, Any],
+    start: float,
+    watch: MemoryWatch,
+) -> PruneResult:
+    """Says what was cut, checked and timed on a batch; of a dry run what would be."""
+    state = backend.state
     report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
     report.vocabulary = cut
-    if not options.dry_run:
+    if not backend.options.dry_run:
         report.after = SizesEntry(**model_sizes(state.model))
         backend.complete(report, state)
         assert cut.exact_difference is not None
         report.verification = Verification(cut.exact_difference, state.model.least_precision(), {})
-        if options.latency:
-            _time_module(backend, report)
+        if backend.options.latency:
+            backend.note_times(report, state, batch)
         report.ended(state, watch, time.perf_counter() - start)
-    result = backend.result(state, report, changes, ())
-    assert isinstance(result, ModuleResult)
-    return result
+    return backend.result(state, report, changes, ())
 
 
 def _few_samples(model: OnnxModel, calibration: Any, options: PruneOptions) -> CalibrationData:
@@ -115,26 +116,3 @@ def _few_samples(model: OnnxModel, calibration: Any, options: PruneOptions) -> C
     if calibration is None:
         fields["rows"] = looked_up(model)
     return load_calibration(calibration, walk(model).input_specs(), **fields)
-
-
-def _time(state: State, report: Report, words: ChosenWords, batch: Mapping[str, Any]) -> None:
-    """Times both models in turns, on a made-up batch."""
-    models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
-    began = time.perf_counter()
-    try:
-        report.timed(measure_latency(models, [batch, words.numbered(batch)], budget=1.0, least=12, close=0.02))
-    except CannotTime:
-        report.note("latency was not measured: the models cannot be run in processes of their own")
-    state.seconds["latency"] = time.perf_counter() - began
-
-
-def _time_module(backend: Backend, report: Report) -> None:
-    """Times both modules in turns, on the batch that the module was traced with."""
-    state, began = backend.state, time.perf_counter()
-    batch = {name: to_numpy(value) for name, value in state.found(OpenedModule).example.items()}
-    times = backend.timed(state, batch, False)
-    if isinstance(times, str):
-        report.note(times)
-    else:
-        report.timed(times)
-    state.seconds["latency"] = time.perf_counter() - began
