@@ -835,7 +835,7 @@ def save_checkpoint(
             _check_loads(module, temporary, example)
             _note_written(temporary)
     except OSError as err:
-        raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
+        raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was written") from err
     return path
 
 

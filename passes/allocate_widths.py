@@ -118,6 +118,11 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
     if not state.groups and not others:
         name = f"'{state.model.source}'" if state.model.source else "the model"
         raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+    if state.groups and not others and all(g.size == 1 for g in state.groups):
+        raise OptionError(
+            "each group is one block, a single head say, and one stays at the least: nothing of them can go; "
+            "'liar-opt inspect' lists what else there is"
+        )
     if state.groups and not others and all(step_of(g, multiple_of) == g.size for g in state.groups):
         widest = max(g.size for g in state.groups)
         raise OptionError(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
 from liar_opt.passes.chosen_passes import Chosen
-from liar_opt.passes.cut_vocabulary import ChosenWords
+from liar_opt.passes.cut_vocabulary import ChosenWords, wants_words
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PACKINGS, PruneOptions
@@ -81,6 +81,8 @@ class Backend(ABC):
         """
         require_labels(options.score, options.loss, options.labelled, cls.gradients)
         lookup("packing", dict.fromkeys(PACKINGS), options.packing)
+        if options.small_tokenizer and not wants_words(options):
+            raise OptionError("small-tokenizer goes with --vocabulary or --vocabulary-coverage, which say what words stay")
         for name, reason in cls.cannot.items():
             if options.given(name):
                 raise OptionError(reason)

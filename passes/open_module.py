@@ -80,6 +80,9 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
         module = load_module(folder, options.allow_pickle).to(_device(options.provider))
     else:
         module, notes = plain_module(model)
+        if options.provider == "cuda" and not any(p.is_cuda for p in module.parameters()):
+            _device(options.provider)
+            raise OptionError("provider 'cuda': the module's weights are on the CPU; move it with .to('cuda') before")
     if is_own_text(calibration):
         require_generate(module)
     calibration = named_source(module, calibration, options.batch_size)

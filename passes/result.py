@@ -91,7 +91,7 @@ class PruneResult:
             write_model(*parts, path, keep=[file for file, _ in self.inputs.files()])
         except OSError as err:
             raise OptionError(
-                f"'{path}' cannot be written ({err.strerror or err}); free space or choose another path; nothing was left"
+                f"'{path}' cannot be written ({err.strerror or err}); free space or give another path; nothing was written"
             ) from err
         small = self.words is not None and self.words.renumbered
         words = {int(i): k for k, i in enumerate(self.words.kept)} if small and self.words is not None else None
@@ -203,7 +203,7 @@ class ModuleResult(PruneResult):
                 with whole_file(path) as temporary, temporary.open("wb") as stream:
                     torch.export.save(self.program, stream)
         except OSError as err:
-            raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was left") from err
+            raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was written") from err
         return path
 
 

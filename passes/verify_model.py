@@ -11,6 +11,7 @@
 4. How far its outputs are from the dense model's is measured on calibration batches that were held back, and reported.
 """
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -306,6 +307,15 @@ def dense_session(state: State) -> Runner:
     return state.engine().whole(state.found(DenseModel).original) if known is None else known.session.result()
 
 
+def _runs_otherwise(state: State, batch: Mapping[str, Any]) -> str | None:
+    """Returns in which other way the original runs on a batch, in words; None where it runs in no way."""
+    for how, load in state.engine().ways(state.found(DenseModel).original.model()):
+        with contextlib.suppress(Exception):  # of ONNX Runtime: a class of its own for each release
+            load().run(batch)
+            return how
+    return None
+
+
 def require_runs(state: State, session: Runner, every: bool = False) -> None:
     """Runs the original on one sample of the calibration data, or on all of it.
 
@@ -327,6 +337,12 @@ def require_runs(state: State, session: Runner, every: bool = False) -> None:
                 raise OptionError(f"no memory is left to run the model on one batch ({fed}); give smaller ones") from err
             made = "liar-opt made them up: give real ones (--calibration), or another sequence length (--sequence-length)"
             fits = "is a size or a token id not what the model was made for? --calibration takes data that fits"
+            how = _runs_otherwise(state, batch)
+            if how is not None:
+                raise ModelError(
+                    f"{state.engine().name} loads the model as it came, and fails to run it ({fed}): {line}; the same data "
+                    f"runs {how}, so the data is not the reason: export the model in another way, or take another release"
+                ) from err
             raise ModelError(
                 f"{state.engine().name} fails on the calibration data ({fed}): {line}; {made if data.synthetic else fits}"
             ) from err

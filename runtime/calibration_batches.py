@@ -184,6 +184,8 @@ def batch_feeds(drawn: Feeds, job: CalibrationJob) -> Batched:
     warnings: list[str] = []
     if job.sequence_length is not None:
         warnings.append("'sequence_length' has no effect on calibration data that is given as arrays.")
+    if job.text_column is not None:
+        warnings.append("'text_column' has no effect on calibration data that is given as arrays.")
     unknown = dict.fromkeys(name for _, feed in drawn.feeds for name in feed if name not in signature.inputs)
     counts = [check_feed(label, feed, signature) for label, feed in drawn.feeds]
     if unknown:

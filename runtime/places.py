@@ -31,7 +31,7 @@ class Places:
     inputs: Callable[[], Iterable[InputFile]] = tuple
     _read: dict[tuple[int, int], str] | None = None
     _folders: list[tuple[Path, str]] = field(default_factory=list)
-    _files: dict[tuple[int, int, str], str] = field(default_factory=dict)
+    _files: dict[tuple[int, int, str], tuple[Path, str]] = field(default_factory=dict)
 
     def file(self, path: Path, what: str, *, replace: bool = True, probe: bool = True) -> None:
         """Takes a file as a result.
@@ -56,11 +56,11 @@ class Places:
             _check_folder_of(path, what)
             key = _key(path)
             if key in self._files:
-                raise _both(path, what, self._files[key])
+                raise _both(path, what, self._files[key][1])
             for folder, owner in self._folders:
                 if path.resolve().is_relative_to(folder):
                     raise OptionError(f"{what} '{path}' is within {owner}; choose another path")
-            self._files[key] = f"the {what}"
+            self._files[key] = path.resolve(), f"the {what}"
             if probe:
                 # Asking for permission says little (root, read-only disks); a nameless file shows it and leaves nothing.
                 with tempfile.TemporaryFile(dir=path.parent):
@@ -92,6 +92,11 @@ class Places:
             for other, owner in self._folders:
                 if place.is_relative_to(other) or other.is_relative_to(place):
                     raise _both(path, what, owner)
+            for file, owner in self._files.values():
+                if file == place:
+                    raise _both(path, what, owner)
+                if file.is_relative_to(place):
+                    raise OptionError(f"{owner} '{file}' is within the {what} '{path}'; choose another path")
             self._folders.append((place, f"the {what}"))
 
     def _check_read(self, path: Path, what: str) -> None:

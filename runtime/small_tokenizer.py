@@ -199,7 +199,7 @@ def write_beside(tokenizer: SmallTokenizer, kept: NDArray[np.int64], output: Pat
         with whole_folder(folder) as temporary:
             tokenizer.write(kept, temporary)
     except OSError as err:
-        raise OptionError(f"'{folder}' cannot be written ({err.strerror or err}); nothing was left of it") from err
+        raise OptionError(f"'{folder}' cannot be written ({err.strerror or err}); nothing was written") from err
     return folder
 
 

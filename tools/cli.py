@@ -142,22 +142,37 @@ def _output_of(options: argparse.Namespace) -> Path:
     """Returns the path of the result, and settles whether it is a checkpoint: a folder gives a folder, a file a file.
 
     Raises:
-        OptionError: a checkpoint was asked for of an ONNX file.
+        OptionError: a checkpoint was asked for of an ONNX file, or a folder where a file is written.
     """
     from liar_opt.passes.open_model import is_module_source
 
-    output: Path | None = options.output
+    given: str | None = options.output
+    output = None if given is None else Path(given)
     options.checkpoint = None
     if not is_module_source(options.model):
         if options.format == "checkpoint":
             raise OptionError(
                 f"'{options.model}' is an ONNX file: it becomes ONNX; give the folder of a checkpoint for one"
             )
-        return output or options.model.with_name(f"{options.model.stem}.liar.onnx")
+        place: Path = output or options.model.with_name(f"{options.model.stem}.liar.onnx")
+        return _file_of(place, given, options.model)
     plain = output is None or output.suffix not in (".onnx", ".pt2")
     options.checkpoint = options.format == "checkpoint" or (options.format is None and plain)
     beside: Path = options.model.absolute() if options.model.is_dir() else Path(options.model.name).absolute()
-    return output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")
+    place = output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")
+    return place if options.checkpoint else _file_of(place, given, beside)
+
+
+def _file_of(place: Path, given: str | None, model: Path) -> Path:
+    """Returns the place of a file.
+
+    Raises:
+        OptionError: what was given can only be a folder.
+    """
+    if given is not None and given.endswith(("/", os.sep)):
+        name = Path(given) / f"{model.stem}.liar.onnx"
+        raise OptionError(f"output '{given}' is a folder; give the path of a file, such as '{name}'")
+    return place
 
 
 def _set_resume(options: argparse.Namespace, output: Path) -> None:

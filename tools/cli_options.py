@@ -129,7 +129,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     if command == "prune":
         output.add_argument(
-            "-o", "--output", type=Path, metavar="PATH", help="default: model.liar.onnx (or model.liar/) beside the input"
+            "-o", "--output", metavar="PATH", help="default: model.liar.onnx (or model.liar/) beside the input"
         )
         output.add_argument(
             "--format",

@@ -157,6 +157,30 @@ def test_data_on_which_the_original_fails(lengths: tuple[int, ...], memory: str 
         prune(proto, of_lengths(*lengths), ffn=0.5, allocate="uniform", memory=memory)
 
 
+def test_a_model_that_the_optimizer_of_onnx_runtime_breaks() -> None:
+    """It moves transposes through a Pad whose axes are not in order; the data is not to blame."""
+    proto = graphs.parse(
+        "f (float[b, 4, s] x) => (float[b, 4, s] z) { e = Conv(x, w)  t = Transpose<perm=[0, 2, 1]>(e) "
+        "c = Pad(t, pads, zero, axes)  d = Slice(c, one, end, one)  a = Transpose<perm=[0, 2, 1]>(d)  y = Conv(a, v) "
+        "u = Conv(y, p)  h = Relu(u)  z = Conv(h, o) }",
+        {
+            "w": (12, 4, 1),
+            "v": (4, 14, 1),
+            "p": (16, 4, 1),
+            "o": (4, 16, 1),
+            "zero": np.float32(0),
+            "one": np.asarray([1]),
+            "pads": np.asarray([1, 0, 1, 1, 0, 0]),
+            "axes": np.asarray([2, 0, 1]),
+            "end": np.asarray([1 << 31]),
+        },
+        opset=18,
+    )
+    data = {"x": np.random.default_rng(0).standard_normal((6, 4, 5)).astype(np.float32)}
+    with pytest.raises(ModelError, match=r"the same data runs with ONNX Runtime's optimizer off, so the data is not"):
+        prune(proto, data, ffn=0.5)
+
+
 def part_of(run: Any) -> Any:
     """Makes parts whose sessions run ``run``."""
     right = OnnxPart.__init__

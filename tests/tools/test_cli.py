@@ -15,6 +15,7 @@ import onnx
 import pytest
 import zoo
 
+from liar_opt import __main__ as start
 from liar_opt.frontend import weight_files
 from liar_opt.runtime import compare
 from liar_opt.tools import cli, cli_options
@@ -558,6 +559,7 @@ def test_the_output_exists(refuse: Refuse, model: Path) -> None:
 
 def test_the_output_is_a_folder(refuse: Refuse, model: Path, tmp_path: Path) -> None:
     refuse(model, "-o", tmp_path, needles=("is a folder",))
+    refuse(model, "-o", f"{tmp_path}/new/", needles=("new/' is a folder; give the path of a file", "new/model.liar.onnx'"))
 
 
 def test_the_folder_does_not_exist(refuse: Refuse, model: Path, tmp_path: Path) -> None:
@@ -662,6 +664,11 @@ def test_a_resume_folder_that_is_another_result(refuse: Refuse, model: Path, tmp
         model, "-o", tmp_path / "x", "--resume", tmp_path / "r", "--report", tmp_path / "r", needles=("within the resume",)
     )
     refuse(model, "--resume", tmp_path, needles=("is the input, or holds it",))
+    refuse(model, "-o", tmp_path / "x", "--resume", tmp_path / "x", needles=("x' is the output, which this command",))
+    (tmp_path / "r").mkdir()
+    refuse(
+        model, "-o", tmp_path / "r" / "x", "--resume", tmp_path / "r", needles=("the output", "is within the resume folder")
+    )
 
 
 def full(*_: Any, **__: Any) -> int:
@@ -761,6 +768,24 @@ def test_interrupted_while_writing(refuse: Refuse, model: Path, monkeypatch: pyt
 
     monkeypatch.setattr(weight_files, "_write", half)
     refuse(model, "--samples", 4, needles=("interrupted; nothing was written",), code=130, warned=True)
+
+
+def test_interrupted_while_it_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupt:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "liar_opt.tools.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "liar_opt.tools.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
+    assert start.main() == 130
+    assert capsys.readouterr().err == "liar-opt: interrupted; nothing was written\n"
+
+
+def test_the_package_loads_nothing_by_itself() -> None:
+    program = "import sys, liar_opt; print('numpy' in sys.modules, liar_opt.OptionError.__name__, 'prune' in dir(liar_opt))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "OptionError", "True"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process there")
