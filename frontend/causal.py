@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import is_constant, is_float
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.model import Model
 from liar_opt.frontend.rules.operators import MOVERS, has, operator
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.runtime.signatures import Signature
@@ -24,7 +24,7 @@ from liar_opt.runtime.signatures import Signature
 CAUSAL_ATTRIBUTES = ("is_causal", "unidirectional", "causal")
 
 
-def is_causal(model: OnnxModel) -> bool:
+def is_causal(model: Model) -> bool:
     """Returns whether no token of the model sees those behind it."""
     signature = Signature.read(model.inputs(), None)
     if "decoder_ids" in signature.roles.values():
@@ -32,7 +32,7 @@ def is_causal(model: OnnxModel) -> bool:
     return bool(signature.past) or any(_says_causal(node) or _is_triangle(node) for node in _nodes(model.graph))
 
 
-def positions(model: OnnxModel) -> int | None:
+def positions(model: Model) -> int | None:
     """Returns for how many tokens the model has positions; None where nothing in the graph limits them.
 
     The least of: rows of a table that is looked up by positions or cut to a computed length, rows of the tables of rotary

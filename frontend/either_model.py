@@ -12,10 +12,10 @@ from liar_opt.frontend.walk import GraphWalk, count_flops, walk, walk_sized
 
 if TYPE_CHECKING:
     from liar_opt.frontend.engine import Engine
-    from liar_opt.frontend.onnx_model import OnnxModel
+    from liar_opt.frontend.model import Model
 
 
-def analysis_of(model: OnnxModel) -> GraphWalk:
+def analysis_of(model: Model) -> GraphWalk:
     """Returns the analysis of a graph, which is in normal form."""
     if not model.traced:
         return walk(model)
@@ -25,7 +25,7 @@ def analysis_of(model: OnnxModel) -> GraphWalk:
     return analyse(model)
 
 
-def engine_of(model: OnnxModel, device: Literal["cpu", "cuda"], low_memory: bool) -> Engine:
+def engine_of(model: Model, device: Literal["cpu", "cuda"], low_memory: bool) -> Engine:
     """Returns what runs a model: ONNX Runtime, or torch where the module is.
 
     Args:
@@ -44,7 +44,7 @@ def engine_of(model: OnnxModel, device: Literal["cpu", "cuda"], low_memory: bool
     return TorchEngine(model)
 
 
-def bytes_on(model: OnnxModel, feeds: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+def bytes_on(model: Model, feeds: Mapping[str, NDArray[Any]]) -> dict[str, int]:
     """Returns the bytes of every tensor that is no constant, for inputs of the shapes of ``feeds``.
 
     Empty where the graph does not say them.
@@ -60,7 +60,7 @@ def bytes_on(model: OnnxModel, feeds: Mapping[str, NDArray[Any]]) -> dict[str, i
     return tensor_bytes(model, feeds)
 
 
-def flops_of(model: OnnxModel, feeds: Mapping[str, Any]) -> int | None:
+def flops_of(model: Model, feeds: Mapping[str, Any]) -> int | None:
     """Returns the operations of all products and convolutions of a graph for inputs of the shapes of ``feeds``.
 
     A multiplication and an addition are two; pointwise operators and softmax are not counted. None where they cannot be.
@@ -74,10 +74,12 @@ def flops_of(model: OnnxModel, feeds: Mapping[str, Any]) -> int | None:
     return fx_engine.count_flops(model, feeds)
 
 
-def as_given(model: OnnxModel) -> Any:
+def as_given(model: Model) -> Any:
     """Returns a model as its user has it: an ONNX proto, or the traced graph as a module."""
     if not model.traced:
-        return model.as_given()
+        from liar_opt.frontend.onnx_model import onnx_graph
+
+        return onnx_graph(model).as_given()
     from liar_opt.frontend.fx_module import FxModel
     from liar_opt.frontend.fx_rewrite import cut_graph_module
 

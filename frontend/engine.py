@@ -22,8 +22,7 @@ from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.sessions import Runner
 
 if TYPE_CHECKING:
-    from liar_opt.frontend.model import Original
-    from liar_opt.frontend.onnx_model import OnnxModel
+    from liar_opt.frontend.model import Model, Original
 
 Value = Any
 """A tensor: an array, or what the engine keeps on its device."""
@@ -163,7 +162,7 @@ class Engine(ABC):
         """Returns a tensor as an array."""
 
     @abstractmethod
-    def ways(self, model: OnnxModel) -> Iterator[tuple[str, Callable[[], Runner]]]:
+    def ways(self, model: Model) -> Iterator[tuple[str, Callable[[], Runner]]]:
         """Yields in which ways a cut model will be run, in words, with what loads it so; as it is written first.
 
         What loads it raises whatever the engine does.
@@ -183,11 +182,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def rounded(self, model: OnnxModel, what: str) -> Runner:
+    def rounded(self, model: Model, what: str) -> Runner:
         """Loads a whole model with every weight moved by its rounding error; ``what`` is how messages call it."""
 
     @abstractmethod
-    def require_form(self, original: Original, model: OnnxModel, spared: Collection[str]) -> None:
+    def require_form(self, original: Original, model: Model, spared: Collection[str]) -> None:
         """Checks that a cut model can stand where the original stood, before it is run.
 
         Args:
@@ -199,9 +198,7 @@ class Engine(ABC):
             CheckError: it cannot.
         """
 
-    def require_written(
-        self, model: OnnxModel, feeds: Mapping[str, Any], found: Mapping[str, Any], dtype: str
-    ) -> float | None:
+    def require_written(self, model: Model, feeds: Mapping[str, Any], found: Mapping[str, Any], dtype: str) -> float | None:
         """Checks what will be written, where that is another graph than the one that was cut.
 
         Args:

@@ -15,8 +15,7 @@ from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Pat
 from liar_opt.frontend.fx_module import Executor, FxModel, FxOriginal, Patched, to_numpy, to_torch
 from liar_opt.frontend.fx_rewrite import changed_parameters, cut_graph_module, cut_module
 from liar_opt.frontend.graph_tensors import is_constant, nudged
-from liar_opt.frontend.model import Original
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, nodes_for, row_mask
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.array_store import ArrayStore
@@ -69,7 +68,7 @@ class TorchEngine(Engine):
         """Returns a tensor as an array."""
         return value if isinstance(value, np.ndarray) else to_numpy(value)
 
-    def ways(self, model: OnnxModel) -> Iterator[tuple[str, Callable[[], TorchRunner]]]:
+    def ways(self, model: Model) -> Iterator[tuple[str, Callable[[], TorchRunner]]]:
         """Yields the one way that there is."""
         yield "in torch", functools.partial(self.whole, cast(FxModel, model))
 
@@ -79,12 +78,12 @@ class TorchEngine(Engine):
         """Returns the traced graph, which runs with other constants."""
         return TorchReference(self, cast(FxModel, walk.model), outputs, patched(patches))
 
-    def rounded(self, model: OnnxModel, what: str) -> TorchRunner:
+    def rounded(self, model: Model, what: str) -> TorchRunner:
         """Returns a traced module with every weight moved by its rounding error."""
         fx = cast(FxModel, model)
         return TorchRunner(fx, self.model.device, _rounded(fx, Patched()))
 
-    def require_form(self, original: Original, model: OnnxModel, spared: Collection[str]) -> None:
+    def require_form(self, original: Original, model: Model, spared: Collection[str]) -> None:
         """Checks nothing: what a trace takes and gives is the module's own."""
 
 

@@ -30,8 +30,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import is_constant, present
-from liar_opt.frontend.model import Original
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.rules.table import ATEN
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import as_bytes
@@ -90,7 +89,7 @@ class Call:
 
 
 @dataclass(eq=False)
-class FxModel(OnnxModel):
+class FxModel(Model):
     """A traced module, lowered.
 
     Attributes:

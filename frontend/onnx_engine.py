@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Reference, Value
 from liar_opt.frontend.graph_tensors import nudged
-from liar_opt.frontend.model import Original
+from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_form import require_format, require_interface, require_signature, require_valid
-from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal, onnx_graph
 from liar_opt.frontend.onnx_patch import patch_constant, patch_consumer
 from liar_opt.frontend.onnx_segments import ROWS, Extracted, Tap, extract, row_mask
 from liar_opt.frontend.sound_model import shown
@@ -111,9 +111,9 @@ class OnnxEngine(Engine):
         """Returns a tensor as an array."""
         return as_array(value)
 
-    def ways(self, model: OnnxModel) -> Iterator[tuple[str, Callable[[], Session]]]:
+    def ways(self, model: Model) -> Iterator[tuple[str, Callable[[], Session]]]:
         """Yields ONNX Runtime's optimizer off and on; what it packs does not fit where memory is tight."""
-        parts = model.detached()
+        parts = onnx_graph(model).detached()
         levels: tuple[Level, ...] = ("none",) if self.low_memory else ("none", "all")
         for level in levels:
             how = f"with ONNX Runtime's optimizer {'off' if level == 'none' else 'on'}"
@@ -127,24 +127,22 @@ class OnnxEngine(Engine):
         apply_patches(whole, patches)
         return OnnxReference(self, whole, store)
 
-    def rounded(self, model: OnnxModel, what: str) -> Session:
+    def rounded(self, model: Model, what: str) -> Session:
         """Loads a model with every weight moved by its rounding error."""
-        return self.whole(_rounded(*model.detached()), what)
+        return self.whole(_rounded(*onnx_graph(model).detached()), what)
 
-    def require_form(self, original: Original, model: OnnxModel, spared: Collection[str]) -> None:
+    def require_form(self, original: Original, model: Model, spared: Collection[str]) -> None:
         """Checks the interface, and that it is valid ONNX if the original was."""
         assert isinstance(original, OnnxOriginal)
-        require_interface(original, model, spared)
-        require_format(original, model)
+        require_interface(original, onnx_graph(model), spared)
+        require_format(original, onnx_graph(model))
 
-    def require_written(
-        self, model: OnnxModel, feeds: Mapping[str, Any], found: Mapping[str, Any], dtype: str
-    ) -> float | None:
+    def require_written(self, model: Model, feeds: Mapping[str, Any], found: Mapping[str, Any], dtype: str) -> float | None:
         """Checks a merged decoder, branch by branch, against the flat graph that was cut."""
         merged = model.merged
         if merged is None:
             return None
-        proto, arrays = model.as_written()
+        proto, arrays = onnx_graph(model).as_written()
         require_signature(merged.shell, proto, merged.sizes(model.resized))
         require_valid(without_data(proto))
         session = self.whole((widen(proto).SerializeToString(), arrays), "the pruned model")

@@ -13,25 +13,22 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from liar_opt.frontend.fold_weights import Left
 from liar_opt.frontend.graph_tensors import (
     SKELETON_LIMIT,
     Narrow,
-    constant_value,
     detached_tensors,
-    is_float,
     small_tensor,
 )
 from liar_opt.frontend.hand_quantised import hand_quantised_node
 from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, unfold
-from liar_opt.frontend.model import Original
+from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
 from liar_opt.frontend.sparse_weights import densified
@@ -51,8 +48,6 @@ from liar_opt.runtime.signatures import InputSpec
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
-PRECISION = ("bfloat16", "float16", "float32", "float64")
-"""Types of weights, the least precise first."""
 QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
 QUANTISED_PREFIXES = (
     *("QLinear", "QGemm", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized"),
@@ -93,7 +88,7 @@ class OnnxOriginal(Original):
                     tensor.values = narrow_values(tensor._values.tensor)
                 elif tensor.dtype == onnx.TensorProto.BFLOAT16:
                     tensor.dtype = numpy_type(tensor.dtype)
-        return OnnxModel(graph, self.source, metadata, [], order, self, store=self.store)
+        return OnnxModel(graph, self.source, [], store=self.store, metadata=metadata, order=order, stored=self)
 
     def digest(self) -> str:
         """Returns the SHA-256 of the model with all its weights."""
@@ -120,24 +115,25 @@ class OnnxOriginal(Original):
         return completed(*self.as_written())
 
 
+def onnx_graph(model: Model) -> "OnnxModel":
+    """Returns a model that is known to be a graph of ONNX."""
+    assert isinstance(model, OnnxModel)
+    return model
+
+
 @dataclass(eq=False)
-class OnnxModel:
-    """A graph with what graphsurgeon does not carry: metadata, and the model (unchanged) that it came from.
+class OnnxModel(Model):
+    """A graph of ONNX, with what graphsurgeon does not carry.
 
     Attributes:
-        traced: whether it is a module, lowered, and no graph of ONNX.
+        metadata: of the model.
+        order: of the initializers, by name.
+        stored: the model, unchanged, that it came from.
     """
 
-    traced: ClassVar[bool] = False
-    graph: gs.Graph
-    source: Path | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
     stored: OnnxOriginal | None = None
-    resized: dict[str, dict[int, int]] = field(default_factory=dict)
-    store: ArrayStore | None = None
-    computed: list[Left] = field(default_factory=list)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -319,12 +315,6 @@ class OnnxModel:
         """Returns the model as it is written, with all data in it."""
         return completed(*self.as_written())
 
-    def resize(self, tensor: gs.Variable, axis: int, size: int) -> None:
-        """Notes that an axis of a graph input or output has another size now."""
-        self.resized.setdefault(tensor.name, {})[axis] = size
-        if tensor.shape is not None and len(tensor.shape) > axis:
-            tensor.shape = [size if i == axis else d for i, d in enumerate(tensor.shape)]
-
     def resized_shapes(self, proto: onnx.ModelProto) -> dict[str, list[int | str]]:
         """Returns the shapes, in ``proto``, of the inputs and outputs that were resized, where they are written."""
         resized = {*self.resized, *(self.merged.sizes(self.resized) if self.merged is not None else ())}
@@ -400,49 +390,6 @@ class OnnxModel:
         outer = {t.name for t in graph.initializer}
         return frozenset(t.name for body in bodies for t in body.initializer if t.name not in outer)
 
-    def least_precision(self) -> str:
-        """Returns the least precise type of the weights, as they are stored."""
-        weights = [c for c in self.constants() if is_float(c.dtype) and int(np.prod(c.shape)) > 1]
-        names = {np.dtype(c.kind if isinstance(c, Narrow) else c.dtype).name for c in weights}
-        return next((p for p in PRECISION if p in names), "float32")
-
-    def constants(self, unread: bool = False) -> Iterator[gs.Constant]:
-        """Yields every constant of the graph that a node uses, once, those that branches alone read included.
-
-        Args:
-            unread: whether those that are outputs, and that no node uses, are yielded, too.
-        """
-        seen: set[int] = set()
-        for node in self.graph.nodes:
-            for tensor in (*node.inputs, *(t for t in _read_inside(node) if t.name not in self.inside)):
-                if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield tensor
-        for tensor in self.graph.outputs if unread else ():
-            if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
-
-    def parameters(self) -> int:
-        """Returns the number of elements of floating-point constants."""
-        return sum(int(np.prod(shape, dtype=np.int64)) for shape, dtype in self._arrays() if is_float(dtype))
-
-    def weight_bytes(self) -> int:
-        """Returns the bytes of all constants."""
-        return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self._arrays())
-
-    def _arrays(self) -> Iterator[tuple[Sequence[int], np.dtype[Any]]]:
-        """Yields shape and dtype, as stored, of all constants, those included that nodes and branches hold."""
-        within = [n for g in self.graph.subgraphs(recursive=True) for n in g.nodes]
-        held = (t for n in within for t in n.inputs if isinstance(t, gs.Constant) and t.name in self.inside)
-        for constant in itertools.chain(self.constants(unread=True), {id(t): t for t in held}.values()):
-            narrow = isinstance(constant, Narrow) and constant.stored is not None
-            yield constant.shape, np.dtype(constant.stored.dtype if narrow else constant.dtype)
-        for node in (*self.graph.nodes, *within):
-            value = constant_value(node) if node.op == "Constant" else None
-            if value is not None:
-                yield value.shape, value.dtype
-
     def align(self, store: ArrayStore) -> None:
         """Moves weights to ``store`` that are in memory, or lie in their file where no number may begin.
 
@@ -461,16 +408,6 @@ class OnnxModel:
                     self.stored.arrays[name] = moved[id(values)] if id(values) in moved else store.put(values)
 
     # -- normal form ------------------------------------------------------------------------------------------------
-
-    def settle(self) -> None:
-        """Moves weights that are new to the store, if there is one."""
-        for constant in self.constants() if self.store is not None else ():
-            if isinstance(constant._values, np.ndarray):
-                constant.values = self.settled(constant.values)
-
-    def settled(self, value: np.ndarray) -> np.ndarray:
-        """Returns an array as it is in the store; what is mapped already (read-only) stays where it is."""
-        return self.store.put(value) if self.store is not None and value.flags.writeable else value
 
     def normalise(self) -> int:
         """Brings the graph to the form that the analysis expects (`normal_form`); returns the number of nodes removed."""
@@ -498,16 +435,6 @@ def _as_stored(constants: Sequence[gs.Constant], graph: gs.Graph) -> tuple[list[
         labels.add(label)
         casts.append(gs.Node("Cast", label, to, [gs.Variable(name)], [gs.Variable(constant.name)]))
     return result, casts
-
-
-def _read_inside(node: gs.Node) -> Iterator[gs.Tensor]:
-    """Yields what the branches of a node read, and give out as it is."""
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            for inner in value.nodes:
-                yield from inner.inputs
-                yield from _read_inside(inner)
-            yield from value.outputs
 
 
 def _keep_descriptions(source: onnx.ModelProto, target: onnx.ModelProto) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ from liar_opt.frontend.graph_tensors import is_float
 from liar_opt.runtime.signatures import Signature
 
 if TYPE_CHECKING:
+    from liar_opt.frontend.model import Model
     from liar_opt.frontend.onnx_model import OnnxModel
 
 PATCHES = 1344
@@ -53,7 +54,7 @@ def dimension_key(tensor: str, axis: int, dimension: object) -> str:
     return str(dimension) if isinstance(dimension, str) and dimension else f"{tensor}[{axis}]"
 
 
-def probe_symbols(model: OnnxModel) -> dict[str, int]:
+def probe_symbols(model: Model) -> dict[str, int]:
     """Gives every symbolic dimension of the graph's inputs a prime size; all leading dimensions are one, the batch.
 
     Token inputs (integers or masks of rank two) of different dimension names but the same place are one as well, and so
@@ -81,9 +82,9 @@ def probe_symbols(model: OnnxModel) -> dict[str, int]:
     return symbols
 
 
-def infer_shapes(model: OnnxModel, symbols: dict[str, int]) -> dict[str, tuple[int, ...]]:
+def infer_shapes(model: Model, symbols: dict[str, int]) -> dict[str, tuple[int, ...]]:
     """Returns the shapes that onnx infers under the probe sizes, for operators that have no rule."""
-    light = model.skeleton()
+    light = cast("OnnxModel", model).skeleton()
     for tensor in light.graph.input:
         for axis, dim in enumerate(tensor.type.tensor_type.shape.dim):
             if not dim.HasField("dim_value"):
@@ -105,7 +106,7 @@ def infer_shapes(model: OnnxModel, symbols: dict[str, int]) -> dict[str, tuple[i
     return result
 
 
-def image_axes(model: OnnxModel) -> set[str]:
+def image_axes(model: Model) -> set[str]:
     """Returns the symbolic dimensions of images, all but the first: of inputs of rank 4 with floats that are no caches."""
     roles = Signature.read(model.inputs(), None).roles
     return {

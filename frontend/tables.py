@@ -12,7 +12,7 @@ from liar_opt.frontend.rules.table import Trait
 from liar_opt.runtime.signatures import Signature
 
 if TYPE_CHECKING:
-    from liar_opt.frontend.onnx_model import OnnxModel
+    from liar_opt.frontend.model import Model
 
 INDEX_STEPS = MOVERS | Trait.INDEXES
 """Operators between token ids and the table that they look up."""
@@ -20,7 +20,7 @@ LOOKUPS = {"Gather": ((0, 1),), "EmbedLayerNormalization": ((2, 0),), "embedding
 """Operators that look rows up: the inputs with the table and with the ids."""
 
 
-def vocabulary(model: OnnxModel) -> int | None:
+def vocabulary(model: Model) -> int | None:
     """Returns the number of rows of the table that token ids look up: the largest of those read by a graph input."""
     if model.traced:
         return max(looked_up(model).values(), default=None)
@@ -39,7 +39,7 @@ def vocabulary(model: OnnxModel) -> int | None:
     return max(sizes, default=None)
 
 
-def looked_up(model: OnnxModel) -> dict[str, int]:
+def looked_up(model: Model) -> dict[str, int]:
     """Returns the rows of the smallest table that each graph input of whole numbers looks up as it is."""
     inputs = {t.name for t in model.graph.inputs}
     rows: dict[str, int] = {}

@@ -30,7 +30,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.graph_tensors import is_constant, is_float, like
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.model import Model
 from liar_opt.frontend.rules.operators import has, operator
 from liar_opt.frontend.rules.table import ATEN, Trait
 from liar_opt.frontend.tables import LOOKUPS, ids_of
@@ -83,7 +83,7 @@ class Words:
         return {id(p.constant): p.constant for p in self.places}.values()
 
 
-def find_words(model: OnnxModel) -> Words:
+def find_words(model: Model) -> Words:
     """Finds the words of a normalised graph.
 
     Raises:
@@ -139,7 +139,7 @@ def find_words(model: OnnxModel) -> Words:
     return Words(size, inputs, tuple(lookups), tuple(places), tuple(logits), frozenset(wide))
 
 
-def cut_words(model: OnnxModel, words: Words, kept: NDArray[np.int64], unknown: int, tables: bool = True) -> None:
+def cut_words(model: Model, words: Words, kept: NDArray[np.int64], unknown: int, tables: bool = True) -> None:
     """Cuts a graph to some words.
 
     Args:
@@ -185,7 +185,7 @@ def cut_words(model: OnnxModel, words: Words, kept: NDArray[np.int64], unknown: 
         _lay_out(model, tensor, shared, names)
 
 
-def hide_logits(model: OnnxModel, words: Words, kept: NDArray[np.int64]) -> None:
+def hide_logits(model: Model, words: Words, kept: NDArray[np.int64]) -> None:
     """Adds -inf to the logits of words that are not kept: what a cut graph must compute for texts of those that are."""
     for k, tensor in enumerate(words.logits):
         hidden = np.full(words.size, -np.inf, np.float32)
@@ -259,7 +259,7 @@ def _columns(node: gs.Node, position: int, rank: int) -> int | None:
     return rank - 2 if node.op == "linear" or node.attrs.get("transB") else rank - 1
 
 
-def _products(model: OnnxModel, size: int) -> Iterator[Place]:
+def _products(model: Model, size: int) -> Iterator[Place]:
     """Yields products with a constant of a column a word that reach a graph output without another product."""
     for node in model.graph.nodes:
         if len(node.inputs) < 2:
@@ -274,7 +274,7 @@ def _products(model: OnnxModel, size: int) -> Iterator[Place]:
             yield Place(node, 1, found[0], columns)
 
 
-def _ends_there(node: gs.Node, model: OnnxModel) -> bool:
+def _ends_there(node: gs.Node, model: Model) -> bool:
     """Whether what a product gives reaches an output of the graph, and no other product with a constant."""
     outputs, seen = {id(t) for t in model.graph.outputs}, set()
     waiting, reached = list(node.outputs), False
@@ -296,7 +296,7 @@ def _is_matrix(tensor: gs.Tensor) -> bool:
     return found is not None and is_float(found[0].dtype) and sum(int(n) > 1 for n in found[0].shape) > 1
 
 
-def _end_of(node: gs.Node, size: int, model: OnnxModel) -> tuple[gs.Variable, list[Place]]:
+def _end_of(node: gs.Node, size: int, model: Model) -> tuple[gs.Variable, list[Place]]:
     """The last tensor behind a product with a number a word, and the constants on the way that have one, too."""
     outputs = {id(t) for t in model.graph.outputs}
     places = []
@@ -348,7 +348,7 @@ def _row(node: gs.Node, position: int) -> Place:
 # -- cutting ----------------------------------------------------------------------------------------------------------
 
 
-def _index(model: OnnxModel, node: gs.Node) -> int:
+def _index(model: Model, node: gs.Node) -> int:
     return next(i for i, n in enumerate(model.graph.nodes) if n is node)
 
 
@@ -362,7 +362,7 @@ def _set_constant(place: Place, new: gs.Constant) -> None:
     holder.inputs[position] = new
 
 
-def _lay_out(model: OnnxModel, tensor: gs.Variable, shared: dict[str, gs.Constant], names: Iterator[str]) -> None:
+def _lay_out(model: Model, tensor: gs.Variable, shared: dict[str, gs.Constant], names: Iterator[str]) -> None:
     """Lays the logits that are left out at full width, -inf elsewhere."""
     dtype = np.dtype(tensor.dtype or np.float32)
     (node,) = tensor.inputs
@@ -387,7 +387,7 @@ def _lay_out(model: OnnxModel, tensor: gs.Variable, shared: dict[str, gs.Constan
     model.graph.nodes[at:at] = made
 
 
-def _renumber(model: OnnxModel, words: Words, kept: NDArray[np.int64]) -> None:
+def _renumber(model: Model, words: Words, kept: NDArray[np.int64]) -> None:
     """Gives the outputs their new widths, and what ids are compared with its new number."""
     for tensor in model.graph.outputs:
         if tensor.name in words.wide and tensor.shape is not None:

@@ -33,7 +33,7 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.axes import Axes, AxisAlgebra, Factor
 from liar_opt.frontend.graph_tensors import constant_value, is_constant, is_float, present
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.model import Model
 from liar_opt.frontend.records import Cache, ConstantUse, ConsumerUse, Lookup, ProductUse, SizeUse, ValueUse
 from liar_opt.frontend.rules.numbers import VALUE_LIMIT, Array
 from liar_opt.frontend.rules.operators import has, operator
@@ -68,7 +68,7 @@ def _inner(shape: Sequence[int | str | None]) -> set[int]:
 class GraphWalk:
     """The state of the analysis of one graph; :func:`walk` makes and runs it."""
 
-    model: OnnxModel
+    model: Model
     symbols: dict[str, int] = field(default_factory=dict)
     algebra: AxisAlgebra = field(default_factory=AxisAlgebra)
     axes: dict[str, Axes | None] = field(default_factory=dict)
@@ -564,7 +564,7 @@ def shape_value(node: gs.Node, sizes: Sequence[int]) -> Array:
     return np.asarray(sizes, np.int64)[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
 
 
-def walk(model: OnnxModel) -> GraphWalk:
+def walk(model: Model) -> GraphWalk:
     """Analyses a normalised graph, which is not changed, and returns the walk, run to its end."""
     symbols, apart = Symbols(probe_symbols(model)), set[frozenset[int]]()
     images = image_axes(model)
@@ -612,7 +612,7 @@ def _mark_dynamic(state: GraphWalk, symbols: Symbols) -> None:
     ]
 
 
-def count_flops(model: OnnxModel, feeds: dict[str, Array]) -> int | None:
+def count_flops(model: Model, feeds: dict[str, Array]) -> int | None:
     """Returns the floating-point operations of all contractions for inputs of the shapes of ``feeds``.
 
     A multiplication and an addition are two operations; pointwise operators and softmax are not counted. None where the
@@ -622,7 +622,7 @@ def count_flops(model: OnnxModel, feeds: dict[str, Array]) -> int | None:
     return None if state is None else state.flops
 
 
-def walk_sized(model: OnnxModel, feeds: Mapping[str, Array]) -> GraphWalk | None:
+def walk_sized(model: Model, feeds: Mapping[str, Array]) -> GraphWalk | None:
     """Walks with the sizes of ``feeds``; None where the graph's inputs have other names or ranks."""
     symbols: dict[str, int] = {}
     for tensor in model.graph.inputs:

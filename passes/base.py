@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from liar_opt.frontend.either_model import engine_of
 from liar_opt.frontend.engine import Engine
-from liar_opt.frontend.model import Original
-from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.model import Model, Original
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import Refusal
 from liar_opt.runtime.calibration_data import CalibrationData
@@ -103,7 +103,7 @@ class State:
     A pass adds what only some others read as a :class:`Finding`.
     """
 
-    model: OnnxModel
+    model: Model
     calibration: CalibrationData | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     progress: Progress = no_progress

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.either_model import analysis_of, flops_of
-from liar_opt.frontend.model import Original
-from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.model import Model, Original
+from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.runtime.errors import InternalError
@@ -21,7 +21,7 @@ from liar_opt.runtime.sessions import operator_libraries
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[OnnxModel, dict[str, dict[int, Any]]]:
+def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[Model, dict[str, dict[int, Any]]]:
     """Returns a copy of the model with so many blocks left in each group, and what is left of inputs that shrank.
 
     Args:
@@ -45,19 +45,19 @@ def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[OnnxModel, dict
     return model, rewriter.ends()
 
 
-def deployed(model: OnnxModel | OnnxOriginal, device: str) -> Deployed | Runs:
+def deployed(model: Model | OnnxOriginal, device: str) -> Deployed | Runs:
     """Returns a model as it is timed: in a process of its own; a module in this one."""
-    if isinstance(model, OnnxModel) and model.traced:
+    if isinstance(model, Model) and model.traced:
         from liar_opt.frontend.fx_engine import TimedModule
         from liar_opt.frontend.fx_module import FxModel
 
         assert isinstance(model, FxModel)
         return TimedModule.of(model)
-    data, weights = model.detached()
+    data, weights = (onnx_graph(model) if isinstance(model, Model) else model).detached()
     return Deployed(data, weights, device, operator_libraries())
 
 
-def clock_of(model: OnnxModel, device: str) -> dict[str, Any]:
+def clock_of(model: Model, device: str) -> dict[str, Any]:
     """Returns what times besides the model and the machine depend on: the runtime, and where it runs."""
     if not model.traced:
         import onnxruntime
@@ -75,6 +75,6 @@ def in_one_form(models: Sequence[Any]) -> list[Any]:
     return [model.as_graph() for model in models]
 
 
-def operations(model: OnnxModel, feeds: Feeds) -> int:
+def operations(model: Model, feeds: Feeds) -> int:
     """Returns the floating-point operations of all contractions; 0 where they cannot be counted."""
     return flops_of(model, feeds) or 0

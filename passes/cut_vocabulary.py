@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
+from liar_opt.frontend.model import Model
+from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.vocabulary import Words, cut_words, find_words, hide_logits
 from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.options import PruneOptions
@@ -136,7 +137,7 @@ def planned_words(state: State) -> Iterator[str]:
         yield f"{len(words.kept):,} of {words.size:,} words would be left, by {words.source}"
 
 
-def choose_words(model: OnnxModel, calibration: Any, options: PruneOptions, always: Collection[int] = ()) -> ChosenWords:
+def choose_words(model: Model, calibration: Any, options: PruneOptions, always: Collection[int] = ()) -> ChosenWords:
     """Returns the words that are to stay in a normalised model: those that are asked for, special ones, and ``always``.
 
     Raises:
@@ -236,7 +237,7 @@ class CutVocabularyPass(Pass[ChosenWords]):
             CheckError: it is not the same.
         """
         model = state.model
-        whole = OnnxOriginal(*model.light(), model.source, model.store, model.merged)
+        whole = OnnxOriginal(*onnx_graph(model).light(), model.source, model.store, model.merged)
         words, weights, elements = find_words(model), model.weight_bytes(), model.parameters()
         cut_words(model, words, plan.kept, plan.unknown, tables=not plan.renumbered)
         model.graph.cleanup(remove_unused_node_outputs=False).toposort()

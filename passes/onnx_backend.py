@@ -8,6 +8,7 @@ from typing import Any
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_engine import cannot_load
+from liar_opt.frontend.onnx_model import onnx_graph
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
@@ -115,7 +116,8 @@ class OnnxBackend(Backend):
 
     def complete(self, report: Report, state: State) -> None:
         """Says which caches became narrower."""
-        report.cache_shapes = state.model.resized_shapes(state.model.as_written()[0])
+        model = onnx_graph(state.model)
+        report.cache_shapes = model.resized_shapes(model.as_written()[0])
 
     def timed(self, state: State, batch: Mapping[str, Any], aimed: bool) -> Latency | str:
         """Times both models, each in a process of its own where that works."""
@@ -152,5 +154,5 @@ class OnnxBackend(Backend):
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
-        model = state.found(DenseModel).stored if self.options.dry_run else state.model
+        model = state.found(DenseModel).stored if self.options.dry_run else onnx_graph(state.model)
         return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from liar_opt.frontend.model import Model
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.weight_files import MAP_FROM
 from liar_opt.passes.base import DenseModel, Opened, State
@@ -56,7 +57,7 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     return state
 
 
-def model_sizes(model: OnnxModel) -> dict[str, int]:
+def model_sizes(model: Model) -> dict[str, int]:
     """Returns the number of parameters and nodes, and the bytes of the weights."""
     return {"parameters": model.parameters(), "bytes": model.weight_bytes(), "nodes": len(model.graph.nodes)}
 

@@ -15,6 +15,7 @@ from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_program
 from liar_opt.frontend.genai_config import write_config
 from liar_opt.frontend.hf_checkpoint import FieldChange, save_checkpoint, without_cache
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.model import Model
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.plain_module import evaluating
 from liar_opt.frontend.vocabulary import cut_words, find_words
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 class Inspection:
     """What an analysis found: groups in execution order and what does not qualify."""
 
-    model: OnnxModel
+    model: Model
     groups: tuple[ChannelGroup, ...]
     refusals: tuple[Refusal, ...]
     report: dict[str, Any]

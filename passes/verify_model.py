@@ -24,9 +24,8 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.either_model import analysis_of
 from liar_opt.frontend.graph_tensors import is_constant, like
 from liar_opt.frontend.live_memory import live_bytes
-from liar_opt.frontend.model import Original
+from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_engine import NO_MEMORY, run_session
-from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
@@ -189,7 +188,7 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def masked_reference(dense: Original, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> OnnxModel:
+def masked_reference(dense: Original, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> Model:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
 
     Where the basis of values was changed, the new weight is one of low rank; queries and keys are q U and k V with zeros
@@ -203,7 +202,7 @@ def masked_reference(dense: Original, repairs: list[ConsumerRepair], query_forms
     return model
 
 
-def project_queries(model: OnnxModel, query_forms: Sequence[QueryForm]) -> None:
+def project_queries(model: Model, query_forms: Sequence[QueryForm]) -> None:
     """Writes q U and k V, at the width that they had, over the constants of the queries and keys of an original."""
     nodes = {n.name: n for n in model.graph.nodes}
     for form in query_forms:

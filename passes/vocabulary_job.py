@@ -6,7 +6,7 @@ from typing import Any
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.fx_module import to_numpy
-from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.model import Model
 from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.frontend.vocabulary import find_words
 from liar_opt.frontend.walk import walk
@@ -107,7 +107,7 @@ def _ended(
     return backend.result(state, report, changes, ())
 
 
-def _few_samples(model: OnnxModel, calibration: Any, options: PruneOptions) -> CalibrationData:
+def _few_samples(model: Model, calibration: Any, options: PruneOptions) -> CalibrationData:
     """Returns some short samples to compare on: of the calibration data, if there is some, or made up."""
     known = positions(model)
     short = LENGTH if known is None else min(LENGTH, max(1, known // 2))  # some tables of positions begin with padding

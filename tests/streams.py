@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import oracle
 
+from liar_opt.frontend.onnx_model import onnx_graph
 from liar_opt.passes.base import State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -51,7 +52,7 @@ def pruned(
 ) -> tuple[onnx.ModelProto, State, Any]:
     state = prepared(proto, keep, calibration)
     result = PruneGroupsPass(**options)(state)
-    return state.model.to_proto(), state, result
+    return onnx_graph(state.model).to_proto(), state, result
 
 
 def error(proto: onnx.ModelProto, cut: onnx.ModelProto, seed: int = 1234) -> float:

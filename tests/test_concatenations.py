@@ -18,6 +18,7 @@ from graphs import Weights
 
 import liar_opt
 from liar_opt.frontend.engine import Patch
+from liar_opt.frontend.onnx_model import onnx_graph
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.probe_outputs import ProbeOutputs, repaired, together
@@ -249,7 +250,7 @@ def test_patches_for_both_parts_are_one() -> None:
     (both,) = together([first, second])
     assert isinstance(both, Patch)
     assert np.array_equal(both.shift, first.shift + second.shift)
-    cut = PruneGroupsPass(score="magnitude", repair="none")(state).state.model.to_proto()
+    cut = onnx_graph(PruneGroupsPass(score="magnitude", repair="none")(state).state.model).to_proto()
     dense = [oracle.run(proto, sweep.data.batches[i])[0] for i in probes.batches]
     off = [oracle.run(cut, sweep.data.batches[i])[0] - y for i, y in zip(probes.batches, dense, strict=True)]
     about = [np.square(a - a.mean(-1, keepdims=True)).sum() for a in (np.stack(off), np.stack(dense))]

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import streams
 
+from liar_opt.frontend.onnx_model import onnx_graph
 from liar_opt.passes.base import State
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.measure_curves import MeasureCurvesPass
@@ -58,7 +59,7 @@ def pruned(proto: onnx.ModelProto, calibration: CalibrationData | None = None, *
 
 def lost(proto: onnx.ModelProto, state: State) -> float:
     feeds = streams.batches(1, 77, (30, 5))[0]
-    (dense,), (cut,) = oracle.run(proto, feeds), oracle.run(state.model.to_proto(), feeds)
+    (dense,), (cut,) = oracle.run(proto, feeds), oracle.run(onnx_graph(state.model).to_proto(), feeds)
     return float(np.square(dense - cut).mean())
 
 

@@ -11,6 +11,7 @@ import oracle
 import pytest
 from streams import STREAM, WEIGHTS, batches, data, error, prepared, pruned
 
+from liar_opt.frontend.onnx_model import onnx_graph
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.measure_curves import MeasureCurvesPass, curve_report
@@ -34,7 +35,7 @@ def test_curves_fall_to_zero_and_the_model_stays() -> None:
         # Relative to the variance of a stream that the block adds to: removing all of it costs something, not everything.
         assert 0.01 < curve.errors[0] < 1.5
     (feeds,) = batches(1, 3)
-    for x, y in zip(oracle.run(state.model.to_proto(), feeds), oracle.run(proto, feeds), strict=True):
+    for x, y in zip(oracle.run(onnx_graph(state.model).to_proto(), feeds), oracle.run(proto, feeds), strict=True):
         np.testing.assert_array_equal(x, y)
     report = curve_report(state.groups, found)
     assert report[state.groups[0].name]["points"][-1] == [17, 0.0]
@@ -95,5 +96,5 @@ def test_curves_find_the_layer_that_costs_nothing() -> None:
         if name == "curves":
             assert state.keep[state.groups[0].name] > state.keep[state.groups[1].name]
         PruneGroupsPass()(state)
-        errors[name] = error(proto, state.model.to_proto())
+        errors[name] = error(proto, onnx_graph(state.model).to_proto())
     assert errors["curves"] < 0.8 * errors["uniform"]

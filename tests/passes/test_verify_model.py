@@ -11,6 +11,7 @@ import pytest
 import zoo
 
 import liar_opt
+from liar_opt.frontend.onnx_model import onnx_graph
 from liar_opt.passes.base import State
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
@@ -120,7 +121,7 @@ def test_half_precision_keeps_the_shape_of_its_output() -> None:
     again.name = proto.graph.output[0].name
     again.type.tensor_type.elem_type = 1
     state = load_state(proto)
-    shapes = [len(v.type.tensor_type.shape.dim) for v in state.model.to_proto().graph.output]
+    shapes = [len(v.type.tensor_type.shape.dim) for v in onnx_graph(state.model).to_proto().graph.output]
     assert shapes == [len(v.type.tensor_type.shape.dim) for v in proto.graph.output]
 
 
@@ -207,10 +208,10 @@ def test_sequences_and_maps_are_compared_in_their_parts(kind: str, names: set[st
     assert found.exact_difference <= 1e-5
     assert set(found.outputs) == names
     assert found.not_compared is None
-    written = onnx.shape_inference.infer_shapes(state.model.to_proto())
+    written = onnx.shape_inference.infer_shapes(onnx_graph(state.model).to_proto())
     assert written.graph.output[0].type.WhichOneof("value") == "sequence_type"
     assert (
-        onnx.ModelProto.FromString(state.model.to_proto().SerializeToString()).graph.output[0]
+        onnx.ModelProto.FromString(onnx_graph(state.model).to_proto().SerializeToString()).graph.output[0]
         == in_parts(kind).graph.output[0]
     )
 

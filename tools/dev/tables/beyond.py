@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.onnx_model import onnx_graph
 from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.base import Pipeline
@@ -135,7 +136,7 @@ class Bench:
             state.add(self.curves[score])
         AllocateWidthsPass(**ratios, allocate=allocate)(state)
         PruneGroupsPass(score=score, seed=seed, **options)(state)
-        return state.model.to_proto()
+        return onnx_graph(state.model).to_proto()
 
 
 def marked(values: Sequence[float], best: float) -> list[str]:
