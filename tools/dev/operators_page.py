@@ -152,7 +152,11 @@ def missing() -> str:
 def missing_of_core() -> str:
     """Returns the core ATen operators without a rule that compute tensors of tensors, going forward."""
     known = {name for (domain, name) in OPERATORS if domain == ATEN}
-    found = {name for name in dir(torch.ops.aten) if not name.startswith("sym_") and not name.endswith("_backward")}
+    # What `dir(torch.ops.aten)` lists depends on what was used before.
+    named = (
+        name.removeprefix("aten::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if "aten::" in name
+    )
+    found = {name for name in named if not name.startswith("sym_") and not name.endswith("_backward")}
     return _names(name for name in found - known if _is_core(getattr(torch.ops.aten, name)))
 
 
