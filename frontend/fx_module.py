@@ -32,6 +32,7 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.records import StandIn
 from liar_opt.frontend.rules.table import ATEN
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import as_bytes
@@ -167,6 +168,29 @@ class FxModel(OnnxModel):
 
         constants = (f"{c.name} {c.dtype} {c.shape}" for c in self.constants())
         return "\n".join([torch.__version__, str(self.device), self.listing(), *constants]).encode()
+
+    def mapped(
+        self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
+    ) -> list[gs.Node]:
+        """Returns a linear layer in the place of the node that made ``made``."""
+        import torch
+
+        parts = gs.Constant(f"{name}_map", np.ascontiguousarray(weight.T)), gs.Constant(f"{name}_bias", bias)
+        self.trained |= {part.name for part in parts}
+        return [self._called(torch.ops.aten.linear.default, ("input", "weight", "bias"), [source, *parts], made)]
+
+    def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:
+        """Returns the expansion of a constant in the place of the node that made ``made``."""
+        import torch
+
+        self.trained |= {bias.name}
+        return [self._called(torch.ops.aten.expand_as.default, ("self", "other"), [bias, source], made)]
+
+    def _called(self, target: Any, names: Sequence[str], inputs: Sequence[gs.Tensor], made: gs.Variable) -> gs.Node:
+        """Returns a call in the place of another, which has the name of what it makes."""
+        self.calls[made.name] = Call(target, tuple((name, "input", False) for name in names), "", {}, ())
+        op = target._schema.name.partition("::")[2]
+        return gs.Node(op, made.name, {}, list(inputs), [made], domain=ATEN)
 
     def parameters(self) -> int:
         """Returns the number of elements of the module's parameters, those that the trace does not reach included."""
@@ -666,10 +690,12 @@ class Patched:
     Attributes:
         constants: by (id of the node, input position).
         shifts: what is added to the first output of a node, by its id.
+        stand_ins: what stands in for a tensor, by its name; the node that makes it does not run.
     """
 
     constants: Mapping[tuple[int, int], np.ndarray] = field(default_factory=dict)
     shifts: Mapping[int, np.ndarray] = field(default_factory=dict)
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
 
 
 class Executor:
@@ -687,6 +713,10 @@ class Executor:
         self.patched = patched or Patched()
         self._tensors = {place: to_torch(value, device) for place, value in self.patched.constants.items()}
         self._shifts = {node: to_torch(value, device) for node, value in self.patched.shifts.items()}
+        self._stand_ins = {
+            name: (s.source, None if s.matrix is None else to_torch(s.matrix, device), to_torch(s.bias, device))
+            for name, s in self.patched.stand_ins.items()
+        }
         self._constants: dict[int, tuple[Any, torch.Tensor]] = {}
 
     def run(
@@ -748,6 +778,12 @@ class Executor:
         return to_torch(value, self.device) if isinstance(value, np.ndarray) else value
 
     def _step(self, node: gs.Node, values: dict[str, Any], symbols: Mapping[Any, int]) -> None:
+        name = next((t.name for t in node.outputs if t.name in self._stand_ins), None)
+        if name is not None:
+            source, matrix, bias = self._stand_ins[name]
+            x = values[source]
+            values[name] = bias.expand_as(x) if matrix is None else x @ matrix + bias
+            return
         given = ((self._tensors.get((id(node), i)), t) for i, t in enumerate(node.inputs))
         inputs = [self._value(t, values) if own is None else own for own, t in given]
         if node.domain != ATEN and node.name not in self.model.calls:

@@ -222,6 +222,7 @@ def cut_graph_module(model: FxModel, gaps: bool = True) -> torch.fx.GraphModule:
             inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
             positional, keywords = arguments_of(call, inputs, node.attrs, lambda a, b: _fx_number(graph, a, b, nodes))
         target.target, target.args, target.kwargs = call.target, tuple(positional), keywords
+    graph.eliminate_dead_code()  # what others stand in for
     return _called_like(model, module, gaps)
 
 

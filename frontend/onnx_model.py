@@ -460,6 +460,35 @@ class OnnxModel:
                 if id(values) in moved or not values.flags.aligned:
                     self.stored.arrays[name] = moved[id(values)] if id(values) in moved else store.put(values)
 
+    # -- nodes of our own ---------------------------------------------------------------------------------------------
+
+    def mapped(
+        self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
+    ) -> list[gs.Node]:
+        """Returns the nodes that make ``made`` = source W + b.
+
+        Args:
+            name: a prefix of new names that nothing has.
+            source: [.., n].
+            weight: W, [n, m].
+            bias: b, [m].
+            made: what they make.
+        """
+        product = gs.Variable(f"{name}_product", weight.dtype)
+        stored = gs.Constant(f"{name}_map", np.ascontiguousarray(weight)), gs.Constant(f"{name}_bias", bias)
+        return [
+            gs.Node("MatMul", f"{name}_map", {}, [source, stored[0]], [product]),
+            gs.Node("Add", f"{name}_bias", {}, [product, stored[1]], [made]),
+        ]
+
+    def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:
+        """Returns the nodes that make ``made`` = b in each row of a tensor of the shape of ``source``; as `mapped`."""
+        shape = gs.Variable(f"{name}_shape", np.dtype(np.int64))
+        return [
+            gs.Node("Shape", f"{name}_shape", {}, [source], [shape]),
+            gs.Node("Expand", f"{name}_spread", {}, [bias, shape], [made]),
+        ]
+
     # -- normal form ------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:

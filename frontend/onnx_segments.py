@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from liar_opt.frontend.graph_tensors import detached_tensors, is_constant, is_float, present
-from liar_opt.frontend.records import ConsumerUse, Window
+from liar_opt.frontend.records import ConsumerUse, StandIn, Window
 from liar_opt.frontend.rules.numbers import slice_arguments
 from liar_opt.frontend.rules.operators import has, operator
 from liar_opt.frontend.rules.table import Trait
@@ -268,7 +268,12 @@ def _changing(walk: GraphWalk, nodes: Sequence[gs.Node], waiting: Collection[int
 
 
 def nodes_for(
-    nodes: Sequence[gs.Node], start: int, stop: int, wanted: Collection[str], given: Collection[str]
+    nodes: Sequence[gs.Node],
+    start: int,
+    stop: int,
+    wanted: Collection[str],
+    given: Collection[str],
+    replaced: Mapping[str, StandIn] | None = None,
 ) -> list[gs.Node]:
     """Returns the nodes before ``stop`` that ``wanted`` needs, in order: of those before ``start`` only what is not given.
 
@@ -278,18 +283,25 @@ def nodes_for(
         stop: position behind the last node.
         wanted: names of tensors.
         given: names of tensors made before ``start`` that are at hand.
+        replaced: what stands in for tensors: their nodes read its source alone.
     """
     needed, result = set(wanted), []
     for index in reversed(range(stop)):
         node = nodes[index]
         if any(t.name in needed and (index >= start or t.name not in given) for t in node.outputs):
             result.append(node)
-            needed |= names_read(node)
+            needed |= names_read(node, replaced)
     return result[::-1]
 
 
 def extract(
-    walk: GraphWalk, start: int, stop: int, outputs: Sequence[str], types: Mapping[str, int], taps: Sequence[Tap] = ()
+    walk: GraphWalk,
+    start: int,
+    stop: int,
+    outputs: Sequence[str],
+    types: Mapping[str, int],
+    taps: Sequence[Tap] = (),
+    replaced: Mapping[str, StandIn] | None = None,
 ) -> Extracted:
     """Makes a model of the nodes [start, stop) that ``outputs`` and ``taps`` need.
 
@@ -302,15 +314,16 @@ def extract(
         outputs: tensors to return.
         types: ONNX element types of the tensors that were made before ``start`` and are at hand.
         taps: activations whose moments are computed and returned.
+        replaced: what stands in for tensors, by name.
     """
     graph = walk.model.graph
     needed = {*outputs, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
     needed.update(name for t in taps if t.stream is not None for name in t.stream.terms)
-    nodes = nodes_for(graph.nodes, start, stop, needed, types)
-    needed = needed.union(*(names_read(n) for n in nodes))
+    nodes = nodes_for(graph.nodes, start, stop, needed, types, replaced)
+    needed = needed.union(*(names_read(n, replaced) for n in nodes))
     made = {t.name for n in nodes for t in n.outputs}
     constants = {t.name: t for t in graph.outputs if is_constant(t) and t.name in needed}
-    constants |= {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
+    constants |= {t.name: t for n in nodes if stand_in_of(n, replaced) is None for t in n.inputs if is_constant(t)}
     declared = {t.name: t for t in graph.inputs}
     tensors = {t.name: t for n in graph.nodes[:start] for t in n.outputs}
     inputs = []
@@ -323,7 +336,12 @@ def extract(
         else:
             length = _length(walk, tensors[name])
             inputs.append(helper.make_tensor_value_info(name, types[name], None if length is None else [length]))
-    protos = [OnnxExporter.export_node(n) for n in nodes]
+    protos: list[onnx.NodeProto] = []
+    for node in nodes:
+        stand_in = stand_in_of(node, replaced)
+        own, stored = ([OnnxExporter.export_node(node)], []) if stand_in is None else stand_in_nodes(stand_in)
+        protos += own
+        constants |= {t.name: t for t in stored}
     initializers, weights = detached_tensors(constants.values())
     for layout in sorted({t.layout + str(t.repeat) for t in taps if t.layout != "all"}):
         inputs.append(helper.make_tensor_value_info(f"{ROWS}_{layout}", TensorProto.BOOL, [None]))
@@ -377,8 +395,28 @@ def _is_number(walk: GraphWalk, tensor: gs.Tensor) -> bool:
     return value is not None and np.ndim(value) == 0
 
 
-def names_read(node: gs.Node) -> set[str]:
+def stand_in_of(node: gs.Node, replaced: Mapping[str, StandIn] | None) -> StandIn | None:
+    """Returns what stands in for a tensor that a node makes."""
+    return next((replaced[t.name] for t in node.outputs if t.name in replaced), None) if replaced else None
+
+
+def stand_in_nodes(stand_in: StandIn) -> tuple[list[onnx.NodeProto], list[gs.Constant]]:
+    """Returns the nodes that make a tensor from what stands in for it, and their constants."""
+    name = f"liar_opt_stand_in/{stand_in.target}"
+    bias = gs.Constant(f"{name}/bias", stand_in.bias)
+    if stand_in.matrix is None:
+        shape = helper.make_node("Shape", [stand_in.source], [f"{name}/shape"])
+        return [shape, helper.make_node("Expand", [bias.name, f"{name}/shape"], [stand_in.target])], [bias]
+    matrix = gs.Constant(f"{name}/map", np.ascontiguousarray(stand_in.matrix))
+    product = helper.make_node("MatMul", [stand_in.source, matrix.name], [f"{name}/product"])
+    return [product, helper.make_node("Add", [f"{name}/product", bias.name], [stand_in.target])], [matrix, bias]
+
+
+def names_read(node: gs.Node, replaced: Mapping[str, StandIn] | None = None) -> set[str]:
     """Returns the names of the tensors that a node reads, its branches included; constants left out."""
+    stand_in = stand_in_of(node, replaced)
+    if stand_in is not None:
+        return {stand_in.source}
     names = {t.name for t in node.inputs if present(t) and not is_constant(t)}
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
