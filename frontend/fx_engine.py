@@ -57,8 +57,7 @@ class TorchEngine(Engine):
     ) -> TorchPart:
         """Finds the nodes."""
         assert isinstance(walk.model, FxModel)
-        read = {*wanted, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
-        read.update(term for t in taps if t.stream is not None for term in t.stream.terms)
+        read = {*wanted, *(name for t in taps for name in t.reads)}
         nodes = nodes_for(walk.model.graph.nodes, start, stop, read, given, stand_ins(patches))
         return TorchPart(self, Executor(walk.model, self.model.device, patched(patches)), nodes, wanted, taps, sorted(read))
 
@@ -304,12 +303,16 @@ def patched(patches: Sequence[AnyPatch]) -> Patched:
 
 
 def _moments(tap: Tap, values: Mapping[str, Any], mask: NDArray[np.bool_] | None) -> BatchMoments:
+    import torch
+
     rows = None if mask is None or tap.layout == "all" else row_mask(mask, tap.layout, tap.repeat)
     source = values[tap.tensor]
     if tap.window is not None:
         steps = [s * n for s, n in zip(tap.window.strides, tap.every, strict=True)]
         source = under_kernel(source, tap.window.kernel, steps, tap.window.dilations, tap.window.pads)
     x = real_rows(source, tap.axis, rows)
+    if tap.beside:
+        x = torch.cat([x, real_rows(values[tap.beside], tap.axis, rows)], dim=1)
     if tap.numbers:
         x = x[real_rows(values[tap.numbers].reshape(-1, 1), 1, rows)[:, 0] == tap.expert]
     gain = None

@@ -105,6 +105,7 @@ class FxModel(OnnxModel):
         untouched: elements of the parameters that the trace does not reach.
         results: the tensors among the module's outputs, in order.
         originals: the constants as they were, by name.
+        adopted: names of constants that stand in for tensors.
     """
 
     traced: ClassVar[bool] = True
@@ -118,6 +119,7 @@ class FxModel(OnnxModel):
     untouched: int = 0
     results: list[str] = field(default_factory=list)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
+    adopted: list[str] = field(default_factory=list)
 
     @property
     def opset(self) -> int:
@@ -170,8 +172,9 @@ class FxModel(OnnxModel):
         return "\n".join([torch.__version__, str(self.device), self.listing(), *constants]).encode()
 
     def adopt(self, constant: gs.Constant) -> None:
-        """Counts a new constant among the parameters."""
+        """Counts a new constant among the parameters; it stands in for what the module's own code computes."""
         self.trained |= {constant.name}
+        self.adopted.append(constant.name)
 
     def mapped(
         self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable

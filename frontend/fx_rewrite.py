@@ -376,6 +376,11 @@ def cut_module(
         ModelError: no set of attributes makes it compute the same.
     """
     assert model.module is not None
+    if model.adopted:
+        raise ModelError(
+            f"whole layers went, and the code of {type(model.module).__name__} runs them still; write ONNX with --format "
+            "onnx, or take the traced graph with checkpoint=False"
+        )
     changes = changed_parameters(model)
     module = copy_without(model.module, set(changes))
     for name, value in changes.items():

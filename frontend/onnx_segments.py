@@ -91,6 +91,9 @@ class Tap:
         expert: the number of that one; -1 for all rows.
         window: what slides over the axes behind the channels: a row is what lies under its kernel, [places, channels].
         every: of the places that it slides to, one in so many is measured, for each axis.
+        beside: a tensor whose channels are measured with these, behind them, row by row; "" for none.
+        beside_width: how many they are; they are part of ``width``.
+        whole: whether it is of a whole sublayer: it may lie behind the segment's last consumer.
     """
 
     tensor: str
@@ -104,11 +107,20 @@ class Tap:
     expert: int = -1
     window: Window | None = None
     every: tuple[int, ...] = ()
+    beside: str = ""
+    beside_width: int = 0
+    whole: bool = False
 
     @property
     def place(self) -> Place:
         """What it measures."""
-        return self.tensor, self.axis, self.expert, self.window
+        return _both(self.tensor, self.beside), self.axis, self.expert, self.window
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of the tensors that it needs."""
+        terms = () if self.stream is None else self.stream.terms
+        return {name for name in (self.tensor, self.beside, self.numbers, *terms) if name}
 
     @property
     def key(self) -> str:
@@ -116,7 +128,8 @@ class Tap:
         if self.window is not None:
             numbers = (self.window.kernel, self.window.strides, self.window.dilations, self.window.pads)
             return f"liar_opt_moments/{self.tensor}/{'/'.join('x'.join(map(str, n)) for n in numbers)}"
-        return f"liar_opt_moments/{self.tensor}/{self.axis}" + (f"/{self.expert}" if self.expert >= 0 else "")
+        name = _both(self.tensor, self.beside)
+        return f"liar_opt_moments/{name}/{self.axis}" + (f"/{self.expert}" if self.expert >= 0 else "")
 
     @property
     def bounds(self) -> list[int]:
@@ -317,8 +330,7 @@ def extract(
         replaced: what stands in for tensors, by name.
     """
     graph = walk.model.graph
-    needed = {*outputs, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
-    needed.update(name for t in taps if t.stream is not None for name in t.stream.terms)
+    needed = {*outputs, *(name for t in taps for name in t.reads)}
     nodes = nodes_for(graph.nodes, start, stop, needed, types, replaced)
     needed = needed.union(*(names_read(n, replaced) for n in nodes))
     made = {t.name for n in nodes for t in n.outputs}
@@ -438,7 +450,13 @@ def _captured(graph: gs.Graph) -> set[str]:
 
 def place_of(use: Any, expert: int = -1) -> Place:
     """Returns what a record with ``activation`` and ``activation_axis`` measures, of one expert's rows or of all."""
-    return use.activation.name, use.activation_axis, expert, getattr(use, "window", None)
+    beside = getattr(use, "beside", None)
+    name = _both(use.activation.name, "" if beside is None else beside.name)
+    return name, use.activation_axis, expert, getattr(use, "window", None)
+
+
+def _both(tensor: str, beside: str) -> str:
+    return f"{tensor} and {beside}" if beside else tensor
 
 
 def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], opset: int) -> None:
@@ -462,7 +480,9 @@ class _MomentNodes:
     def add(self) -> None:
         tap = self.tap
         source = tap.tensor if tap.window is None else self.under(tap.tensor, tap.window)
-        x = self.rows(source, tap.axis, tap.rank, tap.width, "x")
+        x = self.rows(source, tap.axis, tap.rank, tap.width - tap.beside_width, "x")
+        if tap.beside:
+            x = self.make("Concat", [x, self.rows(tap.beside, tap.axis, tap.rank, tap.beside_width, "y")], "xy", axis=1)
         if tap.numbers:
             x = self.of_expert(x)
         rows_seen, count, total, *second = tap.outputs[: 3 + len(tap.bounds) - 1]
@@ -618,7 +638,7 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
             thinned = [-(-size // step) for size, step in zip(slid, every, strict=True)]
             sizes = [*_extents(walk.algebra, axes[0]), *(size for size in thinned if size != 1)]
     layout, repeat = "all", 1
-    lookup = getattr(use, "lookup", None)
+    lookup, beside = getattr(use, "lookup", None), getattr(use, "beside", None)
     numbers = "" if lookup is None else str(lookup.numbers.name)
     wanted = [s for s in batch if s != 1]
     if not batch:
@@ -643,7 +663,28 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
         numbers=numbers,
         window=window,
         every=every,
+        beside="" if beside is None else str(beside.name),
+        beside_width=0 if beside is None else walk.algebra.size(use.width),
     )
+
+
+def stream_at(walk: GraphWalk, tap: Tap, terms: Sequence[gs.Variable], seed: int = 0) -> Stream | None:
+    """Returns the sum of some tensors as the residual stream by which the rows of a tap are weighted.
+
+    None where one of them is made only behind the others.
+    """
+    order = {t.name: i for i, n in enumerate(walk.model.graph.nodes) for t in n.outputs}
+    if order.get(terms[-1].name, -1) > order.get(terms[0].name, -1):
+        return None
+    columns = walk.algebra.size((walk.axes[terms[0].name] or ())[-1])
+    signs = _signs(columns, seed)
+    nothing = np.zeros((tap.width, PROJECTION), np.float32), np.zeros(PROJECTION, np.float32)
+    return Stream(tuple(t.name for t in terms), signs, *nothing)
+
+
+def _signs(columns: int, seed: int) -> np.ndarray:
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (columns, PROJECTION))
+    return np.asarray((signs - signs.mean(axis=0)) / np.sqrt(columns), np.float32)
 
 
 def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None:
@@ -693,8 +734,7 @@ def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None
             break
     if not terms:
         return None
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (columns, PROJECTION))
-    signs = ((signs - signs.mean(axis=0)) / np.sqrt(columns)).astype(np.float32)
+    signs = _signs(columns, seed)
     return Stream(tuple(terms), signs, (values * np.float32(use.scale)) @ signs, constant @ signs)
 
 
