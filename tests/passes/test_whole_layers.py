@@ -253,3 +253,60 @@ def test_streams_without_a_norm_go_too() -> None:
     first, second = names(proto)
     result, _ = cut(proto, {first: MAPPED, second: GONE})
     assert [n.op_type for n in result.graph.node] == ["MatMul", "Add", "Add", "Add"]
+
+
+CACHED = """
+f (float[b, s, 6] x, float[b, 2, p, 4] past_k, float[b, 2, p, 4] past_v)
+    => (float[b, s, 6] y, float[b, 2, t, 4] present_k, float[b, 2, t, 4] present_v) {
+    n = LayerNormalization(x, g)
+    q0 = MatMul(n, wq)  q1 = Reshape(q0, split)  q = Transpose<perm = [0, 2, 1, 3]>(q1)
+    k0 = MatMul(n, wk)  k1 = Reshape(k0, split)  k = Transpose<perm = [0, 2, 1, 3]>(k1)
+    v0 = MatMul(n, wv)  v1 = Reshape(v0, split)  v = Transpose<perm = [0, 2, 1, 3]>(v1)
+    present_k = Concat<axis = 2>(past_k, k)  present_v = Concat<axis = 2>(past_v, v)
+    kt = Transpose<perm = [0, 1, 3, 2]>(present_k)
+    a = MatMul(q, kt)  w = Softmax<axis = -1>(a)  c = MatMul(w, present_v)
+    ct = Transpose<perm = [0, 2, 1, 3]>(c)  cj = Reshape(ct, join)  o = MatMul(cj, wo)
+    r = Add(x, o)
+    m = LayerNormalization(r, g)  u = MatMul(m, w1)  h = Relu(u)  z = MatMul(h, w2)
+    y = Add(r, z)
+}
+"""
+CACHE_WEIGHTS: dict[str, Any] = {
+    **{name: (6, 8) for name in ("wq", "wk", "wv")},
+    **{"wo": (8, 6), "w1": (6, 17), "w2": (17, 6), "g": (6,)},
+    "split": np.asarray([0, 0, 2, 4]),
+    "join": np.asarray([0, 0, 8]),
+}
+
+
+def cached_feeds(seed: int, sizes: tuple[int, int, int] = (4, 5, 3)) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    batch, length, past = sizes
+    shapes = {"x": (batch, length, 6), "past_k": (batch, 2, past, 4), "past_v": (batch, 2, past, 4)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_keys_and_values_that_are_outputs_are_computed_still() -> None:
+    """The interface stays: a run by default leaves such attention, one that is asked to keeps the caches."""
+    proto = graphs.parse(CACHED, CACHE_WEIGHTS)
+    feeds = replace(data(batches(20, 0)), batches=tuple(cached_feeds(seed) for seed in range(20)))
+    state = prepared(proto, {}, feeds)
+    heads, ffn = sorted(state.groups, key=lambda g: g.kind, reverse=True)
+    assert heads.sublayer is not None and heads.sublayer.cached and ffn.sublayer is not None and not ffn.sublayer.cached
+    for mode, both in (("auto", False), ("on", True)):
+        MeasureCurvesPass(whole=mode)(state)
+        assert bool(state.found(Curves).by_group[heads.name].whole) == both
+    keep = {heads.name: GONE}
+    result, after = cut(proto, keep, calibration=feeds)
+    left = {t.name for t in result.graph.initializer}
+    assert {"wk", "wv"} <= left and not {"wq", "wo"} & left
+    assert parameters_left(state.groups) - parameters_left(state.groups, keep) == 2 * 48
+    ((_, bias),) = [(s.target, s.bias) for s in after.found(Cut).stand_ins]
+    given = cached_feeds(99, (2, 1, 7))
+    (y, *caches), (_, *before) = oracle.run(result, given), oracle.run(proto, given)
+    for ours, theirs in zip(caches, before, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    r = given["x"] + bias
+    expected = r + np.maximum(norm(r, weights["g"]) @ weights["w1"], 0) @ weights["w2"]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
