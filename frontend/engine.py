@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_segments import Place, Tap
-from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.records import ConsumerUse, StandIn
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.moments import Moments
@@ -47,6 +47,15 @@ class ConstantPatch:
 
     place: tuple[Any, int]
     value: NDArray[Any]
+
+
+AnyPatch = Patch | ConstantPatch | StandIn
+"""Other numbers in a weight, or another tensor in the place of one."""
+
+
+def stand_ins(patches: Sequence[AnyPatch]) -> dict[str, StandIn]:
+    """Returns what stands in for tensors, by their names."""
+    return {patch.target: patch for patch in patches if isinstance(patch, StandIn)}
 
 
 class Part(ABC):
@@ -128,7 +137,7 @@ class Engine(ABC):
         given: Mapping[str, Value],
         *,
         taps: Sequence[Tap] = (),
-        patches: Sequence[Patch | ConstantPatch] = (),
+        patches: Sequence[AnyPatch] = (),
         once: bool = False,
     ) -> Part:
         """Makes the nodes [start, stop) ready that ``wanted`` and ``taps`` need.
@@ -140,7 +149,8 @@ class Engine(ABC):
             wanted: names of the tensors to return.
             given: tensors made before ``start`` that are at hand, as an example. What else is needed is made again.
             taps: activations whose moments are added up.
-            patches: consumers and constants that have other values; the graph stays as it is.
+            patches: consumers and constants that have other values, tensors that others stand in for; the graph stays as it
+                is.
             once: whether it will run a few times only: nothing is prepared for more.
         """
 
@@ -170,9 +180,9 @@ class Engine(ABC):
 
     @abstractmethod
     def reference(
-        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[Patch | ConstantPatch], store: ArrayStore | None
+        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[AnyPatch], store: ArrayStore | None
     ) -> Reference:
-        """Returns a whole graph in which consumers and constants have other values.
+        """Returns a whole graph in which consumers and constants have other values, or tensors others in their place.
 
         Args:
             walk: the analysis of the graph, which stays as it is.

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Reference, Value
+from liar_opt.frontend.engine import AnyPatch, ConstantPatch, Engine, NotFinite, Part, Reference, Value, stand_ins
 from liar_opt.frontend.fx_module import Executor, FxModel, FxOriginal, Patched, to_numpy, to_torch
 from liar_opt.frontend.fx_rewrite import changed_parameters, cut_graph_module, cut_module
 from liar_opt.frontend.graph_tensors import is_constant, nudged
 from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, nodes_for, row_mask
+from liar_opt.frontend.records import StandIn
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.compare import TOLERANCES
@@ -50,14 +51,13 @@ class TorchEngine(Engine):
         given: Mapping[str, Value],
         *,
         taps: Sequence[Tap] = (),
-        patches: Sequence[Patch | ConstantPatch] = (),
+        patches: Sequence[AnyPatch] = (),
         once: bool = False,
     ) -> TorchPart:
         """Finds the nodes."""
         assert isinstance(walk.model, FxModel)
-        read = {*wanted, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
-        read.update(term for t in taps if t.stream is not None for term in t.stream.terms)
-        nodes = nodes_for(walk.model.graph.nodes, start, stop, read, given)
+        read = {*wanted, *(name for t in taps for name in t.reads)}
+        nodes = nodes_for(walk.model.graph.nodes, start, stop, read, given, stand_ins(patches))
         return TorchPart(self, Executor(walk.model, self.model.device, patched(patches)), nodes, wanted, taps, sorted(read))
 
     def whole(self, source: FxModel | FxOriginal, what: str = "the model") -> TorchRunner:
@@ -73,7 +73,7 @@ class TorchEngine(Engine):
         yield "in torch", functools.partial(self.whole, cast(FxModel, model))
 
     def reference(
-        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[Patch | ConstantPatch], store: ArrayStore | None
+        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[AnyPatch], store: ArrayStore | None
     ) -> TorchReference:
         """Returns the traced graph, which runs with other constants."""
         return TorchReference(self, cast(FxModel, walk.model), outputs, patched(patches))
@@ -201,7 +201,11 @@ def _rounded(model: FxModel, changed: Patched) -> Patched:
     places = [(node, i) for node in model.graph.nodes for i, t in enumerate(node.inputs) if is_constant(t)]
     moved = {id(node.inputs[i].values): nudged(node.inputs[i].values, rng) for node, i in places}
     constants = {(id(node), i): moved[id(node.inputs[i].values)] for node, i in places}
-    return Patched(constants | {place: nudged(value, rng) for place, value in changed.constants.items()}, changed.shifts)
+    return Patched(
+        constants | {place: nudged(value, rng) for place, value in changed.constants.items()},
+        changed.shifts,
+        changed.stand_ins,
+    )
 
 
 class TimedModule:
@@ -278,13 +282,15 @@ def host_array(tensor: Any) -> NDArray[Any]:
     return np.asarray((plain.float() if str(plain.dtype) == "torch.bfloat16" else plain).numpy())
 
 
-def patched(patches: Sequence[Patch | ConstantPatch]) -> Patched:
-    """Returns the constants that patches change, by (node, input position), and what they add to outputs, by node."""
+def patched(patches: Sequence[AnyPatch]) -> Patched:
+    """Returns what patches change: constants by (node, input position), outputs by node, what stands in for tensors."""
     constants: dict[tuple[int, int], NDArray[Any]] = {}
     shifts: dict[int, NDArray[Any]] = {}
     for patch in patches:
         if isinstance(patch, ConstantPatch):
             constants[id(patch.place[0]), patch.place[1]] = patch.value
+            continue
+        if isinstance(patch, StandIn):
             continue
         for use in patch.uses:
             constants[id(use.holder), use.weight_position] = patch.weight
@@ -292,16 +298,20 @@ def patched(patches: Sequence[Patch | ConstantPatch]) -> Patched:
                 free = [use.weight.shape[axis] for axis in use.column_axes]
                 shape = [*free, *[1] * (-1 - use.output_axis)] if len(free) == 1 else free
                 shifts[id(use.node)] = (patch.shift * use.scale).reshape(shape).astype(patch.weight.dtype)
-    return Patched(constants, shifts)
+    return Patched(constants, shifts, stand_ins(patches))
 
 
 def _moments(tap: Tap, values: Mapping[str, Any], mask: NDArray[np.bool_] | None) -> BatchMoments:
+    import torch
+
     rows = None if mask is None or tap.layout == "all" else row_mask(mask, tap.layout, tap.repeat)
     source = values[tap.tensor]
     if tap.window is not None:
         steps = [s * n for s, n in zip(tap.window.strides, tap.every, strict=True)]
         source = under_kernel(source, tap.window.kernel, steps, tap.window.dilations, tap.window.pads)
     x = real_rows(source, tap.axis, rows)
+    if tap.beside:
+        x = torch.cat([x, real_rows(values[tap.beside], tap.axis, rows)], dim=1)
     if tap.numbers:
         x = x[real_rows(values[tap.numbers].reshape(-1, 1), 1, rows)[:, 0] == tap.expert]
     gain = None

@@ -31,6 +31,7 @@ import onnx_graphsurgeon as gs
 
 from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.model import Model, Original
+from liar_opt.frontend.records import StandIn
 from liar_opt.frontend.rules.table import ATEN
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import as_bytes
@@ -103,6 +104,7 @@ class FxModel(Model):
         untouched: elements of the parameters that the trace does not reach.
         results: the tensors among the module's outputs, in order.
         originals: the constants as they were, by name.
+        adopted: names of constants that stand in for tensors.
     """
 
     traced: ClassVar[bool] = True
@@ -116,6 +118,7 @@ class FxModel(Model):
     untouched: int = 0
     results: list[str] = field(default_factory=list)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
+    adopted: list[str] = field(default_factory=list)
 
     @property
     def opset(self) -> int:
@@ -166,6 +169,34 @@ class FxModel(Model):
 
         constants = (f"{c.name} {c.dtype} {c.shape}" for c in self.constants())
         return "\n".join([torch.__version__, str(self.device), self.listing(), *constants]).encode()
+
+    def adopt(self, constant: gs.Constant) -> None:
+        """Counts a new constant among the parameters; it stands in for what the module's own code computes."""
+        self.trained |= {constant.name}
+        self.adopted.append(constant.name)
+
+    def mapped(
+        self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
+    ) -> list[gs.Node]:
+        """Returns a linear layer in the place of the node that made ``made``."""
+        import torch
+
+        parts = gs.Constant(f"{name}_map", np.ascontiguousarray(weight.T)), gs.Constant(f"{name}_bias", bias)
+        for part in parts:
+            self.adopt(part)
+        return [self._called(torch.ops.aten.linear.default, ("input", "weight", "bias"), [source, *parts], made)]
+
+    def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:
+        """Returns the expansion of a constant in the place of the node that made ``made``."""
+        import torch
+
+        return [self._called(torch.ops.aten.expand_as.default, ("self", "other"), [bias, source], made)]
+
+    def _called(self, target: Any, names: Sequence[str], inputs: Sequence[gs.Tensor], made: gs.Variable) -> gs.Node:
+        """Returns a call in the place of another, which has the name of what it makes."""
+        self.calls[made.name] = Call(target, tuple((name, "input", False) for name in names), "", {}, ())
+        op = target._schema.name.partition("::")[2]
+        return gs.Node(op, made.name, {}, list(inputs), [made], domain=ATEN)
 
     def parameters(self) -> int:
         """Returns the number of elements of the module's parameters, those that the trace does not reach included."""
@@ -665,10 +696,12 @@ class Patched:
     Attributes:
         constants: by (id of the node, input position).
         shifts: what is added to the first output of a node, by its id.
+        stand_ins: what stands in for a tensor, by its name; the node that makes it does not run.
     """
 
     constants: Mapping[tuple[int, int], np.ndarray] = field(default_factory=dict)
     shifts: Mapping[int, np.ndarray] = field(default_factory=dict)
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
 
 
 class Executor:
@@ -686,6 +719,10 @@ class Executor:
         self.patched = patched or Patched()
         self._tensors = {place: to_torch(value, device) for place, value in self.patched.constants.items()}
         self._shifts = {node: to_torch(value, device) for node, value in self.patched.shifts.items()}
+        self._stand_ins = {
+            name: (s.source, None if s.matrix is None else to_torch(s.matrix, device), to_torch(s.bias, device))
+            for name, s in self.patched.stand_ins.items()
+        }
         self._constants: dict[int, tuple[Any, torch.Tensor]] = {}
 
     def run(
@@ -728,8 +765,9 @@ class Executor:
         symbols = {s: values[name].shape[axis] for s, (name, axis) in self.model.symbols.items() if name in values}
         last: dict[str, int] = {}
         for index, node in enumerate(nodes):
-            for tensor in node.inputs:
-                last[tensor.name] = index
+            made = next((t.name for t in node.outputs if t.name in self._stand_ins), None)
+            for name in (t.name for t in node.inputs) if made is None else (self._stand_ins[made][0],):
+                last[name] = index
         dead: dict[int, list[str]] = {}
         for name, index in last.items():
             if name not in names:
@@ -747,6 +785,12 @@ class Executor:
         return to_torch(value, self.device) if isinstance(value, np.ndarray) else value
 
     def _step(self, node: gs.Node, values: dict[str, Any], symbols: Mapping[Any, int]) -> None:
+        name = next((t.name for t in node.outputs if t.name in self._stand_ins), None)
+        if name is not None:
+            source, matrix, bias = self._stand_ins[name]
+            x = values[source]
+            values[name] = bias.expand_as(x) if matrix is None else x @ matrix + bias
+            return
         given = ((self._tensors.get((id(node), i)), t) for i, t in enumerate(node.inputs))
         inputs = [self._value(t, values) if own is None else own for own, t in given]
         if node.domain != ATEN and node.name not in self.model.calls:

@@ -222,6 +222,7 @@ def cut_graph_module(model: FxModel, gaps: bool = True) -> torch.fx.GraphModule:
             inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
             positional, keywords = arguments_of(call, inputs, node.attrs, lambda a, b: _fx_number(graph, a, b, nodes))
         target.target, target.args, target.kwargs = call.target, tuple(positional), keywords
+    graph.eliminate_dead_code()  # what others stand in for
     return _called_like(model, module, gaps)
 
 
@@ -375,6 +376,11 @@ def cut_module(
         ModelError: no set of attributes makes it compute the same.
     """
     assert model.module is not None
+    if model.adopted:
+        raise ModelError(
+            f"whole layers went, and the code of {type(model.module).__name__} runs them still; write ONNX with --format "
+            "onnx, or take the traced graph with checkpoint=False"
+        )
     changes = changed_parameters(model)
     module = copy_without(model.module, set(changes))
     for name, value in changes.items():

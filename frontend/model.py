@@ -101,6 +101,29 @@ class Model(ABC):
     def file_bytes(self) -> int:
         """Returns the size of the model's file, to a few bytes for each weight."""
 
+    # -- what is new ------------------------------------------------------------------------------------------------
+
+    def adopt(self, constant: gs.Constant) -> None:
+        """Counts a new constant among the parameters, where these are known by their names."""
+
+    @abstractmethod
+    def mapped(
+        self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
+    ) -> list[gs.Node]:
+        """Returns the nodes that make ``made`` = source W + b.
+
+        Args:
+            name: a prefix of new names that nothing has.
+            source: [.., n].
+            weight: W, [n, m].
+            bias: b, [m].
+            made: what they make.
+        """
+
+    @abstractmethod
+    def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:
+        """Returns the nodes that make ``made`` = b in each row of a tensor of the shape of ``source``; as `mapped`."""
+
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def least_precision(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import ConstantPatch, Engine, NotFinite, Part, Patch, Reference, Value
+from liar_opt.frontend.engine import AnyPatch, ConstantPatch, Engine, NotFinite, Part, Patch, Reference, Value, stand_ins
 from liar_opt.frontend.graph_tensors import nudged
 from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_form import require_format, require_interface, require_signature, require_valid
@@ -90,7 +90,7 @@ class OnnxEngine(Engine):
         given: Mapping[str, Value],
         *,
         taps: Sequence[Tap] = (),
-        patches: Sequence[Patch | ConstantPatch] = (),
+        patches: Sequence[AnyPatch] = (),
         once: bool = False,
     ) -> OnnxPart:
         """Makes a session of some nodes.
@@ -99,7 +99,7 @@ class OnnxEngine(Engine):
             InternalError: ONNX Runtime cannot load it, and it could load the whole.
         """
         types = {name: element_type(value) for name, value in given.items()}
-        extracted = extract(walk, start, stop, wanted, types, taps)
+        extracted = extract(walk, start, stop, wanted, types, taps, stand_ins(patches))
         apply_patches(extracted, patches)
         try:
             session = self.session(extracted, low_memory=self.low_memory or once)
@@ -120,10 +120,10 @@ class OnnxEngine(Engine):
             yield how, functools.partial(self.session, parts, level, level == "none")
 
     def reference(
-        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[Patch | ConstantPatch], store: ArrayStore | None
+        self, walk: GraphWalk, outputs: Sequence[str], patches: Sequence[AnyPatch], store: ArrayStore | None
     ) -> OnnxReference:
         """Makes a session of the whole graph, without ONNX Runtime's optimizer."""
-        whole = extract(walk, 0, len(walk.model.graph.nodes), list(outputs), {})
+        whole = extract(walk, 0, len(walk.model.graph.nodes), list(outputs), {}, (), stand_ins(patches))
         apply_patches(whole, patches)
         return OnnxReference(self, whole, store)
 
@@ -271,12 +271,12 @@ def run_session(
         raise InternalError(f"{engine} fails on the part of the model that computes {part}: {_line(err)}") from err
 
 
-def apply_patches(segment: Extracted, patches: Sequence[Patch | ConstantPatch]) -> None:
+def apply_patches(segment: Extracted, patches: Sequence[AnyPatch]) -> None:
     """Gives consumers and constants of an extracted segment other values, in place."""
     for patch in patches:
         if isinstance(patch, ConstantPatch):
             patch_constant(segment, [patch.place], patch.value)
-        else:
+        elif isinstance(patch, Patch):
             patch_consumer(segment, patch.uses, patch.weight, patch.shift)
 
 

@@ -407,6 +407,27 @@ class OnnxModel(Model):
                 if id(values) in moved or not values.flags.aligned:
                     self.stored.arrays[name] = moved[id(values)] if id(values) in moved else store.put(values)
 
+    # -- nodes of our own ---------------------------------------------------------------------------------------------
+
+    def mapped(
+        self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
+    ) -> list[gs.Node]:
+        """Returns a MatMul and an Add."""
+        product = gs.Variable(f"{name}_product", weight.dtype)
+        stored = gs.Constant(f"{name}_map", np.ascontiguousarray(weight)), gs.Constant(f"{name}_bias", bias)
+        return [
+            gs.Node("MatMul", f"{name}_map", {}, [source, stored[0]], [product]),
+            gs.Node("Add", f"{name}_bias", {}, [product, stored[1]], [made]),
+        ]
+
+    def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:
+        """Returns an Expand to the shape of ``source``."""
+        shape = gs.Variable(f"{name}_shape", np.dtype(np.int64))
+        return [
+            gs.Node("Shape", f"{name}_shape", {}, [source], [shape]),
+            gs.Node("Expand", f"{name}_spread", {}, [bias, shape], [made]),
+        ]
+
     # -- normal form ------------------------------------------------------------------------------------------------
 
     def normalise(self) -> int:

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from liar_opt.frontend.graph_tensors import detached_tensors, is_constant, is_float, present
-from liar_opt.frontend.records import ConsumerUse, Window
+from liar_opt.frontend.records import ConsumerUse, StandIn, Window
 from liar_opt.frontend.rules.numbers import slice_arguments
 from liar_opt.frontend.rules.operators import has, operator
 from liar_opt.frontend.rules.table import Trait
@@ -91,6 +91,9 @@ class Tap:
         expert: the number of that one; -1 for all rows.
         window: what slides over the axes behind the channels: a row is what lies under its kernel, [places, channels].
         every: of the places that it slides to, one in so many is measured, for each axis.
+        beside: a tensor whose channels are measured with these, behind them, row by row; "" for none.
+        beside_width: how many they are; they are part of ``width``.
+        whole: whether it is of a whole sublayer: it may lie behind the segment's last consumer.
     """
 
     tensor: str
@@ -104,11 +107,20 @@ class Tap:
     expert: int = -1
     window: Window | None = None
     every: tuple[int, ...] = ()
+    beside: str = ""
+    beside_width: int = 0
+    whole: bool = False
 
     @property
     def place(self) -> Place:
         """What it measures."""
-        return self.tensor, self.axis, self.expert, self.window
+        return _both(self.tensor, self.beside), self.axis, self.expert, self.window
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of the tensors that it needs."""
+        terms = () if self.stream is None else self.stream.terms
+        return {name for name in (self.tensor, self.beside, self.numbers, *terms) if name}
 
     @property
     def key(self) -> str:
@@ -116,7 +128,8 @@ class Tap:
         if self.window is not None:
             numbers = (self.window.kernel, self.window.strides, self.window.dilations, self.window.pads)
             return f"liar_opt_moments/{self.tensor}/{'/'.join('x'.join(map(str, n)) for n in numbers)}"
-        return f"liar_opt_moments/{self.tensor}/{self.axis}" + (f"/{self.expert}" if self.expert >= 0 else "")
+        name = _both(self.tensor, self.beside)
+        return f"liar_opt_moments/{name}/{self.axis}" + (f"/{self.expert}" if self.expert >= 0 else "")
 
     @property
     def bounds(self) -> list[int]:
@@ -268,7 +281,12 @@ def _changing(walk: GraphWalk, nodes: Sequence[gs.Node], waiting: Collection[int
 
 
 def nodes_for(
-    nodes: Sequence[gs.Node], start: int, stop: int, wanted: Collection[str], given: Collection[str]
+    nodes: Sequence[gs.Node],
+    start: int,
+    stop: int,
+    wanted: Collection[str],
+    given: Collection[str],
+    replaced: Mapping[str, StandIn] | None = None,
 ) -> list[gs.Node]:
     """Returns the nodes before ``stop`` that ``wanted`` needs, in order: of those before ``start`` only what is not given.
 
@@ -278,18 +296,25 @@ def nodes_for(
         stop: position behind the last node.
         wanted: names of tensors.
         given: names of tensors made before ``start`` that are at hand.
+        replaced: what stands in for tensors: their nodes read its source alone.
     """
     needed, result = set(wanted), []
     for index in reversed(range(stop)):
         node = nodes[index]
         if any(t.name in needed and (index >= start or t.name not in given) for t in node.outputs):
             result.append(node)
-            needed |= names_read(node)
+            needed |= names_read(node, replaced)
     return result[::-1]
 
 
 def extract(
-    walk: GraphWalk, start: int, stop: int, outputs: Sequence[str], types: Mapping[str, int], taps: Sequence[Tap] = ()
+    walk: GraphWalk,
+    start: int,
+    stop: int,
+    outputs: Sequence[str],
+    types: Mapping[str, int],
+    taps: Sequence[Tap] = (),
+    replaced: Mapping[str, StandIn] | None = None,
 ) -> Extracted:
     """Makes a model of the nodes [start, stop) that ``outputs`` and ``taps`` need.
 
@@ -302,15 +327,15 @@ def extract(
         outputs: tensors to return.
         types: ONNX element types of the tensors that were made before ``start`` and are at hand.
         taps: activations whose moments are computed and returned.
+        replaced: what stands in for tensors, by name.
     """
     graph = walk.model.graph
-    needed = {*outputs, *(t.tensor for t in taps), *(t.numbers for t in taps if t.numbers)}
-    needed.update(name for t in taps if t.stream is not None for name in t.stream.terms)
-    nodes = nodes_for(graph.nodes, start, stop, needed, types)
-    needed = needed.union(*(names_read(n) for n in nodes))
+    needed = {*outputs, *(name for t in taps for name in t.reads)}
+    nodes = nodes_for(graph.nodes, start, stop, needed, types, replaced)
+    needed = needed.union(*(names_read(n, replaced) for n in nodes))
     made = {t.name for n in nodes for t in n.outputs}
     constants = {t.name: t for t in graph.outputs if is_constant(t) and t.name in needed}
-    constants |= {t.name: t for n in nodes for t in n.inputs if is_constant(t)}
+    constants |= {t.name: t for n in nodes if stand_in_of(n, replaced) is None for t in n.inputs if is_constant(t)}
     declared = {t.name: t for t in graph.inputs}
     tensors = {t.name: t for n in graph.nodes[:start] for t in n.outputs}
     inputs = []
@@ -323,7 +348,12 @@ def extract(
         else:
             length = _length(walk, tensors[name])
             inputs.append(helper.make_tensor_value_info(name, types[name], None if length is None else [length]))
-    protos = [OnnxExporter.export_node(n) for n in nodes]
+    protos: list[onnx.NodeProto] = []
+    for node in nodes:
+        stand_in = stand_in_of(node, replaced)
+        own, stored = ([OnnxExporter.export_node(node)], []) if stand_in is None else stand_in_nodes(stand_in)
+        protos += own
+        constants |= {t.name: t for t in stored}
     initializers, weights = detached_tensors(constants.values())
     for layout in sorted({t.layout + str(t.repeat) for t in taps if t.layout != "all"}):
         inputs.append(helper.make_tensor_value_info(f"{ROWS}_{layout}", TensorProto.BOOL, [None]))
@@ -377,8 +407,28 @@ def _is_number(walk: GraphWalk, tensor: gs.Tensor) -> bool:
     return value is not None and np.ndim(value) == 0
 
 
-def names_read(node: gs.Node) -> set[str]:
+def stand_in_of(node: gs.Node, replaced: Mapping[str, StandIn] | None) -> StandIn | None:
+    """Returns what stands in for a tensor that a node makes."""
+    return next((replaced[t.name] for t in node.outputs if t.name in replaced), None) if replaced else None
+
+
+def stand_in_nodes(stand_in: StandIn) -> tuple[list[onnx.NodeProto], list[gs.Constant]]:
+    """Returns the nodes that make a tensor from what stands in for it, and their constants."""
+    name = f"liar_opt_stand_in/{stand_in.target}"
+    bias = gs.Constant(f"{name}/bias", stand_in.bias)
+    if stand_in.matrix is None:
+        shape = helper.make_node("Shape", [stand_in.source], [f"{name}/shape"])
+        return [shape, helper.make_node("Expand", [bias.name, f"{name}/shape"], [stand_in.target])], [bias]
+    matrix = gs.Constant(f"{name}/map", np.ascontiguousarray(stand_in.matrix))
+    product = helper.make_node("MatMul", [stand_in.source, matrix.name], [f"{name}/product"])
+    return [product, helper.make_node("Add", [f"{name}/product", bias.name], [stand_in.target])], [matrix, bias]
+
+
+def names_read(node: gs.Node, replaced: Mapping[str, StandIn] | None = None) -> set[str]:
     """Returns the names of the tensors that a node reads, its branches included; constants left out."""
+    stand_in = stand_in_of(node, replaced)
+    if stand_in is not None:
+        return {stand_in.source}
     names = {t.name for t in node.inputs if present(t) and not is_constant(t)}
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
@@ -400,7 +450,13 @@ def _captured(graph: gs.Graph) -> set[str]:
 
 def place_of(use: Any, expert: int = -1) -> Place:
     """Returns what a record with ``activation`` and ``activation_axis`` measures, of one expert's rows or of all."""
-    return use.activation.name, use.activation_axis, expert, getattr(use, "window", None)
+    beside = getattr(use, "beside", None)
+    name = _both(use.activation.name, "" if beside is None else beside.name)
+    return name, use.activation_axis, expert, getattr(use, "window", None)
+
+
+def _both(tensor: str, beside: str) -> str:
+    return f"{tensor} and {beside}" if beside else tensor
 
 
 def add_moments(tap: Tap, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], opset: int) -> None:
@@ -424,7 +480,9 @@ class _MomentNodes:
     def add(self) -> None:
         tap = self.tap
         source = tap.tensor if tap.window is None else self.under(tap.tensor, tap.window)
-        x = self.rows(source, tap.axis, tap.rank, tap.width, "x")
+        x = self.rows(source, tap.axis, tap.rank, tap.width - tap.beside_width, "x")
+        if tap.beside:
+            x = self.make("Concat", [x, self.rows(tap.beside, tap.axis, tap.rank, tap.beside_width, "y")], "xy", axis=1)
         if tap.numbers:
             x = self.of_expert(x)
         rows_seen, count, total, *second = tap.outputs[: 3 + len(tap.bounds) - 1]
@@ -580,7 +638,7 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
             thinned = [-(-size // step) for size, step in zip(slid, every, strict=True)]
             sizes = [*_extents(walk.algebra, axes[0]), *(size for size in thinned if size != 1)]
     layout, repeat = "all", 1
-    lookup = getattr(use, "lookup", None)
+    lookup, beside = getattr(use, "lookup", None), getattr(use, "beside", None)
     numbers = "" if lookup is None else str(lookup.numbers.name)
     wanted = [s for s in batch if s != 1]
     if not batch:
@@ -605,7 +663,28 @@ def tap_for(walk: GraphWalk, use: Any, width: int, batch: tuple[int, ...]) -> Ta
         numbers=numbers,
         window=window,
         every=every,
+        beside="" if beside is None else str(beside.name),
+        beside_width=0 if beside is None else walk.algebra.size(use.width),
     )
+
+
+def stream_at(walk: GraphWalk, tap: Tap, terms: Sequence[gs.Variable], seed: int = 0) -> Stream | None:
+    """Returns the sum of some tensors as the residual stream by which the rows of a tap are weighted.
+
+    None where one of them is made only behind the others.
+    """
+    order = {t.name: i for i, n in enumerate(walk.model.graph.nodes) for t in n.outputs}
+    if order.get(terms[-1].name, -1) > order.get(terms[0].name, -1):
+        return None
+    columns = walk.algebra.size((walk.axes[terms[0].name] or ())[-1])
+    signs = _signs(columns, seed)
+    nothing = np.zeros((tap.width, PROJECTION), np.float32), np.zeros(PROJECTION, np.float32)
+    return Stream(tuple(t.name for t in terms), signs, *nothing)
+
+
+def _signs(columns: int, seed: int) -> np.ndarray:
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (columns, PROJECTION))
+    return np.asarray((signs - signs.mean(axis=0)) / np.sqrt(columns), np.float32)
 
 
 def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None:
@@ -655,8 +734,7 @@ def stream_of(walk: GraphWalk, use: ConsumerUse, seed: int = 0) -> Stream | None
             break
     if not terms:
         return None
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (columns, PROJECTION))
-    signs = ((signs - signs.mean(axis=0)) / np.sqrt(columns)).astype(np.float32)
+    signs = _signs(columns, seed)
     return Stream(tuple(terms), signs, (values * np.float32(use.scale)) @ signs, constant @ signs)
 
 

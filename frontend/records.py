@@ -177,6 +177,29 @@ class ProductUse:
     width: Factor
 
 
+@dataclass(frozen=True, eq=False)
+class StandIn:
+    """What stands in for a tensor: T := X A + b, or b alone. Both arrays are in the type of the tensors.
+
+    Attributes:
+        target: the name of T, [.., m]; one of the tensors that a node makes, and the only one of it that is read.
+        source: the name of X, [.., n], which is made before T and has its rows. Without A it is as large as T, which has
+            its shape where a reader does not spread b by itself.
+        matrix: A, [n, m]; None for b alone.
+        bias: b, [m].
+    """
+
+    target: str
+    source: str
+    matrix: NDArray[Any] | None
+    bias: NDArray[Any]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of A and b."""
+        return self.bias.size + (0 if self.matrix is None else self.matrix.size)
+
+
 @dataclass(frozen=True)
 class Cache:
     """Past keys or values: graph input ``past`` comes back as graph output ``present``, longer along ``axis``.

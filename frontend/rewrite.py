@@ -19,7 +19,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.graph_tensors import is_constant, like, present
-from liar_opt.frontend.records import ConstantUse, ConsumerUse, SizeUse
+from liar_opt.frontend.onnx_segments import names_read
+from liar_opt.frontend.records import ConstantUse, ConsumerUse, SizeUse, StandIn
 from liar_opt.frontend.rules.numbers import Array, resolve_reshape
 from liar_opt.frontend.rules.operators import has, operator
 from liar_opt.frontend.rules.table import Trait
@@ -86,6 +87,7 @@ class Rewriter:
         self._heads: dict[int, int] = {}
         self._sources: dict[int, frozenset[int]] = {}
         self._alive: list[gs.Tensor] = []  # what the ids in _sources belong to
+        self._behind: dict[int, gs.Node] = {}  # of nodes that are gone
         self._names = _fresh_names(self.graph)
         # By leaf, so that a cut looks at its own uses and not at all of the graph; found on the graph as it was.
         self._size_uses = _by_leaf(walk.size_uses, self._size_leaves)
@@ -501,6 +503,92 @@ class Rewriter:
                 raise CannotFollow(f"a number that node '{use.node.name}' reads depends on this size and on the input's")
             result.append((use.node, use.position, gs.Constant(next(self._names), np.asarray(use.value))))
         return result
+
+    # -- what stands in for a tensor --------------------------------------------------------------------------------
+
+    def replace(self, stand_in: StandIn) -> None:
+        """Has a map of another tensor, or a constant, stand in for a tensor; nodes that only the old one needed go.
+
+        A constant is added as it is where a reader spreads it by itself. Names of outputs stay, and what another output
+        needs (a cache) is still computed.
+
+        Raises:
+            CannotFollow: it is one of several tensors that a node makes, or the source is not made before it.
+        """
+        graph, (target, source) = self.graph, (self._tensor(stand_in.target), self._tensor(stand_in.source))
+        (producer,) = target.inputs
+        if sum(present(t) and (bool(t.outputs) or self._handed_out(t)) for t in producer.outputs) > 1:
+            raise CannotFollow(f"'{target.name}' is one of several tensors that node '{producer.name}' makes")
+        if self.walk.model.traced and producer.outputs[0].name != target.name.partition(".")[0]:
+            raise CannotFollow(f"'{target.name}' is one of several tensors that node '{producer.name}' may make")
+        place = self._index(producer)
+        if source.inputs and self._index(source.inputs[0]) >= place:
+            raise CannotFollow(f"'{source.name}' is not made before '{target.name}'")
+        settled, taken = self.walk.model.settled, set(graph.tensors())
+        name = next(n for n in (f"{target.name}_stand_in{k or ''}" for k in itertools.count()) if f"{n}_bias" not in taken)
+        producer.outputs.clear()
+        bias = settled(np.ascontiguousarray(stand_in.bias))
+        if stand_in.matrix is not None:
+            made = self.walk.model.mapped(name, source, settled(stand_in.matrix), bias, target)
+        else:
+            constant = gs.Constant(f"{name}_bias", bias)
+            self.walk.model.adopt(constant)
+            for reader in [r for r in target.outputs if self._spreads(r, target)]:
+                reader.inputs[next(i for i, t in enumerate(reader.inputs) if t is target)] = constant
+            kept = bool(target.outputs) or self._handed_out(target)
+            made = self.walk.model.spread(name, source, constant, target) if kept else []
+        graph.nodes[place:place] = made
+        for probe in self._probes:
+            probe.walk.axes |= {
+                t.name: probe.walk.axes.get(target.name) for n in made for t in n.outputs if n.op == "MatMul"
+            }
+        self._drop_dead()
+
+    def _tensor(self, name: str) -> gs.Variable:
+        known = next((t for t in self.graph.inputs if t.name == name), None)
+        found = (t for node in self.graph.nodes for t in node.outputs if t.name == name)
+        tensor = known if known is not None else next(found, None)
+        if tensor is None:
+            raise InternalError(f"tensor '{name}' is not in the graph")
+        return tensor
+
+    def _spreads(self, reader: gs.Node, target: gs.Tensor) -> bool:
+        """Returns whether a node adds a tensor to one that has its shape, so that a constant of its last axis will do."""
+        if not has(reader, Trait.ADDS) or len(reader.inputs) != 2 or sum(t is target for t in reader.inputs) != 1:
+            return False
+        other = next(t for t in reader.inputs if t is not target)
+        shapes = [self.walk.axes.get(t.name) for t in (target, other)]
+        return not is_constant(other) and None not in shapes and len({tuple(self.walk.shape(s or ())) for s in shapes}) == 1
+
+    def now(self, node: gs.Node) -> gs.Node:
+        """Returns a node, or the first one behind it in the graph where it is gone."""
+        while id(node) in self._behind:
+            node = self._behind[id(node)]
+        return node
+
+    def _drop_dead(self) -> None:
+        """Takes out the nodes that no output needs, and what was recorded of them."""
+        needed, alive = {t.name for t in self.graph.outputs}, []
+        for node in reversed(self.graph.nodes):
+            if any(present(t) and t.name in needed for t in node.outputs):
+                alive.append(node)
+                needed |= names_read(node)
+        keep = set(map(id, alive))
+        gone = [n for n in self.graph.nodes if id(n) not in keep]
+        behind = None
+        for node in reversed(self.graph.nodes):
+            if id(node) in keep:
+                behind = node
+            else:
+                self._behind[id(node)] = behind
+        self.graph.nodes[:] = alive[::-1]
+        for probe in self._probes:
+            probe.walk.forget(gone)
+        self._size_uses = _by_leaf(self.walk.size_uses, self._size_leaves)
+        self._value_uses = _by_leaf(self.walk.value_uses, lambda u: self._leaves_behind(u.node.inputs[u.position]))
+        for node in gone:
+            node.inputs.clear()
+            node.outputs.clear()
 
     # -- biases -----------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ class GraphWalk:
     choosy: bool = False
     images: bool = False
     others: list[GraphWalk] = field(default_factory=list)
+    gone: list[gs.Node] = field(default_factory=list)
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -322,6 +323,16 @@ class GraphWalk:
         """Says what the size of an axis of an input has to be, which the graph may not declare of its own inputs."""
         if not node.inputs[position].inputs:
             self.needed[node.inputs[position].name, axis] = size
+
+    def forget(self, nodes: Sequence[gs.Node]) -> None:
+        """Drops what was recorded of nodes that are in the graph no more."""
+        gone = set(map(id, nodes))
+        self.gone += nodes  # records are found by identity: none of theirs may be taken by another node
+        self.constant_uses = [u for u in self.constant_uses if id(u.node) not in gone]
+        self.consumers = [u for u in self.consumers if id(u.node) not in gone]
+        self.size_uses = [u for u in self.size_uses if id(u.node) not in gone]
+        self.value_uses = [u for u in self.value_uses if id(u.node) not in gone]
+        self.products = [u for u in self.products if id(u.node) not in gone]
 
     def input_specs(self) -> list[InputSpec]:
         """Returns the graph's inputs, with the sizes that operators need where none is declared."""

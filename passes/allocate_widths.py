@@ -20,12 +20,14 @@ from liar_opt.passes.allocations import ALLOCATIONS, MEASURED, Candidates
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.find_groups import WholeQueries
-from liar_opt.passes.groups import KINDS, RECURRENT, VALUES, ChannelGroup, parameters_left
+from liar_opt.passes.groups import GONE, KINDS, MAPPED, RECURRENT, VALUES, ChannelGroup, parameters_left, stood_in
 from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
 
 DEFAULT_SPARSITY = 0.3
 ROUNDS = 6
+MOST_CHOICES = 512
+"""Joint candidates of the groups of one sublayer, at the most."""
 NAMED = 3
 """Groups that a note names; of others it says how many they are."""
 CLOSE = 2e-3
@@ -177,7 +179,7 @@ def why_whole(state: State) -> str:
 
 def removed_parameters(groups: tuple[ChannelGroup, ...], keep: dict[str, int]) -> float:
     """Returns how many parameters go when ``keep`` blocks of each group stay."""
-    return sum(g.parameters * (1.0 - keep[g.name] / g.size) for g in groups)
+    return sum(g.parameters * (1.0 - max(keep[g.name], 0) / g.size) for g in groups) - stood_in(groups, keep)
 
 
 def _in_all(groups: tuple[ChannelGroup, ...], sparsity: float, choose: Callable[[float], dict[str, int]]) -> dict[str, int]:
@@ -369,7 +371,75 @@ def candidates_together(
     """Returns the candidates of `joined` groups, or of groups that are `alike` where ``uniform``; arguments are theirs."""
     if uniform:
         return alike(groups, multiple_of, curves, expressible, cost)
-    return joined(candidates_of(groups, multiple_of, curves, cost), groups, queries, multiple_of, curves, cost)
+    found = joined(candidates_of(groups, multiple_of, curves, cost), groups, queries, multiple_of, curves, cost)
+    return with_whole(*found, groups, curves, cost)
+
+
+def with_whole(
+    candidates: Sequence[Candidates],
+    meaning: Meaning,
+    groups: Sequence[ChannelGroup],
+    curves: Mapping[str, GroupCurve],
+    cost: Cost | None = None,
+) -> tuple[list[Candidates], Meaning]:
+    """Adds, where it was measured what is lost when a whole sublayer goes, that as a further candidate.
+
+    Groups of one sublayer have joint candidates then. Of all those stay that no other beats in both cost and error.
+
+    Args:
+        candidates: of the groups, in their order.
+        meaning: what the numbers of joint ones stand for.
+        groups: the groups.
+        curves: what was measured, by group name.
+        cost: what a group costs at each width, up to a constant; its parameters if None.
+    """
+    result: dict[str, Candidates] = {m.name: m for m in candidates}
+    known, meaning = {g.name: g for g in groups}, Meaning(meaning)
+    for group in groups:
+        curve, sublayer = curves.get(group.name), group.sublayer
+        if sublayer is None or curve is None or not curve.whole or not set(sublayer.members) <= result.keys():
+            continue
+        members = [known[name] for name in sublayer.members]
+        own = [result[g.name] for g in members]
+        choices = _pareto(own[0].costs, own[0].errors, [meant({own[0].name: int(w)}, meaning) for w in own[0].widths])
+        for other in own[1:]:
+            more = [meant({other.name: int(w)}, meaning) for w in other.widths]
+            choices = _pareto(
+                (choices[0][:, None] + other.costs).reshape(-1),
+                (choices[1][:, None] + other.errors).reshape(-1),
+                [a | b for a in choices[2] for b in more],
+            )
+        gone = [{g.name: GONE for g in members} | {group.name: form} for form in curve.whole]
+        if cost is None:
+            spent = [sublayer.left + (sublayer.map_parameters if form == MAPPED else 0) for form in curve.whole]
+        else:
+            spent = [sum(float(cost(g, np.asarray([keep[g.name]]))[0]) for g in members) for keep in gone]
+            shift = max(0.0, -min(spent))  # costs are known up to a constant, and none is below zero
+            spent, choices = [s + shift for s in spent], (choices[0] + shift, *choices[1:])
+        costs, errors, kept = _pareto(
+            np.append(choices[0], spent), np.append(choices[1], list(curve.whole.values())), [*choices[2], *gone]
+        )
+        for member in members:
+            del result[member.name]
+            meaning.pop(member.name, None)
+        meaning[group.name] = kept
+        numbers = np.arange(1, len(kept) + 1)
+        result[group.name] = Candidates(group.name, numbers, costs, errors, own[0].values, own[0].deviation)
+    return [result[g.name] for g in groups if g.name in result], meaning
+
+
+def _pareto(
+    costs: NDArray[np.float64], errors: NDArray[np.float64], kept: Sequence[dict[str, int]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[dict[str, int]]]:
+    """Returns the choices that no other beats in both, by ascending cost; of many the evenly spread ones."""
+    best, chosen = np.inf, []
+    for index in np.lexsort((errors, costs)):
+        if errors[index] < best or not errors[index]:
+            best = errors[index]
+            chosen.append(int(index))
+    places = np.unique(np.linspace(0, len(chosen) - 1, MOST_CHOICES).round().astype(np.int64))
+    chosen = [chosen[p] for p in places] if len(chosen) > MOST_CHOICES else chosen
+    return costs[chosen], errors[chosen], [kept[i] for i in chosen]
 
 
 def meant(chosen: Mapping[str, int], meaning: Meaning) -> dict[str, int]:

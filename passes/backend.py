@@ -17,7 +17,7 @@ from liar_opt.passes.chosen_passes import Chosen
 from liar_opt.passes.cut_vocabulary import ChosenWords, wants_words
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
-from liar_opt.passes.options import PACKINGS, PruneOptions
+from liar_opt.passes.options import PACKINGS, WHOLE_LAYERS, PruneOptions
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
@@ -83,6 +83,7 @@ class Backend(ABC):
         lookup("packing", dict.fromkeys(PACKINGS), options.packing)
         if options.small_tokenizer and not wants_words(options):
             raise OptionError("small-tokenizer goes with --vocabulary or --vocabulary-coverage, which say what words stay")
+        lookup("whole-layers", dict.fromkeys(WHOLE_LAYERS), options.whole_layers)
         for name, reason in cls.cannot.items():
             if options.given(name):
                 raise OptionError(reason)

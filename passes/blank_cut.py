@@ -14,6 +14,7 @@ from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.find_groups import find_groups
+from liar_opt.passes.groups import GONE, MAPPED
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.latency import Deployed, Runs
 from liar_opt.runtime.sessions import operator_libraries
@@ -23,6 +24,8 @@ Feeds = Mapping[str, NDArray[Any]]
 
 def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[Model, dict[str, dict[int, Any]]]:
     """Returns a copy of the model with so many blocks left in each group, and what is left of inputs that shrank.
+
+    Sublayers of which nothing is kept (`groups.FORMS`) go whole.
 
     Args:
         dense: the original.
@@ -38,9 +41,16 @@ def blank_cut(dense: Original, keep: Mapping[str, int]) -> tuple[Model, dict[str
         raise InternalError(f"group '{unknown[0]}' was not found again")
     rewriter = Rewriter(analysis)
     for name, group in groups.items():
+        if keep.get(name, group.size) <= GONE:
+            continue
         if keep.get(name, group.size) < group.size:
             blocks = np.arange(group.sets)[:, None] * group.size + np.arange(keep[name])
             rewriter.cut(group.cut(blocks.reshape(-1).tolist()))
+    for name, group in groups.items():  # behind the cuts: those of queries and keys are of nodes that go
+        sublayer = group.sublayer
+        if keep.get(name, group.size) <= GONE and sublayer is not None and name == sublayer.members[0]:
+            matrix = np.zeros((sublayer.rows, sublayer.columns)) if keep[name] == MAPPED else None
+            rewriter.replace(sublayer.stand_in(matrix, np.zeros(sublayer.columns)))
     model.graph.cleanup(remove_unused_node_outputs=False).toposort()
     return model, rewriter.ends()
 

@@ -61,6 +61,11 @@ class Chosen:
     fit: Pass[Any] | None = None
 
     @property
+    def whole(self) -> bool:
+        """Whether sublayers may go whole."""
+        return self.curves is not None and self.curves.worth and self.curves.whole != "off"
+
+    @property
     def limited(self) -> bool:
         """Whether the widths are decided by pruning."""
         return isinstance(self.widths, LimitDropPass)
@@ -126,8 +131,20 @@ def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:
     searching = None
     if options.search is not None:
         searching = SearchWidthsPass(options.search, by_kind, step, options.repair, options.weighting, options.seed)
-    measure = MeasureCurvesPass(score=options.score, seed=options.seed)
+    whole = options.whole_layers if _by_curves(widths) and searching is None and not options.uniform else "off"
+    if options.whole_layers == "on" and whole == "off":
+        why = "a search and --uniform have widths alone" if options.search or options.uniform else "curves say which go"
+        raise OptionError(
+            f"whole-layers needs a sparsity, a target or max-drop shared out by curves ({why}); give one, or leave it out"
+        )
+    measure = MeasureCurvesPass(score=options.score, seed=options.seed, whole=whole)
     return Chosen(widths, cut, _curves(widths, searching, measure), searching)
+
+
+def _by_curves(widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass) -> bool:
+    """Returns whether one budget is shared out over all kinds by error curves."""
+    shared = not isinstance(widths, AllocateWidthsPass) or not widths.by_kind
+    return shared and widths.allocate == "curves"
 
 
 def passes_of_text(text: str, options: PruneOptions) -> Chosen:

@@ -6,7 +6,7 @@ another version are never taken.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -30,12 +30,14 @@ class GroupCurve:
         values: the score of every block on the dense model, [k].
         worth: what an error of one, relative to the stream, does to the output.
         deviation: the standard deviation of the score (`scores.Score.deviation`); None: that of the values.
+        whole: what is lost when the whole sublayer goes, measured in the output, by what stands in for it (`groups.FORMS`).
     """
 
     errors: NDArray[np.float64]
     values: NDArray[np.float64]
     worth: float = 1.0
     deviation: float | None = None
+    whole: Mapping[int, float] = field(default_factory=dict)
 
     def points(self, most: int = SHOWN) -> list[tuple[int, float]]:
         """Returns (blocks kept, error) at ``most`` places, evenly spread, both ends included."""
@@ -57,7 +59,7 @@ class Curves(Finding):
     kept: bool = False
 
 
-def place_of(state: State, options: Mapping[str, Any]) -> Path | None:
+def file_of_curves(state: State, options: Mapping[str, Any]) -> Path | None:
     """Returns the file for the curves of a model on its calibration data; None where they cannot be told from others.
 
     Args:
@@ -89,7 +91,11 @@ def _read(stream: IO[bytes]) -> dict[str, GroupCurve]:
         noted = zip(file["names"], file["worths"], file["deviations"], strict=True)
         return {
             str(name): GroupCurve(
-                file[f"errors {name}"], file[f"values {name}"], float(worth), None if np.isnan(dev) else float(dev)
+                file[f"errors {name}"],
+                file[f"values {name}"],
+                float(worth),
+                None if np.isnan(dev) else float(dev),
+                {int(form): float(error) for form, error in file[f"whole {name}"]},
             )
             for name, worth, dev in noted
         }
@@ -103,5 +109,6 @@ def store_curves(path: Path, curves: Mapping[str, GroupCurve]) -> None:
         "deviations": np.asarray([np.nan if c.deviation is None else c.deviation for c in curves.values()], np.float64),
     }
     for name, curve in curves.items():
-        arrays |= {f"errors {name}": curve.errors, f"values {name}": curve.values}
+        whole = np.asarray(list(curve.whole.items()), np.float64).reshape(-1, 2)
+        arrays |= {f"errors {name}": curve.errors, f"values {name}": curve.values, f"whole {name}": whole}
     store_result(path, lambda stream: np.savez(stream, **arrays))

@@ -87,7 +87,7 @@ class DenseTargets:
         """Measures the targets of one segment; arguments as ``Visitor.before``."""
         if self.beside is not self.sweep.carry:  # the sweep begins again
             self.carry, self.beside = self.sweep.fresh_carry(), self.sweep.carry
-        found = (self.aim(u) for g in groups for c in g.consumers for u in c.measured)
+        found = (self.aim(u) for g in groups if not g.whole for c in g.consumers for u in c.measured)
         aims = [aim for aim in found if aim is not None]
         self.moments = self.targets(aims, stop, first) if aims else {}
 

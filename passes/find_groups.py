@@ -41,6 +41,7 @@ from liar_opt.frontend.records import ConstantUse, ConsumerUse
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.rules.operators import POINTWISE, has
 from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.sublayers import Sublayer, find_sublayer, with_members
 from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
@@ -61,6 +62,7 @@ class Found:
 
     ``values`` and ``queries`` are cut when asked for alone; ``whole`` says why other products of queries and keys are left.
     ``poolers`` are reported among the refusals; they may be cut where a width that is cut elsewhere must be theirs too.
+    ``sublayers`` says why groups cannot go with their whole sublayers.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -69,6 +71,15 @@ class Found:
     queries: tuple[ChannelGroup, ...] = ()
     whole: tuple[Refusal, ...] = ()
     poolers: tuple[ChannelGroup, ...] = ()
+    sublayers: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class WholeSublayers(Finding):
+    """Why sublayers cannot go whole."""
+
+    by: ClassVar[str] = "find-groups"
+    refusals: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ def note_groups(state: State, found: Found) -> tuple[Refusal, ...]:
     """Adds the groups to the state, and returns the refusals."""
     state.groups, state.values, state.queries = found.groups, found.values, found.queries
     state.add(WholeQueries(found.whole))
+    state.add(WholeSublayers(found.sublayers))
     return found.refusals
 
 
@@ -118,6 +130,7 @@ class _Grouping:
         self.walk, self.known, self.algebra = walk, known, walk.algebra
         self.order = {id(node): i for i, node in enumerate(walk.model.graph.nodes)}
         self.refused: dict[tuple[str, int], list[str]] = defaultdict(list)
+        self.left_whole: dict[str, list[str]] = defaultdict(list)
         self.consumers = self._consumers()
         self.places, self.constants = _places(walk), _constants(walk)
         self.mixed = {leaf for f in walk.mixed for leaf in self.algebra.leaves(f)}
@@ -168,9 +181,10 @@ class _Grouping:
         walk.model.graph.cleanup(remove_unused_node_outputs=False)
         for members in (groups, values):
             members.sort(key=lambda g: (g.end, g.start))
-        groups, values = _named_apart(groups), _named_apart(values)
+        groups, values = self.in_sublayers(_named_apart(groups)), _named_apart(values)
         poolers = [g for g in others if g.kind == "pooler" and self.rewriter.check({g.factor: range(1)}) is None]
-        return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers))
+        whole = (Refusal(f"it cannot go whole: {reason}", tuple(names)) for reason, names in self.left_whole.items())
+        return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers), tuple(whole))
 
     def group(self, leaf: int) -> ChannelGroup | str | None:
         """Returns the group of a leaf factor, why it is none, or None where nothing is to be said; notes its name."""
@@ -219,6 +233,23 @@ class _Grouping:
             queries=math.prod(algebra.size(i) for i in inner[:width]) if kind == "heads" else 1,
             bent=_bent(walk, leaf, nodes, uses) if kind == VALUES else None,
         )
+
+    def in_sublayers(self, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        """Returns the groups with the sublayers that they may go with as a whole; notes why others cannot."""
+        found: dict[str, tuple[Sublayer, list[ChannelGroup]]] = {}
+        for group in groups:
+            sublayer = find_sublayer(self.walk, self.consumers[group.factor], group.factor, self.order)
+            if isinstance(sublayer, str):
+                self.left_whole[sublayer].append(group.name)
+            else:
+                found.setdefault(sublayer.target.name, (sublayer, []))[1].append(group)
+        own: dict[str, Sublayer] = {}
+        for sublayer, members in found.values():
+            dead = sublayer.constants
+            held = (size * share for g in members for (key, _), (size, share) in g.elements.items() if key not in dead)
+            whole = with_members(sublayer, [g.name for g in members], float(sum(held)))
+            own |= {g.name: whole for g in members}
+        return [replace(g, sublayer=own.get(g.name)) for g in groups]
 
     def checked(self, group: ChannelGroup) -> ChannelGroup | str:
         """Returns the group as it can be cut, or why it cannot."""

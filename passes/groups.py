@@ -8,13 +8,14 @@ weight shared by layers) pool their moments; several consumers of one group are 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.linear import Operand
 from liar_opt.frontend.rewrite import Cut, Within
+from liar_opt.frontend.sublayers import Sublayer
 
 KINDS = ("ffn", "heads")
 """Kinds of groups that ``sparsity`` prunes; "grouped" (heads within a group) and "pooler" are found and reported only."""
@@ -25,6 +26,12 @@ RECURRENT = "recurrent"
 back in every step."""
 QUERY_KEY = "query-key"
 """Kind of the width of queries and keys within a head: pruned when asked for, by a change of basis."""
+
+
+GONE, MAPPED = 0, -1
+"""What is kept of a group that goes with its whole sublayer: nothing but a constant, or a map of the sublayer's input."""
+FORMS = {GONE: "constant", MAPPED: "map"}
+"""What stands in for a sublayer, by what is kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +85,8 @@ class ChannelGroup:
         queries: query heads in a block of kind "heads": more than one where they share keys and values.
         bent: for "values", why their basis cannot be changed; None where it can.
         operands: for "query-key", the queries and the keys; there are no consumers then.
+        sublayer: what the group may go with as a whole; None where it cannot.
+        whole: whether the sublayer is measured: "too", or "alone" where it goes.
     """
 
     name: str
@@ -95,6 +104,8 @@ class ChannelGroup:
     queries: int = 1
     bent: str | None = None
     operands: tuple[Operand, ...] = ()
+    sublayer: Sublayer | None = None
+    whole: Literal["", "too", "alone"] = ""
 
     @property
     def block_width(self) -> int:
@@ -109,7 +120,10 @@ class ChannelGroup:
     @property
     def taps(self) -> tuple[tuple[Any, int], ...]:
         """Each of ``readings`` with the expert whose rows count, -1 for all rows."""
-        whole = tuple((operand, -1) for operand in self.operands)
+        sublayer = (self.sublayer,) if self.whole else ()
+        whole = tuple((record, -1) for record in (*self.operands, *sublayer))
+        if self.whole == "alone":
+            return whole
         return (*((u, -1 if c.expert is None else c.expert) for c in self.consumers for u in c.measured), *whole)
 
     def cut(self, blocks: Sequence[int]) -> dict[int, Cut]:
@@ -145,7 +159,7 @@ def parameters_left(groups: Sequence[ChannelGroup], keep: Mapping[str, int] | No
     held: dict[tuple[object, int], float] = {}
     left: dict[tuple[object, int], float] = {}
     for group in groups:
-        share_left = 1.0 if keep is None else keep.get(group.name, group.size) / group.size
+        share_left = 1.0 if keep is None else max(keep.get(group.name, group.size), 0) / group.size
         for place, (size, share) in (group.elements or {(group.name, 0): (group.parameters, 1.0)}).items():
             sizes[place[0]] = size
             held[place] = held.get(place, 0.0) + share
@@ -155,7 +169,18 @@ def parameters_left(groups: Sequence[ChannelGroup], keep: Mapping[str, int] | No
     for place, share in held.items():
         whole[place[0]] *= 1.0 - share + left[place]
         others[place[0]] *= 1.0 - share
-    return sum(size * (whole[constant] - others[constant]) for constant, size in sizes.items())
+    stays = sum(size * (whole[constant] - others[constant]) for constant, size in sizes.items())
+    return stays + stood_in(groups, keep or {})
+
+
+def stood_in(groups: Sequence[ChannelGroup], keep: Mapping[str, int]) -> float:
+    """Returns the elements that stay, or are new, where sublayers went whole: keys and values of a cache, and maps."""
+    total = 0.0
+    for group in groups:
+        sublayer, kept = group.sublayer, keep.get(group.name, group.size)
+        if sublayer is not None and kept <= GONE and group.name == sublayer.members[0]:
+            total += sublayer.left + (sublayer.map_parameters if kept == MAPPED else 0)
+    return total
 
 
 def kept_positions(owners: NDArray[np.int64], kept: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -14,19 +14,19 @@ and kinds are compared and added.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from liar_opt.frontend.engine import ConstantPatch
-from liar_opt.frontend.onnx_segments import Place, stream_of
+from liar_opt.frontend.onnx_segments import Place, place_of, stream_of
 from liar_opt.passes.base import Pass, PassResult, State
-from liar_opt.passes.curves import Curves, GroupCurve, load_curves, place_of, store_curves
-from liar_opt.passes.groups import QUERY_KEY, ChannelGroup
+from liar_opt.passes.curves import Curves, GroupCurve, file_of_curves, load_curves, store_curves
+from liar_opt.passes.groups import FORMS, GONE, MAPPED, QUERY_KEY, ChannelGroup
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.probe_outputs import ProbeOutputs, repaired
-from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set
+from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set, whole_of, whole_repair
 from liar_opt.passes.registry import score_named
 from liar_opt.passes.scores import SELECTION_RIDGE, ScoreFunction
 from liar_opt.passes.sweep import Sweep
@@ -46,6 +46,8 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
         queries: whether the widths of queries and keys are measured, too.
         worth: whether what an error is worth at the end of the model is measured, one run of the rest of it a group; else
             errors are relative to the stream.
+        whole: whether it is measured what is lost where the whole sublayer of a group goes ("on", "off", or "auto": but for
+            those whose keys and values are outputs of the graph).
     """
 
     name: ClassVar[str] = "measure-curves"
@@ -53,6 +55,7 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
     seed: int = 0
     queries: bool = False
     worth: bool = True
+    whole: str = "off"
 
     def requires(self, state: State) -> None:
         """Checks that there is something to measure on.
@@ -66,11 +69,19 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
 
     def plan(self, state: State) -> tuple[ChannelGroup, ...]:
         """Returns the groups whose curves are measured."""
-        return (*state.groups, *(state.queries if self.queries else ()))
+        groups = (replace(g, whole="too") if self._goes_whole(g) else g for g in state.groups)
+        return (*groups, *(state.queries if self.queries else ()))
+
+    def _goes_whole(self, group: ChannelGroup) -> bool:
+        """Returns whether a group stands for its sublayer, and may go with it."""
+        sublayer = group.sublayer
+        if sublayer is None or group.name != sublayer.members[0] or not self.worth:
+            return False
+        return self.whole == "on" or (self.whole == "auto" and not sublayer.cached)
 
     def apply(self, state: State, plan: tuple[ChannelGroup, ...]) -> PassResult:
         """Measures, or takes what an earlier run found on the same; adds ``Curves``."""
-        place = place_of(state, {f.name: getattr(self, f.name) for f in fields(self)})
+        place = file_of_curves(state, {f.name: getattr(self, f.name) for f in fields(self)})
         with one_at_a_time(place, lambda: state.progress(WAITING, 0, 1)):
             kept = None if place is None or state.fresh else load_curves(place)
             if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in plan):
@@ -127,7 +138,23 @@ class NoteCurves(GroupVisitor):
         patches = repaired(self, group, measured, np.concatenate(half)) if self.probes else []
         del measured, own, wholes, problems, selection  # the rest of the model runs now
         lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
-        self.note(group, errors, values, lost, errors[keep], deviation)
+        whole = self.gone(group, moments) if self.probes and group.whole else {}
+        self.note(group, errors, values, lost, errors[keep], deviation, whole)
+
+    def gone(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> dict[int, float]:
+        """Returns what is lost where the whole sublayer of a group goes, by what stands in for it."""
+        sublayer, found = group.sublayer, dict[int, float]()
+        assert sublayer is not None and self.probes is not None
+        item = whole_of(sublayer, moments[place_of(sublayer)])
+        for form in (GONE, MAPPED) if sublayer.source is not None else (GONE,):
+            repaired = whole_repair(item, sublayer, form, None)
+            if form == MAPPED and repaired.kind != "repair":
+                continue  # on held-back rows no map is better than the constant
+            made = sublayer.stand_in(repaired.weight if form == MAPPED else None, repaired.bias)
+            lost = self.probes.difference([made], self.probes.behind(group))
+            if lost is None or np.isfinite(lost):
+                found[form] = lost or 0.0
+        return found
 
     def note_logits(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of queries and keys: the shape is what their products lose."""
@@ -147,10 +174,11 @@ class NoteCurves(GroupVisitor):
         lost: float | None,
         predicted: float,
         deviation: float | None = None,
+        whole: Mapping[int, float] | None = None,
     ) -> None:
         """Stores the curve times (measured output error at the probed width) / (``predicted`` error there)."""
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
-        self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
+        self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation, whole or {})
 
 
 def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:
@@ -175,6 +203,12 @@ def curve_report(groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve
     """Returns the curves as plain data, by group name: [blocks kept, relative squared difference of the output]."""
     found = ((g, curves[g.name]) for g in groups if g.name in curves)
     return {
-        g.name: {"kind": g.kind, "size": g.size, "worth": c.worth, "points": [list(p) for p in c.points()]}
+        g.name: {
+            "kind": g.kind,
+            "size": g.size,
+            "worth": c.worth,
+            "points": [list(p) for p in c.points()],
+            **({"whole": {FORMS[form]: error for form, error in c.whole.items()}} if c.whole else {}),
+        }
         for g, c in found
     }

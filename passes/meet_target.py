@@ -54,7 +54,7 @@ from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.blank_cut import blank_cut, clock_of, deployed, in_one_form, operations
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_vocabulary import ChosenWords
-from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.groups import GONE, ChannelGroup
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.kept_results import file_of, load_result, store_result
@@ -197,7 +197,8 @@ class MeetTargetPass(Pass[Target]):
         groups, known = state.groups, state.get(Curves)
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
-        costs = gauge.costs((*groups, *queries), self.multiple_of)
+        whole = {name: sorted(curve.whole) for name, curve in curves.items() if curve.whole}
+        costs = gauge.costs((*groups, *queries), self.multiple_of, whole)
         expressible = state.get(Expressible)
         candidates, meaning = candidates_together(
             groups, queries, self.multiple_of, curves, costs, self.uniform, expressible
@@ -365,25 +366,61 @@ class _Gauge:
         models = in_one_form([self.original, deployed(model, self.device)])
         return measure_latency(models, [self.feeds, feeds], budget=budget, most=2000, close=SPREAD)
 
-    def costs(self, groups: Sequence[ChannelGroup], multiple_of: int) -> Cost:
-        """Returns what a group costs at each width, up to a constant."""
+    def costs(self, groups: Sequence[ChannelGroup], multiple_of: int, whole: Mapping[str, Collection[int]]) -> Cost:
+        """Returns what a group costs at each width, up to a constant.
+
+        Args:
+            groups: the groups.
+            multiple_of: kept feed-forward widths are multiples of this.
+            whole: by group name what may stand in for its whole sublayer, where it may go.
+        """
         shapes: dict[str, list[ChannelGroup]] = defaultdict(list)
         for group in groups:
             shapes[_shape(group)].append(group)
         if self.kind != "latency":
             slopes = {s: self._slope(members[0]) for s, members in shapes.items()}
-            return lambda group, widths: slopes[_shape(group)] * widths.astype(np.float64)
-        table = self._table(shapes, multiple_of)
-        return lambda group, widths: np.interp(widths, *table[_shape(group)]).astype(np.float64)
+
+            def counted(group: ChannelGroup, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+                return slopes[_shape(group)] * np.maximum(widths, 0).astype(np.float64)
+
+            return self._or_whole(counted)
+        table = self._table(shapes, multiple_of, whole)
+
+        def timed(group: ChannelGroup, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+            return np.interp(widths, *table[_shape(group)]).astype(np.float64)
+
+        return timed
+
+    def _or_whole(self, cost: Cost) -> Cost:
+        """Returns what a group costs at each width, that of its sublayer gone whole among them, up to the same constant."""
+        known: dict[tuple[str, int], float] = {}
+
+        def spent(group: ChannelGroup, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+            found = cost(group, widths)
+            first, *others = ("",) if group.sublayer is None else group.sublayer.members
+            for place in np.flatnonzero(widths <= GONE) if group.name == first else ():  # the first one's is that of all
+                keep = int(widths[place])
+                key = f"{_shape(group)} {len(others)}", keep
+                if key not in known:
+                    gone = self.whole - self.value(dict.fromkeys(others, GONE) | {first: keep})
+                    whole = float(cost(group, np.asarray([group.size]))[0])
+                    known[key] = whole - gone
+                found[place] = known[key]
+            return found
+
+        return spent
 
     def _slope(self, group: ChannelGroup) -> float:
         keep = group.size // 2
         return (self.whole - self.value({group.name: keep})) / (group.size - keep)
 
     def _table(
-        self, shapes: Mapping[str, list[ChannelGroup]], multiple_of: int
+        self, shapes: Mapping[str, list[ChannelGroup]], multiple_of: int, whole: Mapping[str, Collection[int]]
     ) -> dict[str, tuple[list[int], list[float]]]:
-        """Returns widths and seconds of each shape; from the cache where the same was measured before."""
+        """Returns widths and seconds of each shape; from the cache where the same was measured before.
+
+        Widths of zero and below are what stands in for whole sublayers (`groups.FORMS`).
+        """
         given = {
             "graph": self.digest,
             "batch": sorted((k, list(v.shape), str(v.dtype)) for k, v in self.feeds.items()),
@@ -391,6 +428,7 @@ class _Gauge:
             **self.clock,
             "multiple_of": multiple_of,
             "fractions": FRACTIONS,
+            "whole": sorted((name, list(forms)) for name, forms in whole.items()),
         }
         path = file_of("latency", given, ".json")
         with one_at_a_time(path, self.waiting):
@@ -401,8 +439,23 @@ class _Gauge:
             points = {s: self._points(members, multiple_of) for s, members in shapes.items()}
             evened = zip(points.items(), smoothed(list(points.values())), strict=True)
             table = {s: (own.widths.tolist(), times.tolist()) for (s, own), times in evened}
+            for shape, members in shapes.items():
+                for form, saved in sorted(self._saved_whole(members, whole).items(), reverse=True):
+                    widths, times = table[shape]
+                    table[shape] = [form, *widths], [times[-1] - saved, *times]
             store_result(path, lambda stream: stream.write(f"{json.dumps(table)}\n".encode()))
         return table
+
+    def _saved_whole(self, members: Sequence[ChannelGroup], whole: Mapping[str, Collection[int]]) -> dict[int, float]:
+        """Returns the seconds that each group of one shape saves where its whole sublayer goes, by what stands in."""
+        saved = {}
+        for form in sorted({form for g in members for form in whole.get(g.name, ())}):
+            going = [g for g in members if form in whole.get(g.name, ()) and g.sublayer is not None]
+            keep = {name: GONE for g in going if g.sublayer is not None for name in g.sublayer.members}
+            model, ends = blank_cut(self.dense_model, keep | {g.name: form for g in going})
+            found = self._beside(model, cut_arrays(dict(self.feeds), ends), TABLE_SECONDS)
+            saved[form] = self.dense / len(going) * (1.0 - 1.0 / found.speedup)
+        return saved
 
     def _points(self, members: Sequence[ChannelGroup], multiple_of: int) -> "Points":
         """Times models in which all groups of one shape are cut to a few widths."""

@@ -14,6 +14,7 @@ from liar_opt.passes.base import Change, DenseModel, Observer, Pass, PassResult,
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
+from liar_opt.passes.find_groups import WholeSublayers
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
 from liar_opt.passes.open_model import model_sizes
@@ -118,8 +119,9 @@ class ModelJob:
             state.add(backend.choose_words(state))
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
         probed = state.get(Probes) is not None  # nothing but the model is needed
+        refusals += self._left_whole(report)
         if probed:
-            refusals += self._prove(ProveGroupsPass(chosen.cut))
+            refusals += self._prove(ProveGroupsPass(chosen.cut, whole=chosen.whole))
         refusals += Pipeline(passes=backend.narrowing(), observer=options.observer)(state).refusals
         state.add(backend.analysed_so())
         if chosen.widths.query_key == "auto" and not state.queries:
@@ -189,6 +191,23 @@ class ModelJob:
             ) from err
         return refusals_of(self.faults)
 
+    def _left_whole(self, report: Report) -> tuple[Refusal, ...]:
+        """Returns why layers cannot go whole, where it was asked for that they may.
+
+        Raises:
+            ModelError: none can.
+        """
+        if self.options.whole_layers != "on":
+            return ()
+        refusals = self.state.found(WholeSublayers).refusals
+        whole = [g.sublayer for g in self.state.groups if g.sublayer is not None]
+        if not whole:
+            why = f": {refusals[0].reason}" if refusals else ""
+            raise ModelError(f"no layer can go whole{why}; leave whole-layers out, and widths alone go")
+        if any(sublayer.cached for sublayer in whole):
+            report.note("attention that goes whole still computes its keys and values: they are outputs of the model")
+        return refusals
+
     def _culprits(self, error: CheckError) -> dict[str, str]:
         """Returns the groups whose cut fails the check of the result.
 
@@ -237,7 +256,7 @@ class ModelJob:
             return [], self._decided_before(report, checkpoint.decided)
         refusals: list[Refusal] = []
         if unproved:
-            refusals += self._prove(ProveGroupsPass(chosen.cut))
+            refusals += self._prove(ProveGroupsPass(chosen.cut, whole=chosen.whole))
         while True:
             state.groups = tuple(g for g in state.groups if g.kind in KINDS)  # values join them where they are cut
             decided = _run(state, chosen.deciding, self.options.observer)

@@ -127,6 +127,11 @@ class TorchBackend(Backend):
                 f"allocation '{chosen.widths.allocate}' gives each layer a width of its own, and a configuration has one "
                 f"for all of a kind; leave allocate out, or {ELSEWHERE}"
             )
+        if options.whole_layers == "on" and (checkpoint or uniform):
+            raise OptionError(
+                "whole-layers works on a traced graph: stock code of a checkpoint runs every layer that its configuration "
+                f"counts, and all alike; leave it out, or {ELSEWHERE}"
+            )
         asked = {VALUES: "values", QUERY_KEY: "query_key", RECURRENT: "recurrent"}
         for kind, field in asked.items():
             if checkpoint and getattr(chosen.widths, field, None):
@@ -138,6 +143,8 @@ class TorchBackend(Backend):
         curves = chosen.curves
         if curves is not None and cut.score in GRADIENT_SCORES and widths.allocate == "curves":
             curves = replace(curves, score="greedy")  # curves alone are read, no values of that score
+        if curves is not None and (checkpoint or uniform):
+            curves = replace(curves, whole="off")
         gradients = None
         if cut.score in GRADIENT_SCORES:
             gradients = NoteGradientsPass(str(cut.score), options.loss, options.labelled, options.seed)

@@ -24,6 +24,7 @@ from liar_opt.runtime.sessions import PROVIDERS
 
 PACKINGS = ("auto", "on", "off")
 BACKENDS = ("torch", "onnxruntime")
+WHOLE_LAYERS = ("auto", "on", "off")
 UNSAID: Any = object()
 
 
@@ -104,6 +105,10 @@ class PruneOptions:
         allocate: how a ratio is shared out over the layers: "uniform" takes it of each, "curves" by the error that each
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
+        whole_layers: whether whole attention and feed-forward layers may go, where the error curves say so: what they add
+            to the residual stream is a constant then, or a linear map of what they read. "auto" does where the format can
+            say it, but for attention whose keys and values are outputs of the model; "on" for that, too: they are computed
+            still.
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
         vocabulary: words of these texts alone are left (what calibration data may be, read by the tokenizer), or those of
             a list of token ids (.json, .npy, .txt, an array); special tokens stay; alone, nothing else is cut.
@@ -167,6 +172,7 @@ class PruneOptions:
     max_drop: float | str | None = field(default=None, metadata=_told("pruning", metavar="LOSS"))
     metric: Metric | None = field(default=None, metadata=_told())
     allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
+    whole_layers: str = field(default="auto", metadata=_told("pruning", choices=WHOLE_LAYERS))
     search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
     vocabulary: Any = field(default=None, metadata=_told("pruning", metavar="TEXTS", demo=False))
     vocabulary_coverage: float | None = field(

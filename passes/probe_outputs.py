@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import ConstantPatch, Patch
+from liar_opt.frontend.engine import AnyPatch, Patch
 from liar_opt.frontend.graph_tensors import is_float
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured
@@ -49,7 +49,7 @@ class ProbeOutputs:
         """Rows of the dense model's outputs, for each probed batch; it runs when they are first asked for."""
         return self._ends(None, self.outputs)
 
-    def difference(self, patches: Sequence[Patch | ConstantPatch], behind: int | None = None) -> float | None:
+    def difference(self, patches: Sequence[AnyPatch], behind: int | None = None) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
 
         Rows are compared about their own means. Of logits that is what their softmax sees: for a vocabulary it is nearly
@@ -88,7 +88,7 @@ class ProbeOutputs:
         return found
 
     def _ends(
-        self, first: Any, outputs: list[str], patches: Sequence[Patch | ConstantPatch] = ()
+        self, first: Any, outputs: list[str], patches: Sequence[AnyPatch] = ()
     ) -> list[dict[str, NDArray[np.float64]]]:
         """Runs the model from a node, or from its start, on the probed batches; returns the same rows each time."""
         if not outputs:
@@ -130,16 +130,16 @@ def repaired(
     return patches
 
 
-def together(patches: Sequence[Patch | ConstantPatch]) -> list[Patch | ConstantPatch]:
+def together(patches: Sequence[AnyPatch]) -> list[AnyPatch]:
     """Returns patches of which those of one consumer, made for several of its groups, are one.
 
     Rows that any of them removes are zero, what they change of the others adds up: what they would be if one were repaired
     where the other was cut differs by a product of both changes.
     """
-    result: list[Patch | ConstantPatch] = []
+    result: list[AnyPatch] = []
     places: dict[int, int] = {}
     for patch in patches:
-        if isinstance(patch, ConstantPatch):
+        if not isinstance(patch, Patch):
             result.append(patch)
             continue
         known = places.setdefault(id(patch.uses[0]), len(result))

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.either_model import analysis_of
-from liar_opt.frontend.engine import ConstantPatch, Patch, Reference
+from liar_opt.frontend.engine import AnyPatch, ConstantPatch, Patch, Reference
 from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, Probes, State
 from liar_opt.passes.find_groups import find_groups
-from liar_opt.passes.groups import ChannelGroup, Consumer, Refusal
+from liar_opt.passes.groups import GONE, MAPPED, ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.prune_groups import CutGroups, PruneGroupsPass
 from liar_opt.passes.sweep import Sweep, cut_arrays
@@ -102,11 +102,13 @@ class ProveGroupsPass(Pass[Mapping[str, int]]):
     Attributes:
         cut: how groups are cut.
         decided: whether each group is cut to the width that was decided for it; otherwise it loses one block.
+        whole: whether sublayers may go whole, which is rehearsed, too.
     """
 
     name: ClassVar[str] = "prove-groups"
     cut: PruneGroupsPass = field(default_factory=PruneGroupsPass)
     decided: bool = False
+    whole: bool = False
 
     def plan(self, state: State) -> Mapping[str, int]:
         """Returns how many blocks of each group are to stay in the rehearsal."""
@@ -119,10 +121,25 @@ class ProveGroupsPass(Pass[Mapping[str, int]]):
     def apply(self, state: State, plan: Mapping[str, int]) -> PassResult:
         """Proves the groups; those at fault are no groups any more."""
         proof = Proof(state, self.cut)
+        left = self._prove_whole(state, proof)
         faults = proof.faults(plan)
         leave_alone(state, faults)
         state.add(Faults(faults))
-        return PassResult(state, (), refusals_of(faults))
+        return PassResult(state, (), (*refusals_of(faults), *left))
+
+    def _prove_whole(self, state: State, proof: "Proof") -> tuple[Refusal, ...]:
+        """Rehearses that sublayers go whole, where that is not decided yet; those at fault do not, and it is said why."""
+        first = [g for g in state.groups if g.sublayer is not None and g.name == g.sublayer.members[0]]
+        if self.decided or not self.whole or not first:
+            return ()
+        keep: dict[str, int] = {}
+        for number, group in enumerate(first):
+            assert group.sublayer is not None
+            keep[group.name] = MAPPED if number % 2 and group.sublayer.source is not None else GONE
+        wrong = proof.faults(keep)
+        at_fault = {name for g in first if g.sublayer is not None and g.name in wrong for name in g.sublayer.members}
+        state.groups = tuple(replace(g, sublayer=None) if g.name in at_fault else g for g in state.groups)
+        return refusals_of(wrong)
 
 
 def leave_alone(state: State, reasons: Mapping[str, str]) -> None:
@@ -290,8 +307,8 @@ class Proof:
         return None
 
 
-def masked_patches(analysed: GraphWalk, rehearsal: "Rehearsal") -> list[Patch | ConstantPatch]:
-    """Returns what makes a graph of it that nothing was cut out of: zeros in the removed rows, and the new biases.
+def masked_patches(analysed: GraphWalk, rehearsal: "Rehearsal") -> list[AnyPatch]:
+    """Returns what makes a graph of it that nothing was cut out of: zeros in the removed rows, new biases, what stands in.
 
     Args:
         analysed: the graph as it was.
@@ -319,7 +336,7 @@ def masked_patches(analysed: GraphWalk, rehearsal: "Rehearsal") -> list[Patch | 
     repaired = {(use.holder.name, use.weight_position) for patch in patches.values() for use in patch.uses}
     # What was repaired later is in that basis.
     left = [ConstantPatch((nodes[n], at), value) for (n, at), value in forms.items() if (n, at) not in repaired]
-    return [*left, *patches.values()]
+    return [*left, *patches.values(), *rehearsal.stand_ins]
 
 
 def probe_feeds(state: State, session: Runner) -> list[dict[str, Any]]:
@@ -425,6 +442,8 @@ class RehearseCutPass(PruneGroupsPass):
 
 class Rehearsal(CutGroups):
     """Cuts without measuring: what a group is cut to is drawn, or given."""
+
+    measuring = False
 
     def rehearse(self, plan: Sequence[Sequence[ChannelGroup]]) -> None:
         """Cuts the groups of every sweep, with made-up moments, in the order in which they are measured.

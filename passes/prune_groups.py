@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_segments import Place, place_of
-from liar_opt.frontend.records import ConsumerUse
+from liar_opt.frontend.records import ConsumerUse, StandIn
+from liar_opt.frontend.sublayers import Sublayer
 from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
 from liar_opt.passes.change_basis import BasisChange, basis_of, value_turn
 from liar_opt.passes.checkpoint import Finished, KeptGroup
 from liar_opt.passes.dense_target import DenseTargets
 from liar_opt.passes.gradient_scores import Gradients
-from liar_opt.passes.groups import QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
+from liar_opt.passes.groups import FORMS, GONE, MAPPED, QUERY_KEY, VALUES, ChannelGroup, Consumer, Refusal, kept_positions
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.registry import lookup, repair_named, score_named
 from liar_opt.passes.repairs import AWARE, RepairFunction
@@ -67,6 +68,7 @@ class Cut(Finding):
         blocks: the kept blocks of each group.
         lost: by group the largest error that is left behind its repair, relative to the output.
         query_forms: the products of queries and keys that were turned.
+        stand_ins: what stands in for sublayers that went whole.
     """
 
     by: ClassVar[str] = "prune-groups"
@@ -74,6 +76,7 @@ class Cut(Finding):
     blocks: Mapping[str, list[int]]
     lost: Mapping[str, float]
     query_forms: Sequence[Any]
+    stand_ins: Sequence[StandIn] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,12 @@ class PruneGroupsPass(Pass[tuple[Groups, ...]]):
 
     def plan(self, state: State) -> tuple[Groups, ...]:
         """Returns the groups that lose blocks, by sweep: of queries and keys, of all else, of values."""
-        groups = [g for g in state.groups if state.keep.get(g.name, g.size) < g.size]
+        gone = [g.sublayer for g in state.groups if g.sublayer is not None and state.keep.get(g.name, g.size) <= GONE]
+        groups = [
+            replace(g, whole="alone") if state.keep[g.name] <= GONE else g
+            for g in state.groups
+            if state.keep.get(g.name, g.size) < g.size and not within(g, gone)
+        ]
         apart = {QUERY_KEY: 0, VALUES: 2}
         sweeps = [tuple(g for g in groups if apart.get(g.kind, 1) == turn) for turn in range(3)]
         return tuple(sweep for sweep in sweeps if sweep)
@@ -213,6 +221,34 @@ class GroupVisitor(Visitor):
         return Measured(weight, consumer.owners, pooled, use.scale, centred=centred, gradients=self.gradients)
 
 
+def within(group: ChannelGroup, gone: Sequence[Sublayer]) -> bool:
+    """Returns whether a group goes with a sublayer that goes whole; the first of its groups stands for it."""
+    if group.sublayer is not None and any(group.name in s.members[1:] for s in gone):
+        return True
+    return group.kind in (VALUES, QUERY_KEY) and any(not group.constants.isdisjoint(s.constants) for s in gone)
+
+
+def _sides(sublayer: Sublayer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the channels of x and those of y, as they are measured together."""
+    rows = 0 if sublayer.source is None else sublayer.rows
+    return np.arange(rows), np.arange(rows, rows + sublayer.columns)
+
+
+def whole_of(sublayer: Sublayer, moments: Moments) -> Measured:
+    """Returns a sublayer as a consumer of x and y whose output is y: without y it is to be had of x."""
+    kept, removed = _sides(sublayer)
+    weight = np.zeros((kept.size + removed.size, removed.size))
+    weight[removed] = np.eye(removed.size)
+    return Measured(weight, np.zeros(len(weight), np.int64), moments)
+
+
+def whole_repair(item: Measured, sublayer: Sublayer, form: int, ridge: float | None) -> Repaired:
+    """Returns what stands in for y: a map of x and a bias, the ridge chosen on held-back rows, or the bias alone."""
+    kept, removed = _sides(sublayer)
+    named = repair_named("liar" if form == MAPPED else "bias")
+    return named(item, kept, removed, ridge)
+
+
 class CutGroups(GroupVisitor):
     """Selects, repairs and cuts.
 
@@ -228,10 +264,14 @@ class CutGroups(GroupVisitor):
         self.changes: list[Change] = []
         self.repairs: list[ConsumerRepair] = []
         self.selected: dict[str, list[str]] = {}
+        self.stand_ins: list[StandIn] = []
         self.stack: Any = None
         self.recording = sweep.checkpoint is not None  # what is cut is noted, so that it can be done again
         self.kept: list[KeptGroup] = []
         self.written: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+    measuring = True
+    """Whether moments are of activations, so that errors can be told."""
 
     def before(self, groups: Sequence[ChannelGroup], stop: int, first: Any) -> None:
         """Measures the dense targets, where there are any."""
@@ -240,6 +280,9 @@ class CutGroups(GroupVisitor):
 
     def group(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Selects, repairs and cuts one group."""
+        if group.whole == "alone":
+            self.replace_whole(group, moments)
+            return
         if group.kind == QUERY_KEY:
             self.cut_logits(group, moments)
             return
@@ -308,6 +351,41 @@ class CutGroups(GroupVisitor):
         if self.recording:
             self.kept.append(KeptGroup(group.name, blocks.tolist(), details, self.written, list(turns)))
             self.written = []
+
+    def replace_whole(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
+        """Has a constant, or a map of its input, stand in for the sublayer of a group."""
+        assert group.sublayer is not None
+        form, item = self.state.keep[group.name], whole_of(group.sublayer, moments[place_of(group.sublayer)])
+        kept, removed = _sides(group.sublayer)
+        found = whole_repair(item, group.sublayer, form, self.options.ridge)
+        details: dict[str, Any] = {"kind": group.kind, "kept": [], "rows": item.moments.count, "stand_in": FORMS[form]}
+        described = {
+            "node": group.sublayer.node.name,
+            "ridge": found.ridge if np.isfinite(found.ridge) else None,
+            "ridge_raised": found.raised,
+            "repair": FORMS[form],
+            "calibration_gap": found.gap,
+            **{f"error_{name}": error for name, error in item.errors(kept, removed, found).items()},
+        }
+        details["consumers"] = [described if self.measuring else {}]
+        self.stand_in(group, found.weight if form == MAPPED else None, found.bias, details)
+
+    def stand_in(
+        self, group: ChannelGroup, matrix: NDArray[Any] | None, bias: NDArray[np.float64], details: dict[str, Any]
+    ) -> None:
+        """Replaces the sublayer of a group, and notes it."""
+        assert group.sublayer is not None
+        made = group.sublayer.stand_in(matrix, bias)
+        if not all(np.isfinite(a).all() for a in (made.bias, *(() if made.matrix is None else (made.matrix,)))):
+            raise ModelError(f"what stands in for '{made.target}' overflows {made.bias.dtype}; use --whole-layers off")
+        if self.memory.low and made.matrix is not None:
+            made = replace(made, matrix=self.memory.store.put(made.matrix))
+        self.rewriter.replace(made)
+        self.stand_ins.append(made)
+        self.changes.append(Change("sublayer replaced", group.name, group.size, GONE, details))
+        if self.recording:
+            numbers = np.zeros((0, 0)) if matrix is None else np.asarray(matrix, np.float64)
+            self.kept.append(KeptGroup(group.name, [], details, [(numbers, np.asarray(bias, np.float64))]))
 
     def cut_logits(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Cuts the width of queries and keys to the best form of their products."""
@@ -417,6 +495,10 @@ class CutGroups(GroupVisitor):
         for group, kept in zip(groups, finished.groups, strict=True):
             if group.name != kept.name:
                 raise InternalError(f"group '{kept.name}' of the resume folder is '{group.name}' now")
+            if group.whole == "alone":
+                ((matrix, bias),) = kept.consumers
+                self.stand_in(group, matrix if matrix.size else None, bias, kept.details)
+                continue
             blocks = np.asarray(kept.blocks, np.int64)
             if group.kind == QUERY_KEY:
                 self.bases.turn_logits(group, *kept.turns)
@@ -441,7 +523,7 @@ class CutGroups(GroupVisitor):
             change.where: max((c["error_repair"] for c in change.details.get("consumers", ()) if c), default=0.0)
             for change in self.changes
         }
-        state.add(Cut(self.rewriter.ends(), blocks, lost, self.bases.query_forms))
+        state.add(Cut(self.rewriter.ends(), blocks, lost, self.bases.query_forms, self.stand_ins))
 
     def refusals(self) -> tuple[Refusal, ...]:
         """Returns what was cut in another way than it was asked for, and why."""

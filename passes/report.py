@@ -12,7 +12,7 @@ from liar_opt.passes.allocate_widths import NAMED
 from liar_opt.passes.base import Change, Opened, Pass, State
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_vocabulary import CutWords
-from liar_opt.passes.groups import KINDS, ChannelGroup, Refusal, parameters_left
+from liar_opt.passes.groups import FORMS, KINDS, ChannelGroup, Refusal, parameters_left
 from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MetTarget
@@ -206,7 +206,7 @@ class Report:
 
     def planned(self, state: State) -> None:
         """Says the widths, which are not cut."""
-        self.groups = [{**group_entry(g), "after": state.keep[g.name]} for g in state.groups]
+        self.groups = [planned_entry(g, state.keep[g.name]) for g in state.groups]
         self.prunable = prunable(state)
 
     def cut(self, state: State, changes: Sequence[Change], repair: str | RepairFunction) -> None:
@@ -292,7 +292,7 @@ def prunable(state: State) -> dict[str, int]:
     before, after = parameters_left(counted), parameters_left(counted, state.keep)
     for group in (g for g in state.groups if g.kind not in KINDS):
         heads = next((g for g in counted if g.kind == "heads" and group.constants <= g.constants), None)
-        left = 1.0 if heads is None else state.keep.get(heads.name, heads.size) / heads.size
+        left = 1.0 if heads is None else max(state.keep.get(heads.name, heads.size), 0) / heads.size
         before += group.parameters if heads is None else 0
         after += group.parameters if heads is None else 0
         after -= left * group.parameters * (1.0 - state.keep.get(group.name, group.size) / group.size)
@@ -332,4 +332,17 @@ def cut_entry(group: ChannelGroup, change: Change | None) -> dict[str, Any]:
     result = group_entry(group)
     if change is None:
         return {**result, "after": group.size}
-    return {**result, "after": change.after, "kept": change.details["kept"], "repairs": change.details["consumers"]}
+    whole = {"stand_in": change.details["stand_in"]} if "stand_in" in change.details else {}
+    return {
+        **result,
+        "after": change.after,
+        **whole,
+        "kept": change.details["kept"],
+        "repairs": change.details["consumers"],
+    }
+
+
+def planned_entry(group: ChannelGroup, keep: int) -> dict[str, Any]:
+    """Returns what a report says of a group that would be cut."""
+    whole = {"stand_in": FORMS[keep]} if keep in FORMS else {}
+    return {**group_entry(group), "after": max(keep, 0), **whole}

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from liar_opt.frontend.engine import NotFinite, Value
 from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.live_memory import live_bytes
-from liar_opt.frontend.onnx_segments import Place, Tap, live_tensors, place_of, plan_segments, stream_of, tap_for
+from liar_opt.frontend.onnx_segments import Place, Tap, live_tensors, place_of, plan_segments, stream_at, stream_of, tap_for
 from liar_opt.frontend.records import ConsumerUse
 from liar_opt.frontend.rewrite import Rewriter
+from liar_opt.frontend.sublayers import Sublayer
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import State
 from liar_opt.passes.checkpoint import Checkpoint, Finished
@@ -162,8 +163,11 @@ class Sweep:
                 self.carry.values[index] = {n: v if keep else stream.put(v) for n, v in values.items()}
 
     def position(self, node: Any) -> int:
-        """Returns where a node stands now; 0 for None, the start."""
-        return 0 if node is None else next(i for i, n in enumerate(self.walk.model.graph.nodes) if n is node)
+        """Returns where a node, or what is behind it where it is gone, stands now; 0 for None, the start."""
+        if node is None:
+            return 0
+        node = self.rewriter.now(node)
+        return next(i for i, n in enumerate(self.walk.model.graph.nodes) if n is node)
 
     def segment(self, visitor: Visitor, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
         """Measures the groups of one segment and hands them to the visitor.
@@ -202,7 +206,12 @@ class Sweep:
         """Returns the activations to measure, by tensor and axis; with the residual streams that weight their rows."""
         taps: dict[Place, Tap] = {}
         for use, expert in (pair for g in groups for pair in g.taps):
-            tap = replace(tap_for(self.walk, use, self.rewriter.size(use.width), self.batch), expert=expert)
+            width = self.rewriter.size(use.width)
+            if isinstance(use, Sublayer):
+                width += 0 if use.source_width is None else self.rewriter.size(use.source_width)
+            tap = replace(tap_for(self.walk, use, width, self.batch), expert=expert, whole=isinstance(use, Sublayer))
+            if streams and self.weighting == "stream" and isinstance(use, Sublayer):
+                tap = replace(tap, stream=stream_at(self.walk, tap, (use.target, use.like), self.seed))
             if streams and self.weighting == "stream" and isinstance(use, ConsumerUse):
                 tap = replace(tap, stream=stream_of(self.walk, use, self.seed))
             taps[tap.place] = tap
@@ -213,6 +222,9 @@ class Sweep:
         carry = self.carry
         names = [] if first is None else live_tensors(self.walk, self.position(first), self.waiting)
         made = [n for n in names if n not in carry.given]
+        read = {name for tap in taps if tap.whole for name in tap.reads}
+        nodes = self.walk.model.graph.nodes
+        stop = max([stop, *(i + 1 for i, n in enumerate(nodes) if read and any(t.name in read for t in n.outputs))])
         part = self.engine.part(self.walk, self.position(carry.at), stop, made, carry.given, taps=taps)
         stream, in_memory = ArrayStore(self.memory.store.folder), True
         for index, feeds in enumerate(self.data.batches):

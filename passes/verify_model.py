@@ -26,6 +26,7 @@ from liar_opt.frontend.graph_tensors import is_constant, like
 from liar_opt.frontend.live_memory import live_bytes
 from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_engine import NO_MEMORY, run_session
+from liar_opt.frontend.records import StandIn
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
@@ -137,7 +138,7 @@ class VerifyModelPass(Pass[None]):
         loading = later(functools.partial(engine.whole, state.model.loadable(), "the pruned model"))
         if low_memory:
             loading.result()
-        reference = masked_reference(dense, state.repairs, cut.query_forms)
+        reference = masked_reference(dense, state.repairs, cut.query_forms, cut.stand_ins)
         masked = engine.whole(reference, "the masked original")
         pruned = loading.result()
         # What an operator does not specify (rows of a cache behind what it holds) cannot be compared.
@@ -188,8 +189,16 @@ class VerifyModelPass(Pass[None]):
         return PassResult(state)
 
 
-def masked_reference(dense: Original, repairs: list[ConsumerRepair], query_forms: Sequence[QueryForm] = ()) -> Model:
+def masked_reference(
+    dense: Original,
+    repairs: list[ConsumerRepair],
+    query_forms: Sequence[QueryForm] = (),
+    stand_ins: Sequence[StandIn] = (),
+) -> Model:
     """Returns the original with the repaired weights at their old places, zeros in the removed rows, and the new biases.
+
+    What stands in for a whole sublayer does so here, too: its own nodes are left out by the same few lines that tests hold
+    against numpy.
 
     Where the basis of values was changed, the new weight is one of low rank; queries and keys are q U and k V with zeros
     behind, and what was repaired after that is in that basis. Made from the original file by node and input position,
@@ -198,7 +207,7 @@ def masked_reference(dense: Original, repairs: list[ConsumerRepair], query_forms
     model = dense.model()
     model.normalise()
     project_queries(model, query_forms)
-    mask_model(analysis_of(model), repairs)
+    mask_model(analysis_of(model), repairs, stand_ins)
     return model
 
 
@@ -215,8 +224,8 @@ def project_queries(model: Model, query_forms: Sequence[QueryForm]) -> None:
         node.inputs[position] = like(old, f"{old.name}/{node.name}/queries", value)
 
 
-def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
-    """Writes the repaired weights into an analysed original, zeros in the removed rows, and the new biases."""
+def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair], stand_ins: Sequence[StandIn] = ()) -> None:
+    """Writes the repaired weights into an analysed original, zeros in the removed rows, new biases, and what stands in."""
     nodes = {n.name: n for n in analysis.model.graph.nodes}
     rewriter = Rewriter(analysis)
     by_place = {(u.node.name, u.weight_position): u for u in analysis.consumers}
@@ -234,6 +243,8 @@ def mask_model(analysis: GraphWalk, repairs: list[ConsumerRepair]) -> None:
         if np.any(repair.bias):
             own = [by_place[u.node.name, u.weight_position] for u in repair.uses]
             rewriter.add_bias(own, spread_bias(repair, full.shape))
+    for stand_in in stand_ins:
+        rewriter.replace(stand_in)
 
 
 def spread_bias(repair: ConsumerRepair, shape: Sequence[int]) -> np.ndarray:

@@ -129,6 +129,8 @@ def _sparsity(groups: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Iter
         kept = sum(g["after"] for g in groups if g["kind"] == kind)
         whole = sum(g["before"] for g in groups if g["kind"] == kind)
         title = f"{kind}: {kept:,} of {whole:,} kept in {len(own)} {'group' if len(own) == 1 else 'groups'}"
+        gone = sum("stand_in" in g for g in groups if g["kind"] == kind)
+        title += f", {gone} gone whole" if gone else ""
         charts.append(joined([element("h3", title), columns(own, title, "groups, input to output", "kept")]))
     yield _charts(*charts)
 

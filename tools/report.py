@@ -49,6 +49,10 @@ def before_after(report: Report) -> Table:
     if report["groups"]:
         prunable, left = ({"all": report["prunable"][when]} for when in ("before", "after"))
         table.add_row("  of them prunable", f"{prunable['all']:,}", f"{left['all']:,}", change(prunable, left, "all"))
+    whole = Counter(g["stand_in"] for g in report["groups"] or () if g.get("stand_in"))
+    if whole:
+        named = ", ".join(f"{count} by a {form}" for form, count in sorted(whole.items()))
+        table.add_row("layers gone whole", "0", f"{whole.total()}", named)
     words = report.get("vocabulary")
     if words:
         count, left = {"all": words["words"]}, {"all": words["kept"]}
@@ -184,7 +188,8 @@ def groups_pruned(report: Report) -> Table:
     ]
     table = make_table(*columns, left={0, 1})
     for group in report["groups"]:
-        head = [group["name"], group["kind"], f"{group['before']:,}", f"{group['after']:,}"]
+        after = f"{group['after']:,}" + (f" ({group['stand_in']})" if group.get("stand_in") else "")
+        head = [group["name"], group["kind"], f"{group['before']:,}", after]
         head.append(percent(group["after"], group["before"]))
         table.add_row(*head, *_errors(next(iter(group.get("repairs", [])), None), errors))
         for repair in group.get("repairs", [])[1:]:
