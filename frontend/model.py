@@ -103,6 +103,7 @@ class Model(ABC):
 
     # -- what is new ------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def adopt(self, constant: gs.Constant) -> None:
         """Counts a new constant among the parameters, where these are known by their names."""
 

@@ -409,6 +409,9 @@ class OnnxModel(Model):
 
     # -- nodes of our own ---------------------------------------------------------------------------------------------
 
+    def adopt(self, constant: gs.Constant) -> None:
+        """Does nothing: all constants of a graph count."""
+
     def mapped(
         self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
     ) -> list[gs.Node]:
