@@ -247,6 +247,8 @@ def test_what_a_page_says_runs(
         if kind == "python":
             exec(compile(code, page, "exec"), names)
             ran += 1
+        for folder in re.findall(r"^mkdir (.+)$", code, re.MULTILINE) if kind == "sh" else ():
+            Path(folder).mkdir()
         for arguments in commands(code) if kind == "sh" else ():
             if any(part in said(arguments) for part in NOT_RUN):
                 continue
