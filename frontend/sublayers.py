@@ -38,6 +38,11 @@ class Sublayer:
         node: what makes y.
         constants: identities of the constants that nothing else reads.
         dtype: of its weights.
+        width: the factor of the channels of y, its last axis.
+        source_width: that of x.
+        rank: of y and x.
+        columns: channels of y, m.
+        rows: channels of x, n.
         cached: whether keys and values of it are outputs of the graph, which stay.
         members: names of the groups of widths within it, in execution order.
         left: elements of their weights that stay when it goes.
