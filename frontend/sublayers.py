@@ -23,6 +23,7 @@ from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.walk import GraphWalk
 
+TIED = "it is of several layers, tied by weights or by a position bias that they share"
 MOST_NODES = 512
 """Nodes between the consumers of a group and what is added to the stream, at most."""
 
@@ -155,7 +156,7 @@ def _added(walk: GraphWalk, uses: Sequence[ConsumerUse], order: Mapping[int, int
     passed: set[int] = set()
     for _ in range(MOST_NODES):
         if any(_is_output(walk, t) for t in front.values()):
-            return "its output is one of the model's"
+            return "its output is one of the model's" if len(uses) == 1 else TIED
         readers = {id(t): [r for r in t.outputs if id(r) not in passed] for t in front.values()}
         if len(front) == 1:
             (tensor,) = front.values()
