@@ -23,6 +23,7 @@ from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.walk import GraphWalk
 
+TIED = "it is of several layers, tied by weights or by a position bias that they share"
 MOST_NODES = 512
 """Nodes between the consumers of a group and what is added to the stream, at most."""
 
@@ -38,6 +39,11 @@ class Sublayer:
         node: what makes y.
         constants: identities of the constants that nothing else reads.
         dtype: of its weights.
+        width: the factor of the channels of y, its last axis.
+        source_width: that of x.
+        rank: of y and x.
+        columns: channels of y, m.
+        rows: channels of x, n.
         cached: whether keys and values of it are outputs of the graph, which stay.
         members: names of the groups of widths within it, in execution order.
         left: elements of their weights that stay when it goes.
@@ -150,7 +156,7 @@ def _added(walk: GraphWalk, uses: Sequence[ConsumerUse], order: Mapping[int, int
     passed: set[int] = set()
     for _ in range(MOST_NODES):
         if any(_is_output(walk, t) for t in front.values()):
-            return "its output is one of the model's"
+            return "its output is one of the model's" if len(uses) == 1 else TIED
         readers = {id(t): [r for r in t.outputs if id(r) not in passed] for t in front.values()}
         if len(front) == 1:
             (tensor,) = front.values()

@@ -30,7 +30,8 @@ class GroupCurve:
         values: the score of every block on the dense model, [k].
         worth: what an error of one, relative to the stream, does to the output.
         deviation: the standard deviation of the score (`scores.Score.deviation`); None: that of the values.
-        whole: what is lost when the whole sublayer goes, measured in the output, by what stands in for it (`groups.FORMS`).
+        whole: what is lost when the whole sublayer goes, by what stands in for it (`groups.FORMS`): measured in the output,
+            and no less than the curve says of nothing kept.
     """
 
     errors: NDArray[np.float64]

@@ -46,6 +46,7 @@ from liar_opt.frontend.walk import GraphWalk, walk
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.groups import KINDS, QUERY_KEY, RECURRENT, VALUES, ChannelGroup, Consumer, Refusal
 
+NOT_WHOLE = "it cannot go whole"
 LEAST_SIZE = 2
 BESIDE = "its consumer reads other dimensions in the same axis"
 NO_WEIGHT = "no weight makes this part of a concatenation: the frequencies of positions are such a part"
@@ -183,7 +184,7 @@ class _Grouping:
             members.sort(key=lambda g: (g.end, g.start))
         groups, values = self.in_sublayers(_named_apart(groups)), _named_apart(values)
         poolers = [g for g in others if g.kind == "pooler" and self.rewriter.check({g.factor: range(1)}) is None]
-        whole = (Refusal(f"it cannot go whole: {reason}", tuple(names)) for reason, names in self.left_whole.items())
+        whole = (Refusal(f"{NOT_WHOLE}: {reason}", tuple(names)) for reason, names in self.left_whole.items())
         return Found(tuple(groups), tuple(refusals), tuple(values), *queries, tuple(poolers), tuple(whole))
 
     def group(self, leaf: int) -> ChannelGroup | str | None:

@@ -141,9 +141,12 @@ class NoteCurves(GroupVisitor):
         whole = self.gone(group, moments) if self.probes and group.whole else {}
         self.note(group, errors, values, lost, errors[keep], deviation, whole)
 
-    def gone(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> dict[int, float]:
-        """Returns what is lost where the whole sublayer of a group goes, by what stands in for it."""
-        sublayer, found = group.sublayer, dict[int, float]()
+    def gone(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> dict[int, tuple[float, float]]:
+        """Returns what is lost in the output where the whole sublayer of a group goes, by what stands in for it.
+
+        Beside it stands the share of the variance of what the sublayer adds that is lost.
+        """
+        sublayer, found = group.sublayer, dict[int, tuple[float, float]]()
         assert sublayer is not None and self.probes is not None
         item = whole_of(sublayer, moments[place_of(sublayer)])
         for form in (GONE, MAPPED) if sublayer.source is not None else (GONE,):
@@ -152,8 +155,11 @@ class NoteCurves(GroupVisitor):
                 continue  # on held-back rows no map is better than the constant
             made = sublayer.stand_in(repaired.weight if form == MAPPED else None, repaired.bias)
             lost = self.probes.difference([made], self.probes.behind(group))
+            rows, columns = item.weight.shape
+            errors = item.errors(np.arange(rows - columns), np.arange(rows - columns, rows), repaired)
+            share = errors["repair"] / errors["bias"] if form == MAPPED and errors["bias"] > 0 else 1.0
             if lost is None or np.isfinite(lost):
-                found[form] = lost or 0.0
+                found[form] = lost or 0.0, share if len(sublayer.members) == 1 else 0.0
         return found
 
     def note_logits(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
@@ -174,11 +180,17 @@ class NoteCurves(GroupVisitor):
         lost: float | None,
         predicted: float,
         deviation: float | None = None,
-        whole: Mapping[int, float] | None = None,
+        whole: Mapping[int, tuple[float, float]] | None = None,
     ) -> None:
-        """Stores the curve times (measured output error at the probed width) / (``predicted`` error there)."""
+        """Stores the curve times (measured output error at the probed width) / (``predicted`` error there).
+
+        Large differences of the output saturate, and with others beside them they do not add up as small ones do: what is
+        lost without the sublayer counts as no less than what the curve says of nothing kept.
+        """
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
-        self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation, whole or {})
+        least = float(errors[0] * worth)
+        gone = {form: max(lost, share * least) for form, (lost, share) in (whole or {}).items()}
+        self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation, gone)
 
 
 def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:

@@ -14,7 +14,7 @@ from liar_opt.passes.base import Change, DenseModel, Observer, Pass, PassResult,
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
-from liar_opt.passes.find_groups import WholeSublayers
+from liar_opt.passes.find_groups import NOT_WHOLE, WholeSublayers
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
 from liar_opt.passes.open_model import model_sizes
@@ -202,7 +202,7 @@ class ModelJob:
         refusals = self.state.found(WholeSublayers).refusals
         whole = [g.sublayer for g in self.state.groups if g.sublayer is not None]
         if not whole:
-            why = f": {refusals[0].reason}" if refusals else ""
+            why = f": {refusals[0].reason.removeprefix(f'{NOT_WHOLE}: ')}" if refusals else ""
             raise ModelError(f"no layer can go whole{why}; leave whole-layers out, and widths alone go")
         if any(sublayer.cached for sublayer in whole):
             report.note("attention that goes whole still computes its keys and values: they are outputs of the model")

@@ -299,3 +299,18 @@ def test_a_rotary_embedding_is_the_reason_in_both() -> None:
             liar_opt.prune(model, batches(1), query_key=0.3, checkpoint=False)
         planned = liar_opt.prune(model, batches(1), query_key="auto", sparsity=0.2, checkpoint=False, dry_run=True)
         assert any("queries and keys keep their width: it is taken apart" in n for n in planned.report["model"]["notes"])
+
+
+def test_a_checkpoint_keeps_its_layers(tmp_path: Path) -> None:
+    """Stock code runs every layer: it is refused before any work; the traced graph is written without."""
+    with pytest.raises(liar_opt.OptionError, match=r"stock code of a checkpoint runs every layer .* --format onnx"):
+        liar_opt.prune(made("bert"), batches(), whole_layers="on", sparsity=0.3)
+    module, _ = both("bert", **CAPABILITIES["whole layers"])
+    assert "the result is the traced graph: whole layers went" in " ".join(module.report["model"]["notes"])
+    module.save(tmp_path / "whole.pt2")
+    feeds = {name: torch.from_numpy(value) for name, value in batches(1)[0].items()}
+    found = torch.export.load(tmp_path / "whole.pt2").module()(**feeds)
+    with torch.no_grad():
+        ours = module.module(**feeds)
+    torch.testing.assert_close(found[0], ours[0], rtol=1e-4, atol=1e-5)
+    assert module.report["after"]["parameters"] == sum(p.numel() for p in module.module.parameters())

@@ -203,3 +203,19 @@ def test_logits_say_how_often_the_largest_changes() -> None:
     report["verification"]["outputs"]["last_hidden_state"]["changed_top1"] = 0.0313
     (row,) = (line for line in text(tables.before_after(report)).splitlines() if "the largest" in line)
     assert row.split()[-2:] == ["3.13", "%"]
+
+
+def test_layers_that_went_whole_are_counted_and_named() -> None:
+    report = copy.deepcopy(REPORT)
+    first = report["groups"][0]
+    gone = {**first, "after": 0, "kept": []}
+    report["groups"] += [{**gone, "name": "a", "stand_in": "map"}, {**gone, "name": "b", "stand_in": "map"}]
+    report["groups"] += [{**gone, "name": "c", "stand_in": "constant"}]
+    stream = io.StringIO()
+    console = tables.make_console(stream)
+    console.print(tables.before_after(report))
+    console.print(tables.groups_pruned(report))
+    lines = stream.getvalue().splitlines()
+    assert any("layers gone whole" in line and "1 by a constant, 2 by a map" in line for line in lines)
+    assert sum("0 (map)" in line for line in lines) == 2 and sum("0 (constant)" in line for line in lines) == 1
+    assert "gone whole" not in "".join(map(str, tables.before_after(REPORT).columns[0]._cells))
