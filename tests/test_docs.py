@@ -15,6 +15,7 @@ import torch
 import transformers
 import words
 import zoo
+import zoo_decoders
 import zoo_fx
 import zoo_genai
 import zoo_merged
@@ -28,7 +29,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 OPTION = re.compile(r"`(--[a-z][a-z-]*)[^`]*`")
-ROWS = 32
+ROWS, LAYERS = 32, {"num_hidden_layers": 4}
 NBITS = "onnxruntime.quantization.matmul_nbits_quantizer"
 """Which the oldest ONNX Runtime has under another name."""
 
@@ -88,15 +89,15 @@ def deep_bert() -> Path:
 def encoder(folder: Path) -> None:
     texts(folder)
     (folder / "model.onnx").write_bytes(deep_bert().read_bytes())
-    checkpoint("BertModel", folder / "path/to/hf-model", **zoo_fx.TEXT)
+    checkpoint("BertModel", folder / "path/to/hf-model", **zoo_fx.TEXT | LAYERS)
     words.save_tokenizer(folder / "path/to/hf-model")
 
 
 def checkpoint(model: str, folder: Path, **config: Any) -> Any:
-    """Writes one with four layers, its weights large enough that a cut is seen."""
+    """Writes a model with seeded weights."""
     model_class = getattr(transformers, model)
     torch.manual_seed(0)
-    module = model_class(model_class.config_class(**config | {"num_hidden_layers": 4})).eval()
+    module = model_class(model_class.config_class(**config)).eval()
     module.save_pretrained(folder)
     return module
 
@@ -107,7 +108,9 @@ def language_model(folder: Path) -> None:
         (folder / f"{name}.txt").write_text(sentences(512, seed), encoding="utf-8")
     words.plain_tokenizer(folder / "tokenizer")
     ends = {"bos_token_id": words.CLS, "eos_token_id": words.SEP, "pad_token_id": words.PAD}
-    checkpoint("LlamaForCausalLM", folder / "path/to/hf-model", **zoo_fx.GROUPED | ends | {"max_position_embeddings": 256})
+    checkpoint(
+        "LlamaForCausalLM", folder / "path/to/hf-model", **zoo_fx.GROUPED | ends | LAYERS | {"max_position_embeddings": 256}
+    )
     words.plain_tokenizer(folder / "path/to/hf-model")
     decoder(folder / "decoder")
 
@@ -138,8 +141,9 @@ def merged_decoder() -> onnx.ModelProto:
 
 
 def speech(folder: Path) -> None:
-    whisper = zoo_fx.build("whisper")
-    whisper.save_pretrained(folder / "path/to/whisper")
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 4}
+    config = zoo_fx.MODELS["whisper"].config | heads | {"d_model": zoo_decoders.HIDDEN}
+    whisper = checkpoint("WhisperModel", folder / "path/to/whisper", **config)
     features = normal(ROWS, 16, 48)
     ids = np.random.default_rng(1).integers(3, zoo_fx.VOCABULARY, (ROWS, zoo_fx.TARGET))
     arrays(folder / "sounds.npz", input_features=features, decoder_input_ids=ids)
@@ -151,7 +155,7 @@ def speech(folder: Path) -> None:
 
 
 def vision(folder: Path) -> None:
-    config = zoo_fx.IMAGE | {"num_labels": 3}
+    config = zoo_fx.IMAGE | LAYERS | {"num_labels": 3}
     module = checkpoint("ViTForImageClassification", folder / "path/to/vit", **config)
     images = normal(ROWS, 3, 24, 24)
     export(module, {"pixel_values": images[:2]}, "logits", folder / "model.onnx")
@@ -167,8 +171,8 @@ def quantised(folder: Path) -> None:
 
 
 def served(folder: Path) -> None:
-    language_model(folder)
-    (folder / "decoder").rename(folder / "genai")
+    encoder(folder)
+    decoder(folder / "genai")
     (folder / "decoder_model_merged.onnx").write_bytes(zoo_merged.ready("gpt2").read_bytes())
 
 
@@ -182,7 +186,6 @@ def compared(folder: Path) -> None:
 
 
 PAGES: dict[str, Callable[[Path], None]] = {
-    "README.md": encoder,
     "docs/an-encoder.md": encoder,
     "docs/a-language-model.md": language_model,
     "docs/speech.md": speech,
@@ -226,7 +229,13 @@ def said(arguments: list[str]) -> str:
     return " ".join(arguments)
 
 
-ALL = [(page, arguments) for page in PAGES for kind, code in blocks(page) if kind == "sh" for arguments in commands(code)]
+ALL = [
+    (page, arguments)
+    for page in ("README.md", *PAGES)
+    for kind, code in blocks(page)
+    if kind == "sh"
+    for arguments in commands(code)
+]
 
 
 @pytest.mark.parametrize(("page", "arguments"), ALL, ids=[f"{page}: {said(a)}" for page, a in ALL])
@@ -238,6 +247,13 @@ def test_what_is_not_run_is_little() -> None:
     idle = [said(a) for _, a in ALL if any(part in said(a) for part in NOT_RUN)]
     assert all(any(part in command for command in idle) for part in NOT_RUN)
     assert len(idle) == len(NOT_RUN)
+
+
+def test_what_the_readme_says_is_run_on_a_page() -> None:
+    own = [arguments for page, arguments in ALL if page == "README.md" and arguments != ["demo"]]
+    elsewhere = [arguments for page, arguments in ALL if page in PAGES]
+    assert len(own) == 5
+    assert [said(arguments) for arguments in own if arguments not in elsewhere] == []
 
 
 @pytest.fixture
@@ -252,6 +268,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "measure_latency", lambda s, f, **_: measure_latency(s, f, budget=0.0, least=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "short")
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_says_runs(
@@ -288,7 +305,7 @@ def flags(command: str) -> set[str]:
     return {flag for action in parser_of(command)._actions for flag in action.option_strings if flag.startswith("--")}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_the_options_of_a_page_exist(page: str) -> None:
     known = set().union(*(flags(command) for command in COMMANDS))
     text = re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
