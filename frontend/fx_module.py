@@ -33,6 +33,7 @@ from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.model import Original
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.rules.table import ATEN
+from liar_opt.frontend.ties import Taken, freed_reads, tied_reads
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import as_bytes
 from liar_opt.runtime.errors import InternalError, ModelError
@@ -104,6 +105,7 @@ class FxModel(OnnxModel):
         untouched: elements of the parameters that the trace does not reach.
         results: the tensors among the module's outputs, in order.
         originals: the constants as they were, by name.
+        picked: the tables of several layers of which one takes its own heads (`ties`).
     """
 
     traced: ClassVar[bool] = True
@@ -117,6 +119,7 @@ class FxModel(OnnxModel):
     untouched: int = 0
     results: list[str] = field(default_factory=list)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
+    picked: list[str] = field(default_factory=list)
 
     @property
     def opset(self) -> int:
@@ -145,11 +148,33 @@ class FxModel(OnnxModel):
         """Returns itself."""
         return self
 
+    def pick(self, table: gs.Tensor, taken: Taken, names: Iterator[str]) -> list[gs.Node]:
+        """As of :class:`OnnxModel`, in calls of torch."""
+        import torch
+
+        aten, axis, indices = torch.ops.aten, taken.axis, gs.Constant(next(names), taken.kept)
+        self.picked.append(table.name)
+        if not taken.apart:
+            return [self._called(aten.index_select.default, [table, indices], {"dim": axis}, names)]
+        parted = self._called(aten.unflatten.int, [table], {"dim": axis, "sizes": [-1, taken.size]}, names)
+        picked = self._called(aten.index_select.default, [parted.outputs[0], indices], {"dim": axis + 1}, names)
+        ends = {"start_dim": axis, "end_dim": axis + 1}
+        return [parted, picked, self._called(aten.flatten.using_ints, [picked.outputs[0]], ends, names)]
+
+    def _called(self, target: Any, inputs: list[gs.Tensor], numbers: dict[str, Any], names: Iterator[str]) -> gs.Node:
+        """Returns a call that the trace has not, its tensors and numbers in the order of its schema."""
+        name = next(names)
+        schema = [(a.name, "attribute" if a.name in numbers else "input", False) for a in target._schema.arguments]
+        node = gs.Node(str(target._schema.name).partition("::")[2], name, dict(numbers), inputs, domain=ATEN)
+        node.outputs = [gs.Variable(name, inputs[0].dtype)]
+        self.calls[name] = Call(target, tuple(schema), "", dict(numbers), tuple(t.name for t in inputs))
+        return node
+
     @property
     def original(self) -> FxOriginal:
         """The module as it was traced."""
         assert self.program is not None and self.module is not None
-        return FxOriginal(self.program, self.module, self.source)
+        return FxOriginal(self.program, self.module, self.source, self.tied)
 
     def listing(self) -> str:
         """Returns the graph as text, a line for each call."""
@@ -166,7 +191,8 @@ class FxModel(OnnxModel):
         import torch
 
         constants = (f"{c.name} {c.dtype} {c.shape}" for c in self.constants())
-        return "\n".join([torch.__version__, str(self.device), self.listing(), *constants]).encode()
+        heads = ["heads are tied"] if self.tied else []
+        return "\n".join([torch.__version__, str(self.device), self.listing(), *constants, *heads]).encode()
 
     def parameters(self) -> int:
         """Returns the number of elements of the module's parameters, those that the trace does not reach included."""
@@ -182,15 +208,19 @@ class FxOriginal(Original):
         program: what was traced.
         module: the module, whose parameters the graphs read.
         source: the folder that it came from.
+        tied: whether layers that share a table by heads must keep the same ones: a configuration can say no others.
     """
 
     program: ExportedProgram
     module: torch.nn.Module
     source: Path | None = None
+    tied: bool = False
 
     def model(self) -> FxModel:
         """Returns the module as a graph."""
-        return lower(self.program, self.module, self.source)
+        model = lower(self.program, self.module, self.source)
+        model.tied = self.tied
+        return model
 
     def as_given(self) -> torch.nn.Module:
         """Returns the module."""
@@ -225,6 +255,11 @@ class FxWalk(GraphWalk):
             return
         super().consumer(node, activation, activation_axis, weight, weight_axis, **more)
 
+    def is_open(self, size: int) -> bool:
+        """Returns whether a traced size is that of a symbol."""
+        assert isinstance(self.model, FxModel)
+        return any(size == self.model.shapes[name][axis] for name, axis in self.model.symbols.values())
+
     @functools.cached_property
     def _driven(self) -> set[str]:
         """Names of the tensors that depend on the module's inputs."""
@@ -247,6 +282,11 @@ def analyse(model: FxModel) -> FxWalk:
     """Runs the axis algebra over a lowered module."""
     state = FxWalk(model)
     state.run()
+    tied = {} if model.tied else tied_reads(state)
+    while len(tied) != len(state.tied):
+        state = FxWalk(model, tied=tied)
+        state.run()
+        tied = freed_reads(state)
     return state
 
 
