@@ -108,6 +108,7 @@ class _Leaf:
         self.walk, self.leaf = walk, leaf
         self.contracted = {(id(u.node), u.activation.name): id(u.weight) for u in walk.consumers if self._in(u.contracted)}
         self.products = {id(node) for u in walk.consumers for node in (u.node, u.holder)}
+        self.weights = {(id(u.holder), u.weight_position) for u in walk.consumers}
         self.nodes = [n for n in walk.model.graph.nodes if any(True for _ in self._inputs(n))]
 
     def reads(self) -> dict[tuple[int, int], Tied]:
@@ -122,7 +123,8 @@ class _Leaf:
             if computes or any(name in own for _, name in inputs):
                 own.update(outputs)
                 for position, name in inputs if outputs else ():
-                    tied = self._laid_out(node, position) if name in shared and name not in own else None
+                    table = name in shared and name not in own and (id(node), position) not in self.weights
+                    tied = self._laid_out(node, position) if table else None
                     if tied is not None:
                         found[id(node), position] = tied
             elif any(name in shared for _, name in inputs):
@@ -135,7 +137,7 @@ class _Leaf:
     def _inputs(self, node: gs.Node) -> Iterator[tuple[int, str]]:
         """Yields position and name of the inputs that have the leaf."""
         for position, tensor in enumerate(node.inputs):
-            if present(tensor) and any(self._in(f) for f in self.walk.input_axes(node, position) or ()):
+            if present(tensor) and any(self._in(f) for f in self.walk.seen_axes(node, position)):
                 yield position, tensor.name
 
     def _outputs(self, node: gs.Node) -> list[str]:
@@ -155,7 +157,7 @@ class _Leaf:
 
     def _laid_out(self, node: gs.Node, position: int) -> Tied | None:
         """Returns the layout of a table that is read; None where its heads cannot be picked out."""
-        algebra, axes = self.walk.algebra, self.walk.input_axes(node, position) or ()
+        algebra, axes = self.walk.algebra, self.walk.seen_axes(node, position)
         places = [i for i, factor in enumerate(axes) if self._in(factor)]
         factor = axes[places[0]]
         leaves = algebra.leaves(factor)

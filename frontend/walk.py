@@ -139,6 +139,11 @@ class GraphWalk:
         self.constant_uses.append(ConstantUse(node, position, tensor, axes))
         return axes
 
+    def seen_axes(self, node: gs.Node, position: int) -> Axes:
+        """Returns the factors of an input's axes as the walk saw them; none where it did not ask."""
+        tensor = node.inputs[position]
+        return self._used.get((id(node), position)) or (not is_constant(tensor) and self.axes.get(tensor.name)) or ()
+
     def axes_of(self, node: gs.Node, position: int = 0) -> Axes:
         """Returns the factors of an input's axes; no rule is asked of a node with an input of unknown shape."""
         axes = self.input_axes(node, position)
