@@ -33,6 +33,7 @@ from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.records import StandIn
 from liar_opt.frontend.rules.table import ATEN
+from liar_opt.frontend.ties import Taken, freed_reads, tied_reads
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import as_bytes
 from liar_opt.runtime.errors import InternalError, ModelError
@@ -105,6 +106,7 @@ class FxModel(Model):
         results: the tensors among the module's outputs, in order.
         originals: the constants as they were, by name.
         adopted: names of constants that stand in for tensors.
+        picked: the tables of several layers of which one takes its own heads (`ties`).
     """
 
     traced: ClassVar[bool] = True
@@ -119,6 +121,7 @@ class FxModel(Model):
     results: list[str] = field(default_factory=list)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
     adopted: list[str] = field(default_factory=list)
+    picked: list[str] = field(default_factory=list)
 
     @property
     def opset(self) -> int:
@@ -147,11 +150,40 @@ class FxModel(Model):
         """Returns itself."""
         return self
 
+    def pick(self, table: gs.Tensor, taken: Taken, names: Iterator[str]) -> list[gs.Node]:
+        """As of :class:`OnnxModel`, in calls of torch."""
+        import torch
+
+        def made() -> gs.Variable:
+            return gs.Variable(next(names), table.dtype)
+
+        aten, axis, indices = torch.ops.aten, taken.axis, gs.Constant(next(names), taken.kept)
+        self.picked.append(table.name)
+        if not taken.apart:
+            return [self._called(aten.index_select.default, [table, indices], made(), {"dim": axis})]
+        parted = self._called(aten.unflatten.int, [table], made(), {"dim": axis, "sizes": [-1, taken.size]})
+        picked = self._called(aten.index_select.default, [parted.outputs[0], indices], made(), {"dim": axis + 1})
+        ends = {"start_dim": axis, "end_dim": axis + 1}
+        return [parted, picked, self._called(aten.flatten.using_ints, [picked.outputs[0]], made(), ends)]
+
+    def _called(
+        self, target: Any, inputs: Sequence[gs.Tensor], made: gs.Variable, numbers: Mapping[str, Any] | None = None
+    ) -> gs.Node:
+        """Returns a call that the trace has not, its tensors and numbers in the order of its schema.
+
+        It has the name of what it makes.
+        """
+        given = dict(numbers or {})
+        schema = [(a.name, "attribute" if a.name in given else "input", False) for a in target._schema.arguments]
+        self.calls[made.name] = Call(target, tuple(schema), "", given, ())
+        op = str(target._schema.name).partition("::")[2]
+        return gs.Node(op, made.name, dict(given), list(inputs), [made], domain=ATEN)
+
     @property
     def original(self) -> FxOriginal:
         """The module as it was traced."""
         assert self.program is not None and self.module is not None
-        return FxOriginal(self.program, self.module, self.source)
+        return FxOriginal(self.program, self.module, self.source, self.tied)
 
     def listing(self) -> str:
         """Returns the graph as text, a line for each call."""
@@ -168,7 +200,8 @@ class FxModel(Model):
         import torch
 
         constants = (f"{c.name} {c.dtype} {c.shape}" for c in self.constants())
-        return "\n".join([torch.__version__, str(self.device), self.listing(), *constants]).encode()
+        heads = ["heads are tied"] if self.tied else []
+        return "\n".join([torch.__version__, str(self.device), self.listing(), *constants, *heads]).encode()
 
     def adopt(self, constant: gs.Constant) -> None:
         """Counts a new constant among the parameters; it stands in for what the module's own code computes."""
@@ -184,19 +217,13 @@ class FxModel(Model):
         parts = gs.Constant(f"{name}_map", np.ascontiguousarray(weight.T)), gs.Constant(f"{name}_bias", bias)
         for part in parts:
             self.adopt(part)
-        return [self._called(torch.ops.aten.linear.default, ("input", "weight", "bias"), [source, *parts], made)]
+        return [self._called(torch.ops.aten.linear.default, [source, *parts], made)]
 
     def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:
         """Returns the expansion of a constant in the place of the node that made ``made``."""
         import torch
 
-        return [self._called(torch.ops.aten.expand_as.default, ("self", "other"), [bias, source], made)]
-
-    def _called(self, target: Any, names: Sequence[str], inputs: Sequence[gs.Tensor], made: gs.Variable) -> gs.Node:
-        """Returns a call in the place of another, which has the name of what it makes."""
-        self.calls[made.name] = Call(target, tuple((name, "input", False) for name in names), "", {}, ())
-        op = target._schema.name.partition("::")[2]
-        return gs.Node(op, made.name, {}, list(inputs), [made], domain=ATEN)
+        return [self._called(torch.ops.aten.expand_as.default, [bias, source], made)]
 
     def parameters(self) -> int:
         """Returns the number of elements of the module's parameters, those that the trace does not reach included."""
@@ -212,15 +239,19 @@ class FxOriginal(Original):
         program: what was traced.
         module: the module, whose parameters the graphs read.
         source: the folder that it came from.
+        tied: whether layers that share a table by heads must keep the same ones: a configuration can say no others.
     """
 
     program: ExportedProgram
     module: torch.nn.Module
     source: Path | None = None
+    tied: bool = False
 
     def model(self) -> FxModel:
         """Returns the module as a graph."""
-        return lower(self.program, self.module, self.source)
+        model = lower(self.program, self.module, self.source)
+        model.tied = self.tied
+        return model
 
     def as_given(self) -> torch.nn.Module:
         """Returns the module."""
@@ -255,6 +286,11 @@ class FxWalk(GraphWalk):
             return
         super().consumer(node, activation, activation_axis, weight, weight_axis, **more)
 
+    def is_open(self, size: int) -> bool:
+        """Returns whether a traced size is that of a symbol."""
+        assert isinstance(self.model, FxModel)
+        return any(size == self.model.shapes[name][axis] for name, axis in self.model.symbols.values())
+
     @functools.cached_property
     def _driven(self) -> set[str]:
         """Names of the tensors that depend on the module's inputs."""
@@ -277,6 +313,11 @@ def analyse(model: FxModel) -> FxWalk:
     """Runs the axis algebra over a lowered module."""
     state = FxWalk(model)
     state.run()
+    tied = {} if model.tied else tied_reads(state)
+    while len(tied) != len(state.tied):
+        state = FxWalk(model, tied=tied)
+        state.run()
+        tied = freed_reads(state)
     return state
 
 

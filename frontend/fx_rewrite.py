@@ -214,6 +214,9 @@ def cut_graph_module(model: FxModel, gaps: bool = True) -> torch.fx.GraphModule:
         if call is None:
             _insert_addition(graph, node, nodes, stored)
             continue
+        if node.name not in nodes:
+            _insert_pick(graph, model, node, nodes, stored)
+            continue
         target = nodes[node.name]
         same = target.target is call.target and node.attrs == dict(call.attributes)
         if same and tuple(t.name for t in node.inputs) == call.inputs:
@@ -374,6 +377,17 @@ def _insert_addition(graph: Any, node: gs.Node, nodes: dict[str, Any], stored: d
     nodes[node.outputs[0].name] = addition
 
 
+def _insert_pick(graph: Any, model: FxModel, node: gs.Node, nodes: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Adds what takes a layer's own heads of a table, before the node that reads it."""
+    reader = node
+    while reader.name not in nodes:
+        reader = reader.outputs[0].outputs[0]
+    with graph.inserting_before(nodes[reader.name]):
+        inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
+        positional, _ = arguments_of(model.calls[node.name], inputs, node.attrs, lambda _, number: number)
+        nodes[node.name] = graph.call_function(model.calls[node.name].target, tuple(positional))
+
+
 # -- the module -------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +413,11 @@ def cut_module(
         raise ModelError(
             f"whole layers went, and the code of {type(model.module).__name__} runs them still; write ONNX with --format "
             "onnx, or take the traced graph with checkpoint=False"
+        )
+    if model.picked:
+        raise ModelError(
+            f"each layer takes its own heads of '{model.picked[0]}', which the code of {type(model.module).__name__} gives "
+            "to all as it is; write ONNX with --format onnx, or take the traced graph with checkpoint=False"
         )
     changes = changed_parameters(model)
     module = copy_without(model.module, set(changes))
@@ -481,7 +500,9 @@ def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     if attribute in vars(owner):  # a constant that tracing has lifted out of the code
         setattr(owner, attribute, new)
         return
-    if attribute not in owner._buffers:
+    if old is None and not value.is_floating_point():  # indices that the traced graph reads
+        owner.register_buffer(attribute, new)
+    elif attribute not in owner._buffers:
         grad = old.requires_grad if isinstance(old, torch.Tensor) else value.is_floating_point()
         new = torch.nn.Parameter(value, requires_grad=bool(grad))
     places = [(owner, attribute)]

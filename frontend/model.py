@@ -23,6 +23,7 @@ from liar_opt.runtime.signatures import InputSpec
 
 if TYPE_CHECKING:
     from liar_opt.frontend.merged_decoder import MergedDecoder
+    from liar_opt.frontend.ties import Taken
 
 PRECISION = ("bfloat16", "float16", "float32", "float64")
 """Types of weights, the least precise first."""
@@ -55,6 +56,7 @@ class Model(ABC):
         notes: what its user should know.
         resized: by name of an input or output and axis: the size that it has now.
         store: where new weights go that need not be in memory; None keeps them.
+        tied: whether layers that share a table by heads (a position bias) must keep the same ones (`ties`).
         computed: weights that the graph computes and that were not folded, with the reason.
     """
 
@@ -65,6 +67,7 @@ class Model(ABC):
     resized: dict[str, dict[int, int]] = field(default_factory=dict)
     store: ArrayStore | None = None
     computed: list[Left] = field(default_factory=list)
+    tied: bool = False
 
     @property
     @abstractmethod
@@ -120,6 +123,10 @@ class Model(ABC):
             bias: b, [m].
             made: what they make.
         """
+
+    @abstractmethod
+    def pick(self, table: gs.Tensor, taken: Taken, names: Iterator[str]) -> list[gs.Node]:
+        """Returns nodes that take some indices of a table, and are not in the graph yet; ``names`` are for what is new."""
 
     @abstractmethod
     def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:

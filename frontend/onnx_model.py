@@ -32,6 +32,7 @@ from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
 from liar_opt.frontend.sparse_weights import densified
+from liar_opt.frontend.ties import Taken
 from liar_opt.frontend.weight_files import (
     as_bytes,
     completed,
@@ -314,6 +315,26 @@ class OnnxModel(Model):
     def to_proto(self) -> onnx.ModelProto:
         """Returns the model as it is written, with all data in it."""
         return completed(*self.as_written())
+
+    def pick(self, table: gs.Tensor, taken: Taken, names: Iterator[str]) -> list[gs.Node]:
+        """Returns nodes that take some indices of a table, and are not in the graph yet; ``names`` are for what is new."""
+
+        def node(op: str, source: gs.Tensor, *more: Any, **attributes: Any) -> gs.Node:
+            made = gs.Variable(next(names), source.dtype)
+            constants = [gs.Constant(next(names), np.asarray(value, np.int64)) for value in more]
+            return gs.Node(op, f"{op}_{made.name}", attributes, [source, *constants], [made])
+
+        axis, rank = taken.axis, taken.rank
+        if not taken.apart:
+            return [node("Gather", table, taken.kept, axis=axis)]
+        # What else is in the axis may be of any size, as may the others: it is laid out last, where a -1 says so.
+        last, same = [*(i for i in range(rank) if i != axis), axis], [0] * (rank - 1)
+        turned = node("Transpose", table, perm=last)
+        parted = node("Reshape", turned.outputs[0], [*same, -1, taken.size])
+        picked = node("Gather", parted.outputs[0], taken.kept, axis=rank)
+        joined = node("Reshape", picked.outputs[0], [*same, -1])
+        back = node("Transpose", joined.outputs[0], perm=[last.index(i) for i in range(rank)])
+        return [turned, parted, picked, joined, back]
 
     def resized_shapes(self, proto: onnx.ModelProto) -> dict[str, list[int | str]]:
         """Returns the shapes, in ``proto``, of the inputs and outputs that were resized, where they are written."""

@@ -25,6 +25,7 @@ from liar_opt.frontend.rules.numbers import Array, resolve_reshape
 from liar_opt.frontend.rules.operators import has, operator
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.size_sources import Mask, Place, Probe, counterparts, is_written, operands
+from liar_opt.frontend.ties import Taken
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import InternalError
 
@@ -148,6 +149,7 @@ class Rewriter:
             self._unmark()
             raise
         self._slice_constants(touched, before)
+        self._pick(roots)
         for tensor in (*self.graph.inputs, *self.graph.outputs):
             for axis, factor in enumerate(self.walk.axes.get(tensor.name) or ()):
                 if self._changed(factor, roots):
@@ -269,6 +271,23 @@ class Rewriter:
         for n, p in places:
             n.inputs[p] = new
         return new
+
+    def _pick(self, roots: set[int]) -> None:
+        """Has what reads a table of several layers take the indices that are left to its own."""
+        for pick in self.walk.picks:
+            if not self._changed(pick.factor, roots):
+                continue
+            table, size = pick.node.inputs[pick.position], self.algebra.size(pick.factor)
+            axes = self.walk.input_axes(pick.node, pick.position)
+            assert axes is not None
+            apart = self.algebra.size(axes[pick.axis]) != size
+            taken = Taken(pick.axis, len(axes), np.flatnonzero(self.mask(pick.factor)), size, apart)
+            nodes = self.walk.model.pick(table, taken, self._names)
+            index = self._index(pick.node)
+            self.graph.nodes[index:index] = nodes
+            pick.node.inputs[pick.position] = nodes[-1].outputs[0]
+            for probe in self._probes:
+                probe.walk.axes[nodes[-1].outputs[0].name] = probe.walk.input_axes(pick.node, pick.position)
 
     def _handed_out(self, tensor: gs.Tensor) -> bool:
         """Returns whether a tensor is an output of the graph."""

@@ -12,6 +12,7 @@ The walk records what a later rewrite has to touch:
 * :class:`ConsumerUse`: a linear contraction of an activation with a constant, where a repair can be folded;
 * :class:`SizeUse`: an attribute or an element of a shape tensor that must equal the size of some factors;
 * :class:`ValueUse`: a number that was computed from shapes and enters the data (a scale): it must not change;
+* in :attr:`GraphWalk.picks`, where a table that several layers share is read, each with heads of its own (`ties`);
 * in :attr:`GraphWalk.others`, the same graph under other sizes of its symbolic dimensions: what holds in all holds;
 * in :attr:`GraphWalk.mixed`, axes of a product of two activations: attention weights mix what such an axis holds;
 * in :attr:`GraphWalk.batched`, axes along which such products stand side by side: attention heads are among them;
@@ -53,6 +54,7 @@ from liar_opt.frontend.symbols import (
     primes,
     probe_symbols,
 )
+from liar_opt.frontend.ties import Pick, Tied, freed_reads, tied_reads
 from liar_opt.runtime.signatures import InputSpec
 
 APART_LIMIT = 1 << 16
@@ -97,6 +99,8 @@ class GraphWalk:
     images: bool = False
     others: list[GraphWalk] = field(default_factory=list)
     gone: list[gs.Node] = field(default_factory=list)
+    tied: Mapping[tuple[int, int], Tied] = field(default_factory=dict)
+    picks: list[Pick] = field(default_factory=list)
     _tied: dict[int, Axes] = field(default_factory=dict)
     _used: dict[tuple[int, int], Axes] = field(default_factory=dict)
     _dynamic: set[int] = field(default_factory=set)
@@ -123,23 +127,42 @@ class GraphWalk:
         """
         if position >= len(node.inputs) or not present(node.inputs[position]):
             return None
-        tensor = node.inputs[position]
-        if not is_constant(tensor):
-            return self.axes.get(tensor.name)
-        key = (id(node), position)
+        tensor, key = node.inputs[position], (id(node), position)
         if key in self._used:
             return self._used[key]
+        if key in self.tied:
+            return self._picked(node, position)
+        if not is_constant(tensor):
+            return self.axes.get(tensor.name)
         small = has(node, Trait.ARITHMETIC) and int(np.prod(tensor.shape, dtype=np.int64)) <= APART_LIMIT
         axes = self._constant_axes(tensor, tied=not small)
         self._used[key] = axes
         self.constant_uses.append(ConstantUse(node, position, tensor, axes))
         return axes
 
+    def seen_axes(self, node: gs.Node, position: int) -> Axes:
+        """Returns the factors of an input's axes as the walk saw them; none where it did not ask."""
+        tensor = node.inputs[position]
+        return self._used.get((id(node), position)) or (not is_constant(tensor) and self.axes.get(tensor.name)) or ()
+
     def axes_of(self, node: gs.Node, position: int = 0) -> Axes:
         """Returns the factors of an input's axes; no rule is asked of a node with an input of unknown shape."""
         axes = self.input_axes(node, position)
         assert axes is not None
         return axes
+
+    def _picked(self, node: gs.Node, position: int) -> Axes | None:
+        """Returns the axes of a table whose heads are, here, those of one layer alone."""
+        tensor, (axis, heads, inner, _) = node.inputs[position], self.tied[id(node), position]
+        axes = self._constant_axes(tensor, tied=True) if is_constant(tensor) else self.axes.get(tensor.name)
+        if axes is None:
+            return None
+        outer = self.algebra.size(axes[axis]) // (heads * inner)
+        parts = self.algebra.split(axes[axis], [outer, heads, inner])
+        own = self.algebra.merge([self.algebra.fresh(heads), parts[2]])
+        self.picks.append(Pick(node, position, axis, own))
+        self._used[id(node), position] = (*axes[:axis], self.algebra.merge([parts[0], own]), *axes[axis + 1 :])
+        return self._used[id(node), position]
 
     def _constant_axes(self, tensor: gs.Constant, tied: bool) -> Axes:
         if tied and id(tensor) in self._tied:
@@ -205,6 +228,10 @@ class GraphWalk:
             self.mixed += left[-2:-1]
         if len(right) > 1:
             self.mixed.append(right[-1])
+
+    def is_open(self, size: int) -> bool:
+        """Returns whether a probe size stands for one that the graph leaves open."""
+        return size in self._dynamic
 
     def equate(self, a: int, b: int) -> None:
         """Starts the walk again where two sizes must be equal and are so if symbolic dimensions are chosen well."""
@@ -580,9 +607,12 @@ def walk(model: Model) -> GraphWalk:
     symbols, apart = Symbols(probe_symbols(model)), set[frozenset[int]]()
     images = image_axes(model)
     plain, choosy = symbols, bool(images)
+    tied: Mapping[tuple[int, int], Tied] | None = None
     while True:
         growing = 1 < max(symbols.free.values(), default=1) < LARGEST_PROBE
-        state = GraphWalk(model, symbols.sizes(), apart=apart, growing=growing, choosy=choosy, images=bool(images))
+        state = GraphWalk(
+            model, symbols.sizes(), apart=apart, growing=growing, choosy=choosy, images=bool(images), tied=tied or {}
+        )
         try:
             state.run()
         except TooShort:
@@ -600,7 +630,10 @@ def walk(model: Model) -> GraphWalk:
                 apart.add(frozenset(merge.sizes))
             symbols = merged or symbols
             continue
-        break
+        found = {} if model.tied else tied_reads(state) if tied is None else freed_reads(state)
+        if len(found) == len(state.tied):
+            break
+        tied = found  # once more, with heads of its own for each layer
     if symbols.free:
         _mark_dynamic(state, symbols)
     for tensor in model.graph.inputs:
@@ -612,7 +645,7 @@ def walk(model: Model) -> GraphWalk:
 
 def _mark_dynamic(state: GraphWalk, symbols: Symbols) -> None:
     """Marks the numbers that change when the symbolic sizes do, by a second walk under other sizes, which is kept."""
-    other = GraphWalk(state.model, symbols.renamed().sizes(), merging=False)
+    other = GraphWalk(state.model, symbols.renamed().sizes(), merging=False, tied=state.tied)
     other.run()
     state.others.append(other)
     sizes = {(id(u.node), u.where): u.value for u in other.size_uses}

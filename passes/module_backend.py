@@ -105,6 +105,8 @@ class TorchBackend(Backend):
             checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
             tokenizer=opened.folder if options.tokenizer is None and readable else options.tokenizer,
         )
+        if options.checkpoint:
+            _tie(state)
         return cls(state, calibration, options, inputs)
 
     def choose(self) -> Chosen:
@@ -231,6 +233,13 @@ class TorchBackend(Backend):
     ) -> ModuleResult:
         """Returns the cut module; of a dry run the module as it came."""
         return ModuleResult(state, report.to_json(), changes, refusals, self.inputs)
+
+
+def _tie(state: State) -> None:
+    """Keeps the heads of layers tied that share a table by heads, since a configuration cannot say others for each."""
+    original = traced_model(state).original
+    state.model.tied = True
+    state.add(DenseModel(replace(original, tied=True)))
 
 
 def export_checkpoint(folder: Path, path: Path, *, allow_pickle: bool = False) -> None:

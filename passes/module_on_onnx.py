@@ -69,6 +69,7 @@ def _exported(state: State) -> State:
     assert isinstance(model, FxModel) and model.module is not None
     made = export_onnx(model.module, state.found(OpenedModule).example, symbolic_axes(model.signature))
     exported = load_state(made, state.memory.limit if state.memory.asked else None)
+    exported.model.tied = model.tied
     exported.progress, exported.calibration = state.progress, state.calibration
     Pipeline(passes=[NormaliseGraphPass(), FindGroupsPass()])(exported)
     return exported

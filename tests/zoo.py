@@ -98,18 +98,12 @@ def expected_groups(architecture: str, exporter: str, axes: str, layers: int = L
 
     ALBERT uses one layer's weights twice: the TorchScript exporter keeps one tensor, so its layers prune together; the
     dynamo exporter writes each use's transposed matrix on its own and shares the biases alone, which can be copied.
-    MPNet adds one position bias, with an axis of heads, to the scores of every layer, so its heads prune together; the
-    dynamo exporter folds that of a fixed length to a small constant, of which each layer can have its own part. DeBERTa
-    looks relative positions up by an index that the dynamo exporter expands over the heads once, for all layers.
+    MPNet adds one position bias, with an axis of heads, to the scores of every layer, and DeBERTa looks relative positions
+    up by an index that the dynamo exporter expands over the heads once, for all layers: each layer takes its own heads.
     """
     groups = {"ffn": layers, "heads": layers}
     if architecture == "albert" and exporter == "torchscript":
         groups = {"ffn": 1, "heads": 1}
-    shared = architecture == "mpnet" and (exporter, axes) != ("dynamo", "static")
-    if shared:
-        groups["heads"] = 1
-    if (architecture, exporter, axes) == ("deberta-v3", "dynamo", "dynamic"):
-        groups["heads"] = layers // LAYERS  # of layers with as many heads
     if architecture == "bert-classifier":
         groups["pooler"] = 1
     return groups

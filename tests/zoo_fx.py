@@ -182,7 +182,7 @@ MODELS = {
     "mistral": Model("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
     "mixtral": Model("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
     "modernbert": Model("ModernBertModel", {**TEXT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}),
-    "mpnet": Model("MPNetModel", {**TEXT, "pad_token_id": 1}, groups={"ffn": 2, "heads": 1}),
+    "mpnet": Model("MPNetModel", {**TEXT, "pad_token_id": 1}),
     "olmo2": Model("Olmo2ForCausalLM", GROUPED, groups={"ffn": 2}),
     "opt": Model("OPTForCausalLM", _without(TEXT, "intermediate_size", ffn_dim=88, word_embed_proj_dim=60)),
     "phi": Model("PhiForCausalLM", {**TEXT, "num_key_value_heads": 5, "partial_rotary_factor": 0.5}),
@@ -206,7 +206,7 @@ MODELS = {
         "T5Model",
         {"vocab_size": VOCABULARY, "d_model": 60, "d_kv": 12, "d_ff": 88, "num_layers": 2, "num_heads": 5},
         "seq2seq",
-        {"ffn": 4, "heads": 3},
+        {"ffn": 4, "heads": 6},
     ),
     "vit": Model("ViTModel", IMAGE, "image"),
     "wav2vec2": Model(
