@@ -169,6 +169,10 @@ class FxModel(OnnxModel):
         constants = (f"{c.name} {c.dtype} {c.shape}" for c in self.constants())
         return "\n".join([torch.__version__, str(self.device), self.listing(), *constants]).encode()
 
+    def adopt(self, constant: gs.Constant) -> None:
+        """Counts a new constant among the parameters."""
+        self.trained |= {constant.name}
+
     def mapped(
         self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
     ) -> list[gs.Node]:
@@ -176,14 +180,14 @@ class FxModel(OnnxModel):
         import torch
 
         parts = gs.Constant(f"{name}_map", np.ascontiguousarray(weight.T)), gs.Constant(f"{name}_bias", bias)
-        self.trained |= {part.name for part in parts}
+        for part in parts:
+            self.adopt(part)
         return [self._called(torch.ops.aten.linear.default, ("input", "weight", "bias"), [source, *parts], made)]
 
     def spread(self, name: str, source: gs.Tensor, bias: gs.Constant, made: gs.Variable) -> list[gs.Node]:
         """Returns the expansion of a constant in the place of the node that made ``made``."""
         import torch
 
-        self.trained |= {bias.name}
         return [self._called(torch.ops.aten.expand_as.default, ("self", "other"), [bias, source], made)]
 
     def _called(self, target: Any, names: Sequence[str], inputs: Sequence[gs.Tensor], made: gs.Variable) -> gs.Node:
@@ -759,8 +763,9 @@ class Executor:
         symbols = {s: values[name].shape[axis] for s, (name, axis) in self.model.symbols.items() if name in values}
         last: dict[str, int] = {}
         for index, node in enumerate(nodes):
-            for tensor in node.inputs:
-                last[tensor.name] = index
+            made = next((t.name for t in node.outputs if t.name in self._stand_ins), None)
+            for name in (t.name for t in node.inputs) if made is None else (self._stand_ins[made][0],):
+                last[name] = index
         dead: dict[int, list[str]] = {}
         for name, index in last.items():
             if name not in names:

@@ -462,6 +462,9 @@ class OnnxModel:
 
     # -- nodes of our own ---------------------------------------------------------------------------------------------
 
+    def adopt(self, constant: gs.Constant) -> None:
+        """Counts a new constant among the parameters, where these are known by their names."""
+
     def mapped(
         self, name: str, source: gs.Tensor, weight: np.ndarray, bias: np.ndarray, made: gs.Variable
     ) -> list[gs.Node]:

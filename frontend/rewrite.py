@@ -87,6 +87,7 @@ class Rewriter:
         self._heads: dict[int, int] = {}
         self._sources: dict[int, frozenset[int]] = {}
         self._alive: list[gs.Tensor] = []  # what the ids in _sources belong to
+        self._behind: dict[int, gs.Node] = {}  # of nodes that are gone
         self._names = _fresh_names(self.graph)
         # By leaf, so that a cut looks at its own uses and not at all of the graph; found on the graph as it was.
         self._size_uses = _by_leaf(walk.size_uses, self._size_leaves)
@@ -531,6 +532,7 @@ class Rewriter:
             made = self.walk.model.mapped(name, source, settled(stand_in.matrix), bias, target)
         else:
             constant = gs.Constant(f"{name}_bias", bias)
+            self.walk.model.adopt(constant)
             for reader in [r for r in target.outputs if self._spreads(r, target)]:
                 reader.inputs[next(i for i, t in enumerate(reader.inputs) if t is target)] = constant
             kept = bool(target.outputs) or self._handed_out(target)
@@ -558,6 +560,12 @@ class Rewriter:
         shapes = [self.walk.axes.get(t.name) for t in (target, other)]
         return not is_constant(other) and None not in shapes and len({tuple(self.walk.shape(s or ())) for s in shapes}) == 1
 
+    def now(self, node: gs.Node) -> gs.Node:
+        """Returns a node, or the first one behind it in the graph where it is gone."""
+        while id(node) in self._behind:
+            node = self._behind[id(node)]
+        return node
+
     def _drop_dead(self) -> None:
         """Takes out the nodes that no output needs, and what was recorded of them."""
         needed, alive = {t.name for t in self.graph.outputs}, []
@@ -567,6 +575,12 @@ class Rewriter:
                 needed |= names_read(node)
         keep = set(map(id, alive))
         gone = [n for n in self.graph.nodes if id(n) not in keep]
+        behind = None
+        for node in reversed(self.graph.nodes):
+            if id(node) in keep:
+                behind = node
+            else:
+                self._behind[id(node)] = behind
         self.graph.nodes[:] = alive[::-1]
         for probe in self._probes:
             probe.walk.forget(gone)
