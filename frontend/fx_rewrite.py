@@ -17,7 +17,7 @@ import itertools
 import operator
 import warnings
 from collections import defaultdict, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -222,8 +222,27 @@ def cut_graph_module(model: FxModel, gaps: bool = True) -> torch.fx.GraphModule:
             inputs = [_fx_value(graph, t, nodes, stored) for t in node.inputs]
             positional, keywords = arguments_of(call, inputs, node.attrs, lambda a, b: _fx_number(graph, a, b, nodes))
         target.target, target.args, target.kwargs = call.target, tuple(positional), keywords
-    graph.eliminate_dead_code()  # what others stand in for
+    alive = {node.name for node in model.graph.nodes}
+    _drop_dead(graph, {nodes[name] for name in model.calls.keys() - alive if name in nodes}, model.calls.keys())
     return _called_like(model, module, gaps)
+
+
+def _drop_dead(graph: torch.fx.Graph, dead: set[Any], tensors: Collection[str]) -> None:
+    """Takes out nodes that are not in the cut graph any more, and the checks of their types and sizes.
+
+    Args:
+        graph: as it was traced.
+        dead: those nodes.
+        tensors: names of the nodes that make tensors.
+    """
+    checked = set(dead)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.name not in tensors and any(i in checked for i in node.all_input_nodes):
+            checked.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in checked and not node.users and node.is_impure():
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _called_like(model: FxModel, module: torch.fx.GraphModule, gaps: bool) -> torch.fx.GraphModule:
