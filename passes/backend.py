@@ -11,13 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from liar_opt.frontend.blocks import Run
 from liar_opt.frontend.input_files import Inputs
-from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
+from liar_opt.passes.base import (
+    Analysis,
+    Change,
+    DenseModel,
+    Finding,
+    Observer,
+    Pass,
+    PassResult,
+    Pipeline,
+    State,
+    WholeModel,
+)
+from liar_opt.passes.choose_blocks import ChosenRun, Gap, LeftOut, gaps_of
 from liar_opt.passes.chosen_passes import Chosen
 from liar_opt.passes.cut_vocabulary import ChosenWords, wants_words
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PACKINGS, WHOLE_LAYERS, PruneOptions
+from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
@@ -123,6 +137,55 @@ class Backend(ABC):
     def author(self, state: State) -> tuple[Callable[[], Any], Callable[[Any, Signature], Author]]:
         """Returns what loads the model that may write its own calibration text, and what makes a writer of it."""
         return lambda: dense_session(state), Writer.of
+
+    def anew(self, old: State, notes: Sequence[str]) -> State:
+        """Returns the state as it was when the model was opened; ``notes`` are those of then."""
+        model = old.found(DenseModel).original.model()
+        model.notes = list(notes)
+        state = State(model, None, old.device, old.progress, memory=old.memory, fresh=old.fresh)
+        state.inherit(old, *self.opened)
+        state.seconds = old.seconds
+        return state
+
+    def block_repair(self) -> str:
+        """Returns what stands where blocks are left out: "map", "fold" or "none".
+
+        Raises:
+            OptionError: it is not possible.
+        """
+        asked = self.options.block_repair
+        return asked if asked != "auto" else "none" if self.options.repair == "none" else "map"
+
+    def gaps(self, runs: Sequence[Run], repair: str) -> list[Gap]:
+        """Returns where each run of blocks would go, of those that can.
+
+        Raises:
+            ModelError: none can.
+        """
+        return gaps_of(self.state, runs, repair)
+
+    @abstractmethod
+    def leave_out(self, chosen: ChosenRun, repair: str) -> tuple[Backend, LeftOut]:
+        """Returns a backend of the model without a run of blocks, which was checked, and what the report says of them.
+
+        Raises:
+            ModelError: it cannot be left out.
+            CheckError: the result is not the original in which the map stands.
+        """
+
+    def same_outputs(self, left: Backend) -> dict[str, str]:
+        """Returns by what names the original has the outputs of what is left of it; none where they are the same."""
+        return {}
+
+    def operations_before(self, state: State, batch: Mapping[str, Any]) -> int | None:
+        """Returns the operations of the model as it came; None where they cannot be counted."""
+        if state.get(WholeModel) is None:
+            return self.operations(state, batch)
+        model = state.whole().model()
+        model.normalise()
+        whole = State(model, state.calibration, state.device)
+        whole.inherit(state, TensorSizes)
+        return self.operations(whole, batch)
 
     @abstractmethod
     def choose_words(self, state: State) -> ChosenWords:

@@ -80,6 +80,24 @@ class DenseModel(Finding):
         return self.original
 
 
+@dataclass(frozen=True, eq=False)
+class WholeModel(Finding):
+    """The model before blocks of it were left out, which a result is compared with; ``DenseModel`` is what is left of it.
+
+    Attributes:
+        original: the model.
+        data: its calibration data, as it was read.
+        prunable: parameters of all its widths that may be cut.
+        names: what it calls the outputs of what is left.
+    """
+
+    by: ClassVar[str] = "leave-out-blocks"
+    original: Original
+    data: CalibrationData
+    prunable: int
+    names: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class OutputNames(Finding):
     """What a module calls its outputs, by the tensor of its graph."""
@@ -122,6 +140,11 @@ class State:
     def engine(self) -> Engine:
         """Returns what runs the model."""
         return engine_of(self.model, self.device, self.memory.low)
+
+    def whole(self) -> Original:
+        """Returns the model as it came, with the blocks that were left out since."""
+        whole = self.get(WholeModel)
+        return self.found(DenseModel).original if whole is None else whole.original
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

@@ -30,13 +30,14 @@ from liar_opt.passes.allocate_widths import (
     require_sharing,
 )
 from liar_opt.passes.allocations import ALLOCATIONS, Candidates
-from liar_opt.passes.base import Analysis, Change, DenseModel, Finding, Pass, PassResult, State
+from liar_opt.passes.base import Analysis, Change, DenseModel, Finding, Pass, PassResult, State, WholeModel
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.passes.prune_groups import Cut, PruneGroupsPass
 from liar_opt.passes.sweep import cut_arrays, held_batches
+from liar_opt.passes.verify_model import whole_session
 from liar_opt.runtime.compare import DifferenceMeter
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.sessions import Runner
@@ -182,7 +183,7 @@ class _Search:
         self.options, self.state, self.candidates, self.meaning = options, state, candidates, meaning
         self.limit = parse_drop(options.max_drop)
         self.data = state.calibration
-        self.dense = state.found(DenseModel).original
+        self.dense, self.whole = state.found(DenseModel).original, state.whole()
         self.analysis = state.get(Analysis) or Analysis((NormaliseGraphPass(), FindGroupsPass()))
         everything = sum(float(m.costs[-1]) for m in candidates)
         least = sum(float(m.costs[0]) for m in candidates)
@@ -208,13 +209,13 @@ class _Search:
             self.fitted = replace(self.data, batches=batches, row_masks=masks)
         self.original: Runner | None = None
         if options.metric is None:
-            self.original = state.engine().whole(self.dense)
+            self.original = whole_session(state)
 
     def run(self) -> None:
         """Evaluates a few sparsities, each chosen by what those before it lost."""
         low, high, factor = 0.0, 1.0, 0.5  # 1 - cosine is about half of the relative squared difference
         if self.options.metric is not None:
-            self.reference = self._metric(self.dense.as_given(), None)
+            self.reference = self._metric(self.whole.as_given(), None)
             assert self.reference is not None
         for _ in range(EVALUATIONS):
             inside = [s for s in self.widths if low < s < high]
@@ -244,7 +245,7 @@ class _Search:
         """Prunes to one sparsity; returns what it loses, None where the metric failed."""
         trial = State(self.dense.model(), self.fitted, self.state.device, self.state.progress, memory=self.state.memory)
         # The first batch is the same, and so is the plan of the memory.
-        trial.inherit(self.state, DenseModel, TensorSizes, *self.analysis.reads)
+        trial.inherit(self.state, DenseModel, WholeModel, TensorSizes, *self.analysis.reads)
         for step in self.analysis.passes:
             step(trial)
         note_widths(trial, meant(self.widths[sparsity], self.meaning))

@@ -37,6 +37,7 @@ from typing import IO, Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.model import Original
 from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.passes.allocate_widths import (
     Cost,
@@ -50,7 +51,7 @@ from liar_opt.passes.allocate_widths import (
     step_of,
 )
 from liar_opt.passes.allocations import ALLOCATIONS, Candidates
-from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State
+from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, State, WholeModel
 from liar_opt.passes.blank_cut import blank_cut, clock_of, deployed, in_one_form, operations
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_vocabulary import ChosenWords
@@ -204,15 +205,17 @@ class MeetTargetPass(Pass[Target]):
             groups, queries, self.multiple_of, curves, costs, self.uniform, expressible
         )
         fixed = gauge.whole - sum(float(m.costs[-1]) for m in candidates)
-        wanted = target.absolute(gauge.dense)
+        wanted = target.absolute(gauge.given)
         if wanted >= gauge.whole:
-            has = f"{gauge.whole:,.6g} {NAMES[target.kind]}" + (" without the words that go" if gauge.words else "")
+            has = f"{gauge.whole:,.6g} {NAMES[target.kind]}" + (
+                "".join(f" without the {what} that go" for what in gauge.without)
+            )
             raise OptionError(f"target '{self.target}' is met already: the model has {has}; ask for less")
         narrowest = meant({m.name: int(m.widths[0]) for m in candidates}, meaning)
         if wanted < fixed + sum(float(m.costs[0]) for m in candidates) * 1.1:  # near the end: look, before refusing
             least = gauge.value(narrowest)
             if wanted < least * (1.0 - CLOSE[target.kind]):
-                raise OptionError(_unreachable(self.target, target, least, gauge.dense, groups, state))
+                raise OptionError(_unreachable(self.target, target, least, gauge.given, groups, state))
         search = _Search(self, gauge, wanted, candidates, meaning)
         search.run(wanted - fixed)
         if target.kind == "latency" and self.allocate == "curves" and curves:
@@ -225,7 +228,7 @@ class MeetTargetPass(Pass[Target]):
             other.run(everything * (1.0 - search.removed))
             search = other if preferred(other.best, search.best) else search
         best = search.best
-        state.add(MetTarget(self.target, target.kind, wanted, gauge.dense, best.value, search.tried, gauge.source))
+        state.add(MetTarget(self.target, target.kind, wanted, gauge.given, best.value, search.tried, gauge.source))
         note_widths(state, best.keep)
         return PassResult(state)
 
@@ -342,21 +345,32 @@ class _Gauge:
             self.dense = self.value({})
         self.words = state.get(ChosenWords)
         self.whole = self.dense if self.words is None or kind == "latency" else self.value({})
+        whole = state.get(WholeModel)
+        self.given = self.dense if whole is None else self._given(whole.original)
+        self.without = [what for what, gone in (("words", self.words), ("blocks", whole)) if gone is not None]
         if not self.dense > 0:
             raise ModelError(f"the {NAMES[kind]} of this model cannot be counted; give another target")
+
+    def _given(self, original: Original) -> float:
+        """Returns the quantity of the model as it came, with the blocks that were left out since."""
+        model, _ = blank_cut(original, {})
+        if self.kind == "latency":
+            return self.dense / self._beside(model, self.feeds, CHECK_SECONDS).speedup
+        return self._counted(model, self.feeds)
+
+    def _counted(self, model: Any, feeds: Mapping[str, Any]) -> float:
+        if self.kind == "params":
+            return float(model.parameters())
+        return float(model.file_bytes() if self.kind == "size" else operations(model, feeds))
 
     def value(self, keep: Mapping[str, int]) -> float:
         """Returns the quantity at widths; seconds are those of the dense model, scaled by a ratio taken in turns."""
         model, ends = blank_cut(self.dense_model, keep)
         if self.words is not None and self.kind != "latency":  # a table of ids and logits at full width are hardly timed
             cut_words(model, find_words(model), self.words.kept, self.words.unknown, not self.words.renumbered)
-        if self.kind == "params":
-            return model.parameters()
-        if self.kind == "size":
-            return model.file_bytes()
         feeds = cut_arrays(dict(self.feeds), ends)
-        if self.kind == "flops":
-            return operations(model, feeds)
+        if self.kind != "latency":
+            return self._counted(model, feeds)
         found = self._beside(model, feeds, CHECK_SECONDS)
         self.spread = found.spread if math.isfinite(found.spread) else SPREAD
         return self.dense / found.speedup

@@ -10,7 +10,7 @@ from typing import Any
 
 from liar_opt.passes.allocate_widths import note_widths, why_whole
 from liar_opt.passes.backend import TIMED_SAMPLES, Backend
-from liar_opt.passes.base import Change, DenseModel, Observer, Pass, PassResult, Pipeline, Probes, State
+from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Probes, State, WholeModel
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
@@ -101,13 +101,7 @@ class ModelJob:
 
     def _anew(self) -> State:
         """Returns the state as it was when the model was loaded."""
-        old = self.state
-        model = old.found(DenseModel).original.model()
-        model.notes = list(self.notes)
-        state = State(model, None, old.device, old.progress, memory=old.memory, fresh=old.fresh)
-        state.inherit(old, *self.backend.opened)
-        state.seconds = old.seconds
-        return state
+        return self.backend.anew(self.state, self.notes)
 
     def _attempt(self) -> PruneResult:
         """Runs the passes once."""
@@ -133,7 +127,7 @@ class ModelJob:
             self._load_calibration(report)
         if options.resume is not None:
             state.checkpoint = Checkpoint.open(Path(options.resume), self._identity(report))
-        report.before.flops = self._flops()
+        report.before.flops = self._flops(before=True)
         decided, proofs = self._decide(report, early and not probed)
         refusals += proofs
         report.refuse(refusals)
@@ -142,7 +136,7 @@ class ModelJob:
             report.note(*planned_words(state))
             return backend.result(state, report, (), tuple(refusals))
         if not early:
-            report.before.flops = self._flops()
+            report.before.flops = self._flops(before=True)
         report.resumed = state.checkpoint.done if state.checkpoint is not None else 0
         try:
             done = _run(state, chosen.cutting, options.observer)
@@ -236,8 +230,9 @@ class ModelJob:
         state, began = self.state, time.perf_counter()
         if self.data is None:
             backend = self.backend
-            limit, author = backend.positions(state), backend.author(state)
-            self.data = calibrate(state, backend.calibration, self.options, limit, author)
+            limit, author, whole = backend.positions(state), backend.author(state), state.get(WholeModel)
+            read = None if whole is None else whole.data
+            self.data = read or calibrate(state, backend.calibration, self.options, limit, author)
             if self.limited:  # what is lost is measured on rows that nothing is fitted to
                 self.data = divided(self.data, state.analysed().input_specs())
         state.calibration = fitted(state, self.data, report.model.notes)
@@ -320,9 +315,12 @@ class ModelJob:
         batch = self.state.calibration.batches[0]
         return batch if self.target is not None else first_samples(self.state, batch, TIMED_SAMPLES)
 
-    def _flops(self) -> int | None:
-        """Returns the operations of the model as it is now; None without data, or where they cannot be counted."""
-        return None if self.state.calibration is None else self.backend.operations(self.state, self._one_batch())
+    def _flops(self, before: bool = False) -> int | None:
+        """Returns the operations of the model as it is now, or as it came; None without data, or where none are counted."""
+        if self.state.calibration is None:
+            return None
+        count = self.backend.operations_before if before else self.backend.operations
+        return count(self.state, self._one_batch())
 
 
 def _run(state: State, passes: Sequence[Pass[Any]], observer: Observer | None) -> PassResult:

@@ -7,10 +7,11 @@ The module comes back with smaller weights (:attr:`ModuleResult.module`), with t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from liar_opt.frontend.blocks import Run
 from liar_opt.frontend.either_model import flops_of
 from liar_opt.frontend.fx_engine import TimedModule
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
@@ -20,10 +21,12 @@ from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
-from liar_opt.passes.base import Change, DenseModel, Opened, OutputNames, Pass, Probes, State
+from liar_opt.passes.base import Change, DenseModel, Opened, OutputNames, Pass, Probes, State, WholeModel
 from liar_opt.passes.blank_cut import deployed, in_one_form
 from liar_opt.passes.checkpoint import Digests
+from liar_opt.passes.choose_blocks import ChosenRun, Gap, LeftOut
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.cut_module_blocks import leave_out_of_module, listed_runs
 from liar_opt.passes.cut_module_words import CutModuleWordsPass, choose_module_words
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords
 from liar_opt.passes.express_widths import ExpressWidthsPass, StateFieldsPass
@@ -65,7 +68,8 @@ class TorchBackend(Backend):
     cannot: ClassVar[Mapping[str, str]] = {
         "custom_ops": "custom-ops are libraries of ONNX Runtime, and a module runs in torch; leave them out",
     }
-    opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes, ChosenWords)
+    outputs: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes, ChosenWords, WholeModel, LeftOut)
     gradients = True
 
     @classmethod
@@ -135,8 +139,8 @@ class TorchBackend(Backend):
                 f"counts, and all alike; leave it out, or {ELSEWHERE}"
             )
         asked = {VALUES: "values", QUERY_KEY: "query_key", RECURRENT: "recurrent"}
-        for kind, field in asked.items():
-            if checkpoint and getattr(chosen.widths, field, None):
+        for kind, name in asked.items():
+            if checkpoint and getattr(chosen.widths, name, None):
                 raise OptionError(f"{kind} works on a traced graph: {UNSAID[kind]}; leave it out, or {ELSEWHERE}")
         pruning = PruneExportedPass if options.backend == "onnxruntime" else PruneGroupsPass
         cut, widths = pruning(**{**vars(chosen.cut), "new_bias": new_bias}), replace(chosen.widths, uniform=uniform)
@@ -207,7 +211,7 @@ class TorchBackend(Backend):
     def timed(self, state: State, batch: Mapping[str, Any], aimed: bool) -> Latency | str:
         """Times both modules in turns; a result that meets a target as long as it takes to tell."""
         made = state.found(CutModule)
-        dense = deployed(state.found(DenseModel).original.model(), state.device)
+        dense = deployed(state.whole().model(), state.device)
         models = in_one_form([dense, TimedModule(traced_model(state), made.module, made.traced is None)])
         feeds, words = [dict(batch)] * 2, state.get(ChosenWords)
         if words is not None:
@@ -215,6 +219,32 @@ class TorchBackend(Backend):
         if aimed:
             return measure_latency(models, feeds, budget=2.0, least=12, close=SPREAD)
         return measure_latency(models, feeds, budget=TIMED_SECONDS, least=1)
+
+    def block_repair(self) -> str:
+        """Returns what stands where blocks are left out; a checkpoint cannot say a map of its own.
+
+        Raises:
+            OptionError: it was asked to.
+        """
+        if self.options.checkpoint and self.options.block_repair == "map":
+            raise OptionError(f"block-repair map is a layer that no configuration can say; give fold, or {ELSEWHERE}")
+        found = super().block_repair()
+        return "fold" if found == "map" and self.options.checkpoint else found
+
+    def gaps(self, runs: Sequence[Run], repair: str) -> list[Gap]:
+        """Returns where each run would go: as entries of a list of modules, or as nodes of the traced graph."""
+        if repair != "map":
+            runs = listed_runs(self.state, runs, bool(self.options.checkpoint))
+        return super().gaps(runs, repair)
+
+    def leave_out(self, chosen: ChosenRun, repair: str) -> tuple[Backend, LeftOut]:
+        """Takes the entries out of the list of modules, or the nodes out of the traced graph."""
+        state, entry, self.outputs = leave_out_of_module(self.state, chosen, repair, bool(self.options.checkpoint))
+        return replace(self, state=state), entry
+
+    def same_outputs(self, left: Backend) -> dict[str, str]:
+        """Returns by what names the original has the outputs of what is left of it."""
+        return self.outputs
 
     def choose_words(self, state: State) -> ChosenWords:
         """Returns the words that are to stay, those that its configurations name among them."""
@@ -232,6 +262,10 @@ class TorchBackend(Backend):
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> ModuleResult:
         """Returns the cut module; of a dry run the module as it came."""
+        if self.options.dry_run and state.get(WholeModel) is not None:
+            whole = self.anew(state, ())
+            whole.model = state.whole().model()
+            whole.groups, state = state.groups, whole
         return ModuleResult(state, report.to_json(), changes, refusals, self.inputs)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_engine import cannot_load
-from liar_opt.frontend.onnx_model import onnx_graph
+from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
-from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State
+from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
+from liar_opt.passes.choose_blocks import ChosenRun, LeftOut
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, choose_words
 from liar_opt.passes.find_groups import FindGroupsPass
@@ -24,6 +25,7 @@ from liar_opt.passes.open_model import load_state
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prune_groups import Cut
+from liar_opt.passes.replace_blocks import ReplacedBlocks
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
 from liar_opt.passes.sweep import cut_arrays
@@ -40,7 +42,7 @@ from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provide
 class OnnxBackend(Backend):
     """An ONNX graph."""
 
-    opened = (Opened, DenseModel, DenseSession, Digests, ChosenWords)
+    opened = (Opened, DenseModel, DenseSession, Digests, ChosenWords, WholeModel, LeftOut)
 
     @classmethod
     def open(cls, model: Any, calibration: Any, options: PruneOptions) -> OnnxBackend:
@@ -128,7 +130,7 @@ class OnnxBackend(Backend):
         feeds = [dict(batch), dict(batch) if cut is None else cut_arrays(dict(batch), cut.ends)]
         if words is not None:
             feeds = words.beside(*feeds)
-        models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
+        models = [deployed(model, state.device) for model in (self._whole(state), state.model)]
         try:
             return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD)
         except CannotTime:
@@ -137,6 +139,33 @@ class OnnxBackend(Backend):
                 return "latency was not measured: the models cannot be run in processes of their own"
             sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
             return measure_latency(sessions, feeds, budget=0.3, least=6)
+
+    @staticmethod
+    def _whole(state: State) -> OnnxOriginal:
+        """Returns the model as it came."""
+        whole = state.whole()
+        assert isinstance(whole, OnnxOriginal)
+        return whole
+
+    def leave_out(self, chosen: ChosenRun, repair: str) -> tuple[Backend, LeftOut]:
+        """Takes the nodes of the run out of the graph.
+
+        Raises:
+            ModelError: something in it is needed behind it.
+            CheckError: the result is not the original in which the map stands.
+        """
+        old = self.state
+        if old.model.merged is not None:
+            raise ModelError(
+                "a merged decoder has its blocks twice, in both branches; give the decoder with past keys by itself"
+            )
+        trial = ReplacedBlocks(old, chosen, repair)
+        caches = trial.cut()
+        original = OnnxOriginal(*onnx_graph(old.model).light(), old.model.source, old.model.store)
+        state = State(original.model(), None, old.device, old.progress, memory=old.memory, fresh=old.fresh)
+        state.add(old.found(Opened), DenseModel(original))
+        difference = trial.checked(state.model, caches)
+        return replace(self, state=state), trial.entry(caches, difference)
 
     def choose_words(self, state: State) -> ChosenWords:
         """Returns the words that are to stay."""
@@ -154,5 +183,5 @@ class OnnxBackend(Backend):
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
-        model = state.found(DenseModel).stored if self.options.dry_run else onnx_graph(state.model)
+        model = self._whole(state) if self.options.dry_run else onnx_graph(state.model)
         return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))

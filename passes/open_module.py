@@ -103,6 +103,28 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
     return state, calibration
 
 
+def opened_again(state: State, module: torch.nn.Module) -> State:
+    """Returns the state of a module that was made of the one that was opened, traced with the same example.
+
+    Raises:
+        ModelError: it cannot be traced.
+    """
+    opened = state.found(OpenedModule)
+    with evaluating(module), without_cache(module):
+        feeds, program = _traced(module, None, opened.example)
+        lowered = lower(program, module, opened.folder)
+        names = _output_names(module, feeds, lowered)
+    result = State(lowered, None, state.device, state.progress, memory=state.memory, fresh=state.fresh)
+    result.add(
+        DenseModel(lowered.original),
+        state.found(Opened),
+        OpenedModule(feeds, opened.folder, is_stock(module)),
+        OutputNames(names),
+        _probes(lowered, feeds),
+    )
+    return result
+
+
 def _probes(model: FxModel, example: Mapping[str, torch.Tensor]) -> Probes:
     """Returns the example, and where the trace has left sizes open a part of it that is one shorter along each of them.
 

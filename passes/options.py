@@ -25,6 +25,7 @@ from liar_opt.runtime.sessions import PROVIDERS
 PACKINGS = ("auto", "on", "off")
 BACKENDS = ("torch", "onnxruntime")
 WHOLE_LAYERS = ("auto", "on", "off")
+BLOCK_REPAIRS = ("auto", "map", "fold", "none")
 UNSAID: Any = object()
 
 
@@ -115,6 +116,11 @@ class PruneOptions:
         vocabulary_coverage: the most frequent words that cover this share of the tokens (0.999), of the vocabulary's texts
             or of the calibration data.
         small_tokenizer: write a smaller tokenizer beside the model (OUT.tokenizer), and have the model take its ids.
+        blocks: so many consecutive blocks are left out, and what is left is repaired where they were; which ones is chosen
+            by the error of the output. They go first: a sparsity, a target or a limit counts what they took. Alone, no
+            width is cut.
+        block_repair: what stands where blocks were: "map" is a linear map of its own, "fold" changes the last product
+            before them, which a checkpoint can say, "none" nothing; "auto" takes "fold" for checkpoints and else "map".
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -179,6 +185,8 @@ class PruneOptions:
         default=None, metadata=_told("pruning", kind=float, metavar="SHARE", demo=False)
     )
     small_tokenizer: bool = field(default=False, metadata=_told("pruning", flag="--small-tokenizer", sets=True, demo=False))
+    blocks: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N", demo=False))
+    block_repair: str = field(default="auto", metadata=_told("pruning", choices=BLOCK_REPAIRS, demo=False))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

@@ -5,7 +5,7 @@ The cut is not made: the consumers of the groups get repaired weights with zeros
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import GroupVisitor
 from liar_opt.passes.sweep import Sweep
+from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import common_part, output_rows
 
 PROBE_BATCHES = 2
@@ -38,7 +39,7 @@ class ProbeOutputs:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep, self.data = sweep, sweep.data
-        self.batches = self._enough()
+        self.batches = probed_batches(sweep.data, sweep.held)
         ends = [
             t for t in sweep.walk.model.graph.outputs if getattr(t, "type", "") == "tensor_type"
         ]  # no sequence, and no constant
@@ -77,16 +78,6 @@ class ProbeOutputs:
         """Returns the position of the last node that reads a group's dimension, in the graph as it is now."""
         return max(self.sweep.position(r.node) for r in group.readings)
 
-    def _enough(self) -> list[int]:
-        """Returns the held-back batches that are enough to compare outputs on."""
-        found, rows = [], 0
-        for i in sorted(self.sweep.held)[:PROBE_BATCHES] or [0]:
-            if rows < ENOUGH_ROWS:
-                found.append(i)
-                mask = self.data.row_masks[i]
-                rows += next(iter(self.data.batches[i].values())).size if mask is None else int(mask.sum())
-        return found
-
     def _ends(
         self, first: Any, outputs: list[str], patches: Sequence[AnyPatch] = ()
     ) -> list[dict[str, NDArray[np.float64]]]:
@@ -99,8 +90,19 @@ class ProbeOutputs:
         result = []
         for i in self.batches:
             values = part.run({**self.data.batches[i], **sweep.carry.values[i]}, arrays=outputs)
-            result.append({n: _some_rows(sweep.engine.array(v), self.data.row_masks[i]) for n, v in values.items()})
+            result.append({n: some_rows(sweep.engine.array(v), self.data.row_masks[i]) for n, v in values.items()})
         return result
+
+
+def probed_batches(data: CalibrationData, held: Collection[int]) -> list[int]:
+    """Returns the held-back batches that are enough to compare outputs on."""
+    found, rows = [], 0
+    for i in sorted(held)[:PROBE_BATCHES] or [0]:
+        if rows < ENOUGH_ROWS:
+            found.append(i)
+            mask = data.row_masks[i]
+            rows += next(iter(data.batches[i].values())).size if mask is None else int(mask.sum())
+    return found
 
 
 def repaired(
@@ -155,8 +157,8 @@ def together(patches: Sequence[AnyPatch]) -> list[AnyPatch]:
     return result
 
 
-def _some_rows(output: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    """Rows of an output, each about its own mean: a softmax does not see what all logits have in common."""
+def some_rows(output: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """Returns rows of an output, each about its own mean: a softmax does not see what all logits have in common."""
     if output.ndim == 0:
         return output.reshape(1, 1).astype(np.float64)
     rows = output_rows(output, mask)

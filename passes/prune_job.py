@@ -6,11 +6,13 @@ needs the code that made it.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Observer, Progress, no_progress
+from liar_opt.passes.blocks_job import blocks_alone, finish_blocks, without_blocks
 from liar_opt.passes.cut_vocabulary import words_alone
 from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
@@ -81,6 +83,8 @@ def prune(
     vocabulary: Any = None,
     vocabulary_coverage: float | None = None,
     small_tokenizer: bool = False,
+    blocks: int | None = None,
+    block_repair: str = "auto",
     passes: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
@@ -144,6 +148,8 @@ def prune(
         vocabulary=vocabulary,
         vocabulary_coverage=vocabulary_coverage,
         small_tokenizer=small_tokenizer,
+        blocks=blocks,
+        block_repair=block_repair,
         passes=passes,
         score=score,
         repair=repair,
@@ -177,7 +183,12 @@ def prune(
     opening.require_possible(calibration, options)
     with custom_operators(_libraries(custom_ops)):
         opened = opening.open(model, calibration, options)
-        if words_alone(options):
+        if options.blocks is not None:
+            opened = without_blocks(opened)
+            if blocks_alone(opened.options):
+                return finish_blocks(opened, start, watch)
+            opened = replace(opened, state=opened.anew(opened.state, opened.state.model.notes))
+        if words_alone(opened.options):
             return opened.cut_words_alone(start, watch)
         return ModelJob(opened, start, watch).run()
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from liar_opt.passes.allocate_widths import NAMED
-from liar_opt.passes.base import Change, Opened, Pass, State
+from liar_opt.passes.base import Change, Opened, Pass, State, WholeModel
+from liar_opt.passes.choose_blocks import LeftOut
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_vocabulary import CutWords
 from liar_opt.passes.groups import FORMS, KINDS, ChannelGroup, Refusal, parameters_left
@@ -112,6 +113,7 @@ class Report:
         prunable_parameters: the same, of an inspection.
         refusals: what was left alone, and why.
         vocabulary: which words are left, where some went.
+        blocks: which blocks were left out.
         calibration: the data.
         curves: the error of the output at each width, by group.
         target: how a target was met, or how much a limit allowed.
@@ -139,6 +141,7 @@ class Report:
     prunable_parameters: int | None = None
     refusals: list[dict[str, Any]] | None = None
     vocabulary: CutWords | None = None
+    blocks: LeftOut | None = None
     calibration: CalibrationEntry | None = None
     curves: dict[str, Any] | None = None
     target: MetTarget | LimitedDrop | None = None
@@ -260,6 +263,7 @@ def report_of(state: State) -> Report:
             notes=list(state.model.notes),
         ),
         before=SizesEntry(**opened.sizes),
+        blocks=state.get(LeftOut),
     )
 
 
@@ -288,7 +292,7 @@ def prunable(state: State) -> dict[str, int]:
 
     Values, queries and keys hold weights of their layer's heads, and are cut within those that are left.
     """
-    counted = [g for g in state.groups if g.kind in KINDS]
+    counted, whole = [g for g in state.groups if g.kind in KINDS], state.get(WholeModel)
     before, after = parameters_left(counted), parameters_left(counted, state.keep)
     for group in (g for g in state.groups if g.kind not in KINDS):
         heads = next((g for g in counted if g.kind == "heads" and group.constants <= g.constants), None)
@@ -296,7 +300,7 @@ def prunable(state: State) -> dict[str, int]:
         before += group.parameters if heads is None else 0
         after += group.parameters if heads is None else 0
         after -= left * group.parameters * (1.0 - state.keep.get(group.name, group.size) / group.size)
-    return {"before": round(before), "after": round(after)}
+    return {"before": round(before) if whole is None else whole.prunable, "after": round(after)}
 
 
 def unrepaired(report: Mapping[str, Any], repair: str | RepairFunction) -> Iterator[str]:

@@ -13,7 +13,7 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -32,8 +32,9 @@ from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.tables import vocabulary
 from liar_opt.frontend.walk import GraphWalk
-from liar_opt.passes.base import DenseModel, Finding, OutputNames, Pass, PassResult, State
+from liar_opt.passes.base import DenseModel, Finding, OutputNames, Pass, PassResult, State, WholeModel
 from liar_opt.passes.change_basis import QueryForm
+from liar_opt.passes.choose_blocks import LeftOut
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prune_groups import ConsumerRepair, Cut
 from liar_opt.passes.sweep import cut_arrays, held_batches
@@ -133,7 +134,7 @@ class VerifyModelPass(Pass[None]):
         ends, low_memory = cut.ends, state.memory.low
         assert state.calibration is not None
         rounding = None
-        batches, masks = state.calibration.batches, state.calibration.row_masks
+        batches = state.calibration.batches
         # Sessions load while the masked original is made, unless that is too much at a time.
         loading = later(functools.partial(engine.whole, state.model.loadable(), "the pruned model"))
         if low_memory:
@@ -168,25 +169,52 @@ class VerifyModelPass(Pass[None]):
         del masked, reference, theirs
         folded = engine.require_written(state.model, cut_arrays(small, ends), ours, precision)
         del ours
-        original = dense_session(state)
-        held = held_batches(len(batches))
-        meter, words = DifferenceMeter(), vocabulary(state.model)
-        made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
-        named = state.get(OutputNames)
-        for done, i in enumerate(held[: self.batches]):
-            some = first_samples(state, batches[i], min(self.samples, room))
-            x = pruned.run(cut_arrays(some, ends), arrays=True)
-            y = cut_arrays(original.run(some, whole, arrays=True), ends)
-            mask = masks[i]
-            mask = mask if mask is None or all(some[k] is batches[i][k] for k in some) else mask[: min(self.samples, room)]
-            for name, value in y.items():
-                shown = name if named is None else named.by_tensor.get(name, name)
-                meter.add(shown, x[name], value, mask, holds_logits(shown, value.shape, words, made_by.get(name)))
-            state.progress("verify", done + 1, len(held[: self.batches]))
+        original = whole_session(state)
+        meter = output_differences(state, pruned, original, whole, self.batches, min(self.samples, room), ends)
         outputs, uneven = meter.result(), sorted(meter.uneven)
         state.add(Verification(exact, precision, outputs, rounding, folded, left_out or None, uneven or None))
         state.add(ComparedSessions(original, pruned))
         return PassResult(state)
+
+
+def output_differences(
+    state: State,
+    pruned: Runner,
+    original: Runner,
+    outputs: Collection[str],
+    batches: int = VerifyModelPass.batches,
+    samples: int = VerifyModelPass.samples,
+    ends: Mapping[str, Any] | None = None,
+) -> DifferenceMeter:
+    """Compares the outputs of a cut model with those of the model as it came, on held-back batches.
+
+    Args:
+        state: with the calibration data.
+        pruned: the cut model.
+        original: the other.
+        outputs: those that are compared.
+        batches: so many.
+        samples: of each.
+        ends: what is left of inputs and outputs that became narrower.
+    """
+    assert state.calibration is not None
+    data, left = state.calibration, ends or {}
+    held = held_batches(len(data.batches))[:batches]
+    empty = set() if (gone := state.get(LeftOut)) is None else set(gone.caches)
+    meter, words = DifferenceMeter(), vocabulary(state.model)
+    made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
+    named = state.get(OutputNames)
+    for done, i in enumerate(held):
+        some = first_samples(state, data.batches[i], samples)
+        x = pruned.run(cut_arrays(some, left), arrays=True)
+        y = cut_arrays(original.run(some, [n for n in outputs if n not in empty], arrays=True), left)
+        mask = data.row_masks[i]
+        mask = mask if mask is None or all(some[k] is data.batches[i][k] for k in some) else mask[:samples]
+        for name, value in y.items():
+            shown = name if named is None else named.by_tensor.get(name, name)
+            meter.add(shown, x[name], value, mask, holds_logits(shown, value.shape, words, made_by.get(name)))
+        state.progress("verify", done + 1, len(held))
+    return meter
 
 
 def masked_reference(
@@ -324,6 +352,45 @@ def _runs_otherwise(state: State, batch: Mapping[str, Any]) -> str | None:
             load().run(batch)
             return how
     return None
+
+
+class _Renamed:
+    """A model whose outputs have the names of another.
+
+    Args:
+        session: of the model.
+        names: what it calls them.
+    """
+
+    def __init__(self, session: Runner, names: Mapping[str, str]) -> None:
+        self.session, self.names = session, names
+        self.inputs, self.outputs = session.inputs, list(names)
+
+    def run(
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool | Sequence[str] = False
+    ) -> dict[str, Any]:
+        """Runs it."""
+        wanted = self.outputs if outputs is None else list(outputs)
+        asked = arrays if isinstance(arrays, bool) else [self.names.get(n, n) for n in arrays]
+        found = self.session.run(feeds, [self.names.get(n, n) for n in wanted], asked)
+        return {name: found[self.names.get(name, name)] for name in wanted}
+
+    def as_deployed(self) -> Runner:
+        """Returns it as it is timed."""
+        return self.session.as_deployed()
+
+
+def whole_session(state: State) -> Runner:
+    """Returns a session of the model as it came, blocks that were left out since among it.
+
+    Raises:
+        ModelError: it cannot be loaded; the message names the operator that is missing.
+    """
+    whole = state.get(WholeModel)
+    if whole is None:
+        return dense_session(state)
+    session = state.engine().whole(whole.original)
+    return _Renamed(session, whole.names) if whole.names else session
 
 
 def require_runs(state: State, session: Runner, every: bool = False) -> None:

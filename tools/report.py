@@ -53,6 +53,10 @@ def before_after(report: Report) -> Table:
     if whole:
         named = ", ".join(f"{count} by a {form}" for form, count in sorted(whole.items()))
         table.add_row("layers gone whole", "0", f"{whole.total()}", named)
+    blocks = report.get("blocks")
+    if blocks:
+        count, left = {"all": blocks["of"]}, {"all": blocks["of"] - blocks["blocks"]}
+        table.add_row("blocks", f"{count['all']:,}", f"{left['all']:,}", change(count, left, "all"))
     words = report.get("vocabulary")
     if words:
         count, left = {"all": words["words"]}, {"all": words["kept"]}
@@ -92,6 +96,8 @@ def footnotes(report: Report) -> Iterator[str]:
         yield "(1) the first calibration batch; latency was not measured"
     if report.get("vocabulary"):
         yield vocabulary_left(report["vocabulary"])
+    if report.get("blocks"):
+        yield blocks_left_out(report["blocks"])
     if data is None:  # no width was cut
         return
     rows = max((d["rows"] for d in check["outputs"].values()), default=0)
@@ -105,10 +111,11 @@ def footnotes(report: Report) -> Iterator[str]:
         yield f"(2) {others}: holds no numbers or texts here and was not compared"
     if data.get("gap") is not None:
         yield f"calibration: endlessly more samples would take about {100 * data['gap']:.0f} % off the repair's error"
-    yield (
-        f"exactness: the cut model equals the original with the removed channels masked to {check['exact_difference']:.1e} "
-        f"(allowed {TOLERANCES[check['exact_dtype']]:.0e} in {check['exact_dtype']})"
-    )
+    if report["groups"]:
+        yield (
+            "exactness: the cut model equals the original with the removed channels masked to "
+            f"{check['exact_difference']:.1e} (allowed {TOLERANCES[check['exact_dtype']]:.0e} in {check['exact_dtype']})"
+        )
     if check.get("attributes"):
         changed = Counter(f"{a['name']} {a['before']} -> {a['after']}" for a in check["attributes"])
         shown = (text if count == 1 else f"{text} ({count} modules)" for text, count in changed.items())
@@ -124,6 +131,22 @@ def vocabulary_left(words: Mapping[str, Any]) -> str:
     return (
         f"vocabulary: {words['kept']:,} of {words['words']:,} words are left{share} of {words['source']}; others are "
         f"read as id {words['unknown']}{named}{told}"
+    )
+
+
+def blocks_left_out(blocks: Mapping[str, Any]) -> str:
+    """One line: which blocks went, what stands there, what that lost, and how exact it is."""
+    first, last = blocks["first"] + 1, blocks["first"] + blocks["blocks"]
+    which = f"block {first}" if first == last else f"blocks {first} to {last}"
+    stands = {"map": "a linear map stands there", "fold": "the product before them was changed"}.get(blocks["repair"])
+    plain = f"{blocks['error_none']:.4f}"
+    lost = f"{plain}" if stands is None else f"{blocks['error']:.4f}, without repair {plain}"
+    exact = blocks["exact_difference"]
+    told = "" if exact is None else f"; equal to the original without them to {exact:.1e}"
+    caches = f"; {len(blocks['caches'])} caches of theirs hold zeros" if blocks["caches"] else ""
+    return (
+        f"blocks: {which} of {blocks['of']} went; {stands or 'nothing stands there'}; relative squared error of the "
+        f"output: {lost}{told}{caches}"
     )
 
 

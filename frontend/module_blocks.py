@@ -1,0 +1,212 @@
+"""Blocks of a torch module: the entries of a list of modules. Some go, and its configuration says how many stay."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from liar_opt.frontend.blocks import Run, Stack, inside
+from liar_opt.frontend.fx_module import FxModel, to_torch
+from liar_opt.frontend.fx_rewrite import copy_without, set_tensor
+from liar_opt.frontend.graph_tensors import is_constant
+from liar_opt.frontend.hf_checkpoint import FieldChange, changed_config, configs_of, is_stock, quiet_loading, says
+from liar_opt.frontend.walk import GraphWalk
+from liar_opt.runtime.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+COUNT = re.compile(r"layer|block|depth|n_lay", re.IGNORECASE)
+"""What the field of a configuration that says how many blocks there are is called."""
+FIELDS_TOGETHER = 2
+"""Fields that may say it together."""
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of modules whose entries are the blocks of a stack.
+
+    Attributes:
+        path: its qualified name.
+        first: the entry that is the first block.
+        entries: how many it has.
+        lent: entries of which something is read outside their block: they stay.
+    """
+
+    path: str
+    first: int
+    entries: int
+    lent: frozenset[int]
+
+    def may_go(self, run: Run) -> bool:
+        """Returns whether the blocks of a run may be left out of the list."""
+        return self.lent.isdisjoint(self.dropped(run))
+
+    def dropped(self, run: Run) -> range:
+        """Returns the entries that go with a run."""
+        return range(self.first + run.first, self.first + run.first + run.length)
+
+    def entry(self, name: str) -> int | None:
+        """Returns the entry that a parameter is of; None where it is of none."""
+        head, _, rest = name.partition(f"{self.path}.")
+        number = rest.partition(".")[0]
+        return int(number) if not head and rest and number.isdigit() else None
+
+    def renamed(self, name: str, dropped: range) -> str | None:
+        """Returns what a parameter is called without some entries; None where it goes."""
+        number = self.entry(name)
+        if number is None or number < dropped.start:
+            return name
+        if number in dropped:
+            return None
+        return self.moved(name, number - len(dropped))
+
+    def moved(self, name: str, entry: int) -> str:
+        """Returns the name of the same parameter of another entry."""
+        rest = name[len(self.path) + 1 :].partition(".")[2]
+        return f"{self.path}.{entry}.{rest}"
+
+
+def block_list(walk: GraphWalk, stack: Stack) -> BlockList | None:
+    """Returns the list of modules whose entries are the blocks of a stack, or None."""
+    import torch
+
+    assert isinstance(walk.model, FxModel) and walk.model.module is not None
+    module = walk.model.module
+    names = {
+        n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    }
+    makers = {t.name: n for n in walk.model.graph.nodes for t in n.outputs}
+    within = [[*inside(walk, *pair), makers[pair[1]]] for pair in itertools.pairwise(stack.streams)]
+    read = [_constants(nodes) & names for nodes in within]
+    known = {id(n) for nodes in within for n in nodes}
+    elsewhere = _constants([n for n in walk.model.graph.nodes if id(n) not in known])
+    for path, part in module.named_modules():
+        if not isinstance(part, (torch.nn.ModuleList, torch.nn.Sequential)) or len(part) < stack.blocks:
+            continue
+        found = BlockList(path, 0, len(part), frozenset())
+        numbers = [{found.entry(name) for name in own} for own in read]
+        if not all(len(own) == 1 and None not in own for own in numbers):
+            continue
+        entries = [number for own in numbers for number in own if number is not None]
+        if entries == list(range(entries[0], entries[0] + len(entries))):
+            lent = {found.entry(name) for name in elsewhere} - {None}
+            return BlockList(path, entries[0], len(part), frozenset(n for n in lent if n is not None))
+    return None
+
+
+def _constants(nodes: Iterable[Any]) -> set[str]:
+    """Returns the names of the constants that nodes read."""
+    return {t.name for n in nodes for t in n.inputs if is_constant(t)}
+
+
+def fewer_blocks(module: torch.nn.Module, blocks: BlockList, dropped: range) -> tuple[FieldChange, ...] | None:
+    """Returns what the configuration of a transformers model must say for fewer blocks; None where it cannot.
+
+    A field that counts them has their number and is called so; lists with an entry for each block lose the entries.
+    """
+    wanted = {}
+    for name, tensor in module.state_dict().items():
+        new = blocks.renamed(name, dropped)
+        if new is not None:
+            wanted[new] = tuple(tensor.shape)
+    config: Any = module.config
+    counts, lists = list(_counts(config, blocks.entries, len(dropped))), list(_lists(config, blocks.entries, dropped))
+    for number in range(1, FIELDS_TOGETHER + 1):
+        for chosen in itertools.combinations(counts, number):
+            for more in (lists, []) if lists else ([],):
+                changes = (*chosen, *more)
+                if says(module, changes, wanted):
+                    return changes
+    return None
+
+
+def _counts(config: Any, entries: int, gone: int) -> Iterator[FieldChange]:
+    for path, part in _parts(config):
+        for name, value in vars(part).items():
+            if type(value) is int and value == entries and COUNT.search(name):
+                yield FieldChange(path, name, value, value - gone)
+
+
+def _lists(config: Any, entries: int, dropped: range) -> Iterator[FieldChange]:
+    for path, part in _parts(config):
+        for name, value in vars(part).items():
+            if isinstance(value, (list, tuple)) and len(value) == entries and not name.startswith("_"):
+                left = type(value)(v for i, v in enumerate(value) if i not in dropped)
+                yield FieldChange(path, name, value, left)
+
+
+def _parts(config: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield (), config
+    parts = {id(c) for c in configs_of(config)[1:]}
+    yield from (((name,), value) for name, value in vars(config).items() if id(value) in parts)
+
+
+def without_entries(
+    module: torch.nn.Module,
+    blocks: BlockList,
+    dropped: range,
+    values: Mapping[str, np.ndarray],
+    adopted: Mapping[str, str],
+    fields: Sequence[FieldChange] | None,
+) -> torch.nn.Module:
+    """Returns a module without some of its blocks.
+
+    Args:
+        module: it is not changed.
+        blocks: the list.
+        dropped: the entries that go.
+        values: other values of its parameters, by the names that they have now.
+        adopted: parameters (those of the normalisation before the gap) that get the values of others.
+        fields: what its configuration must say; None for one that is no model of transformers: a copy loses the entries.
+
+    Raises:
+        ModelError: a parameter cannot be found, or the class makes no such model.
+    """
+    import torch
+
+    device = next((p.device for p in module.parameters()), "cpu")
+    state = dict(module.state_dict(keep_vars=True))
+    missing = next((n for n in (*values, *adopted, *adopted.values()) if n not in state), None)
+    if missing is not None and fields is not None:
+        raise ModelError(
+            f"{type(module).__name__} has no parameter '{missing}' in its state; give block-repair none or map"
+        )
+    given = {name: to_torch(np.array(value), device) for name, value in values.items()}
+    given |= {name: state[other].detach().clone() for name, other in adopted.items()}
+    if fields is None:
+        result = copy_without(module, set(given))
+        for name, value in given.items():
+            set_tensor(result, name, value)
+        parent, _, attribute = blocks.path.rpartition(".")
+        old: Any = result.get_submodule(blocks.path)
+        kept = [entry for i, entry in enumerate(old) if i not in dropped]
+        made = torch.nn.ModuleList(kept) if isinstance(old, torch.nn.ModuleList) else torch.nn.Sequential(*kept)
+        setattr(result.get_submodule(parent), attribute, made.train(old.training))
+        return result
+    assert is_stock(module)
+    source: Any = module
+    with quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        new: Any = type(source)(changed_config(source.config, fields))
+    left: dict[str, Any] = {}
+    for name, tensor in state.items():
+        renamed = blocks.renamed(name, dropped)
+        if renamed is not None:
+            left[renamed] = given[name] if name in given else tensor.detach().clone()
+    new.load_state_dict(left, assign=True)
+    new.tie_weights()
+    if hasattr(source, "generation_config"):
+        new.generation_config = copy.deepcopy(source.generation_config)
+    trained = {blocks.renamed(n, dropped): p.requires_grad for n, p in source.named_parameters()}
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
+    made_so: torch.nn.Module = new.to(device).train(source.training)
+    return made_so

@@ -1,0 +1,402 @@
+"""Whole blocks: what is left equals the original in which the map stands, on graphs, modules and checkpoints.
+
+The reference is made here, of the original's file by tensor names, and of the original's module by its list of layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import oracle
+import pytest
+import torch
+import transformers
+import zoo_decoders
+from onnx import helper, numpy_helper
+from test_both_engines import batches, export, made
+
+import liar_opt
+from liar_opt.frontend.blocks import find_stacks, inside, last_product
+from liar_opt.frontend.onnx_model import OnnxModel
+from liar_opt.frontend.walk import walk
+from liar_opt.passes.result import ModuleResult, PruneResult
+from liar_opt.runtime.errors import ModelError, OptionError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLOSE = 2e-5
+"""Relative; sums of four layers in float32."""
+Feeds = dict[str, np.ndarray]
+PLAIN: dict[str, Any] = {"latency": False, "provider": "cpu"}
+
+
+def replaced(path: Path, result: PruneResult) -> onnx.ModelProto:
+    """Returns the original in which all that reads the stream behind the gap reads the map of that before it."""
+    proto, found = onnx.load(path), result.report["blocks"]
+    source, target = found["source"], found["target"]
+    cut = {t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer}
+    name = source
+    if found["repair"] == "map":
+        matrix = next(v for n, v in cut.items() if n.startswith(f"{target}_stand_in") and v.ndim == 2)
+        bias = next(v for n, v in cut.items() if n.startswith(f"{target}_stand_in") and v.ndim == 1)
+        proto.graph.initializer.extend(
+            [numpy_helper.from_array(matrix, "test_map"), numpy_helper.from_array(bias, "test_b")]
+        )
+        name = "test_mapped"
+    place = max((i for i, n in enumerate(proto.graph.node) if source in n.output), default=-1) + 1
+    for node in proto.graph.node:
+        node.input[:] = [name if n == target else n for n in node.input]
+    ends = [o.name for o in proto.graph.output]
+    if target in ends:
+        for node in proto.graph.node:
+            node.output[:] = ["test_old" if n == target else n for n in node.output]
+        proto.graph.node.append(helper.make_node("Identity", [name], [target]))
+    if found["repair"] == "map":
+        proto.graph.node.insert(place, helper.make_node("MatMul", [source, "test_map"], ["test_product"]))
+        proto.graph.node.insert(place + 1, helper.make_node("Add", ["test_product", "test_b"], [name]))
+    return proto
+
+
+def other_feeds(shape: tuple[int, int], seed: int) -> Feeds:
+    rng = np.random.default_rng(seed)
+    mask = np.ones(shape, np.int64)
+    mask[-1, -2:] = 0
+    return {"input_ids": rng.integers(3, 100, shape), "attention_mask": mask}
+
+
+def hidden(found: Any) -> torch.Tensor:
+    result: torch.Tensor = found if isinstance(found, torch.Tensor) else found[0]
+    return result
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("bert", "m.w."), ("llama", "m.w.")])
+def test_blocks_are_what_repeats_in_the_stream(name: str, kinds: str) -> None:
+    model = OnnxModel.load(export(name))
+    model.normalise()
+    analysis = walk(model)
+    (stack,) = find_stacks(analysis)
+    assert (stack.blocks, stack.kinds) == (4, kinds)
+    run = stack.runs(2)[1]
+    assert (run.before, run.behind) == (stack.streams[1], stack.streams[3])
+    weights = {u.node.name for u in analysis.consumers}
+    within = [n for n in inside(analysis, run.before, run.behind) if n.name in weights]
+    assert len(within) == 2 * (6 if name == "bert" else 7)
+    assert run.sums is not None
+    use = last_product(analysis, run, run.sums[0])
+    assert use is not None and use.weight.shape[use.weight_axis] == 88
+
+
+def test_what_the_stream_hands_to_two_blocks_is_no_place_between() -> None:
+    text = """
+<ir_version: 8, opset_import: ["" : 17]>
+skips (float[b, 6] x) => (float[b, 6] y) {
+    h0 = MatMul(x, w0)
+    a0 = Add(x, h0)
+    h1 = MatMul(a0, w1)
+    a1 = Add(a0, h1)
+    h2 = MatMul(a1, w2)
+    a2 = Add(a1, h2)
+    h3 = MatMul(a2, w3)
+    a3 = Add(a2, h3)
+    y = Add(a3, a1)
+}
+"""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        value = rng.standard_normal((6, 6)).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(value, f"w{i}"))
+    model = OnnxModel.from_proto(proto)
+    model.normalise()
+    (stack,) = find_stacks(walk(model))
+    assert stack.streams == ("x", "a0", "a1", "y")  # a1 is read behind a2 and a3
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("options", [{"blocks": 1}, {"blocks": 2}, {"blocks": 1, "block_repair": "none"}], ids=str)
+def test_a_graph_equals_the_original_with_the_map_in_it(name: str, options: dict[str, Any]) -> None:
+    result = liar_opt.prune(export(name), batches(), **options, **PLAIN)
+    found = result.report["blocks"]
+    assert found["of"] == 4 and len(found["tried"]) == 5 - options["blocks"]
+    assert found["error"] == min(found["tried"]) <= found["error_none"] + 1e-12
+    assert found["repair"] == options.get("block_repair", "map")
+    reference = replaced(export(name), result)
+    onnx.checker.check_model(result.model)
+    for shape in ((1, 5), (3, 17), (4, 13)):
+        feeds = other_feeds(shape, shape[1])
+        assert oracle.difference(oracle.run(result.model, feeds), oracle.run(reference, feeds)) < CLOSE
+    weights = sum(t.name.endswith("weight") or "MatMul" in t.name for t in result.model.graph.initializer)
+    assert weights < sum(t.name.endswith("weight") or "MatMul" in t.name for t in onnx.load(export(name)).graph.initializer)
+    assert result.report["after"]["parameters"] < result.report["before"]["parameters"]
+    assert result.report["after"]["flops"] < result.report["before"]["flops"]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_map_is_folded_into_the_product_before(name: str) -> None:
+    result = liar_opt.prune(export(name), batches(), blocks=1, block_repair="fold", **PLAIN)
+    found = result.report["blocks"]
+    assert found["first"] > 0 and found["repair"] == "fold" and found["error"] < found["error_none"]
+    assert not any("stand_in" in t.name for t in result.model.graph.initializer)
+    old = {t.name: numpy_helper.to_array(t) for t in onnx.load(export(name)).graph.initializer}
+    changed = [numpy_helper.to_array(t) for t in result.model.graph.initializer]
+    changed = [
+        v
+        for v in changed
+        if v.ndim == 2
+        and v.dtype == np.float32
+        and not any(v.shape == o.shape and np.array_equal(v, o) for o in old.values())
+    ]
+    assert [sorted(v.shape) for v in changed] == [[48 if name == "llama" else 60, 88]]
+
+
+def test_blocks_and_widths_share_a_sparsity() -> None:
+    alone = liar_opt.prune(export("llama"), batches(), sparsity=0.4, multiple_of=4, fresh=True, **PLAIN)
+    both = liar_opt.prune(export("llama"), batches(), sparsity=0.4, blocks=1, multiple_of=4, fresh=True, **PLAIN)
+    assert both.report["prunable"]["before"] == alone.report["prunable"]["before"]
+    assert both.report["prunable"]["after"] == pytest.approx(alone.report["prunable"]["after"], rel=0.02)
+    assert both.report["blocks"]["prunable"] > 0 and len(both.report["groups"]) == 6 and len(alone.report["groups"]) == 8
+    assert both.report["before"] == alone.report["before"]
+
+
+def test_a_target_counts_the_blocks() -> None:
+    result = liar_opt.prune(export("llama"), batches(), target="params=0.6x", blocks=1, multiple_of=4, fresh=True, **PLAIN)
+    before, after = (result.report[when]["parameters"] for when in ("before", "after"))
+    assert after == pytest.approx(0.6 * before, rel=0.02)
+    assert result.report["target"]["dense"] == before
+
+
+CACHED = [
+    c for c in zoo_decoders.deep_cases() if c.cache and c.exporter == "torchscript" and c.architecture in ("gpt2", "llama")
+]
+
+
+@pytest.mark.parametrize("case", CACHED, ids=lambda c: c.name)
+def test_caches_stay_and_those_of_blocks_that_went_hold_zeros(case: Any) -> None:
+    built = zoo_decoders.ready(case)
+    data = [{k: np.random.default_rng(i).permutation(v) for k, v in built.feeds.items()} for i in range(4)]
+    result = liar_opt.prune(built.path, data, blocks=2, **PLAIN)
+    gone, first = set(result.report["blocks"]["caches"]), result.report["blocks"]["first"]
+    assert gone == {f"present.{i}.{what}" for i in (first, first + 1) for what in ("key", "value")}
+    names = [o.name for o in result.model.graph.output]
+    reference = replaced(built.path, result)
+    for feeds in (built.feeds, built.other_feeds):
+        ours, theirs = (dict(zip(names, oracle.run(p, feeds), strict=True)) for p in (result.model, reference))
+        for name in names:
+            assert ours[name].shape == theirs[name].shape
+            if name not in gone:
+                assert oracle.difference([ours[name]], [theirs[name]]) < CLOSE
+                continue
+            past = feeds[name.replace("present", "past_key_values")]
+            assert np.array_equal(ours[name][:, :, : past.shape[2]], past) and not ours[name][:, :, past.shape[2] :].any()
+
+
+# -- modules and checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_a_module_is_a_traced_graph_with_the_map() -> None:
+    module = made("llama")
+    result = liar_opt.prune(module, batches(), blocks=2, checkpoint=False, **PLAIN)
+    graph = liar_opt.prune(export("llama"), batches(), blocks=2, **PLAIN)
+    assert isinstance(result, ModuleResult)
+    ours, theirs = result.report["blocks"], graph.report["blocks"]
+    assert (ours["first"], ours["repair"]) == (theirs["first"], "map")
+    assert ours["tried"] == pytest.approx(theirs["tried"], rel=0.05)
+    feeds = other_feeds((3, 11), 5)
+    with torch.no_grad():
+        found = hidden(result.module(**{k: torch.from_numpy(v) for k, v in feeds.items()})).numpy()
+    assert oracle.difference([found], oracle.run(graph.model, feeds)[:1]) < 1e-2  # each has its own ridge
+    assert result.report["after"]["parameters"] < result.report["before"]["parameters"]
+
+
+def _config(name: str) -> Any:
+    common = {"vocab_size": 101, "num_hidden_layers": 5, "num_attention_heads": 4, "max_position_embeddings": 64}
+    sizes = {"hidden_size": 48, "intermediate_size": 88, "initializer_range": 0.1}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tf: Any = transformers
+    kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    made: dict[str, Any] = {
+        "llama": lambda: tf.LlamaConfig(**common, **sizes, num_key_value_heads=2),
+        "qwen2": lambda: tf.Qwen2Config(
+            **common, **sizes, num_key_value_heads=2, use_sliding_window=True, sliding_window=7, layer_types=kinds
+        ),
+        "gpt2": lambda: tf.GPT2Config(vocab_size=101, n_embd=48, n_layer=5, n_head=4, n_positions=64, **special),
+        "bert": lambda: tf.BertConfig(**common, **sizes),
+        "distilbert": lambda: tf.DistilBertConfig(
+            vocab_size=101, dim=48, n_layers=5, n_heads=4, hidden_dim=88, max_position_embeddings=64
+        ),
+        "t5": lambda: tf.T5Config(vocab_size=101, d_model=48, d_kv=12, d_ff=88, num_layers=5, num_heads=4, **special),
+    }
+    return made[name]()
+
+
+CLASSES = {
+    "llama": ("LlamaForCausalLM", "model.layers"),
+    "qwen2": ("Qwen2ForCausalLM", "model.layers"),
+    "gpt2": ("GPT2LMHeadModel", "transformer.h"),
+    "bert": ("BertModel", "encoder.layer"),
+    "distilbert": ("DistilBertModel", "transformer.layer"),
+    "t5": ("T5EncoderModel", "encoder.block"),
+}
+
+
+def checkpoint(name: str, folder: Path) -> Any:
+    """Saves a model of five layers that do not do the same; returns it."""
+    torch.manual_seed(3)
+    config = _config(name)
+    config.use_cache = False
+    kind = getattr(transformers, CLASSES[name][0])
+    module = kind(config).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif index % 3:
+                parameter.mul_(1.0 + 0.2 * (index % 4))
+    module.save_pretrained(folder)
+    return kind.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def without(module: Any, path: str, dropped: range) -> Any:
+    """Returns a copy of a module without some entries of its list of layers."""
+    result = copy.deepcopy(module)
+    parent, _, attribute = path.rpartition(".")
+    kept = [layer for i, layer in enumerate(result.get_submodule(path)) if i not in dropped]
+    setattr(result.get_submodule(parent), attribute, torch.nn.ModuleList(kept))
+    return result
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_stock_checkpoint_has_fewer_layers(name: str, tmp_path: Path) -> None:
+    module = checkpoint(name, tmp_path / "whole")
+    result = liar_opt.prune(tmp_path / "whole", batches(8), blocks=2, block_repair="none", **PLAIN)
+    found = result.report["blocks"]
+    dropped = range(found["first"], found["first"] + 2)
+    assert name != "t5" or found["first"] > 0  # the first layer has the positions of all
+    result.save(tmp_path / "small")
+    kind = getattr(transformers, CLASSES[name][0])
+    loaded = kind.from_pretrained(tmp_path / "small", attn_implementation="eager").eval()
+    assert len(loaded.get_submodule(CLASSES[name][1])) == 3
+    reference = without(module, CLASSES[name][1], dropped)
+    for shape in ((2, 6), (3, 19)):
+        feeds = {k: torch.from_numpy(v) for k, v in other_feeds(shape, 7).items()}
+        with torch.no_grad():
+            ours, theirs = hidden(loaded(**feeds)), hidden(reference(**feeds))
+        assert oracle.difference([ours.numpy()], [theirs.numpy()]) < CLOSE
+    if name == "qwen2":
+        kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+        assert loaded.config.layer_types == [k for i, k in enumerate(kinds) if i not in dropped]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_checkpoint_holds_the_map_in_the_layer_before(name: str, tmp_path: Path) -> None:
+    module = checkpoint(name, tmp_path / "whole")
+    result = liar_opt.prune(tmp_path / "whole", batches(8), blocks=1, **PLAIN)
+    found = result.report["blocks"]
+    assert found["repair"] == "fold" and found["error"] < found["error_none"]
+    result.save(tmp_path / "small")
+    kind, path = getattr(transformers, CLASSES[name][0]), CLASSES[name][1]
+    loaded = kind.from_pretrained(tmp_path / "small", attn_implementation="eager").eval()
+    assert len(loaded.get_submodule(path)) == 4
+    reference = without(module, path, range(found["first"], found["first"] + 1))
+    before = f"{path}.{found['first'] - 1}."
+    changed = {
+        n
+        for (n, p), (_, q) in zip(loaded.named_parameters(), reference.named_parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert changed and all(n.startswith(before) for n in changed)
+    assert {tuple(sorted(loaded.get_parameter(n).shape)) for n in changed if loaded.get_parameter(n).ndim == 2} == {
+        (48, 192 if name == "gpt2" else 88)
+    }
+    feeds = {k: torch.from_numpy(v) for k, v in batches(8)[5].items()}
+    with torch.no_grad():
+        whole, ours, plain = (hidden(m(**feeds)) for m in (module, loaded, reference))
+    assert (ours - whole).square().mean() < (plain - whole).square().mean()
+
+
+def test_a_checkpoint_loses_blocks_and_widths(tmp_path: Path) -> None:
+    checkpoint("llama", tmp_path / "whole")
+    result = liar_opt.prune(tmp_path / "whole", batches(8), blocks=1, ffn=0.5, **PLAIN)
+    assert isinstance(result, ModuleResult)
+    result.save(tmp_path / "small")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert (loaded.config.num_hidden_layers, loaded.config.intermediate_size) == (4, 44)
+    feeds = {k: torch.from_numpy(v) for k, v in other_feeds((2, 9), 3).items()}
+    with torch.no_grad():
+        assert oracle.difference([loaded(**feeds).logits.numpy()], [result.module(**feeds).logits.numpy()]) < CLOSE
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"blocks": 0}, "blocks 0 is below 1"),
+        ({"blocks": 4}, "has 4 blocks in a row; give 3 at most"),
+        ({"blocks": 1, "block_repair": "glue"}, "glue"),
+        ({"blocks": 1, "resume": "folder"}, "leave resume or blocks out"),
+    ],
+)
+def test_what_cannot_be_is_said(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        liar_opt.prune(export("llama"), batches(), **options, **PLAIN)
+
+
+def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
+    text = """
+<ir_version: 8, opset_import: ["" : 17]>
+ffn (float[b, 6] x) => (float[b, 6] y) {
+    h = MatMul(x, up)
+    a = Relu(h)
+    y = MatMul(a, down)
+}
+"""
+    proto = onnx.parser.parse_model(text)
+    for name, shape in (("up", (6, 40)), ("down", (40, 6))):
+        value = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(value, name))
+    with pytest.raises(ModelError, match="no blocks are found in the model"):
+        liar_opt.prune(proto, None, blocks=1, **PLAIN)
+
+
+def test_a_checkpoint_that_shares_one_layer_cannot_say_fewer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AlbertConfig(
+        vocab_size=101, embedding_size=16, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=88
+    )
+    transformers.AlbertModel(config).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match="no entries of one list of modules"):
+        liar_opt.prune(tmp_path / "whole", batches(4), blocks=1, **PLAIN)
+
+
+def test_a_checkpoint_has_no_place_for_a_map(tmp_path: Path) -> None:
+    checkpoint("bert", tmp_path / "whole")
+    with pytest.raises(OptionError, match="no configuration can say; give fold"):
+        liar_opt.prune(tmp_path / "whole", batches(4), blocks=1, block_repair="map", **PLAIN)
+
+
+def test_the_command_says_what_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from liar_opt.tools import cli
+
+    data: dict[str, Any] = {k: np.concatenate([b[k] for b in batches(8)]) for k in batches(1)[0]}
+    np.savez(tmp_path / "data.npz", **data)
+    out, page = tmp_path / "out.onnx", tmp_path / "page.html"
+    arguments = [str(export("bert")), "-o", str(out), "--calibration", str(tmp_path / "data.npz"), "--blocks", "1"]
+    assert cli.main([*arguments, "--html", str(page), "--no-latency"]) == 0
+    printed = capsys.readouterr().out
+    assert "of 4 went; a linear map stands there" in printed and out.is_file()
+    assert "of 4 went; a linear map stands there" in page.read_text(encoding="utf-8")
+    assert cli.main([*arguments[:3], "--force", "--blocks", "9"]) == 2
+    assert "give 3 at most" in capsys.readouterr().err
