@@ -1,8 +1,8 @@
 """The experts of a graph: layers in which a router chooses some of E experts for each token.
 
 Found by how tensors are used, not by their names: rows of the data look weights up in constants [E, ..] by numbers that a
-choice of the k largest scores gives (TopK), or an operator has all experts inside (MoE, QMoE). The scores are a product with
-a constant that has a column an expert, the *router*, behind which may be a softmax, a sigmoid, a correction that is added.
+choice of the k largest scores gives (TopK), or an operator has all experts inside (MoE). The scores are a product
+with a constant that has a column an expert, the *router*, behind which may be a softmax, a sigmoid, a correction.
 
 The dimension E is pinned in the axis algebra: a softmax and a choice run over it. Indices may go all the same, because the
 model without some experts is another model of the same kind: the one whose router gives -inf to those that went. That is
@@ -36,11 +36,13 @@ from liar_opt.runtime.errors import InternalError
 
 CHOICES = frozenset({"TopK", "topk"})
 """Operators that choose the largest, and say which."""
-WHOLE = frozenset({"MoE", "QMoE"})
+WHOLE = frozenset({"MoE"})
 """Operators that have all experts inside; their second input is the router's product."""
 PLACED = frozenset({"GatherElements", "ScatterElements", "gather", "scatter", "scatter_add"})
 """Operators that read or write the score of an expert by its number."""
-OVER_ALL = frozenset({"ReduceSum", "ReduceMax", "ReduceL1", "sum", "amax", "zeros_like", "ConstantOfShape", "Expand", "expand"})
+OVER_ALL = frozenset(
+    {"ReduceSum", "ReduceMax", "ReduceL1", "sum", "amax", "zeros_like", "ConstantOfShape", "Expand", "expand"}
+)
 """Operators over the scores of all experts to which one that has none is as good as gone."""
 BETWEEN = POINTWISE | Trait.KEEPS_ORDER | Trait.TURNS | Trait.SHAPES | Trait.SHARES | Trait.LOOKS_UP
 
@@ -234,7 +236,7 @@ def _other_reader(walk: GraphWalk, numbers: gs.Tensor, leaf: int) -> gs.Node | N
     while waiting:
         tensor = waiting.pop()
         for node in tensor.outputs:
-            if node.op in CHOICES or has(node, Trait.KEEPS_ORDER | Trait.TURNS) and tensor is node.inputs[0]:
+            if node.op in CHOICES or (has(node, Trait.KEEPS_ORDER | Trait.TURNS) and tensor is node.inputs[0]):
                 waiting += node.outputs
                 continue
             looks = has(node, Trait.LOOKS_UP) or node.op in PLACED
@@ -271,7 +273,7 @@ def _terms(walk: GraphWalk, choices: Sequence[gs.Node]) -> Iterator[Term]:
 
 
 def _gated(walk: GraphWalk, use: ConsumerUse) -> str:
-    """Returns the tensor behind the last product of experts in which it is multiplied by the gates, or the product's own."""
+    """Returns the tensor behind the last product of experts in which the gates multiply it, or the product's own."""
     tensor = use.node.outputs[0]
     size = math.prod(walk.shape(walk.axes[tensor.name] or ()))
     first = tensor

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
 from liar_opt.passes.chosen_passes import Chosen
 from liar_opt.passes.cut_vocabulary import ChosenWords
@@ -137,6 +138,26 @@ class Backend(ABC):
     @abstractmethod
     def cut_words_alone(self, start: float, watch: MemoryWatch) -> PruneResult:
         """Cuts the vocabulary, and no width; see `passes.vocabulary_job`."""
+
+    def require_sayable(self, walk: GraphWalk, ratio: float) -> Any:
+        """Returns what a configuration must say of fewer experts, if there is one.
+
+        Raises:
+            OptionError: it has no field for that.
+        """
+        return None
+
+    @abstractmethod
+    def with_fewer_experts(self, state: State, fields: Any) -> Backend:
+        """Returns what goes on with a model whose experts were cut, as if it had come so.
+
+        Args:
+            state: behind the cut.
+            fields: what ``require_sayable`` has returned.
+
+        Raises:
+            ModelError: the module's own code does not fit fewer experts, and a checkpoint is asked for.
+        """
 
     @property
     @abstractmethod

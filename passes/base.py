@@ -80,6 +80,14 @@ class DenseModel(Finding):
         return self.original
 
 
+@dataclass(frozen=True, eq=False)
+class AllExperts(Finding):
+    """The model as it came, of one whose experts went before the rest of the work: ``DenseModel`` has fewer then."""
+
+    by: ClassVar[str] = "cut-experts"
+    original: Original
+
+
 @dataclass(frozen=True)
 class OutputNames(Finding):
     """What a module calls its outputs, by the tensor of its graph."""
@@ -148,6 +156,11 @@ class State:
         if finding is None:
             raise InternalError(f"there is no {kind.__name__}; run {kind.by} first")
         return finding
+
+    def as_it_came(self) -> Original:
+        """Returns the model as its user gave it."""
+        whole = self.get(AllExperts)
+        return self.found(DenseModel).original if whole is None else whole.original
 
     def inherit(self, other: "State", *kinds: type[Finding]) -> None:
         """Takes over what ``other`` has found of some types."""

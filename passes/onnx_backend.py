@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_engine import cannot_load
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
-from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State
+from liar_opt.passes.base import AllExperts, Change, DenseModel, Observer, Opened, Pass, PassResult, State
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.cut_experts import CutExperts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, choose_words
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import Refusal
@@ -39,7 +41,7 @@ from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provide
 class OnnxBackend(Backend):
     """An ONNX graph."""
 
-    opened = (Opened, DenseModel, DenseSession, Digests, ChosenWords)
+    opened = (Opened, DenseModel, AllExperts, DenseSession, Digests, ChosenWords, CutExperts)
 
     @classmethod
     def open(cls, model: Any, calibration: Any, options: PruneOptions) -> OnnxBackend:
@@ -126,7 +128,7 @@ class OnnxBackend(Backend):
         feeds = [dict(batch), dict(batch) if cut is None else cut_arrays(dict(batch), cut.ends)]
         if words is not None:
             feeds = words.beside(*feeds)
-        models = [deployed(model, state.device) for model in (state.found(DenseModel).stored, state.model)]
+        models = [deployed(model, state.device) for model in (_stored(state), state.model)]
         try:
             return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD)
         except CannotTime:
@@ -148,9 +150,28 @@ class OnnxBackend(Backend):
         """Cuts the vocabulary of the graph, and no width."""
         return cut_vocabulary(self, start, watch)
 
+    def with_fewer_experts(self, state: State, fields: Any) -> OnnxBackend:
+        """Returns the cut graph as if it had come so."""
+        model = state.model
+        cut = OnnxOriginal(*model.light(), model.source, model.store, model.merged)
+        made = cut.model()
+        made.notes = list(model.notes)
+        fewer = State(made, None, state.device, state.progress, memory=state.memory, fresh=state.fresh)
+        fewer.inherit(state, Opened, DenseSession, CutExperts)
+        fewer.add(DenseModel(cut), AllExperts(state.as_it_came()))
+        fewer.seconds = state.seconds
+        return replace(self, state=fewer)
+
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
-        model = state.found(DenseModel).stored if self.options.dry_run else state.model
+        model = _stored(state) if self.options.dry_run else state.model
         return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))
+
+
+def _stored(state: State) -> OnnxOriginal:
+    """Returns the file as it came."""
+    original = state.as_it_came()
+    assert isinstance(original, OnnxOriginal)
+    return original

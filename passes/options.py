@@ -105,6 +105,7 @@ class PruneOptions:
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
+        experts: share of the experts of each layer that go, with their rows of the router; alone, nothing else is cut.
         vocabulary: words of these texts alone are left (what calibration data may be, read by the tokenizer), or those of
             a list of token ids (.json, .npy, .txt, an array); special tokens stay; alone, nothing else is cut.
         vocabulary_coverage: the most frequent words that cover this share of the tokens (0.999), of the vocabulary's texts
@@ -168,6 +169,7 @@ class PruneOptions:
     metric: Metric | None = field(default=None, metadata=_told())
     allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
     search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
+    experts: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="RATIO", demo=False))
     vocabulary: Any = field(default=None, metadata=_told("pruning", metavar="TEXTS", demo=False))
     vocabulary_coverage: float | None = field(
         default=None, metadata=_told("pruning", kind=float, metavar="SHARE", demo=False)

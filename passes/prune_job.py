@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Observer, Progress, no_progress
+from liar_opt.passes.cut_experts import require_experts_possible
 from liar_opt.passes.cut_vocabulary import words_alone
+from liar_opt.passes.expert_job import prune_experts
 from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
 from liar_opt.passes.model_job import ModelJob, inspect_model
@@ -77,6 +79,7 @@ def prune(
     metric: Metric | None = None,
     allocate: str | None = None,
     search: float | None = None,
+    experts: float | None = None,
     vocabulary: Any = None,
     vocabulary_coverage: float | None = None,
     small_tokenizer: bool = False,
@@ -139,6 +142,7 @@ def prune(
         metric=metric,
         allocate=allocate,
         search=search,
+        experts=experts,
         vocabulary=vocabulary,
         vocabulary_coverage=vocabulary_coverage,
         small_tokenizer=small_tokenizer,
@@ -173,8 +177,11 @@ def prune(
     )
     start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
     opening.require_possible(calibration, options)
+    require_experts_possible(options)
     with custom_operators(_libraries(custom_ops)):
         opened = opening.open(model, calibration, options)
+        if options.experts is not None:
+            return prune_experts(opened, start, watch)
         if words_alone(options):
             return opened.cut_words_alone(start, watch)
         return ModelJob(opened, start, watch).run()
