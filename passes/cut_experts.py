@@ -315,13 +315,15 @@ def _best(layer: ExpertLayer, total: NDArray[np.float64], score: str, ratio: flo
 
 
 def _scores(total: NDArray[np.float64], score: str) -> NDArray[np.float64]:
-    return total[0] if score == "sum" else total[0] / np.maximum(total[1], 1.0)
+    mean: NDArray[np.float64] = total[0] / np.maximum(total[1], 1.0)
+    return total[0] if score == "sum" else mean
 
 
 def _loss(state: State, kept: Kept, batches: Sequence[int]) -> float:
     """Returns how far the first output is from the original's where the router never chooses the others, relative."""
     patches = hidden(state.analysed(), kept)
-    (found,) = list(differences(state, [state.model.graph.outputs[0].name], patches, batches).values())[:1] or [None]
+    first = state.model.graph.outputs[0].name
+    found = differences(state, [first], patches, batches).get(first)
     return math.inf if found is None or not math.isfinite(found.relative_rms) else found.relative_rms
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from liar_opt.frontend.either_model import flops_of
 from liar_opt.frontend.experts import find_experts
 from liar_opt.frontend.fx_engine import TimedModule
+from liar_opt.frontend.fx_module import FxWalk
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, planned_state
 from liar_opt.frontend.hf_checkpoint import FieldChange, express, positions
@@ -228,7 +229,8 @@ class TorchBackend(Backend):
         """Returns the fields of a checkpoint that say how many experts there are; None where none is asked for."""
         if not self.options.checkpoint:
             return None
-        module = module_of(self.state)
+        module: Any = module_of(self.state)
+        assert isinstance(walk, FxWalk)
         layers, unfit = find_experts(walk)
         keep = {layer.factor: experts_left(layer, ratio) // layer.groups for layer in layers}
         shapes, sizes = planned_state(walk, keep)
