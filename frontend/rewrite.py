@@ -128,11 +128,12 @@ class Rewriter:
 
     # -- cutting ----------------------------------------------------------------------------------------------------
 
-    def cut(self, cuts: Mapping[int, Cut]) -> None:
+    def cut(self, cuts: Mapping[int, Cut], chosen: bool = False) -> None:
         """Removes from every constant what ``cuts`` does not keep, and brings sizes in line.
 
         Args:
             cuts: for each leaf factor the indices that stay.
+            chosen: whether a choice runs over them, as over experts, which may lose indices though they are pinned.
 
         Raises:
             CannotFollow: a number that depends on a size is written in a way that cannot be followed; nothing changed.
@@ -141,7 +142,7 @@ class Rewriter:
         wanted = {self.algebra.find(leaf) for leaf in cuts}
         touched = [u for u in self.walk.constant_uses if any(self._changed(f, wanted) for f in u.axes)]
         before = {id(u): self._masks(u) for u in touched}
-        roots = self._mark(cuts)
+        roots = self._mark(cuts, chosen)
         try:
             numbers = self._followed_sizes(roots)
             frozen = self._frozen_values(roots)
@@ -183,10 +184,11 @@ class Rewriter:
             self._unmark()
         return None
 
-    def _mark(self, cuts: Mapping[int, Cut]) -> set[int]:
+    def _mark(self, cuts: Mapping[int, Cut], chosen: bool = False) -> set[int]:
         roots = {self.algebra.find(leaf): kept for leaf, kept in cuts.items()}
         for root, kept in roots.items():
-            if self.algebra.firm(root) or self.algebra.refinement(root) is not None or root in self.kept:
+            firm = self.algebra.firm(root) and not chosen
+            if firm or self.algebra.refinement(root) is not None or root in self.kept:
                 raise InternalError(f"factor {root} cannot be cut: {self.algebra.pinned(root) or 'refined or cut before'}")
             size = self.algebra.size(root)
             mask: Mask

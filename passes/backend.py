@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 
 from liar_opt.frontend.blocks import Run
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import (
+    AllExperts,
     Analysis,
     Change,
     DenseModel,
@@ -179,9 +181,9 @@ class Backend(ABC):
 
     def operations_before(self, state: State, batch: Mapping[str, Any]) -> int | None:
         """Returns the operations of the model as it came; None where they cannot be counted."""
-        if state.get(WholeModel) is None:
+        if state.get(WholeModel) is None and state.get(AllExperts) is None:
             return self.operations(state, batch)
-        model = state.whole().model()
+        model = state.as_it_came().model()
         model.normalise()
         whole = State(model, state.calibration, state.device)
         whole.inherit(state, TensorSizes)
@@ -203,6 +205,26 @@ class Backend(ABC):
     @abstractmethod
     def cut_words_alone(self, start: float, watch: MemoryWatch) -> PruneResult:
         """Cuts the vocabulary, and no width; see `passes.vocabulary_job`."""
+
+    def require_sayable(self, walk: GraphWalk, ratio: float) -> Any:
+        """Returns what a configuration must say of fewer experts, if there is one.
+
+        Raises:
+            OptionError: it has no field for that.
+        """
+        return None
+
+    @abstractmethod
+    def with_fewer_experts(self, state: State, fields: Any) -> Backend:
+        """Returns what goes on with a model whose experts were cut, as if it had come so.
+
+        Args:
+            state: behind the cut.
+            fields: what ``require_sayable`` has returned.
+
+        Raises:
+            ModelError: the module's own code does not fit fewer experts, and a checkpoint is asked for.
+        """
 
     @property
     @abstractmethod

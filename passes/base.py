@@ -98,6 +98,14 @@ class WholeModel(Finding):
     names: Mapping[str, str]
 
 
+@dataclass(frozen=True, eq=False)
+class AllExperts(Finding):
+    """The model as it came, of one whose experts went before the rest of the work: ``DenseModel`` has fewer then."""
+
+    by: ClassVar[str] = "cut-experts"
+    original: Original
+
+
 @dataclass(frozen=True)
 class OutputNames(Finding):
     """What a module calls its outputs, by the tensor of its graph."""
@@ -141,10 +149,10 @@ class State:
         """Returns what runs the model."""
         return engine_of(self.model, self.device, self.memory.low)
 
-    def whole(self) -> Original:
-        """Returns the model as it came, with the blocks that were left out since."""
-        whole = self.get(WholeModel)
-        return self.found(DenseModel).original if whole is None else whole.original
+    def as_it_came(self) -> Original:
+        """Returns the model as its user gave it, with the blocks and experts that went before the rest of the work."""
+        whole = self.get(WholeModel) or self.get(AllExperts) or self.found(DenseModel)
+        return whole.original
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

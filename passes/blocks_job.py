@@ -68,7 +68,7 @@ def without_blocks(backend: Backend) -> Backend:
     left, entry = backend.leave_out(chosen, repair)
     _analyse(left)
     gone = whole - _prunable(left.state)
-    left.state.add(replace(entry, prunable=gone), WholeModel(state.whole(), data, whole, backend.same_outputs(left)))
+    left.state.add(replace(entry, prunable=gone), WholeModel(state.as_it_came(), data, whole, backend.same_outputs(left)))
     left.state.inherit(state, TensorSizes)
     left.state.calibration = state.calibration
     left.state.seconds = {**state.seconds, "leave-out-blocks": time.perf_counter() - began}

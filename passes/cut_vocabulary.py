@@ -127,7 +127,7 @@ def wants_words(options: PruneOptions) -> bool:
 
 def words_alone(options: PruneOptions) -> bool:
     """Returns whether nothing but the vocabulary is to be cut."""
-    return wants_words(options) and all(getattr(options, name) is None for name in WIDTHS)
+    return wants_words(options) and options.experts is None and all(getattr(options, name) is None for name in WIDTHS)
 
 
 def planned_words(state: State) -> Iterator[str]:

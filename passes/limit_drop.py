@@ -183,7 +183,7 @@ class _Search:
         self.options, self.state, self.candidates, self.meaning = options, state, candidates, meaning
         self.limit = parse_drop(options.max_drop)
         self.data = state.calibration
-        self.dense, self.whole = state.found(DenseModel).original, state.whole()
+        self.dense, self.whole = state.found(DenseModel).original, state.as_it_came()
         self.analysis = state.get(Analysis) or Analysis((NormaliseGraphPass(), FindGroupsPass()))
         everything = sum(float(m.costs[-1]) for m in candidates)
         least = sum(float(m.costs[0]) for m in candidates)

@@ -13,6 +13,7 @@ from liar_opt.passes.backend import TIMED_SAMPLES, Backend
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Probes, State, WholeModel
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
+from liar_opt.passes.cut_experts import CutExperts, CutExpertsPass, experts_refused, planned_experts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
 from liar_opt.passes.find_groups import NOT_WHOLE, WholeSublayers
 from liar_opt.passes.groups import KINDS, Refusal
@@ -41,7 +42,7 @@ def inspect_model(backend: Backend) -> Inspection:
     """
     state = backend.state
     found = [backend.analyse(state), Pipeline(passes=backend.narrowing(required=False))(state)]
-    refusals = tuple(refusal for result in found for refusal in result.refusals)
+    refusals = tuple(refusal for result in found for refusal in result.refusals) + experts_refused(state)
     report = report_of(state)
     report.note(*backend.notes_of_inspection(state))
     report.inspected(state)
@@ -56,12 +57,13 @@ class ModelJob:
         backend: the opened model, the calibration data and the options.
         start: when the run began, by ``time.perf_counter``.
         watch: looks at the memory from then on.
+        data: the calibration data, where it was read before.
 
     Raises:
         OptionError: options exclude each other.
     """
 
-    def __init__(self, backend: Backend, start: float, watch: MemoryWatch) -> None:
+    def __init__(self, backend: Backend, start: float, watch: MemoryWatch, data: CalibrationData | None = None) -> None:
         self.start, self.watch, self.backend = start, watch, backend
         self.options, self.state = backend.options, backend.state
         self.state.progress, self.state.fresh = self.options.progress, self.options.fresh
@@ -72,7 +74,7 @@ class ModelJob:
             raise OptionError("resume works with ratios or a target, and with repairs that do not look at the dense model")
         self.notes = list(self.state.model.notes)
         self.faults: dict[str, str] = {}
-        self.data: CalibrationData | None = None
+        self.data = data
         self.dropped = 0
 
     def run(self) -> PruneResult:
@@ -133,7 +135,7 @@ class ModelJob:
         report.refuse(refusals)
         if options.dry_run:
             report.planned(state)
-            report.note(*planned_words(state))
+            report.note(*planned_experts(state), *planned_words(state))
             return backend.result(state, report, (), tuple(refusals))
         if not early:
             report.before.flops = self._flops(before=True)
@@ -161,7 +163,8 @@ class ModelJob:
     def _begun(self) -> Report:
         """Returns the report's first part: what was asked for, and of what."""
         report, backend = report_of(self.state), self.backend
-        passes = [self.chosen.widths, self.chosen.cut]
+        experts = self.state.get(CutExperts)
+        passes = [*([] if experts is None else [CutExpertsPass(experts.asked)]), self.chosen.widths, self.chosen.cut]
         report.asked(passes, self.options, backend.calibration, backend.where, backend.device)
         report.note(*backend.notes(self.state))
         return report

@@ -13,23 +13,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from liar_opt.frontend.blocks import Run
 from liar_opt.frontend.either_model import flops_of
+from liar_opt.frontend.experts import find_experts
 from liar_opt.frontend.fx_engine import TimedModule
+from liar_opt.frontend.fx_module import FxWalk
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
-from liar_opt.frontend.hf_checkpoint import positions
+from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, planned_state
+from liar_opt.frontend.hf_checkpoint import FieldChange, express, positions
 from liar_opt.frontend.own_text import GenerateWriter
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
-from liar_opt.passes.base import Change, DenseModel, Opened, OutputNames, Pass, Probes, State, WholeModel
+from liar_opt.passes.base import AllExperts, Change, DenseModel, Opened, OutputNames, Pass, Probes, State, WholeModel
 from liar_opt.passes.blank_cut import deployed, in_one_form
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.choose_blocks import ChosenRun, Gap, LeftOut
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.cut_experts import CutExperts, experts_left
 from liar_opt.passes.cut_module_blocks import leave_out_of_module, listed_runs
 from liar_opt.passes.cut_module_words import CutModuleWordsPass, choose_module_words
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords
-from liar_opt.passes.express_widths import ExpressWidthsPass, StateFieldsPass
+from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, StateFieldsPass
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.fit_module import CutModule, FitModulePass
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES, KNOWLEDGE
@@ -44,7 +49,8 @@ from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import ModuleResult
 from liar_opt.passes.vocabulary_job import cut_module_vocabulary
-from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.compare import TOLERANCES
+from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.latency import Latency, measure_latency
 from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.self_calibration import Author, is_own_text
@@ -69,7 +75,10 @@ class TorchBackend(Backend):
         "custom_ops": "custom-ops are libraries of ONNX Runtime, and a module runs in torch; leave them out",
     }
     outputs: dict[str, str] = field(default_factory=dict, init=False, repr=False)
-    opened = (Opened, DenseModel, Digests, OpenedModule, OutputNames, Probes, ChosenWords, WholeModel, LeftOut)
+    opened = (
+        *(Opened, DenseModel, AllExperts, WholeModel, Digests, OpenedModule, OutputNames, Probes),
+        *(ChosenWords, CutExperts, LeftOut),
+    )
     gradients = True
 
     @classmethod
@@ -211,7 +220,7 @@ class TorchBackend(Backend):
     def timed(self, state: State, batch: Mapping[str, Any], aimed: bool) -> Latency | str:
         """Times both modules in turns; a result that meets a target as long as it takes to tell."""
         made = state.found(CutModule)
-        dense = deployed(state.whole().model(), state.device)
+        dense = deployed(state.as_it_came().model(), state.device)
         models = in_one_form([dense, TimedModule(traced_model(state), made.module, made.traced is None)])
         feeds, words = [dict(batch)] * 2, state.get(ChosenWords)
         if words is not None:
@@ -258,13 +267,49 @@ class TorchBackend(Backend):
         """Cuts the vocabulary of the module, and no width."""
         return cut_module_vocabulary(self, start, watch)
 
+    def require_sayable(self, walk: GraphWalk, ratio: float) -> tuple[FieldChange, ...] | None:
+        """Returns the fields of a checkpoint that say how many experts there are; None where none is asked for."""
+        if not self.options.checkpoint:
+            return None
+        module: Any = module_of(self.state)
+        assert isinstance(walk, FxWalk)
+        layers, unfit = find_experts(walk)
+        keep = {layer.factor: experts_left(layer, ratio) // layer.groups for layer in layers}
+        shapes, sizes = planned_state(walk, keep)
+        fields = None if unfit else express(module, shapes, sizes, ())
+        if fields is None:
+            raise OptionError(
+                f"the configuration of {type(module).__name__} ({module.config.model_type}) has no field that says fewer "
+                f"experts of these layers; {ELSEWHERE}"
+            )
+        return fields
+
+    def with_fewer_experts(self, state: State, fields: tuple[FieldChange, ...] | None) -> TorchBackend:
+        """Returns the module with fewer experts, traced again: in its own code, or as the traced graph."""
+        model, opened = traced_model(state), state.found(OpenedModule)
+        tolerance, traced = TOLERANCES[model.least_precision()], None
+        try:
+            module, _ = cut_module(model, opened.example, tolerance, fields or ())
+        except ModelError as err:
+            if self.options.checkpoint:
+                raise
+            module, traced = cut_graph_module(model).to(model.device), str(err).partition("; write")[0]
+        fewer, _ = load_module_state(module, self.calibration, replace(self.options, example=opened.example))
+        fewer.inherit(state, Opened, CutExperts)
+        again = replace(fewer.found(OpenedModule), folder=opened.folder, stock=opened.stock)
+        fewer.add(again, AllExperts(state.as_it_came()), CutModule(module, traced))
+        if fields is not None:
+            fewer.add(FinalFields(fields))
+        fewer.memory, fewer.progress, fewer.fresh, fewer.seconds = state.memory, state.progress, state.fresh, state.seconds
+        return replace(self, state=fewer)
+
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> ModuleResult:
         """Returns the cut module; of a dry run the module as it came."""
         if self.options.dry_run and state.get(WholeModel) is not None:
             whole = self.anew(state, ())
-            whole.model = state.whole().model()
+            whole.model = state.as_it_came().model()
             whole.groups, state = state.groups, whole
         return ModuleResult(state, report.to_json(), changes, refusals, self.inputs)
 

@@ -12,11 +12,12 @@ from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
-from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
+from liar_opt.passes.base import AllExperts, Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.choose_blocks import ChosenRun, LeftOut
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
+from liar_opt.passes.cut_experts import CutExperts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, choose_words
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.groups import Refusal
@@ -42,7 +43,7 @@ from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provide
 class OnnxBackend(Backend):
     """An ONNX graph."""
 
-    opened = (Opened, DenseModel, DenseSession, Digests, ChosenWords, WholeModel, LeftOut)
+    opened = (Opened, DenseModel, AllExperts, WholeModel, DenseSession, Digests, ChosenWords, CutExperts, LeftOut)
 
     @classmethod
     def open(cls, model: Any, calibration: Any, options: PruneOptions) -> OnnxBackend:
@@ -130,7 +131,7 @@ class OnnxBackend(Backend):
         feeds = [dict(batch), dict(batch) if cut is None else cut_arrays(dict(batch), cut.ends)]
         if words is not None:
             feeds = words.beside(*feeds)
-        models = [deployed(model, state.device) for model in (self._whole(state), state.model)]
+        models = [deployed(model, state.device) for model in (_stored(state), state.model)]
         try:
             return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD)
         except CannotTime:
@@ -139,13 +140,6 @@ class OnnxBackend(Backend):
                 return "latency was not measured: the models cannot be run in processes of their own"
             sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
             return measure_latency(sessions, feeds, budget=0.3, least=6)
-
-    @staticmethod
-    def _whole(state: State) -> OnnxOriginal:
-        """Returns the model as it came."""
-        whole = state.whole()
-        assert isinstance(whole, OnnxOriginal)
-        return whole
 
     def leave_out(self, chosen: ChosenRun, repair: str) -> tuple[Backend, LeftOut]:
         """Takes the nodes of the run out of the graph.
@@ -179,9 +173,28 @@ class OnnxBackend(Backend):
         """Cuts the vocabulary of the graph, and no width."""
         return cut_vocabulary(self, start, watch)
 
+    def with_fewer_experts(self, state: State, fields: Any) -> OnnxBackend:
+        """Returns the cut graph as if it had come so."""
+        model = onnx_graph(state.model)
+        cut = OnnxOriginal(*model.light(), model.source, model.store, model.merged)
+        made = cut.model()
+        made.notes = list(model.notes)
+        fewer = State(made, None, state.device, state.progress, memory=state.memory, fresh=state.fresh)
+        fewer.inherit(state, Opened, DenseSession, CutExperts)
+        fewer.add(DenseModel(cut), AllExperts(state.as_it_came()))
+        fewer.seconds = state.seconds
+        return replace(self, state=fewer)
+
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
-        model = self._whole(state) if self.options.dry_run else onnx_graph(state.model)
+        model = _stored(state) if self.options.dry_run else onnx_graph(state.model)
         return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))
+
+
+def _stored(state: State) -> OnnxOriginal:
+    """Returns the file as it came."""
+    original = state.as_it_came()
+    assert isinstance(original, OnnxOriginal)
+    return original

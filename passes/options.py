@@ -111,6 +111,7 @@ class PruneOptions:
             say it, but for attention whose keys and values are outputs of the model; "on" for that, too: they are computed
             still.
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
+        experts: share of the experts of each layer that go, with their rows of the router; alone, nothing else is cut.
         vocabulary: words of these texts alone are left (what calibration data may be, read by the tokenizer), or those of
             a list of token ids (.json, .npy, .txt, an array); special tokens stay; alone, nothing else is cut.
         vocabulary_coverage: the most frequent words that cover this share of the tokens (0.999), of the vocabulary's texts
@@ -180,6 +181,7 @@ class PruneOptions:
     allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
     whole_layers: str = field(default="auto", metadata=_told("pruning", choices=WHOLE_LAYERS))
     search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
+    experts: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="RATIO", demo=False))
     vocabulary: Any = field(default=None, metadata=_told("pruning", metavar="TEXTS", demo=False))
     vocabulary_coverage: float | None = field(
         default=None, metadata=_told("pruning", kind=float, metavar="SHARE", demo=False)

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Observer, Progress, no_progress
 from liar_opt.passes.blocks_job import blocks_alone, finish_blocks, without_blocks
+from liar_opt.passes.cut_experts import require_experts_possible
 from liar_opt.passes.cut_vocabulary import words_alone
+from liar_opt.passes.expert_job import prune_experts
 from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
 from liar_opt.passes.model_job import ModelJob, inspect_model
@@ -80,6 +82,7 @@ def prune(
     allocate: str | None = None,
     whole_layers: str = "auto",
     search: float | None = None,
+    experts: float | None = None,
     vocabulary: Any = None,
     vocabulary_coverage: float | None = None,
     small_tokenizer: bool = False,
@@ -145,6 +148,7 @@ def prune(
         allocate=allocate,
         whole_layers=whole_layers,
         search=search,
+        experts=experts,
         vocabulary=vocabulary,
         vocabulary_coverage=vocabulary_coverage,
         small_tokenizer=small_tokenizer,
@@ -181,8 +185,11 @@ def prune(
     )
     start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
     opening.require_possible(calibration, options)
+    require_experts_possible(options)
     with custom_operators(_libraries(custom_ops)):
         opened = opening.open(model, calibration, options)
+        if options.experts is not None:
+            return prune_experts(opened, start, watch)
         if options.blocks is not None:
             opened = without_blocks(opened)
             if blocks_alone(opened.options):

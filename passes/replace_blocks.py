@@ -96,7 +96,7 @@ class ReplacedBlocks:
         Raises:
             CheckError: it is not the same.
         """
-        self.engine.require_form(self.state.whole(), model, self.walk.spared)
+        self.engine.require_form(self.state.as_it_came(), model, self.walk.spared)
         theirs = {n: self.expected[(names or {}).get(n, n)] for n in names or self.outputs if n not in caches}
         worst = 0.0
         for how, load in self.engine.ways(model):

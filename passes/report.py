@@ -8,10 +8,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from liar_opt.frontend.experts import ExpertLayer, find_experts
 from liar_opt.passes.allocate_widths import NAMED
 from liar_opt.passes.base import Change, Opened, Pass, State, WholeModel
 from liar_opt.passes.choose_blocks import LeftOut
 from liar_opt.passes.curves import Curves
+from liar_opt.passes.cut_experts import CutExperts
 from liar_opt.passes.cut_vocabulary import CutWords
 from liar_opt.passes.groups import FORMS, KINDS, ChannelGroup, Refusal, parameters_left
 from liar_opt.passes.limit_drop import LimitedDrop
@@ -108,10 +110,11 @@ class Report:
         seed: for all that was drawn.
         device: what measured.
         groups: what can be cut, in execution order; of a run with widths, kept blocks and the errors of each consumer.
-        values: the widths within heads, which are cut when asked for alone.
+        values: the widths within heads, and experts, which are cut when asked for alone.
         prunable: parameters of all that may be cut, before and after.
         prunable_parameters: the same, of an inspection.
         refusals: what was left alone, and why.
+        experts: which experts are left, where some went.
         vocabulary: which words are left, where some went.
         blocks: which blocks were left out.
         calibration: the data.
@@ -140,6 +143,7 @@ class Report:
     prunable: dict[str, int] | None = None
     prunable_parameters: int | None = None
     refusals: list[dict[str, Any]] | None = None
+    experts: CutExperts | None = None
     vocabulary: CutWords | None = None
     blocks: LeftOut | None = None
     calibration: CalibrationEntry | None = None
@@ -194,7 +198,8 @@ class Report:
     def inspected(self, state: State) -> None:
         """Says what can be cut."""
         self.groups = [group_entry(g) for g in state.groups]
-        self.values = [group_entry(g) for g in (*state.values, *state.queries)]
+        experts, _ = find_experts(state.analysed())
+        self.values = [group_entry(g) for g in (*state.values, *state.queries)] + list(map(experts_entry, experts))
         self.prunable_parameters = round(parameters_left(state.groups))
 
     def decided(self, state: State) -> None:
@@ -264,6 +269,7 @@ def report_of(state: State) -> Report:
         ),
         before=SizesEntry(**opened.sizes),
         blocks=state.get(LeftOut),
+        experts=state.get(CutExperts),
     )
 
 
@@ -328,6 +334,21 @@ def group_entry(group: ChannelGroup) -> dict[str, Any]:
         "index_sets": group.sets,
         "parameters": group.parameters,
         "consumers": list(dict.fromkeys(r.node.name for r in group.readings)),
+    }
+
+
+def experts_entry(layer: ExpertLayer) -> dict[str, Any]:
+    """Returns what a report says of experts that are not cut."""
+    return {
+        "name": f"{layer.name} (experts)",
+        "kind": "experts",
+        "before": layer.size,
+        "block_width": 1,
+        "queries_per_block": 1,
+        "index_sets": layer.groups,
+        "parameters": layer.parameters,
+        "consumers": [layer.name],
+        "chosen": layer.top_k,
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from liar_opt.frontend.fx_module import FxModel, trace
+from liar_opt.frontend.fx_module import FxModel, FxOriginal, trace
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_program
 from liar_opt.frontend.genai_config import write_config
@@ -130,7 +130,12 @@ class ModuleResult(PruneResult):
         assert isinstance(state.model, FxModel)
         assert state.model.module is not None
         cut, fields, opened = state.get(CutModule), state.get(FinalFields), state.found(OpenedModule)
-        self.module: torch.nn.Module = state.model.module if cut is None else cut.module
+        if cut is None or "after" not in report:  # nothing is cut in a dry run
+            came = state.as_it_came()
+            assert isinstance(came, FxOriginal)
+            self.module: torch.nn.Module = came.module
+        else:
+            self.module = cut.module
         self.report, self.changes, self.refusals = report, changes, refusals
         self.groups: tuple[ChannelGroup, ...] = state.groups
         self.fields: tuple[FieldChange, ...] | None = None if fields is None else fields.changes

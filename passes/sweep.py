@@ -112,7 +112,7 @@ class Sweep:
         self.rewriter = Rewriter(self.walk)
         self.data: CalibrationData = state.calibration
         self.memory, self.engine = state.memory, state.engine()
-        self.batch = _probe_batch(self.walk, self.data)
+        self.batch = probe_batch(self.walk, self.data)
         self.carry = self.fresh_carry()
         self.waiting: frozenset[int] = frozenset()  # leaf factors that this sweep is still to cut
         self.seen_at: dict[int, NDArray[np.bool_]] = {}
@@ -372,7 +372,7 @@ def _weights(group: ChannelGroup) -> list[Any]:
     return list({id(c.uses[0].weight): c.uses[0].weight for c in group.consumers}.values())
 
 
-def _probe_batch(walk: GraphWalk, data: CalibrationData) -> tuple[int, ...]:
+def probe_batch(walk: GraphWalk, data: CalibrationData) -> tuple[int, ...]:
     """Returns the probe sizes of the axes that the row masks have: (batch, sequence) or (batch,); () without masks.
 
     Of inputs that the masks fit (token ids, or a mask over a cache's length), one is taken whose axes most consumers have.

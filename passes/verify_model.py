@@ -342,7 +342,7 @@ def dense_session(state: State) -> Runner:
         ModelError: it cannot be loaded; the message names the operator that is missing.
     """
     known = state.get(DenseSession)
-    return state.engine().whole(state.found(DenseModel).original) if known is None else known.session.result()
+    return state.engine().whole(state.as_it_came()) if known is None else known.session.result()
 
 
 def _runs_otherwise(state: State, batch: Mapping[str, Any]) -> str | None:

@@ -112,7 +112,7 @@ def test_the_wheel_states_licence_and_command(wheel: zipfile.ZipFile) -> None:
     metadata = wheel.read(f"{information}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert b"Apache License" in wheel.read(f"{information}/licenses/LICENSE")
-    assert "liar-opt = liar_opt.tools.cli:main" in wheel.read(f"{information}/entry_points.txt").decode()
+    assert "liar-opt = liar_opt.__main__:main" in wheel.read(f"{information}/entry_points.txt").decode()
 
 
 def test_the_changelog_knows_this_version() -> None:

@@ -241,7 +241,7 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
     for note in found["model"]["notes"]:
         _note(options, note)
     if not options.quiet:
-        if found["groups"]:
+        if found["groups"] or found["values"]:
             console.print(tables.groups_found(found, options.explain), "")
         if found["refusals"]:
             console.print(tables.refusals(found, options.explain), "")
@@ -347,6 +347,8 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
             console.print()
     if options.dry_run:
         removed = report["prunable"]["before"] - report["prunable"]["after"]
+        if report.get("experts") and report["groups"]:
+            removed += report["experts"]["parameters_before"] - report["experts"]["parameters_after"]
         share = tables.percent(removed, report["before"]["parameters"])
         _say(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
         return

@@ -57,6 +57,12 @@ def before_after(report: Report) -> Table:
     if blocks:
         count, left = {"all": blocks["of"]}, {"all": blocks["of"] - blocks["blocks"]}
         table.add_row("blocks", f"{count['all']:,}", f"{left['all']:,}", change(count, left, "all"))
+    experts = report.get("experts")
+    if experts:
+        count, left = ({"all": sum(layer[when] for layer in experts["layers"])} for when in ("before", "after"))
+        table.add_row("experts", f"{count['all']:,}", f"{left['all']:,}", change(count, left, "all"))
+        held, left = ({"all": experts[f"parameters_{when}"]} for when in ("before", "after"))
+        table.add_row("  parameters of them", f"{held['all']:,}", f"{left['all']:,}", change(held, left, "all"))
     words = report.get("vocabulary")
     if words:
         count, left = {"all": words["words"]}, {"all": words["kept"]}
@@ -94,6 +100,8 @@ def footnotes(report: Report) -> Iterator[str]:
         yield f"(1) one batch, {latency['batch']}, on {report['device']}; median of {latency['runs']} runs, taken in turns"
     elif data:
         yield "(1) the first calibration batch; latency was not measured"
+    if report.get("experts"):
+        yield experts_left(report["experts"])
     if report.get("vocabulary"):
         yield vocabulary_left(report["vocabulary"])
     if report.get("blocks"):
@@ -111,7 +119,7 @@ def footnotes(report: Report) -> Iterator[str]:
         yield f"(2) {others}: holds no numbers or texts here and was not compared"
     if data.get("gap") is not None:
         yield f"calibration: endlessly more samples would take about {100 * data['gap']:.0f} % off the repair's error"
-    if report["groups"]:
+    if report["groups"]:  # else blocks or experts alone
         yield (
             "exactness: the cut model equals the original with the removed channels masked to "
             f"{check['exact_difference']:.1e} (allowed {TOLERANCES[check['exact_dtype']]:.0e} in {check['exact_dtype']})"
@@ -120,6 +128,22 @@ def footnotes(report: Report) -> Iterator[str]:
         changed = Counter(f"{a['name']} {a['before']} -> {a['after']}" for a in check["attributes"])
         shown = (text if count == 1 else f"{text} ({count} modules)" for text, count in changed.items())
         yield f"configuration and attributes that were set: {', '.join(shown)}"
+
+
+def experts_left(experts: Mapping[str, Any]) -> str:
+    """One line: how many experts are left, by what they were chosen, and how exact the cut is."""
+    layers = Counter((layer["after"], layer["before"]) for layer in experts["layers"])
+    counted = ", ".join(
+        f"{after} of {before} in {f'each of {count} layers' if count > 1 else 'one layer'}"
+        for (after, before), count in layers.items()
+    )
+    by = "their gates" if experts["gates"] else "what they add where they are chosen"
+    unseen = sum(layer["unseen"] for layer in experts["layers"])
+    told = f"; {unseen} were chosen for no calibration row" if unseen else ""
+    return (
+        f"experts: {counted} are left, by the {experts['score']} of {by}{told}; the cut model equals the one whose router "
+        f"never chooses the others to {experts['exact_difference']:.1e}"
+    )
 
 
 def vocabulary_left(words: Mapping[str, Any]) -> str:
@@ -171,8 +195,8 @@ def target_met(report: Report) -> str:
 def groups_found(report: Report, explain: bool = False) -> Table:
     """The groups of an inspection, in execution order; with ``explain`` who reads them, where the name does not say it.
 
-    Below the sum are the widths of values and of queries and keys, which hold weights of the heads and are cut with
-    ``--values`` and ``--query-key`` alone.
+    Below the sum are the widths of values and of queries and keys, which hold weights of the heads, and experts, which hold
+    widths: they are cut with ``--values``, ``--query-key`` and ``--experts`` alone.
     """
     explain = explain and any(g["consumers"] != [g["name"]] for g in report["groups"])
     columns = ["group", "kind", "count", "block width", "parameters", "share of all"]

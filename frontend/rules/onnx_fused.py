@@ -28,8 +28,8 @@ def mixture_of_experts(w: GraphWalk, node: gs.Node) -> None:
     w.flops += 2 * rows * int(node.attrs.get("k", 1)) * sum(matrices)
     w.leave(
         node,
-        "the experts of operator MoE are not pruned: what their second matrix reads is inside the operator and cannot be "
-        "measured; export the experts as operators of their own",
+        "the widths of experts inside operator MoE stay: what their second matrix reads is inside the operator and cannot "
+        "be measured; export the experts as operators of their own",
     )
     w.output(node, x)
 

@@ -1,0 +1,271 @@
+# ruff: noqa: E501 - graphs in ONNX text read best on one line
+"""Whole experts: found by how scores choose them, cut with their columns of the router, as if it never chose them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import graphs
+import numpy as np
+import onnx
+import oracle
+import pytest
+import streams
+
+import liar_opt
+from liar_opt.frontend.experts import find_experts, rows_by_expert
+from liar_opt.passes.cut_experts import measure_experts
+from liar_opt.runtime.errors import ModelError, OptionError
+
+LAYER = """n{i} = LayerNormalization<axis = -1>(x{i}, ones, zeros)  flat{i} = Reshape(n{i}, many)  logits{i} = MatMul(flat{i}, router{i})
+    {score}
+    numbers{i} = Reshape(choice{i}, rows)  x3{i} = Unsqueeze(flat{i}, middle)  wide{i} = Expand(x3{i}, twice)  xs{i} = Reshape(wide{i}, many)
+    xc{i} = Unsqueeze(xs{i}, last)  w1{i} = Gather(up{i}, numbers{i})  u{i} = MatMul(w1{i}, xc{i})  h{i} = Relu(u{i})
+    w2{i} = Gather(down{i}, numbers{i})  z{i} = MatMul(w2{i}, h{i})  zs{i} = Squeeze(z{i}, last)  shares{i} = Reshape(share{i}, column)  part{i} = Mul(zs{i}, shares{i})
+    pairs{i} = Reshape(part{i}, paired)  sum{i} = ReduceSum<keepdims = 0>(pairs{i}, middle)  like{i} = Shape(x{i})  back{i} = Reshape(sum{i}, like{i})  x{next} = Add(x{i}, back{i})"""
+SOFTMAX = "best{i}, choice{i} = TopK(logits{i}, two)  share{i} = Softmax(best{i})"
+SHARED = "p{i} = Softmax(logits{i})  best{i}, choice{i} = TopK(p{i}, two)  s{i} = ReduceSum(best{i}, last)  share{i} = Div(best{i}, s{i})"
+SIGMOID = "p{i} = Sigmoid(logits{i})  c{i} = Add(p{i}, correction{i})  best{i}, choice{i} = TopK(c{i}, two)  share{i} = GatherElements<axis = 1>(p{i}, choice{i})"
+COUNTED = "m{i} = ArgMax<axis = 1>(logits{i})  best{i}, choice{i} = TopK(logits{i}, two)  share{i} = Softmax(best{i})"
+SIZES = (6, 5, 7, 6)
+"""Experts of each layer."""
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.asarray(values, np.int64)
+
+
+def mixture(score: str = SHARED, sizes: tuple[int, ...] = SIZES) -> onnx.ModelProto:
+    """Layers of experts of several numbers and widths, two of which are chosen for each row."""
+    layers = "\n".join(LAYER.format(i=i, next=i + 1, score=score.format(i=i)) for i in range(len(sizes)))
+    weights: dict[str, Any] = {
+        **{
+            "many": ints(-1, 8),
+            "two": ints(2),
+            "rows": ints(-1),
+            "middle": ints(1),
+            "twice": ints(1, 2, 1),
+            "last": ints(-1),
+        },
+        **{
+            "column": ints(-1, 1),
+            "paired": ints(-1, 2, 8),
+            "ones": np.ones(8, np.float32),
+            "zeros": np.zeros(8, np.float32),
+        },
+    }
+    for i, count in enumerate(sizes):
+        weights |= {f"router{i}": (8, count), f"up{i}": (count, 9 + i, 8), f"down{i}": (count, 8, 9 + i)}
+        if "correction" in score:
+            weights[f"correction{i}"] = np.random.default_rng(i).normal(0, 0.05, count).astype(np.float32)
+    return graphs.parse(f"f (float[b, s, 8] x0) => (float[b, s, 8] x{len(sizes)}) {{ {layers} }}", weights)
+
+
+def feeds(*shape: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"x0": np.random.default_rng(seed).standard_normal((*shape, 8)).astype(np.float32)}
+
+
+def calibration() -> list[dict[str, np.ndarray]]:
+    return [feeds(6, 5, seed=seed) for seed in range(8)]
+
+
+def pruned(proto: onnx.ModelProto, **options: Any) -> liar_opt.PruneResult:
+    return liar_opt.prune(proto, calibration(), provider="cpu", latency=False, multiple_of=1, **options)
+
+
+def masked(proto: onnx.ModelProto, kept: list[list[int]]) -> onnx.ModelProto:
+    """The original, whose scores are -inf for experts that are not kept: written into the text, before all that reads them."""
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for i, own in enumerate(kept):
+        router = next(t for t in result.graph.initializer if t.name == f"router{i}")
+        gone = np.full(router.dims[1], -np.inf, np.float32)
+        gone[own] = 0
+        result.graph.initializer.append(onnx.numpy_helper.from_array(gone, f"gone{i}"))
+        product = next(k for k, n in enumerate(result.graph.node) if n.output[0] == f"logits{i}")
+        result.graph.node[product].output[0] = f"raw{i}"
+        result.graph.node.insert(product + 1, onnx.helper.make_node("Add", [f"raw{i}", f"gone{i}"], [f"logits{i}"]))
+        for tensor in result.graph.initializer:
+            if tensor.name == f"correction{i}":
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + gone, tensor.name))
+    return result
+
+
+@pytest.mark.parametrize("score", [SOFTMAX, SHARED, SIGMOID], ids=["softmax of the best", "softmax", "sigmoid, corrected"])
+def test_a_cut_model_is_the_original_whose_router_never_chooses_the_others(score: str) -> None:
+    proto = mixture(score)
+    result = pruned(proto, experts=0.4)
+    found = result.report["experts"]
+    assert [(layer["before"], layer["after"]) for layer in found["layers"]] == [(6, 4), (5, 3), (7, 4), (6, 4)]
+    assert found["exact_difference"] < 1e-5
+    kept = [layer["kept"] for layer in found["layers"]]
+    original = masked(proto, kept)
+    for shape in ((1, 1), (2, 5), (7, 3)):
+        (ours,), (theirs,), (dense,) = (oracle.run(m, feeds(*shape, seed=9)) for m in (result.model, original, proto))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert shape == (1, 1) or np.abs(ours - dense).max() > 1e-3
+    left = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    assert [left[f"router{i}"] for i in range(4)] == [[8, len(own)] for own in kept]
+    assert [left[f"down{i}"] for i in range(4)] == [[len(own), 8, 9 + i] for i, own in enumerate(kept)]
+    assert result.report["after"]["parameters"] == result.report["before"]["parameters"] - (
+        found["parameters_before"] - found["parameters_after"]
+    )
+
+
+def test_experts_that_add_most_stay() -> None:
+    """What each adds, computed beside: the norm of its output times its gate, summed over the rows that chose it."""
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in mixture().graph.initializer}
+    sums, counts = np.zeros(6), np.zeros(6)
+    for batch in calibration():
+        x = batch["x0"].reshape(-1, 8).astype(np.float64)
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+        p = np.exp(x @ arrays["router0"])
+        choice = np.argsort(-p, axis=1)[:, :2]
+        best = np.take_along_axis(p, choice, 1)
+        best /= best.sum(1, keepdims=True)
+        for row, experts, gates in zip(x, choice, best, strict=True):
+            for e, gate in zip(experts, gates, strict=True):
+                sums[e] += gate * np.linalg.norm(arrays["down0"][e] @ np.maximum(arrays["up0"][e] @ row, 0))
+                counts[e] += 1
+    state = streams.prepared(mixture(), 0.5, streams.data(tuple(calibration())))
+    layer, *_ = find_experts(state.analysed())[0]
+    np.testing.assert_allclose(measure_experts(state, [layer])[layer], [sums, counts], rtol=1e-4)
+    said = pruned(mixture(), experts=0.4).report["experts"]["layers"][0]
+    assert said["kept"] == sorted(np.argsort([-s for s in said["scores"]])[:4].tolist())
+
+
+def test_experts_go_first_and_widths_of_the_rest_behind_them() -> None:
+    proto = mixture()
+    result = pruned(proto, experts=0.4, ffn=0.5)
+    report = result.report
+    assert {g["index_sets"] for g in report["groups"]} == {3, 4}
+    assert all(g["after"] == -(-g["before"] // 2) or g["after"] == g["before"] // 2 for g in report["groups"])
+    assert report["verification"]["exact_difference"] < 1e-4
+    assert report["before"]["parameters"] == liar_opt.inspect(proto).report["before"]["parameters"]
+    assert report["before"]["flops"] > report["after"]["flops"]
+    (dense,), (cut,) = oracle.run(proto, feeds(30, 5, seed=4)), oracle.run(result.model, feeds(30, 5, seed=4))
+    plain = pruned(proto, experts=0.4, ffn=0.5, repair="none")
+    (bare,) = oracle.run(plain.model, feeds(30, 5, seed=4))
+    assert np.square(dense - cut).sum() < np.square(dense - bare).sum()
+    said = report["verification"]["outputs"]["x4"]["relative_rms"]  # beside the model as it came
+    alone = np.sqrt(np.square(dense - cut).sum() / np.square(dense).sum())
+    assert said == pytest.approx(alone, rel=0.3)
+    assert [c.what for c in result.changes[:4]] == ["experts"] * 4
+
+
+def test_a_dry_run_says_what_would_be_left() -> None:
+    proto = mixture()
+    for more in ({}, {"ffn": 0.5}):
+        result = pruned(proto, experts=0.4, dry_run=True, **more)
+        assert "after" not in result.report
+        assert sum("experts would be left" in note for note in result.report["model"]["notes"]) == 4
+        (ours,), (theirs,) = (oracle.run(m, feeds(2, 3)) for m in (result.model, proto))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_inspection_lists_experts() -> None:
+    report = liar_opt.inspect(mixture()).report
+    found = [g for g in report["values"] if g["kind"] == "experts"]
+    assert [(g["before"], g["chosen"]) for g in found] == [(n, 2) for n in SIZES]
+    assert found[0]["parameters"] == 6 * (8 + 2 * 9 * 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"experts": 0.8},
+            r"experts 0\.8 would leave 1 of 6 experts \(node '.*'\), and 2 are needed to choose 2 for each token; give less than 0\.6",
+        ),
+        ({"experts": 0.05}, r"experts 0\.05 leaves all of every layer; give at least 0\.072"),
+        ({"experts": 1.0}, r"experts is 1; give the share that goes, above 0 and below 1"),
+        (
+            {"experts": 0.2, "target": "params=0.5x"},
+            r"experts go by a ratio of their own, and target .* leave one of both out",
+        ),
+        ({"experts": 0.2, "max_drop": 0.1}, r"experts go by a ratio of their own, and max-drop .* leave one of both out"),
+    ],
+)
+def test_ratios_that_cannot_be(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        pruned(mixture(), **options)
+
+
+def test_what_the_sentence_offers_works() -> None:
+    result = pruned(mixture(), experts=0.66)
+    assert [layer["after"] for layer in result.report["experts"]["layers"]] == [2, 2, 2, 2]
+
+
+def test_scores_that_something_else_reads_keep_their_experts() -> None:
+    layer = LAYER.format(i=0, next=1, score=COUNTED.format(i=0))
+    text = f"f (float[b, s, 8] x0) => (float[b, s, 8] x1, int64[n, 1] m0) {{ {layer} }}"
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in mixture(sizes=(6,)).graph.initializer}
+    proto = graphs.parse(text, weights)
+    with pytest.raises(ModelError, match="no expert can go: ArgMax reads the scores of all experts"):
+        pruned(proto, experts=0.4)
+    assert any("ArgMax reads the scores" in r["reason"] for r in liar_opt.inspect(proto).report["refusals"])
+
+
+def test_scores_that_are_an_output_keep_their_experts() -> None:
+    proto = mixture(sizes=(6,))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("logits0", onnx.TensorProto.FLOAT, [None, 6]))
+    with pytest.raises(
+        ModelError, match=r"no expert can go: the scores of its router are an output of the model \('logits0'\)"
+    ):
+        pruned(proto, experts=0.4)
+
+
+def test_a_model_without_experts_says_so() -> None:
+    with pytest.raises(ModelError, match="the model has no layer whose router chooses among experts; leave experts out"):
+        pruned(
+            graphs.parse(
+                "f (float[b, 8] x0) => (float[b, 8] y) { u = MatMul(x0, w)  h = Relu(u)  y = MatMul(h, v) }",
+                {"w": (8, 12), "v": (12, 8)},
+            ),
+            experts=0.4,
+        )
+
+
+def test_experts_inside_an_operator_go_by_their_gates() -> None:
+    block = """r{i} = MatMul(x{i}, router{i})  logits{i} = Reshape(r{i}, all)
+        e{i} = com.microsoft.MoE<k = 2, activation_type = "relu">(x{i}, logits{i}, up{i}, , down{i})  x{next} = Add(x{i}, e{i})"""
+    layers = "\n".join(block.format(i=i, next=i + 1) for i in range(4))
+    sizes = {
+        f"{name}{i}": shape
+        for i in range(4)
+        for name, shape in (("router", (8, 6)), ("up", (6, 12, 8)), ("down", (6, 8, 12)))
+    }
+    proto = graphs.parse(f"f (float[b, s, 8] x0) => (float[b, s, 8] x4) {{ {layers} }}", {"all": ints(-1, 6), **sizes})
+    result = pruned(proto, experts=0.4)
+    found = result.report["experts"]
+    assert found["gates"]
+    assert [layer["after"] for layer in found["layers"]] == [4] * 4
+    original = masked(proto, [layer["kept"] for layer in found["layers"]])
+    for shape in ((1, 1), (2, 5), (7, 3)):
+        (ours,), (theirs,) = (oracle.run(m, feeds(*shape, seed=9)) for m in (result.model, original))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows_of_router(proto, result, found["layers"][0]["kept"]), 0)
+
+
+def rows_of_router(proto: onnx.ModelProto, result: liar_opt.PruneResult, kept: list[int]) -> np.ndarray:
+    before, after = (
+        next(onnx.numpy_helper.to_array(t) for t in m.graph.initializer if t.name == "router0")
+        for m in (proto, result.model)
+    )
+    return np.asarray(before[:, kept] - after)
+
+
+def test_padding_is_no_row_of_any_expert() -> None:
+    norms = np.asarray([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
+    real = np.asarray([True, True, True, False])
+    totals = rows_by_expert(norms, np.asarray([2, 0, 2, 1]), 4, real)
+    np.testing.assert_allclose(totals, [[1, 0, 7, 0], [1, 0, 2, 0]])
+
+
+def test_experts_of_one_layer_are_one_dimension() -> None:
+    _, walk, _ = graphs.analyse(mixture())
+    layers, unfit = find_experts(walk)
+    assert not unfit
+    assert [(layer.size, layer.top_k, layer.least, len(layer.constants)) for layer in layers] == [
+        (n, 2, 2, 3) for n in SIZES
+    ]
