@@ -172,7 +172,9 @@ def quantised(folder: Path) -> None:
 
 def served(folder: Path) -> None:
     encoder(folder)
+    words.plain_tokenizer(folder / "tokenizer")
     decoder(folder / "genai")
+    words.plain_tokenizer(folder / "genai")
     (folder / "decoder_model_merged.onnx").write_bytes(zoo_merged.ready("gpt2").read_bytes())
 
 
