@@ -15,6 +15,7 @@ from liar_opt.frontend.input_files import Inputs
 from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
 from liar_opt.passes.chosen_passes import Chosen
 from liar_opt.passes.cut_vocabulary import ChosenWords
+from liar_opt.passes.fit_runtime import fit_runtime
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PACKINGS, PruneOptions
@@ -99,7 +100,7 @@ class Backend(ABC):
 
     def narrowing(self, required: bool = True) -> list[Pass[Any]]:
         """Returns the passes that say which widths groups may have; ``required``: of a run, not of an inspection."""
-        return []
+        return fit_runtime(self.options)
 
     def analyse(self, state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
         """Runs the analysis; with ``load`` the original is loaded meanwhile, where that takes long.

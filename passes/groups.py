@@ -78,6 +78,8 @@ class ChannelGroup:
         queries: query heads in a block of kind "heads": more than one where they share keys and values.
         bent: for "values", why their basis cannot be changed; None where it can.
         operands: for "query-key", the queries and the keys; there are no consumers then.
+        step: kept widths are multiples of so many blocks, as what runs the result wants it (`passes.fit_runtime`).
+        together: whether groups of its kind and size keep one width, likewise.
     """
 
     name: str
@@ -95,6 +97,8 @@ class ChannelGroup:
     queries: int = 1
     bent: str | None = None
     operands: tuple[Operand, ...] = ()
+    step: int = 1
+    together: bool = False
 
     @property
     def block_width(self) -> int:

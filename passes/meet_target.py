@@ -154,6 +154,20 @@ class MetTarget(Finding):
 
 
 @dataclass(frozen=True)
+class LatencyTable(Finding):
+    """What widths take by the clock.
+
+    Attributes:
+        dense: seconds of the whole model.
+        costs: by group name widths, ascending, and the seconds that they take, over those of the narrowest.
+    """
+
+    by: ClassVar[str] = "meet-target"
+    dense: float
+    costs: Mapping[str, tuple[list[int], list[float]]]
+
+
+@dataclass(frozen=True)
 class MeetTargetPass(Pass[Target]):
     """Decide the widths at which the model meets a target.
 
@@ -198,6 +212,8 @@ class MeetTargetPass(Pass[Target]):
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
         costs = gauge.costs((*groups, *queries), self.multiple_of)
+        if gauge.table:
+            state.add(LatencyTable(gauge.dense, {g.name: gauge.table[_shape(g)] for g in groups}))
         expressible = state.get(Expressible)
         candidates, meaning = candidates_together(
             groups, queries, self.multiple_of, curves, costs, self.uniform, expressible
@@ -330,6 +346,8 @@ class _Gauge:
         self.spread = 0.0  # relative standard error of the last value
         self.original: Any = None
         self.words: ChosenWords | None = None
+        self.table: dict[str, tuple[list[int], list[float]]] = {}
+        """Of latencies: by shape the widths that were timed, and seconds."""
         if kind == "latency":
             self.source = "measured"
             model, _ = blank_cut(self.dense_model, {})
@@ -373,7 +391,7 @@ class _Gauge:
         if self.kind != "latency":
             slopes = {s: self._slope(members[0]) for s, members in shapes.items()}
             return lambda group, widths: slopes[_shape(group)] * widths.astype(np.float64)
-        table = self._table(shapes, multiple_of)
+        table = self.table = self._table(shapes, multiple_of)
         return lambda group, widths: np.interp(widths, *table[_shape(group)]).astype(np.float64)
 
     def _slope(self, group: ChannelGroup) -> float:
@@ -390,6 +408,7 @@ class _Gauge:
             "machine": [platform.node(), platform.machine(), _processor(), os.cpu_count()],
             **self.clock,
             "multiple_of": multiple_of,
+            "steps": sorted({(s, members[0].step) for s, members in shapes.items()}),
             "fractions": FRACTIONS,
         }
         path = file_of("latency", given, ".json")

@@ -29,6 +29,7 @@ from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords
 from liar_opt.passes.express_widths import ExpressWidthsPass, StateFieldsPass
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.fit_module import CutModule, FitModulePass
+from liar_opt.passes.fit_runtime import require_fit
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES, KNOWLEDGE
 from liar_opt.passes.groups import QUERY_KEY, RECURRENT, VALUES, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass
@@ -73,6 +74,7 @@ class TorchBackend(Backend):
         """Checks options that need no model."""
         super().require_possible(calibration, options)
         lookup("backend", dict.fromkeys(BACKENDS), options.backend)
+        require_fit(options, "onnx" if options.checkpoint is False else "checkpoint")
         if options.backend == "torch":
             return
         if options.labelled is not None or options.score == KNOWLEDGE:
@@ -105,6 +107,7 @@ class TorchBackend(Backend):
             checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
             tokenizer=opened.folder if options.tokenizer is None and readable else options.tokenizer,
         )
+        require_fit(options, "checkpoint" if options.checkpoint else "onnx")
         return cls(state, calibration, options, inputs)
 
     def choose(self) -> Chosen:
@@ -153,7 +156,8 @@ class TorchBackend(Backend):
         options = self.options
         asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
         stored = self.state.found(OpenedModule).folder is not None
-        return [ExpressWidthsPass(asked, required)] if options.checkpoint and (required or stored) else []
+        said = [ExpressWidthsPass(asked, required)] if options.checkpoint and (required or stored) else []
+        return [*said, *super().narrowing(required)]
 
     def positions(self, state: State) -> int | None:
         """Returns for how many tokens the configuration has positions, where nothing else says how long inputs are."""

@@ -17,6 +17,7 @@ from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, choose_words
 from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.fit_runtime import require_fit
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
@@ -40,6 +41,12 @@ class OnnxBackend(Backend):
     """An ONNX graph."""
 
     opened = (Opened, DenseModel, DenseSession, Digests, ChosenWords)
+
+    @classmethod
+    def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
+        """Checks options that need no model."""
+        super().require_possible(calibration, options)
+        require_fit(options, "onnx")
 
     @classmethod
     def open(cls, model: Any, calibration: Any, options: PruneOptions) -> OnnxBackend:

@@ -19,6 +19,7 @@ from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
 from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
 from liar_opt.passes.repairs import REPAIRS, RepairFunction
+from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.passes.scores import SCORES, ScoreFunction
 from liar_opt.runtime.sessions import PROVIDERS
 
@@ -39,6 +40,7 @@ class Description:
         choices: the values that there are.
         more: what the command's help says beside.
         flag: the command's own spelling, of an option that takes no value there.
+        spelled: likewise, of one that takes a value, where that is not its name.
         sets: what the flag sets.
         shown: the command's own help, where that must say something else.
         demo: whether ``liar-opt demo`` has it.
@@ -52,6 +54,7 @@ class Description:
     choices: tuple[str, ...] | None = None
     more: str = ""
     flag: str = ""
+    spelled: str = ""
     sets: Any = UNSAID
     shown: str = ""
     demo: bool = True
@@ -110,6 +113,8 @@ class PruneOptions:
         vocabulary_coverage: the most frequent words that cover this share of the tokens (0.999), of the vocabulary's texts
             or of the calibration data.
         small_tokenizer: write a smaller tokenizer beside the model (OUT.tokenizer), and have the model take its ids.
+        runtime: what the result is to run on; widths then are what its kernels want, and equal where it knows one number.
+        tensor_parallel: the parts that the result is to be split into; they divide all heads and feed-forward widths.
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -173,6 +178,8 @@ class PruneOptions:
         default=None, metadata=_told("pruning", kind=float, metavar="SHARE", demo=False)
     )
     small_tokenizer: bool = field(default=False, metadata=_told("pruning", flag="--small-tokenizer", sets=True, demo=False))
+    runtime: str | None = field(default=None, metadata=_told("pruning", choices=tuple(RUNTIMES), spelled="--for"))
+    tensor_parallel: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N"))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

@@ -12,6 +12,7 @@ from liar_opt.passes.allocate_widths import NAMED
 from liar_opt.passes.base import Change, Opened, Pass, State
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_vocabulary import CutWords
+from liar_opt.passes.fit_runtime import Fitted, measured_fit
 from liar_opt.passes.groups import KINDS, ChannelGroup, Refusal, parameters_left
 from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
@@ -116,6 +117,7 @@ class Report:
         curves: the error of the output at each width, by group.
         target: how a target was met, or how much a limit allowed.
         search: what the search came to.
+        fitted: what was asked for the sake of what runs the result, and whether it is faster here.
         resumed: segments that an earlier run had finished.
         after: the sizes of the result.
         cache_shapes: inputs and outputs that became narrower.
@@ -143,6 +145,7 @@ class Report:
     curves: dict[str, Any] | None = None
     target: MetTarget | LimitedDrop | None = None
     search: Searched | None = None
+    fitted: Fitted | None = None
     resumed: int | None = None
     after: SizesEntry | None = None
     cache_shapes: dict[str, Any] | None = None
@@ -207,6 +210,7 @@ class Report:
     def planned(self, state: State) -> None:
         """Says the widths, which are not cut."""
         self.groups = [{**group_entry(g), "after": state.keep[g.name]} for g in state.groups]
+        self.fitted = state.get(Fitted)
         self.prunable = prunable(state)
 
     def cut(self, state: State, changes: Sequence[Change], repair: str | RepairFunction) -> None:
@@ -241,7 +245,9 @@ class Report:
 
     def ended(self, state: State, watch: MemoryWatch, seconds: float) -> None:
         """Says what the run took."""
-        memory = state.memory
+        times, memory = self.latency, state.memory
+        speedup = None if times is None else times.speedup
+        self.fitted = measured_fit(state, self.device or "", speedup, 0.0 if times is None else times.spread or 0.0)
         self.memory = MemoryEntry(memory.limit, memory.estimated, watch.anonymous, watch.resident, memory.store.bytes)
         self.seconds = {**state.seconds, "total": seconds}
 

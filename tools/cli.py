@@ -329,6 +329,8 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
                 console.print(line, soft_wrap=True)
             if "target" in report:
                 console.print(tables.target_met(report), soft_wrap=True)
+            if "fitted" in report:
+                console.print(tables.runtime_fit(report), soft_wrap=True)
             console.print()
     if options.dry_run:
         removed = report["prunable"]["before"] - report["prunable"]["after"]

@@ -171,7 +171,7 @@ def _add_options(group: argparse._ArgumentGroup, command: str) -> None:
         settings: dict[str, Any] = {"nargs": "?", "const": BESIDE_OUTPUT} if name == "resume" else {}
         settings |= {"metavar": what.metavar} if what.choices is None else {"choices": what.choices}
         group.add_argument(
-            f"--{name.replace('_', '-')}",
+            what.spelled or f"--{name.replace('_', '-')}",
             dest=name,
             type=KINDS.get(name, what.kind),
             default=getattr(PruneOptions, name),

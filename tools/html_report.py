@@ -72,6 +72,8 @@ def _pruning(report: Report, name: str) -> Iterator[Markup | None]:
         yield element("p", "A dry run: the widths that were chosen. Nothing was cut.", class_="lead")
     if "target" in report and "after" in report:
         yield element("p", tables.target_met(report))
+    if "fitted" in report and "after" in report:
+        yield element("p", tables.runtime_fit(report))
     warnings = [*report["model"]["notes"], *report.get("calibration", {}).get("warnings", ())]
     if warnings:
         yield _section("Warnings", *(element("p", line) for line in warnings))

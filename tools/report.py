@@ -141,6 +141,23 @@ def target_met(report: Report) -> str:
     return f"target {asked}: {quantity(found, unit)}, asked {quantity(target['wanted'], unit)}"
 
 
+def runtime_fit(report: Report) -> str:
+    """One line: what was asked for the sake of what runs the result, and whether it is faster where this run measured."""
+    fit = report["fitted"]
+    told = "; ".join(fit["asked"]) or "any width"
+    line = f"for {fit['runtime']}: {told}" if fit["runtime"] else told
+    if fit["speedup"] is None:
+        return f"{line}; not timed here"
+    times = f"{fit['speedup']:.2f} x as fast on {fit['device']} by measurement"
+    if fit["faster"]:
+        return f"{line}; {times}"
+    better = fit["next"]
+    if better is None:
+        return f"{line}; not faster ({times}), and no narrower width was timed (--target latency= times them)"
+    saves = f"{milliseconds(better['seconds'])} by the latency table"
+    return f"{line}; not faster ({times}); the next that would be: {better['width']:,} in '{better['group']}', {saves}"
+
+
 def groups_found(report: Report, explain: bool = False) -> Table:
     """The groups of an inspection, in execution order; with ``explain`` who reads them, where the name does not say it.
 
