@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.passes.base import Analysis, Change, Finding, Observer, Pass, PassResult, Pipeline, State
 from liar_opt.passes.chosen_passes import Chosen
 from liar_opt.passes.cut_vocabulary import ChosenWords
@@ -19,6 +20,7 @@ from liar_opt.passes.fit_runtime import fit_runtime
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PACKINGS, PruneOptions
+from liar_opt.passes.quantise_result import quantise_result, require_quantisable, scheme_of
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
@@ -82,6 +84,7 @@ class Backend(ABC):
         """
         require_labels(options.score, options.loss, options.labelled, cls.gradients)
         lookup("packing", dict.fromkeys(PACKINGS), options.packing)
+        require_quantisable(options)
         for name, reason in cls.cannot.items():
             if options.given(name):
                 raise OptionError(reason)
@@ -184,6 +187,18 @@ class Backend(ABC):
             return
         report.timed(times)
         state.seconds["latency"] = time.perf_counter() - began
+
+    @abstractmethod
+    def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
+        """Returns the dense and the pruned model as ONNX, as they would be written."""
+
+    def quantise(self, report: Report, state: State, batch: Mapping[str, Any]) -> None:
+        """Quantises the result where that was asked for, and says in the report what came of it; see `quantise_result`."""
+        scheme = scheme_of(self.options)
+        if scheme is not None:
+            dense, pruned = self.as_graphs(state)
+            report.quantised = quantise_result(state, scheme, dense, pruned, batch, self.options.latency)
+            state.seconds["quantise"] = report.quantised.seconds
 
     @abstractmethod
     def result(

@@ -96,10 +96,11 @@ def require_fit(options: PruneOptions, stored: str) -> None:
 
 def fit_runtime(options: PruneOptions) -> list[Pass[Any]]:
     """Returns the pass that has widths fit, where something asks for it."""
-    if options.runtime is None and options.tensor_parallel is None:
+    block = options.quantize == "int4"
+    if options.runtime is None and options.tensor_parallel is None and not block:
         return []
     asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
-    return [FitRuntimePass(options.runtime, options.tensor_parallel or 1, asked=asked)]
+    return [FitRuntimePass(options.runtime, options.tensor_parallel or 1, block, asked)]
 
 
 @dataclass(frozen=True)

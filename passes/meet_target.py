@@ -37,6 +37,8 @@ from typing import IO, Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.frontend.onnx_model import OnnxOriginal
+from liar_opt.frontend.onnx_quantise import RefusedError, Scheme, quantised
 from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.passes.allocate_widths import (
     Cost,
@@ -55,6 +57,7 @@ from liar_opt.passes.blank_cut import blank_cut, clock_of, deployed, in_one_form
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_vocabulary import ChosenWords
 from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.runtimes import BLOCK
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.kept_results import file_of, load_result, store_result
@@ -177,6 +180,8 @@ class MeetTargetPass(Pass[Target]):
         allocate: how it is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
         query_key: "auto" lets the width of queries and keys within each head share in it, by error curves.
         uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
+        quantize: how the result will be quantised; a size is that of the quantised file then.
+        block: of 4-bit weights.
     """
 
     name: ClassVar[str] = "meet-target"
@@ -185,6 +190,8 @@ class MeetTargetPass(Pass[Target]):
     allocate: str = "curves"
     query_key: Literal["auto"] | None = None
     uniform: bool = False
+    quantize: str | None = None
+    block: int = BLOCK
 
     def requires(self, state: State) -> None:
         """Checks the options.
@@ -207,7 +214,8 @@ class MeetTargetPass(Pass[Target]):
         Raises:
             OptionError: the target is met already, or cannot be.
         """
-        target, gauge = plan, _Gauge(plan.kind, state)
+        scheme = None if self.quantize is None else Scheme(self.quantize, self.block)
+        target, gauge = plan, _Gauge(plan.kind, state, scheme)
         groups, known = state.groups, state.get(Curves)
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
@@ -222,6 +230,7 @@ class MeetTargetPass(Pass[Target]):
         wanted = target.absolute(gauge.dense)
         if wanted >= gauge.whole:
             has = f"{gauge.whole:,.6g} {NAMES[target.kind]}" + (" without the words that go" if gauge.words else "")
+            has += " once it is quantised" if gauge.scheme else ""
             raise OptionError(f"target '{self.target}' is met already: the model has {has}; ask for less")
         narrowest = meant({m.name: int(m.widths[0]) for m in candidates}, meaning)
         if wanted < fixed + sum(float(m.costs[0]) for m in candidates) * 1.1:  # near the end: look, before refusing
@@ -335,9 +344,10 @@ def _unreachable(
 class _Gauge:
     """Measures one quantity of models cut to given widths."""
 
-    def __init__(self, kind: Kind, state: State) -> None:
+    def __init__(self, kind: Kind, state: State, scheme: Scheme | None = None) -> None:
         assert state.calibration is not None
         self.kind = kind
+        self.scheme = scheme if kind == "size" else None
         self.dense_model = state.found(DenseModel).original
         self.device, self.fresh = state.device, state.fresh
         self.waiting = lambda: state.progress(WAITING, 0, 1)
@@ -355,10 +365,13 @@ class _Gauge:
             self.digest = hashlib.sha256(model.structure()).hexdigest()
             self.original = deployed(model, self.device)
             self.dense = measure_latency([self.original], self.feeds, budget=TABLE_SECONDS).seconds[0]
+        elif self.scheme is not None:
+            self.dense = blank_cut(self.dense_model, {})[0].file_bytes()
         else:
             self.dense = self.value({})
         self.words = state.get(ChosenWords)
-        self.whole = self.dense if self.words is None or kind == "latency" else self.value({})
+        same = kind == "latency" or (self.words is None and self.scheme is None)
+        self.whole = self.dense if same else self.value({})
         if not self.dense > 0:
             raise ModelError(f"the {NAMES[kind]} of this model cannot be counted; give another target")
 
@@ -369,14 +382,26 @@ class _Gauge:
             cut_words(model, find_words(model), self.words.kept, self.words.unknown, not self.words.renumbered)
         if self.kind == "params":
             return model.parameters()
-        if self.kind == "size":
-            return model.file_bytes()
         feeds = cut_arrays(dict(self.feeds), ends)
+        if self.kind == "size":
+            return model.file_bytes() if self.scheme is None else self._quantised_bytes(model, feeds)
         if self.kind == "flops":
             return operations(model, feeds)
         found = self._beside(model, feeds, CHECK_SECONDS)
         self.spread = found.spread if math.isfinite(found.spread) else SPREAD
         return self.dense / found.speedup
+
+    def _quantised_bytes(self, model: Any, feeds: Mapping[str, Any]) -> float:
+        """Returns the bytes of a model's file once it is quantised: that is done, whatever its numbers.
+
+        Raises:
+            OptionError: the quantiser does not take it.
+        """
+        assert self.scheme is not None
+        try:
+            return quantised(OnnxOriginal(*model.as_written()), self.scheme, [feeds])[1]
+        except RefusedError as err:
+            raise OptionError(f"the quantiser refuses the graph ({err}); leave quantize out, or give another") from err
 
     def _beside(self, model: Any, feeds: Mapping[str, Any], budget: float) -> Latency:
         """Times a model and the dense one in turns."""

@@ -15,6 +15,7 @@ from liar_opt.frontend.either_model import flops_of
 from liar_opt.frontend.fx_engine import TimedModule
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.hf_checkpoint import positions
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.own_text import GenerateWriter
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
@@ -74,6 +75,13 @@ class TorchBackend(Backend):
         """Checks options that need no model."""
         super().require_possible(calibration, options)
         lookup("backend", dict.fromkeys(BACKENDS), options.backend)
+        if options.quantize is not None and options.checkpoint is not False:
+            raise OptionError(
+                "quantize makes ONNX, and the result would be a module or a checkpoint; write ONNX with --format onnx (in "
+                "Python: checkpoint=False), or quantise the pruned one with torchao (pip install torchao)"
+            )
+        if options.quantize is not None and (options.target or "").strip().startswith("size"):
+            raise OptionError("the size of a quantised file is a target of ONNX files alone; export first, and prune that")
         require_fit(options, "onnx" if options.checkpoint is False else "checkpoint")
         if options.backend == "torch":
             return
@@ -222,6 +230,13 @@ class TorchBackend(Backend):
     def cut_words_alone(self, start: float, watch: MemoryWatch) -> ModuleResult:
         """Cuts the vocabulary of the module, and no width."""
         return cut_module_vocabulary(self, start, watch)
+
+    def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
+        """Returns the module, and what is left of it, exported."""
+        example, axes = state.found(OpenedModule).example, symbolic_axes(traced_model(state).signature)
+        modules = (module_of(state), state.found(CutModule).module)
+        dense, pruned = (OnnxOriginal(*lightened(export_onnx(module, example, axes))) for module in modules)
+        return dense, pruned
 
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]

@@ -8,6 +8,7 @@ from typing import Any
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_engine import cannot_load
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
@@ -24,6 +25,7 @@ from liar_opt.passes.open_model import load_state
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prune_groups import Cut
+from liar_opt.passes.quantise_result import QuantisedModel
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
 from liar_opt.passes.sweep import cut_arrays
@@ -155,9 +157,15 @@ class OnnxBackend(Backend):
         """Cuts the vocabulary of the graph, and no width."""
         return cut_vocabulary(self, start, watch)
 
+    def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
+        """Returns the file as it came, and what is left of it."""
+        return state.found(DenseModel).stored, OnnxOriginal(*state.model.as_written())
+
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
-        model = state.found(DenseModel).stored if self.options.dry_run else state.model
+        small = state.get(QuantisedModel)
+        pruned = state.model if small is None else small.model
+        model = state.found(DenseModel).stored if self.options.dry_run else pruned
         return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))

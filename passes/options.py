@@ -115,6 +115,8 @@ class PruneOptions:
         small_tokenizer: write a smaller tokenizer beside the model (OUT.tokenizer), and have the model take its ids.
         runtime: what the result is to run on; widths then are what its kernels want, and equal where it knows one number.
         tensor_parallel: the parts that the result is to be split into; they divide all heads and feed-forward widths.
+        quantize: quantise the result, which then is ONNX: "int8" (activations as they come), "int8-static" (their ranges
+            from the calibration data) or "int4" (weights in blocks, which widths then are multiples of).
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -180,6 +182,7 @@ class PruneOptions:
     small_tokenizer: bool = field(default=False, metadata=_told("pruning", flag="--small-tokenizer", sets=True, demo=False))
     runtime: str | None = field(default=None, metadata=_told("pruning", choices=tuple(RUNTIMES), spelled="--for"))
     tensor_parallel: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N"))
+    quantize: str | None = field(default=None, metadata=_told("pruning", choices=("int8", "int8-static", "int4")))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

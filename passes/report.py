@@ -18,6 +18,7 @@ from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MetTarget
 from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.quantise_result import Quantised
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.search_widths import Searched
 from liar_opt.passes.verify_model import Verification
@@ -123,6 +124,7 @@ class Report:
         cache_shapes: inputs and outputs that became narrower.
         verification: what the checks found.
         latency: how long both models take.
+        quantised: what quantising the result came to, with all four corners.
         memory: what the run took.
         seconds: by pass.
     """
@@ -151,6 +153,7 @@ class Report:
     cache_shapes: dict[str, Any] | None = None
     verification: Verification | None = None
     latency: LatencyEntry | None = None
+    quantised: Quantised | None = None
     memory: MemoryEntry | None = None
     seconds: dict[str, float] | None = None
 

@@ -31,11 +31,15 @@ all: it costs as much as the next multiple, or more. Sources, by the number in a
         docs.vllm.ai/en/v0.15.0/api/vllm/model_executor/models/llama/
     15  OpenVINO's weights of 4 bits come in groups of 128:
         docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/weight-compression/4-bit-weight-quantization.html
+    16  TensorRT and QNN run 8 bits as QDQ alone:
+        onnxruntime.ai/docs/performance/model-optimizations/quantization.html,
+        onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.html
 """
 
 from dataclasses import dataclass
 
 FILES = ("onnx", "checkpoint")
+QDQ = ("int8-static",)
 BLOCK = 32
 """Of 4-bit weights, where no runtime says another."""
 
@@ -53,6 +57,7 @@ class Runtime:
         equal_heads: whether all layers keep as many heads.
         equal_widths: whether values must be as wide as queries and keys.
         whole_layers: whether layers may go as a whole.
+        schemes: how ``--quantize`` may quantise for it.
         reads: what it loads, of "onnx" and "checkpoint": one that reads ONNX may get it from a checkpoint later on.
         sources: numbers of the list above.
     """
@@ -66,15 +71,16 @@ class Runtime:
     equal_heads: bool = False
     equal_widths: bool = False
     whole_layers: bool = True
+    schemes: tuple[str, ...] = ("int8", "int8-static", "int4")
     reads: tuple[str, ...] = FILES
 
 
 RUNTIMES: dict[str, Runtime] = {
     "ort-cpu": Runtime(ffn=16, conv=16, block=BLOCK, sources=(1, 10)),
     "ort-cuda": Runtime(ffn=64, conv=8, block=BLOCK, equal_widths=True, sources=(2, 3, 10)),
-    "tensorrt": Runtime(ffn=64, conv=32, block=128, equal_widths=True, sources=(2, 3, 4)),
+    "tensorrt": Runtime(ffn=64, conv=32, block=128, equal_widths=True, schemes=QDQ, sources=(2, 3, 4, 16)),
     "openvino": Runtime(ffn=16, conv=16, block=128, sources=(5, 15)),
-    "qnn": Runtime(ffn=32, conv=32, block=BLOCK, sources=(6,)),
+    "qnn": Runtime(ffn=32, conv=32, block=BLOCK, schemes=QDQ, sources=(6, 16)),
     "coreml": Runtime(ffn=32, conv=32, block=BLOCK, sources=(7,)),
     "webgpu": Runtime(
         ffn=32, conv=4, block=BLOCK, equal_heads=True, equal_widths=True, whole_layers=False, sources=(8, 9, 10)

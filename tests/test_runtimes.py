@@ -218,8 +218,6 @@ def test_a_multiple_of_what_is_wanted_is_kept() -> None:
 
 
 def test_values_and_keys_of_one_ratio_fit() -> None:
-    options = liar_opt.prune.__kwdefaults__
-    assert options["runtime"] is None
     torch.manual_seed(1)
     config = transformers.BertConfig(
         vocab_size=WORDS, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128,

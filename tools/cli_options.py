@@ -80,7 +80,8 @@ CALIBRATION = (
     "the name of one (name[:config][:split]); 'self' lets a decoder write its own text; without it, random inputs"
 )
 EXIT_CODES = (
-    "exit codes: 0 done, 1 a check failed and nothing was written, 2 wrong use or unusable input, 3 a bug, 130 interrupted"
+    "exit codes: 0 done, 1 a check failed and nothing was written (a quantiser refused: the float model was), 2 wrong use "
+    "or unusable input, 3 a bug, 130 interrupted"
 )
 
 

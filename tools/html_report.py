@@ -70,6 +70,9 @@ def _pruning(report: Report, name: str) -> Iterator[Markup | None]:
         yield _section("Dense and pruned", table(tables.before_after(report)), *notes)
     else:
         yield element("p", "A dry run: the widths that were chosen. Nothing was cut.", class_="lead")
+    if "quantised" in report:
+        below = (element("p", line, class_="note") for line in tables.corner_notes(report))
+        yield _section("In float and quantised", table(tables.corners(report)), *below)
     if "target" in report and "after" in report:
         yield element("p", tables.target_met(report))
     if "fitted" in report and "after" in report:
