@@ -22,6 +22,7 @@ from liar_opt.frontend.engine import Engine
 from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.onnx_quantise import BLOCKS, SCHEMES, STATIC, RefusedError, Scheme, quantised, words_of
+from liar_opt.frontend.onnx_rounding import Rounded, Rows, rounded_anew
 from liar_opt.passes.base import Finding, State
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.cut_vocabulary import ChosenWords, words_alone
@@ -73,6 +74,7 @@ class Quantised(Finding):
         output: the output whose difference was measured.
         rows: of it.
         batch: what was timed; None where nothing was.
+        rounded: how many weights of the result were rounded with error feedback, and what that gained on held-back rows.
         corners: the models that there are.
         seconds: that it took.
     """
@@ -85,6 +87,7 @@ class Quantised(Finding):
     output: str | None
     rows: int
     batch: str | None
+    rounded: Rounded
     corners: list[Corner] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -158,8 +161,8 @@ def quantise_result(
     began, data = time.perf_counter(), state.calibration
     state.progress("quantise", 0, 2)
     held = held_batches(len(data.batches))
-    fitted = [b for i, b in enumerate(data.batches) if i not in held or len(held) == len(data.batches)]
-    feeds = _Feeds(state)
+    fitted = [i for i in range(len(data.batches)) if i not in held or len(held) == len(data.batches)]
+    feeds, engine, rounded = _Feeds(state), OnnxEngine(state.device), Rounded()
     models: dict[tuple[str, bool], tuple[OnnxOriginal, int]] = {
         ("dense", False): (dense, _bytes(dense)),
         ("pruned", False): (pruned, _bytes(pruned)),
@@ -167,9 +170,12 @@ def quantise_result(
     refused: dict[str, str | None] = {"dense": None, "pruned": None}
     for done, (name, model) in enumerate((("dense", dense), ("pruned", pruned))):
         try:
-            found = quantised(model, scheme, [feeds.of(name, b) for b in fitted] if scheme.name == STATIC else ())
-            _require_runs(OnnxEngine(state.device), found[0], feeds.of(name, batch))
-            models[name, True] = found
+            ranges = [feeds.of(name, data.batches[i]) for i in fitted] if scheme.name == STATIC else ()
+            small, size = quantised(model, scheme, ranges)
+            if name == "pruned":
+                small, rounded = rounded_anew(model, small, feeds.rows(name, fitted), feeds.rows(name, held), engine)
+            _require_runs(engine, small, feeds.of(name, batch))
+            models[name, True] = small, size
         except RefusedError as err:
             refused[name] = str(err)
         state.progress("quantise", done + 1, 2)
@@ -187,6 +193,7 @@ def quantise_result(
         output,
         rows,
         shapes,
+        rounded,
         corners,
         time.perf_counter() - began,
     )
@@ -203,6 +210,12 @@ class _Feeds:
         cut = state.get(Cut)
         self.ends = {} if cut is None else cut.ends
         self.words = state.get(ChosenWords)
+        self.data = state.calibration
+
+    def rows(self, name: str, places: Sequence[int]) -> Rows:
+        """Returns some of the calibration batches as a model is fed, with which rows are real."""
+        assert self.data is not None
+        return Rows([self.of(name, self.data.batches[i]) for i in places], [self.data.row_masks[i] for i in places])
 
     def of(self, name: str, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what a batch is for the dense or the pruned model."""

@@ -17,8 +17,10 @@ from test_runtimes import batches, export, made, widths
 
 import liar_opt
 from liar_opt.frontend import onnx_quantise
+from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.onnx_quantise import RefusedError, Scheme, quantised
+from liar_opt.frontend.onnx_rounding import Rows, grid_of, rounded_anew
 from liar_opt.frontend.weight_files import lightened
 from liar_opt.passes import quantise_result
 from liar_opt.passes.options import PruneOptions
@@ -61,6 +63,8 @@ def test_the_corners_of_a_graph(scheme: str, tmp_path: Path) -> None:
     assert found["corners"][0]["cosine"] == pytest.approx(1.0) and found["corners"][0]["relative_rms"] < 1e-6
     assert all(c["cosine"] < 1.0 - 1e-6 for c in found["corners"][1:])
     assert found["rows"] > 0 and found["output"] == "logits"
+    anew = found["rounded"]
+    assert 0 < anew["kept"] <= anew["weights"] and anew["after"] < anew["before"]
     path = result.save(tmp_path / "small.onnx")
     saved = onnx.load(path)
     assert OPERATORS[scheme] in {node.op_type for node in saved.graph.node}
@@ -216,3 +220,54 @@ def test_branches_have_no_static_ranges() -> None:
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "w"))
     with pytest.raises(RefusedError, match="branches"):
         quantised(OnnxOriginal(*lightened(proto)), Scheme("int8-static"), [{}])
+
+
+SINGLE = '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 70] x) => (float[n, 48] y) { h = Relu(x) y = MatMul(h, w) }'
+
+
+def single() -> tuple[onnx.ModelProto, np.ndarray]:
+    proto = onnx.parser.parse_model(SINGLE)
+    weight = np.random.default_rng(0).standard_normal((70, 48)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    return proto, weight
+
+
+def correlated(seed: int, count: int = 400) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((count, 9)) @ np.random.default_rng(9).standard_normal((9, 70))
+    return {"x": (mixed + 0.3 * rng.standard_normal((count, 70))).astype(np.float32)}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "int4"])
+def test_grids_are_what_the_runtime_reads(scheme: str) -> None:
+    proto, weight = single()
+    small = quantised(OnnxOriginal(*lightened(proto)), Scheme(scheme), [correlated(0)])[0]
+    grid = grid_of("w", small.as_given())
+    assert grid is not None and grid.numbers.shape == weight.shape
+    assert grid.numbers.min() >= grid.ends[0] and grid.numbers.max() <= grid.ends[1]
+    decoded = (grid.numbers - grid.zero) * grid.scale
+    steps = np.broadcast_to(np.abs(grid.scale), weight.shape)
+    assert (np.abs(decoded - weight) <= 0.51 * steps).mean() > 0.98
+    if scheme != "int8-static":  # of which activations are rounded to steps of the data's
+        np.testing.assert_allclose(first(small.as_given(), {"x": np.eye(70, dtype=np.float32)}), decoded, atol=2e-3)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "int4"])
+def test_weights_are_rounded_anew_where_that_loses_less(scheme: str) -> None:
+    proto, weight = single()
+    whole = OnnxOriginal(*lightened(proto))
+    small = quantised(whole, Scheme(scheme), [correlated(0)])[0]
+    fitted, held = (Rows([correlated(seed)], [None]) for seed in (0, 1))
+    better, found = rounded_anew(whole, small, fitted, held, OnnxEngine("cpu"))
+    assert (found.kept, found.weights) == (1, 1) and found.after < 0.8 * found.before
+    h = np.maximum(correlated(2)["x"], 0).astype(np.float64)
+    errors = []
+    for model in (small, better):
+        grid = grid_of("w", model.as_given())
+        assert grid is not None
+        errors.append(np.linalg.norm(h @ ((grid.numbers - grid.zero) * grid.scale - weight)))
+    assert errors[1] < 0.9 * errors[0]
+    again = quantised(whole, Scheme(scheme), [correlated(0)])[0]
+    assert rounded_anew(whole, again, held, fitted, OnnxEngine("cpu"))[1].weights == 1
+    masked = Rows([correlated(0)], [np.zeros(400, np.bool_)])
+    assert rounded_anew(whole, again, masked, masked, OnnxEngine("cpu"))[1].kept == 0

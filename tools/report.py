@@ -161,6 +161,13 @@ def corner_notes(report: Report) -> Iterator[str]:
     found = report["quantised"]
     if found["output"] is not None:
         yield f"(3) '{found['output']}' beside the dense float model's: {found['rows']:,} rows that were held back"
+    anew = found["rounded"]
+    if anew["kept"]:
+        less = 1.0 - anew["after"] / (anew["before"] or 1.0)
+        yield (
+            f"{anew['kept']} of {anew['weights']} weights of the pruned model are rounded with error feedback, which loses "
+            f"{100 * less:.0f} % less on held-back rows"
+        )
     if found["dense_refused"]:
         yield f"the quantiser refuses the dense model: {found['dense_refused']}"
     if found["refused"]:
