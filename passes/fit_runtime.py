@@ -194,13 +194,13 @@ class FitRuntimePass(Pass[dict[str, int]]):
                 widest = max(own, key=lambda g: g.size)
                 raise OptionError(
                     f"no narrower {kind} fits {self.wanting}: '{widest.name}' has {widest.size}, and what stays must be a "
-                    f"multiple of {widest.step}; leave {kind} out, or give another runtime"
+                    f"multiple of {widest.step}; leave one of the two out"
                 )
         if state.groups and len(whole) == len(state.groups):
             widest = max(whole, key=lambda g: g.size)
             raise OptionError(
                 f"nothing fits {self.wanting}: no group is wider than the multiples that it wants ('{widest.name}', "
-                f"{widest.kind}, has {widest.size}, what stays must be a multiple of {widest.step}); give another runtime"
+                f"{widest.kind}, has {widest.size}, what stays must be a multiple of {widest.step}); leave that out"
             )
         if whole:
             named = ", ".join(f"'{g.name}'" for g in whole[:NAMED])

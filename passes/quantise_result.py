@@ -129,11 +129,16 @@ def require_quantisable(options: PruneOptions) -> None:
 
 
 def require_room(state: State, options: PruneOptions) -> None:
-    """Checks that the memory holds the model, which the quantiser loads whole.
+    """Checks that the model can be quantised where it is: one graph, which the memory holds whole.
 
     Raises:
-        OptionError: it does not.
+        OptionError: it cannot.
     """
+    if options.quantize is not None and state.model.merged is not None:
+        raise OptionError(
+            "quantize does not take a merged decoder, whose branches are run by one switch; give the decoder without its"
+            " cache, or with it, as a file of its own, or leave quantize out"
+        )
     if options.quantize is not None and state.memory.low:
         limit = show_size(state.memory.limit)
         raise OptionError(f"quantize holds the whole model in memory, which {limit} does not; give more, or leave it out")

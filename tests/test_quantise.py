@@ -134,9 +134,12 @@ def test_what_cannot_be_is_said_before_any_work(name: str) -> None:
 
 
 def test_a_model_that_is_not_held_is_not_quantised() -> None:
-    state: Any = SimpleNamespace(memory=SimpleNamespace(low=True, limit=10**9))
+    state: Any = SimpleNamespace(memory=SimpleNamespace(low=True, limit=10**9), model=SimpleNamespace(merged=None))
     require_room(state, PruneOptions())
     with pytest.raises(OptionError, match="quantize holds the whole model in memory"):
+        require_room(state, PruneOptions(quantize="int4"))
+    state.model.merged = object()
+    with pytest.raises(OptionError, match="quantize does not take a merged decoder"):
         require_room(state, PruneOptions(quantize="int4"))
 
 
