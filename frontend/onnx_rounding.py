@@ -63,7 +63,7 @@ def rounded_anew(
     if sum(a.nbytes for a in whole.as_written()[1].values()) > EXTERNAL_LIMIT:  # it would not fit into one proto
         return small, found
     source, target = whole.as_given(), small.as_given()
-    floats = {t.name: t for t in source.graph.initializer}
+    floats = {t.name: t for t in source.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     grids = {name: grid for name in floats if (grid := grid_of(name, target)) is not None}
     read: dict[str, list[str]] = {}
     for node in source.graph.node:
