@@ -11,6 +11,7 @@ What comes back is mapped or copied, and the folder is gone.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.weight_files import EXTERNAL_LIMIT, read_model, write_model
 from liar_opt.frontend.widen_graph import bodies_of
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.extras import onnx_runtime, require
 from liar_opt.runtime.whole_file import scratch_folder
 
 DYNAMIC, STATIC, BLOCKS = "int8", "int8-static", "int4"
@@ -84,6 +86,21 @@ def quantised(model: OnnxOriginal, scheme: Scheme, batches: Batches = ()) -> tup
         source.unlink()
         size = sum(p.stat().st_size for p in folder.iterdir() if p.name.startswith(target.name))
         return OnnxOriginal(*read_model(target)), size
+
+
+def require_quantiser(name: str) -> None:
+    """Checks that ONNX Runtime's quantiser is there, with what it imports.
+
+    Raises:
+        OptionError: it is not, or is too old for blocks of 4 bits.
+    """
+    require("quantize", "sympy")
+    if name != BLOCKS:
+        return
+    require("quantize int4", "onnx_ir")
+    onnx_runtime()
+    if importlib.util.find_spec("onnxruntime.quantization.matmul_nbits_quantizer") is None:
+        raise OptionError("quantize int4 needs the quantiser of a newer ONNX Runtime: pip install -U onnxruntime")
 
 
 def words_of(err: Exception) -> str:

@@ -21,7 +21,16 @@ import numpy as np
 from liar_opt.frontend.engine import Engine
 from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_model import OnnxOriginal
-from liar_opt.frontend.onnx_quantise import BLOCKS, SCHEMES, STATIC, RefusedError, Scheme, quantised, words_of
+from liar_opt.frontend.onnx_quantise import (
+    BLOCKS,
+    SCHEMES,
+    STATIC,
+    RefusedError,
+    Scheme,
+    quantised,
+    require_quantiser,
+    words_of,
+)
 from liar_opt.frontend.onnx_rounding import Rounded, Rows, rounded_anew
 from liar_opt.passes.base import Finding, State
 from liar_opt.passes.blank_cut import deployed
@@ -118,6 +127,7 @@ def require_quantisable(options: PruneOptions) -> None:
     if name is None:
         return
     lookup("quantize", dict.fromkeys(SCHEMES), name)
+    require_quantiser(name)
     row = RUNTIMES.get(options.runtime or "")
     if row is not None and name not in row.schemes:
         raise OptionError(
