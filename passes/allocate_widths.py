@@ -117,6 +117,10 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
     lookup("allocation", ALLOCATIONS, allocate)
     if multiple_of < 1:
         raise OptionError(f"multiple-of {multiple_of} is below 1")
+    if allocate in MEASURED and allocate != "curves" and any(g.together for g in state.groups):
+        raise OptionError(
+            f"the runtime wants as many heads in each layer; allocation '{allocate}' gives each its own, leave it out"
+        )
     if not state.groups and not others:
         name = f"'{state.model.source}'" if state.model.source else "the model"
         raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
@@ -131,7 +135,7 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
             f"multiple-of {multiple_of} leaves every group whole: the widest has {widest} channels; give a smaller one, "
             f"such as --multiple-of {max(1, widest // 4)}"
         )
-    whole = [g.name for g in state.groups if g.kind == "ffn" and step_of(g, multiple_of) == g.size]
+    whole = [g.name for g in state.groups if g.kind == "ffn" and min(multiple_of, g.size) == g.size]
     if whole:
         named = ", ".join(f"'{name}'" for name in whole[:NAMED])
         more = f" and {len(whole) - NAMED} more" if len(whole) > NAMED else ""
@@ -203,8 +207,8 @@ def _in_all(groups: tuple[ChannelGroup, ...], sparsity: float, choose: Callable[
 
 
 def step_of(group: ChannelGroup, multiple_of: int) -> int:
-    """Returns the multiple that kept widths of ``group`` are of."""
-    return min(multiple_of, group.size) if group.kind == "ffn" else 1
+    """Returns the multiple that kept widths of ``group`` are of, in blocks; all of them where no multiple is smaller."""
+    return min(math.lcm(multiple_of if group.kind == "ffn" else 1, group.step), group.size)
 
 
 def _widths(size: int, step: int) -> NDArray[np.int64]:
@@ -283,7 +287,7 @@ def joined(
         if place is None or query.name not in curves or groups[place].name in meaning:
             continue
         heads, choice = groups[place], candidates[place]
-        step = min(multiple_of, query.size)
+        step = min(math.lcm(multiple_of, query.step), query.size)
         channels = _widths(query.size, step)
         spent = query.parameters * channels / query.size if cost is None else cost(query, channels)
         gone = spent[-1] - spent
@@ -368,11 +372,17 @@ def candidates_together(
     uniform: bool = False,
     expressible: Expressible | None = None,
 ) -> tuple[list[Candidates], Meaning]:
-    """Returns the candidates of `joined` groups, or of groups that are `alike` where ``uniform``; arguments are theirs."""
+    """Returns the candidates of `joined` groups, or of groups that are `alike` where ``uniform``; arguments are theirs.
+
+    Groups that must keep one width for what runs the result are `alike` in either case.
+    """
     if uniform:
         return alike(groups, multiple_of, curves, expressible, cost)
-    found = joined(candidates_of(groups, multiple_of, curves, cost), groups, queries, multiple_of, curves, cost)
-    return with_whole(*found, groups, curves, cost)
+    tied, free = ([g for g in groups if g.together == whether] for whether in (True, False))
+    same, meaning = alike(tied, multiple_of, curves, expressible, cost)
+    found = joined(candidates_of(free, multiple_of, curves, cost), free, queries, multiple_of, curves, cost)
+    others, joint = with_whole(*found, free, curves, cost)
+    return [*same, *others], meaning | joint
 
 
 def with_whole(
@@ -613,8 +623,9 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
                         f" {self.multiple_of}; give a smaller multiple-of"
                     )
                 most = math.floor((1.0 - least / everything) * 1000) / 1000
+                fit = " and the multiples that the runtime wants" if any(g.step > 1 for g in members) else ""
                 raise OptionError(
-                    f"ratio {ratio:g} would empty a group; the most is {most:g} with multiple-of {self.multiple_of}"
+                    f"ratio {ratio:g} would empty a group; the most is {most:g} with multiple-of {self.multiple_of}{fit}"
                 )
             chosen = ALLOCATIONS[self.allocate](candidates, (1.0 - ratio) * everything)
             keep |= meant(chosen, meaning)
@@ -637,8 +648,8 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         if self.uniform:
             return keep
         # Rounding moves all layers at once; single steps bring the sum to the goal.
-        for group in sorted(groups, key=lambda g: -g.parameters):
-            step = min(self.multiple_of, group.size) if group.kind == "ffn" else 1
+        for group in sorted((g for g in groups if not g.together), key=lambda g: -g.parameters):
+            step = step_of(group, self.multiple_of)
             for change in (-step, step):
                 width = step * round((keep[group.name] + change) / step)
                 trial = {**keep, group.name: width}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from liar_opt.frontend.blocks import Run
 from liar_opt.frontend.input_files import Inputs
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import (
     AllExperts,
@@ -30,10 +31,12 @@ from liar_opt.passes.base import (
 from liar_opt.passes.choose_blocks import ChosenRun, Gap, LeftOut, gaps_of
 from liar_opt.passes.chosen_passes import Chosen
 from liar_opt.passes.cut_vocabulary import ChosenWords, wants_words
+from liar_opt.passes.fit_runtime import fit_runtime
 from liar_opt.passes.gradient_scores import Gradients, require_labels
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PACKINGS, WHOLE_LAYERS, PruneOptions
 from liar_opt.passes.plan_memory import TensorSizes
+from liar_opt.passes.quantise_result import quantise_result, require_quantisable, scheme_of
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
@@ -100,6 +103,7 @@ class Backend(ABC):
         if options.small_tokenizer and not wants_words(options):
             raise OptionError("small-tokenizer goes with --vocabulary or --vocabulary-coverage, which say what words stay")
         lookup("whole-layers", dict.fromkeys(WHOLE_LAYERS), options.whole_layers)
+        require_quantisable(options)
         for name, reason in cls.cannot.items():
             if options.given(name):
                 raise OptionError(reason)
@@ -118,7 +122,7 @@ class Backend(ABC):
 
     def narrowing(self, required: bool = True) -> list[Pass[Any]]:
         """Returns the passes that say which widths groups may have; ``required``: of a run, not of an inspection."""
-        return []
+        return fit_runtime(self.options)
 
     def analyse(self, state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
         """Runs the analysis; with ``load`` the original is loaded meanwhile, where that takes long.
@@ -271,6 +275,18 @@ class Backend(ABC):
             return
         report.timed(times)
         state.seconds["latency"] = time.perf_counter() - began
+
+    @abstractmethod
+    def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
+        """Returns the dense and the pruned model as ONNX, as they would be written."""
+
+    def quantise(self, report: Report, state: State, batch: Mapping[str, Any]) -> None:
+        """Quantises the result where that was asked for, and says in the report what came of it; see `quantise_result`."""
+        scheme = scheme_of(self.options)
+        if scheme is not None:
+            dense, pruned = self.as_graphs(state)
+            report.quantised = quantise_result(state, scheme, dense, pruned, batch, self.options.latency)
+            state.seconds["quantise"] = report.quantised.seconds
 
     @abstractmethod
     def result(

@@ -14,6 +14,7 @@ from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.options import OPTIONS, PruneOptions
 from liar_opt.passes.pass_list import parse_passes
 from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.quantise_result import scheme_of
 from liar_opt.passes.search_widths import SearchWidthsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.errors import OptionError
@@ -123,7 +124,7 @@ def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:
     step = options.multiple_of
     widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass
     if options.target is not None:
-        widths = MeetTargetPass(options.target, step, allocate, sharing)
+        widths = _counting(MeetTargetPass(options.target, step, allocate, sharing), options)
     elif options.max_drop is not None:
         widths = LimitDropPass(options.max_drop, options.metric, step, allocate, sharing, cut)
     else:
@@ -158,7 +159,7 @@ def passes_of_text(text: str, options: PruneOptions) -> Chosen:
         OptionError: the text is not understood, an option of a pass is given beside it, no pass decides the widths or more
             than one does, or nothing would be cut.
     """
-    own = {f.name for step in PASSES if step is not VerifyModelPass for f in fields(step)} - {"seed"}
+    own = {f.name for step in PASSES if step is not VerifyModelPass for f in fields(step)} - {"seed", "quantize"}
     for name in sorted(own & OPTIONS.keys()):
         if options.given(name):
             raise OptionError(f"passes: '{name}' is given beside the passes; write it into the braces of its pass")
@@ -168,6 +169,8 @@ def passes_of_text(text: str, options: PruneOptions) -> Chosen:
         choice = ", ".join(step.name for step in DECIDING)
         raise OptionError(f"passes: {len(deciding)} of them decide the widths; name one of {choice}")
     cut, search, widths = named.get(PruneGroupsPass), named.get(SearchWidthsPass), deciding[0]
+    if isinstance(widths, MeetTargetPass):
+        widths = _counting(widths, options)
     if isinstance(widths, LimitDropPass):
         if search is not None:
             raise OptionError("passes: 'search-widths' starts from decided widths; leave it or 'limit-drop' out")
@@ -176,6 +179,12 @@ def passes_of_text(text: str, options: PruneOptions) -> Chosen:
         raise OptionError("passes: nothing would be cut; add 'prune-groups', or ask for a dry run")
     curves = named.get(MeasureCurvesPass) or _curves(widths, search, MeasureCurvesPass(seed=options.seed))
     return Chosen(widths, cut or PruneGroupsPass(), curves, search, named.get(VerifyModelPass, VerifyModelPass()))
+
+
+def _counting(widths: MeetTargetPass, options: PruneOptions) -> MeetTargetPass:
+    """Returns a target whose size is that of the quantised file, where the result is to be quantised."""
+    scheme = scheme_of(options)
+    return widths if scheme is None else replace(widths, quantize=scheme.name, block=scheme.block)
 
 
 def _curves(

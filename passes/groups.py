@@ -87,6 +87,8 @@ class ChannelGroup:
         operands: for "query-key", the queries and the keys; there are no consumers then.
         sublayer: what the group may go with as a whole; None where it cannot.
         whole: whether the sublayer is measured: "too", or "alone" where it goes.
+        step: kept widths are multiples of so many blocks, as what runs the result wants it (`passes.fit_runtime`).
+        together: whether groups of its kind and size keep one width, likewise.
     """
 
     name: str
@@ -106,6 +108,8 @@ class ChannelGroup:
     operands: tuple[Operand, ...] = ()
     sublayer: Sublayer | None = None
     whole: Literal["", "too", "alone"] = ""
+    step: int = 1
+    together: bool = False
 
     @property
     def block_width(self) -> int:

@@ -38,6 +38,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.model import Original
+from liar_opt.frontend.onnx_model import OnnxOriginal
+from liar_opt.frontend.onnx_quantise import RefusedError, Scheme, quantised
 from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.passes.allocate_widths import (
     Cost,
@@ -56,6 +58,7 @@ from liar_opt.passes.blank_cut import blank_cut, clock_of, deployed, in_one_form
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_vocabulary import ChosenWords
 from liar_opt.passes.groups import GONE, ChannelGroup
+from liar_opt.passes.runtimes import BLOCK
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.kept_results import file_of, load_result, store_result
@@ -155,6 +158,20 @@ class MetTarget(Finding):
 
 
 @dataclass(frozen=True)
+class LatencyTable(Finding):
+    """What widths take by the clock.
+
+    Attributes:
+        dense: seconds of the whole model.
+        costs: by group name widths, ascending, and the seconds that they take, over those of the narrowest.
+    """
+
+    by: ClassVar[str] = "meet-target"
+    dense: float
+    costs: Mapping[str, tuple[list[int], list[float]]]
+
+
+@dataclass(frozen=True)
 class MeetTargetPass(Pass[Target]):
     """Decide the widths at which the model meets a target.
 
@@ -164,6 +181,8 @@ class MeetTargetPass(Pass[Target]):
         allocate: how it is shared out over the layers; a name in ``allocations.ALLOCATIONS``.
         query_key: "auto" lets the width of queries and keys within each head share in it, by error curves.
         uniform: groups of one kind and width keep the same width, as one configuration for all layers says it.
+        quantize: how the result will be quantised; a size is that of the quantised file then.
+        block: of 4-bit weights.
     """
 
     name: ClassVar[str] = "meet-target"
@@ -172,6 +191,8 @@ class MeetTargetPass(Pass[Target]):
     allocate: str = "curves"
     query_key: Literal["auto"] | None = None
     uniform: bool = False
+    quantize: str | None = None
+    block: int = BLOCK
 
     def requires(self, state: State) -> None:
         """Checks the options.
@@ -194,12 +215,15 @@ class MeetTargetPass(Pass[Target]):
         Raises:
             OptionError: the target is met already, or cannot be.
         """
-        target, gauge = plan, _Gauge(plan.kind, state)
+        scheme = None if self.quantize is None else Scheme(self.quantize, self.block)
+        target, gauge = plan, _Gauge(plan.kind, state, scheme)
         groups, known = state.groups, state.get(Curves)
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
         whole = {name: sorted(curve.whole) for name, curve in curves.items() if curve.whole}
         costs = gauge.costs((*groups, *queries), self.multiple_of, whole)
+        if gauge.table:
+            state.add(LatencyTable(gauge.dense, {g.name: gauge.table[_shape(g)] for g in groups}))
         expressible = state.get(Expressible)
         candidates, meaning = candidates_together(
             groups, queries, self.multiple_of, curves, costs, self.uniform, expressible
@@ -210,6 +234,7 @@ class MeetTargetPass(Pass[Target]):
             has = f"{gauge.whole:,.6g} {NAMES[target.kind]}" + (
                 "".join(f" without the {what} that go" for what in gauge.without)
             )
+            has += " once it is quantised" if gauge.scheme else ""
             raise OptionError(f"target '{self.target}' is met already: the model has {has}; ask for less")
         narrowest = meant({m.name: int(m.widths[0]) for m in candidates}, meaning)
         if wanted < fixed + sum(float(m.costs[0]) for m in candidates) * 1.1:  # near the end: look, before refusing
@@ -323,9 +348,10 @@ def _unreachable(
 class _Gauge:
     """Measures one quantity of models cut to given widths."""
 
-    def __init__(self, kind: Kind, state: State) -> None:
+    def __init__(self, kind: Kind, state: State, scheme: Scheme | None = None) -> None:
         assert state.calibration is not None
         self.kind = kind
+        self.scheme = scheme if kind == "size" else None
         self.dense_model = state.found(DenseModel).original
         self.device, self.fresh = state.device, state.fresh
         self.waiting = lambda: state.progress(WAITING, 0, 1)
@@ -334,6 +360,8 @@ class _Gauge:
         self.spread = 0.0  # relative standard error of the last value
         self.original: Any = None
         self.words: ChosenWords | None = None
+        self.table: dict[str, tuple[list[int], list[float]]] = {}
+        """Of latencies: by shape the widths that were timed, and seconds."""
         if kind == "latency":
             self.source = "measured"
             model, _ = blank_cut(self.dense_model, {})
@@ -341,10 +369,13 @@ class _Gauge:
             self.digest = hashlib.sha256(model.structure()).hexdigest()
             self.original = deployed(model, self.device)
             self.dense = measure_latency([self.original], self.feeds, budget=TABLE_SECONDS).seconds[0]
+        elif self.scheme is not None:
+            self.dense = blank_cut(self.dense_model, {})[0].file_bytes()
         else:
             self.dense = self.value({})
         self.words = state.get(ChosenWords)
-        self.whole = self.dense if self.words is None or kind == "latency" else self.value({})
+        same = kind == "latency" or (self.words is None and self.scheme is None)
+        self.whole = self.dense if same else self.value({})
         whole = state.get(WholeModel)
         self.given = self.dense if whole is None else self._given(whole.original)
         self.without = [what for what, gone in (("words", self.words), ("blocks", whole)) if gone is not None]
@@ -361,6 +392,8 @@ class _Gauge:
     def _counted(self, model: Any, feeds: Mapping[str, Any]) -> float:
         if self.kind == "params":
             return float(model.parameters())
+        if self.kind == "size" and self.scheme is not None:
+            return float(self._quantised_bytes(model, feeds))
         return float(model.file_bytes() if self.kind == "size" else operations(model, feeds))
 
     def value(self, keep: Mapping[str, int]) -> float:
@@ -374,6 +407,18 @@ class _Gauge:
         found = self._beside(model, feeds, CHECK_SECONDS)
         self.spread = found.spread if math.isfinite(found.spread) else SPREAD
         return self.dense / found.speedup
+
+    def _quantised_bytes(self, model: Any, feeds: Mapping[str, Any]) -> float:
+        """Returns the bytes of a model's file once it is quantised: that is done, whatever its numbers.
+
+        Raises:
+            OptionError: the quantiser does not take it.
+        """
+        assert self.scheme is not None
+        try:
+            return quantised(OnnxOriginal(*model.as_written()), self.scheme, [feeds])[1]
+        except RefusedError as err:
+            raise OptionError(f"the quantiser refuses the graph ({err}); leave quantize out, or give another") from err
 
     def _beside(self, model: Any, feeds: Mapping[str, Any], budget: float) -> Latency:
         """Times a model and the dense one in turns."""
@@ -398,7 +443,7 @@ class _Gauge:
                 return slopes[_shape(group)] * np.maximum(widths, 0).astype(np.float64)
 
             return self._or_whole(counted)
-        table = self._table(shapes, multiple_of, whole)
+        table = self.table = self._table(shapes, multiple_of, whole)
 
         def timed(group: ChannelGroup, widths: NDArray[np.int64]) -> NDArray[np.float64]:
             return np.interp(widths, *table[_shape(group)]).astype(np.float64)
@@ -441,6 +486,7 @@ class _Gauge:
             "machine": [platform.node(), platform.machine(), _processor(), os.cpu_count()],
             **self.clock,
             "multiple_of": multiple_of,
+            "steps": sorted({(s, members[0].step) for s, members in shapes.items()}),
             "fractions": FRACTIONS,
             "whole": sorted((name, list(forms)) for name, forms in whole.items()),
         }

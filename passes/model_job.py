@@ -21,6 +21,7 @@ from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import Cut
+from liar_opt.passes.quantise_result import require_room
 from liar_opt.passes.repairs import AWARE
 from liar_opt.passes.report import Report, SizesEntry, report_of
 from liar_opt.passes.result import Inspection, PruneResult
@@ -113,6 +114,7 @@ class ModelJob:
         state.model.settle()
         if wants_words(options) and state.get(ChosenWords) is None:
             state.add(backend.choose_words(state))
+        require_room(state, options)
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
         probed = state.get(Probes) is not None  # nothing but the model is needed
         refusals += self._left_whole(report)
@@ -155,6 +157,7 @@ class ModelJob:
         backend.complete(report, state)
         if options.latency:
             backend.note_times(report, state, self._one_batch(), self.target is not None)
+        backend.quantise(report, state, self._one_batch())
         report.ended(state, self.watch, time.perf_counter() - self.start)
         if state.checkpoint is not None:
             state.checkpoint.remove()

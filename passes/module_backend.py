@@ -19,6 +19,7 @@ from liar_opt.frontend.fx_module import FxWalk
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, planned_state
 from liar_opt.frontend.hf_checkpoint import FieldChange, express, positions
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.own_text import GenerateWriter
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import lightened, write_model
@@ -37,6 +38,7 @@ from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, StateFieldsPass
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.fit_module import CutModule, FitModulePass
+from liar_opt.passes.fit_runtime import require_fit
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES, KNOWLEDGE
 from liar_opt.passes.groups import QUERY_KEY, RECURRENT, VALUES, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass
@@ -86,6 +88,14 @@ class TorchBackend(Backend):
         """Checks options that need no model."""
         super().require_possible(calibration, options)
         lookup("backend", dict.fromkeys(BACKENDS), options.backend)
+        if options.quantize is not None and options.checkpoint is not False:
+            raise OptionError(
+                "quantize makes ONNX, and the result would be a module or a checkpoint; write ONNX with --format onnx (in "
+                "Python: checkpoint=False), or quantise the pruned one with torchao (pip install torchao)"
+            )
+        if options.quantize is not None and (options.target or "").strip().startswith("size"):
+            raise OptionError("the size of a quantised file is a target of ONNX files alone; export first, and prune that")
+        require_fit(options, "onnx" if options.checkpoint is False else "checkpoint")
         if options.backend == "torch":
             return
         if options.labelled is not None or options.score == KNOWLEDGE:
@@ -120,6 +130,7 @@ class TorchBackend(Backend):
         )
         if options.checkpoint:
             _tie(state)
+        require_fit(options, "checkpoint" if options.checkpoint else "onnx")
         return cls(state, calibration, options, inputs)
 
     def choose(self) -> Chosen:
@@ -175,7 +186,8 @@ class TorchBackend(Backend):
         options = self.options
         asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
         stored = self.state.found(OpenedModule).folder is not None
-        return [ExpressWidthsPass(asked, required)] if options.checkpoint and (required or stored) else []
+        said = [ExpressWidthsPass(asked, required)] if options.checkpoint and (required or stored) else []
+        return [*said, *super().narrowing(required)]
 
     def positions(self, state: State) -> int | None:
         """Returns for how many tokens the configuration has positions, where nothing else says how long inputs are."""
@@ -302,6 +314,13 @@ class TorchBackend(Backend):
             fewer.add(FinalFields(fields))
         fewer.memory, fewer.progress, fewer.fresh, fewer.seconds = state.memory, state.progress, state.fresh, state.seconds
         return replace(self, state=fewer)
+
+    def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
+        """Returns the module, and what is left of it, exported."""
+        example, axes = state.found(OpenedModule).example, symbolic_axes(traced_model(state).signature)
+        modules = (module_of(state), state.found(CutModule).module)
+        dense, pruned = (OnnxOriginal(*lightened(export_onnx(module, example, axes))) for module in modules)
+        return dense, pruned
 
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]

@@ -20,12 +20,14 @@ from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_t
 from liar_opt.passes.cut_experts import CutExperts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, choose_words
 from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.fit_runtime import require_fit
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prune_groups import Cut
+from liar_opt.passes.quantise_result import QuantisedModel
 from liar_opt.passes.replace_blocks import ReplacedBlocks
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
@@ -44,6 +46,12 @@ class OnnxBackend(Backend):
     """An ONNX graph."""
 
     opened = (Opened, DenseModel, AllExperts, WholeModel, DenseSession, Digests, ChosenWords, CutExperts, LeftOut)
+
+    @classmethod
+    def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
+        """Checks options that need no model."""
+        super().require_possible(calibration, options)
+        require_fit(options, "onnx")
 
     @classmethod
     def open(cls, model: Any, calibration: Any, options: PruneOptions) -> OnnxBackend:
@@ -185,11 +193,17 @@ class OnnxBackend(Backend):
         fewer.seconds = state.seconds
         return replace(self, state=fewer)
 
+    def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
+        """Returns the file as it came, and what is left of it."""
+        return _stored(state), OnnxOriginal(*onnx_graph(state.model).as_written())
+
     def result(
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
-        model = _stored(state) if self.options.dry_run else onnx_graph(state.model)
+        small = state.get(QuantisedModel)
+        pruned = onnx_graph(state.model) if small is None else small.model
+        model = _stored(state) if self.options.dry_run else pruned
         return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))
 
 

@@ -19,6 +19,7 @@ from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
 from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
 from liar_opt.passes.repairs import REPAIRS, RepairFunction
+from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.passes.scores import SCORES, ScoreFunction
 from liar_opt.runtime.sessions import PROVIDERS
 
@@ -41,6 +42,7 @@ class Description:
         choices: the values that there are.
         more: what the command's help says beside.
         flag: the command's own spelling, of an option that takes no value there.
+        spelled: likewise, of one that takes a value, where that is not its name.
         sets: what the flag sets.
         shown: the command's own help, where that must say something else.
         demo: whether ``liar-opt demo`` has it.
@@ -54,6 +56,7 @@ class Description:
     choices: tuple[str, ...] | None = None
     more: str = ""
     flag: str = ""
+    spelled: str = ""
     sets: Any = UNSAID
     shown: str = ""
     demo: bool = True
@@ -122,6 +125,10 @@ class PruneOptions:
             width is cut.
         block_repair: what stands where blocks were: "map" is a linear map of its own, "fold" changes the last product
             before them, which a checkpoint can say, "none" nothing; "auto" takes "fold" for checkpoints and else "map".
+        runtime: what the result is to run on; widths then are what its kernels want, and equal where it knows one number.
+        tensor_parallel: the parts that the result is to be split into; they divide all heads and feed-forward widths.
+        quantize: quantise the result, which then is ONNX: "int8" (activations as they come), "int8-static" (their ranges
+            from the calibration data) or "int4" (weights in blocks, which widths then are multiples of).
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -189,6 +196,9 @@ class PruneOptions:
     small_tokenizer: bool = field(default=False, metadata=_told("pruning", flag="--small-tokenizer", sets=True, demo=False))
     blocks: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N", demo=False))
     block_repair: str = field(default="auto", metadata=_told("pruning", choices=BLOCK_REPAIRS, demo=False))
+    runtime: str | None = field(default=None, metadata=_told("pruning", choices=tuple(RUNTIMES), spelled="--for"))
+    tensor_parallel: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N"))
+    quantize: str | None = field(default=None, metadata=_told("pruning", choices=("int8", "int8-static", "int4")))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

@@ -15,11 +15,13 @@ from liar_opt.passes.choose_blocks import LeftOut
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_experts import CutExperts
 from liar_opt.passes.cut_vocabulary import CutWords
+from liar_opt.passes.fit_runtime import Fitted, measured_fit
 from liar_opt.passes.groups import FORMS, KINDS, ChannelGroup, Refusal, parameters_left
 from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MetTarget
 from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.quantise_result import Quantised
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.search_widths import Searched
 from liar_opt.passes.verify_model import Verification
@@ -121,11 +123,13 @@ class Report:
         curves: the error of the output at each width, by group.
         target: how a target was met, or how much a limit allowed.
         search: what the search came to.
+        fitted: what was asked for the sake of what runs the result, and whether it is faster here.
         resumed: segments that an earlier run had finished.
         after: the sizes of the result.
         cache_shapes: inputs and outputs that became narrower.
         verification: what the checks found.
         latency: how long both models take.
+        quantised: what quantising the result came to, with all four corners.
         memory: what the run took.
         seconds: by pass.
     """
@@ -150,11 +154,13 @@ class Report:
     curves: dict[str, Any] | None = None
     target: MetTarget | LimitedDrop | None = None
     search: Searched | None = None
+    fitted: Fitted | None = None
     resumed: int | None = None
     after: SizesEntry | None = None
     cache_shapes: dict[str, Any] | None = None
     verification: Verification | None = None
     latency: LatencyEntry | None = None
+    quantised: Quantised | None = None
     memory: MemoryEntry | None = None
     seconds: dict[str, float] | None = None
 
@@ -215,6 +221,7 @@ class Report:
     def planned(self, state: State) -> None:
         """Says the widths, which are not cut."""
         self.groups = [planned_entry(g, state.keep[g.name]) for g in state.groups]
+        self.fitted = state.get(Fitted)
         self.prunable = prunable(state)
 
     def cut(self, state: State, changes: Sequence[Change], repair: str | RepairFunction) -> None:
@@ -249,7 +256,9 @@ class Report:
 
     def ended(self, state: State, watch: MemoryWatch, seconds: float) -> None:
         """Says what the run took."""
-        memory = state.memory
+        times, memory = self.latency, state.memory
+        speedup = None if times is None else times.speedup
+        self.fitted = measured_fit(state, self.device or "", speedup, 0.0 if times is None else times.spread or 0.0)
         self.memory = MemoryEntry(memory.limit, memory.estimated, watch.anonymous, watch.resident, memory.store.bytes)
         self.seconds = {**state.seconds, "total": seconds}
 

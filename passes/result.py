@@ -27,6 +27,7 @@ from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.fit_module import CutModule
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.open_module import OpenedModule
+from liar_opt.passes.quantise_result import QuantisedModel
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.small_tokenizer import write_beside
@@ -144,6 +145,7 @@ class ModuleResult(PruneResult):
         # of a name of the hub: the folder to which it was fetched
         self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
         self._model, self._example = state.model, opened.example
+        self._quantised = state.get(QuantisedModel)
         whole = state.get(WholeModule)
         self.words = None if whole is None else state.get(ChosenWords)  # a dry run has chosen words, and cut none
         self._whole = None if whole is None else whole.module
@@ -169,7 +171,12 @@ class ModuleResult(PruneResult):
 
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
-        """The pruned module, exported to ONNX; ids are those that it had, unless a smaller tokenizer was asked for."""
+        """The pruned module, exported to ONNX; ids are those that it had, unless a smaller tokenizer was asked for.
+
+        Where the result was quantised, so is this.
+        """
+        if self._quantised is not None:
+            return self._quantised.model.as_given()
         axes, words = symbolic_axes(self._model.signature), self.words
         if words is None or self._whole is None or self._small is not None:
             return export_onnx(self.module, self._example, axes)
@@ -198,6 +205,8 @@ class ModuleResult(PruneResult):
             write = None if small is None or words is None else functools.partial(small.write, words.kept)
             return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force, tokenizer=write)
         check_output(path, None, force, self.inputs)
+        if path.suffix == ".pt2" and self._quantised is not None:
+            raise OptionError(f"what was quantised is ONNX, and '{path}' is not; give a path that ends in .onnx")
         if self._small is not None and self.words is not None:
             write_beside(self._small, self.words.kept, path, force)
         try:

@@ -83,7 +83,7 @@ class SearchWidthsPass(Pass[list[int]]):
     def plan(self, state: State) -> list[int]:
         """Returns the positions of the groups that may exchange: those that are wider than one step."""
         measured = state.found(Curves).by_group
-        found = ((i, g) for i, g in enumerate(state.groups) if g.kind in KINDS and g.name in measured)
+        found = ((i, g) for i, g in enumerate(state.groups) if g.kind in KINDS and g.name in measured and not g.together)
         return [i for i, g in found if g.size > step_of(g, self.multiple_of)]
 
     def apply(self, state: State, plan: list[int]) -> PassResult:

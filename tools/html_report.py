@@ -70,8 +70,13 @@ def _pruning(report: Report, name: str) -> Iterator[Markup | None]:
         yield _section("Dense and pruned", table(tables.before_after(report)), *notes)
     else:
         yield element("p", "A dry run: the widths that were chosen. Nothing was cut.", class_="lead")
+    if "quantised" in report:
+        below = (element("p", line, class_="note") for line in tables.corner_notes(report))
+        yield _section("In float and quantised", table(tables.corners(report)), *below)
     if "target" in report and "after" in report:
         yield element("p", tables.target_met(report))
+    if "fitted" in report and "after" in report:
+        yield element("p", tables.runtime_fit(report))
     warnings = [*report["model"]["notes"], *report.get("calibration", {}).get("warnings", ())]
     if warnings:
         yield _section("Warnings", *(element("p", line) for line in warnings))

@@ -188,8 +188,64 @@ def target_met(report: Report) -> str:
         return f"target {asked}: {target['dense'] / found:.2f} x as fast, asked {target['dense'] / target['wanted']:.2f} x"
     names = {"params": ("parameters", ""), "size": ("file_bytes", "B"), "flops": ("flops", "")}
     key, unit = names[kind]
-    found = report["after"].get(key) or target["found"]
+    small = quantised_bytes(report) if kind == "size" else None
+    found = small or report["after"].get(key) or target["found"]
     return f"target {asked}: {quantity(found, unit)}, asked {quantity(target['wanted'], unit)}"
+
+
+def corners(report: Report) -> Table:
+    """The four corners: dense and pruned, in float and quantised."""
+    found = report["quantised"]
+    scheme = found["scheme"] + (f", blocks of {found['block']}" if found["block"] else "")
+    table = make_table(scheme, "bytes", "latency (1)", "cosine (3)", "relative RMS difference (3)")
+    for corner in found["corners"]:
+        name = f"{corner['name']}, {found['scheme'] if corner['quantised'] else 'float'}"
+        seconds, cosine, rms = (corner[k] for k in ("seconds", "cosine", "relative_rms"))
+        row = ["" if seconds is None else milliseconds(seconds)]
+        row += ["" if value is None else f"{value:.4f}" for value in (cosine, rms)]
+        table.add_row(name, quantity(corner["bytes"], "B"), *row)
+    return table
+
+
+def corner_notes(report: Report) -> Iterator[str]:
+    """What the corners were measured on, and what has none."""
+    found = report["quantised"]
+    if found["output"] is not None:
+        yield f"(3) '{found['output']}' beside the dense float model's: {found['rows']:,} rows that were held back"
+    anew = found["rounded"]
+    if anew["kept"]:
+        less = 1.0 - anew["after"] / (anew["before"] or 1.0)
+        yield (
+            f"{anew['kept']} of {anew['weights']} weights of the pruned model are rounded with error feedback, which loses "
+            f"{100 * less:.0f} % less on held-back rows"
+        )
+    if found["dense_refused"]:
+        yield f"the quantiser refuses the dense model: {found['dense_refused']}"
+    if found["refused"]:
+        yield f"the quantiser refuses the pruned model, which stays in float: {found['refused']}"
+
+
+def quantised_bytes(report: Report) -> int | None:
+    """Returns the bytes of the quantised result, where there is one."""
+    found = report.get("quantised") or {"corners": ()}
+    return next((c["bytes"] for c in found["corners"] if c["quantised"] and c["name"] == "pruned"), None)
+
+
+def runtime_fit(report: Report) -> str:
+    """One line: what was asked for the sake of what runs the result, and whether it is faster where this run measured."""
+    fit = report["fitted"]
+    told = "; ".join(fit["asked"]) or "any width"
+    line = f"for {fit['runtime']}: {told}" if fit["runtime"] else told
+    if fit["speedup"] is None:
+        return f"{line}; not timed here"
+    times = f"{fit['speedup']:.2f} x as fast on {fit['device']} by measurement"
+    if fit["faster"]:
+        return f"{line}; {times}"
+    better = fit["next"]
+    if better is None:
+        return f"{line}; not faster ({times}), and no narrower width was timed (--target latency= times them)"
+    saves = f"{milliseconds(better['seconds'])} by the latency table"
+    return f"{line}; not faster ({times}); the next that would be: {better['width']:,} in '{better['group']}', {saves}"
 
 
 def groups_found(report: Report, explain: bool = False) -> Table:
