@@ -149,6 +149,18 @@ class OnnxBackend(Backend):
             sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
             return measure_latency(sessions, feeds, budget=0.3, least=6)
 
+    def block_repair(self) -> str:
+        """Returns what stands where blocks are left out; a merged decoder has each of them twice.
+
+        Raises:
+            ModelError: it is one.
+        """
+        if self.state.model.merged is not None:
+            raise ModelError(
+                "a merged decoder has its blocks twice, in both branches; give the decoder with past keys by itself"
+            )
+        return super().block_repair()
+
     def leave_out(self, chosen: ChosenRun, repair: str) -> tuple[Backend, LeftOut]:
         """Takes the nodes of the run out of the graph.
 
@@ -157,10 +169,6 @@ class OnnxBackend(Backend):
             CheckError: the result is not the original in which the map stands.
         """
         old = self.state
-        if old.model.merged is not None:
-            raise ModelError(
-                "a merged decoder has its blocks twice, in both branches; give the decoder with past keys by itself"
-            )
         trial = ReplacedBlocks(old, chosen, repair)
         caches = trial.cut()
         original = OnnxOriginal(*onnx_graph(old.model).light(), old.model.source, old.model.store)

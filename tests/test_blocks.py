@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 import zoo_decoders
+import zoo_merged
 from onnx import helper, numpy_helper
 from test_both_engines import batches, export, made
 
@@ -331,7 +332,7 @@ def test_a_checkpoint_loses_blocks_and_widths(tmp_path: Path) -> None:
     assert isinstance(result, ModuleResult)
     result.save(tmp_path / "small")
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
-    assert (loaded.config.num_hidden_layers, loaded.config.intermediate_size) == (4, 44)
+    assert (loaded.config.num_hidden_layers, loaded.config.intermediate_size) == (4, 48)
     feeds = {k: torch.from_numpy(v) for k, v in other_feeds((2, 9), 3).items()}
     with torch.no_grad():
         assert oracle.difference([loaded(**feeds).logits.numpy()], [result.module(**feeds).logits.numpy()]) < CLOSE
@@ -369,6 +370,11 @@ ffn (float[b, 6] x) => (float[b, 6] y) {
         proto.graph.initializer.append(numpy_helper.from_array(value, name))
     with pytest.raises(ModelError, match="no blocks are found in the model"):
         liar_opt.prune(proto, None, blocks=1, **PLAIN)
+
+
+def test_a_merged_decoder_is_refused_before_the_work() -> None:
+    with pytest.raises(ModelError, match="a merged decoder has its blocks twice"):
+        liar_opt.prune(zoo_merged.ready("bart"), None, blocks=1, **PLAIN)
 
 
 def test_a_checkpoint_that_shares_one_layer_cannot_say_fewer(tmp_path: Path) -> None:
