@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.axes import Factor
-from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.graph_tensors import is_constant, is_float, present
 from liar_opt.frontend.records import ConsumerUse, StandIn
 from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
@@ -120,6 +120,12 @@ def find_sublayer(walk: GraphWalk, uses: Sequence[ConsumerUse], leaf: Factor, or
         return "its channels are not the last axis of what it adds to the residual stream"
     weights = [u for u in walk.constant_uses if any(leaf in walk.algebra.leaves(f) for f in u.axes)]
     source, width = _source(walk, target, leaf, order)
+    if source is None:
+        first = min(order[id(u.node)] for u in weights)
+        source, width = _entry(walk, target, _dead(walk, node, None, order, ()), first, order)
+    other = width is None or walk.algebra.size(width) != walk.algebra.size(axes[-1])
+    if other and any(order.get(id(n), -1) > order[id(node)] for n in like.inputs):
+        return "no tensor of the shape of what it adds is made before it"
     dead = _dead(walk, node, source, order, ())
     cached = any(id(u.node) not in dead for u in weights)
     if cached:
@@ -208,6 +214,27 @@ def _source(
                 break
             tensor = tensor.inputs[0].inputs[0]
     return None, None
+
+
+def _entry(
+    walk: GraphWalk, target: gs.Variable, dead: Mapping[int, gs.Node], first: int, order: Mapping[int, int]
+) -> tuple[gs.Variable | None, Factor | None]:
+    """Returns the last tensor of the shape of y that a layer reads before its weights, which lay the rows out anew.
+
+    Args:
+        walk: the analysis.
+        target: y.
+        dead: the nodes of the layer.
+        first: position of the first node that reads a weight of it.
+        order: positions by identity.
+    """
+    shape = walk.shape(walk.axes.get(target.name) or ())
+    read = {t.name: t for n in dead.values() for t in n.inputs if present(t) and not is_constant(t)}
+    alike = (t for t in read.values() if walk.shape(walk.axes.get(t.name) or ()) == shape)
+    given = [t for t in alike if t.dtype is None or is_float(t.dtype)]
+    made = {t.name: order.get(id(t.inputs[0]), first) if t.inputs else -1 for t in given}
+    last = max((t for t in given if made[t.name] < first), key=lambda t: made[t.name], default=None)
+    return (None, None) if last is None else (last, (walk.axes[last.name] or ())[-1])
 
 
 def _dead(

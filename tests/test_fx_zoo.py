@@ -13,6 +13,7 @@ import torch
 import zoo_fx
 from modules import prune_module
 
+import liar_opt
 from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.passes.groups import kept_positions
 from liar_opt.passes.result import ModuleResult
@@ -126,3 +127,20 @@ def test_the_oracle_can_fail() -> None:
     kept = result.changes[0].details["kept"]
     result.changes[0].details["kept"] = [k for k in range(5) if k not in kept]
     assert difference(run(result.graph_module, arrays), masked(module, result, arrays)) > RTOL
+
+
+@pytest.mark.parametrize("name", ["gptj", "mixtral", pytest.param("deepseek-v3", marks=pytest.mark.rest)])
+def test_layers_that_stand_side_by_side_and_experts_go_whole(name: str) -> None:
+    """The run's own check compares with the original whose outputs are replaced; no rehearsal finds a fault."""
+    module = zoo_fx.build(name)
+    module.config.use_cache = False
+    data = [zoo_fx.feeds(name, seed=seed) for seed in range(6)]
+    options: dict[str, Any] = {"whole_layers": "on", "sparsity": 0.8, "checkpoint": False, "latency": False, "fresh": True}
+    result = liar_opt.prune(module, data, multiple_of=4, **options)
+    assert isinstance(result, ModuleResult)
+    gone = [g for g in result.report["groups"] if "stand_in" in g]
+    assert gone and not any("fault" in r["reason"] for r in result.report["refusals"])
+    assert result.report["verification"]["exact_difference"] < 1e-5
+    names = {name for name, _ in result.module.named_parameters()}
+    for group in (g for g in result.groups if g.name in {g["name"] for g in gone}):
+        assert names.isdisjoint(use.weight.name for consumer in group.consumers for use in consumer.uses)
