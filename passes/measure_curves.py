@@ -13,7 +13,7 @@ batches. The curve is scaled to the relative squared difference of the model's o
 and kinds are compared and added.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -21,7 +21,9 @@ import numpy as np
 
 from liar_opt.frontend.engine import ConstantPatch
 from liar_opt.frontend.onnx_segments import Place, place_of, stream_of
+from liar_opt.frontend.records import StandIn
 from liar_opt.passes.base import Pass, PassResult, State
+from liar_opt.passes.choosable import choosable
 from liar_opt.passes.curves import Curves, GroupCurve, file_of_curves, load_curves, store_curves
 from liar_opt.passes.groups import FORMS, GONE, MAPPED, QUERY_KEY, ChannelGroup
 from liar_opt.passes.measured import Measured
@@ -90,6 +92,7 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
             sweep = Sweep(state, "measure", "stream", self.seed)
             visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), self.worth)
             sweep.over(visitor, plan)
+            visitor.probe_whole(plan)
             state.add(Curves(visitor.curves))
             if place is not None:
                 store_curves(place, visitor.curves)
@@ -109,6 +112,7 @@ class NoteCurves(GroupVisitor):
         super().__init__(sweep, options)
         self.probes = ProbeOutputs(sweep) if probing else None
         self.curves: dict[str, GroupCurve] = {}
+        self.stand_ins: dict[str, list[tuple[int, StandIn, float]]] = {}
 
     def group(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of one group."""
@@ -138,29 +142,52 @@ class NoteCurves(GroupVisitor):
         patches = repaired(self, group, measured, np.concatenate(half)) if self.probes else []
         del measured, own, wholes, problems, selection  # the rest of the model runs now
         lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
-        whole = self.gone(group, moments) if self.probes and group.whole else {}
-        self.note(group, errors, values, lost, errors[keep], deviation, whole)
+        if self.probes and group.whole:
+            self.stand_ins[group.name] = list(self.whole_of_group(group, moments))
+        self.note(group, errors, values, lost, errors[keep], deviation)
 
-    def gone(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> dict[int, tuple[float, float]]:
-        """Returns what is lost in the output where the whole sublayer of a group goes, by what stands in for it.
+    def whole_of_group(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> Iterator[tuple[int, StandIn, float]]:
+        """Yields what may stand in for the whole sublayer of a group: a form, it, and what is lost of all that is added.
 
-        Beside it stands the share of the variance of what the sublayer adds that is lost.
+        That is the share of the variance of what the sublayer adds to the stream.
         """
-        sublayer, found = group.sublayer, dict[int, tuple[float, float]]()
-        assert sublayer is not None and self.probes is not None
+        sublayer = group.sublayer
+        assert sublayer is not None
         item = whole_of(sublayer, moments[place_of(sublayer)])
         for form in (GONE, MAPPED) if sublayer.source is not None else (GONE,):
             repaired = whole_repair(item, sublayer, form, None)
             if form == MAPPED and repaired.kind != "repair":
                 continue  # on held-back rows no map is better than the constant
-            made = sublayer.stand_in(repaired.weight if form == MAPPED else None, repaired.bias)
-            lost = self.probes.difference([made], self.probes.behind(group))
             rows, columns = item.weight.shape
             errors = item.errors(np.arange(rows - columns), np.arange(rows - columns, rows), repaired)
             share = errors["repair"] / errors["bias"] if form == MAPPED and errors["bias"] > 0 else 1.0
-            if lost is None or np.isfinite(lost):
-                found[form] = lost or 0.0, share if len(sublayer.members) == 1 else 0.0
-        return found
+            made = sublayer.stand_in(repaired.weight if form == MAPPED else None, repaired.bias)
+            if made.matrix is not None and not self.sweep.memory.keep(len(self.stand_ins) * made.matrix.nbytes):
+                made = replace(made, matrix=self.sweep.memory.store.put(made.matrix))
+            yield form, made, share if len(sublayer.members) == 1 else 0.0
+
+    def probe_whole(self, groups: Sequence[ChannelGroup]) -> None:
+        """Measures what is lost in the output where a sublayer goes whole, of those that a budget could choose.
+
+        Large differences of the output saturate, and with others beside them they do not add up as small ones do: what is
+        lost without the sublayer counts as no less than what the curve says of nothing kept.
+        """
+        least = {
+            name: {form: share * float(self.curves[name].errors[0]) for form, _, share in found}
+            for name, found in self.stand_ins.items()
+        }
+        measured: dict[str, dict[int, float]] = {}
+        while True:
+            known = {n: replace(c, whole=measured.get(n, least.get(n, {}))) for n, c in self.curves.items()}
+            news = sorted(choosable(groups, known) - measured.keys())
+            if not news or self.probes is None:
+                break
+            for name in news:
+                lost = {form: self.probes.difference([made]) for form, made, _ in self.stand_ins[name]}
+                finite = {form: 0.0 if value is None else value for form, value in lost.items()}
+                measured[name] = {f: max(v, least[name][f]) for f, v in finite.items() if np.isfinite(v)}
+        for name, found in measured.items():
+            self.curves[name] = replace(self.curves[name], whole=found)
 
     def note_logits(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of queries and keys: the shape is what their products lose."""
@@ -180,17 +207,10 @@ class NoteCurves(GroupVisitor):
         lost: float | None,
         predicted: float,
         deviation: float | None = None,
-        whole: Mapping[int, tuple[float, float]] | None = None,
     ) -> None:
-        """Stores the curve times (measured output error at the probed width) / (``predicted`` error there).
-
-        Large differences of the output saturate, and with others beside them they do not add up as small ones do: what is
-        lost without the sublayer counts as no less than what the curve says of nothing kept.
-        """
+        """Stores the curve times (measured output error at the probed width) / (``predicted`` error there)."""
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
-        least = float(errors[0] * worth)
-        gone = {form: max(lost, share * least) for form, (lost, share) in (whole or {}).items()}
-        self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation, gone)
+        self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
 
 
 def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:
