@@ -33,6 +33,7 @@ from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import Problem, select_greedy
 
 
@@ -81,18 +82,20 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
 
     def apply(self, state: State, plan: tuple[ChannelGroup, ...]) -> PassResult:
         """Measures, or takes what an earlier run found on the same; adds ``Curves``."""
-        place = file_of_curves(state, {f.name: getattr(self, f.name) for f in fields(self)})
-        with one_at_a_time(place, lambda: state.progress(WAITING, 0, 1)):
-            kept = None if place is None or state.fresh else load_curves(place)
+        ranks, place = current(), file_of_curves(state, {f.name: getattr(self, f.name) for f in fields(self)})
+        with one_at_a_time(None if ranks.rank else place, lambda: state.progress(WAITING, 0, 1)):
+            kept = ranks.once(lambda: None if place is None or state.fresh else load_curves(place))
             if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in plan):
                 state.add(Curves(kept, kept=True))
                 return PassResult(state)
             sweep = Sweep(state, "measure", "stream", self.seed)
             visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), self.worth)
             sweep.over(visitor, plan)
-            state.add(Curves(visitor.curves))
-            if place is not None:
-                store_curves(place, visitor.curves)
+            found = {name: curve for own in ranks.gathered(visitor.curves) for name, curve in own.items()}
+            curves = {g.name: found[g.name] for g in plan}
+            state.add(Curves(curves))
+            if place is not None and not ranks.rank:
+                store_curves(place, curves)
         return PassResult(state)
 
 
@@ -109,6 +112,15 @@ class NoteCurves(GroupVisitor):
         super().__init__(sweep, options)
         self.probes = ProbeOutputs(sweep) if probing else None
         self.curves: dict[str, GroupCurve] = {}
+        self.loads = [0] * sweep.ranks.size
+
+    def owner(self, groups: Sequence[ChannelGroup]) -> int:
+        """Returns the process with the least to do so far; where something is drawn, the first, so that it is the same."""
+        if self.options.score not in ("greedy", "swaps"):
+            return 0
+        owner = self.loads.index(min(self.loads))
+        self.loads[owner] += sum(c.width**3 for g in groups for c in g.consumers)
+        return owner
 
     def group(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of one group."""

@@ -22,6 +22,7 @@ from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
 from liar_opt.runtime.memory import MemoryWatch
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.sessions import custom_operators
 
 
@@ -178,7 +179,7 @@ def prune(
     with custom_operators(_libraries(custom_ops)):
         opened = opening.open(model, calibration, options)
         if words_alone(options):
-            return opened.cut_words_alone(start, watch)
+            return current().kept(lambda: opened.cut_words_alone(start, watch))
         return ModelJob(opened, start, watch).run()
 
 
