@@ -24,6 +24,7 @@ from liar_opt.passes.repairs import AWARE
 from liar_opt.passes.report import Report, SizesEntry, report_of
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.search_widths import Searched
+from liar_opt.passes.sweep import require_shares
 from liar_opt.passes.verify_model import dense_session, first_samples, require_runs
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
@@ -252,6 +253,7 @@ class ModelJob:
                 self.data = divided(self.data, state.analysed().input_specs())
         state.calibration = fitted(state, self.data, report.model.notes)
         if self.ranks.size > 1:
+            require_shares(state.calibration)
             digests = digests_of(state)
             self.ranks.require_same({"device": self.backend.device, **digests})
         require_runs(state, dense_session(state))

@@ -156,11 +156,7 @@ class Sweep:
         Raises:
             OptionError: there are fewer batches than processes.
         """
-        if self.ranks.size > len(self.data.batches):
-            raise OptionError(
-                f"{self.ranks.size} processes, and {len(self.data.batches)} batches to share out: start fewer, or give "
-                "more samples or a smaller batch size"
-            )
+        require_shares(self.data)
         spanning, segments = plan_segments(self.walk, groups)
         parts = [*([(spanning, None, None)] if spanning else []), *((s.groups, s.first, s.last) for s in segments)]
         self.carry = self.fresh_carry()
@@ -435,6 +431,20 @@ class Sweep:
         if self.engine.copies_weights:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
         return needs, fixed
+
+
+def require_shares(data: CalibrationData) -> None:
+    """Checks that there is a batch for every process of the run.
+
+    Raises:
+        OptionError: there are fewer.
+    """
+    ranks, count = current(), len(data.batches)
+    if ranks.size > count:
+        raise OptionError(
+            f"{ranks.size} processes have {count} batch{'' if count == 1 else 'es'} of calibration data to share out: "
+            "start fewer, or give more samples or a smaller batch size"
+        )
 
 
 @contextmanager

@@ -119,6 +119,7 @@ class Ranks:
     def failed(self, code: int) -> int | None:
         """Notes that this process ends in an error; returns the exit code of one that failed before it, if one did."""
         del code
+        return None
 
     def gone(self) -> list[int]:
         """Returns which processes of this machine are not there any more."""
@@ -146,7 +147,7 @@ class Processes(Ranks):
             self._distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
         except (RuntimeError, ValueError) as err:
             raise OptionError(
-                f"the other processes of this run are not reached ({_line(err)}); MASTER_ADDR and MASTER_PORT say where to meet"
+                f"the other processes of this run are not reached ({_line(err)}); MASTER_ADDR and MASTER_PORT say where"
             ) from err
         self._store: Any = torch.distributed.distributed_c10d._get_default_store()
         self._peers: list[tuple[str, int]] = [("", 0)] * self.size
@@ -175,9 +176,9 @@ class Processes(Ranks):
         except Exception as err:
             error = err
         errors = self.gathered(None if error is None else self._sendable(error))
-        first = next((rank for rank, one in enumerate(errors) if one is not None), None)
+        first = next(((rank, one) for rank, one in enumerate(errors) if one is not None), None)
         if first is not None:
-            self._raise(first, errors[first], error)
+            self._raise(*first, error)
         return result[0]
 
     def from_owner(self, owner: int, value: T) -> T:
@@ -223,12 +224,13 @@ class Processes(Ranks):
             except Exception as err:
                 error = err
                 sent[1] = self._sendable(err)
-        own = sent[0]
+        own: T = sent[0]
         with self._in_touch():
             self._distributed.broadcast_object_list(sent, owner)
         if sent[1] is not None:
             self._raise(owner, sent[1], error)
-        return own if self.rank == owner else sent[0]
+        found: T = sent[0]
+        return own if self.rank == owner else found
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
