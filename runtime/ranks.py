@@ -335,6 +335,14 @@ def on_this_machine() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))))
 
 
+def threads() -> int | None:
+    """Returns how many threads each of several processes may have; None where one has the machine for itself."""
+    if _current.size == 1:
+        return None
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else max(1, (os.cpu_count() or 1) // on_this_machine())
+
+
 def _devices() -> Sequence[str]:
     """Returns the GPUs that may be used, without loading what uses them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -363,4 +371,4 @@ def _line(err: BaseException) -> str:
     return " ".join(str(err).split())[:200]
 
 
-__all__ = ["Elsewhere", "RankLost", "Ranks", "asked", "current", "join", "leave", "on_this_machine"]
+__all__ = ["Elsewhere", "RankLost", "Ranks", "asked", "current", "join", "leave", "on_this_machine", "threads"]
