@@ -239,7 +239,8 @@ class Sweep:
             self.queue.append((self.carry if self.ranks.size == 1 else self.carry.of(self.everywhere), done))
         widths = (taps[k].width for k in {k for g in groups for k in places_of(g)})
         self.queued[owner] = self.queued.get(owner, 0) + sum(16 * w * w for w in widths)
-        if self.ranks.size == 1 or self.memory.asked or not self.memory.keep(max(self.queued.values())):
+        now = self.ranks.size == 1 or self.memory.asked or parts.on_disk
+        if now or not self.memory.keep(max(self.queued.values())):
             self._work_off()
         return None
 

@@ -127,7 +127,7 @@ def test_one_is_killed_and_three_go_on(tmp_path: Path) -> None:
     assert code != 0 and not (tmp_path / "several.onnx").exists()
     assert len(said) == 1 and "process 1 of this run ended" in said[0] and "--resume goes on" in said[0]
     assert together(3, several)[0] == 0
-    assert json.loads((tmp_path / "several.json").read_text())["resumed"] >= 2 and not (tmp_path / "resume").exists()
+    assert json.loads((tmp_path / "several.json").read_text())["resumed"] >= 1 and not (tmp_path / "resume").exists()
     assert main([*arguments, "-o", str(tmp_path / "one.onnx"), "--report", str(tmp_path / "one.json")]) == 0
     require_alike(tmp_path / "one.onnx", tmp_path / "several.onnx")
 
