@@ -23,6 +23,7 @@ from liar_opt.passes.find_groups import WholeQueries
 from liar_opt.passes.groups import GONE, KINDS, MAPPED, RECURRENT, VALUES, ChannelGroup, parameters_left, stood_in
 from liar_opt.passes.registry import lookup
 from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.runtime.ranks import current
 
 DEFAULT_SPARSITY = 0.3
 ROUNDS = 6
@@ -664,7 +665,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         Raises:
             OptionError: something was asked for, and no group would lose anything.
         """
-        expressible = state.get(Expressible)
+        plan, expressible = current().agreed(plan), state.get(Expressible)
         for group in state.groups if expressible is not None and self.allocate not in MEASURED else ():
             assert expressible is not None
             if group.name not in expressible.allowed or not self._ratio(group):

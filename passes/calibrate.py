@@ -15,6 +15,7 @@ from liar_opt.passes.sweep import HELD_BACK
 from liar_opt.passes.verify_model import dense_session
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.memory import anonymous, show_size
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.self_calibration import Author, is_own_text, write_calibration
 from liar_opt.runtime.signatures import InputSpec, Signature
 from liar_opt.runtime.synthetic_inputs import IMAGE_SIZES
@@ -56,7 +57,7 @@ def calibrate(
     if is_own_text(source):
         written = {k: v for k, v in fields.items() if k not in ("text_column", "mask_input")}
         progress = functools.partial(state.progress, "write")
-        return write_calibration(author[0], inputs, author=author[1], progress=progress, **written)
+        return current().once(lambda: write_calibration(author[0], inputs, author=author[1], progress=progress, **written))
     packing = is_causal(state.model) if options.packing == "auto" else options.packing == "on"
     if source is None and any(len(i.shape) == 4 and not isinstance(i.shape[-1], int) for i in inputs):
         fields["image_size"] = _image_size(state, inputs, fields)
@@ -92,7 +93,7 @@ def fitted(state: State, data: CalibrationData, notes: list[str]) -> Calibration
     samples = max((len(value) for value in data.batches[0].values() if value.ndim), default=1)
     room, sessions = state.memory.limit, 1
     if state.memory.asked:  # beside what the process has; in steps, so that a run that goes on makes the same batches
-        room = max(room - -(-(anonymous() or 0) // BASE) * BASE, room // 4)
+        room = max(room - -(-current().most(anonymous() or 0) // BASE) * BASE, room // 4)
         sessions = SESSIONS
     if sessions * need <= room or samples == 1:
         state.add(TensorSizes(sizes))

@@ -11,11 +11,12 @@ and the folder with it.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from liar_opt.passes.base import DenseModel, Finding, State
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.one_at_a_time import Held
+from liar_opt.runtime.ranks import current
 
 RUN = "run.json"
 LOCK = "run.lock"
@@ -84,6 +86,17 @@ class Checkpoint:
         Raises:
             OptionError: it holds another run or other files, cannot be made, or another process works in it.
         """
+        taken: list[Checkpoint] = []
+
+        def take() -> tuple[int, dict[str, Any] | None]:
+            taken.append(cls._held(folder, identity))
+            return taken[0].done, taken[0].decided
+
+        done, decided = current().once(take)
+        return taken[0] if taken else cls(folder, done, decided, identity)
+
+    @classmethod
+    def _held(cls, folder: Path, identity: dict[str, Any]) -> "Checkpoint":
         if folder.exists() and not folder.is_dir():
             raise OptionError(f"resume '{folder}' is a file; give a folder")
         if folder.is_dir() and not (folder / RUN).is_file() and not all(map(_is_ours, folder.iterdir())):
@@ -132,14 +145,24 @@ class Checkpoint:
     def decide(self, decided: Mapping[str, Any]) -> None:
         """Notes what was decided before the first segment."""
         self.decided = dict(decided)
-        self._write_run()
+        current().once(self._write_run)
 
     def save(self, number: int, finished: Finished, alive: Iterable[Mapping[str, NDArray[Any]]]) -> None:
         """Keeps a finished segment, whole or not at all, and forgets the live tensors before it.
 
+        Args:
+            number: of the segment.
+            finished: what it came to.
+            alive: the live tensors behind it, for each batch; in every process, which hands on what is its own.
+
         Raises:
             OptionError: the disk is full.
         """
+        if current().rank:
+            for _ in alive:
+                pass
+            self.done = number
+            return
         place = self.folder / f"{STEP}{number}"
         temporary = self.folder / f"{STEP}{number}{UNFINISHED}"
         _remove_segment(temporary)
@@ -179,7 +202,7 @@ class Checkpoint:
             OptionError: its files are damaged.
         """
         try:
-            return self._finished(number)
+            return current().once(lambda: self._finished(number))
         except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as err:
             raise self._damaged(number) from err
 
@@ -203,23 +226,29 @@ class Checkpoint:
             groups.append(KeptGroup(group["name"], group["blocks"], group["details"], pairs, turns))
         return Finished(groups, plain["generator"])
 
-    def alive(self) -> list[dict[str, NDArray[Any]]]:
-        """Returns the live tensors behind the last finished segment, for each batch.
+    def alive(self, wanted: Collection[int]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """Yields some batches, each with the live tensors behind the last finished segment.
 
         Raises:
             OptionError: its files are damaged.
         """
-        place = self.folder / f"{STEP}{self.done}"
-        result: list[dict[str, NDArray[Any]]] = []
+        for index in range(current().once(lambda: sum(1 for _ in self._place.glob("alive-*.npz")))):
+            values = current().once(functools.partial(self._alive, index))
+            if index in wanted:
+                yield index, values
+
+    @property
+    def _place(self) -> Path:
+        return self.folder / f"{STEP}{self.done}"
+
+    def _alive(self, index: int) -> dict[str, NDArray[Any]]:
         try:
-            while (file := place / f"alive-{len(result)}.npz").is_file():
-                with np.load(file) as values:
-                    words = zip(values["names"], values["kinds"], strict=True)
-                    found = [(str(name), values[f"v{k}"], str(kind)) for k, (name, kind) in enumerate(words)]
-                result.append({name: value.view(kind) if kind else value for name, value, kind in found})
+            with np.load(self._place / f"alive-{index}.npz") as values:
+                words = zip(values["names"], values["kinds"], strict=True)
+                found = [(str(name), values[f"v{k}"], str(kind)) for k, (name, kind) in enumerate(words)]
+            return {name: value.view(kind) if kind else value for name, value, kind in found}
         except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as err:
             raise self._damaged(self.done) from err
-        return result
 
     def close(self) -> None:
         """Lets another run work in the folder; what is kept stays."""
@@ -228,6 +257,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Removes what was kept, and the folder if nothing else is in it: the run is done."""
+        if current().rank:
+            return
         _remove_ours(self.folder)
         self.close()
         with contextlib.suppress(OSError):

@@ -85,9 +85,14 @@ class Chosen:
 
     @property
     def cutting(self) -> list[Pass[Any]]:
-        """Those that come behind."""
+        """Those that cut to them."""
         gradients, cut = None if self._gradients_first else self.gradients, None if self.limited else self.cut
-        return [step for step in (gradients, cut, self.verify, self.fit) if step is not None]
+        return [step for step in (gradients, cut) if step is not None]
+
+    @property
+    def checking(self) -> list[Pass[Any]]:
+        """Those that come behind."""
+        return [step for step in (self.verify, self.fit) if step is not None]
 
 
 def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:

@@ -128,13 +128,21 @@ class DenseTargets:
         stop = max(stop, *(makers[a.output] + 1 for a in aims))
         result = {a.use.node.name: Moments(a.tap.width) for a in aims}
         broken: set[str] = set()
-        both = zip(self.pruned_values(wanted, stop), self.dense_values(wanted, stop, first), strict=True)
-        for index, (pruned, dense) in enumerate(both):
-            for aim in aims:
-                name = aim.use.node.name
-                if name not in broken and not self.add(result[name], aim, index, pruned, dense):
-                    broken.add(name)
-        return {n: m for n, m in result.items() if n not in broken}
+        ranks, own = self.sweep.ranks, self.sweep.own
+
+        def run() -> None:
+            both = zip(self.pruned_values(wanted, stop), self.dense_values(wanted, stop, first), strict=True)
+            for index, (pruned, dense) in zip(own, both, strict=True):
+                for aim in aims:
+                    name = aim.use.node.name
+                    if name not in broken and not self.add(result[name], aim, index, pruned, dense):
+                        broken.add(name)
+
+        ranks.together(run)
+        broken.update(*ranks.gathered(broken))
+        found = {n: m for n, m in result.items() if n not in broken}
+        self.sweep.add_up(found, 0)
+        return found
 
     def add(self, moments: Moments, aim: _Aim, index: int, pruned: dict[str, Any], dense: dict[str, Any]) -> bool:
         """Adds one batch of one use; says whether its rows could be laid side by side."""
@@ -170,8 +178,8 @@ class DenseTargets:
         sweep, carry = self.sweep, self.sweep.carry
         fresh = [n for n in wanted if n not in carry.given]
         part = self.engine.part(sweep.walk, sweep.position(carry.at), stop, fresh, carry.given)
-        for index, feeds in enumerate(self.data.batches):
-            alive = carry.values[index]
+        for index in sweep.own:
+            feeds, alive = self.data.batches[index], carry.values[index]
             values = {**alive, **part.run({**cut_arrays(feeds, sweep.rewriter.ends()), **alive}, arrays=fresh)}
             yield {n: self.engine.array(values[n]) for n in wanted}
 
@@ -185,8 +193,8 @@ class DenseTargets:
         names = [] if at is None else live_tensors(self.dense, place[at])
         fresh = [n for n in dict.fromkeys([*wanted, *names]) if n not in carry.given]
         part = self.engine.part(self.dense, start, place[last.name] + 1, fresh, carry.given)
-        for index, feeds in enumerate(self.data.batches):
-            alive = carry.values[index]
+        for index in self.sweep.own:
+            feeds, alive = self.data.batches[index], carry.values[index]
             values = {**alive, **part.run({**feeds, **alive}, arrays=[n for n in fresh if n in wanted])}
             yield {n: self.engine.array(values[n]) for n in wanted}
             if at is not None:

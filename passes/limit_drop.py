@@ -40,6 +40,7 @@ from liar_opt.passes.sweep import cut_arrays, held_batches
 from liar_opt.passes.verify_model import whole_session
 from liar_opt.runtime.compare import DifferenceMeter
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.sessions import Runner
 
 Metric = Callable[[Any], float]
@@ -251,7 +252,7 @@ class _Search:
         note_widths(trial, meant(self.widths[sparsity], self.meaning))
         result = self.options.cut(trial)
         if self.options.metric is None:
-            loss = self._difference(trial)
+            loss = current().once(lambda: self._difference(trial))
         else:
             value = self._metric(as_given(trial.model), self.best)
             if value is None:
@@ -285,7 +286,7 @@ class _Search:
         assert metric is not None
         name = getattr(metric, "__name__", type(metric).__name__)
         try:
-            value = float(metric(model))
+            value = current().once(lambda: float(metric(model)))
             if not math.isfinite(value):
                 raise ValueError(f"it returned {value}")
         except Exception as err:

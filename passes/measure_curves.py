@@ -35,6 +35,7 @@ from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import Problem, select_greedy
 
 
@@ -83,19 +84,21 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
 
     def apply(self, state: State, plan: tuple[ChannelGroup, ...]) -> PassResult:
         """Measures, or takes what an earlier run found on the same; adds ``Curves``."""
-        place = file_of_curves(state, {f.name: getattr(self, f.name) for f in fields(self)})
-        with one_at_a_time(place, lambda: state.progress(WAITING, 0, 1)):
-            kept = None if place is None or state.fresh else load_curves(place)
+        ranks, place = current(), file_of_curves(state, {f.name: getattr(self, f.name) for f in fields(self)})
+        with one_at_a_time(None if ranks.rank else place, lambda: state.progress(WAITING, 0, 1)):
+            kept = ranks.once(lambda: None if place is None or state.fresh else load_curves(place))
             if kept is not None and all(g.name in kept and kept[g.name].errors.shape == (g.size + 1,) for g in plan):
                 state.add(Curves(kept, kept=True))
                 return PassResult(state)
             sweep = Sweep(state, "measure", "stream", self.seed)
             visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), self.worth)
             sweep.over(visitor, plan)
-            visitor.probe_whole(plan)
-            state.add(Curves(visitor.curves))
-            if place is not None:
-                store_curves(place, visitor.curves)
+            found = {name: curve for own in ranks.gathered(visitor.curves) for name, curve in own.items()}
+            curves = {g.name: found[g.name] for g in plan}
+            curves |= visitor.probed_whole(plan, curves)
+            state.add(Curves(curves))
+            if place is not None and not ranks.rank:
+                store_curves(place, curves)
         return PassResult(state)
 
 
@@ -113,6 +116,15 @@ class NoteCurves(GroupVisitor):
         self.probes = ProbeOutputs(sweep) if probing else None
         self.curves: dict[str, GroupCurve] = {}
         self.stand_ins: dict[str, list[tuple[int, StandIn, float]]] = {}
+        self.loads = [0] * sweep.ranks.size
+
+    def owner(self, groups: Sequence[ChannelGroup]) -> int:
+        """Returns the process with the least to do so far; where something is drawn, the first, so that it is the same."""
+        if self.options.score not in ("greedy", "swaps"):
+            return 0
+        owner = self.loads.index(min(self.loads))
+        self.loads[owner] += sum(c.width**3 for g in groups for c in g.consumers)
+        return owner
 
     def group(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of one group."""
@@ -166,28 +178,39 @@ class NoteCurves(GroupVisitor):
                 made = replace(made, matrix=self.sweep.memory.store.put(made.matrix))
             yield form, made, share if len(sublayer.members) == 1 else 0.0
 
-    def probe_whole(self, groups: Sequence[ChannelGroup]) -> None:
+    def probed_whole(self, groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve]) -> dict[str, GroupCurve]:
         """Measures what is lost in the output where a sublayer goes whole, of those that a budget could choose.
 
         Large differences of the output saturate, and with others beside them they do not add up as small ones do: what is
         lost without the sublayer counts as no less than what the curve says of nothing kept.
+
+        Args:
+            groups: of the model.
+            curves: of all of them; this process has what stands in for the sublayers that it owns.
+
+        Returns:
+            The curves of those groups, by name.
         """
-        least = {
-            name: {form: share * float(self.curves[name].errors[0]) for form, _, share in found}
+        own = {
+            name: {form: share * float(curves[name].errors[0]) for form, _, share in found}
             for name, found in self.stand_ins.items()
         }
+        least = {name: found for part in self.sweep.ranks.gathered(own) for name, found in part.items()}
         measured: dict[str, dict[int, float]] = {}
-        while True:
-            known = {n: replace(c, whole=measured.get(n, least.get(n, {}))) for n, c in self.curves.items()}
+        while self.probes is not None:
+            known = {n: replace(c, whole=measured.get(n, least.get(n, {}))) for n, c in curves.items()}
             news = sorted(choosable(groups, known) - measured.keys())
-            if not news or self.probes is None:
+            if not news:
                 break
-            for name in news:
-                lost = {form: self.probes.difference([made]) for form, made, _ in self.stand_ins[name]}
-                finite = {form: 0.0 if value is None else value for form, value in lost.items()}
-                measured[name] = {f: max(v, least[name][f]) for f, v in finite.items() if np.isfinite(v)}
-        for name, found in measured.items():
-            self.curves[name] = replace(self.curves[name], whole=found)
+            found = {name: self._lost(name, least[name]) for name in news if name in self.stand_ins}
+            measured |= {name: lost for part in self.sweep.ranks.gathered(found) for name, lost in part.items()}
+        return {name: replace(curves[name], whole=lost) for name, lost in measured.items()}
+
+    def _lost(self, name: str, least: Mapping[int, float]) -> dict[int, float]:
+        """Runs the model with what stands in for a sublayer, each form of it."""
+        assert self.probes is not None
+        lost = {form: self.probes.difference([made]) or 0.0 for form, made, _ in self.stand_ins[name]}
+        return {form: max(value, least[form]) for form, value in lost.items() if np.isfinite(value)}
 
     def note_logits(self, group: ChannelGroup, moments: Mapping[Place, Moments]) -> None:
         """Notes the curve of queries and keys: the shape is what their products lose."""

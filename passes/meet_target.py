@@ -64,6 +64,7 @@ from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.kept_results import file_of, load_result, store_result
 from liar_opt.runtime.latency import Latency, measure_latency
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
+from liar_opt.runtime.ranks import current
 
 Kind = Literal["params", "size", "flops", "latency"]
 UNITS: dict[Kind, dict[str, float]] = {
@@ -215,8 +216,15 @@ class MeetTargetPass(Pass[Target]):
         Raises:
             OptionError: the target is met already, or cannot be.
         """
+        met, keep = current().once(lambda: self._met(state, plan))
+        state.add(met)
+        note_widths(state, keep)
+        return PassResult(state)
+
+    def _met(self, state: State, target: Target) -> tuple[MetTarget, dict[str, int]]:
+        """Returns how the target is met, and the widths."""
         scheme = None if self.quantize is None else Scheme(self.quantize, self.block)
-        target, gauge = plan, _Gauge(plan.kind, state, scheme)
+        gauge = _Gauge(target.kind, state, scheme)
         groups, known = state.groups, state.get(Curves)
         curves = {} if known is None else known.by_group
         queries = state.queries if self.query_key == "auto" else ()
@@ -253,9 +261,8 @@ class MeetTargetPass(Pass[Target]):
             other.run(everything * (1.0 - search.removed))
             search = other if preferred(other.best, search.best) else search
         best = search.best
-        state.add(MetTarget(self.target, target.kind, wanted, gauge.given, best.value, search.tried, gauge.source))
-        note_widths(state, best.keep)
-        return PassResult(state)
+        met = MetTarget(self.target, target.kind, wanted, gauge.given, best.value, search.tried, gauge.source)
+        return met, best.keep
 
 
 class Landed(NamedTuple):

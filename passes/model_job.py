@@ -26,10 +26,12 @@ from liar_opt.passes.repairs import AWARE
 from liar_opt.passes.report import Report, SizesEntry, report_of
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.search_widths import Searched
+from liar_opt.passes.sweep import require_shares
 from liar_opt.passes.verify_model import dense_session, first_samples, require_runs
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.memory import MemoryWatch
+from liar_opt.runtime.ranks import current
 
 
 def inspect_model(backend: Backend) -> Inspection:
@@ -66,7 +68,7 @@ class ModelJob:
 
     def __init__(self, backend: Backend, start: float, watch: MemoryWatch, data: CalibrationData | None = None) -> None:
         self.start, self.watch, self.backend = start, watch, backend
-        self.options, self.state = backend.options, backend.state
+        self.options, self.state, self.ranks = backend.options, backend.state, current()
         self.state.progress, self.state.fresh = self.options.progress, self.options.fresh
         self.chosen = backend.choose()
         self.target = self.chosen.widths.target if isinstance(self.chosen.widths, MeetTargetPass) else None
@@ -138,15 +140,24 @@ class ModelJob:
         if options.dry_run:
             report.planned(state)
             report.note(*planned_experts(state), *planned_words(state))
-            return backend.result(state, report, (), tuple(refusals))
+            return self.ranks.kept(lambda: backend.result(state, report, (), tuple(refusals)))
         if not early:
             report.before.flops = self._flops(before=True)
         report.resumed = state.checkpoint.done if state.checkpoint is not None else 0
+        done = _run(state, chosen.cutting, options.observer)
+        changes = (*decided, *done.changes)
+        refusals += done.refusals
+        report.shared_out(self.ranks, state, self.watch, time.perf_counter() - self.start)
+        return self.ranks.kept(lambda: self._finished(report, changes, refusals))
+
+    def _finished(self, report: Report, changes: tuple[Change, ...], refusals: list[Refusal]) -> PruneResult:
+        """Checks what was cut; one process does it."""
+        state, chosen, options, backend = self.state, self.chosen, self.options, self.backend
         try:
-            done = _run(state, chosen.cutting, options.observer)
+            done = _run(state, chosen.checking, options.observer)
         except CheckError as err:
             raise GroupFault(self._culprits(err)) from err
-        changes = (*decided, *done.changes)
+        changes = (*changes, *done.changes)
         refusals += done.refusals
         report.refuse(refusals)
         report.cut(state, changes, chosen.cut.repair)
@@ -242,6 +253,10 @@ class ModelJob:
             if self.limited:  # what is lost is measured on rows that nothing is fitted to
                 self.data = divided(self.data, state.analysed().input_specs())
         state.calibration = fitted(state, self.data, report.model.notes)
+        if self.ranks.size > 1:
+            require_shares(state.calibration)
+            digests = digests_of(state)
+            self.ranks.require_same({"device": self.backend.device, **digests})
         require_runs(state, dense_session(state))
         state.seconds["load-calibration"] = state.seconds.get("load-calibration", 0.0) + time.perf_counter() - began
         report.calibrated(state.calibration)

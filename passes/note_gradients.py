@@ -12,6 +12,7 @@ from liar_opt.passes.base import OutputNames, Pass, PassResult, State
 from liar_opt.passes.gradient_scores import KNOWLEDGE, Gradients, Labelled, Loss, mask_gradients, own_samples
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.open_module import traced_model
+from liar_opt.runtime.ranks import current
 
 
 @dataclass(frozen=True)
@@ -53,5 +54,6 @@ class NoteGradientsPass(Pass[list[ChannelGroup]]):
         def named(outputs: Mapping[str, Any], labels: Any) -> Any:
             return asked({names.get(n, n): v for n, v in outputs.items()}, labels)
 
-        state.add(Gradients(mask_gradients(Executor(model, model.device), plan, labelled, named)))
+        found = current().once(lambda: mask_gradients(Executor(model, model.device), plan, labelled, named))
+        state.add(Gradients(found))
         return PassResult(state)

@@ -40,6 +40,7 @@ class ProbeOutputs:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep, self.data = sweep, sweep.data
         self.batches = probed_batches(sweep.data, sweep.held)
+        sweep.everywhere.update(self.batches)  # whoever has measured a group probes it
         ends = [
             t for t in sweep.walk.model.graph.outputs if getattr(t, "type", "") == "tensor_type"
         ]  # no sequence, and no constant

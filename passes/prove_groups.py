@@ -43,6 +43,7 @@ from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference
 from liar_opt.runtime.errors import LiarOptError, OptionError
 from liar_opt.runtime.moments import MadeUpMoments
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.sessions import Runner
 from liar_opt.runtime.signatures import InputSpec, Signature
 
@@ -122,7 +123,7 @@ class ProveGroupsPass(Pass[Mapping[str, int]]):
         """Proves the groups; those at fault are no groups any more."""
         proof = Proof(state, self.cut)
         left = self._prove_whole(state, proof)
-        faults = proof.faults(plan)
+        faults = current().once(lambda: proof.faults(plan))
         leave_alone(state, faults)
         state.add(Faults(faults))
         return PassResult(state, (), (*refusals_of(faults), *left))
@@ -136,7 +137,7 @@ class ProveGroupsPass(Pass[Mapping[str, int]]):
         for number, group in enumerate(first):
             assert group.sublayer is not None
             keep[group.name] = MAPPED if number % 2 and group.sublayer.source is not None else GONE
-        wrong = proof.faults(keep)
+        wrong = current().once(lambda: proof.faults(keep))
         at_fault = {name for g in first if g.sublayer is not None and g.name in wrong for name in g.sublayer.members}
         state.groups = tuple(replace(g, sublayer=None) if g.name in at_fault else g for g in state.groups)
         return refusals_of(wrong)

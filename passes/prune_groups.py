@@ -266,10 +266,12 @@ class CutGroups(GroupVisitor):
         self.selected: dict[str, list[str]] = {}
         self.stand_ins: list[StandIn] = []
         self.stack: Any = None
-        self.recording = sweep.checkpoint is not None  # what is cut is noted, so that it can be done again
+        # What is cut is noted, so that it can be done again.
+        self.recording = sweep.checkpoint is not None or sweep.ranks.size > 1
         self.kept: list[KeptGroup] = []
         self.written: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
+    cuts = True
     measuring = True
     """Whether moments are of activations, so that errors can be told."""
 

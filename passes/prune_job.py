@@ -25,7 +25,9 @@ from liar_opt.passes.options import PruneOptions, documentation
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
+from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import MemoryWatch
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.sessions import custom_operators
 
 
@@ -192,6 +194,8 @@ def prune(
     start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
     opening.require_possible(calibration, options)
     require_experts_possible(options)
+    if current().size > 1 and (blocks is not None or experts is not None):
+        raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
     with custom_operators(_libraries(custom_ops)):
         opened = opening.open(model, calibration, options)
         if options.experts is not None:
@@ -202,7 +206,7 @@ def prune(
                 return finish_blocks(opened, start, watch)
             opened = replace(opened, state=opened.anew(opened.state, opened.state.model.notes))
         if words_alone(opened.options):
-            return opened.cut_words_alone(start, watch)
+            return current().kept(lambda: opened.cut_words_alone(start, watch))
         return ModelJob(opened, start, watch).run()
 
 

@@ -28,6 +28,7 @@ from liar_opt.passes.verify_model import Verification
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.latency import Latency
 from liar_opt.runtime.memory import MemoryWatch
+from liar_opt.runtime.ranks import Ranks
 
 SCHEMA = 1
 PACKAGES = (
@@ -98,6 +99,19 @@ class MemoryEntry:
     on_disk: int
 
 
+@dataclass
+class ProcessEntry:
+    """One process of several: where it ran, its batches, seconds till all was cut and of them those waited for others."""
+
+    rank: int
+    host: str
+    batches: int
+    seconds: float
+    waited: float
+    anonymous_peak: int | None
+    resident_peak: int | None
+
+
 @dataclass(kw_only=True)
 class Report:
     """What is known of a run; what is None by default has not been found out, and is left out of the JSON.
@@ -132,6 +146,7 @@ class Report:
         quantised: what quantising the result came to, with all four corners.
         memory: what the run took.
         seconds: by pass.
+        processes: those of a run of several.
     """
 
     schema: int = field(default=SCHEMA)
@@ -163,6 +178,7 @@ class Report:
     quantised: Quantised | None = None
     memory: MemoryEntry | None = None
     seconds: dict[str, float] | None = None
+    processes: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON."""
@@ -254,6 +270,16 @@ class Report:
             apart=times.apart,
         )
 
+    def shared_out(self, ranks: Ranks, state: State, watch: MemoryWatch, seconds: float) -> None:
+        """Says what each process did, where there are several; called in all of them."""
+        if ranks.size == 1:
+            return
+        assert state.calibration is not None
+        batches = len(ranks.own(len(state.calibration.batches)))
+        peaks = watch.anonymous, watch.resident
+        own = ProcessEntry(ranks.rank, platform.node(), batches, seconds, ranks.waited, *peaks)
+        self.processes = [asdict(entry) for entry in ranks.gathered(own)]
+
     def ended(self, state: State, watch: MemoryWatch, seconds: float) -> None:
         """Says what the run took."""
         times, memory = self.latency, state.memory
@@ -266,10 +292,9 @@ class Report:
 def report_of(state: State) -> Report:
     """Returns the report of a model that was opened."""
     source, opened = state.model.source, state.found(Opened)
-    versions = {package: version for package in PACKAGES if (version := _version(package)) is not None}
     return Report(
         liar_opt=_version("liar-opt"),
-        versions={"python": platform.python_version(), **versions},
+        versions=versions_of(),
         model=ModelEntry(
             path=str(source) if source else None,
             sha256=opened.digest.result() if opened.digest is not None else None,
@@ -280,6 +305,12 @@ def report_of(state: State) -> Report:
         blocks=state.get(LeftOut),
         experts=state.get(CutExperts),
     )
+
+
+def versions_of() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that compute."""
+    versions = {package: version for package in PACKAGES if (version := _version(package)) is not None}
+    return {"python": platform.python_version(), **versions}
 
 
 def _version(package: str) -> str | None:

@@ -29,6 +29,7 @@ from liar_opt.passes.scores import SELECTION_RIDGE, problems_of
 from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import select_greedy
 
 REACH = 2
@@ -89,13 +90,22 @@ class SearchWidthsPass(Pass[list[int]]):
     def apply(self, state: State, plan: list[int]) -> PassResult:
         """Makes the variants and searches; the widths are those of the least error that was measured."""
         groups = [state.groups[i] for i in plan]
-        curves = state.found(Curves).by_group
         ladders = {g.name: self._ladder(g, state.keep[g.name]) for g in groups}
         repair = "liar" if self.repair in AWARE else self.repair  # a variant stands alone: what is before it is dense
         options = PruneGroupsPass(repair=repair, weighting=self.weighting, seed=self.seed)
         sweep = Sweep(state, "variants", self.weighting, self.seed)
         run = MakeVariants(sweep, options, ladders)
         sweep.over(run, groups)
+        keep, found = current().once(lambda: self._searched(state, groups, run, ladders))
+        state.keep = {**state.keep, **keep}
+        state.add(found)
+        return PassResult(state)
+
+    def _searched(
+        self, state: State, groups: Sequence[ChannelGroup], run: "MakeVariants", ladders: dict[str, list[int]]
+    ) -> tuple[dict[str, int], Searched]:
+        """Returns the widths of the least error that was measured."""
+        curves = state.found(Curves).by_group
         keep = {g.name: state.keep[g.name] for g in groups}
         start = best = run.error(keep)
         began, tried, seen = time.perf_counter(), 0, {tuple(keep.values())}
@@ -114,9 +124,7 @@ class SearchWidthsPass(Pass[list[int]]):
                 if error < best:
                     keep, best, improved = trial, error, True
                     break
-        state.keep = {**state.keep, **keep}
-        state.add(Searched(start, best, tried, time.perf_counter() - began))
-        return PassResult(state)
+        return keep, Searched(start, best, tried, time.perf_counter() - began)
 
     def _ladder(self, group: ChannelGroup, width: int) -> list[int]:
         """Widths around the allocated one, ascending."""

@@ -12,10 +12,10 @@ with it what it is for: cut it, note its error curve, make variants of it.
 
 import functools
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +34,10 @@ from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room, sizes_of
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
-from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, ModelError
+from liar_opt.runtime.errors import GroupFault, InternalError, LiarOptError, ModelError, OptionError
 from liar_opt.runtime.memory import Memory, anonymous, trim
 from liar_opt.runtime.moments import Moments
+from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import half_the_threads
 
 HELD_BACK = 10
@@ -44,7 +45,19 @@ HELD_BACK = 10
 
 
 class Visitor:
-    """What is done with the groups of a sweep."""
+    """What is done with the groups of a sweep.
+
+    Of several processes one does it with all groups of a segment, their *owner*. Where the graph changes, the others do the
+    same again, from what that one finished; otherwise they go on, and owners work side by side.
+    """
+
+    cuts: ClassVar[bool] = False
+    """Whether it changes the graph."""
+
+    def owner(self, groups: Sequence[ChannelGroup]) -> int:
+        """Returns which process does it with the groups of a segment; called once for each."""
+        del groups
+        return 0
 
     def before(self, groups: Sequence[ChannelGroup], stop: int, first: Any) -> None:
         """Gets ready for the groups of one segment, before they are measured.
@@ -82,8 +95,12 @@ class Carry:
 
     @property
     def given(self) -> dict[str, Value]:
-        """Those of the first batch: names and types are the same for all."""
-        return self.values[0]
+        """Those of the first batch that has any here: names and types are the same for all."""
+        return next((values for values in self.values if values), {})
+
+    def of(self, batches: Collection[int]) -> "Carry":
+        """Returns those of some batches alone."""
+        return Carry([dict(v) if i in batches else {} for i, v in enumerate(self.values)], self.at)
 
 
 class Sweep:
@@ -117,7 +134,12 @@ class Sweep:
         self.waiting: frozenset[int] = frozenset()  # leaf factors that this sweep is still to cut
         self.seen_at: dict[int, NDArray[np.bool_]] = {}
         self.number = self.step = self.steps = 0
-        several = len(self.data.batches) > 1
+        count, several = len(self.data.batches), len(self.data.batches) > 1
+        self.ranks = current()
+        self.own = self.ranks.own(count)
+        self.everywhere: set[int] = set()  # batches whose live tensors every process has
+        self.queue: list[tuple[Carry, Callable[[], None]]] = []
+        self.queued: dict[int, int] = {}  # bytes of moments that wait, by process
         self.held = set(held_batches(len(self.data.batches))) if several else set()
 
     def fresh_carry(self) -> Carry:
@@ -130,11 +152,15 @@ class Sweep:
         Args:
             visitor: what is done.
             groups: with what.
+
+        Raises:
+            OptionError: there are fewer batches than processes.
         """
+        require_shares(self.data)
         spanning, segments = plan_segments(self.walk, groups)
         parts = [*([(spanning, None, None)] if spanning else []), *((s.groups, s.first, s.last) for s in segments)]
         self.carry = self.fresh_carry()
-        self.steps += len(parts) * len(self.data.batches)
+        self.steps += len(parts) * len(self.own)
         if self.memory.asked:
             self.require_room([(own, first) for own, first, _ in parts])
         for index, (own, first, last) in enumerate(parts):
@@ -144,21 +170,28 @@ class Sweep:
                 self._replay(visitor, self.checkpoint, own, first)
                 continue
             stop = len(self.walk.model.graph.nodes) if last is None else self.position(last) + 1
-            self.segment(visitor, own, stop, first)
+            finished = self.segment(visitor, own, stop, first)
             if self.checkpoint is not None:
-                alive = ({n: self.engine.array(v) for n, v in values.items()} for values in self.carry.values)
-                self.checkpoint.save(self.number, visitor.finished(), alive)
+                assert finished is not None
+                self.checkpoint.save(self.number, finished, self._alive())
+        self._work_off()
+
+    def _alive(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yields the live tensors of every batch, in all processes."""
+        for index, values in enumerate(self.carry.values):
+            own = {n: self.engine.array(v) for n, v in values.items()} if index in self.own else {}
+            yield self.ranks.from_owner(index % self.ranks.size, own)
 
     def _replay(self, visitor: Visitor, checkpoint: Checkpoint, groups: Sequence[ChannelGroup], first: Any) -> None:
         """Goes on behind a segment that an earlier run finished."""
         visitor.replay(groups, checkpoint.load(self.number))
         self.state.model.settle()
         self.carry.at = first if first is not None else self.carry.at
-        self.step += len(self.data.batches)
+        self.step += len(self.own)
         if self.number == checkpoint.done:
             stream = ArrayStore(self.memory.store.folder)
-            for index, values in enumerate(checkpoint.alive()):
-                size = sum(v.nbytes for v in values.values()) * len(self.data.batches)
+            for index, values in checkpoint.alive(self.own):
+                size = sum(v.nbytes for v in values.values()) * len(self.own)
                 keep = self.memory.keep(size)
                 self.carry.values[index] = {n: v if keep else stream.put(v) for n, v in values.items()}
 
@@ -169,8 +202,8 @@ class Sweep:
         node = self.rewriter.now(node)
         return next(i for i, n in enumerate(self.walk.model.graph.nodes) if n is node)
 
-    def segment(self, visitor: Visitor, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> None:
-        """Measures the groups of one segment and hands them to the visitor.
+    def segment(self, visitor: Visitor, groups: Sequence[ChannelGroup], stop: int, first: Any = None) -> Finished | None:
+        """Measures the groups of one segment and hands them to the visitor; returns what is to be kept of it.
 
         Args:
             visitor: what is done.
@@ -182,23 +215,92 @@ class Sweep:
         with blamed(groups):
             taps = self.taps(groups)
         self.seen_at = {f: self.rewriter.mask(f) for f in {c.uses[0].width for g in groups for c in g.consumers}}
-        parts = self.parts(groups, taps, first)
+        owner, parts = visitor.owner(groups), self.parts(groups, taps, first)
         moments: dict[Place, Moments] = {}
         waiting = ArrayStore(self.memory.store.folder)
         for part in parts.groups:
             keys = {k for i in part for k in places_of(groups[i])} - moments.keys()
             with blamed([groups[i] for i in part]):
-                new = self.measure([tap for key, tap in taps.items() if key in keys], stop, first)
+                chosen = [tap for key, tap in taps.items() if key in keys]
+                new = self.ranks.together(functools.partial(self.measure, chosen, stop, first))
+            self.add_up(new, owner)
+            if first is not None:
+                self._share_live()
+            if self.ranks.rank != owner:
+                new = {}
             if parts.on_disk:
                 for own in new.values():
                     own.store(waiting)
             moments.update(new)
+        if visitor.cuts:
+            return self._cut(visitor, groups, moments)
+        if self.ranks.rank == owner:
+            done = functools.partial(self._visit, visitor, groups, moments)
+            self.queue.append((self.carry if self.ranks.size == 1 else self.carry.of(self.everywhere), done))
+        widths = (taps[k].width for k in {k for g in groups for k in places_of(g)})
+        self.queued[owner] = self.queued.get(owner, 0) + sum(16 * w * w for w in widths)
+        now = self.ranks.size == 1 or self.memory.asked or parts.on_disk
+        if now or not self.memory.keep(max(self.queued.values())):
+            self._work_off()
+        return None
+
+    def _cut(self, visitor: Visitor, groups: Sequence[ChannelGroup], moments: dict[Place, Moments]) -> Finished | None:
+        """Has one process do with the groups what there is to do, and the others do it again."""
+
+        def work() -> Finished | None:
+            self._visit(visitor, groups, moments)
+            return visitor.finished() if self.checkpoint is not None or self.ranks.size > 1 else None
+
+        finished = self.ranks.once(work)
+        if self.ranks.rank:
+            assert finished is not None
+            visitor.replay(groups, finished)
+            self.state.model.settle()
+        return finished
+
+    def _visit(self, visitor: Visitor, groups: Sequence[ChannelGroup], moments: dict[Place, Moments]) -> None:
         for i, group in enumerate(groups):
             with blamed([group]), half_the_threads(max((c.width for c in group.consumers), default=group.size)):
                 visitor.group(group, moments)
             for key in places_of(group) - {k for other in groups[i + 1 :] for k in places_of(other)}:
                 moments.pop(key, None)
             self.state.model.settle()
+
+    def _work_off(self) -> None:
+        """Does what waits with groups that were measured, in all processes side by side."""
+        queue, now = self.queue, self.carry
+        self.queue, self.queued = [], {}
+
+        def work() -> None:
+            while queue:
+                self.carry, done = queue.pop(0)
+                done()
+
+        try:
+            self.ranks.together(work)
+        finally:
+            self.carry = now
+
+    # -- several processes ------------------------------------------------------------------------------------------
+
+    def add_up(self, moments: Mapping[Any, Moments], owner: int) -> None:
+        """Adds the moments of all processes up in one of them."""
+        if self.ranks.size == 1:
+            return
+        crosses: dict[Any, dict[str, tuple[int, ...]]] = {}
+        for found in self.ranks.gathered({k: own.crosses for k, own in moments.items() if own.crosses}):
+            for key, shapes in found.items():
+                crosses[key] = crosses.get(key, {}) | shapes
+        for key, own in moments.items():
+            own.add_up(lambda array: self.ranks.added(array, owner), crosses.get(key, {}))
+
+    def _share_live(self) -> None:
+        """Hands the live tensors of some batches to all processes."""
+        for index in sorted(self.everywhere) if self.ranks.size > 1 else ():
+            own = {n: self.engine.array(v) for n, v in self.carry.values[index].items()} if index in self.own else {}
+            found = self.ranks.from_owner(index % self.ranks.size, own)
+            if index not in self.own:
+                self.carry.values[index] = dict(found)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
@@ -227,14 +329,14 @@ class Sweep:
         stop = max([stop, *(i + 1 for i, n in enumerate(nodes) if read and any(t.name in read for t in n.outputs))])
         part = self.engine.part(self.walk, self.position(carry.at), stop, made, carry.given, taps=taps)
         stream, in_memory = ArrayStore(self.memory.store.folder), True
-        for index, feeds in enumerate(self.data.batches):
-            feeds = cut_arrays(feeds, self.rewriter.ends())
+        for index in self.own:
+            feeds = cut_arrays(self.data.batches[index], self.rewriter.ends())
             with self._finite():
                 values = part.run({**feeds, **carry.values[index]}, self.data.row_masks[index], index in self.held)
             if first is not None:
                 carry.values[index] = {n: values[n] if n in values else carry.values[index][n] for n in names}
-                if not index:
-                    size = sum(self.engine.array(v).nbytes for v in carry.given.values()) * len(self.data.batches)
+                if index == self.own[0]:
+                    size = sum(self.engine.array(v).nbytes for v in carry.values[index].values()) * len(self.own)
                     in_memory = self.memory.keep(size)
                 for name in () if in_memory else made:
                     carry.values[index][name] = stream.put(self.engine.array(values[name]))
@@ -265,9 +367,10 @@ class Sweep:
             gc.collect()  # graphs refer to themselves in circles
             trim()
         needs, fixed = self.needs(groups, taps, self.position(self.carry.at), first, self.memory)
-        parts = measure_together(needs, (anonymous() or 0) + fixed, self.memory.limit)
+        base = self.ranks.most(anonymous() or 0)
+        parts = measure_together(needs, base + fixed, self.memory.limit)
         self.memory.estimated = max(self.memory.estimated, parts.need)
-        self.steps += (len(parts.groups) - 1) * len(self.data.batches)
+        self.steps += (len(parts.groups) - 1) * len(self.own)
         return parts
 
     def require_room(self, segments: Iterable[tuple[Sequence[ChannelGroup], Any]]) -> None:
@@ -282,7 +385,7 @@ class Sweep:
         segments = list(segments)
         gc.collect()
         trim()
-        base = anonymous() or 0
+        base = self.ranks.most(anonymous() or 0)
         if self.memory.start is None:
             self.memory.start = base
         # By as much a process grows: what was enough before the work is enough in the middle of it.
@@ -324,11 +427,25 @@ class Sweep:
         )
         if first is not None:
             names = live_tensors(self.walk, self.position(first), self.waiting)
-            between = len(self.data.batches) * sum(sizes.get(n, 0) for n in names)
+            between = -(-len(self.data.batches) // self.ranks.size) * sum(sizes.get(n, 0) for n in names)
             fixed += between if memory.keep(between) else 0
         if self.engine.copies_weights:
             fixed += sum(t.values.nbytes for t in {id(t): t for n in nodes for t in n.inputs if is_constant(t)}.values())
         return needs, fixed
+
+
+def require_shares(data: CalibrationData) -> None:
+    """Checks that there is a batch for every process of the run.
+
+    Raises:
+        OptionError: there are fewer.
+    """
+    ranks, count = current(), len(data.batches)
+    if ranks.size > count:
+        raise OptionError(
+            f"{ranks.size} processes have {count} batch{'' if count == 1 else 'es'} of calibration data to share out: "
+            "start fewer, or give more samples or a smaller batch size"
+        )
 
 
 @contextmanager

@@ -38,3 +38,7 @@ class GroupFault(InternalError):
     def __init__(self, reasons: Mapping[str, str]) -> None:
         super().__init__("; ".join(f"'{name}': {reason}" for name, reason in reasons.items()))
         self.reasons = dict(reasons)
+
+    def __reduce__(self) -> tuple[type["GroupFault"], tuple[dict[str, str]]]:
+        """Says how it is sent to another process."""
+        return type(self), (self.reasons,)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.ranks import current, on_this_machine
 
 UNITS = {"": 1, **{f"{p}{b}": (1024 if b == "IB" else 1000) ** (i + 1) for i, p in enumerate("KMGT") for b in ("B", "IB")}}
 LARGE_MODEL = 8
@@ -61,6 +62,13 @@ def free_memory() -> int:
 
         found.append(psutil.virtual_memory().available)
     return max(min(found), 1 << 28)
+
+
+def share_out() -> None:
+    """Settles what each process of a run may use where nobody says it: the same for all of them."""
+    ranks = current()
+    if ranks.size > 1:
+        ranks.room = ranks.least(free_memory() // 2 // on_this_machine())
 
 
 def anonymous() -> int | None:
@@ -119,7 +127,10 @@ class Memory:
     @classmethod
     def of(cls, size: int | str | None) -> "Memory":
         """Returns the limit that ``size`` says; half of what is free for None."""
-        return cls(free_memory() // 2 if size is None else parse_size(size), asked=size is not None)
+        if size is not None:
+            return cls(parse_size(size))
+        room = current().room
+        return cls(free_memory() // 2 if room is None else room, asked=False)
 
     def keep(self, nbytes: int) -> bool:
         """Returns whether something of this size that lives through the run may stay in memory."""

@@ -16,7 +16,7 @@ arXiv 2308.03449, does so for BERT) the cross moments X~^T Y [n, m], the column 
 beside them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -239,6 +239,29 @@ class Moments:
             fold.include(self._folds[name])
             fold.include(other._folds[name])
         return pooled
+
+    @property
+    def crosses(self) -> dict[str, tuple[int, ...]]:
+        """The shape [n, m] of the cross moments, by fold; folds without any are left out."""
+        return {name: fold.cross.shape for name, fold in self._folds.items() if fold.cross is not None}
+
+    def add_up(self, add: Callable[[AnyArray], object], crosses: Mapping[str, tuple[int, ...]]) -> None:
+        """Have every sum become that over all who hold moments of the same activation.
+
+        Args:
+            add: does it with one array, in place; it is called with arrays of the same shapes wherever it is called.
+            crosses: the cross moments that anybody has, as `crosses` says it.
+        """
+        for name, fold in self._folds.items():
+            if name in crosses and fold.cross is None:
+                fold.include_cross(0.0, np.zeros(crosses[name]), np.zeros(crosses[name][1]), 0.0)
+            scalars = np.asarray([fold.count, fold.seen, fold.target_square, fold.cross_count])
+            add(scalars)
+            fold.count, seen, fold.target_square, fold.cross_count = map(float, scalars)
+            fold.seen = round(seen)
+            for array in (fold.total, fold.second, fold.cross, fold.target_total):
+                if array is not None:
+                    add(array)
 
     def part(self, channels: NDArray[np.int64]) -> "Moments":
         """Return the moments of some channels, ascending, [u]: what was measured before others went."""

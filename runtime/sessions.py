@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.runtime import ranks
 from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.extras import onnx_runtime
 
@@ -238,6 +239,8 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        elif (share := ranks.threads()) is not None:
+            options.intra_op_num_threads = share
         self._weights = {k: np.require(v, requirements=["C", "ALIGNED"]) for k, v in (weights or {}).items()}
         values = {name: _ort_value(v) for name, v in self._weights.items()}
         self._fed = values if low_memory and device == "cpu" else {}

@@ -10,17 +10,20 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
+from liar_opt.runtime.ranks import Elsewhere, RankLost, Ranks, asked, current, join, leave
 from liar_opt.tools.cli_options import BESIDE_OUTPUT, COMMANDS, DEMO_FFN, parse
 from liar_opt.tools.printable import printable
 from liar_opt.tools.result_files import check_reports, check_results, file_bytes, sha256, write_reports
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 DEMO_MODEL = "all-MiniLM-L6-v2.onnx"
 DEMO_SENTENCES = 1024
 PLAIN_PROGRESS_SECONDS = 10.0
+FIRST_SAYS_IT = 0.5
+"""Seconds that other processes leave the first to say what all of them would."""
 ENVIRONMENT = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -51,30 +56,106 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = _Run()
     try:
         with _ended_like_ctrl_c():
-            options = parse(command, arguments)
-            {"prune": _prune, "inspect": _inspect, "eval": _eval, "demo": _demo}[command](options, run)
-            sys.stdout.flush()
-    except SystemExit as request:  # --help, --version, and argparse's errors
-        return request.code if isinstance(request.code, int) else 2
+            try:
+                return _command(command, arguments, run)
+            except Elsewhere:
+                return 0
+            except BaseException as err:
+                return _ended(err, run)
     except KeyboardInterrupt:
-        return _fail(130, f"interrupted; {run.written()}", "")
-    except CheckError as err:
-        return _fail(1, str(err))
-    except LiarOptError as err:
-        return _fail(2, str(err))
-    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+        return 130
+    finally:
+        leave()
+
+
+def _command(command: str, arguments: list[str], run: "_Run") -> int:
+    if asked() and command != "prune":
+        raise OptionError(f"'{command}' is the work of one process; start it without torchrun")
+    ranks = join()
+    if ranks.size == 1:
+        options = parse(command, arguments)
+    else:
+        options = _parse_together(ranks, arguments)
+        _require_same(ranks, options)
+    {"prune": _prune, "inspect": _inspect, "eval": _eval, "demo": _demo}[command](options, run)
+    sys.stdout.flush()
+    return 0
+
+
+def _parse_together(ranks: Ranks, arguments: list[str]) -> argparse.Namespace:
+    """Parses what several processes were given; one of them says what is wrong with it."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return parse("prune", arguments)
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else 2
+        if ranks.failed(code) is None:
+            print(out.getvalue(), end="")
+            print(err.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _require_same(ranks: Ranks, options: argparse.Namespace) -> None:
+    """Checks that all processes of a run were started alike, and has all but the first be quiet.
+
+    Raises:
+        OptionError: one has another version, or another option.
+    """
+    from liar_opt.passes.options import OPTIONS
+    from liar_opt.passes.report import versions_of
+    from liar_opt.runtime.kept_results import code_digest
+    from liar_opt.runtime.memory import share_out
+
+    given = {f"option {name.replace('_', '-')}": str(v) for name, v in sorted(vars(options).items()) if name in OPTIONS}
+    versions = {f"version of {name}": version for name, version in versions_of().items()}
+    ranks.require_same({**versions, "liar-opt": code_digest(), "model": str(options.model), **given})
+    share_out()
+    if ranks.rank:
+        options.quiet, options.print_between = True, False
+        warnings.simplefilter("ignore")
+
+
+def _ended(err: BaseException, run: "_Run") -> int:
+    """Says what has ended the run, unless another of its processes does; returns the exit code."""
+    ranks = current()
+    if ranks.size > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends what is left
+    if isinstance(err, SystemExit):  # --help, --version, and argparse's errors
+        return err.code if isinstance(err.code, int) else 2
+    if isinstance(err, KeyboardInterrupt) and (gone := ranks.gone()):
+        err = RankLost(f"process {', '.join(map(str, gone))} of this run ended")
+    if isinstance(err, BrokenPipeError):  # the reader of stdout (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        return _fail(2, f"out of memory; give a smaller --batch-size or --samples; {run.written()}")
-    except OSError as err:
-        if err.errno not in ENVIRONMENT:
-            return _bug(err)
-        where = f"'{err.filename}': " if err.filename else ""
-        return _fail(2, f"{where}{err.strerror}; {run.written()}")
-    except Exception as err:
+    code, message, kind = _sentence(err, run)
+    if ranks.rank and "from_rank" not in vars(err):
+        time.sleep(FIRST_SAYS_IT)
+    before = code if "from_rank" in vars(err) else ranks.failed(code)
+    if before is not None:
+        return before
+    if code == 3:
         return _bug(err)
-    return 0
+    return _fail(code, f"process {ranks.rank}: {message}" if ranks.rank and code in (1, 2) else message, kind)
+
+
+def _sentence(err: BaseException, run: "_Run") -> tuple[int, str, str]:
+    """Returns the exit code, what is said, and what kind of a sentence that is."""
+    kind = "error: "
+    if isinstance(err, KeyboardInterrupt):
+        return 130, f"interrupted; {run.written()}", ""
+    if isinstance(err, CheckError):
+        return 1, str(err), kind
+    if isinstance(err, RankLost):
+        return 2, f"{err}; {run.written()}; start it again, and --resume goes on where such a run ended", kind
+    if isinstance(err, LiarOptError):
+        return 2, str(err), kind
+    if isinstance(err, MemoryError):
+        return 2, f"out of memory; give a smaller --batch-size or --samples; {run.written()}", kind
+    if isinstance(err, OSError) and err.errno in ENVIRONMENT:
+        where = f"'{err.filename}': " if err.filename else ""
+        return 2, f"{where}{err.strerror}; {run.written()}", kind
+    return 3, "", kind
 
 
 @contextlib.contextmanager
@@ -133,7 +214,8 @@ def _prune(options: argparse.Namespace, run: _Run) -> None:
     if (
         options.checkpoint or options.model.exists()
     ):  # otherwise loading it says what is wrong, before anything about results
-        check_results(output, options, _inputs(options, options.calibration))
+        inputs = _inputs(options, options.calibration)
+        current().once(lambda: check_results(output, options, inputs))
     report = _run_passes(options, options.calibration, output, run)
     _finish(report, options, output, run)
 
@@ -394,7 +476,8 @@ def _print_between(name: str, result: Any) -> None:
 
 
 def _warn(text: str) -> None:
-    _say(f"liar-opt: warning: {text}", sys.stderr)
+    if not current().rank:
+        _say(f"liar-opt: warning: {text}", sys.stderr)
 
 
 def _note(options: argparse.Namespace, text: str) -> None:
