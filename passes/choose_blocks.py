@@ -82,7 +82,7 @@ class LeftOut(Finding):
         ridge: of the map, relative; None without one.
         error: relative squared difference of the output, on held-back batches.
         error_none: that without repair.
-        tried: error by the first block of each run that was tried; of several rows of blocks one behind the other.
+        tried: the error of each run that was tried, in order; a map is folded only where a block is before the run.
         caches: outputs that hold zeros since.
         prunable: parameters that widths could have been cut of, which went.
         exact_difference: of the result and of the original in which the map stands; None in a dry run.
