@@ -34,6 +34,7 @@ DYNAMIC, STATIC, BLOCKS = "int8", "int8-static", "int4"
 SCHEMES = (DYNAMIC, STATIC, BLOCKS)
 CONTRACTIONS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """What static quantisation takes, beside tables: sums, normalisations and softmaxes stay in float."""
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 ACCURACY = 4
 """Of MatMulNBits: activations in 8 bits, as ONNX Runtime's fast kernels have them."""
 
@@ -116,7 +117,8 @@ def _quantise(source: Path, target: Path, scheme: Scheme, batches: Batches, larg
     if scheme.name == BLOCKS:
         _in_blocks(source, target, scheme, large)
         return
-    branches = any(bodies_of(node) for node in onnx.load(source, load_external_data=False).graph.node)
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    branches = any(True for node in nodes for _ in bodies_of(node))
     options = {"DefaultTensorType": onnx.TensorProto.FLOAT, "EnableSubgraph": branches, "MatMulConstBOnly": True}
     if scheme.name == DYNAMIC:
         from onnxruntime.quantization.registry import IntegerOpsRegistry
@@ -155,11 +157,18 @@ def _in_blocks(source: Path, target: Path, scheme: Scheme, large: bool) -> None:
 
     model = ONNXModel(onnx.load(source))
     model.replace_gemm_with_matmul()
+    tables = {t.name for t in model.model.graph.initializer if t.data_type in FLOATS and len(t.dims) == 2}
+    others = []  # it would take tables of integers, too
+    for place, node in enumerate(model.model.graph.node):
+        node.name = node.name or f"node_{place}_{node.output[0]}"
+        if node.op_type == "Gather" and node.input[0] not in tables:
+            others.append(node.name)
     quantizer = MatMulNBitsQuantizer(
         model.model,
         block_size=scheme.block,
         is_symmetric=False,
         accuracy_level=ACCURACY,
+        nodes_to_exclude=others,
         op_types_to_quantize=("MatMul", "Gather"),
     )
     quantizer.process()
