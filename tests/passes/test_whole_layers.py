@@ -21,6 +21,7 @@ from liar_opt.passes.allocate_widths import candidates_together, meant
 from liar_opt.passes.allocations import ALLOCATIONS
 from liar_opt.passes.base import DenseModel
 from liar_opt.passes.blank_cut import blank_cut
+from liar_opt.passes.choosable import choosable
 from liar_opt.passes.curves import Curves, GroupCurve
 from liar_opt.passes.groups import GONE, MAPPED, ChannelGroup, parameters_left
 from liar_opt.passes.measure_curves import MeasureCurvesPass
@@ -114,8 +115,23 @@ def test_what_is_left_is_measured_behind_what_went() -> None:
     assert parameters_left(state.groups, keep) < parameters_left(state.groups)
 
 
-def test_curves_say_what_is_lost_without_a_layer() -> None:
+def test_only_what_a_budget_could_choose_is_measured() -> None:
+    """Where a layer loses little it is; where all lose as much as others' widths, none is."""
+    state = prepared(four(), {})
+    groups: tuple[ChannelGroup, ...] = state.groups
+    low = {
+        g.name: GroupCurve(np.linspace(lost, 0.0, g.size + 1), np.ones(g.size), whole={GONE: lost})
+        for g, lost in zip(groups, (9.0, 1e-4, 8.0, 7.0), strict=True)
+    }
+    assert groups[1].name in choosable(groups, low)
+    steep = {g.name: GroupCurve(np.geomspace(1e6, 1e-6, g.size + 1), np.ones(g.size), whole={GONE: 1e6}) for g in groups}
+    assert not choosable(groups, steep)
+
+
+def test_curves_say_what_is_lost_without_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured in the output, on rows that nothing is fitted to; about what the cut does then."""
+    every = lambda _, curves: {name for name, curve in curves.items() if curve.whole}  # noqa: E731
+    monkeypatch.setattr("liar_opt.passes.measure_curves.choosable", every)
     proto = four()
     state = prepared(proto, {})
     MeasureCurvesPass(whole="on")(state)
