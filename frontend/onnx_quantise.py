@@ -152,6 +152,16 @@ def _quantise(source: Path, target: Path, scheme: Scheme, batches: Batches, larg
 
 
 def _in_blocks(source: Path, target: Path, scheme: Scheme, large: bool) -> None:
+    """Quantises weights, and tables where the graph allows: those need a newer opset, in which other nodes may be wrong."""
+    model = _blocks(source, scheme, ("MatMul", "Gather"))
+    try:
+        onnx.checker.check_model(model.model)
+    except Exception:  # or too large to be checked
+        model = _blocks(source, scheme, ("MatMul",))
+    model.save_model_to_file(str(target), large)
+
+
+def _blocks(source: Path, scheme: Scheme, operators: tuple[str, ...]) -> Any:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.quantization.onnx_model import ONNXModel
 
@@ -169,10 +179,10 @@ def _in_blocks(source: Path, target: Path, scheme: Scheme, large: bool) -> None:
         is_symmetric=False,
         accuracy_level=ACCURACY,
         nodes_to_exclude=others,
-        op_types_to_quantize=("MatMul", "Gather"),
+        op_types_to_quantize=operators,
     )
     quantizer.process()
-    quantizer.model.save_model_to_file(str(target), large)
+    return quantizer.model
 
 
 def _reader(batches: Batches, source: Path) -> Any:
