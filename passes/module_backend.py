@@ -139,7 +139,9 @@ class TorchBackend(Backend):
         uniform = checkpoint if options.uniform is None else options.uniform
         if options.passes is None:
             new_bias = not checkpoint if options.new_bias is None else options.new_bias
-            chosen = passes_of_options(replace(options, uniform=None, new_bias=new_bias), self.calibration is not None)
+            whole = "off" if options.whole_layers == "auto" else options.whole_layers  # it would lose its class for it
+            given = replace(options, uniform=None, new_bias=new_bias, whole_layers=whole)
+            chosen = passes_of_options(given, self.calibration is not None)
         else:
             chosen = passes_of_text(options.passes, options)
             uniform, new_bias = uniform or chosen.widths.uniform, chosen.cut.new_bias and not checkpoint

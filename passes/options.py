@@ -110,9 +110,9 @@ class PruneOptions:
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
         whole_layers: whether whole attention and feed-forward layers may go, where the error curves say so: what they add
-            to the residual stream is a constant then, or a linear map of what they read. "auto" does where the format can
-            say it, but for attention whose keys and values are outputs of the model; "on" for that, too: they are computed
-            still.
+            to the residual stream is a constant then, or a linear map of what they read. "auto" does so in ONNX graphs,
+            but for attention whose keys and values are outputs of the model; "on" for that, too (they are computed still),
+            and for torch modules, which are traced graphs then.
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
         experts: share of the experts of each layer that go, with their rows of the router; alone, nothing else is cut.
         vocabulary: words of these texts alone are left (what calibration data may be, read by the tokenizer), or those of

@@ -56,9 +56,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     segment = Sweep.segment
 
-    def noted(self: Sweep, *arguments: Any) -> None:
+    def noted(self: Sweep, *arguments: Any) -> Any:
         seen.append(self.number)
-        segment(self, *arguments)
+        return segment(self, *arguments)
 
     monkeypatch.setattr(Sweep, "segment", noted)
     return seen

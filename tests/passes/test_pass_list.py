@@ -72,9 +72,17 @@ def test_a_run_that_makes_no_sense_is_refused(text: str, options: dict[str, Any]
 
 def test_curves_are_measured_where_they_are_needed() -> None:
     uniform = passes_of_text("allocate-widths{ffn=0.5},prune-groups", OPTIONS)
-    assert [s.name for s in (*uniform.deciding, *uniform.cutting)] == ["allocate-widths", "prune-groups", "verify-model"]
+    assert [s.name for s in (*uniform.deciding, *uniform.cutting, *uniform.checking)] == [
+        "allocate-widths",
+        "prune-groups",
+        "verify-model",
+    ]
     limited = passes_of_text("limit-drop{max-drop=2%},prune-groups{repair=bias}", OPTIONS)
-    assert [s.name for s in (*limited.deciding, *limited.cutting)] == ["measure-curves", "limit-drop", "verify-model"]
+    assert [s.name for s in (*limited.deciding, *limited.cutting, *limited.checking)] == [
+        "measure-curves",
+        "limit-drop",
+        "verify-model",
+    ]
     assert limited.cut.repair == "bias" and limited.cut.seed == 3
 
 

@@ -149,7 +149,7 @@ def of_lengths(*lengths: int) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("lengths", [(7, 7), (5, 7), (7, 5)])
-@pytest.mark.parametrize("memory", [None, "1GB"])
+@pytest.mark.parametrize("memory", [None, "4GB"])
 def test_data_on_which_the_original_fails(lengths: tuple[int, ...], memory: str | None) -> None:
     """The graph says any length; a constant fits one alone. Told before the work if the first batch says it."""
     proto = graphs.parse(POSITIONS, {"table": (1, 5, 6), "w": (6, 40), "v": (40, 6)})
