@@ -113,7 +113,7 @@ def head_sets(result: Any) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["bias", "slopes"])
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=pytest.mark.rest)])
 def test_each_layer_takes_heads_of_its_own(flat: bool, backend: str, tmp_path: Path) -> None:
     module = made(flat)
     feeds = [{k: v.numpy() for k, v in ids(4, 13, seed).items()} for seed in range(6)]
