@@ -139,7 +139,7 @@ class TorchBackend(Backend):
         uniform = checkpoint if options.uniform is None else options.uniform
         if options.passes is None:
             new_bias = not checkpoint if options.new_bias is None else options.new_bias
-            whole = "off" if options.whole_layers == "auto" else options.whole_layers  # it would lose its class for it
+            whole = "off" if options.whole_layers == "auto" and uniform else options.whole_layers
             given = replace(options, uniform=None, new_bias=new_bias, whole_layers=whole)
             chosen = passes_of_options(given, self.calibration is not None)
         else:

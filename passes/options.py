@@ -110,9 +110,9 @@ class PruneOptions:
             width leaves in the output after repair, "global" and "flap" by the scores; if None, "curves" for a sparsity
             where there is calibration data, else "uniform".
         whole_layers: whether whole attention and feed-forward layers may go, where the error curves say so: what they add
-            to the residual stream is a constant then, or a linear map of what they read. "auto" does so in ONNX graphs,
-            but for attention whose keys and values are outputs of the model; "on" for that, too (they are computed still),
-            and for torch modules, which are traced graphs then.
+            to the residual stream is a constant then, or a linear map of what they read. "auto" lets all go that the
+            format can say, but attention whose keys and values are outputs of the model; "on" that, too: they are computed
+            still. A torch module is a traced graph then. It takes up to twice as long to measure.
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
         experts: share of the experts of each layer that go, with their rows of the router; alone, nothing else is cut.
         vocabulary: words of these texts alone are left (what calibration data may be, read by the tokenizer), or those of
@@ -186,7 +186,7 @@ class PruneOptions:
     max_drop: float | str | None = field(default=None, metadata=_told("pruning", metavar="LOSS"))
     metric: Metric | None = field(default=None, metadata=_told())
     allocate: str | None = field(default=None, metadata=_told("pruning", choices=tuple(ALLOCATIONS)))
-    whole_layers: str = field(default="auto", metadata=_told("pruning", choices=WHOLE_LAYERS))
+    whole_layers: str = field(default="off", metadata=_told("pruning", choices=WHOLE_LAYERS))
     search: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="SECONDS"))
     experts: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="RATIO", demo=False))
     vocabulary: Any = field(default=None, metadata=_told("pruning", metavar="TEXTS", demo=False))

@@ -82,7 +82,7 @@ def prune(
     max_drop: float | str | None = None,
     metric: Metric | None = None,
     allocate: str | None = None,
-    whole_layers: str = "auto",
+    whole_layers: str = "off",
     search: float | None = None,
     experts: float | None = None,
     vocabulary: Any = None,

@@ -163,8 +163,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def both(name: str, **options: Any) -> tuple[ModuleResult, liar_opt.PruneResult]:
     """The same run on both engines."""
     # A ridge of its own would be chosen by errors that differ in their last digits alone.
-    common: dict[str, Any] = {"latency": False, "multiple_of": 4, "fresh": True, "ridge": 0.1, "whole_layers": "off"}
-    common |= options
+    common: dict[str, Any] = {"latency": False, "multiple_of": 4, "fresh": True, "ridge": 0.1, **options}
     module = liar_opt.prune(made(name), batches(), checkpoint=False, **common)
     assert isinstance(module, ModuleResult)
     return module, liar_opt.prune(export(name), batches(), **common)

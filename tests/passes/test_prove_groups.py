@@ -182,7 +182,7 @@ def test_what_breaks_while_measuring_costs_one_group(monkeypatch: pytest.MonkeyP
         return right(self, taps, stop, first)
 
     monkeypatch.setattr(Sweep, "measure", breaks)
-    for options in ({"ffn": 0.5}, {"sparsity": 0.5, "whole_layers": "off"}):
+    for options in ({"ffn": 0.5}, {"sparsity": 0.5}):
         result = pruned(**options)
         assert widths(result)[2] == 10
         assert sum(widths(result)) < sum(SIZES.values())
