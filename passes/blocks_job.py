@@ -10,7 +10,7 @@ from liar_opt.passes.backend import TIMED_SAMPLES, Backend
 from liar_opt.passes.base import Change, Pipeline, State, WholeModel
 from liar_opt.passes.calibrate import calibrate, fitted
 from liar_opt.passes.choose_blocks import LeftOut, candidate_runs, choose_run
-from liar_opt.passes.cut_vocabulary import WIDTHS
+from liar_opt.passes.cut_vocabulary import WIDTHS, wants_words
 from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.groups import parameters_left
 from liar_opt.passes.open_model import model_sizes
@@ -33,8 +33,7 @@ from liar_opt.runtime.memory import MemoryWatch
 
 def blocks_alone(options: PruneOptions) -> bool:
     """Returns whether nothing but blocks is asked for."""
-    words = options.vocabulary is not None or options.vocabulary_coverage is not None
-    return options.blocks is not None and not words and not any(options.given(name) for name in WIDTHS)
+    return options.blocks is not None and not wants_words(options) and not any(options.given(name) for name in WIDTHS)
 
 
 def without_blocks(backend: Backend) -> Backend:

@@ -6,7 +6,6 @@ place of measurements the knapsack chooses all that it would choose with measure
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +31,7 @@ def choosable(groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve]) 
     """
     own = [g for g in groups if g.kind in KINDS and g.name in curves]
     found: set[str] = set()
-    for share, dearer in product(SHARES, DEARER):
+    for dearer in DEARER:
 
         def cost(group: ChannelGroup, widths: NDArray[np.int64], dearer: float = dearer) -> NDArray[np.float64]:
             unit = dearer if group.kind == "heads" else 1.0
@@ -43,6 +42,7 @@ def choosable(groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve]) 
 
         candidates, meaning = candidates_together(own, (), STEP, curves, cost)
         whole = sum(float(m.costs[-1]) for m in candidates)
-        keep = meant(ALLOCATIONS["curves"](candidates, (1.0 - share) * whole), meaning)
-        found |= {name for name, blocks in keep.items() if blocks <= GONE and name in curves and curves[name].whole}
+        for share in SHARES:
+            keep = meant(ALLOCATIONS["curves"](candidates, (1.0 - share) * whole), meaning)
+            found |= {name for name, blocks in keep.items() if blocks <= GONE and name in curves and curves[name].whole}
     return found
