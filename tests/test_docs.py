@@ -105,7 +105,7 @@ def checkpoint(model: str, folder: Path, **config: Any) -> Any:
 def language_model(folder: Path) -> None:
     texts(folder)
     for seed, name in enumerate(("texts", "held-out")):
-        (folder / f"{name}.txt").write_text(sentences(512, seed), encoding="utf-8")
+        (folder / f"{name}.txt").write_text(sentences(160, seed), encoding="utf-8")
     words.plain_tokenizer(folder / "tokenizer")
     ends = {"bos_token_id": words.CLS, "eos_token_id": words.SEP, "pad_token_id": words.PAD}
     checkpoint(

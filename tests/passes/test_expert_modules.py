@@ -80,9 +80,7 @@ def never_chosen(model: Any, kept: list[list[int]], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.nn.functional, "linear", masked)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("mixtral", "deepseek-v3") else pytest.mark.rest) for n in MODELS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "deepseek-v3" else pytest.mark.rest) for n in MODELS])
 def test_a_checkpoint_of_fewer_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, field, left = module(name), *MODELS[name][2:]
     model.save_pretrained(tmp_path / "dense")

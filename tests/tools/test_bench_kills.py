@@ -12,9 +12,11 @@ from liar_opt.tools.dev.tables.kills import Case, check, file_cases
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked, and killed by SIGKILL")
 NAMES = [case.name for case in file_cases()]
+REST = {"external data over one file", "one file over external data"}
+"""What external data over external data shows as well."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.rest if n in REST else ()) for n in NAMES])
 def test_files(name: str) -> None:
     case = next(c for c in file_cases() if c.name == name)
     outcome = check(case, moments=5)
