@@ -19,6 +19,7 @@ from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.model import Model
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.plain_module import evaluating
+from liar_opt.frontend.semi_structured import semi_structured
 from liar_opt.frontend.sparse_weights import sparsified
 from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.frontend.weight_files import completed, lightened, write_model
@@ -177,6 +178,17 @@ class ModuleResult(PruneResult):
             whole: torch.fx.GraphModule = self.program.graph_module
             return whole
         return cut_graph_module(self._model)
+
+    def semi_structured(self) -> torch.nn.Module:
+        """Returns a copy of the module whose 2:4 weights are in the form that torch's kernels for CUDA multiply.
+
+        Raises:
+            OptionError: the weights have no such pattern, or the module is not on a CUDA device in half precision.
+        """
+        done = self.report.get("patterned")
+        if done is None or done["pattern"] != "2:4":
+            raise OptionError("semi_structured wants weights of which two of each four are zero; prune with pattern '2:4'")
+        return semi_structured(self.module, [weight["weight"] for weight in done["weights"]])
 
     @functools.cached_property
     def program(self) -> ExportedProgram:
