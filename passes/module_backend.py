@@ -95,6 +95,8 @@ class TorchBackend(Backend):
             )
         if options.quantize is not None and (options.target or "").strip().startswith("size"):
             raise OptionError("the size of a quantised file is a target of ONNX files alone; export first, and prune that")
+        if options.sparse_storage and options.checkpoint:
+            raise OptionError(f"sparse-storage is a form of ONNX, and a checkpoint has none; leave it out, or {ELSEWHERE}")
         require_fit(options, "onnx" if options.checkpoint is False else "checkpoint")
         if options.backend == "torch":
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from onnx import numpy_helper
 from test_both_engines import batches, export, made
 
 import liar_opt
-from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.patterns import Pattern
 from liar_opt.tools.cli import main
 
@@ -183,6 +184,27 @@ def test_sparse_storage(tmp_path: Path) -> None:
     half = liar_opt.prune(export("llama"), batches(), pattern="2:4", **options)
     assert not onnx.load(half.save(tmp_path / "half.onnx")).graph.sparse_initializer
     assert "no weight is smaller as a sparse initializer" in half.report["model"]["notes"][-1]
+
+
+def test_what_a_module_cannot() -> None:
+    with pytest.raises(OptionError, match="a checkpoint has none"):
+        liar_opt.prune(made("llama"), batches(2), pattern="2:4", sparse_storage=True, checkpoint=True, **QUICK)
+    with pytest.raises(OptionError, match="leave it or pattern out"):
+        liar_opt.prune(made("llama"), batches(2), pattern="2:4", backend="onnxruntime", **QUICK)
+    result = prune_module(made("bert"), batches(3), pattern="2:4", pattern_solver="magnitude", **QUICK)
+    with pytest.raises(OptionError, match=r"on CUDA in half precision alone, and the module is in torch.float32 on cpu"):
+        result.semi_structured()
+
+
+def test_a_quantised_graph_is_refused() -> None:
+    whole = parse(TIED, {"w": (8, 16), "v": (16, 8), "head": (8, 8), "bias": (8,)})
+    from onnxruntime.quantization import quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(whole, path := Path(folder) / "model.onnx")
+        quantize_dynamic(path, small := Path(folder) / "small.onnx")
+        with pytest.raises(ModelError, match="quantised"):
+            liar_opt.prune(small, None, pattern="2:4", **QUICK)
 
 
 @pytest.mark.parametrize(
