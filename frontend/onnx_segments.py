@@ -196,8 +196,11 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
 def _first_weight(walk: GraphWalk, group: Any, order: Mapping[int, int]) -> int:
     """Returns the position of the first node that reads a constant with the group's dimension.
 
-    Shapes are left out: an exporter asks for those of all caches at the top of the graph, long before any layer.
+    Shapes are left out: an exporter asks for those of all caches at the top of the graph, long before any layer. A group
+    without a dimension (a factor below zero) begins where it is read.
     """
+    if group.factor < 0:
+        return len(order)
     leaf = walk.algebra.find(group.factor)
     own = (u for u in walk.constant_uses if any(leaf in walk.algebra.leaves(f) for f in u.axes))
     return min((order[id(u.node)] for u in own if id(u.node) in order), default=len(order))

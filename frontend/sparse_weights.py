@@ -5,16 +5,20 @@ one index for each axis [n, rank] (IR.md, "Static tensor shapes" and onnx.proto)
 loads a model, and so does everything here: cut and repaired, a weight is not sparse any more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from liar_opt.frontend.weight_files import numpy_type, tensor_bytes
+from liar_opt.frontend.weight_files import EXTERNAL_LIMIT, numpy_type, tensor_bytes
 from liar_opt.frontend.widen_graph import bodies_of, nodes_within
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.memory import show_size
 
+INDEX = 8
+"""Bytes of the place of one number: the standard wants int64."""
 DENSE_LIMIT = 1 << 30
 """Bytes that the sparse tensors of a model may take as dense ones, all together."""
 
@@ -53,6 +57,45 @@ def densified(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, str | None]:
         f"sparse weights ({len(found)}) are read and written dense, as ONNX Runtime makes them: {show_size(sum(sizes))} "
         f"before the cut, where they were {show_size(stored)}"
     )
+
+
+def sparsified(
+    light: onnx.ModelProto, arrays: Mapping[str, NDArray[Any]]
+) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]], list[str]]:
+    """Returns a model whose large weights are sparse initializers where these take fewer bytes, and their names.
+
+    A number that stays takes its place beside it: 12 bytes in float32, so that two thirds of a weight must be zero, and
+    10 in float16, four fifths.
+
+    Args:
+        light: the model; what has its data in ``arrays`` is a stub.
+        arrays: the data by name.
+    """
+    given = {value.name for value in (*light.graph.input, *light.graph.output)}
+    chosen = {}
+    for tensor in light.graph.initializer:
+        value = arrays.get(tensor.name)
+        if value is None or tensor.name in given or value.ndim < 1:
+            continue
+        places = np.flatnonzero(value)
+        if places.size * (INDEX + value.itemsize) < value.nbytes:
+            chosen[tensor.name] = places
+    stored = sum(places.size * (INDEX + arrays[name].itemsize) for name, places in chosen.items())
+    if not chosen or stored > EXTERNAL_LIMIT:  # they lie inside the model
+        return light, dict(arrays), []
+    result = onnx.ModelProto()
+    result.CopyFrom(light)
+    del result.graph.initializer[:]
+    for tensor in light.graph.initializer:
+        if tensor.name not in chosen:
+            result.graph.initializer.append(tensor)
+            continue
+        value, places = arrays[tensor.name], chosen[tensor.name]
+        flat = np.ascontiguousarray(value).reshape(-1)[places]
+        values = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=flat.shape, raw_data=flat.tobytes())
+        indices = onnx.numpy_helper.from_array(places.astype(np.int64))
+        result.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, list(value.shape)))
+    return result, {name: value for name, value in arrays.items() if name not in chosen}, list(chosen)
 
 
 def _sparse(proto: onnx.ModelProto) -> Iterator[onnx.SparseTensorProto]:

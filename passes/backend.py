@@ -230,6 +230,18 @@ class Backend(ABC):
             ModelError: the module's own code does not fit fewer experts, and a checkpoint is asked for.
         """
 
+    @abstractmethod
+    def again(self, state: State) -> Backend:
+        """Returns what goes on with the model as it is now, as if it had come so.
+
+        Raises:
+            ModelError: a module cannot be traced again.
+        """
+
+    def fitting(self) -> list[Pass[Any]]:
+        """Returns the passes that give a module the weights of its graph; they add to a ``Verification``."""
+        return []
+
     @property
     @abstractmethod
     def device(self) -> str:

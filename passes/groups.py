@@ -24,6 +24,10 @@ VALUES = "values"
 RECURRENT = "recurrent"
 """Kind of the units of a recurrent operator, and of what it reads: pruned when asked for, since what one unit loses comes
 back in every step."""
+PATTERN = "pattern"
+"""Kind of what is measured together for a pattern of zeros: weights that read one tensor. Nothing of it is cut."""
+UNCUT = -1
+"""Stands for the factor of a group that has none to be cut."""
 QUERY_KEY = "query-key"
 """Kind of the width of queries and keys within a head: pruned when asked for, by a change of basis."""
 
@@ -70,7 +74,7 @@ class ChannelGroup:
         name: the first consumer's node, with the kind; unique within a graph.
         kind: "ffn" (each block one channel, or a run of them that goes together), "heads" (a block is all channels of a
             head), "values" (a block is one channel of a head), "grouped" or "pooler".
-        factor: the leaf factor of the axis algebra.
+        factor: the leaf factor of the axis algebra; ``UNCUT`` where none is to be cut.
         size: number of blocks; of each head for "values".
         consumers: the weights that contract the dimension.
         parameters: elements of all constants that have the dimension (they shrink in proportion).

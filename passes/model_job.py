@@ -19,6 +19,7 @@ from liar_opt.passes.find_groups import NOT_WHOLE, WholeSublayers
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
 from liar_opt.passes.open_model import model_sizes
+from liar_opt.passes.pattern_job import pattern_behind
 from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.quantise_result import require_room
@@ -161,6 +162,8 @@ class ModelJob:
         refusals += done.refusals
         report.refuse(refusals)
         report.cut(state, changes, chosen.cut.repair)
+        if options.pattern is not None:
+            changes = (*changes, *pattern_behind(backend, state, report, self._one_batch()))
         if wants_words(options):
             changes = (*changes, *_run(state, [backend.cutting_words()], options.observer).changes)
             report.vocabulary = state.found(CutWords)

@@ -44,7 +44,7 @@ from liar_opt.passes.groups import QUERY_KEY, RECURRENT, VALUES, Refusal
 from liar_opt.passes.limit_drop import LimitDropPass
 from liar_opt.passes.module_on_onnx import PruneExportedPass
 from liar_opt.passes.note_gradients import NoteGradientsPass
-from liar_opt.passes.open_module import OpenedModule, load_module_state, module_of, traced_model
+from liar_opt.passes.open_module import OpenedModule, load_module_state, module_of, opened_again, traced_model
 from liar_opt.passes.options import BACKENDS, PruneOptions
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import lookup
@@ -95,6 +95,8 @@ class TorchBackend(Backend):
             )
         if options.quantize is not None and (options.target or "").strip().startswith("size"):
             raise OptionError("the size of a quantised file is a target of ONNX files alone; export first, and prune that")
+        if options.sparse_storage and options.checkpoint:
+            raise OptionError(f"sparse-storage is a form of ONNX, and a checkpoint has none; leave it out, or {ELSEWHERE}")
         require_fit(options, "onnx" if options.checkpoint is False else "checkpoint")
         if options.backend == "torch":
             return
@@ -317,6 +319,16 @@ class TorchBackend(Backend):
         fewer.memory, fewer.progress, fewer.fresh, fewer.seconds = state.memory, state.progress, state.fresh, state.seconds
         return replace(self, state=fewer)
 
+    def again(self, state: State) -> TorchBackend:
+        """Returns the module as it is now, traced again."""
+        new = opened_again(state, state.found(CutModule).module)
+        new.seconds = state.seconds
+        return replace(self, state=new)
+
+    def fitting(self) -> list[Pass[Any]]:
+        """Returns what gives the module its new weights."""
+        return [FitModulePass(bool(self.options.checkpoint))]
+
     def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
         """Returns the module, and what is left of it, exported."""
         example, axes = state.found(OpenedModule).example, symbolic_axes(traced_model(state).signature)
@@ -332,7 +344,7 @@ class TorchBackend(Backend):
             whole = self.anew(state, ())
             whole.model = state.as_it_came().model()
             whole.groups, state = state.groups, whole
-        return ModuleResult(state, report.to_json(), changes, refusals, self.inputs)
+        return ModuleResult(state, report.to_json(), changes, refusals, self.inputs, self.options.sparse_storage)
 
 
 def _tie(state: State) -> None:

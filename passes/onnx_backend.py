@@ -191,15 +191,22 @@ class OnnxBackend(Backend):
 
     def with_fewer_experts(self, state: State, fields: Any) -> OnnxBackend:
         """Returns the cut graph as if it had come so."""
+        fewer = self.again(state)
+        fewer.state.inherit(state, Opened, DenseSession, CutExperts)
+        fewer.state.add(AllExperts(state.as_it_came()))
+        return fewer
+
+    def again(self, state: State) -> OnnxBackend:
+        """Returns the graph as it is now, as if it had come so."""
         model = onnx_graph(state.model)
         cut = OnnxOriginal(*model.light(), model.source, model.store, model.merged)
         made = cut.model()
         made.notes = list(model.notes)
-        fewer = State(made, None, state.device, state.progress, memory=state.memory, fresh=state.fresh)
-        fewer.inherit(state, Opened, DenseSession, CutExperts)
-        fewer.add(DenseModel(cut), AllExperts(state.as_it_came()))
-        fewer.seconds = state.seconds
-        return replace(self, state=fewer)
+        made.resized = {name: dict(sizes) for name, sizes in model.resized.items()}
+        new = State(made, None, state.device, state.progress, memory=state.memory, fresh=state.fresh)
+        new.add(DenseModel(cut))
+        new.seconds = state.seconds
+        return replace(self, state=new)
 
     def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
         """Returns the file as it came, and what is left of it."""
@@ -212,7 +219,8 @@ class OnnxBackend(Backend):
         small = state.get(QuantisedModel)
         pruned = onnx_graph(state.model) if small is None else small.model
         model = _stored(state) if self.options.dry_run else pruned
-        return PruneResult(model, report.to_json(), changes, refusals, self.inputs, state.get(ChosenWords))
+        words, sparse = state.get(ChosenWords), self.options.sparse_storage
+        return PruneResult(model, report.to_json(), changes, refusals, self.inputs, words, sparse)
 
 
 def _stored(state: State) -> OnnxOriginal:

@@ -17,10 +17,12 @@ from liar_opt.passes.allocations import ALLOCATIONS
 from liar_opt.passes.base import Observer, Progress, no_progress
 from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
+from liar_opt.passes.pattern_weights import PatternWeightsPass
 from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
 from liar_opt.passes.repairs import REPAIRS, RepairFunction
 from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.passes.scores import SCORES, ScoreFunction
+from liar_opt.runtime.patterns import SOLVERS
 from liar_opt.runtime.sessions import PROVIDERS
 
 PACKINGS = ("auto", "on", "off")
@@ -129,6 +131,7 @@ class PruneOptions:
         tensor_parallel: the parts that the result is to be split into; they divide all heads and feed-forward widths.
         quantize: quantise the result, which then is ONNX: "int8" (activations as they come), "int8-static" (their ranges
             from the calibration data) or "int4" (weights in blocks, which widths then are multiples of).
+        sparse_storage: write weights of many zeros as sparse initializers (ONNX), where that takes fewer bytes.
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -199,6 +202,12 @@ class PruneOptions:
     runtime: str | None = field(default=None, metadata=_told("pruning", choices=tuple(RUNTIMES), spelled="--for"))
     tensor_parallel: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N"))
     quantize: str | None = field(default=None, metadata=_told("pruning", choices=("int8", "int8-static", "int4")))
+    pattern: str | None = field(default=None, metadata=_of(PatternWeightsPass, "pattern", metavar="PATTERN", demo=False))
+    pattern_solver: str = field(
+        default=PatternWeightsPass.pattern_solver,
+        metadata=_of(PatternWeightsPass, "pattern_solver", choices=tuple(SOLVERS), demo=False),
+    )
+    sparse_storage: bool = field(default=False, metadata=_told("pruning", flag="--sparse-storage", sets=True, demo=False))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

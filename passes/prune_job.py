@@ -22,6 +22,7 @@ from liar_opt.passes.model_job import ModelJob, inspect_model
 from liar_opt.passes.onnx_backend import OnnxBackend
 from liar_opt.passes.open_model import is_module_source
 from liar_opt.passes.options import PruneOptions, documentation
+from liar_opt.passes.pattern_job import pattern_alone, prune_pattern, require_pattern_possible
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
@@ -93,6 +94,9 @@ def prune(
     runtime: str | None = None,
     tensor_parallel: int | None = None,
     quantize: str | None = None,
+    pattern: str | None = None,
+    pattern_solver: str = "fista",
+    sparse_storage: bool = False,
     passes: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
@@ -162,6 +166,9 @@ def prune(
         runtime=runtime,
         tensor_parallel=tensor_parallel,
         quantize=quantize,
+        pattern=pattern,
+        pattern_solver=pattern_solver,
+        sparse_storage=sparse_storage,
         passes=passes,
         score=score,
         repair=repair,
@@ -194,10 +201,13 @@ def prune(
     start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
     opening.require_possible(calibration, options)
     require_experts_possible(options)
+    require_pattern_possible(options)
     if current().size > 1 and (blocks is not None or experts is not None):
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
     with custom_operators(_libraries(custom_ops)):
         opened = opening.open(model, calibration, options)
+        if pattern_alone(options):
+            return prune_pattern(opened, start, watch)
         if options.experts is not None:
             return prune_experts(opened, start, watch)
         if options.blocks is not None:

@@ -21,6 +21,7 @@ from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MetTarget
 from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.pattern_weights import Patterned
 from liar_opt.passes.quantise_result import Quantised
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.search_widths import Searched
@@ -144,6 +145,7 @@ class Report:
         verification: what the checks found.
         latency: how long both models take.
         quantised: what quantising the result came to, with all four corners.
+        patterned: the zeros in weights that kept their shape, and whether they make it faster here.
         memory: what the run took.
         seconds: by pass.
         processes: those of a run of several.
@@ -176,6 +178,7 @@ class Report:
     verification: Verification | None = None
     latency: LatencyEntry | None = None
     quantised: Quantised | None = None
+    patterned: Patterned | None = None
     memory: MemoryEntry | None = None
     seconds: dict[str, float] | None = None
     processes: list[dict[str, Any]] | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
+from numpy.typing import NDArray
 
 from liar_opt.frontend.fx_module import FxModel, FxOriginal, trace
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
@@ -18,6 +19,8 @@ from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.model import Model
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
 from liar_opt.frontend.plain_module import evaluating
+from liar_opt.frontend.semi_structured import semi_structured
+from liar_opt.frontend.sparse_weights import sparsified
 from liar_opt.frontend.vocabulary import cut_words, find_words
 from liar_opt.frontend.weight_files import completed, lightened, write_model
 from liar_opt.passes.base import Change, State
@@ -59,6 +62,7 @@ class PruneResult:
         refusals: what did not qualify, and why.
         inputs: what the run read; no result is written there.
         words: those that are left, of a model that takes the ids of a smaller tokenizer.
+        sparse_storage: whether ONNX is written with sparse initializers where these are smaller.
     """
 
     pruned: OnnxModel | OnnxOriginal
@@ -67,6 +71,7 @@ class PruneResult:
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)
     inputs: Inputs = field(default_factory=Inputs)
     words: ChosenWords | None = None
+    sparse_storage: bool = False
 
     @functools.cached_property
     def model(self) -> onnx.ModelProto:
@@ -89,6 +94,7 @@ class PruneResult:
             write_beside(self.words.small, self.words.kept, path, force)
         # Whoever has asked for the proto may have changed it.
         parts = lightened(self.model) if "model" in vars(self) else self.pruned.as_written()
+        parts = self._as_stored(*parts)
         try:
             write_model(*parts, path, keep=[file for file, _ in self.inputs.files()])
         except OSError as err:
@@ -102,6 +108,17 @@ class PruneResult:
         if left is not None:
             self.report["model"]["notes"].append(left)
         return path
+
+    def _as_stored(
+        self, light: onnx.ModelProto, arrays: dict[str, NDArray[Any]]
+    ) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+        """Returns the parts of a model as they are written, and notes which weights are sparse."""
+        if not self.sparse_storage:
+            return light, arrays
+        light, arrays, sparse = sparsified(light, arrays)
+        told = f"{len(sparse)} weights are" if sparse else "no weight is smaller as a sparse initializer, and none is"
+        self.report["model"]["notes"].append(f"{told} stored as {'sparse initializers' if sparse else 'one'}")
+        return light, arrays
 
 
 class ModuleResult(PruneResult):
@@ -127,6 +144,7 @@ class ModuleResult(PruneResult):
         changes: tuple[Change, ...],
         refusals: tuple[Refusal, ...],
         inputs: Inputs | None = None,
+        sparse_storage: bool = False,
     ):
         assert isinstance(state.model, FxModel)
         assert state.model.module is not None
@@ -137,7 +155,7 @@ class ModuleResult(PruneResult):
             self.module: torch.nn.Module = came.module
         else:
             self.module = cut.module
-        self.report, self.changes, self.refusals = report, changes, refusals
+        self.report, self.changes, self.refusals, self.sparse_storage = report, changes, refusals, sparse_storage
         self.groups: tuple[ChannelGroup, ...] = state.groups
         self.fields: tuple[FieldChange, ...] | None = None if fields is None else fields.changes
         self.folder: Path | None = opened.folder
@@ -160,6 +178,17 @@ class ModuleResult(PruneResult):
             whole: torch.fx.GraphModule = self.program.graph_module
             return whole
         return cut_graph_module(self._model)
+
+    def semi_structured(self) -> torch.nn.Module:
+        """Returns a copy of the module whose 2:4 weights are in the form that torch's kernels for CUDA multiply.
+
+        Raises:
+            OptionError: the weights have no such pattern, or the module is not on a CUDA device in half precision.
+        """
+        done = self.report.get("patterned")
+        if done is None or done["pattern"] != "2:4":
+            raise OptionError("semi_structured wants weights of which two of each four are zero; prune with pattern '2:4'")
+        return semi_structured(self.module, [weight["weight"] for weight in done["weights"]])
 
     @functools.cached_property
     def program(self) -> ExportedProgram:
@@ -211,7 +240,7 @@ class ModuleResult(PruneResult):
             write_beside(self._small, self.words.kept, path, force)
         try:
             if path.suffix == ".onnx":
-                write_model(*lightened(self.model), path, keep=[file for file, _ in self.inputs.files()])
+                write_model(*self._as_stored(*lightened(self.model)), path, keep=[file for file, _ in self.inputs.files()])
             else:
                 import torch
 

@@ -30,7 +30,7 @@ from liar_opt.frontend.sublayers import Sublayer
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import State
 from liar_opt.passes.checkpoint import Checkpoint, Finished
-from liar_opt.passes.groups import ChannelGroup
+from liar_opt.passes.groups import UNCUT, ChannelGroup
 from liar_opt.passes.plan_memory import SPARE, Need, Parts, measure_together, require_room, sizes_of
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData
@@ -164,7 +164,7 @@ class Sweep:
         if self.memory.asked:
             self.require_room([(own, first) for own, first, _ in parts])
         for index, (own, first, last) in enumerate(parts):
-            self.waiting = frozenset(g.factor for later, _, _ in parts[index:] for g in later)
+            self.waiting = frozenset(g.factor for later, _, _ in parts[index:] for g in later if g.factor != UNCUT)
             self.number += 1
             if self.checkpoint is not None and self.number <= self.checkpoint.done:
                 self._replay(visitor, self.checkpoint, own, first)

@@ -198,6 +198,7 @@ PAGES: dict[str, Callable[[Path], None]] = {
     "docs/compare-models.md": compared,
     "docs/from-python.md": encoder,
     "docs/options.md": encoder,
+    "docs/patterns.md": encoder,
 }
 """The pages whose code is run, and what makes the files that it names."""
 

@@ -439,6 +439,8 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
             console.print(tables.before_after(report))
             for line in tables.footnotes(report):
                 console.print(line, soft_wrap=True)
+            if "patterned" in report and options.explain:
+                console.print("", tables.patterns(report))
             if "quantised" in report:
                 console.print("", tables.corners(report))
                 for line in tables.corner_notes(report):
@@ -461,6 +463,8 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
     if refused:
         raise CheckError(f"the quantiser refuses the pruned model ({refused}); it was written in float to '{output}'")
     how = f", quantised to {report['quantised']['scheme']}" if "quantised" in report else ""
+    if "patterned" in report:
+        how = f", {tables.percent(report['patterned']['share'], 1.0)} of those that stay are zero"
     _say(f"pruned: {less} of the parameters removed{how}; {run.seconds():.1f} s; {output}")
 
 

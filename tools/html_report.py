@@ -70,6 +70,8 @@ def _pruning(report: Report, name: str) -> Iterator[Markup | None]:
         yield _section("Dense and pruned", table(tables.before_after(report)), *notes)
     else:
         yield element("p", "A dry run: the widths that were chosen. Nothing was cut.", class_="lead")
+    if "patterned" in report:
+        yield _section("Zeros by weight", table(tables.patterns(report)))
     if "quantised" in report:
         below = (element("p", line, class_="note") for line in tables.corner_notes(report))
         yield _section("In float and quantised", table(tables.corners(report)), *below)
@@ -81,7 +83,7 @@ def _pruning(report: Report, name: str) -> Iterator[Markup | None]:
     if warnings:
         yield _section("Warnings", *(element("p", line) for line in warnings))
     kinds = list(dict.fromkeys(g["kind"] for g in groups))
-    if not groups:  # the vocabulary alone
+    if not groups:  # the vocabulary or a pattern alone
         return
     yield _section("Sparsity by layer and kind", *_sparsity(groups, kinds))
     yield _section("Error before and after repair", *_errors(groups))

@@ -69,6 +69,9 @@ def before_after(report: Report) -> Table:
         table.add_row("words", f"{count['all']:,}", f"{left['all']:,}", change(count, left, "all"))
         held, left = ({"all": words[f"bytes_{when}"]} for when in ("before", "after"))
         table.add_row("  bytes of them", quantity(held["all"], "B"), quantity(left["all"], "B"), change(held, left, "all"))
+    zeros = report.get("patterned")
+    if zeros:
+        table.add_row("  of them zero", "", f"{zeros['share'] * after['parameters']:,.0f}", f"{100 * zeros['share']:.1f} %")
     size = "file_bytes" if "file_bytes" in before and "file_bytes" in after else "bytes"
     name = "bytes on disk" if size == "file_bytes" else "bytes of weights"
     table.add_row(name, quantity(before[size], "B"), quantity(after[size], "B"), change(before, after, size))
@@ -106,6 +109,8 @@ def footnotes(report: Report) -> Iterator[str]:
         yield vocabulary_left(report["vocabulary"])
     if report.get("blocks"):
         yield blocks_left_out(report["blocks"])
+    if report.get("patterned"):
+        yield from pattern_made(report["patterned"])
     if data is None:  # no width was cut
         return
     rows = max((d["rows"] for d in check["outputs"].values()), default=0)
@@ -172,6 +177,32 @@ def blocks_left_out(blocks: Mapping[str, Any]) -> str:
         f"blocks: {which} of {blocks['of']} went; {stands or 'nothing stands there'}; relative squared error of the "
         f"output: {lost}{told}{caches}"
     )
+
+
+def pattern_made(done: Mapping[str, Any]) -> Iterator[str]:
+    """Two lines: which weights have zeros, by what, what that lost in each, and whether it is faster."""
+    weights = done["weights"]
+    lost = [weight["error"] for weight in weights]
+    by = Counter(weight["by"] for weight in weights)
+    which = "" if list(by) == [done["solver"]] else f" ({', '.join(f'{name} in {count}' for name, count in by.items())})"
+    yield (
+        f"pattern: {done['pattern']} in {len(weights)} weights by {done['solver']}{which}: {100 * done['zeros']:.1f} % of "
+        f"them is zero; each lost {100 * sum(lost) / len(lost):.2f} % of its output (relative squared error), the worst "
+        f"{100 * max(lost):.2f} %"
+    )
+    if done.get("speed"):
+        yield f"pattern: {done['speed']}"
+
+
+def patterns(report: Report) -> Table:
+    """The weights that have a pattern."""
+    table = make_table("weight", "shape", "zeros", "solver", "error", left={0, 3})
+    for weight in report["patterned"]["weights"]:
+        shape = " x ".join(map(str, weight["shape"]))
+        table.add_row(
+            weight["weight"], shape, percent(weight["zeros"], 1.0), weight["by"], f"{100 * weight['error']:.2f} %"
+        )
+    return table
 
 
 def target_met(report: Report) -> str:
