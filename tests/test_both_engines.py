@@ -49,6 +49,7 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "channels of values": {"values": 0.34, "value_cut": "select"},
     "queries": {"query_key": 0.34},
     "queries that share": {"sparsity": 0.3, "query_key": "auto"},
+    "refit": {"ffn": 0.4, "heads": 0.25, "refit": True},
     "whole layers": {"sparsity": 0.6, "whole_layers": "on"},
     "whole layers by flops": {"target": "flops=0.4x", "whole_layers": "on"},
     "whole layers by latency": {"target": "latency=1.8x", "whole_layers": "on"},
