@@ -174,9 +174,9 @@ class TuneModulePass(Pass[Subset]):
         cut = state.get(Cut)
         ends = {} if cut is None else cut.ends
         found: tuple[list[Batch], list[Batch]] = ([], [])
-        rows = 0
+        free, rows = all(not i.shape or not isinstance(i.shape[0], int) for i in state.model.inputs()), 0
         for index, (feeds, mask) in enumerate(zip(data.batches, data.row_masks, strict=True)):
-            own = replace(data, batches=(feeds,), row_masks=(mask,)).in_batches_of(_samples(feeds, mask))
+            own = replace(data, batches=(feeds,), row_masks=(mask,)).in_batches_of(_samples(feeds, mask, free))
             for part in _parts(own, ends):
                 rows += _rows_of(part) if index in away else 0
                 if index not in away or rows <= HELD_ROWS or not found[1]:
@@ -221,12 +221,12 @@ def _parts(data: CalibrationData, ends: Any) -> list[Batch]:
     return [Batch(feeds, cut_arrays(dict(feeds), ends), mask) for feeds, mask in pairs]
 
 
-def _samples(feeds: dict[str, NDArray[Any]], mask: NDArray[np.bool_] | None) -> int:
-    """Returns how many samples make a step; all of a batch where samples have no tokens."""
+def _samples(feeds: dict[str, NDArray[Any]], mask: NDArray[np.bool_] | None, free: bool) -> int:
+    """Returns how many samples make a step; all of a batch where samples have no tokens, or it has a fixed size."""
     lengths = [v.shape[1] for v in feeds.values() if v.ndim == 2 and not is_float(v.dtype)]
     length = mask.shape[1] if mask is not None and mask.ndim == 2 else max(lengths, default=0)
     everything = max((len(v) for v in feeds.values() if v.ndim), default=1)
-    return max(1, STEP_ROWS // length) if length else everything
+    return max(1, STEP_ROWS // length) if length and free else everything
 
 
 def _rows_of(batch: Batch) -> int:
