@@ -196,7 +196,13 @@ def outputs_apart(module: torch.nn.Module, proto: onnx.ModelProto, feeds: dict[s
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-REST = {("llama", "latency"), ("llama", "whole layers by latency"), ("llama", "whole layers by flops"), ("llama", "target")}
+REST = {
+    ("llama", "latency"),
+    ("llama", "whole layers by latency"),
+    ("llama", "whole layers by flops"),
+    ("llama", "target"),
+    ("llama", "refit"),
+}
 """What the other model shows as well."""
 CASES = [
     pytest.param(name, capability, marks=pytest.mark.rest if (name, capability) in REST else ())

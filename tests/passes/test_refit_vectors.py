@@ -19,6 +19,7 @@ from liar_opt.frontend.channel_vectors import sites_of
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.passes import refit_vectors
 from liar_opt.passes.sweep import held_batches
+from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
 from liar_opt.tools.cli import main
 from liar_opt.tools.report import refitted
@@ -78,6 +79,21 @@ def batches(proto: onnx.ModelProto, count: int = 12) -> list[dict[str, np.ndarra
     return [graphs.feeds_of(proto, {"b": 6, "s": 9}, seed=s) for s in range(count)]
 
 
+def fitted(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[dict[str, np.ndarray]]]:
+    """A refitted model, and the batches that it was fitted to."""
+    seen: list[CalibrationData] = []
+
+    def keep(step: Any, done: Any) -> None:
+        if isinstance(step, refit_vectors.RefitVectorsPass):
+            seen.append(done.state.calibration)
+
+    result = pruned(proto, refit=True, observer=keep, batch_size=6)
+    (data,) = seen
+    held = set(held_batches(len(data.batches)))
+    assert 0 < len(held) < len(data.batches)
+    return result.model, [f for i, f in enumerate(data.batches) if i not in held]
+
+
 def pruned(proto: onnx.ModelProto, **options: Any) -> liar_opt.PruneResult:
     return liar_opt.prune(proto, batches(proto), **{**SETTINGS, **options})
 
@@ -116,11 +132,9 @@ def test_outputs_come_nearer_and_matrices_stay(name: str) -> None:
 def test_the_last_gain_and_bias_are_the_least_squares_ones(norm: str) -> None:
     """What stands behind all others is fitted to what these have become: the final model says all of it."""
     dense = residual(norm)
-    result = pruned(dense, refit=True).model
+    result, feeds = fitted(dense)
     gain = weights(result)[f"g{LAYERS}"]
     bias = weights(result).get(f"c{LAYERS}", np.zeros(WIDTH, np.float32))
-    held = set(held_batches(12))
-    feeds = [f for i, f in enumerate(batches(dense)) if i not in held]
     found, wanted = (np.concatenate([oracle.run(p, f)[0].reshape(-1, WIDTH) for f in feeds]) for p in (result, dense))
     for channel in range(WIDTH):
         columns = [(found[:, channel] - bias[channel]) / gain[channel], np.ones(len(found))][: 2 if norm == "layer" else 1]
@@ -133,9 +147,7 @@ def test_the_last_gain_and_bias_are_the_least_squares_ones(norm: str) -> None:
 def test_a_bias_takes_the_mean_that_is_missing() -> None:
     """The sum of the last layer, as it is in the final model, has the mean of the dense one."""
     dense = residual("layer")
-    result = pruned(dense, refit=True).model
-    held = set(held_batches(12))
-    feeds = [f for i, f in enumerate(batches(dense)) if i not in held]
+    result, feeds = fitted(dense)
 
     def mean(proto: onnx.ModelProto) -> np.ndarray:
         copy = onnx.ModelProto()

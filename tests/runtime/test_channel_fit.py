@@ -31,4 +31,4 @@ def test_it_is_the_least_squares_solution(scale: bool, shift: bool) -> None:
         assert alpha[3] == 1.0 and beta[3] == pytest.approx((y - u)[:, 3].mean(), abs=1e-6)
     error = np.square(y.astype(np.float64) - alpha * u - beta).sum()
     assert moments.error(alpha, beta) == pytest.approx(error, rel=1e-9)
-    assert moments.error() == pytest.approx(np.square((y - u).astype(np.float64)).sum(), rel=1e-9)
+    assert moments.error() == pytest.approx(np.square(y.astype(np.float64) - u).sum(), rel=1e-9)

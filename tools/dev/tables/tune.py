@@ -138,8 +138,9 @@ class Pruned:
                 found.append(result.state)
 
         model, data, more = self.subject.given()
-        seed = self.subject.options.seed
-        prune(model, data, sparsity=self.ratio, seed=seed, provider="cpu", latency=False, observer=keep, **more)
+        o = self.subject.options
+        more |= {"seed": o.seed, "allocate": o.allocate, "provider": "cpu", "latency": False}
+        prune(model, data, sparsity=self.ratio, observer=keep, **more)
         return found[-1]
 
     def before(self) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def rows(subject: Subject) -> Iterator[list[str]]:
     o, cached = subject.options, subject.cached
     for ratio in o.ratios:
         pruned = Pruned(subject, ratio)
-        key = {"tune": None, "share": ratio}
+        key = {"tune": None, "share": ratio, **({} if o.allocate is None else {"allocate": o.allocate})}
         before = cached(key, pruned.before)
         yield [f"{ratio:.0%}", "nothing", "", "", "", "", f"{before['value']:.4g}"]
         for subset in o.subsets:
@@ -178,6 +179,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of the command."""
     parser.add_argument("--subject", choices=SUBJECTS, default="smollm2")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the prunable parameters, to remove")
+    parser.add_argument("--allocate", choices=("uniform", "curves"), help="how the ratio is shared out (default: prune's)")
     parser.add_argument("--minutes", type=float, nargs="+", default=MINUTES, help="of training")
     parser.add_argument("--subsets", choices=(REFIT, *SUBSETS), nargs="+", default=(REFIT, *SUBSETS), help="trained")
     add_setting(parser)
@@ -192,7 +194,8 @@ def main(options: argparse.Namespace) -> int:
         found.append(row)
         say(" | ".join(row))
     ratios, minutes = (" ".join(f"{v:g}" for v in values) for values in (options.ratios, options.minutes))
-    setting = f"--calibration-tokens {options.calibration_tokens} --evaluation-tokens {options.evaluation_tokens} "
+    setting = f"--allocate {options.allocate} " if options.allocate else ""
+    setting += f"--calibration-tokens {options.calibration_tokens} --evaluation-tokens {options.evaluation_tokens} "
     shown = f"{setting}--window {options.window} " if options.subject == "smollm2" else ""
     print(
         f"`python tools/dev/bench.py tune --subject {options.subject} --ratios {ratios} --minutes {minutes} {shown}--seed "
