@@ -799,6 +799,17 @@ class Executor:
             values = self._run(feeds, self.model.graph.nodes, [*outputs, *watched], frozenset(watched))
         return {n: values[n] for n in outputs if n in values}, {n: values[n] for n in watched}
 
+    def run_trained(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Runs the module with gradients to the tensors that constants are bound to; arguments as `run`."""
+        import torch
+
+        with torch.enable_grad():
+            return self._run(feeds, self.model.graph.nodes, wanted, frozenset())
+
+    def bind(self, constant: gs.Constant, tensor: torch.Tensor) -> None:
+        """Has a tensor stand for a constant, as long as that has the values that it has now."""
+        self._constants[id(constant)] = (constant.values, tensor)
+
     def _run(
         self, feeds: Mapping[str, Any], nodes: Sequence[gs.Node], names: Sequence[str], watched: frozenset[str]
     ) -> dict[str, torch.Tensor]:

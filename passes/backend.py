@@ -40,6 +40,7 @@ from liar_opt.passes.quantise_result import quantise_result, require_quantisable
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
+from liar_opt.passes.tune_module import require_tuning
 from liar_opt.passes.verify_model import dense_session
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency
@@ -107,6 +108,7 @@ class Backend(ABC):
         for name, reason in cls.cannot.items():
             if options.given(name):
                 raise OptionError(reason)
+        require_tuning(options, calibration)
 
     @abstractmethod
     def choose(self) -> Chosen:

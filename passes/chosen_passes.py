@@ -15,6 +15,7 @@ from liar_opt.passes.options import OPTIONS, PruneOptions
 from liar_opt.passes.pass_list import parse_passes
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.quantise_result import scheme_of
+from liar_opt.passes.refit_vectors import RefitVectorsPass
 from liar_opt.passes.search_widths import SearchWidthsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.errors import OptionError
@@ -49,6 +50,8 @@ class Chosen:
         verify: checks the result.
         gradients: notes what some scores need.
         stating: finds what a checkpoint must say of the widths.
+        refit: fits biases and gains to the dense model once more.
+        tune: trains a small subset of what was cut.
         fit: makes a module of a cut graph.
     """
 
@@ -59,6 +62,8 @@ class Chosen:
     verify: VerifyModelPass = field(default_factory=VerifyModelPass)
     gradients: Pass[Any] | None = None
     stating: Pass[Any] | None = None
+    refit: Pass[Any] | None = None
+    tune: Pass[Any] | None = None
     fit: Pass[Any] | None = None
 
     @property
@@ -90,9 +95,14 @@ class Chosen:
         return [step for step in (gradients, cut) if step is not None]
 
     @property
+    def training(self) -> list[Pass[Any]]:
+        """Those that change weights once more, by what the dense model gives."""
+        return [step for step in (self.refit, self.tune) if step is not None]
+
+    @property
     def checking(self) -> list[Pass[Any]]:
         """Those that come behind."""
-        return [step for step in (self.verify, self.fit) if step is not None]
+        return [self.verify, *self.training, *([] if self.fit is None else [self.fit])]
 
 
 def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:
@@ -144,7 +154,11 @@ def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:
             f"whole-layers needs a sparsity, a target or max-drop shared out by curves ({why}); give one, or leave it out"
         )
     measure = MeasureCurvesPass(score=options.score, seed=options.seed, whole=whole)
-    return Chosen(widths, cut, _curves(widths, searching, measure), searching)
+    return Chosen(widths, cut, _curves(widths, searching, measure), searching, refit=_refit(options))
+
+
+def _refit(options: PruneOptions) -> RefitVectorsPass | None:
+    return RefitVectorsPass() if options.refit else None
 
 
 def _by_curves(widths: AllocateWidthsPass | MeetTargetPass | LimitDropPass) -> bool:
@@ -183,7 +197,14 @@ def passes_of_text(text: str, options: PruneOptions) -> Chosen:
     elif cut is None and not options.dry_run:
         raise OptionError("passes: nothing would be cut; add 'prune-groups', or ask for a dry run")
     curves = named.get(MeasureCurvesPass) or _curves(widths, search, MeasureCurvesPass(seed=options.seed))
-    return Chosen(widths, cut or PruneGroupsPass(), curves, search, named.get(VerifyModelPass, VerifyModelPass()))
+    return Chosen(
+        widths,
+        cut or PruneGroupsPass(),
+        curves,
+        search,
+        named.get(VerifyModelPass, VerifyModelPass()),
+        refit=_refit(options),
+    )
 
 
 def _counting(widths: MeetTargetPass, options: PruneOptions) -> MeetTargetPass:

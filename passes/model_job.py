@@ -181,7 +181,8 @@ class ModelJob:
         """Returns the report's first part: what was asked for, and of what."""
         report, backend = report_of(self.state), self.backend
         experts = self.state.get(CutExperts)
-        passes = [*([] if experts is None else [CutExpertsPass(experts.asked)]), self.chosen.widths, self.chosen.cut]
+        passes: list[Pass[Any]] = [] if experts is None else [CutExpertsPass(experts.asked)]
+        passes += [self.chosen.widths, self.chosen.cut, *self.chosen.training]
         report.asked(passes, self.options, backend.calibration, backend.where, backend.device)
         report.note(*backend.notes(self.state))
         return report

@@ -50,6 +50,7 @@ from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import ModuleResult
+from liar_opt.passes.tune_module import TuneModulePass
 from liar_opt.passes.vocabulary_job import cut_module_vocabulary
 from liar_opt.runtime.compare import TOLERANCES
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -100,6 +101,8 @@ class TorchBackend(Backend):
         require_fit(options, "onnx" if options.checkpoint is False else "checkpoint")
         if options.backend == "torch":
             return
+        if options.tune is not None:
+            raise OptionError(f"tune trains in torch; leave it or backend '{options.backend}' out")
         if options.labelled is not None or options.score == KNOWLEDGE:
             raise OptionError(
                 f"score '{options.score}' needs gradients; backend '{options.backend}' has none, give backend 'torch'"
@@ -179,7 +182,9 @@ class TorchBackend(Backend):
         if cut.score in GRADIENT_SCORES:
             gradients = NoteGradientsPass(str(cut.score), options.loss, options.labelled, options.seed)
         stating, fit = StateFieldsPass() if checkpoint else None, FitModulePass(checkpoint)
-        return replace(chosen, widths=widths, cut=cut, curves=curves, gradients=gradients, stating=stating, fit=fit)
+        tune = None if options.tune is None else TuneModulePass(options.tune, options.tune_what, options.seed)
+        made = replace(chosen, gradients=gradients, stating=stating, tune=tune, fit=fit)
+        return replace(made, widths=widths, cut=cut, curves=curves)
 
     def analysis(self) -> list[Pass[Any]]:
         """Returns the passes that find the groups."""

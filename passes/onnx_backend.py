@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_engine import cannot_load
@@ -45,6 +45,9 @@ from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provide
 class OnnxBackend(Backend):
     """An ONNX graph."""
 
+    cannot: ClassVar[Mapping[str, str]] = {
+        "tune": "tune trains torch modules and checkpoints; of an ONNX file, --refit fits biases and gains in closed form",
+    }
     opened = (Opened, DenseModel, AllExperts, WholeModel, DenseSession, Digests, ChosenWords, CutExperts, LeftOut)
 
     @classmethod

@@ -28,6 +28,7 @@ from liar_opt.runtime.sessions import PROVIDERS
 PACKINGS = ("auto", "on", "off")
 BACKENDS = ("torch", "onnxruntime")
 WHOLE_LAYERS = ("auto", "on", "off")
+TUNED = ("biases", "lora")
 BLOCK_REPAIRS = ("auto", "map", "fold", "none")
 UNSAID: Any = object()
 
@@ -132,6 +133,13 @@ class PruneOptions:
         quantize: quantise the result, which then is ONNX: "int8" (activations as they come), "int8-static" (their ranges
             from the calibration data) or "int4" (weights in blocks, which widths then are multiples of).
         sparse_storage: write weights of many zeros as sparse initializers (ONNX), where that takes fewer bytes.
+        tune: minutes, at the most, in which a small subset of a pruned module is trained against the outputs of the dense
+            one on the calibration data, nothing labelled; undone where that is no better on held-back batches. Without it
+            nothing is trained.
+        tune_what: what is trained: "biases", and the gains of normalisations, or "lora", which adds products of low rank to
+            the matrices of linear layers, merged at the end; what is zero stays zero.
+        refit: fit all biases and gains of normalisations to the tensors of the dense model once more, behind the repair, in
+            closed form; undone where that is no better on held-back batches. Of ONNX files what tune is of modules.
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -208,6 +216,9 @@ class PruneOptions:
         metadata=_of(PatternWeightsPass, "pattern_solver", choices=tuple(SOLVERS), demo=False),
     )
     sparse_storage: bool = field(default=False, metadata=_told("pruning", flag="--sparse-storage", sets=True, demo=False))
+    tune: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="MINUTES", demo=False))
+    tune_what: str = field(default="biases", metadata=_told("pruning", choices=TUNED, demo=False))
+    refit: bool = field(default=False, metadata=_told("pruning", flag="--refit", sets=True, demo=False))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

@@ -23,8 +23,10 @@ from liar_opt.passes.meet_target import MetTarget
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.pattern_weights import Patterned
 from liar_opt.passes.quantise_result import Quantised
+from liar_opt.passes.refit_vectors import Refitted
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.search_widths import Searched
+from liar_opt.passes.tune_module import Tuned
 from liar_opt.passes.verify_model import Verification
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.latency import Latency
@@ -143,6 +145,8 @@ class Report:
         after: the sizes of the result.
         cache_shapes: inputs and outputs that became narrower.
         verification: what the checks found.
+        refit: what fitting biases and gains once more came to.
+        tune: what training a small subset came to.
         latency: how long both models take.
         quantised: what quantising the result came to, with all four corners.
         patterned: the zeros in weights that kept their shape, and whether they make it faster here.
@@ -176,6 +180,8 @@ class Report:
     after: SizesEntry | None = None
     cache_shapes: dict[str, Any] | None = None
     verification: Verification | None = None
+    refit: Refitted | None = None
+    tune: Tuned | None = None
     latency: LatencyEntry | None = None
     quantised: Quantised | None = None
     patterned: Patterned | None = None
@@ -259,7 +265,8 @@ class Report:
         known = [gap for gap in gaps if gap is not None]
         assert self.calibration is not None
         self.calibration.gap = sum(known) / len(known) if known else None
-        self.verification = state.found(Verification)
+        self.verification, self.tune = state.found(Verification), state.get(Tuned)
+        self.refit = state.get(Refitted)
 
     def timed(self, times: Latency) -> None:
         """Says how long both models take."""

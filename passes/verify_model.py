@@ -15,7 +15,7 @@ import contextlib
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -215,6 +215,16 @@ def output_differences(
             meter.add(shown, x[name], value, mask, holds_logits(shown, value.shape, words, made_by.get(name)))
         state.progress("verify", done + 1, len(held))
     return meter
+
+
+def compared_again(state: State) -> None:
+    """Measures how far the outputs are from those of the model as it came, of a model that was changed behind its check."""
+    check, cut = state.found(Verification), state.found(Cut)
+    pruned, original = state.engine().whole(state.model.loadable(), "the pruned model"), whole_session(state)
+    outputs = [o for o in pruned.outputs if o not in state.analysed().unspecified]
+    samples = min(VerifyModelPass.samples, _samples_that_fit(state)) if state.memory.low else VerifyModelPass.samples
+    meter = output_differences(state, pruned, original, outputs, samples=samples, ends=cut.ends)
+    state.add(replace(check, outputs=meter.result()), ComparedSessions(original, pruned))
 
 
 def masked_reference(

@@ -49,6 +49,7 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "channels of values": {"values": 0.34, "value_cut": "select"},
     "queries": {"query_key": 0.34},
     "queries that share": {"sparsity": 0.3, "query_key": "auto"},
+    "refit": {"ffn": 0.4, "heads": 0.25, "refit": True},
     "whole layers": {"sparsity": 0.6, "whole_layers": "on"},
     "whole layers by flops": {"target": "flops=0.4x", "whole_layers": "on"},
     "whole layers by latency": {"target": "latency=1.8x", "whole_layers": "on"},
@@ -195,7 +196,13 @@ def outputs_apart(module: torch.nn.Module, proto: onnx.ModelProto, feeds: dict[s
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-REST = {("llama", "latency"), ("llama", "whole layers by latency"), ("llama", "whole layers by flops"), ("llama", "target")}
+REST = {
+    ("llama", "latency"),
+    ("llama", "whole layers by latency"),
+    ("llama", "whole layers by flops"),
+    ("llama", "target"),
+    ("llama", "refit"),
+}
 """What the other model shows as well."""
 CASES = [
     pytest.param(name, capability, marks=pytest.mark.rest if (name, capability) in REST else ())

@@ -129,10 +129,36 @@ def footnotes(report: Report) -> Iterator[str]:
             "exactness: the cut model equals the original with the removed channels masked to "
             f"{check['exact_difference']:.1e} (allowed {TOLERANCES[check['exact_dtype']]:.0e} in {check['exact_dtype']})"
         )
+    if report.get("refit"):
+        yield refitted(report["refit"])
+    if report.get("tune"):
+        yield tuned(report["tune"])
     if check.get("attributes"):
         changed = Counter(f"{a['name']} {a['before']} -> {a['after']}" for a in check["attributes"])
         shown = (text if count == 1 else f"{text} ({count} modules)" for text, count in changed.items())
         yield f"configuration and attributes that were set: {', '.join(shown)}"
+
+
+def refitted(found: Mapping[str, Any]) -> str:
+    """One line: how many biases and gains were fitted once more, and what that did on held-back batches."""
+    what = f"refitted: biases and gains at {found['refitted']} of {found['sites']} places ({found['parameters']:,} numbers)"
+    if not found["kept"]:
+        return f"{what}; the outputs are no nearer on held-back batches, so it was undone"
+    return (
+        f"{what}; relative squared error of the outputs on held-back batches {found['before']:.4f} -> {found['after']:.4f}"
+    )
+
+
+def tuned(found: Mapping[str, Any]) -> str:
+    """One line: what was trained, for how long, and what that did on held-back batches."""
+    named = "biases and gains" if found["what"] == "biases" else f"biases, gains and LoRA of rank {found['rank']}"
+    what = f"{named} ({found['parameters']:,} numbers, {100 * found['share']:.2g} % of the parameters)"
+    distance = {"kl": "KL to the dense outputs", "mse": "relative squared error of the outputs"}[found["loss"]]
+    made = f"{found['steps']} steps in {found['seconds']:.0f} s"
+    why = f"; ended early: {found['stopped']}" if found["stopped"] else ""
+    if not found["kept"]:
+        return f"tuned: {what}, {made}; no better on held-back batches, so it was undone{why}"
+    return f"tuned: {what}, {made}; {distance} on held-back batches {found['before']:.4f} -> {found['after']:.4f}{why}"
 
 
 def experts_left(experts: Mapping[str, Any]) -> str:
