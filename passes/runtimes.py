@@ -105,7 +105,7 @@ RUNTIMES: dict[str, Runtime] = {
 """By the names that ``--for`` takes: ONNX Runtime on the CPU and on CUDA, TensorRT, OpenVINO, Qualcomm's HTP, Core ML, the
 browser (transformers.js), ONNX Runtime GenAI, llama.cpp's files, and vLLM."""
 
-DECILM = Runtime(ffn=256, conv=1, block=BLOCK, equal_heads=True, equal_widths=True, reads=("checkpoint",), sources=(17,))
+DECILM = Runtime(ffn=256, conv=1, block=BLOCK, equal_heads=True, reads=("checkpoint",), sources=(17,))
 """What ``--format deci`` can say, whatever runs it."""
 
 
@@ -113,4 +113,4 @@ def of_format(row: Runtime, deci: bool) -> Runtime:
     """Returns what a runtime wants of a format: of DeciLM both its own widths and those that the format can say."""
     if not deci:
         return row
-    return replace(row, ffn=math.lcm(row.ffn, DECILM.ffn), equal_heads=True, equal_widths=True)
+    return replace(row, ffn=math.lcm(row.ffn, DECILM.ffn), equal_heads=True)
