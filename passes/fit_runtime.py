@@ -83,6 +83,11 @@ def require_fit(options: PruneOptions, stored: str) -> None:
     if stored not in row.reads:
         way = "give the checkpoint that it was exported from" if stored == "onnx" else "write ONNX with --format onnx"
         raise OptionError(f"{name} reads no {'ONNX' if stored == 'onnx' else stored}, and the result would be one; {way}")
+    if name == "gguf" and options.checkpoint == DECI and options.heads:
+        raise OptionError(
+            "llama.cpp's converter takes the heads of DeciLM to be hidden_size / num_attention_heads wide, which fewer are "
+            "not; leave heads out, or --format deci"
+        )
     if options.given("multiple_of") and options.multiple_of % row.ffn:
         raise OptionError(
             f"multiple-of {options.multiple_of} excludes {name}, which wants feed-forward widths in multiples of {row.ffn};"

@@ -204,10 +204,16 @@ def test_what_it_cannot_say_is_refused(name: str) -> None:
 def test_what_contradicts_is_refused() -> None:
     with pytest.raises(OptionError, match="checkpoint 'deco' is unknown; choose one of deci"):
         pruned(model(), checkpoint="deco")
-    with pytest.raises(OptionError, match="whole-layers works on a traced graph"):
-        pruned(model(), whole_layers="on")
     with pytest.raises(OptionError, match="quantize makes ONNX"):
         pruned(model(), quantize="int8")
+    with pytest.raises(OptionError, match="converter takes the heads of DeciLM to be"):
+        pruned(model(), runtime="gguf", sparsity=None, heads=0.3)
+
+
+@pytest.mark.rest
+def test_what_contradicts_a_model_is_refused() -> None:
+    with pytest.raises(OptionError, match="whole-layers works on a traced graph"):
+        pruned(model(), whole_layers="on")
     with pytest.raises(OptionError, match="no narrower ffn fits the format deci"):
         pruned(model(intermediate_size=256), sparsity=None, ffn=0.4)
     with pytest.raises(OptionError, match="Linear cannot be said as DeciLM: its configuration has no 'hidden_size'"):

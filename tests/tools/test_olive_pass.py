@@ -74,7 +74,7 @@ def test_a_pruned_model_has_its_report(place: Path) -> None:
     reports = [*place.rglob(olive_pass.REPORT)]
     assert reports
     report = json.loads(reports[0].read_text("utf-8"))
-    assert report["options"]["seed"] == 3 and report["verification"]["exact_difference"] < 1e-4
+    assert report["seed"] == 3 and report["verification"]["exact_difference"] < 1e-4
     assert {g.kind for g in liar_opt.inspect(path).groups} == {"ffn", "heads"}
 
 
