@@ -51,6 +51,8 @@ BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*/config.json")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken")
 """Files of a tokenizer."""
+DECILM = "DeciLMForCausalLM"
+"""The architecture of models with widths of each layer, whose code liar-opt has (`frontend/modeling_decilm.py`)."""
 WRITTEN = "liar_opt.json"
 """The file of a checkpoint in which liar-opt says what it wrote: path within the folder -> SHA-256."""
 PACKAGES = ("torch", "transformers", "safetensors")
@@ -204,11 +206,26 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _stock_class(config: Mapping[str, Any]) -> Any:
-    """Returns the class of transformers that a configuration names; None where it names none or another."""
+    """Returns the class of transformers that a configuration names, or ours of DeciLM; None where it names no such."""
     import transformers
 
     name = next(iter(config.get("architectures") or ()), None)
-    return getattr(transformers, name, None) if isinstance(name, str) else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return _deci_class(config) if found is None else found
+
+
+def _deci_class(config: Mapping[str, Any]) -> Any:
+    """Returns the class that loads a checkpoint of DeciLM; None where a configuration says another or more."""
+    blocks = config.get("block_configs")
+    if DECILM not in (config.get("architectures") or ()) or not isinstance(blocks, list):
+        return None
+    from liar_opt.frontend.modeling_decilm import BlockConfig, DeciLMForCausalLM
+
+    try:
+        [BlockConfig(**block) for block in blocks]
+    except TypeError:
+        return None
+    return DeciLMForCausalLM
 
 
 def _download(name: str, patterns: list[str]) -> Path:
@@ -360,7 +377,10 @@ def _sound(module: torch.nn.Module, name: str, pairs: bool) -> dict[str, torch.T
 
 @dataclass(frozen=True)
 class FieldChange:
-    """One field of a configuration: ``path`` leads from the outermost to the one that has it; ``index`` is into a list."""
+    """One field of a configuration: ``path`` leads from the outermost to the one that has it; ``index`` is into a list.
+
+    A number in the path is the place of an entry of a list.
+    """
 
     path: tuple[str, ...]
     name: str
@@ -376,7 +396,7 @@ class FieldChange:
     def apply(self, config: Any) -> None:
         """Sets the field."""
         for part in self.path:
-            config = getattr(config, part)
+            config = config[int(part)] if part.isdigit() else getattr(config, part)
         old, value = getattr(config, self.name, None), self.after
         if self.index is not None and old is not None:
             value = (*old[: self.index], self.after, *old[self.index + 1 :])

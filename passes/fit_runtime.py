@@ -21,9 +21,9 @@ from liar_opt.passes.allocate_widths import NAMED, Expressible, step_of
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.meet_target import LatencyTable
-from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.options import DECI, PruneOptions
 from liar_opt.passes.registry import lookup
-from liar_opt.passes.runtimes import BLOCK, RUNTIMES, Runtime
+from liar_opt.passes.runtimes import BLOCK, RUNTIMES, Runtime, of_format
 from liar_opt.runtime.errors import OptionError
 
 CLEAR = 0.01
@@ -83,6 +83,11 @@ def require_fit(options: PruneOptions, stored: str) -> None:
     if stored not in row.reads:
         way = "give the checkpoint that it was exported from" if stored == "onnx" else "write ONNX with --format onnx"
         raise OptionError(f"{name} reads no {'ONNX' if stored == 'onnx' else stored}, and the result would be one; {way}")
+    if name == "gguf" and options.checkpoint == DECI and options.heads:
+        raise OptionError(
+            "llama.cpp's converter takes the heads of DeciLM to be hidden_size / num_attention_heads wide, which fewer are "
+            "not; leave heads out, or --format deci"
+        )
     if options.given("multiple_of") and options.multiple_of % row.ffn:
         raise OptionError(
             f"multiple-of {options.multiple_of} excludes {name}, which wants feed-forward widths in multiples of {row.ffn};"
@@ -96,11 +101,11 @@ def require_fit(options: PruneOptions, stored: str) -> None:
 
 def fit_runtime(options: PruneOptions) -> list[Pass[Any]]:
     """Returns the pass that has widths fit, where something asks for it."""
-    block = options.quantize == "int4"
-    if options.runtime is None and options.tensor_parallel is None and not block:
+    block, deci = options.quantize == "int4", options.checkpoint == DECI
+    if options.runtime is None and options.tensor_parallel is None and not block and not deci:
         return []
     asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
-    return [FitRuntimePass(options.runtime, options.tensor_parallel or 1, block, asked)]
+    return [FitRuntimePass(options.runtime, options.tensor_parallel or 1, block, asked, deci)]
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class FitRuntimePass(Pass[dict[str, int]]):
         tensor_parallel: parts that the model is split into.
         blocks: whether weights become blocks of 4 bits in this run.
         asked: kinds that were asked for by name; that none of them can be narrower is an error then.
+        deci: whether the result is a checkpoint of DeciLM.
     """
 
     name: ClassVar[str] = "fit-runtime"
@@ -119,11 +125,12 @@ class FitRuntimePass(Pass[dict[str, int]]):
     tensor_parallel: int = 1
     blocks: bool = False
     asked: tuple[str, ...] = ()
+    deci: bool = False
 
     @property
     def row(self) -> Runtime:
         """What the runtime wants."""
-        return PLAIN if self.runtime is None else RUNTIMES[self.runtime]
+        return of_format(PLAIN if self.runtime is None else RUNTIMES[self.runtime], self.deci)
 
     @property
     def block(self) -> int:
@@ -134,7 +141,12 @@ class FitRuntimePass(Pass[dict[str, int]]):
     def wanting(self) -> str:
         """What wants the steps, for messages."""
         split = f"tensor-parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
-        names = (self.runtime or "", split, f"4-bit blocks of {self.block}" if self.blocks else "")
+        names = (
+            self.runtime or "",
+            "the format deci" if self.deci else "",
+            split,
+            f"4-bit blocks of {self.block}" if self.blocks else "",
+        )
         return " and ".join(name for name in names if name) or "what runs it"
 
     def plan(self, state: State) -> dict[str, int]:

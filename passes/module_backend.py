@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from liar_opt.frontend.blocks import Run
+from liar_opt.frontend.decilm import is_deci
 from liar_opt.frontend.either_model import flops_of
 from liar_opt.frontend.experts import find_experts
 from liar_opt.frontend.fx_engine import TimedModule
@@ -35,6 +36,7 @@ from liar_opt.passes.cut_experts import CutExperts, experts_left
 from liar_opt.passes.cut_module_blocks import leave_out_of_module, listed_runs
 from liar_opt.passes.cut_module_words import CutModuleWordsPass, choose_module_words
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords
+from liar_opt.passes.express_deci import ExpressDeciPass, StateDeciPass
 from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, StateFieldsPass
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.fit_module import CutModule, FitModulePass
@@ -45,7 +47,7 @@ from liar_opt.passes.limit_drop import LimitDropPass
 from liar_opt.passes.module_on_onnx import PruneExportedPass
 from liar_opt.passes.note_gradients import NoteGradientsPass
 from liar_opt.passes.open_module import OpenedModule, load_module_state, module_of, opened_again, traced_model
-from liar_opt.passes.options import BACKENDS, PruneOptions
+from liar_opt.passes.options import BACKENDS, DECI, PruneOptions
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
@@ -89,6 +91,8 @@ class TorchBackend(Backend):
         """Checks options that need no model."""
         super().require_possible(calibration, options)
         lookup("backend", dict.fromkeys(BACKENDS), options.backend)
+        if isinstance(options.checkpoint, str):
+            lookup("checkpoint", {DECI: None}, options.checkpoint)
         if options.quantize is not None and options.checkpoint is not False:
             raise OptionError(
                 "quantize makes ONNX, and the result would be a module or a checkpoint; write ONNX with --format onnx (in "
@@ -128,9 +132,12 @@ class TorchBackend(Backend):
         state, calibration = load_module_state(model, calibration, options)
         opened = state.found(OpenedModule)
         readable = opened.folder is not None and (not is_own_text(calibration) or has_tokenizer(opened.folder))
+        checkpoint = opened.stock if options.checkpoint is None else options.checkpoint
+        if checkpoint and is_deci(module_of(state)):
+            checkpoint = DECI
         options = replace(
             options,
-            checkpoint=opened.stock if options.checkpoint is None else options.checkpoint,
+            checkpoint=checkpoint,
             tokenizer=opened.folder if options.tokenizer is None and readable else options.tokenizer,
         )
         if options.checkpoint:
@@ -141,7 +148,8 @@ class TorchBackend(Backend):
     def choose(self) -> Chosen:
         """Returns the passes: a checkpoint has one width for all layers, and no new biases."""
         options, checkpoint = self.options, bool(self.options.checkpoint)
-        uniform = checkpoint if options.uniform is None else options.uniform
+        deci = options.checkpoint == DECI
+        uniform = checkpoint and not deci if options.uniform is None else options.uniform
         if options.passes is None:
             new_bias = not checkpoint if options.new_bias is None else options.new_bias
             whole = "off" if options.whole_layers == "auto" and uniform else options.whole_layers
@@ -155,7 +163,7 @@ class TorchBackend(Backend):
                 "a search exchanges widths between layers, and a configuration has one for all of a kind; leave search "
                 f"out, or {ELSEWHERE}"
             )
-        if checkpoint and options.uniform is None and chosen.widths.allocate in set(MEASURED) - {"curves"}:
+        if checkpoint and not deci and options.uniform is None and chosen.widths.allocate in set(MEASURED) - {"curves"}:
             raise OptionError(
                 f"allocation '{chosen.widths.allocate}' gives each layer a width of its own, and a configuration has one "
                 f"for all of a kind; leave allocate out, or {ELSEWHERE}"
@@ -181,9 +189,9 @@ class TorchBackend(Backend):
         gradients = None
         if cut.score in GRADIENT_SCORES:
             gradients = NoteGradientsPass(str(cut.score), options.loss, options.labelled, options.seed)
-        stating, fit = StateFieldsPass() if checkpoint else None, FitModulePass(checkpoint)
+        stating: Pass[Any] | None = StateDeciPass() if deci else StateFieldsPass() if checkpoint else None
         tune = None if options.tune is None else TuneModulePass(options.tune, options.tune_what, options.seed)
-        made = replace(chosen, gradients=gradients, stating=stating, tune=tune, fit=fit)
+        made = replace(chosen, gradients=gradients, stating=stating, tune=tune, fit=FitModulePass(checkpoint))
         return replace(made, widths=widths, cut=cut, curves=curves)
 
     def analysis(self) -> list[Pass[Any]]:
@@ -195,7 +203,11 @@ class TorchBackend(Backend):
         options = self.options
         asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
         stored = self.state.found(OpenedModule).folder is not None
-        said = [ExpressWidthsPass(asked, required)] if options.checkpoint and (required or stored) else []
+        said: list[Pass[Any]] = []
+        if options.checkpoint == DECI:
+            said = [ExpressDeciPass("heads" in asked)]
+        elif options.checkpoint and (required or stored):
+            said = [ExpressWidthsPass(asked, required)]
         return [*said, *super().narrowing(required)]
 
     def positions(self, state: State) -> int | None:

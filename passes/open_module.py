@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from liar_opt.frontend.decilm import as_deci
 from liar_opt.frontend.fx_engine import FAILURES
 from liar_opt.frontend.fx_module import BATCH, Executor, FxModel, example_from, lower, to_numpy, token_lengths, trace
 from liar_opt.frontend.hf_checkpoint import (
@@ -25,7 +26,7 @@ from liar_opt.frontend.own_text import require_generate
 from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.passes.base import DenseModel, Finding, Opened, OutputNames, Probes, State
 from liar_opt.passes.open_model import model_sizes
-from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.options import DECI, PruneOptions
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.memory import Memory
@@ -87,6 +88,9 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
         require_generate(module)
     calibration = named_source(module, calibration, options.batch_size)
     example = None if options.example is None else named_batch(module, options.example, "example")
+    if options.checkpoint == DECI:
+        with evaluating(module):
+            module = as_deci(module, _example(module, calibration, example))
     with evaluating(module), without_cache(module):
         feeds, program = _traced(module, calibration, example)
         lowered = lower(program, module, folder)

@@ -29,6 +29,8 @@ PACKINGS = ("auto", "on", "off")
 BACKENDS = ("torch", "onnxruntime")
 WHOLE_LAYERS = ("auto", "on", "off")
 TUNED = ("biases", "lora")
+DECI: Literal["deci"] = "deci"
+"""What ``checkpoint`` may be beside true and false."""
 BLOCK_REPAIRS = ("auto", "map", "fold", "none")
 UNSAID: Any = object()
 
@@ -159,7 +161,8 @@ class PruneOptions:
             and data has kept in the cache folder.
         seed: for all that is drawn.
         example: a batch to trace a torch module with, if nothing else says what it takes.
-        checkpoint: whether a pruned module must be one that stock transformers loads; true for its models if None.
+        checkpoint: whether a pruned module must be one that stock transformers loads; true for its models if None. "deci"
+            is one of DeciLM (Nemotron-NAS): a Llama-shaped model whose layers have feed-forward widths of their own.
         allow_pickle: read weights from pickle files, which can run code.
         backend: what measures a torch module: "torch", or "onnxruntime" on its export.
         loss: for the scores that need gradients (torch modules alone): takes the outputs by name and the labels, and
@@ -252,7 +255,7 @@ class PruneOptions:
     fresh: bool = field(default=False, metadata=_told("calibration", flag="--fresh", sets=True, demo=False))
     seed: int = field(default=0, metadata=_told("calibration", kind=int, metavar="N", data=True))
     example: Any = field(default=None, metadata=_told())
-    checkpoint: bool | None = field(default=None, metadata=_told())
+    checkpoint: bool | Literal["deci"] | None = field(default=None, metadata=_told())
     allow_pickle: bool = field(default=False, metadata=_told("model", flag="--allow-pickle", sets=True))
     backend: str = field(default="torch", metadata=_told())
     loss: Loss | None = field(default=None, metadata=_told())

@@ -118,7 +118,7 @@ def prune(
     fresh: bool = False,
     seed: int = 0,
     example: Any = None,
-    checkpoint: bool | None = None,
+    checkpoint: bool | Literal["deci"] | None = None,
     allow_pickle: bool = False,
     backend: str = "torch",
     loss: Loss | None = None,

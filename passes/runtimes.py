@@ -10,16 +10,19 @@ all: it costs as much as the next multiple, or more. Sources, by the number in a
      3  CUDA attention crashes where values are not as wide as keys: github.com/microsoft/onnxruntime/issues/28357
      4  TensorRT keeps convolutions of half floats in channels of 8, of int8 in 16 or 32:
         github.com/NVIDIA/TensorRT/issues/3876
-     5  oneDNN blocks channels by 16: oneapi-src.github.io/oneDNN/v3.0/dev_guide_understanding_memory_formats.html
+     5  oneDNN blocks channels by 16 with AVX-512 (nChw16c), by 8 before it (nChw8c):
+        oneapi-src.github.io/oneDNN/v3.0/dev_guide_understanding_memory_formats.html
      6  Qualcomm, HTP guidelines, "Number of channels": round up to a multiple of 32
         docs.qualcomm.com/doc/80-63442-10/topic/htp_guidelines_channels.html
      7  Apple, Deploying Transformers on the Apple Neural Engine: the last axis of a buffer is aligned to 64 bytes
-        (32 halves) machinelearning.apple.com/research/neural-engine-transformers
+        (32 halves): channels as exporters lay them out [b, s, c]; in the layout that Apple advises, [b, c, 1, s], it is the
+        sequence, and widths are free machinelearning.apple.com/research/neural-engine-transformers
      8  ONNX Runtime Web reads four numbers at a time where four divide the width, and multiplies in tiles of 32:
         unpkg.com/onnxruntime-web@1.24.3/lib/wasm/jsep/webgpu/ops/3rd-party/matmul_packed_webgpu.ts
-     9  transformers.js sizes the first cache by one number of heads, and one width of each, for all layers:
-        github.com/huggingface/transformers.js, src/configs.js (getKeyValueShapes)
-    10  MatMulNBits has blocks of a power of two along the contracted axis; GenAI's model builder takes 32
+     9  transformers.js sizes the first cache by one number of heads, and one width of each, for all layers (of OpenELM
+        alone by a list of heads): github.com/huggingface/transformers.js, src/configs.js (getKeyValueShapes)
+    10  MatMulNBits has blocks of a power of two along the contracted axis, of which the last may be part of one; GenAI's
+        model builder takes 32
         github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
     11  GenAI sizes its caches by one number of heads (a list of them only since pull request 2214):
         github.com/microsoft/onnxruntime-genai/issues/2062, github.com/microsoft/onnxruntime-genai/pull/2214
@@ -31,12 +34,16 @@ all: it costs as much as the next multiple, or more. Sources, by the number in a
         docs.vllm.ai/en/v0.15.0/api/vllm/model_executor/models/llama/
     15  OpenVINO's weights of 4 bits come in groups of 128:
         docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/weight-compression/4-bit-weight-quantization.html
-    16  TensorRT and QNN run 8 bits as QDQ alone:
+    16  TensorRT and QNN run 8 bits as QDQ (what quantises as it goes is left to the CPU; onnxruntime-qnn 2.7 knows
+        QLinearConv beside): github.com/onnxruntime/onnxruntime-qnn/releases/tag/v2.7.0,
         onnxruntime.ai/docs/performance/model-optimizations/quantization.html,
         onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.html
+    17  DeciLM's feed-forward widths are multiples of 256 and all layers have as many heads:
+        github.com/vllm-project/vllm, vllm/model_executor/models/nemotron_nas.py (_ffn_mult_to_intermediate_size)
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 FILES = ("onnx", "checkpoint")
 QDQ = ("int8-static",)
@@ -97,3 +104,13 @@ RUNTIMES: dict[str, Runtime] = {
 }
 """By the names that ``--for`` takes: ONNX Runtime on the CPU and on CUDA, TensorRT, OpenVINO, Qualcomm's HTP, Core ML, the
 browser (transformers.js), ONNX Runtime GenAI, llama.cpp's files, and vLLM."""
+
+DECILM = Runtime(ffn=256, conv=1, block=BLOCK, equal_heads=True, reads=("checkpoint",), sources=(17,))
+"""What ``--format deci`` can say, whatever runs it."""
+
+
+def of_format(row: Runtime, deci: bool) -> Runtime:
+    """Returns what a runtime wants of a format: of DeciLM both its own widths and those that the format can say."""
+    if not deci:
+        return row
+    return replace(row, ffn=math.lcm(row.ffn, DECILM.ffn), equal_heads=True)

@@ -176,6 +176,9 @@ def served(folder: Path) -> None:
     decoder(folder / "genai")
     words.plain_tokenizer(folder / "genai")
     (folder / "decoder_model_merged.onnx").write_bytes(zoo_merged.ready("gpt2").read_bytes())
+    wide = {**zoo_fx.GROUPED, **LAYERS, "intermediate_size": 512, "max_position_embeddings": 256}
+    checkpoint("LlamaForCausalLM", folder / "path/to/llama", **wide)
+    words.plain_tokenizer(folder / "path/to/llama")
 
 
 def compared(folder: Path) -> None:

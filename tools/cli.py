@@ -234,7 +234,7 @@ def _output_of(options: argparse.Namespace) -> Path:
     if options.quantize is not None and output is not None and output.suffix == ".pt2":
         raise OptionError(f"quantize makes ONNX, and '{output}' is not; give a path that ends in .onnx")
     if not is_module_source(options.model):
-        if options.format == "checkpoint":
+        if options.format in ("checkpoint", "deci"):
             raise OptionError(
                 f"'{options.model}' is an ONNX file: it becomes ONNX; give the folder of a checkpoint for one"
             )
@@ -242,6 +242,10 @@ def _output_of(options: argparse.Namespace) -> Path:
         return _file_of(place, given, options.model)
     plain = output is None or output.suffix not in (".onnx", ".pt2")
     options.checkpoint = options.format == "checkpoint" or (options.format is None and plain)
+    if options.format == "deci":
+        if output is not None and not plain:
+            raise OptionError(f"deci is a folder, and '{output}' is a file; give a path without {output.suffix}")
+        options.checkpoint = "deci"
     beside: Path = options.model.absolute() if options.model.is_dir() else Path(options.model.name).absolute()
     place = output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")
     return place if options.checkpoint else _file_of(place, given, beside)

@@ -134,8 +134,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         )
         output.add_argument(
             "--format",
-            choices=("onnx", "checkpoint"),
-            help="what a checkpoint becomes (default: a checkpoint, unless the output ends in .onnx or .pt2)",
+            choices=("onnx", "checkpoint", "deci"),
+            help="what a checkpoint becomes (default: a checkpoint, unless the output ends in .onnx or .pt2); deci: one of "
+            "DeciLM, whose layers have feed-forward widths of their own",
         )
     if command == "demo":
         output.add_argument(

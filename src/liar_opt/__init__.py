@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from liar_opt.passes.result import Inspection, PruneResult
     from liar_opt.runtime.errors import CheckError, InternalError, LiarOptError, ModelError, OptionError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CheckError",
     "Inspection",
