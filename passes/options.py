@@ -21,6 +21,7 @@ from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
 from liar_opt.passes.repairs import REPAIRS, RepairFunction
 from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.passes.scores import SCORES, ScoreFunction
+from liar_opt.runtime.arrays import SOLVERS
 from liar_opt.runtime.sessions import PROVIDERS
 
 PACKINGS = ("auto", "on", "off")
@@ -140,6 +141,9 @@ class PruneOptions:
         packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which does
             so where the model is causal.
         provider: "auto", "cpu" or "cuda".
+        solver: where selection and repair are computed: "host" is numpy on the CPU, "device" torch on the CUDA device, and
+            moments that were measured there stay; "auto" takes the device where there is one and a torch for it, unless the
+            provider is "cpu".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.
         resume: a folder in which finished segments are kept: a run that was interrupted goes on from the last one. It is
@@ -224,6 +228,7 @@ class PruneOptions:
     mask_input: str | None = field(default=None, metadata=_told("calibration", metavar="NAME", demo=False, data=True))
     packing: str = field(default="auto", metadata=_told("calibration", choices=PACKINGS, demo=False, data=True))
     provider: str = field(default="auto", metadata=_told("calibration", choices=PROVIDERS))
+    solver: str = field(default="auto", metadata=_told("calibration", choices=SOLVERS))
     memory: int | str | None = field(default=None, metadata=_told("calibration", metavar="SIZE"))
     resume: str | Path | None = field(
         default=None,
