@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import array_api_compat.numpy
 import numpy as np
@@ -281,12 +282,10 @@ class TorchArrays(Arrays):
     """
 
     def __init__(self, device: Any = "cuda", single: bool | None = None) -> None:
-        import array_api_compat.torch
-        import torch
-
         super().__init__()
-        self.torch: Any = torch
-        self.xp = array_api_compat.torch
+        # Typed loosely: what torch has beside the standard is used, and numpy's methods are overridden.
+        self.torch = torch = cast(Any, importlib.import_module("torch"))
+        self.xp = importlib.import_module("array_api_compat.torch")
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())

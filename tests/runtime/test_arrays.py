@@ -33,7 +33,7 @@ def rows_of(n: int, rows: int = 600, alike: int = 0, seed: int = 0) -> np.ndarra
     x = rng.standard_normal((rows, n)) @ (np.eye(n) + rng.standard_normal((n, n)) / np.sqrt(n)) + rng.standard_normal(n)
     if alike:
         x[:, n - alike :] = x[:, n - 2 * alike : n - alike]
-    return x
+    return np.asarray(x)
 
 
 def both(n: int, m: int, device: Arrays, alike: int = 0, cross: bool = False) -> list[tuple[Moments, np.ndarray]]:
