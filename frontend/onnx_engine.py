@@ -23,6 +23,7 @@ from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import without_data
 from liar_opt.frontend.widen_graph import nodes_within, widen
 from liar_opt.runtime.array_store import ArrayStore
+from liar_opt.runtime.arrays import HOST, solver
 from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import CheckError, InternalError, LiarOptError, ModelError, OptionError
 from liar_opt.runtime.sessions import Level, Runner, Session, as_array, element_type, unknown_operators
@@ -235,9 +236,12 @@ class OnnxPart(Part):
             laid = {(t.layout, t.repeat) for t in self.taps if t.layout != "all"}
             rows = {f"{ROWS}_{layout}{repeat}": row_mask(mask, layout, repeat) for layout, repeat in laid}
         sums = [o for t in self.taps for o in t.outputs]
-        values = run_session(self.session, {**feeds, **rows}, [*self.wanted, *sums], [*arrays, *sums])
+        # Where the solver is on the device as well, the sums stay there (`runtime.arrays`), but for the counts.
+        few = sums if solver() is HOST else [o for t in self.taps for o in t.outputs[:2]]
+        values = run_session(self.session, {**feeds, **rows}, [*self.wanted, *sums], [*arrays, *few])
         for tap in self.taps:
-            seen, count, total, *second = (values[o] for o in tap.outputs)
+            seen, count = (values[o] for o in tap.outputs[:2])
+            total, *second = (solver().there(values[o]) for o in tap.outputs[2:])
             try:
                 self.moments[tap.place].add_block_rows(
                     float(count.reshape(-1)[0]), total.reshape(-1), second, tap.bounds, held_back, int(seen)

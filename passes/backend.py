@@ -50,6 +50,8 @@ from liar_opt.runtime.signatures import Signature
 
 SPREAD = 0.02
 """Relative standard error of the ratio of two latencies at which they were timed long enough."""
+PATIENCE = 10.0
+"""Seconds for each model that its runs may take where they are slow."""
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
 

@@ -21,6 +21,7 @@ from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.passes.measured import Measured
+from liar_opt.runtime.arrays import arrays_of
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.subspaces import Basis, copies, logit_forms, turn_values
@@ -70,15 +71,15 @@ def basis_of(owners: NDArray[np.int64], turn: Array) -> Basis:
 
 def value_turn(group: ChannelGroup, measured: Sequence[Measured], keep: int) -> Array:
     """Returns the change of basis of every index set, [sets, d, d], in which its first ``keep`` channels are to stay."""
-    size = group.size
-    covariances, grams = np.zeros((group.sets, size, size)), np.zeros((group.sets, size, size))
+    size, a = group.size, measured[0].moments.arrays
+    covariances, grams = a.zeros((group.sets, size, size)), a.zeros((group.sets, size, size))
     for item in measured:
         covariance = item.statistics.covariance
         for number, places in copies(item.owners, size):
-            rows = item.weight[places] * item.target_scale
-            covariances[number] += covariance[np.ix_(places, places)]
+            rows = a.real(a.take(item.weight, places)) * item.target_scale
+            covariances[number] += a.part(covariance, places, places)
             grams[number] += rows @ rows.T
-    return np.stack([turn_values(c, g, keep) for c, g in zip(covariances, grams, strict=True)])
+    return np.stack([a.host(turn_values(covariances[i], grams[i], keep)) for i in range(group.sets)])
 
 
 @dataclass(eq=False)
@@ -102,8 +103,9 @@ class BasisChange:
             statistics = moments[place_of(operand)].statistics()
             second = statistics.covariance if operand.relative else statistics.uncentred
             total = np.zeros((group.sets, size, size))
+            a = arrays_of(second)
             for number, places in copies(self.owners(group, operand.width, operand.inside), size):
-                total[number] += second[np.ix_(places, places)]
+                total[number] += a.host(a.part(second, places, places))
             seconds.append(total)
         turns = np.zeros((2, group.sets, size, size))
         spectrum, channels = np.zeros(size), 0.0

@@ -220,10 +220,11 @@ def fitted(moments: Moments, biased: bool, ridge: float | None, fold: str) -> Fi
         ):
             return Fit(None, shift)
         if fold == "training":
+            tried = tried.on_host()
             return Fit(tried.weight, tried.bias, tried.ridge_used)
     everything = item.with_target("all")
     assert everything is not None
-    found = fit_dense_target(*everything, kept, nothing, used)
+    found = fit_dense_target(*everything, kept, nothing, used).on_host()
     return Fit(found.weight, found.bias, found.ridge_used)
 
 

@@ -147,7 +147,7 @@ class NoteCurves(GroupVisitor):
             if self.options.score in ("greedy", "swaps"):  # the order is known already
                 worth_of[selection.removed_blocks] = np.maximum(np.diff(selection.errors, prepend=0.0), 0.0)
             else:
-                worth_of = self.score.values(own, self.rng)
+                worth_of = self.score.of_blocks(own, self.rng)
             values += worth_of if group.sets == 1 else np.sort(worth_of)
             half.append(first + np.setdiff1d(np.arange(group.size), selection.removed_blocks[: group.size - keep]))
         deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
@@ -249,7 +249,9 @@ def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem
         # The moments are means over weighted rows, sum w x^2 / sum w with w = 1 / variance; the error is sum w e / rows.
         scale = item.target_scale**2 * statistics.count / (item.moments.count * columns)
     else:
-        power = float(np.vdot(whole.weight, statistics.covariance @ whole.weight))
+        a = whole.moments.arrays
+        weight = a.real(whole.weight)
+        power = a.inner(weight, statistics.covariance @ weight)
         scale = 1.0 / power if power > 0 else 0.0
     return Problem(item.covariance, [item.weight], item.owners, scale)
 

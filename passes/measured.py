@@ -1,6 +1,7 @@
 """What is known of a consumer when its group is thinned: its weight, the moments of its input, and the new weights.
 
 Scores read :class:`Measured`; a repair makes a :class:`Repaired` of it. Both are what a user's own function gets and gives.
+Arrays of a :class:`Measured` are where the solver is; ``on_host`` has them as numpy's, as those functions get them.
 """
 
 import functools
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.runtime.arrays import HOST, AnyArray
 from liar_opt.runtime.moments import CrossStatistics, FoldName, Moments, Statistics
 from liar_opt.runtime.solve import sketched, unexplained
 from liar_opt.runtime.subspaces import Basis
@@ -17,7 +19,7 @@ from liar_opt.runtime.subspaces import Basis
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """New weights [u, m] and what to add to the bias [m] of one consumer, with what the report says of them.
+    """New weights [u, m] and what to add to the bias [m] of one consumer, on the host, with what the report says of them.
 
     ``explained`` is what the new weights take off the error of the bias alone, ``gap`` the share of the error that more
     calibration rows would take off, where these are known.
@@ -37,7 +39,7 @@ class Measured:
     """One consumer of a group with its moments.
 
     Attributes:
-        weight: W, [n, m], float64 or the model's own type.
+        weight: W, [n, m], float64 or the model's own type, where the moments are.
         owners: block of each channel, int64 [n]; -1 for one of no block. A score is given none of these.
         moments: of its input x [.., n], all uses pooled.
         target_scale: what the node multiplies x W by.
@@ -51,7 +53,7 @@ class Measured:
         beside: channels of the moments that are of no block (other parts of a concatenation) and stay; see ``owned``.
     """
 
-    weight: NDArray[Any]
+    weight: AnyArray
     owners: NDArray[np.int64]
     moments: Moments
     target_scale: float = 1.0
@@ -82,15 +84,23 @@ class Measured:
     def _of(self, fold: FoldName) -> Statistics:
         whole = self.moments.statistics(fold)
         if not self.centred:  # moments about zero: then a mean of zero keeps every bias as it is
-            whole = Statistics(whole.count, np.zeros_like(whole.mean), whole.uncentred)
+            whole = Statistics(whole.count, 0.0 * whole.mean, whole.uncentred)
         if self.basis is not None:
             whole = self.basis.statistics(whole)
         if self.channels is None:
             return whole
-        return Statistics(whole.count, whole.mean[self.channels], whole.covariance[np.ix_(self.channels, self.channels)])
+        a, channels = self.moments.arrays, self.channels
+        return Statistics(whole.count, a.take(whole.mean, channels), a.part(whole.covariance, channels, channels))
+
+    def on_host(self) -> "Measured":
+        """Returns the same with arrays of numpy; itself where they are."""
+        if self.moments.arrays is HOST:
+            return self
+        aware = None if self.aware is None else self.aware.on_host()
+        return replace(self, weight=self.moments.arrays.host(self.weight), moments=self.moments.on_host(), aware=aware)
 
     @functools.cached_property
-    def covariance(self) -> NDArray[np.float64]:
+    def covariance(self) -> AnyArray:
         """Of the channels, [n, n]: what is left of it where those ``beside`` explain the rest."""
         if self.beside is None:
             return self.statistics.covariance
@@ -104,7 +114,7 @@ class Measured:
         if inside.all():
             return self
         channels = np.arange(self.owners.size) if self.channels is None else self.channels
-        weight, owners = self.weight[inside], self.owners[inside]
+        weight, owners = self.moments.arrays.take(self.weight, np.flatnonzero(inside)), self.owners[inside]
         return replace(self, weight=weight, owners=owners, channels=channels[inside], beside=channels[~inside], aware=None)
 
     def with_target(self, fold: FoldName) -> tuple[Statistics, CrossStatistics] | None:
@@ -114,9 +124,9 @@ class Measured:
         rows, cross = self.aware.statistics(fold), self.aware.cross_statistics(fold)
         if not self.centred:  # then the fit has no bias
             square = cross.target_variance + float(cross.target_mean @ cross.target_mean)
-            about = cross.covariance + np.outer(rows.mean, cross.target_mean)
-            rows = Statistics(rows.count, np.zeros_like(rows.mean), rows.uncentred)
-            cross = CrossStatistics(about, np.zeros_like(cross.target_mean), square)
+            about = cross.covariance + rows.mean[:, None] * cross.target_mean[None, :]
+            rows = Statistics(rows.count, 0.0 * rows.mean, rows.uncentred)
+            cross = CrossStatistics(about, 0.0 * cross.target_mean, square)
         return (rows, cross) if self.basis is None else (self.basis.statistics(rows), self.basis.cross(cross))
 
     def turned(self, basis: Basis) -> "Measured":
@@ -128,7 +138,8 @@ class Measured:
         inside = np.flatnonzero((self.owners >= first) & (self.owners < first + count))
         channels = inside if self.channels is None else self.channels[inside]
         owners, scale = self.owners[inside] - first, self.target_scale
-        return Measured(self.weight[inside], owners, self.moments, scale, channels=channels, centred=self.centred)
+        weight = self.moments.arrays.take(self.weight, inside)
+        return Measured(weight, owners, self.moments, scale, channels=channels, centred=self.centred)
 
     def by_block(self, channels: NDArray[Any]) -> NDArray[np.float64]:
         """Returns the sums over each block of one number a channel, [k]."""
@@ -140,18 +151,22 @@ class Measured:
         "none" leaves the kept weights alone, "bias" adds the mean of what is lost, "repair" is ``repaired``. They are
         reported, not computed with: in float32, and E|y|^2 is estimated (``solve.sketched``) where W is large.
         """
-        mean, weight, lost = self.statistics.mean, self.weight.astype(np.float32), self.weight[removed].astype(np.float32)
-        covariance = self.statistics.covariance.astype(np.float32)
-        lost_covariance = covariance.take(removed, axis=0).take(removed, axis=1)
-        few = sketched(weight)
-        power = float(np.vdot(few, covariance @ few)) + float(np.square(mean @ self.weight).sum()) or 1.0
-        bias = float(np.vdot(lost, lost_covariance @ lost))
-        none = bias + float(np.square(mean[removed] @ self.weight[removed]).sum())
+        a, mean = self.moments.arrays, self.statistics.mean
+        low = a.xp.float32
+        weight, lost = a.cast(self.weight, low), a.cast(a.take(self.weight, removed), low)
+        covariance = a.cast(self.statistics.covariance, low)
+        lost_covariance = a.part(covariance, removed, removed)
+        few, whole_mean = sketched(weight), mean @ a.real(self.weight)
+        power = a.inner(few, covariance @ few) + a.inner(whole_mean, whole_mean) or 1.0
+        bias = a.inner(lost, lost_covariance @ lost)
+        lost_mean = a.take(mean, removed) @ a.real(a.take(self.weight, removed))
+        none = bias + a.inner(lost_mean, lost_mean)
         if repaired.explained is None:
+            new = a.real(repaired.weight)
             change = -weight
-            change[kept] += repaired.weight.astype(np.float32)
-            error = float(np.vdot(change, covariance @ change))
-            error += float(np.square(mean[kept] @ repaired.weight - mean @ self.weight + repaired.bias).sum())
+            change[a.index(kept)] += a.cast(new, low)
+            off = a.take(mean, kept) @ new - whole_mean + a.real(repaired.bias)
+            error = a.inner(change, covariance @ change) + a.inner(off, off)
         elif repaired.kind == "none":
             error = none
         else:

@@ -11,7 +11,7 @@ from liar_opt.frontend.onnx_engine import cannot_load
 from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
-from liar_opt.passes.backend import SPREAD, Backend, inputs_of
+from liar_opt.passes.backend import PATIENCE, SPREAD, Backend, inputs_of
 from liar_opt.passes.base import AllExperts, Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
@@ -144,7 +144,7 @@ class OnnxBackend(Backend):
             feeds = words.beside(*feeds)
         models = [deployed(model, state.device) for model in (_stored(state), state.model)]
         try:
-            return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD)
+            return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD, patience=PATIENCE)
         except CannotTime:
             compared = state.get(ComparedSessions)
             if compared is None:

@@ -22,7 +22,8 @@ from liar_opt.passes.prune_groups import VALUE_CUTS, WEIGHTINGS, PruneGroupsPass
 from liar_opt.passes.repairs import REPAIRS, RepairFunction
 from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.passes.scores import SCORES, ScoreFunction
-from liar_opt.runtime.patterns import SOLVERS
+from liar_opt.runtime.arrays import SOLVERS
+from liar_opt.runtime.patterns import SOLVERS as PATTERN_SOLVERS
 from liar_opt.runtime.sessions import PROVIDERS
 
 PACKINGS = ("auto", "on", "off")
@@ -153,6 +154,9 @@ class PruneOptions:
         packing: whether texts are written behind each other and cut into full windows: "on", "off", or "auto", which does
             so where the model is causal.
         provider: "auto", "cpu" or "cuda".
+        solver: where selection and repair are computed: "host" is numpy on the CPU, "device" torch on the CUDA device, and
+            moments that were measured there stay; "auto" takes the device where there is one and a torch for it, unless the
+            provider is "cpu".
         memory: what the work may take beside the files that it maps, in bytes or as 2GB or 512MiB; half of what is free if
             None.
         resume: a folder in which finished segments are kept: a run that was interrupted goes on from the last one. It is
@@ -216,7 +220,7 @@ class PruneOptions:
     pattern: str | None = field(default=None, metadata=_of(PatternWeightsPass, "pattern", metavar="PATTERN", demo=False))
     pattern_solver: str = field(
         default=PatternWeightsPass.pattern_solver,
-        metadata=_of(PatternWeightsPass, "pattern_solver", choices=tuple(SOLVERS), demo=False),
+        metadata=_of(PatternWeightsPass, "pattern_solver", choices=tuple(PATTERN_SOLVERS), demo=False),
     )
     sparse_storage: bool = field(default=False, metadata=_told("pruning", flag="--sparse-storage", sets=True, demo=False))
     tune: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="MINUTES", demo=False))
@@ -247,6 +251,7 @@ class PruneOptions:
     mask_input: str | None = field(default=None, metadata=_told("calibration", metavar="NAME", demo=False, data=True))
     packing: str = field(default="auto", metadata=_told("calibration", choices=PACKINGS, demo=False, data=True))
     provider: str = field(default="auto", metadata=_told("calibration", choices=PROVIDERS))
+    solver: str = field(default="auto", metadata=_told("calibration", choices=SOLVERS))
     memory: int | str | None = field(default=None, metadata=_told("calibration", metavar="SIZE"))
     resume: str | Path | None = field(
         default=None,

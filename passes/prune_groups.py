@@ -213,11 +213,11 @@ class GroupVisitor(Visitor):
                 if consumer.expert not in found:
                     found.append(consumer.expert)
                 pooled = Moments.white(consumer.width)  # magnitudes choose, and there is nothing to repair with
-            values = weight.reshape(consumer.width, -1).astype(np.float64)
+            values = pooled.arrays.real(weight.reshape(consumer.width, -1))
             return Measured(values, consumer.owners, pooled, use.scale, centred=False, gradients=self.gradients)
         biased = self.options.new_bias or all(self.rewriter.has_bias(u) for u in consumer.uses)
         centred = biased and all(u.bias[0] != "none" for u in consumer.uses)
-        weight = use.matrix(value).astype(np.float64)
+        weight = pooled.arrays.real(use.matrix(value))
         return Measured(weight, consumer.owners, pooled, use.scale, centred=centred, gradients=self.gradients)
 
 
@@ -239,7 +239,7 @@ def whole_of(sublayer: Sublayer, moments: Moments) -> Measured:
     kept, removed = _sides(sublayer)
     weight = np.zeros((kept.size + removed.size, removed.size))
     weight[removed] = np.eye(removed.size)
-    return Measured(weight, np.zeros(len(weight), np.int64), moments)
+    return Measured(moments.arrays.real(weight), np.zeros(len(weight), np.int64), moments)
 
 
 def whole_repair(item: Measured, sublayer: Sublayer, form: int, ridge: float | None) -> Repaired:

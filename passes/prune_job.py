@@ -26,6 +26,7 @@ from liar_opt.passes.pattern_job import pattern_alone, prune_pattern, require_pa
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
+from liar_opt.runtime.arrays import arrays_for, solving_on
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.ranks import current
@@ -113,6 +114,7 @@ def prune(
     mask_input: str | None = None,
     packing: str = "auto",
     provider: str = "auto",
+    solver: str = "auto",
     memory: int | str | None = None,
     resume: str | Path | None = None,
     fresh: bool = False,
@@ -188,6 +190,7 @@ def prune(
         mask_input=mask_input,
         packing=packing,
         provider=provider,
+        solver=solver,
         memory=memory,
         resume=resume,
         fresh=fresh,
@@ -204,13 +207,14 @@ def prune(
         progress=progress,
         observer=observer,
     )
+    arrays = arrays_for("host" if (solver, provider) == ("auto", "cpu") else solver)
     start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
     opening.require_possible(calibration, options)
     require_experts_possible(options)
     require_pattern_possible(options)
     if current().size > 1 and (blocks is not None or experts is not None):
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
-    with custom_operators(_libraries(custom_ops)):
+    with custom_operators(_libraries(custom_ops)), solving_on(arrays):
         opened = opening.open(model, calibration, options)
         if pattern_alone(options):
             return prune_pattern(opened, start, watch)

@@ -7,6 +7,8 @@
     dense            the same, to the dense model's output                              K-prune (arXiv 2308.03449)
     residual         the same, to the dense model's residual stream                     see `passes.dense_target`
 
+What is fitted is fitted where the moments are (`runtime.arrays`); a repair gives arrays of numpy, a user's own gets them.
+
 A ridge that is not given is chosen on held-back calibration rows, "leave it alone" among the choices. Whatever the repair
 and its ridge: where what is fitted to the other rows is worse there than leaving the weights alone, they are left alone.
 """
@@ -47,7 +49,7 @@ def repair_of_function(function: RepairFunction) -> Repair:
     def repair(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
         expected = (kept.size, consumer.weight.shape[1])
         try:
-            weight, bias = (np.asarray(a, dtype=np.float64) for a in function(consumer, kept, removed))
+            weight, bias = (np.asarray(a, dtype=np.float64) for a in function(consumer.on_host(), kept, removed))
         except (TypeError, ValueError) as err:
             raise OptionError(f"repair function '{name}' did not return (weights, bias): {err}") from err
         if weight.shape != expected or bias.shape != expected[1:]:
@@ -64,7 +66,7 @@ def repair_of_function(function: RepairFunction) -> Repair:
 
 def _chosen(consumer: Measured, kept: Channels, removed: Channels, choice: RidgeChoice) -> Repaired:
     statistics = consumer.statistics
-    fit = repair_weight(statistics.covariance, statistics.mean, consumer.weight, kept, removed, choice)
+    fit = repair_weight(statistics.covariance, statistics.mean, consumer.weight, kept, removed, choice).on_host()
     gap = None if np.isnan(choice.gap) else choice.gap
     return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised, fit.explained, gap)
 
@@ -81,7 +83,9 @@ def none(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
 def bias(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
     """Adds the mean of what is lost."""
     if consumer.folds is not None:
-        training, held_back = (fold.mean[removed] @ consumer.weight[removed] for fold in consumer.folds)
+        a = consumer.moments.arrays
+        lost = a.real(a.take(consumer.weight, removed))
+        training, held_back = (a.host(a.take(fold.mean, removed) @ lost) for fold in consumer.folds)
         if np.square(held_back - training).sum() > np.square(held_back).sum():
             return none(consumer, kept, removed, ridge)
     return _chosen(consumer, kept, removed, _fixed("bias", np.inf))
@@ -89,6 +93,7 @@ def bias(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
 
 def scaling(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
     """Scales every kept block."""
+    consumer = consumer.on_host()
     found = scale_blocks(consumer.statistics, consumer.folds, consumer.weight, consumer.owners, kept, ridge)
     weight = consumer.weight[kept].astype(np.float64) * found.factors[:, None]
     return Repaired(weight, np.zeros(weight.shape[1]), found.ridge, "none" if np.isinf(found.ridge) else "scaling")
@@ -107,6 +112,7 @@ def liar(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
 
 def dense(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
     """Fits to the dense model's target; the ridge pulls towards the local solution, which stays where that does best."""
+    a = consumer.moments.arrays
     local, aware, everything = liar(consumer, kept, removed, ridge), consumer.aware, consumer.with_target("all")
     if aware is None or everything is None:
         return local
@@ -117,12 +123,12 @@ def dense(consumer: Measured, kept: Channels, removed: Channels, ridge: float | 
         if ridge is None:
             used = choose_dense_ridge(training, held_back, kept, local.weight)
         tried = fit_dense_target(*training, kept, local.weight, used)
-        alone = consumer.weight[kept].astype(np.float64)
+        alone = a.real(a.take(consumer.weight, kept))
         if dense_target_error(*held_back, kept, tried.weight, tried.bias) > dense_target_error(
             *held_back, kept, alone, np.zeros(alone.shape[1])
         ):
             return none(consumer, kept, removed, ridge)
-    fit = fit_dense_target(*everything, kept, local.weight, used)
+    fit = fit_dense_target(*everything, kept, local.weight, used).on_host()
     return Repaired(fit.weight, fit.bias, fit.ridge_used, "dense", fit.raised)
 
 

@@ -28,6 +28,7 @@ from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.search_widths import Searched
 from liar_opt.passes.tune_module import Tuned
 from liar_opt.passes.verify_model import Verification
+from liar_opt.runtime.arrays import solver
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.latency import Latency
 from liar_opt.runtime.memory import MemoryWatch
@@ -150,6 +151,7 @@ class Report:
         latency: how long both models take.
         quantised: what quantising the result came to, with all four corners.
         patterned: the zeros in weights that kept their shape, and whether they make it faster here.
+        solver: where it was solved, and in which precision.
         memory: what the run took.
         seconds: by pass.
         processes: those of a run of several.
@@ -185,6 +187,7 @@ class Report:
     latency: LatencyEntry | None = None
     quantised: Quantised | None = None
     patterned: Patterned | None = None
+    solver: dict[str, Any] | None = None
     memory: MemoryEntry | None = None
     seconds: dict[str, float] | None = None
     processes: list[dict[str, Any]] | None = None
@@ -292,6 +295,7 @@ class Report:
 
     def ended(self, state: State, watch: MemoryWatch, seconds: float) -> None:
         """Says what the run took."""
+        self.solver = solver().described()
         times, memory = self.latency, state.memory
         speedup = None if times is None else times.speedup
         self.fitted = measured_fit(state, self.device or "", speedup, 0.0 if times is None else times.spread or 0.0)

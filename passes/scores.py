@@ -18,6 +18,8 @@ W_j their rows in the consumers, variances and means over all calibration rows:
     fisher, taylor, snip   from gradients of a loss on labelled batches             see `passes.gradient_scores`
     knowledge              predictive and representational knowledge                K-prune; see there
 
+What searches does so where the moments are (`runtime.arrays`); values are taken on the host.
+
 Several consumers of one group count together: squares add up under the root, plain sums add up. The two metrics of Greedy
 Output Approximation are made after its abstract's and a summary's description; its authors' code was not at hand.
 """
@@ -69,13 +71,17 @@ class Score:
         """Returns the standard deviation by which FLAP's threshold standardises: of channels, where the values have any."""
         if self.channels is None:
             return float(values.std())
-        return float(np.sqrt(sum(self.channels(c).var() for c in consumers)))
+        return float(np.sqrt(sum(self.channels(c.on_host()).var() for c in consumers)))
+
+    def of_blocks(self, consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
+        """Returns the values of all blocks."""
+        return self.values(consumers if self.choose is not None else [c.on_host() for c in consumers], rng)
 
     def select(self, consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> Blocks:
         """Returns the kept blocks, ascending."""
         if self.choose is not None:
             return self.choose(consumers, keep, rng)
-        return np.sort(np.argsort(-self.values(consumers, rng), kind="stable")[:keep]).astype(np.int64)
+        return np.sort(np.argsort(-self.of_blocks(consumers, rng), kind="stable")[:keep]).astype(np.int64)
 
 
 def score_of_function(function: ScoreFunction) -> Score:
@@ -170,7 +176,7 @@ def _pairs(consumer: Measured) -> Array:
     weighted = consumer.statistics.uncentred * (weight @ weight.T)
     ones = np.zeros((consumer.blocks, consumer.owners.size))
     ones[consumer.owners, np.arange(consumer.owners.size)] = 1.0
-    return ones @ weighted @ ones.T
+    return np.asarray(ones @ weighted @ ones.T)
 
 
 def _alone(consumers: Sequence[Measured]) -> Array:

@@ -29,6 +29,8 @@ from liar_opt.runtime.errors import OptionError
 
 TURNS = 6
 """Turns of each model in the time that is given."""
+FEWEST = 3
+"""Runs of each model at the least, however slow it is: fewer tell nothing of how far they are from each other."""
 ALIGNMENT = 64
 PATIENCE = 600.0
 """Seconds within which a process must have loaded its model and run it once."""
@@ -99,6 +101,7 @@ def measure_latency(
     least: int = 5,
     most: int = 200,
     close: float = 0.0,
+    patience: float = math.inf,
 ) -> Latency:
     """Times models on ``feeds``, in turns.
 
@@ -108,6 +111,8 @@ def measure_latency(
         budget: seconds to spend, about, without what loading takes.
         least: runs of each at the least, whatever the budget.
         most: runs of each at the most.
+        patience: seconds for each model within which the least number of runs must be done; a slow one has fewer, but no
+            fewer than `FEWEST`, one a turn.
         close: relative standard error of the ratio at which it is enough; until then up to four times the budget is spent.
 
     Raises:
@@ -124,14 +129,16 @@ def measure_latency(
                 clock.wait()
         else:
             clocks = [_Here(m, b) for m, b in zip(models, batches, strict=True) if not isinstance(m, Deployed)]
-        turns = _in_turns(clocks, budget, least, most, close)
+        turns = _in_turns(clocks, budget, least, most, close, patience)
     shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in batches[0].items() if k in clocks[0].inputs)
     seconds = tuple(float(np.median(np.concatenate([turn[i] for turn in turns]))) for i in range(len(clocks)))
     runs = min(sum(len(turn[i]) for turn in turns) for i in range(len(clocks)))
     return Latency(seconds, runs, shapes, _spread(turns), apart)
 
 
-def _in_turns(clocks: Sequence[Any], budget: float, least: int, most: int, close: float) -> list[list[list[float]]]:
+def _in_turns(
+    clocks: Sequence[Any], budget: float, least: int, most: int, close: float, patience: float = math.inf
+) -> list[list[list[float]]]:
     """Returns the seconds of single runs by turn and model."""
     turns: list[list[list[float]]] = []
     each = budget / (TURNS * len(clocks))
@@ -139,9 +146,12 @@ def _in_turns(clocks: Sequence[Any], budget: float, least: int, most: int, close
     while done < most:
         spent = time.perf_counter() - start
         enough = not close or spent >= 4 * budget or (len(turns) >= TURNS and _spread(turns) <= close)
-        if done >= least and spent >= budget and enough:
+        late = done >= FEWEST and spent >= patience * len(clocks)
+        if late or (done >= least and spent >= budget and enough):
             break
         few = max(1, -(-(least - done) // max(1, TURNS - len(turns)))) if done < least else 1
+        if patience < math.inf and (not done or spent / done / len(clocks) * least > patience):
+            few = 1  # each takes so long that the time would be over before all have had their turns
         order = range(len(clocks)) if len(turns) % 2 == 0 else reversed(range(len(clocks)))
         taken: dict[int, list[float]] = {}
         for i in order:

@@ -11,18 +11,22 @@ repaired weights, both after A came back. OSSCAR (arXiv 2403.12983) searches so 
 of blocks at a time; here it is one, and the search is bounded by the number of swaps tried.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from liar_opt.runtime.arrays import AnyArray, arrays_of
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array
-from liar_opt.runtime.solve import Problem
+from liar_opt.runtime.solve import Problem, cheapest
 
 TRIALS = 24
 """Removed blocks that are tried at the most, the most promising first."""
+TIE = 1e-9
+"""By how much gains and costs differ, relative, that count as the same."""
 
 
 @dataclass(frozen=True)
@@ -39,48 +43,49 @@ class _Searched:
     """One problem: S + lam I, C = (S + lam I) W, and which channels each block has."""
 
     def __init__(self, problem: Problem, ridge: float) -> None:
-        diagonal = np.diagonal(problem.covariance)
-        scale = float(diagonal.mean()) or 1.0
-        self.matrix: Array = problem.covariance.astype(np.float64)
-        self.matrix[np.diag_indices_from(self.matrix)] += ridge * scale
-        stacked = np.concatenate([w.astype(np.float64) for w in problem.weights], axis=1) * np.sqrt(problem.scale)
+        self.arrays = a = arrays_of(problem.covariance)
+        self.matrix: AnyArray = a.xp.asarray(a.real(problem.covariance), copy=True)
+        diagonal = a.diagonal(self.matrix)
+        diagonal += ridge * (float(diagonal.mean()) or 1.0)
+        stacked = a.xp.concat([a.real(w) for w in problem.weights], axis=1) * math.sqrt(problem.scale)
         if stacked.shape[1] > stacked.shape[0]:
-            stacked = np.asarray(np.linalg.qr(stacked.T, mode="r")).T  # the same W W^T with n columns
-        self.target: Array = self.matrix @ stacked
-        self.power = float(np.vdot(stacked, self.target))
+            stacked = a.narrowed(stacked)  # the same W W^T with n columns
+        self.target: AnyArray = self.matrix @ stacked
+        self.power = a.inner(stacked, self.target)
         self.owners = problem.blocks
 
     def solve(self, kept: NDArray[np.bool_]) -> None:
         """Prepares P and V for a set of kept blocks."""
+        a = self.arrays
         self.channels = np.flatnonzero(kept[self.owners])
-        inner = self.matrix[np.ix_(self.channels, self.channels)]
-        self.inverse = np.linalg.inv(inner)
-        self.fitted = self.inverse @ self.target[self.channels]
+        self.inverse = a.xp.linalg.inv(a.part(self.matrix, self.channels, self.channels))
+        self.fitted = self.inverse @ a.take(self.target, self.channels)
 
     def residual(self) -> float:
         """f(U)."""
-        return self.power - float(np.vdot(self.fitted, self.target[self.channels]))
+        return self.power - self.arrays.inner(self.fitted, self.arrays.take(self.target, self.channels))
 
     def gains(self, blocks: NDArray[np.int64]) -> Array:
         """What putting each block back takes off the residual."""
-        result = np.empty(blocks.size)
+        a, result = self.arrays, np.empty(blocks.size)
         for i, block in enumerate(blocks):
             own = np.flatnonzero(self.owners == block)
-            cross = self.matrix[np.ix_(own, self.channels)]
-            schur = self.matrix[np.ix_(own, own)] - cross @ self.inverse @ cross.T
-            left = self.target[own] - cross @ self.fitted
-            result[i] = np.vdot(left, np.linalg.solve(schur, left))
+            cross = a.part(self.matrix, own, self.channels)
+            schur = a.part(self.matrix, own, own) - cross @ self.inverse @ cross.T
+            left = a.take(self.target, own) - cross @ self.fitted
+            result[i] = a.inner(left, a.xp.linalg.solve(schur, left))
         return result
 
     def costs(self, blocks: NDArray[np.int64]) -> Array:
         """What taking each kept block out adds to the residual."""
+        a = self.arrays
         place = np.full(self.owners.size, -1)
         place[self.channels] = np.arange(self.channels.size)
         result = np.empty(blocks.size)
         for i, block in enumerate(blocks):
             own = place[np.flatnonzero(self.owners == block)]
-            weight = self.fitted[own]
-            result[i] = np.vdot(weight, np.linalg.solve(self.inverse[np.ix_(own, own)], weight))
+            weight = a.take(self.fitted, own)
+            result[i] = a.inner(weight, a.xp.linalg.solve(a.part(self.inverse, own, own), weight))
         return result
 
 
@@ -113,15 +118,15 @@ def swap_blocks(problems: Sequence[Problem], kept_blocks: NDArray[np.int64], rid
         outside = np.flatnonzero(~kept)
         gains = sum((one.gains(outside) for one in searched), np.zeros(outside.size))
         improved = False
-        for choice in np.argsort(-gains, kind="stable")[: trials - tried]:
+        for choice in cheapest(-gains, min(outside.size, trials - tried), TIE):
             tried += 1
             kept[outside[choice]] = True
             solve()
             inside = np.flatnonzero(kept)
             costs = sum((one.costs(inside) for one in searched), np.zeros(inside.size))
-            cheapest = int(np.argmin(costs))
-            if inside[cheapest] != outside[choice] and costs[cheapest] < gains[choice] * (1.0 - 1e-9):
-                kept[inside[cheapest]] = False
+            (least,) = cheapest(costs, 1, TIE)
+            if inside[least] != outside[choice] and costs[least] < gains[choice] * (1.0 - 1e-9):
+                kept[inside[least]] = False
                 solve()
                 swaps, improved = swaps + 1, True
                 break

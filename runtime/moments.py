@@ -14,23 +14,25 @@ The covariance divides by the count, not by count - 1: errors in `liar_opt.runti
 For the error-aware target (the dense output y of the consumer fitted from the pruned input x~; K-prune,
 arXiv 2308.03449, does so for BERT) the cross moments X~^T Y [n, m], the column sums of Y [m] and sum Y^2 are added
 beside them.
+
+The sums are where the solver is (`runtime.arrays`): on the host, or on the device where the activations are.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.runtime.array_store import ArrayStore
+from liar_opt.runtime.arrays import HOST, PANEL, AnyArray, Arrays, arrays_of, solver
 from liar_opt.runtime.errors import InternalError, OptionError
 
 Array = NDArray[np.float64]
-AnyArray = NDArray[Any]
 FoldName = Literal["all", "training", "held_back"]
-_PANEL = 64
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class CrossStatistics:
         target_variance: E[|y - E y|^2], summed over the m columns.
     """
 
-    covariance: Array
-    target_mean: Array
+    covariance: AnyArray
+    target_mean: AnyArray
     target_variance: float
 
 
@@ -59,8 +61,8 @@ class Statistics:
     """
 
     count: float
-    mean: Array
-    covariance: Array
+    mean: AnyArray
+    covariance: AnyArray
 
     @property
     def width(self) -> int:
@@ -68,46 +70,47 @@ class Statistics:
         return int(self.mean.shape[0])
 
     @property
-    def uncentred(self) -> Array:
+    def uncentred(self) -> AnyArray:
         """E[x^T x], [n, n]."""
-        return self.covariance + np.outer(self.mean, self.mean)
+        return self.covariance + self.mean[:, None] * self.mean[None, :]
 
     @property
-    def mean_square(self) -> Array:
+    def mean_square(self) -> AnyArray:
         """E[x_j^2] of every channel, [n]: the diagonal of `uncentred`."""
-        return np.diagonal(self.covariance) + self.mean**2
+        return arrays_of(self.covariance).diagonal(self.covariance) + self.mean**2
 
 
 class _Fold:
     """Running sums of one fold; the cross sums have their own count, so that a batch without them is seen."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, arrays: Arrays) -> None:
+        self.arrays = arrays
         self.count = 0.0
         self.seen = 0
-        self.total: Array = np.zeros(width)
-        self.second: Array = np.zeros((width, width))
-        self.cross: Array | None = None
-        self.target_total: Array | None = None
+        self.total: AnyArray = arrays.zeros((width,))
+        self.second: AnyArray = arrays.zeros((width, width))
+        self.cross: AnyArray | None = None
+        self.target_total: AnyArray | None = None
         self.target_square = 0.0
         self.cross_count = 0.0
 
     def include(self, other: "_Fold") -> None:
         self.count += other.count
         self.seen += other.seen
-        self.total += other.total
-        self.second += other.second
+        self.total += self.arrays.there(other.total)
+        self.second += self.arrays.there(other.second)
         if other.cross is None or other.target_total is None:
             return
         self.include_cross(other.cross_count, other.cross, other.target_total, other.target_square)
 
     def include_cross(self, count: float, cross: AnyArray, target_total: AnyArray, target_square: float) -> None:
         if self.cross is None or self.target_total is None:
-            self.cross = np.zeros(cross.shape)
-            self.target_total = np.zeros(target_total.shape)
+            self.cross = self.arrays.zeros(cross.shape)
+            self.target_total = self.arrays.zeros(target_total.shape)
         if self.cross.shape != cross.shape:
-            raise InternalError(f"cross moment is {cross.shape}, those before it are {self.cross.shape}")
-        self.cross += cross
-        self.target_total += target_total
+            raise InternalError(f"cross moment is {tuple(cross.shape)}, those before it are {tuple(self.cross.shape)}")
+        self.cross += self.arrays.there(cross)
+        self.target_total += self.arrays.there(target_total)
         self.target_square += float(target_square)
         self.cross_count += count
 
@@ -117,16 +120,18 @@ class Moments:
 
     Args:
         width: Width n of the dimension.
+        arrays: Where the sums are; if None where this run solves.
 
     Raises:
         InternalError: `width` is below one.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, arrays: Arrays | None = None) -> None:
         if width < 1:
             raise InternalError(f"moments of width {width}, needs at least 1")
         self.width = width
-        self._folds: Mapping[str, _Fold] = {"training": _Fold(width), "held_back": _Fold(width)}
+        self.arrays = solver() if arrays is None else arrays
+        self._folds: Mapping[str, _Fold] = {name: _Fold(width, self.arrays) for name in ("training", "held_back")}
 
     @classmethod
     def white(cls, width: int) -> "Moments":
@@ -150,8 +155,9 @@ class Moments:
         """
         if count < 0:
             raise InternalError(f"batch of {count} rows")
+        total, second = self.arrays.there(total), self.arrays.there(second)
         if total.shape != (self.width,) or second.shape != (self.width, self.width):
-            raise InternalError(f"moments of width {self.width} were given {total.shape} and {second.shape}")
+            raise InternalError(f"moments of width {self.width} were given {tuple(total.shape)} and {tuple(second.shape)}")
         _require_finite(total, second)
         fold = self._folds[_fold_name(held_back)]
         fold.count += float(count)
@@ -190,8 +196,10 @@ class Moments:
         if not steps or bounds[0] != 0 or bounds[-1] != self.width or any(low >= high for low, high in steps):
             raise InternalError(f"partition bounds {list(bounds)} do not increase from 0 to {self.width}")
         expected = [(high - low, self.width - low) for low, high in steps]
-        if total.shape != (self.width,) or [row.shape for row in rows] != expected:
-            raise InternalError(f"block rows {[row.shape for row in rows]}, totals {total.shape}; needed {expected}")
+        total, rows = self.arrays.there(total), [self.arrays.there(row) for row in rows]
+        shapes = [tuple(row.shape) for row in rows]
+        if total.shape != (self.width,) or shapes != expected:
+            raise InternalError(f"block rows {shapes}, totals {tuple(total.shape)}; needed {expected}")
         _require_finite(total)  # a row that is not finite shows in its column sums
         fold = self._folds[_fold_name(held_back)]
         fold.count += float(count)
@@ -221,8 +229,11 @@ class Moments:
             InternalError: A shape does not fit the width or the batches before.
             OptionError: NaN or Inf among the sums.
         """
+        cross, target_total = self.arrays.there(cross), self.arrays.there(target_total)
         if cross.ndim != 2 or cross.shape[0] != self.width or target_total.shape != cross.shape[1:]:
-            raise InternalError(f"cross moments of width {self.width} were given {cross.shape}, {target_total.shape}")
+            raise InternalError(
+                f"cross moments of width {self.width} were given {tuple(cross.shape)}, {tuple(target_total.shape)}"
+            )
         _require_finite(cross, target_total, np.asarray(target_square))
         self._folds[_fold_name(held_back)].include_cross(float(count), cross, target_total, target_square)
 
@@ -234,7 +245,7 @@ class Moments:
         """
         if other.width != self.width:
             raise InternalError(f"moments of width {self.width} cannot be pooled with width {other.width}")
-        pooled = Moments(self.width)
+        pooled = Moments(self.width, self.arrays)
         for name, fold in pooled._folds.items():
             fold.include(self._folds[name])
             fold.include(other._folds[name])
@@ -243,7 +254,7 @@ class Moments:
     @property
     def crosses(self) -> dict[str, tuple[int, ...]]:
         """The shape [n, m] of the cross moments, by fold; folds without any are left out."""
-        return {name: fold.cross.shape for name, fold in self._folds.items() if fold.cross is not None}
+        return {name: tuple(fold.cross.shape) for name, fold in self._folds.items() if fold.cross is not None}
 
     def add_up(self, add: Callable[[AnyArray], object], crosses: Mapping[str, tuple[int, ...]]) -> None:
         """Have every sum become that over all who hold moments of the same activation.
@@ -254,33 +265,49 @@ class Moments:
         """
         for name, fold in self._folds.items():
             if name in crosses and fold.cross is None:
-                fold.include_cross(0.0, np.zeros(crosses[name]), np.zeros(crosses[name][1]), 0.0)
+                shape = crosses[name]
+                fold.include_cross(0.0, self.arrays.zeros(shape), self.arrays.zeros(shape[1:]), 0.0)
             scalars = np.asarray([fold.count, fold.seen, fold.target_square, fold.cross_count])
             add(scalars)
             fold.count, seen, fold.target_square, fold.cross_count = map(float, scalars)
             fold.seen = round(seen)
             for array in (fold.total, fold.second, fold.cross, fold.target_total):
-                if array is not None:
-                    add(array)
+                if array is None:
+                    continue
+                held = self.arrays.host(array)
+                add(held)
+                if held is not array:
+                    array[...] = self.arrays.there(held)
+
+    def on_host(self) -> "Moments":
+        """Return the same sums as arrays of numpy."""
+        result = Moments(self.width, HOST)
+        for name, fold in result._folds.items():
+            fold.include(self._folds[name])
+        return result
 
     def part(self, channels: NDArray[np.int64]) -> "Moments":
         """Return the moments of some channels, ascending, [u]: what was measured before others went."""
-        result = Moments(channels.size)
+        result = Moments(channels.size, self.arrays)
         for name, fold in result._folds.items():
             whole = self._folds[name]
             fold.count, fold.seen, fold.cross_count = whole.count, whole.seen, whole.cross_count
-            fold.total, fold.second = whole.total[channels], np.asarray(whole.second[np.ix_(channels, channels)])
-            fold.cross = None if whole.cross is None else whole.cross[channels]
+            a = self.arrays
+            fold.total = a.take(whole.total, channels)
+            second = whole.second  # on the host, where it was stored on disk
+            fold.second = a.there(arrays_of(second).part(second, channels, channels))
+            fold.cross = None if whole.cross is None else a.take(whole.cross, channels)
             fold.target_total, fold.target_square = whole.target_total, whole.target_square
         return result
 
     def shift_target(self, by: AnyArray) -> None:
         """Take ``by``, [m], off every row of the target, whose cross moments all rows have."""
+        by = self.arrays.real(by)
         for fold in self._folds.values():
             if fold.cross is None or fold.target_total is None:
                 continue
             fold.target_square += float(fold.cross_count * (by @ by) - 2.0 * (by @ fold.target_total))
-            fold.cross = fold.cross - np.outer(fold.total, by)
+            fold.cross = fold.cross - fold.total[:, None] * by[None, :]
             fold.target_total = fold.target_total - fold.cross_count * by
 
     def statistics(self, fold: FoldName = "all") -> Statistics:
@@ -293,22 +320,22 @@ class Moments:
         count = sum(sums.count for sums in folds)
         if count <= 0:
             raise InternalError(f"no rows in fold '{fold}'")
-        mean = np.asarray(sum(sums.total for sums in folds)) / count
-        covariance = np.empty((self.width, self.width))
-        for low in range(0, self.width, _PANEL):
-            high = min(low + _PANEL, self.width)
-            panel = folds[0].second[low:high, low:] / count
+        a, xp = self.arrays, self.arrays.xp
+        mean = folds[0].total / count if len(folds) == 1 else (folds[0].total + folds[1].total) / count
+        covariance = a.empty((self.width, self.width), mean.dtype)
+        for low in range(0, self.width, PANEL):
+            high = min(low + PANEL, self.width)
+            panel = a.there(folds[0].second[low:high, low:]) / count
             for sums in folds[1:]:
-                panel += sums.second[low:high, low:] / count
-            panel -= np.outer(mean[low:high], mean[low:])
+                panel += a.there(sums.second[low:high, low:]) / count
+            panel -= mean[low:high, None] * mean[None, low:]
             # What lies below the diagonal may be missing (`add_block_rows`).
-            square = np.triu(panel[:, : high - low])
-            panel[:, : high - low] = square + np.triu(square, 1).T
+            square = xp.triu(panel[:, : high - low])
+            panel[:, : high - low] = square + xp.triu(square, k=1).T
             covariance[low:high, low:] = panel
             covariance[low:, low:high] = panel.T
         # A constant channel gives a rounding residue of either sign here; a variance is never negative.
-        diagonal = np.einsum("ii->i", covariance)
-        np.maximum(diagonal, 0.0, out=diagonal)
+        a.floor_diagonal(covariance)
         return Statistics(count, mean, covariance)
 
     def cross_statistics(self, fold: FoldName = "all") -> CrossStatistics:
@@ -323,12 +350,13 @@ class Moments:
         mean = sums.total / sums.count
         target_mean = sums.target_total / sums.count
         variance = sums.target_square / sums.count - float(target_mean @ target_mean)
-        return CrossStatistics(sums.cross / sums.count - np.outer(mean, target_mean), target_mean, max(variance, 0.0))
+        covariance = sums.cross / sums.count - mean[:, None] * target_mean[None, :]
+        return CrossStatistics(covariance, target_mean, max(variance, 0.0))
 
     def store(self, place: ArrayStore) -> None:
         """Moves the second moments to disk; nothing is added to them afterwards."""
         for fold in self._folds.values():
-            fold.second = place.put(fold.second)
+            fold.second = place.put(self.arrays.host(fold.second))
 
     def rows(self, fold: FoldName = "all") -> int:
         """Return the number of rows in one fold, or in both together."""
@@ -342,24 +370,24 @@ class Moments:
         return self.rows()
 
     @property
-    def mean(self) -> Array:
+    def mean(self) -> AnyArray:
         """E[x], [n], both folds together."""
         return self.statistics().mean
 
     @property
-    def covariance(self) -> Array:
+    def covariance(self) -> AnyArray:
         """E[(x - mean)^T (x - mean)], [n, n], both folds together."""
         return self.statistics().covariance
 
     @property
-    def uncentred(self) -> Array:
+    def uncentred(self) -> AnyArray:
         """E[x^T x], [n, n], both folds together."""
         return self.statistics().uncentred
 
     def _sums(self, fold: FoldName) -> _Fold:
         if fold != "all":
             return self._folds[fold]
-        both = _Fold(self.width)
+        both = _Fold(self.width, self.arrays)
         for sums in self._folds.values():
             both.include(sums)
         return both
@@ -371,6 +399,9 @@ class MadeUpMoments(Moments):
     Args:
         width: Width n of the dimension.
     """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, HOST)
 
     def statistics(self, fold: FoldName = "all") -> Statistics:
         """Return a mean and a covariance, the same for every fold."""
@@ -391,21 +422,12 @@ class MadeUpMoments(Moments):
         return 100 * self.width
 
 
-def mirror_upper(matrix: AnyArray) -> None:
-    """Copies the upper triangle of a square matrix [n, n] onto the lower one in place, a panel at a time."""
-    width = matrix.shape[0]
-    for low in range(0, width, _PANEL):
-        high = min(low + _PANEL, width)
-        square = np.triu(matrix[low:high, low:high])
-        matrix[low:high, low:high] = square + np.triu(square, 1).T
-        matrix[high:, low:high] = matrix[low:high, high:].T
-
-
 def _fold_name(held_back: bool) -> str:
     return "held_back" if held_back else "training"
 
 
 def _require_finite(*arrays: AnyArray) -> None:
     # A sum is NaN or Inf when any entry is; it spares a temporary of the array's size.
-    if not all(np.isfinite(array.sum(dtype=np.float64)) for array in arrays):
+    sums = (arrays_of(array).xp.sum(array, dtype=arrays_of(array).xp.float64) for array in arrays)
+    if not all(math.isfinite(float(total)) for total in sums):
         raise OptionError("the activations hold NaN or Inf on the calibration data")

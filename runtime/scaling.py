@@ -18,7 +18,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from liar_opt.runtime.moments import AnyArray, Array, Statistics
+from liar_opt.runtime.arrays import AnyArray
+from liar_opt.runtime.moments import Array, Statistics
 from liar_opt.runtime.solve import RIDGE_GRID
 
 

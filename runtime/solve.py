@@ -20,25 +20,26 @@ tr(P_BB^-1 G_BB). With P_BB = L L^T, V = P_:B L^-T, T = L^-1 W_B:, U = W T^T - V
 
 P stays as it was and the V are collected: rows of the true P are made when they are needed. That is a Cholesky
 factorisation, row by row, whose pivots the costs choose: 2 n r (r + 2 m) operations for r of n channels, m <= n.
+
+Moments and weights are arrays of numpy or tensors of torch (`runtime.arrays`); what is computed stays where the covariance
+is. Which blocks go is decided on the host, from one number a block.
 """
 
 import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
-import scipy.linalg
 import threadpoolctl
 from numpy.typing import NDArray
-from scipy.linalg import blas, lapack
 
+from liar_opt.runtime.arrays import AnyArray, Arrays, Cholesky, Indices, arrays_of
 from liar_opt.runtime.errors import InternalError
-from liar_opt.runtime.moments import AnyArray, Array, CrossStatistics, Statistics, mirror_upper
+from liar_opt.runtime.moments import Array, CrossStatistics, Statistics
 
-Indices = NDArray[np.integer[Any]]
 RepairKind = Literal["repair", "bias", "none"]
 
 RIDGE_GRID: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -53,6 +54,8 @@ _ALONE_BELOW = 4096
 _SINGLE_FROM = 1024
 _SKETCH = 64
 _AT_ONCE = 128
+_TIES = (1e-9, 1e-6)
+"""By how much costs differ, relative, that count as the same: in float64, and in float32."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class RepairMap:
         raised: Whether it had to rise because S_UU did not factor.
     """
 
-    Q: Array
-    p: Array
+    Q: AnyArray
+    p: AnyArray
     ridge_used: float
     raised: bool
 
@@ -151,11 +154,16 @@ class DenseFit:
         raised: Whether it had to rise because S_UU did not factor.
     """
 
-    weight: Array
-    bias: Array
+    weight: AnyArray
+    bias: AnyArray
     ridge_used: float
     raised: bool
     explained: float = 0.0
+
+    def on_host(self) -> "DenseFit":
+        """Return the same as arrays of numpy."""
+        a = arrays_of(self.weight)
+        return replace(self, weight=a.host(self.weight), bias=a.host(self.bias))
 
 
 @contextlib.contextmanager
@@ -199,11 +207,13 @@ def repair_map(covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Ind
     _require_sets(covariance, kept, removed, ridge)
     if mean.shape != covariance.shape[:1]:
         raise InternalError(f"mean is {mean.shape}, covariance {covariance.shape}")
+    a = arrays_of(covariance)
+    mean = a.real(mean)
     if math.isinf(ridge) or kept.size == 0:
-        return RepairMap(np.zeros((kept.size, removed.size)), mean[removed].astype(np.float64), math.inf, False)
+        return RepairMap(a.zeros((kept.size, removed.size)), a.take(mean, removed), math.inf, False)
     factor = _factor(_part(covariance, kept, kept), ridge)
     q = factor.solve(_part(covariance, kept, removed))
-    return RepairMap(q, mean[removed] - mean[kept] @ q, factor.ridge, factor.raised)
+    return RepairMap(q, a.take(mean, removed) - a.take(mean, kept) @ q, factor.ridge, factor.raised)
 
 
 def no_repair_map(kept: Indices, removed: Indices) -> RepairMap:
@@ -214,11 +224,12 @@ def no_repair_map(kept: Indices, removed: Indices) -> RepairMap:
 def map_of_choice(choice: RidgeChoice, covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Indices) -> RepairMap:
     """Return the map that `choose_ridge` asks for, from the moments of all rows; arguments as in `repair_map`."""
     if choice.kind == "none":
-        return no_repair_map(kept, removed)
+        a = arrays_of(covariance)
+        return RepairMap(a.zeros((kept.size, removed.size)), a.zeros((removed.size,)), math.inf, False)
     return repair_map(covariance, mean, kept, removed, choice.ridge)
 
 
-def fold(weight: AnyArray, kept: Indices, removed: Indices, repair: RepairMap) -> tuple[Array, Array]:
+def fold(weight: AnyArray, kept: Indices, removed: Indices, repair: RepairMap) -> tuple[AnyArray, AnyArray]:
     """Fold the repair into a consumer.
 
     Args:
@@ -233,10 +244,12 @@ def fold(weight: AnyArray, kept: Indices, removed: Indices, repair: RepairMap) -
     Raises:
         InternalError: The map is of other sets.
     """
-    if repair.Q.shape != (kept.size, removed.size):
+    if tuple(repair.Q.shape) != (kept.size, removed.size):
         raise InternalError(f"repair map is {repair.Q.shape}, the sets have {kept.size} and {removed.size} channels")
-    lost = weight[removed].astype(np.float64)
-    return weight[kept] + repair.Q @ lost, repair.p @ lost
+    a = arrays_of(repair.Q)
+    weight = a.there(weight)
+    lost = a.real(a.take(weight, removed))
+    return a.take(weight, kept) + repair.Q @ lost, repair.p @ lost
 
 
 def repair_weight(
@@ -259,16 +272,19 @@ def repair_weight(
         InternalError: Shapes or index sets do not fit.
     """
     _require_sets(covariance, kept, removed, choice.ridge)
-    same, lost = weight[kept].astype(np.float64), weight[removed].astype(np.float64)
+    a = arrays_of(covariance)
+    weight, mean = a.there(weight), a.real(mean)
+    same, lost = a.real(a.take(weight, kept)), a.real(a.take(weight, removed))
     if choice.kind == "none":
-        return DenseFit(same, np.zeros(weight.shape[1]), math.inf, False)
+        return DenseFit(same, a.zeros((weight.shape[1],)), math.inf, False)
     if choice.kind == "bias" or kept.size == 0 or math.isinf(choice.ridge):
-        return DenseFit(same, mean[removed] @ lost, math.inf, False)
+        return DenseFit(same, a.take(mean, removed) @ lost, math.inf, False)
     factor = _factor(_part(covariance, kept, kept), choice.ridge)
     target = _part(covariance, kept, removed) @ lost
     z = factor.solve(target)
-    explained = _inner(z, target) + factor.lam * _inner(z, z)
-    return DenseFit(same + z, mean[removed] @ lost - mean[kept] @ z, factor.ridge, factor.raised, explained)
+    explained = a.inner(z, target) + factor.lam * a.inner(z, z)
+    bias = a.take(mean, removed) @ lost - a.take(mean, kept) @ z
+    return DenseFit(same + z, bias, factor.ridge, factor.raised, explained)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
@@ -283,7 +299,8 @@ def residual_error(covariance: AnyArray, weight: AnyArray, kept: Indices, remove
         InternalError: Shapes or index sets do not fit, or the ridge is negative or NaN.
     """
     _require_sets(covariance, kept, removed, ridge)
-    lost = weight[removed].astype(np.float64)
+    a = arrays_of(covariance)
+    lost = _rows(a, weight, removed)
     bias_error = _form(_part(covariance, removed, removed), lost)
     if math.isinf(ridge) or kept.size == 0:
         return bias_error
@@ -291,7 +308,7 @@ def residual_error(covariance: AnyArray, weight: AnyArray, kept: Indices, remove
     target = _part(covariance, kept, removed) @ lost
     z = factor.solve(target)
     # S_UU Z = (S_UU + lam I) Z - lam Z = target - lam Z spares a product.
-    return max(bias_error - _inner(z, target) - factor.lam * _inner(z, z), 0.0)
+    return max(bias_error - a.inner(z, target) - factor.lam * a.inner(z, z), 0.0)
 
 
 def penalised_error(covariance: AnyArray, weight: AnyArray, kept: Indices, removed: Indices, lam: float) -> float:
@@ -301,24 +318,26 @@ def penalised_error(covariance: AnyArray, weight: AnyArray, kept: Indices, remov
         InternalError: Shapes or index sets do not fit, or `lam` is negative or NaN.
     """
     _require_sets(covariance, kept, removed, lam)
-    lost = weight[removed].astype(np.float64)
-    error = _form(_part(covariance, removed, removed), lost) + lam * _inner(lost, lost)
+    a = arrays_of(covariance)
+    lost = _rows(a, weight, removed)
+    error = _form(_part(covariance, removed, removed), lost) + lam * a.inner(lost, lost)
     if kept.size == 0:
         return error
     target = _part(covariance, kept, removed) @ lost
     matrix = _part(covariance, kept, kept)
-    matrix[np.diag_indices_from(matrix)] += lam
-    return error - _inner(scipy.linalg.solve(matrix, target, assume_a="pos"), target)
+    diagonal = a.diagonal(matrix)
+    diagonal += lam
+    return error - a.inner(a.xp.linalg.solve(matrix, target), target)
 
 
 def masked_error(uncentred: AnyArray, weight: AnyArray, removed: Indices) -> float:
     """Mean squared error of y = x W with x_M zeroed and nothing repaired; `uncentred` is E[x^T x], [n, n]."""
-    return _form(_part(uncentred, removed, removed), weight[removed].astype(np.float64))
+    return _form(_part(uncentred, removed, removed), _rows(arrays_of(uncentred), weight, removed))
 
 
 def bias_only_error(covariance: AnyArray, weight: AnyArray, removed: Indices) -> float:
     """Mean squared error of y = x W with x_M replaced by its mean."""
-    return _form(_part(covariance, removed, removed), weight[removed].astype(np.float64))
+    return _form(_part(covariance, removed, removed), _rows(arrays_of(covariance), weight, removed))
 
 
 def choose_ridge(
@@ -350,30 +369,31 @@ def choose_ridge(
     if not grid:
         raise InternalError("no ridge to choose from")
     _require_sets(training.covariance, kept, removed, min(grid))
-    lost = sketched(_stack(weights, training.width)[removed])
+    a = arrays_of(training.covariance)
+    lost = sketched(a.take(_stack(a, weights, training.width), removed))
     shift = held_back.mean - training.mean
     # A product with the whole covariance gives both of its parts.
-    spread = _spread(lost, removed, training.width)
+    spread = _spread(a, lost, removed, training.width)
     held_lost = held_back.covariance @ spread
-    held_mm = _inner(lost, held_lost[removed])
-    shift_m = shift[removed] @ lost
-    bias_error = held_mm + _inner(shift_m, shift_m)
-    mean_m = held_back.mean[removed] @ lost
-    none_error = held_mm + _inner(mean_m, mean_m)
+    held_mm = a.inner(lost, a.take(held_lost, removed))
+    shift_m = a.take(shift, removed) @ lost
+    bias_error = held_mm + a.inner(shift_m, shift_m)
+    mean_m = a.take(held_back.mean, removed) @ lost
+    none_error = held_mm + a.inner(mean_m, mean_m)
     fitted: dict[float, float] = {}
     candidates: list[tuple[float, RepairKind, float]] = [(none_error, "none", math.inf), (bias_error, "bias", math.inf)]
     if kept.size and removed.size:
         matrix = _part(training.covariance, kept, kept)
         lost_training = training.covariance @ spread
-        target, training_mm = lost_training[kept], _inner(lost, lost_training[removed])
-        held_target, held_matrix = held_lost[kept], _part(held_back.covariance, kept, kept)
+        target, training_mm = a.take(lost_training, kept), a.inner(lost, a.take(lost_training, removed))
+        held_target, held_matrix = a.take(held_lost, kept), _part(held_back.covariance, kept, kept)
 
         def error_at(ridge: float) -> float:
             factor = _factor(matrix, ridge)
             z = factor.solve(target)
-            fitted[ridge] = max(training_mm - _inner(z, target) - factor.lam * _inner(z, z), 0.0)
-            off = shift_m - shift[kept] @ z
-            return held_mm - 2.0 * _inner(z, held_target) + _form(held_matrix, z) + _inner(off, off)
+            fitted[ridge] = max(training_mm - a.inner(z, target) - factor.lam * a.inner(z, z), 0.0)
+            off = shift_m - a.take(shift, kept) @ z
+            return held_mm - 2.0 * a.inner(z, held_target) + _form(held_matrix, z) + a.inner(off, off)
 
         ridge, error = _descend(error_at, grid)
         candidates.append((error, "repair", ridge))
@@ -383,7 +403,7 @@ def choose_ridge(
     return RidgeChoice(best[1], best[2], max(best[0], 0.0), bias_error, none_error, own)
 
 
-def unexplained(covariance: AnyArray, inside: Indices, beside: Indices, ridge: float = BESIDE_RIDGE) -> Array:
+def unexplained(covariance: AnyArray, inside: Indices, beside: Indices, ridge: float = BESIDE_RIDGE) -> AnyArray:
     """Returns the covariance of the channels ``inside`` that those ``beside``, which all stay, leave unexplained.
 
     S_II - S_IB (S_BB + lam I)^-1 S_BI: the residual of what goes is the same with it as with all channels.
@@ -397,8 +417,7 @@ def unexplained(covariance: AnyArray, inside: Indices, beside: Indices, ridge: f
     cross = _part(covariance, beside, inside)
     result = _part(covariance, inside, inside) - cross.T @ _factor(_part(covariance, beside, beside), ridge).solve(cross)
     result = (result + result.T) / 2.0
-    diagonal = np.einsum("ii->i", result)
-    np.maximum(diagonal, 0.0, out=diagonal)
+    arrays_of(covariance).floor_diagonal(result)
     return result
 
 
@@ -423,27 +442,29 @@ def fit_dense_target(
     Raises:
         InternalError: Shapes do not fit, or the ridge is negative or NaN.
     """
-    target = cross.covariance[kept]
-    if cross.covariance.shape[0] != pruned.width or local_weight.shape != target.shape or not ridge >= 0.0:
+    a = arrays_of(pruned.covariance)
+    target, weight = a.take(cross.covariance, kept), a.real(local_weight)
+    if cross.covariance.shape[0] != pruned.width or weight.shape != target.shape or not ridge >= 0.0:
         raise InternalError(
             f"width {pruned.width}, cross {cross.covariance.shape}, local {local_weight.shape}, ridge {ridge}"
         )
-    weight = local_weight.astype(np.float64)
     used, raised = math.inf, False
     if kept.size and not math.isinf(ridge):
         factor = _factor(_part(pruned.covariance, kept, kept), ridge)
         weight = factor.solve(target + factor.lam * weight)
         used, raised = factor.ridge, factor.raised
-    return DenseFit(weight, cross.target_mean - pruned.mean[kept] @ weight, used, raised)
+    return DenseFit(weight, cross.target_mean - a.take(pruned.mean, kept) @ weight, used, raised)
 
 
 def dense_target_error(
     pruned: Statistics, cross: CrossStatistics, kept: Indices, weight: AnyArray, bias: AnyArray
 ) -> float:
     """E|y - x~_U W' - b'|^2, summed over the columns; arguments as in `fit_dense_target`, `bias` is b', [m]."""
-    off = cross.target_mean - pruned.mean[kept] @ weight - bias
-    form = _form(_part(pruned.covariance, kept, kept), weight.astype(np.float64))
-    return cross.target_variance - 2.0 * _inner(weight, cross.covariance[kept]) + form + _inner(off, off)
+    a = arrays_of(pruned.covariance)
+    weight = a.real(weight)
+    off = cross.target_mean - a.take(pruned.mean, kept) @ weight - a.real(bias)
+    form = _form(_part(pruned.covariance, kept, kept), weight)
+    return cross.target_variance - 2.0 * a.inner(weight, a.take(cross.covariance, kept)) + form + a.inner(off, off)
 
 
 def choose_dense_ridge(
@@ -527,20 +548,24 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
         raise InternalError(f"keep {keep} of the blocks {sorted(numbers)}")
     active = np.ones(number, dtype=bool)
     order = np.empty(number - keep, dtype=np.int64)
-    steps = np.empty(number - keep)
+    steps = np.zeros(number - keep)
     states = [_Downdate(problem, number, number - keep, ridge) for problem in problems]
     at_once = max(1, number // _AT_ONCE)
+    tie = max(state.tie for state in states)
     for step in range(0, number - keep, at_once):
         cost = states[0].costs()
         for state in states[1:]:
             cost = cost + state.costs()
+        cost = states[0].arrays.host(cost)
         cost[~active] = np.inf
         count = min(at_once, number - keep - step)
-        cheapest = np.argpartition(cost, count - 1)[:count] if count > 1 else np.argmin(cost, keepdims=True)
-        blocks = cheapest[np.argsort(cost[cheapest], kind="stable")]
+        blocks = cheapest(cost, count, tie)
         active[blocks] = False
         order[step : step + count] = blocks
-        steps[step : step + count] = sum(state.remove(blocks) for state in states)
+        for state in states:
+            state.remove(blocks)
+    for state in states:
+        steps += state.steps()
     return Selection(
         np.flatnonzero(active).astype(np.int64),
         order,
@@ -550,6 +575,29 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
     )
 
 
+def cheapest(cost: AnyArray, count: int, tie: float) -> NDArray[np.int64]:
+    """Returns the blocks of least cost, the cheapest first; of those that cost the same, by a rounding error, the first.
+
+    So numpy and torch, whose sums have other orders, take the same of blocks that are alike.
+
+    Args:
+        cost: of each block, [k]; inf for what is not to be taken.
+        count: how many; that many costs are finite.
+        tie: by how much costs may differ, relative, and count as the same.
+    """
+    if count == 1:
+        least = float(np.min(cost))
+        return np.flatnonzero(cost <= least + tie * abs(least))[:1].astype(np.int64)
+    bound = float(np.partition(cost, count - 1)[count - 1])
+    found = np.flatnonzero(cost <= bound + tie * abs(bound))
+    found = found[np.argsort(cost[found], kind="stable")]
+    values = cost[found]
+    apart = np.diff(values) > tie * np.abs(values[1:])
+    if not apart.all():
+        found = found[np.lexsort((found, np.concatenate([[0], np.cumsum(apart)])))]
+    return found[:count].astype(np.int64)
+
+
 class _Downdate:
     """P, W and the diagonal blocks of G of one problem while blocks leave it; the rows are sorted by block.
 
@@ -557,6 +605,7 @@ class _Downdate:
     """
 
     def __init__(self, problem: Problem, number: int, removals: int, ridge: float) -> None:
+        self.arrays = a = arrays_of(problem.covariance)
         rows = np.argsort(problem.blocks, kind="stable")
         sizes = np.bincount(problem.blocks, minlength=number)
         self.depth = int(sizes.max())
@@ -565,84 +614,106 @@ class _Downdate:
         inside = np.arange(self.depth)[None, :] < sizes[:, None]
         self.positions = np.where(inside, starts[:, None] + np.arange(self.depth)[None, :], starts[:, None])
         self.inside = inside
-        weight = _stack(problem.weights, problem.covariance.shape[0])[rows] * math.sqrt(problem.scale)
+        weight = a.take(_stack(a, problem.weights, problem.covariance.shape[0]), rows) * math.sqrt(problem.scale)
         sorted_already = np.array_equal(rows, np.arange(rows.size))
         factor = _factor(problem.covariance if sorted_already else _part(problem.covariance, rows, rows), ridge)
         self.ridge, self.raised = factor.ridge, factor.raised
         # Costs are only compared; float32 halves the memory traffic that wide dimensions are bound by.
-        dtype: Any = np.float32 if rows.size >= _SINGLE_FROM else np.float64
+        dtype: Any = a.xp.float32 if rows.size >= _SINGLE_FROM else a.xp.float64
+        self.tie = _TIES[rows.size >= _SINGLE_FROM]
         self.p: AnyArray = factor.inverse(dtype)
-        self.w: AnyArray = _narrow(weight.astype(dtype, copy=False))
+        self.w: AnyArray = _narrow(a.cast(weight, dtype))
+        self._place()
+        self.within = a.index(inside)
         self.p_blocks = self._diagonal_blocks(self.p)
-        at = self.w[self.positions] * inside[:, :, None]
-        self.g_blocks: AnyArray = at @ at.transpose(0, 2, 1)
+        at = self.w[self.at] * self.within[:, :, None]
+        self.g_blocks: AnyArray = at @ a.xp.permute_dims(at, (0, 2, 1))
         padded = np.arange(self.depth)[None, :] >= sizes[:, None]
         short, place = np.nonzero(padded)
-        self.p_blocks[short, place, place] = 1.0
+        if short.size:
+            self.p_blocks[a.index(short), a.index(place), a.index(place)] = 1.0
         self.alive = np.ones(rows.size, dtype=bool)
         largest = int(np.sort(sizes)[number - removals :].sum())
-        self.v: AnyArray = np.empty((rows.size, largest), dtype)
+        self.v: AnyArray = a.empty((rows.size, largest), dtype)
+        self.eye = a.eye(self.depth, dtype)
         self.used = 0
+        self.costly: list[tuple[AnyArray, Any]] = []
 
-    def costs(self) -> Array:
+    def costs(self) -> AnyArray:
         """Cost of removing each block, [k]; meaningless for those already removed."""
         if self.depth == 1:
             return self.g_blocks[:, 0, 0] / self.p_blocks[:, 0, 0]
-        solved = np.linalg.solve(self.p_blocks, self.g_blocks)
-        return cast(Array, np.trace(solved, axis1=1, axis2=2))
+        xp = self.arrays.xp
+        return xp.linalg.trace(xp.linalg.solve(self.p_blocks, self.g_blocks))
 
-    def remove(self, blocks: Indices) -> Array:
-        """Remove blocks together and return what each costs after those before it."""
+    def steps(self) -> Array:
+        """Returns what each block has cost that was removed, after those before it."""
+        found = [
+            np.add.reduceat(self.arrays.host(costs).astype(np.float64), np.cumsum(counts) - counts)
+            for costs, counts in self.costly
+        ]
+        return np.asarray(np.maximum(np.concatenate([np.empty(0), *found]), 0.0))
+
+    def remove(self, blocks: Indices) -> None:
+        """Remove blocks together."""
+        a = self.arrays
         inside = self.inside[blocks]
         rows, counts = self.positions[blocks][inside], inside.sum(axis=1)
+        there, gone = a.index(rows), a.index(blocks)
         past = self.v[:, : self.used]
-        p_rows = self.p[rows] - past[rows] @ past.T  # [d, n]
-        lower = np.linalg.cholesky(p_rows[:, rows])
+        p_rows = self.p[there] - past[there] @ past.T  # [d, n]
         # Few rows against many columns: a product with the small inverse is far quicker than trsm.
-        inverse = scipy.linalg.solve_triangular(lower, np.eye(rows.size, dtype=lower.dtype), lower=True)
-        v, t = inverse @ p_rows, inverse @ self.w[rows]  # [d, n], [d, m]
+        inverse = a.small_inverse(p_rows[:, there])
+        v, t = inverse @ p_rows, inverse @ self.w[there]  # [d, n], [d, m]
         inner = t @ t.T
         self._update_blocks(v, t @ self.w.T - 0.5 * (inner @ v))
         self.v[:, self.used : self.used + rows.size] = v.T
         self.used += rows.size
-        _subtract_product(self.w, v, t)
+        a.subtract_product(self.w, v, t)
         self.alive[rows] = False
         # A removed block is given the cost of nothing, so that no division by a rounding residue is made for it.
-        self.p_blocks[blocks] = np.eye(self.depth)
-        self.g_blocks[blocks] = 0.0
+        self.p_blocks[gone] = self.eye
+        self.g_blocks[gone] = 0.0
+        self.costly.append((a.diagonal(inner), counts))
         if self.alive.sum() < _COMPACT_BELOW * self.alive.size:
             self._compact()
-        costs = np.add.reduceat(np.diagonal(inner).astype(np.float64), np.cumsum(counts) - counts)
-        return cast(Array, np.maximum(costs, 0.0))
 
     def _update_blocks(self, v: AnyArray, u: AnyArray) -> None:
+        a = self.arrays
         if self.depth == 1:
-            columns = self.positions[:, 0]
+            columns = self.at[:, 0]
             v_at, u_at = v[:, columns], u[:, columns]
-            self.p_blocks[:, 0, 0] -= np.einsum("ij,ij->j", v_at, v_at)
-            self.g_blocks[:, 0, 0] -= 2.0 * np.einsum("ij,ij->j", v_at, u_at)
+            self.p_blocks[:, 0, 0] -= a.column_inner(v_at, v_at)
+            self.g_blocks[:, 0, 0] -= 2.0 * a.column_inner(v_at, u_at)
             return
-        v_at = np.where(self.inside, v[:, self.positions], 0.0).transpose(1, 2, 0)  # [k, depth, d]
-        u_at = np.where(self.inside, u[:, self.positions], 0.0).transpose(1, 2, 0)
-        self.p_blocks -= v_at @ v_at.transpose(0, 2, 1)
-        half = v_at @ u_at.transpose(0, 2, 1)
-        self.g_blocks -= half + half.transpose(0, 2, 1)
+        xp = a.xp
+        v_at = xp.permute_dims(xp.where(self.within, v[:, self.at], 0.0), (1, 2, 0))  # [k, depth, d]
+        u_at = xp.permute_dims(xp.where(self.within, u[:, self.at], 0.0), (1, 2, 0))
+        self.p_blocks -= v_at @ xp.permute_dims(v_at, (0, 2, 1))
+        half = v_at @ xp.permute_dims(u_at, (0, 2, 1))
+        self.g_blocks -= half + xp.permute_dims(half, (0, 2, 1))
+
+    def _place(self) -> None:
+        """Notes the positions where the arrays are."""
+        self.at = self.arrays.index(self.positions)
 
     def _compact(self) -> None:
         """Drop the rows that left; positions of removed blocks point to the first row then, and mean nothing."""
+        a = self.arrays
         alive = np.flatnonzero(self.alive)
         renumbered = np.zeros(self.alive.size, dtype=np.int64)
         renumbered[alive] = np.arange(alive.size)
         self.positions = renumbered[self.positions]
-        self.p, self.w = _part(self.p, alive, alive, self.p.dtype), self.w[alive]
-        v = np.empty((alive.size, self.v.shape[1]), self.v.dtype)
-        v[:, : self.used] = self.v[alive, : self.used]
+        self._place()
+        self.p, self.w = a.part(self.p, alive, alive), a.take(self.w, alive)
+        v = a.empty((alive.size, self.v.shape[1]), self.v.dtype)
+        v[:, : self.used] = a.take(self.v[:, : self.used], alive)
         self.v, self.alive = v, np.ones(alive.size, dtype=bool)
 
     def _diagonal_blocks(self, matrix: AnyArray) -> AnyArray:
-        blocks = matrix[self.positions[:, :, None], self.positions[:, None, :]]
-        both = self.inside[:, :, None] & self.inside[:, None, :]
-        return np.where(both, blocks, 0.0)
+        blocks = matrix[self.at[:, :, None], self.at[:, None, :]]
+        both = self.within[:, :, None] & self.within[:, None, :]
+        return self.arrays.xp.where(both, blocks, 0.0)
 
 
 # Private helpers ----------------------------------------------------------------------------------------------------
@@ -650,43 +721,34 @@ class _Downdate:
 
 @dataclass(frozen=True)
 class _Factor:
-    """Cholesky factor of S + lam I (lower triangle) and the ridge it took."""
+    """Cholesky factor of S + lam I and the ridge it took."""
 
-    lower: Array
+    cholesky: Cholesky
     lam: float
     ridge: float
     raised: bool
 
-    def solve(self, right: AnyArray) -> Array:
-        return cast(Array, scipy.linalg.cho_solve((self.lower, True), right, check_finite=False))
+    def solve(self, right: AnyArray) -> AnyArray:
+        return self.cholesky.solve(right)
 
-    def inverse(self, dtype: Any = np.float64) -> AnyArray:
-        """(S + lam I)^-1 in float64 or float32; the factor is of float64 either way."""
-        potri = lapack.spotri if dtype == np.float32 else lapack.dpotri
-        inverse, info = potri(self.lower.astype(dtype, copy=False), lower=1)
-        if info != 0:
-            raise InternalError(f"inverse of a factored matrix failed with info {info}")
-        # The transposed result holds the upper triangle row by row; the lower one is copied from it by panels.
-        full: AnyArray = np.ascontiguousarray(inverse.T)
-        mirror_upper(full)
-        return full
+    def inverse(self, dtype: Any) -> AnyArray:
+        """(S + lam I)^-1 in float64 or float32."""
+        return self.cholesky.inverse(dtype)
 
 
-def _factor(matrix: Array, ridge: float) -> _Factor:
+def _factor(matrix: AnyArray, ridge: float) -> _Factor:
     """Factor S + lam I; the ridge rises tenfold until it does, and not only by a rounding residue."""
-    mean = float(np.mean(np.diagonal(matrix)))
-    largest = float(np.max(np.diagonal(matrix)))
+    a = arrays_of(matrix)
+    diagonal = a.host(a.diagonal(matrix))
+    mean, largest = float(np.mean(diagonal)), float(np.max(diagonal))
     scale = mean if mean > 0.0 else 1.0
     tried = ridge
     # mean(diag) >= largest eigenvalue / n: this many tenfold steps make any symmetric S of finite entries factor.
     for _ in range(40):
         lam = tried * scale
-        shifted = matrix.copy()
-        shifted[np.diag_indices_from(shifted)] += lam
-        lower, info = lapack.dpotrf(shifted.T, lower=1, overwrite_a=1, clean=0)
-        floor = matrix.shape[0] * np.finfo(np.float64).eps * (largest + lam)
-        if info == 0 and float(np.min(np.diagonal(lower))) ** 2 > floor:
-            return _Factor(lower, lam, tried, tried > ridge)
+        cholesky = a.factor(matrix, lam, largest)
+        if cholesky is not None:
+            return _Factor(cholesky, lam, tried, tried > ridge)
         tried = max(10.0 * tried, _SMALLEST_RIDGE)
     raise InternalError(f"a covariance of width {matrix.shape[0]} does not factor even with ridge {tried}")
 
@@ -707,10 +769,10 @@ def _descend(error_at: Callable[[float], float], grid: Sequence[float]) -> tuple
     return grid[best], error
 
 
-def _stack(weights: Sequence[AnyArray], width: int) -> Array:
+def _stack(a: Arrays, weights: Sequence[AnyArray], width: int) -> AnyArray:
     if not weights or any(w.ndim != 2 or w.shape[0] != width for w in weights):
-        raise InternalError(f"weights {[w.shape for w in weights]} on a dimension of width {width}")
-    return np.concatenate([w.astype(np.float64) for w in weights], axis=1)
+        raise InternalError(f"weights {[tuple(w.shape) for w in weights]} on a dimension of width {width}")
+    return a.xp.concat([a.real(w) for w in weights], axis=1)
 
 
 def sketched(lost: AnyArray) -> AnyArray:
@@ -719,8 +781,9 @@ def sketched(lost: AnyArray) -> AnyArray:
     A narrow or short W_M is given back exactly, as R with R R^T = W_M W_M^T and no more columns than rows.
     """
     if min(lost.shape) > 2 * _SKETCH:
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (lost.shape[1], _SKETCH)).astype(lost.dtype)
-        return cast(AnyArray, lost @ signs / math.sqrt(_SKETCH))
+        a = arrays_of(lost)
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (lost.shape[1], _SKETCH))
+        return lost @ a.cast(a.there(signs), lost.dtype) / math.sqrt(_SKETCH)
     return _narrow(lost)
 
 
@@ -728,40 +791,28 @@ def _narrow(weight: AnyArray) -> AnyArray:
     """R with R R^T = W W^T and no more columns than rows."""
     if weight.shape[1] <= weight.shape[0]:
         return weight
-    return np.ascontiguousarray(np.asarray(np.linalg.qr(weight.T, mode="r")).T)
+    return arrays_of(weight).narrowed(weight)
 
 
-def _subtract_product(matrix: AnyArray, left: AnyArray, right: AnyArray) -> None:
-    """Matrix -= left^T right, in place."""
-    # matrix.T has the column order that BLAS writes into without a copy.
-    gemm = blas.sgemm if matrix.dtype == np.float32 else blas.dgemm
-    gemm(-1.0, right.T, left.T, beta=1.0, c=matrix.T, trans_b=1, overwrite_c=1)
+def _rows(a: Arrays, weight: AnyArray, rows: Indices) -> AnyArray:
+    return a.real(a.take(a.there(weight), rows))
 
 
-def _part(matrix: AnyArray, rows: Indices, columns: Indices, dtype: Any = np.float64) -> AnyArray:
-    # Two steps of `take`: far quicker than one look-up by pairs.
-    return matrix.take(rows, axis=0).take(columns, axis=1).astype(dtype, order="C", copy=False)
+def _part(matrix: AnyArray, rows: Indices, columns: Indices) -> AnyArray:
+    a = arrays_of(matrix)
+    return a.real(a.part(matrix, rows, columns))
 
 
-def _form(matrix: Array, columns: Array) -> float:
+def _form(matrix: AnyArray, columns: AnyArray) -> float:
     """tr(columns^T matrix columns)."""
-    return _inner(columns, matrix @ columns)
+    return arrays_of(matrix).inner(columns, matrix @ columns)
 
 
-def _spread(rows: AnyArray, places: Indices, width: int) -> AnyArray:
+def _spread(a: Arrays, rows: AnyArray, places: Indices, width: int) -> AnyArray:
     """Put rows at their places among `width` rows, zeros elsewhere."""
-    full = np.zeros((width, rows.shape[1]), rows.dtype)
-    full[places] = rows
+    full = a.zeros((width, rows.shape[1]), rows.dtype)
+    full[a.index(places)] = rows
     return full
-
-
-def _inner(left: AnyArray, right: AnyArray) -> float:
-    """Sum of the products of all entries; arrays of either order (LAPACK gives columns) are read in place."""
-    if left.flags.f_contiguous and right.flags.f_contiguous:
-        left, right = left.T, right.T
-    if left.ndim != 2 or (left.flags.c_contiguous and right.flags.c_contiguous):
-        return float(np.vdot(left, right))
-    return float(np.einsum("ij,ij->", left, right))
 
 
 def _block_number(blocks: Indices, width: int) -> int:

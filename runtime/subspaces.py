@@ -27,35 +27,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
-from liar_opt.runtime.moments import AnyArray, Array, CrossStatistics, Statistics
+from liar_opt.runtime.arrays import AnyArray, Arrays, arrays_of
+from liar_opt.runtime.moments import Array, CrossStatistics, Statistics
 
 TINY = 1e-12
 """Eigenvalues below this part of the largest are rounding."""
 
 
-def _root(matrix: Array) -> Array:
+def _root(matrix: AnyArray) -> AnyArray:
     """Symmetric square root of a symmetric positive semi-definite matrix [d, d]."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2.0)
-    result: Array = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    return result
+    xp = arrays_of(matrix).xp
+    values, vectors = xp.linalg.eigh((matrix + matrix.T) / 2.0)
+    return (vectors * xp.sqrt(xp.clip(values, 0.0, None))) @ vectors.T
 
 
-def value_spectrum(covariance: Array, gram: Array) -> Array:
+def value_spectrum(covariance: AnyArray, gram: AnyArray) -> AnyArray:
     """Returns what each of d directions carries of E|z W|^2, [d], descending.
 
     Args:
         covariance: C, [d, d].
         gram: W W^T, [d, d].
     """
-    root = _root(covariance)
-    spectrum: Array = np.maximum(np.linalg.eigvalsh(root @ gram @ root)[::-1], 0.0)
-    return spectrum
+    xp, root = arrays_of(covariance).xp, _root(covariance)
+    return xp.clip(xp.flip(xp.linalg.eigvalsh(root @ gram @ root)), 0.0, None)
 
 
-def turn_values(covariance: Array, gram: Array, rank: int) -> Array:
+def turn_values(covariance: AnyArray, gram: AnyArray, rank: int) -> AnyArray:
     """Returns the change of basis T, [d, d], whose first ``rank`` channels lose least; see the module.
 
     Args:
@@ -63,23 +62,22 @@ def turn_values(covariance: Array, gram: Array, rank: int) -> Array:
         gram: W W^T, [d, d]; the sum likewise.
         rank: r, in [1, d].
     """
-    width = covariance.shape[0]
-    scale = float(np.trace(covariance)) or 1.0
+    a, width = arrays_of(covariance), covariance.shape[0]
+    scale = float(a.diagonal(covariance).sum()) or 1.0
     root = _root(covariance / scale)
-    values, vectors = np.linalg.eigh(root @ gram @ root)
-    leading = vectors[:, ::-1][:, :rank]
+    values, vectors = a.xp.linalg.eigh(root @ gram @ root)
+    carried, leading = a.host(values)[::-1], a.xp.flip(vectors, axis=1)[:, :rank]
     # Directions that carry nothing are as good as any other: those orthogonal to what does.
-    useful = int(np.count_nonzero(values[::-1][:rank] > TINY * max(float(values[-1]), 0.0)))
+    useful = int(np.count_nonzero(carried[:rank] > TINY * max(float(carried[0]), 0.0)))
     if not useful:
-        return np.eye(width)
+        return a.eye(width)
     seen = root @ leading[:, :useful]
-    lost = scipy.linalg.qr(seen)[0][:, useful:]
-    kept = scipy.linalg.qr(gram @ seen, mode="economic")[0]
-    result: Array = np.concatenate([kept, lost], axis=1)
-    return result
+    lost = a.xp.linalg.qr(seen, mode="complete")[0][:, useful:]
+    kept = a.xp.linalg.qr(gram @ seen, mode="reduced")[0]
+    return a.xp.concat([kept, lost], axis=1)
 
 
-def logit_forms(queries: Array, keys: Array, rank: int) -> tuple[Array, Array, Array]:
+def logit_forms(queries: AnyArray, keys: AnyArray, rank: int) -> tuple[AnyArray, AnyArray, AnyArray]:
     """Returns U [d, r], V [d, r] and the spectrum s^2 [d], descending; see the module.
 
     Args:
@@ -87,35 +85,39 @@ def logit_forms(queries: Array, keys: Array, rank: int) -> tuple[Array, Array, A
         keys: B, [d, d].
         rank: r, in [1, d].
     """
+    xp = arrays_of(queries).xp
     first, second = _root(queries), _root(keys)
-    left, values, right = np.linalg.svd(first @ second)
+    left, values, right = xp.linalg.svd(first @ second)
     strength = values[:rank]
     # A direction without logits gets none.
-    inverse = np.where(strength > TINY * (values[0] or 1.0), 1.0 / np.sqrt(np.maximum(strength, np.finfo(float).tiny)), 0.0)
-    return second @ right[:rank].T * inverse, first @ left[:, :rank] * inverse, np.square(values)
+    seen = strength > TINY * (float(values[0]) or 1.0)
+    inverse = xp.where(seen, 1.0 / xp.sqrt(xp.clip(strength, np.finfo(float).tiny, None)), 0.0)
+    return second @ right[:rank].T * inverse, first @ left[:, :rank] * inverse, values**2
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
     """A change of basis x' = x T within parts of an axis of width n: (positions [d], T [d, d]) of each part.
 
-    Positions of no part stay as they are.
+    Positions of no part stay as they are. The T are on the host; what they are applied to, and the result, anywhere.
     """
 
     parts: tuple[tuple[NDArray[np.int64], Array], ...]
 
-    def rows(self, values: AnyArray) -> Array:
+    def rows(self, values: AnyArray) -> AnyArray:
         """Returns x T for the last axis of ``values``, [.., n]."""
-        result = np.array(values, np.float64)
+        a, result = _copy(values)
         for places, matrix in self.parts:
-            result[..., places] = result[..., places] @ matrix
+            at = a.index(places)
+            result[..., at] = result[..., at] @ a.real(matrix)
         return result
 
-    def columns(self, matrix: AnyArray) -> Array:
+    def columns(self, matrix: AnyArray) -> AnyArray:
         """Returns T^T applied to the first axis of a moment with x, [n, m]."""
-        result = np.array(matrix, np.float64)
+        a, result = _copy(matrix)
         for places, turn in self.parts:
-            result[places] = turn.T @ result[places]
+            at = a.index(places)
+            result[at] = a.real(turn).T @ result[at]
         return result
 
     def statistics(self, of: Statistics) -> Statistics:
@@ -126,11 +128,12 @@ class Basis:
         """Returns the moments of x T with a target."""
         return CrossStatistics(self.columns(of.covariance), of.target_mean, of.target_variance)
 
-    def weight(self, weight: AnyArray) -> Array:
+    def weight(self, weight: AnyArray) -> AnyArray:
         """Returns T^-1 W, [n, m]: x T (T^-1 W) = x W."""
-        result = np.array(weight, np.float64)
+        a, result = _copy(weight)
         for places, matrix in self.parts:
-            result[places] = np.linalg.solve(matrix, result[places])
+            at = a.index(places)
+            result[at] = a.xp.linalg.solve(a.real(matrix), result[at])
         return result
 
     def back(self, kept: NDArray[np.integer[Any]], rows: AnyArray) -> Array:
@@ -141,6 +144,12 @@ class Basis:
         for places, matrix in self.parts:
             result[places] = matrix @ result[places]
         return result
+
+
+def _copy(values: AnyArray) -> tuple[Arrays, AnyArray]:
+    """Returns where an array is, and a copy of it in float64."""
+    a = arrays_of(values)
+    return a, a.xp.asarray(a.real(values), copy=True)
 
 
 def copies(owners: NDArray[np.int64], size: int) -> list[tuple[int, NDArray[np.int64]]]:

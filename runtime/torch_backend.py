@@ -46,6 +46,8 @@ class BatchMoments:
 class RunningMoments:
     """Adds batches to ``Moments`` in float64: on the CPU one by one, on a device there, handed over once.
 
+    Where the solver is on that device they stay there (`runtime.arrays`).
+
     Args:
         moments: what is added to.
         bounds: column bounds of the blocks of X^T X.
@@ -79,9 +81,7 @@ class RunningMoments:
         self._there.clear()
 
     def _hand_over(self, batch: BatchMoments, held_back: bool) -> None:
-        second = [block.cpu().numpy() for block in batch.second]
-        total = batch.total.cpu().numpy()
-        self._moments.add_block_rows(float(batch.count), total, second, self._bounds, held_back, batch.rows)
+        self._moments.add_block_rows(float(batch.count), batch.total, batch.second, self._bounds, held_back, batch.rows)
 
 
 def real_rows(x: torch.Tensor, axis: int, mask: NDArray[np.bool_] | None) -> torch.Tensor:

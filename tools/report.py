@@ -96,6 +96,17 @@ def before_after(report: Report) -> Table:
     return table
 
 
+def solved_on(solver: Mapping[str, Any]) -> str:
+    """Where it was solved, and how well."""
+    said = f"solved on {solver['where']} in {solver['precision']}"
+    if "factored" not in solver:
+        return said
+    return (
+        f"{said}: off by {solver['worst_error']:.0e} at the most; {solver['again_in_float64']:,} of "
+        f"{solver['factored']:,} matrices needed float64"
+    )
+
+
 def footnotes(report: Report) -> Iterator[str]:
     """What the numbers of :func:`before_after` were measured on, one line each."""
     latency, data, check = report.get("latency"), report.get("calibration"), report["verification"]
@@ -124,6 +135,9 @@ def footnotes(report: Report) -> Iterator[str]:
         yield f"(2) {others}: holds no numbers or texts here and was not compared"
     if data.get("gap") is not None:
         yield f"calibration: endlessly more samples would take about {100 * data['gap']:.0f} % off the repair's error"
+    solver = report.get("solver") or {"where": "host"}
+    if solver["where"] != "host":
+        yield solved_on(solver)
     if report["groups"]:  # else blocks or experts alone
         yield (
             "exactness: the cut model equals the original with the removed channels masked to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import graphs
@@ -138,3 +139,26 @@ def test_turns_go_on_until_the_ratio_is_known() -> None:
     turns = latency._in_turns([Noisy(2.0), Noisy(1.0)], 30.0, 1, 10_000, 0.0)
     assert len(turns) == 10_000  # most
     assert latency._spread(turns) < 0.01
+
+
+class Slow(Machine):
+    """A clock whose runs take time as well."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.asked: list[int] = []
+
+    def times(self, seconds: float, least: int, most: int) -> list[float]:
+        self.asked.append(least)
+        time.sleep(self.seconds * least)
+        return [self.seconds] * least
+
+
+def test_slow_models_run_a_few_times_alone() -> None:
+    """One run a turn, and three turns where the patience is at its end; the spread is over those."""
+    clocks = [Slow(0.04), Slow(0.02)]
+    turns = latency._in_turns(clocks, 0.02, 12, 200, 0.001, patience=0.05)
+    assert [len(turn[0]) for turn in turns] == [1, 1, 1] and clocks[0].asked == [1, 1, 1]
+    assert latency._spread(turns) == pytest.approx(0.0, abs=1e-12)
+    patient = latency._in_turns([Slow(0.004), Slow(0.002)], 0.02, 12, 200, 0.0, patience=60.0)
+    assert sum(len(turn[0]) for turn in patient) >= 12

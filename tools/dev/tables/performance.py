@@ -23,10 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import scipy.linalg
 
 from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_segments import tap_for
@@ -34,12 +32,13 @@ from liar_opt.passes.base import Pipeline
 from liar_opt.passes.find_groups import FindGroupsPass
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
+from liar_opt.runtime.arrays import HOST
 from liar_opt.runtime.sessions import Session
-from liar_opt.runtime.solve import Problem, fold, half_the_threads, repair_map, select_greedy
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import MINILM_INPUTS, MINILM_OUTPUT, export_bert, moved_into_place
 from liar_opt.tools.dev.harness import Others, measured, say, setting, table
 from liar_opt.tools.dev.subjects.smollm2 import export as export_decoder
+from liar_opt.tools.dev.tables.solver import rows_of
 
 LAYERS = (2, 6, 12, 25, 50, 100)
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -49,7 +48,6 @@ WHOLE = (3, 6, 12)
 BATCHES, BATCH, TOKENS = 8, 8, 128
 WORDS = 1000
 TURNS = 3
-RIDGE = 1e-3
 Section = Callable[[argparse.Namespace], str]
 
 
@@ -181,42 +179,8 @@ def moments(options: argparse.Namespace) -> str:
 
 
 def solver(options: argparse.Namespace) -> str:
-    """Selection and repair of one dimension, by its width."""
-    rows = []
-    rng = np.random.default_rng(options.seed)
-    for n in options.widths:
-        m = n // 4
-        mixed = rng.standard_normal((2 * n, n), np.float32) @ (
-            np.eye(n, dtype=np.float32) + rng.standard_normal((n, n), np.float32) / np.float32(np.sqrt(n))
-        )
-        covariance = (mixed.T @ mixed / np.float32(2 * n)).astype(np.float64)
-        del mixed
-        weight, mean = rng.standard_normal((n, m)) / np.sqrt(n), rng.standard_normal(n)
-        turns = TURNS if n <= 2048 else 1
-
-        def factor(covariance: np.ndarray = covariance) -> object:
-            return scipy.linalg.cho_factor(covariance, lower=True, check_finite=False)
-
-        blocks = np.arange(n)
-        problem = Problem(covariance, [weight], blocks)
-        with half_the_threads(n):  # as pruning calls them
-            cholesky = seconds_of(factor, turns)
-            select = seconds_of(lambda p=problem, k=n // 2: select_greedy([p], k, RIDGE), turns)  # type: ignore[misc]
-            kept = select_greedy([problem], n // 2, RIDGE).kept_blocks if n <= 2048 else blocks[::2]
-            removed = np.setdiff1d(blocks, kept)
-
-            def repair(
-                c: np.ndarray = covariance, w: np.ndarray = weight, u: np.ndarray = mean, k: Any = kept, r: Any = removed
-            ) -> object:
-                return fold(w, k, r, repair_map(c, u, k, r, RIDGE))
-
-            mended = seconds_of(repair, turns)
-        cells = [f"{s:.3f} s" for s in (cholesky, select, mended)]
-        scaled = f"{1e12 * (select + mended) / n**3:.0f}"
-        rows.append([f"{n:,}", *cells, f"{select / cholesky:.1f}x", f"{mended / cholesky:.1f}x", scaled])
-        say(f"solver: {rows[-1]}")
-    head = ["n", "Cholesky", "select half", "repair", "selection over Cholesky", "repair over Cholesky", "ps / n^3"]
-    return table(head, rows)
+    """Selection and repair of one dimension, by its width: `bench.py solver` has more."""
+    return rows_of(tuple(options.widths), options.seed, [HOST])
 
 
 def whole(options: argparse.Namespace) -> str:
