@@ -12,7 +12,7 @@ from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
-from liar_opt.passes.base import AllExperts, Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
+from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.choose_blocks import ChosenRun, LeftOut
@@ -45,7 +45,7 @@ from liar_opt.runtime.sessions import device_unused, refusal_of, resolve_provide
 class OnnxBackend(Backend):
     """An ONNX graph."""
 
-    opened = (Opened, DenseModel, AllExperts, WholeModel, DenseSession, Digests, ChosenWords, CutExperts, LeftOut)
+    opened = (Opened, DenseModel, WholeModel, DenseSession, Digests, ChosenWords, CutExperts, LeftOut)
 
     @classmethod
     def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
@@ -196,9 +196,8 @@ class OnnxBackend(Backend):
         made = cut.model()
         made.notes = list(model.notes)
         fewer = State(made, None, state.device, state.progress, memory=state.memory, fresh=state.fresh)
-        fewer.inherit(state, Opened, DenseSession, CutExperts)
-        fewer.add(DenseModel(cut), AllExperts(state.as_it_came()))
-        fewer.seconds = state.seconds
+        fewer.inherit(state, Opened)
+        fewer.add(DenseModel(cut))
         return replace(self, state=fewer)
 
     def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
