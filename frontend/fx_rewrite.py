@@ -436,6 +436,7 @@ def cut_module(
         change.apply(module.config)
     moves = _moves(module, changed_numbers(model))
     found = () if works() else _together(moves, works, [0])
+    made: torch.nn.Module | None = None
     if found is None and fields:
         made = _made_anew(model.module, module, fields)
         if made is not None and _difference(made, arguments, expected) <= tolerance:
@@ -447,6 +448,7 @@ def cut_module(
     if found is None:
         numbers = sorted({(c.path, a, b) for c, a, b in changed_numbers(model)})
         shown = "; ".join(f"{a} is {b} now in '{path}'" for path, a, b in numbers[:3])
+        shown += "" if made is None else _failure(made, arguments)
         raise ModelError(
             f"no attributes of {type(module).__name__} were found that make its code fit the cut weights ({shown}); write "
             "ONNX with --format onnx, or take the traced graph with checkpoint=False"
@@ -550,6 +552,18 @@ def _difference(module: torch.nn.Module, arguments: Mapping[str, Any], expected:
         (relative_difference(_array(a), _array(e)) for a, e in zip(actual, expected, strict=True) if e is not None),
         default=float("inf"),
     )
+
+
+def _failure(module: torch.nn.Module, arguments: Mapping[str, Any]) -> str:
+    """Returns what a module says that fails, for a message; nothing where it runs."""
+    import torch
+
+    try:
+        with torch.no_grad(), without_cache(module):
+            module(**arguments)
+    except Exception as err:  # in any way that the module's code likes
+        return f"; it fails: {' '.join(str(err).split())[:200]}"
+    return ""
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -94,6 +94,15 @@ def experts_by_lookup(module: torch.nn.Module) -> Iterator[None]:
             config._experts_implementation = before[key]
 
 
+def expert_alignment(module: torch.nn.Module) -> int:
+    """Returns of how many bytes the rows of stacked experts must be a multiple; 1 where any do.
+
+    torch's grouped product, by which transformers runs experts, refuses rows that are not of 16 bytes.
+    """
+    found: list[Any] = [getattr(m, "config", None) for m in module.modules()]
+    return 16 if any(getattr(c, "_experts_implementation", None) == "grouped_mm" for c in found) else 1
+
+
 def checkpoint_folder(path: str | Path, allow_pickle: bool) -> Path:
     """Returns the folder of a checkpoint; a hub name is downloaded into the hub's cache.
 

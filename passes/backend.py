@@ -14,9 +14,7 @@ from typing import Any, ClassVar
 from liar_opt.frontend.blocks import Run
 from liar_opt.frontend.input_files import Inputs
 from liar_opt.frontend.onnx_model import OnnxOriginal
-from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import (
-    AllExperts,
     Analysis,
     Change,
     DenseModel,
@@ -189,7 +187,7 @@ class Backend(ABC):
 
     def operations_before(self, state: State, batch: Mapping[str, Any]) -> int | None:
         """Returns the operations of the model as it came; None where they cannot be counted."""
-        if state.get(WholeModel) is None and state.get(AllExperts) is None:
+        if state.get(WholeModel) is None:
             return self.operations(state, batch)
         model = state.as_it_came().model()
         model.normalise()
@@ -214,7 +212,7 @@ class Backend(ABC):
     def cut_words_alone(self, start: float, watch: MemoryWatch) -> PruneResult:
         """Cuts the vocabulary, and no width; see `passes.vocabulary_job`."""
 
-    def require_sayable(self, walk: GraphWalk, ratio: float) -> Any:
+    def require_sayable(self, state: State, ratio: float) -> Any:
         """Returns what a configuration must say of fewer experts, if there is one.
 
         Raises:
@@ -224,7 +222,7 @@ class Backend(ABC):
 
     @abstractmethod
     def with_fewer_experts(self, state: State, fields: Any) -> Backend:
-        """Returns what goes on with a model whose experts were cut, as if it had come so.
+        """Returns a backend of the model whose experts were cut, as if it had come so.
 
         Args:
             state: behind the cut.

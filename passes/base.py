@@ -82,28 +82,28 @@ class DenseModel(Finding):
 
 @dataclass(frozen=True, eq=False)
 class WholeModel(Finding):
-    """The model before blocks of it were left out, which a result is compared with; ``DenseModel`` is what is left of it.
+    """The model before experts or blocks of it went, which a result is compared with; ``DenseModel`` is what is left of it.
 
     Attributes:
         original: the model.
         data: its calibration data, as it was read.
         prunable: parameters of all its widths that may be cut.
-        names: what it calls the outputs of what is left.
+        names: what it calls the outputs of what is left; empty where they are the same.
+        went: what went, in words: "experts", "blocks".
+        changes: the same, as a result lists it.
+        refusals: what of the kind did not qualify.
+        added: parameters of what stands where something went.
     """
 
-    by: ClassVar[str] = "leave-out-blocks"
+    by: ClassVar[str] = "without_parts"
     original: Original
     data: CalibrationData
     prunable: int
-    names: Mapping[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class AllExperts(Finding):
-    """The model as it came, of one whose experts went before the rest of the work: ``DenseModel`` has fewer then."""
-
-    by: ClassVar[str] = "cut-experts"
-    original: Original
+    names: Mapping[str, str] = field(default_factory=dict)
+    went: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    added: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ class State:
 
     def as_it_came(self) -> Original:
         """Returns the model as its user gave it, with the blocks and experts that went before the rest of the work."""
-        whole = self.get(WholeModel) or self.get(AllExperts) or self.found(DenseModel)
-        return whole.original
+        return (self.get(WholeModel) or self.found(DenseModel)).original
 
     def analysed(self) -> GraphWalk:
         """Returns the analysis, which a pass before must have made."""

@@ -85,6 +85,7 @@ class LeftOut(Finding):
         tried: the error of each run that was tried, in order; a map is folded only where a block is before the run.
         caches: outputs that hold zeros since.
         prunable: parameters that widths could have been cut of, which went.
+        added: parameters of the map that stands there.
         exact_difference: of the result and of the original in which the map stands; None in a dry run.
     """
 
@@ -101,7 +102,45 @@ class LeftOut(Finding):
     tried: list[float]
     caches: list[str]
     prunable: int
+    added: int
     exact_difference: float | None
+
+
+@dataclass(frozen=True)
+class TriedBlocks:
+    """One number of blocks beside widths, as the report has it.
+
+    Attributes:
+        blocks: how many went.
+        first: the first of them, from 0; None where none went.
+        error: relative squared difference of the output on batches that nothing was fitted to; None of a goal not met.
+        parameters: of what is left; likewise.
+        seconds: that it took.
+        why: why the goal was not met.
+    """
+
+    blocks: int
+    first: int | None
+    error: float | None
+    parameters: int | None
+    seconds: float
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class ComparedBlocks(Finding):
+    """How many blocks go, where they share a goal with widths, as the report has it.
+
+    Attributes:
+        chosen: how many.
+        decided_by: "error", or "parameters" where a largest loss is the goal.
+        tried: each number that was tried.
+    """
+
+    by: ClassVar[str] = "prune_auto"
+    chosen: int
+    decided_by: str
+    tried: list[TriedBlocks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +202,9 @@ def gaps_of(state: State, runs: Sequence[Run], repair: str) -> list[Gap]:
     return found
 
 
-def choose_run(state: State, gaps: Sequence[Gap], repair: str, ridge: float | None, weighting: str) -> ChosenRun:
+def choose_run(
+    state: State, gaps: Sequence[Gap], repair: str, ridge: float | None, weighting: str, fold: str = "all"
+) -> ChosenRun:
     """Returns the run whose repair leaves the least error at the output.
 
     Args:
@@ -172,6 +213,7 @@ def choose_run(state: State, gaps: Sequence[Gap], repair: str, ridge: float | No
         repair: "map", "fold" or "none".
         ridge: relative; None chooses it on held-back rows.
         weighting: of the rows; see ``PruneGroupsPass``.
+        fold: the rows that the repair is fitted to in the end: "all", or "training" where others are to judge it.
     """
     trials = Trials(state, gaps, weighting)
     errors: list[float] = []
@@ -181,7 +223,7 @@ def choose_run(state: State, gaps: Sequence[Gap], repair: str, ridge: float | No
         errors.append(trials.error(gap, tried))
         # Moments are large: of the runs only those that may still win keep what is fitted to all rows.
         best = errors[-1] == min(errors)
-        fits.append(tried if moments is None or not best else fitted(moments, trials.biased(gap), ridge, "all"))
+        fits.append(tried if moments is None or not best else fitted(moments, trials.biased(gap), ridge, fold))
         state.progress("choose blocks", len(errors), len(gaps))
     place = int(np.argmin(errors))
     gap = gaps[place]

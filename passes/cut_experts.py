@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from liar_opt.frontend.engine import ConstantPatch, Patch
 from liar_opt.frontend.experts import (
     ExpertLayer,
+    Unfit,
     cut_experts,
     find_experts,
     hidden,
@@ -27,6 +28,7 @@ from liar_opt.frontend.experts import (
 )
 from liar_opt.frontend.onnx_segments import row_mask, tap_for
 from liar_opt.frontend.rewrite import CannotFollow
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PruneOptions
@@ -44,6 +46,17 @@ HELD = 2
 """Batches on which choices are compared."""
 SHARE = 8
 """What is measured of a batch takes at most this part of the memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class FoundExperts(Finding):
+    """The layers of experts of a model, and those of which none can go, as the analysis ``walk`` has them."""
+
+    by: ClassVar[str] = "experts_of"
+    walk: GraphWalk
+    layers: tuple[ExpertLayer, ...]
+    unfit: tuple[Unfit, ...]
+
 
 Kept = Mapping[ExpertLayer, Sequence[int]]
 Totals = Mapping[ExpertLayer, NDArray[np.float64]]
@@ -120,7 +133,8 @@ class CutExpertsPass(Pass[Kept]):
             ModelError: none can go.
             OptionError: the ratio leaves fewer than are chosen, or all.
         """
-        layers, unfit = find_experts(state.analysed())
+        found = experts_of(state)
+        layers, unfit = found.layers, found.unfit
         if not layers and unfit:
             raise ModelError(f"no expert can go: {unfit[0].reason} (node '{unfit[0].name}'); leave experts out")
         if not layers:
@@ -140,7 +154,7 @@ class CutExpertsPass(Pass[Kept]):
         """
         walk, engine = state.analysed(), state.engine()
         refused = experts_refused(state)
-        layers, _ = find_experts(walk)
+        layers = experts_of(state).layers
         chosen = choose_experts(state, layers, self.ratio)
         assert state.calibration is not None
         outputs = [t.name for t in state.model.graph.outputs if t.name not in walk.unspecified]
@@ -167,10 +181,18 @@ class CutExpertsPass(Pass[Kept]):
         return PassResult(state, changes, refused)
 
 
+def experts_of(state: State) -> FoundExperts:
+    """Returns the experts of an analysed model; they are looked for once."""
+    found, walk = state.get(FoundExperts), state.analysed()
+    if found is None or found.walk is not walk:
+        found = FoundExperts(walk, *find_experts(walk))
+        state.add(found)
+    return found
+
+
 def experts_refused(state: State) -> tuple[Refusal, ...]:
     """Returns why experts of some layers cannot go."""
-    _, unfit = find_experts(state.analysed())
-    return tuple(Refusal(f"no expert can go: {u.reason}", (u.name,), u.size) for u in unfit)
+    return tuple(Refusal(f"no expert can go: {u.reason}", (u.name,), u.size) for u in experts_of(state).unfit)
 
 
 def planned_experts(state: State) -> Iterator[str]:
@@ -185,21 +207,12 @@ def require_experts_possible(options: PruneOptions) -> None:
     """Checks what the option excludes.
 
     Raises:
-        OptionError: the ratio is none, or another option does not go with it.
+        OptionError: the ratio is none.
     """
     if options.experts is None:
         return
     if not 0.0 < options.experts < 1.0:
         raise OptionError(f"experts is {options.experts:g}; give the share that goes, above 0 and below 1")
-    if options.blocks is not None:
-        raise OptionError("experts and blocks go in runs of their own; give one of both, and the other on the result")
-    for name in ("target", "max_drop"):
-        if options.given(name):
-            shown = name.replace("_", "-")
-            raise OptionError(
-                f"experts go by a ratio of their own, and {shown} decides all widths from the model as it came; leave one "
-                "of both out"
-            )
 
 
 def experts_left(layer: ExpertLayer, ratio: float) -> int:

@@ -1,9 +1,13 @@
 """The channel groups of a traced module."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from liar_opt.frontend.fx_module import FxModel, FxWalk, analyse
+from liar_opt.frontend.hf_checkpoint import expert_alignment
 from liar_opt.passes.base import Finding, PassResult, State
 from liar_opt.passes.find_groups import FindGroupsPass, find_groups, note_groups
 from liar_opt.passes.groups import ChannelGroup, Refusal
@@ -36,12 +40,23 @@ class FindModuleGroupsPass(FindGroupsPass):
         found = find_groups(state.walk)
         refused = note_groups(state, found)
         rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
-        state.groups = tuple(g for g in found.groups if g not in rigid)
+        state.groups = tuple(_aligned(state.model, g) for g in found.groups if g not in rigid)
         if not self.traced:  # a configuration has one width for queries, keys and values
             state.values = state.queries = ()
         state.add(Poolers(tuple(g for g in found.poolers if self.traced or not _rigid(state.walk, g))))
         refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
         return PassResult(state, (), (*refused, *refusals))
+
+
+def _aligned(model: FxModel, group: ChannelGroup) -> ChannelGroup:
+    """Returns a group whose kept widths the module's own code can run: of stacked experts not any can be."""
+    stacked = [c for c in group.consumers if c.expert is not None]
+    if not stacked or model.module is None:
+        return group
+    size = np.asarray(stacked[0].uses[0].weight.values).dtype.itemsize
+    step = max(1, expert_alignment(model.module) // size)
+    step //= math.gcd(step, group.block_width)
+    return group if group.size % step else replace(group, step=math.lcm(group.step, step))
 
 
 def _rigid(walk: FxWalk, group: ChannelGroup) -> bool:

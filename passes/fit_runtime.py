@@ -182,7 +182,8 @@ class FitRuntimePass(Pass[dict[str, int]]):
         tied = self.row.equal_heads
 
         def fitted(group: ChannelGroup) -> ChannelGroup:
-            return replace(group, step=plan[group.name], together=tied and group.kind == "heads")
+            step = math.lcm(group.step, plan[group.name])
+            return replace(group, step=step, together=tied and group.kind == "heads")
 
         state.groups = tuple(fitted(g) for g in state.groups)
         state.values, state.queries = tuple(map(fitted, state.values)), tuple(map(fitted, state.queries))

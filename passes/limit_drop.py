@@ -33,12 +33,12 @@ from liar_opt.passes.allocations import ALLOCATIONS, Candidates
 from liar_opt.passes.base import Analysis, Change, DenseModel, Finding, Pass, PassResult, State, WholeModel
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
+from liar_opt.passes.groups import parameters_left
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.passes.prune_groups import Cut, PruneGroupsPass
-from liar_opt.passes.sweep import cut_arrays, held_batches
-from liar_opt.passes.verify_model import whole_session
-from liar_opt.runtime.compare import DifferenceMeter
+from liar_opt.passes.sweep import held_batches
+from liar_opt.passes.verify_model import first_difference, whole_session
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.ranks import current
 from liar_opt.runtime.sessions import Runner
@@ -67,6 +67,10 @@ def parse_drop(drop: float | str) -> float:
     if not 0.0 < value < 1.0:
         raise OptionError(f"max-drop '{text}' is not between 0 and 100 %; give for example 1% or 0.01")
     return value
+
+
+class CannotKeepError(OptionError):
+    """No sparsity loses as little as is allowed."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,14 @@ class LimitDropPass(Pass[tuple[list[Candidates], Meaning]]):
         """Searches; the state becomes that of the last candidate that was inside.
 
         Raises:
-            OptionError: the metric fails before anything was inside, or nothing is.
+            OptionError: the metric fails before anything was inside.
+            CannotKeepError: nothing is.
         """
         search = _Search(self, state, *plan)
         search.run()
         if search.best is None:
             tried = ", ".join(f"{search.gone[s]:.0%} loses {loss:.2%}" for s, loss in sorted(search.losses.items()))
-            raise OptionError(
+            raise CannotKeepError(
                 f"max-drop '{self.max_drop}' cannot be kept: {tried}; allow more, give more calibration samples, or prune "
                 "one kind alone (--ffn, --heads)"
             )
@@ -193,7 +198,9 @@ class _Search:
             for s in GRID
             if (1.0 - s) * everything >= least
         }
-        self.gone = {s: 1.0 - self._summed("costs", keep) / everything for s, keep in self.widths.items()}
+        before = state.get(WholeModel)
+        stays = 1.0 if before is None else (parameters_left(state.groups) + before.added) / before.prunable
+        self.gone = {s: 1.0 - stays * self._summed("costs", keep) / everything for s, keep in self.widths.items()}
         """What goes by widths that there are, for each sparsity; layers that share a width have few of them."""
         self.predicted = {s: self._summed("errors", keep) for s, keep in self.widths.items()}
         self.losses: dict[float, float] = {}
@@ -268,14 +275,7 @@ class _Search:
         """1 - the mean cosine of the first output that has any."""
         assert self.original is not None
         pruned = trial.engine().whole(trial.model, "the pruned model")
-        meter, ends = DifferenceMeter(), trial.found(Cut).ends
-        for i in self.held:
-            batch = self.data.batches[i]
-            x = pruned.run(cut_arrays(batch, ends), arrays=True)
-            y = cut_arrays(self.original.run(batch, arrays=True), ends)
-            for name, value in y.items():
-                meter.add(name, x[name], value, self.data.row_masks[i])
-        first = next(iter(meter.result().values()), None)
+        first = first_difference(pruned, self.original, self.data, self.held, trial.found(Cut).ends)
         if first is None:
             raise OptionError("the model has no floating-point output to compare; give a metric of your own")
         return 1.0 - first.cosine

@@ -134,6 +134,14 @@ def parse_target(text: str) -> Target:
     return Target(kind, value, relative)
 
 
+class MetAlreadyError(OptionError):
+    """The model meets the target as it is."""
+
+
+class UnreachableError(OptionError):
+    """No widths meet the target."""
+
+
 @dataclass(frozen=True)
 class MetTarget(Finding):
     """How a target was met, as the report has it.
@@ -214,7 +222,8 @@ class MeetTargetPass(Pass[Target]):
         """Notes the widths, and how they meet the target: the goal is corrected until the model that is cut to it does.
 
         Raises:
-            OptionError: the target is met already, or cannot be.
+            MetAlreadyError: the target is met already.
+            UnreachableError: it cannot be.
         """
         met, keep = current().once(lambda: self._met(state, plan))
         state.add(met)
@@ -243,12 +252,12 @@ class MeetTargetPass(Pass[Target]):
                 "".join(f" without the {what} that go" for what in gauge.without)
             )
             has += " once it is quantised" if gauge.scheme else ""
-            raise OptionError(f"target '{self.target}' is met already: the model has {has}; ask for less")
+            raise MetAlreadyError(f"target '{self.target}' is met already: the model has {has}; ask for less")
         narrowest = meant({m.name: int(m.widths[0]) for m in candidates}, meaning)
         if wanted < fixed + sum(float(m.costs[0]) for m in candidates) * 1.1:  # near the end: look, before refusing
             least = gauge.value(narrowest)
             if wanted < least * (1.0 - CLOSE[target.kind]):
-                raise OptionError(_unreachable(self.target, target, least, gauge.given, groups, state))
+                raise UnreachableError(_unreachable(self.target, target, least, gauge.given, groups, state))
         search = _Search(self, gauge, wanted, candidates, meaning)
         search.run(wanted - fixed)
         if target.kind == "latency" and self.allocate == "curves" and curves:
@@ -385,12 +394,12 @@ class _Gauge:
         self.whole = self.dense if same else self.value({})
         whole = state.get(WholeModel)
         self.given = self.dense if whole is None else self._given(whole.original)
-        self.without = [what for what, gone in (("words", self.words), ("blocks", whole)) if gone is not None]
+        self.without = [*([] if self.words is None else ["words"]), *(() if whole is None else whole.went)]
         if not self.dense > 0:
             raise ModelError(f"the {NAMES[kind]} of this model cannot be counted; give another target")
 
     def _given(self, original: Original) -> float:
-        """Returns the quantity of the model as it came, with the blocks that were left out since."""
+        """Returns the quantity of the model as it came, with the experts and blocks that went since."""
         model, _ = blank_cut(original, {})
         if self.kind == "latency":
             return self.dense / self._beside(model, self.feeds, CHECK_SECONDS).speedup

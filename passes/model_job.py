@@ -4,9 +4,9 @@ What depends on the model is its backend's (`passes.backend`).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from liar_opt.passes.allocate_widths import note_widths, why_whole
 from liar_opt.passes.backend import TIMED_SAMPLES, Backend
@@ -54,6 +54,11 @@ def inspect_model(backend: Backend) -> Inspection:
     return Inspection(state.model, state.groups, refusals, report.to_json())
 
 
+Done = tuple[Report, tuple[Change, ...], list[Refusal]]
+"""What a cut came to: the report so far, what was changed, and what was left alone."""
+T = TypeVar("T")
+
+
 class ModelJob:
     """One run of ``prune``: it starts again without groups that a fault of ours lies in.
 
@@ -61,13 +66,12 @@ class ModelJob:
         backend: the opened model, the calibration data and the options.
         start: when the run began, by ``time.perf_counter``.
         watch: looks at the memory from then on.
-        data: the calibration data, where it was read before.
 
     Raises:
         OptionError: options exclude each other.
     """
 
-    def __init__(self, backend: Backend, start: float, watch: MemoryWatch, data: CalibrationData | None = None) -> None:
+    def __init__(self, backend: Backend, start: float, watch: MemoryWatch) -> None:
         self.start, self.watch, self.backend = start, watch, backend
         self.options, self.state, self.ranks = backend.options, backend.state, current()
         self.state.progress, self.state.fresh = self.options.progress, self.options.fresh
@@ -78,7 +82,7 @@ class ModelJob:
             raise OptionError("resume works with ratios or a target, and with repairs that do not look at the dense model")
         self.notes = list(self.state.model.notes)
         self.faults: dict[str, str] = {}
-        self.data = data
+        self.data: CalibrationData | None = None
         self.dropped = 0
 
     def run(self) -> PruneResult:
@@ -88,9 +92,16 @@ class ModelJob:
             CheckError: nothing was left to cut.
             ModelError: the original fails on the data, too.
         """
+        return self._until_right(self.finish)
+
+    def checked(self) -> Done:
+        """Runs until the result is checked; `finish` is still to come. See `run`."""
+        return self._until_right(lambda done: done)
+
+    def _until_right(self, last: Callable[[Done], T]) -> T:
         while True:
             try:
-                return self._attempt()
+                return self._attempt(last)
             except GroupFault as fault:
                 if self.state.calibration is not None:  # a batch that the model itself fails on is no fault of a group
                     require_runs(self.state, dense_session(self.state), every=True)
@@ -109,8 +120,8 @@ class ModelJob:
         """Returns the state as it was when the model was loaded."""
         return self.backend.anew(self.state, self.notes)
 
-    def _attempt(self) -> PruneResult:
-        """Runs the passes once."""
+    def _attempt(self, last: Callable[[Done], T]) -> T:
+        """Runs the passes once, and then what comes last."""
         state, chosen, options, backend = self.state, self.chosen, self.options, self.backend
         report = self._begun()
         analysis = backend.analyse(state, options.observer, load=not state.memory.low)
@@ -141,7 +152,7 @@ class ModelJob:
         if options.dry_run:
             report.planned(state)
             report.note(*planned_experts(state), *planned_words(state))
-            return self.ranks.kept(lambda: backend.result(state, report, (), tuple(refusals)))
+            return self.ranks.kept(lambda: last((report, (), refusals)))
         if not early:
             report.before.flops = self._flops(before=True)
         report.resumed = state.checkpoint.done if state.checkpoint is not None else 0
@@ -149,9 +160,9 @@ class ModelJob:
         changes = (*decided, *done.changes)
         refusals += done.refusals
         report.shared_out(self.ranks, state, self.watch, time.perf_counter() - self.start)
-        return self.ranks.kept(lambda: self._finished(report, changes, refusals))
+        return self.ranks.kept(lambda: last(self._checked(report, changes, refusals)))
 
-    def _finished(self, report: Report, changes: tuple[Change, ...], refusals: list[Refusal]) -> PruneResult:
+    def _checked(self, report: Report, changes: tuple[Change, ...], refusals: list[Refusal]) -> Done:
         """Checks what was cut; one process does it."""
         state, chosen, options, backend = self.state, self.chosen, self.options, self.backend
         try:
@@ -167,6 +178,14 @@ class ModelJob:
         if wants_words(options):
             changes = (*changes, *_run(state, [backend.cutting_words()], options.observer).changes)
             report.vocabulary = state.found(CutWords)
+        return report, changes, refusals
+
+    def finish(self, done: Done) -> PruneResult:
+        """Times and quantises what was cut and checked, and returns it; of a dry run the original."""
+        report, changes, refusals = done
+        state, options, backend = self.state, self.options, self.backend
+        if options.dry_run:
+            return backend.result(state, report, (), tuple(refusals))
         report.after = SizesEntry(**model_sizes(state.model), flops=self._flops())
         backend.complete(report, state)
         if options.latency:
@@ -316,14 +335,17 @@ class ModelJob:
         return list(result.refusals)
 
     def _identity(self, report: Report) -> dict[str, Any]:
-        """Returns what must be the same for an interrupted run to go on."""
+        """Returns what must be the same for an interrupted run to go on: experts and blocks go again as they went."""
         state, digests, words = self.state, digests_of(self.state), self.state.get(ChosenWords)
         assert report.options is not None
         options = {name: dict(values) for name, values in report.options.items() if isinstance(values, dict)}
         for place in ("source", "tokenizer"):  # what was read from there is compared
             options["calibration"].pop(place, None)
+        whole = state.get(WholeModel)
+        went = () if whole is None else whole.changes
         return {
-            "model": digests["model"],
+            "model": digests["model"] if whole is None else whole.original.digest(),
+            "what went first": [[c.what, c.where, c.before, c.after, c.details.get("kept")] for c in went],
             "seed": report.seed,
             "search": None if self.chosen.search is None else self.chosen.search.search,
             **options,

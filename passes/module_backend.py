@@ -14,30 +14,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from liar_opt.frontend.blocks import Run
 from liar_opt.frontend.decilm import is_deci
 from liar_opt.frontend.either_model import flops_of
-from liar_opt.frontend.experts import find_experts
 from liar_opt.frontend.fx_engine import TimedModule
-from liar_opt.frontend.fx_module import FxWalk
+from liar_opt.frontend.fx_module import FxModel, FxOriginal, FxWalk
 from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, planned_state
 from liar_opt.frontend.hf_checkpoint import FieldChange, express, positions
 from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.own_text import GenerateWriter
-from liar_opt.frontend.walk import GraphWalk
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.allocations import MEASURED
 from liar_opt.passes.backend import SPREAD, Backend, inputs_of
-from liar_opt.passes.base import AllExperts, Change, DenseModel, Opened, OutputNames, Pass, Probes, State, WholeModel
+from liar_opt.passes.base import Change, DenseModel, Opened, OutputNames, Pass, Probes, State, WholeModel
 from liar_opt.passes.blank_cut import deployed, in_one_form
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.choose_blocks import ChosenRun, Gap, LeftOut
 from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_text
-from liar_opt.passes.cut_experts import CutExperts, experts_left
+from liar_opt.passes.cut_experts import CutExperts, experts_left, experts_of
 from liar_opt.passes.cut_module_blocks import leave_out_of_module, listed_runs
 from liar_opt.passes.cut_module_words import CutModuleWordsPass, choose_module_words
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords
 from liar_opt.passes.express_deci import ExpressDeciPass, StateDeciPass
-from liar_opt.passes.express_widths import ExpressWidthsPass, FinalFields, StateFieldsPass
+from liar_opt.passes.express_widths import ExpressWidthsPass, StateFieldsPass
 from liar_opt.passes.find_module_groups import FindModuleGroupsPass
 from liar_opt.passes.fit_module import CutModule, FitModulePass
 from liar_opt.passes.fit_runtime import require_fit
@@ -81,7 +79,7 @@ class TorchBackend(Backend):
     }
     outputs: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     opened = (
-        *(Opened, DenseModel, AllExperts, WholeModel, Digests, OpenedModule, OutputNames, Probes),
+        *(Opened, DenseModel, WholeModel, Digests, OpenedModule, OutputNames, Probes),
         *(ChosenWords, CutExperts, LeftOut),
     )
     gradients = True
@@ -300,13 +298,14 @@ class TorchBackend(Backend):
         """Cuts the vocabulary of the module, and no width."""
         return cut_module_vocabulary(self, start, watch)
 
-    def require_sayable(self, walk: GraphWalk, ratio: float) -> tuple[FieldChange, ...] | None:
+    def require_sayable(self, state: State, ratio: float) -> tuple[FieldChange, ...] | None:
         """Returns the fields of a checkpoint that say how many experts there are; None where none is asked for."""
         if not self.options.checkpoint:
             return None
-        module: Any = module_of(self.state)
+        module: Any = module_of(state)
+        walk, found = state.analysed(), experts_of(state)
         assert isinstance(walk, FxWalk)
-        layers, unfit = find_experts(walk)
+        layers, unfit = found.layers, found.unfit
         keep = {layer.factor: experts_left(layer, ratio) // layer.groups for layer in layers}
         shapes, sizes = planned_state(walk, keep)
         fields = None if unfit else express(module, shapes, sizes, ())
@@ -327,13 +326,11 @@ class TorchBackend(Backend):
             if self.options.checkpoint:
                 raise
             module, traced = cut_graph_module(model).to(model.device), str(err).partition("; write")[0]
-        fewer, _ = load_module_state(module, self.calibration, replace(self.options, example=opened.example))
-        fewer.inherit(state, Opened, CutExperts)
-        again = replace(fewer.found(OpenedModule), folder=opened.folder, stock=opened.stock)
-        fewer.add(again, AllExperts(state.as_it_came()), CutModule(module, traced))
-        if fields is not None:
-            fewer.add(FinalFields(fields))
-        fewer.memory, fewer.progress, fewer.fresh, fewer.seconds = state.memory, state.progress, state.fresh, state.seconds
+        before = state.found(DenseModel).original.model()
+        assert isinstance(before, FxModel)
+        fewer = opened_again(state, module)
+        fewer.add(CutModule(module, traced))
+        self.outputs = dict(zip(traced_model(fewer).results, before.results, strict=True))
         return replace(self, state=fewer)
 
     def again(self, state: State) -> TorchBackend:
@@ -349,7 +346,9 @@ class TorchBackend(Backend):
     def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
         """Returns the module, and what is left of it, exported."""
         example, axes = state.found(OpenedModule).example, symbolic_axes(traced_model(state).signature)
-        modules = (module_of(state), state.found(CutModule).module)
+        came = state.as_it_came()
+        assert isinstance(came, FxOriginal)
+        modules = (came.module, state.found(CutModule).module)
         dense, pruned = (OnnxOriginal(*lightened(export_onnx(module, example, axes))) for module in modules)
         return dense, pruned
 

@@ -12,7 +12,7 @@ from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import PATIENCE, SPREAD, Backend, inputs_of
-from liar_opt.passes.base import AllExperts, Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
+from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
 from liar_opt.passes.choose_blocks import ChosenRun, LeftOut
@@ -48,7 +48,7 @@ class OnnxBackend(Backend):
     cannot: ClassVar[Mapping[str, str]] = {
         "tune": "tune trains torch modules and checkpoints; of an ONNX file, --refit fits biases and gains in closed form",
     }
-    opened = (Opened, DenseModel, AllExperts, WholeModel, DenseSession, Digests, ChosenWords, CutExperts, LeftOut)
+    opened = (Opened, DenseModel, WholeModel, DenseSession, Digests, ChosenWords, CutExperts, LeftOut)
 
     @classmethod
     def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
@@ -195,8 +195,7 @@ class OnnxBackend(Backend):
     def with_fewer_experts(self, state: State, fields: Any) -> OnnxBackend:
         """Returns the cut graph as if it had come so."""
         fewer = self.again(state)
-        fewer.state.inherit(state, Opened, DenseSession, CutExperts)
-        fewer.state.add(AllExperts(state.as_it_came()))
+        fewer.state.inherit(state, Opened)
         return fewer
 
     def again(self, state: State) -> OnnxBackend:

@@ -120,7 +120,8 @@ class PruneOptions:
             format can say, but attention whose keys and values are outputs of the model; "on" that, too: they are computed
             still. A torch module is a traced graph then. It takes up to twice as long to measure.
         search: seconds, at the most, to exchange widths between groups from there, by the measured error of the output.
-        experts: share of the experts of each layer that go, with their rows of the router; alone, nothing else is cut.
+        experts: share of the experts of each layer that go, with their rows of the router. They go first: a sparsity, a
+            target or a limit counts what they took. Alone, nothing else is cut.
         vocabulary: words of these texts alone are left (what calibration data may be, read by the tokenizer), or those of
             a list of token ids (.json, .npy, .txt, an array); special tokens stay; alone, nothing else is cut.
         vocabulary_coverage: the most frequent words that cover this share of the tokens (0.999), of the vocabulary's texts
@@ -128,7 +129,8 @@ class PruneOptions:
         small_tokenizer: write a smaller tokenizer beside the model (OUT.tokenizer), and have the model take its ids.
         blocks: so many consecutive blocks are left out, and what is left is repaired where they were; which ones is chosen
             by the error of the output. They go first: a sparsity, a target or a limit counts what they took. Alone, no
-            width is cut.
+            width is cut. "auto" tries 0, 1, 2, ... in one budget with widths, and takes what leaves the least error: each
+            is a run of its own.
         block_repair: what stands where blocks were: "map" is a linear map of its own, "fold" changes the last product
             before them, which a checkpoint can say, "none" nothing; "auto" takes "fold" for checkpoints and else "map".
         runtime: what the result is to run on; widths then are what its kernels want, and equal where it knows one number.
@@ -212,7 +214,7 @@ class PruneOptions:
         default=None, metadata=_told("pruning", kind=float, metavar="SHARE", demo=False)
     )
     small_tokenizer: bool = field(default=False, metadata=_told("pruning", flag="--small-tokenizer", sets=True, demo=False))
-    blocks: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N", demo=False))
+    blocks: int | Literal["auto"] | None = field(default=None, metadata=_told("pruning", metavar="N", demo=False))
     block_repair: str = field(default="auto", metadata=_told("pruning", choices=BLOCK_REPAIRS, demo=False))
     runtime: str | None = field(default=None, metadata=_told("pruning", choices=tuple(RUNTIMES), spelled="--for"))
     tensor_parallel: int | None = field(default=None, metadata=_told("pruning", kind=int, metavar="N"))

@@ -10,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from liar_opt.passes.auto_blocks import prune_auto
 from liar_opt.passes.backend import Backend
-from liar_opt.passes.base import Observer, Progress, no_progress
-from liar_opt.passes.blocks_job import blocks_alone, finish_blocks, without_blocks
+from liar_opt.passes.base import Change, Observer, Progress, WholeModel, no_progress
 from liar_opt.passes.cut_experts import require_experts_possible
 from liar_opt.passes.cut_vocabulary import words_alone
-from liar_opt.passes.expert_job import prune_experts
 from liar_opt.passes.gradient_scores import Labelled, Loss
 from liar_opt.passes.limit_drop import Metric
 from liar_opt.passes.model_job import ModelJob, inspect_model
 from liar_opt.passes.onnx_backend import OnnxBackend
 from liar_opt.passes.open_model import is_module_source
 from liar_opt.passes.options import PruneOptions, documentation
+from liar_opt.passes.parts_job import finish_parts, parts_alone, require_blocks_possible, without_parts
 from liar_opt.passes.pattern_job import pattern_alone, prune_pattern, require_pattern_possible
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
@@ -90,7 +90,7 @@ def prune(
     vocabulary: Any = None,
     vocabulary_coverage: float | None = None,
     small_tokenizer: bool = False,
-    blocks: int | None = None,
+    blocks: int | Literal["auto"] | None = None,
     block_repair: str = "auto",
     runtime: str | None = None,
     tensor_parallel: int | None = None,
@@ -212,22 +212,29 @@ def prune(
     opening.require_possible(calibration, options)
     require_experts_possible(options)
     require_pattern_possible(options)
+    require_blocks_possible(options)
     if current().size > 1 and (blocks is not None or experts is not None):
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
     with custom_operators(_libraries(custom_ops)), solving_on(arrays):
         opened = opening.open(model, calibration, options)
+        went: tuple[Change, ...] = ()
         if pattern_alone(options):
             return prune_pattern(opened, start, watch)
-        if options.experts is not None:
-            return prune_experts(opened, start, watch)
-        if options.blocks is not None:
-            opened = without_blocks(opened)
-            if blocks_alone(opened.options):
-                return finish_blocks(opened, start, watch)
+        if blocks is not None:
+            opened.block_repair()  # raises before the work where there can be none
+        if experts is not None or blocks is not None:
+            if options.blocks == "auto":
+                return prune_auto(opened, start, watch)
+            opened = without_parts(opened, options.blocks or 0)
+            if parts_alone(opened.options):
+                return finish_parts(opened, start, watch)
+            went = opened.state.found(WholeModel).changes
             opened = replace(opened, state=opened.anew(opened.state, opened.state.model.notes))
         if words_alone(opened.options):
             return current().kept(lambda: opened.cut_words_alone(start, watch))
-        return ModelJob(opened, start, watch).run()
+        result = ModelJob(opened, start, watch).run()
+        result.changes = (*went, *result.changes)
+        return result
 
 
 if prune.__doc__ is not None:  # it is where Python runs with -OO

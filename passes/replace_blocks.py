@@ -137,5 +137,6 @@ class ReplacedBlocks:
             tried=list(self.chosen.errors),
             caches=caches,
             prunable=0,
+            added=0 if self.stand_in is None else self.stand_in.parameters,
             exact_difference=difference,
         )

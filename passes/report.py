@@ -8,12 +8,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from liar_opt.frontend.experts import ExpertLayer, find_experts
+from liar_opt.frontend.experts import ExpertLayer
 from liar_opt.passes.allocate_widths import NAMED
 from liar_opt.passes.base import Change, Opened, Pass, State, WholeModel
-from liar_opt.passes.choose_blocks import LeftOut
+from liar_opt.passes.choose_blocks import ComparedBlocks, LeftOut
 from liar_opt.passes.curves import Curves
-from liar_opt.passes.cut_experts import CutExperts
+from liar_opt.passes.cut_experts import CutExperts, experts_of
 from liar_opt.passes.cut_vocabulary import CutWords
 from liar_opt.passes.fit_runtime import Fitted, measured_fit
 from liar_opt.passes.groups import FORMS, KINDS, ChannelGroup, Refusal, parameters_left
@@ -137,6 +137,7 @@ class Report:
         experts: which experts are left, where some went.
         vocabulary: which words are left, where some went.
         blocks: which blocks were left out.
+        blocks_compared: how many of them were tried, and what each number came to.
         calibration: the data.
         curves: the error of the output at each width, by group.
         target: how a target was met, or how much a limit allowed.
@@ -173,6 +174,7 @@ class Report:
     experts: CutExperts | None = None
     vocabulary: CutWords | None = None
     blocks: LeftOut | None = None
+    blocks_compared: ComparedBlocks | None = None
     calibration: CalibrationEntry | None = None
     curves: dict[str, Any] | None = None
     target: MetTarget | LimitedDrop | None = None
@@ -232,7 +234,7 @@ class Report:
     def inspected(self, state: State) -> None:
         """Says what can be cut."""
         self.groups = [group_entry(g) for g in state.groups]
-        experts, _ = find_experts(state.analysed())
+        experts = experts_of(state).layers
         self.values = [group_entry(g) for g in (*state.values, *state.queries)] + list(map(experts_entry, experts))
         self.prunable_parameters = round(parameters_left(state.groups))
 
@@ -360,7 +362,9 @@ def prunable(state: State) -> dict[str, int]:
         before += group.parameters if heads is None else 0
         after += group.parameters if heads is None else 0
         after -= left * group.parameters * (1.0 - state.keep.get(group.name, group.size) / group.size)
-    return {"before": round(before) if whole is None else whole.prunable, "after": round(after)}
+    if whole is not None:
+        return {"before": whole.prunable, "after": round(after) + whole.added}
+    return {"before": round(before), "after": round(after)}
 
 
 def unrepaired(report: Mapping[str, Any], repair: str | RepairFunction) -> Iterator[str]:

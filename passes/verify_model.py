@@ -13,7 +13,7 @@
 
 import contextlib
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ from liar_opt.passes.choose_blocks import LeftOut
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prune_groups import ConsumerRepair, Cut
 from liar_opt.passes.sweep import cut_arrays, held_batches
+from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
     DifferenceMeter,
@@ -225,6 +226,27 @@ def compared_again(state: State) -> None:
     samples = min(VerifyModelPass.samples, _samples_that_fit(state)) if state.memory.low else VerifyModelPass.samples
     meter = output_differences(state, pruned, original, outputs, samples=samples, ends=cut.ends)
     state.add(replace(check, outputs=meter.result()), ComparedSessions(original, pruned))
+
+
+def first_difference(
+    pruned: Runner, original: Runner, data: CalibrationData, batches: Iterable[int], ends: Mapping[str, Any]
+) -> OutputDifference | None:
+    """Returns how far the first output of a cut model that holds numbers is from that of the model as it came.
+
+    Args:
+        pruned: the cut model.
+        original: the other.
+        data: the batches.
+        batches: which of them.
+        ends: what is left of inputs and outputs that became narrower.
+    """
+    meter = DifferenceMeter()
+    for i in batches:
+        x = pruned.run(cut_arrays(data.batches[i], ends), arrays=True)
+        y = cut_arrays(original.run(data.batches[i], arrays=True), ends)
+        for name, value in y.items():
+            meter.add(name, x[name], value, data.row_masks[i])
+    return next(iter(meter.result().values()), None)
 
 
 def masked_reference(

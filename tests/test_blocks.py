@@ -24,7 +24,9 @@ import liar_opt
 from liar_opt.frontend.blocks import find_stacks, inside, last_product
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import walk
+from liar_opt.passes import auto_blocks
 from liar_opt.passes.result import ModuleResult, PruneResult
+from liar_opt.passes.verify_model import first_difference
 from liar_opt.runtime.errors import ModelError, OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,6 +176,73 @@ def test_a_target_counts_the_blocks() -> None:
     before, after = (result.report[when]["parameters"] for when in ("before", "after"))
     assert after == pytest.approx(0.6 * before, rel=0.02)
     assert result.report["target"]["dense"] == before
+
+
+@pytest.mark.parametrize("goal", [{"sparsity": 0.4}, {"target": "flops=0.6x"}], ids=str)
+def test_as_many_blocks_go_as_leave_the_least_error(goal: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[Any] = []
+
+    def noted(*arguments: Any) -> Any:
+        judged.append(arguments[2])
+        return first_difference(*arguments)
+
+    monkeypatch.setattr(auto_blocks, "first_difference", noted)
+    result = liar_opt.prune(export("llama"), batches(), blocks="auto", multiple_of=4, fresh=True, **goal, **PLAIN)
+    report, found = result.report, result.report["blocks_compared"]
+    assert [one["blocks"] for one in found["tried"]] == list(range(len(found["tried"])))
+    assert found["chosen"] == len(found["tried"]) - 2  # it ends with one that is worse, or that takes too much
+    errors = [one["error"] for one in found["tried"] if one["why"] is None]
+    assert found["decided_by"] == "error" and found["chosen"] == int(np.argmin(errors))
+    assert errors[: found["chosen"] + 1] == sorted(errors[: found["chosen"] + 1], reverse=True)
+    assert report.get("blocks", {"blocks": 0})["blocks"] == found["chosen"]
+    assert report["after"]["parameters"] == found["tried"][found["chosen"]]["parameters"]
+    if "sparsity" in goal:
+        assert report["prunable"]["after"] == pytest.approx(0.6 * report["prunable"]["before"], rel=0.02)
+    else:
+        assert report["after"]["flops"] == pytest.approx(0.6 * report["before"]["flops"], rel=0.02)
+    lost, power = 0.0, 0.0
+    for feeds in judged[0].batches:
+        ours, theirs = (oracle.run(model, feeds)[0] for model in (result.model, onnx.load(export("llama"))))
+        real = feeds["attention_mask"].astype(bool)
+        lost += np.square(ours[real] - theirs[real]).sum()
+        power += np.square(theirs[real]).sum()
+    assert errors[found["chosen"]] == pytest.approx(lost / power, rel=1e-3)
+
+
+def lazy() -> Any:
+    """A model two of whose blocks add next to nothing."""
+    module = copy.deepcopy(made("llama"))
+    with torch.no_grad():
+        for layer in module.model.layers[1:3]:
+            layer.self_attn.o_proj.weight.mul_(1e-3)
+            layer.mlp.down_proj.weight.mul_(1e-3)
+    return module
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_blocks_that_add_nothing_go_before_widths(checkpoint: bool) -> None:
+    options: dict[str, Any] = {"sparsity": 0.6, "checkpoint": checkpoint, "multiple_of": 4, "fresh": True}
+    result = liar_opt.prune(lazy(), batches(), blocks="auto", **options, **PLAIN)
+    found = result.report["blocks_compared"]
+    assert found["chosen"] == 2 and result.report["blocks"]["first"] == 1
+    assert found["tried"][2]["error"] < 0.8 * found["tried"][0]["error"]
+    assert result.report["prunable"]["after"] == pytest.approx(0.4 * result.report["prunable"]["before"], rel=0.1)
+    assert result.report["blocks"]["added"] == (0 if checkpoint else 48 * 49)
+
+
+def test_a_largest_loss_takes_what_leaves_the_fewest_parameters() -> None:
+    options: dict[str, Any] = {"max_drop": 0.05, "checkpoint": False, "multiple_of": 4, "fresh": True}
+    result = liar_opt.prune(lazy(), batches(), blocks="auto", **options, **PLAIN)
+    found = result.report["blocks_compared"]
+    known = [one["parameters"] for one in found["tried"] if one["parameters"] is not None]
+    assert found["decided_by"] == "parameters" and min(known) == found["tried"][found["chosen"]]["parameters"]
+    assert found["chosen"] >= 1 and result.report["target"]["found"] <= 0.05
+
+
+def test_a_dry_run_compares_too() -> None:
+    result = liar_opt.prune(export("llama"), batches(), blocks="auto", sparsity=0.4, dry_run=True, multiple_of=4, **PLAIN)
+    assert len(result.report["blocks_compared"]["tried"]) > 1 and "after" not in result.report
+    assert result.model == onnx.load(export("llama"))
 
 
 CACHED = [
@@ -349,7 +418,11 @@ def test_a_checkpoint_loses_blocks_and_widths(tmp_path: Path) -> None:
         ({"blocks": 0}, "blocks 0 is below 1"),
         ({"blocks": 4}, "has 4 blocks in a row; give 3 at most"),
         ({"blocks": 1, "block_repair": "glue"}, "glue"),
-        ({"blocks": 1, "resume": "folder"}, "leave resume or blocks out"),
+        ({"blocks": "auto", "resume": "folder"}, "resume keeps one run, and blocks auto makes several"),
+        (
+            {"blocks": "auto", "ffn": 0.3},
+            "blocks auto shares a sparsity, a target or max-drop with widths, and ffn is none",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(options: dict[str, Any], sentence: str) -> None:

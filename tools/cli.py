@@ -457,7 +457,7 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
     if options.dry_run:
         removed = report["prunable"]["before"] - report["prunable"]["after"]
         if report.get("experts") and report["groups"]:
-            removed += report["experts"]["parameters_before"] - report["experts"]["parameters_after"]
+            removed = max(removed, report["experts"]["parameters_before"] - report["experts"]["parameters_after"])
         share = tables.percent(removed, report["before"]["parameters"])
         _say(f"dry run: about {share} of the parameters would go; {run.seconds():.1f} s; '{output}' was not written")
         return

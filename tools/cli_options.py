@@ -204,7 +204,14 @@ def _seed(text: str) -> int:
     return value
 
 
-KINDS: dict[str, Callable[[str], Any]] = {"query_key": _ratio_or_auto, "seed": _seed}
+def _number_or_auto(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor auto") from err
+
+
+KINDS: dict[str, Callable[[str], Any]] = {"query_key": _ratio_or_auto, "blocks": _number_or_auto, "seed": _seed}
 """What reads the values of options that are no plain numbers or texts."""
 
 

@@ -122,6 +122,8 @@ def footnotes(report: Report) -> Iterator[str]:
         yield blocks_left_out(report["blocks"])
     if report.get("patterned"):
         yield from pattern_made(report["patterned"])
+    if report.get("blocks_compared"):
+        yield blocks_compared(report["blocks_compared"])
     if data is None:  # no width was cut
         return
     rows = max((d["rows"] for d in check["outputs"].values()), default=0)
@@ -243,6 +245,17 @@ def patterns(report: Report) -> Table:
             weight["weight"], shape, percent(weight["zeros"], 1.0), weight["by"], f"{100 * weight['error']:.2f} %"
         )
     return table
+
+
+def blocks_compared(found: Mapping[str, Any]) -> str:
+    """One line: how many blocks were tried beside widths, what each number came to, and which was best."""
+    by = "parameters" if found["decided_by"] == "parameters" else "relative squared error of the output"
+    shown = []
+    for one in found["tried"]:
+        value = one["error"] if found["decided_by"] == "error" else one["parameters"]
+        told = f"({one['why']})" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+        shown.append(f"{one['blocks']}: {told}")
+    return f"blocks in one budget with widths, {by} by how many went: {', '.join(shown)}; {found['chosen']} went"
 
 
 def target_met(report: Report) -> str:

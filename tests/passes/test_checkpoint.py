@@ -234,6 +234,17 @@ def test_two_runs_in_one_folder(model: onnx.ModelProto, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_behind_blocks_that_went_is_resumed(model: onnx.ModelProto, tmp_path: Path) -> None:
+    whole = prune(model, None, blocks=1)
+    with pytest.raises(Stop):
+        prune(model, tmp_path / "run", blocks=1, progress=stop_in(1, whole.report["calibration"]["batches"]))
+    with pytest.raises(OptionError, match="is of another run: 'what went first' was"):
+        prune(model, tmp_path / "run")
+    resumed = prune(model, tmp_path / "run", blocks=1)
+    assert resumed.report["resumed"] == 1 and resumed.report["blocks"] == whole.report["blocks"]
+    assert resumed.model.SerializeToString() == whole.model.SerializeToString()
+
+
 def test_what_cannot_be_resumed(model: onnx.ModelProto, tmp_path: Path) -> None:
     for options in ({"repair": "dense"}, {"max_drop": 0.1, "ffn": None}):
         with pytest.raises(OptionError, match="resume works with ratios or a target"):

@@ -105,14 +105,15 @@ def test_a_checkpoint_of_fewer_experts(name: str, tmp_path: Path, monkeypatch: p
 
 
 def test_experts_and_widths_of_a_checkpoint(tmp_path: Path) -> None:
-    model = module("mixtral", large=False)
+    """Of the widths of experts those are kept that torch's grouped product can run: rows of 16 bytes."""
+    model = module("mixtral")
     model.save_pretrained(tmp_path / "dense")
     options: dict[str, Any] = {"batch_size": 4, "provider": "cpu", "latency": False, "multiple_of": 1}
-    result: Any = liar_opt.prune(tmp_path / "dense", {"input_ids": ids(32, 9)}, experts=0.4, sparsity=0.3, **options)
+    result: Any = liar_opt.prune(tmp_path / "dense", {"input_ids": ids(32, 9)}, experts=0.4, ffn=0.5, **options)
     result.save(tmp_path / "fewer")
     config = json.loads((tmp_path / "fewer" / "config.json").read_text())
     assert config["num_local_experts"] == 3
-    assert config["intermediate_size"] < 20
+    assert config["intermediate_size"] == 12
     loaded = type(model).from_pretrained(tmp_path / "fewer").eval()
     np.testing.assert_allclose(logits(loaded, ids(2, 7)), logits(result.module, ids(2, 7)), rtol=1e-4, atol=1e-5)
     assert result.report["before"]["parameters"] == sum(p.numel() for p in model.parameters())
