@@ -35,11 +35,11 @@ TOGETHER = 128
 """Inputs whose zeros are chosen together, and whose errors are handed on at once, by SparseGPT."""
 STEPS = 32
 """Conjugate gradients, at the most: each lowers the error, so that fewer are no mistake."""
-ENOUGH = 5e-3
+ENOUGH = 1e-2
 """The part of all that the steps have gained that a step must gain for another to be made."""
-ITERATIONS = 6
+ITERATIONS = 5
 """Of FISTA for each lambda, from where the one before has ended."""
-BISECTIONS = 8
+BISECTIONS = 6
 NEAR = 0.002
 """How far the share of zeros may be from what is asked for, where a bisection ends; rounding does the rest."""
 
