@@ -82,7 +82,7 @@ def onnxruntime_runs(path: Path, feeds: Feeds, repeats: int) -> Ran:
 
 def openvino_runs(path: Path, feeds: Feeds, repeats: int) -> Ran:
     """OpenVINO, on the CPU, in float32."""
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
@@ -126,9 +126,9 @@ def torch_runs(path: Path, feeds: Feeds, repeats: int) -> Ran:
 def executorch_runs(path: Path, feeds: Feeds, repeats: int) -> Ran:
     """ExecuTorch with XNNPACK: traced again for these shapes, lowered, and run by its Python bindings."""
     import torch
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]
+    from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
+    from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
     given = {k: torch.from_numpy(v) for k, v in feeds.items()}
     program = torch.export.export(torch.export.load(path).module(), (), given, strict=False)

@@ -6,6 +6,7 @@
 Olive finds passes in a package file, which replaces its own list: what the first line prints holds both.
 """
 
+# pyright: reportMissingImports=false
 import json
 import sys
 from pathlib import Path

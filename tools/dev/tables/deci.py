@@ -45,7 +45,7 @@ def plain_model() -> Any:
 
 def in_llama_cpp(folder: Path, held: np.ndarray, path: Path) -> dict[str, float]:
     """Perplexity over windows [n, s], and tokens a second, of a checkpoint that is written as a GGUF file."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     write_gguf(folder, path)
     loaded = llama_cpp.Llama(str(path), n_ctx=held.shape[1], logits_all=True, n_threads=1, n_threads_batch=1, verbose=False)
