@@ -159,11 +159,11 @@ class Arrays:
 
     def zeros(self, shape: Sequence[int], dtype: Any = None) -> AnyArray:
         """Returns zeros; of float64 if not said."""
-        return np.zeros(shape, dtype or np.float64)
+        return np.zeros(shape, np.float64 if dtype is None else dtype)
 
     def eye(self, size: int, dtype: Any = None) -> AnyArray:
         """Returns an identity; of float64 if not said."""
-        return np.eye(size, dtype=dtype or np.float64)
+        return np.eye(size, dtype=np.float64 if dtype is None else dtype)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> AnyArray:
         """Returns an array whose numbers mean nothing."""
@@ -336,11 +336,11 @@ class TorchArrays(Arrays):
 
     def zeros(self, shape: Sequence[int], dtype: Any = None) -> AnyArray:
         """Returns zeros; of float64 if not said."""
-        return self.torch.zeros(tuple(shape), dtype=dtype or self.torch.float64, device=self.device)
+        return self.torch.zeros(tuple(shape), dtype=self.torch.float64 if dtype is None else dtype, device=self.device)
 
     def eye(self, size: int, dtype: Any = None) -> AnyArray:
         """Returns an identity; of float64 if not said."""
-        return self.torch.eye(size, dtype=dtype or self.torch.float64, device=self.device)
+        return self.torch.eye(size, dtype=self.torch.float64 if dtype is None else dtype, device=self.device)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> AnyArray:
         """Returns a tensor whose numbers mean nothing."""
