@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from liar_opt.passes.cut_experts import CutExperts
 from liar_opt.passes.cut_vocabulary import CutWords
 from liar_opt.passes.fit_runtime import Fitted, measured_fit
 from liar_opt.passes.groups import FORMS, KINDS, ChannelGroup, Refusal, parameters_left
+from liar_opt.passes.keep_scheme import KeptScheme
 from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MetTarget
@@ -144,6 +145,7 @@ class Report:
         verification: what the checks found.
         latency: how long both models take.
         quantised: what quantising the result came to, with all four corners.
+        kept_scheme: of a model that came quantised: its scheme, and how it was kept.
         memory: what the run took.
         seconds: by pass.
         processes: those of a run of several.
@@ -176,6 +178,7 @@ class Report:
     verification: Verification | None = None
     latency: LatencyEntry | None = None
     quantised: Quantised | None = None
+    kept_scheme: KeptScheme | None = None
     memory: MemoryEntry | None = None
     seconds: dict[str, float] | None = None
     processes: list[dict[str, Any]] | None = None
@@ -257,6 +260,15 @@ class Report:
         assert self.calibration is not None
         self.calibration.gap = sum(known) / len(known) if known else None
         self.verification = state.found(Verification)
+
+    def kept(self, found: KeptScheme) -> None:
+        """Says how the scheme was kept; sizes and outputs are those of what is written."""
+        assert self.after is not None
+        self.kept_scheme = found
+        if found.refused is None:
+            self.after.bytes = found.bytes_after
+            assert self.verification is not None
+            self.verification = replace(self.verification, outputs=found.outputs)
 
     def timed(self, times: Latency) -> None:
         """Says how long both models take."""
