@@ -331,5 +331,6 @@ def _weight(numbers: Array, scale: Array, zero: Array | None, dtype: np.dtype[An
     kind = np.float64 if dtype == np.float64 else np.float32
     whole = numbers.astype(kind)
     if zero is not None and np.any(zero):
-        whole -= np.asarray(zero, kind)
-    return (whole * np.asarray(scale, kind)).astype(dtype)
+        whole = whole - np.asarray(zero, kind)
+    result: Array = (whole * np.asarray(scale, kind)).astype(dtype)
+    return result

@@ -189,7 +189,7 @@ class Reading:
         stored = [w for w in self.weights.values() if not w.bias_of]
         kinds = sorted({_type_of(w) for w in stored})
         ways = {_way(w.grid) for w in stored}
-        of_all = [way for way in ("for all", "by channel") if way in ways]
+        of_all: list[str] = [way for way in ("for all", "by channel") if way in ways]
         blocks = sorted({w.grid.block for w in stored if w.grid.block})
         of_all += [f"in blocks of {' and '.join(map(str, blocks))}"] if blocks else []
         weights = f"{len(stored)} weights in {' and '.join(kinds)} ({', '.join(of_all)})" if stored else "no weights"
@@ -779,10 +779,10 @@ class _Reader:
         """Returns the float graph, its data and what it was."""
         self._settle_outputs(name)
         self.made = alive(self.made, {value.name for value in self.proto.graph.output})
-        for read, node, place in self.raw:
-            pair = self.pairs.get(read)
-            if pair is not None and read not in self.alias:
-                pair.raw.add((node, place))
+        for tensor_name, reader, place in self.raw:
+            pair = self.pairs.get(tensor_name)
+            if pair is not None and tensor_name not in self.alias:
+                pair.raw.add((reader, place))
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         graph = proto.graph

@@ -212,7 +212,7 @@ class _Writer:
 
     def seen(self, node: onnx.NodeProto, place: int) -> str:
         """Returns what a node reads at an input: what is made of whole numbers, where it did."""
-        name = node.input[place]
+        name = str(node.input[place])
         pair = self.pairs.get(name)
         if pair is None or (node.name, place) in pair.raw:
             return self.renamed.get(name, name)
@@ -379,20 +379,17 @@ class _Writer:
             blobs = packed(full, weight.bits).reshape(len(full), -1, grid.block * weight.bits // 8)
             zero = packed(zero, weight.bits) if zero.dtype == np.uint8 else zero
             flat = weight.scale in self.reading.tensors and len(self.reading.tensors[weight.scale].dims) == 1
-            return blobs, *(a.reshape(-1) if flat else a for a in (scale, zero))
+            return (blobs, scale.reshape(-1), zero.reshape(-1)) if flat else (blobs, scale, zero)
         if weight.packing == TABLE:
             return packed(numbers, weight.bits), scale, packed(zero, weight.bits)
         return numbers, scale, zero
 
     def _add(self, name: str, values: Array, kind: int | None) -> None:
         """Adds an initializer, of an element type if one is said."""
-        types = {
-            onnx.TensorProto.INT4: ml_dtypes.int4,
-            onnx.TensorProto.UINT4: ml_dtypes.uint4,
-        }
-        values = laid_out(values)
-        if kind in types:
-            self.initializers[name] = onnx.numpy_helper.from_array(values.astype(types[kind]), name)
+        types = {int(onnx.TensorProto.INT4): ml_dtypes.int4, int(onnx.TensorProto.UINT4): ml_dtypes.uint4}
+        values, small = laid_out(values), None if kind is None else types.get(kind)
+        if small is not None:
+            self.initializers[name] = onnx.numpy_helper.from_array(values.astype(small), name)
         elif values.nbytes > STUB_LIMIT and element_type(values.dtype) in PLAIN:
             self.initializers[name] = stub(name, element_type(values.dtype), values.shape)
             self.data[name] = values

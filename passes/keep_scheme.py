@@ -194,7 +194,7 @@ def _compared(state: State, written: Written, session: Any, came: OnnxOriginal) 
 
     def run(of: Any, feeds: Arrays, ends: bool) -> Arrays:
         found: Arrays = of.run(feeds, wanted, arrays=True)
-        return cut_arrays(found, cut.ends) if ends else found
+        return cut_arrays(dict(found), cut.ends) if ends else found
 
     repairs, placed = _at_their_places(model, state.repairs, written)
     reference = onnx_graph(masked_reference(dense, repairs, cut.query_forms, cut.stand_ins))
@@ -218,11 +218,11 @@ def _at_their_places(
         use = repair.uses[0]
         node = nodes.get(use.holder.name)
         constant = None if node is None else node.inputs[use.weight_position]
-        name = getattr(constant, "name", "")
-        if name in written.values and repair.expert is None and repair.weight.shape == written.values[name].shape:
-            if np.array_equal(np.asarray(constant.values), repair.weight):
-                repair = replace(repair, weight=written.values[name])
-                placed.add(name)
+        name = "" if constant is None else constant.name
+        same = name in written.values and repair.weight.shape == written.values[name].shape
+        if constant is not None and same and repair.expert is None and np.array_equal(constant.values, repair.weight):
+            repair = replace(repair, weight=written.values[name])
+            placed.add(name)
         result.append(repair)
     return result, placed
 
