@@ -63,8 +63,27 @@ class Narrow(gs.Constant):  # type: ignore[misc]
         return self._rounded[1]
 
 
+class Gridded(gs.Constant):  # type: ignore[misc]
+    """A weight that its file holds in whole numbers: cut and repaired as the numbers that they stand for.
+
+    Attributes:
+        weight: its name among those of the file (`quantised_in.Reading`).
+        axes: for each axis of the values the one that it is in the file.
+    """
+
+    def __init__(self, name: str, values: np.ndarray, weight: str, axes: tuple[int, ...]) -> None:
+        super().__init__(name, values)
+        self.weight, self.axes = weight, axes
+
+    def transposed(self, name: str, values: np.ndarray, perm: Iterable[int]) -> Gridded:
+        """Returns what a Transpose makes of it."""
+        return Gridded(name, values, self.weight, tuple(self.axes[i] for i in perm))
+
+
 def like(old: gs.Constant, name: str, values: np.ndarray) -> gs.Constant:
     """Returns a constant that is written as ``old`` is, with other values."""
+    if isinstance(old, Gridded) and values.dtype == old.dtype and values.ndim == len(old.axes):
+        return Gridded(name, values, old.weight, old.axes)
     if isinstance(old, Narrow) and values.dtype == old.dtype:
         return Narrow(name, values, old.kind, old.source, old.cast, old.keep)
     return gs.Constant(name, values)

@@ -15,6 +15,7 @@ from liar_opt.frontend.graph_tensors import (
     NARROW,
     SKELETON_LIMIT,
     STANDARD,
+    Gridded,
     Narrow,
     constant_value,
     is_constant,
@@ -175,6 +176,10 @@ def _result(node: gs.Node, name: str, value: np.ndarray, keep: Callable[[np.ndar
     old = node.inputs[0]
     if node.op == "Cast" and old.dtype in NARROW and value.dtype in (np.float32, np.float64):
         return Narrow(name, value, np.dtype(old.dtype), old.name, node.name, keep)
+    if isinstance(old, Gridded):  # where the whole numbers would be moved in a way that cannot be told, they are given up
+        turned = node.op == "Transpose" and value.ndim == len(old.axes)
+        perm = node.attrs.get("perm", range(value.ndim)[::-1])
+        return old.transposed(name, value, perm) if turned else gs.Constant(name, value)
     carried = has(node, CARRIED)
     return like(old, name, value) if carried else gs.Constant(name, value)
 

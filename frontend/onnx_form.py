@@ -68,6 +68,11 @@ def require_valid(proto: onnx.ModelProto, was_valid: Callable[[], bool] = lambda
         raise CheckError(f"the ONNX checker refuses the result: {' '.join(str(error).split())[:300]}") from error
 
 
+def is_valid(proto: onnx.ModelProto) -> bool:
+    """Returns whether the ONNX checker accepts a proto."""
+    return _checker_error(proto) is None
+
+
 def _signature(values: Any, resized: Resized | None = None) -> list[tuple[str, int, list[int | str]]]:
     """Returns names, element types and shapes; in shapes the axes of ``resized`` have their new sizes."""
     result = []

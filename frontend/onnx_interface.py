@@ -8,7 +8,8 @@ import onnx
 
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.hand_quantised import hand_quantised_node
-from liar_opt.frontend.onnx_model import OnnxModel, quantised_node, read_graph
+from liar_opt.frontend.onnx_model import OnnxModel, read_graph
+from liar_opt.frontend.quantised_in import quantised_node
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.tables import vocabulary
 from liar_opt.runtime.signatures import InputSpec

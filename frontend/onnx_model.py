@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from liar_opt.frontend.graph_tensors import (
     SKELETON_LIMIT,
+    Gridded,
     Narrow,
     detached_tensors,
     small_tensor,
@@ -30,6 +31,8 @@ from liar_opt.frontend.hand_quantised import hand_quantised_node
 from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, unfold
 from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.normal_form import normalise
+from liar_opt.frontend.quantised_in import NBITS, Reading, quantised_node, read_quantised
+from liar_opt.frontend.quantised_out import Written, written_back
 from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.ties import Taken
@@ -49,11 +52,6 @@ from liar_opt.runtime.signatures import InputSpec
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
-QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
-QUANTISED_PREFIXES = (
-    *("QLinear", "QGemm", "QAttention", "QMoE", "QOrdered", "GatherBlockQuantized"),
-    *("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulBlockQuantized", "MatMulIntegerToFloat"),
-)
 CACHE_SHAPES = "liar_opt.cache_shapes"
 """Key of the metadata that says the new shapes of cache inputs and outputs: JSON, name -> shape."""
 
@@ -68,6 +66,7 @@ class OnnxOriginal(Original):
         source: the file.
         store: where new weights go that need not be in memory; None keeps them.
         merged: what the graph was, if it was a merged decoder and is flat here.
+        reading: what it was, if it was quantised and is read as floats here.
     """
 
     proto: onnx.ModelProto
@@ -75,12 +74,15 @@ class OnnxOriginal(Original):
     source: Path | None = None
     store: ArrayStore | None = None
     merged: MergedDecoder | None = None
+    reading: Reading | None = None
 
     def model(self) -> "OnnxModel":
         """Returns the model as a graph; each call makes a new one, weights are shared."""
         order = {tensor.name: i for i, tensor in enumerate(self.proto.graph.initializer)}
         metadata = {p.key: p.value for p in self.proto.metadata_props if p.key != CACHE_SHAPES}
         graph = gs.import_onnx(self.proto)
+        if self.reading is not None:
+            _on_grids(graph, self.reading)
         for part in [graph, *graph.subgraphs(recursive=True)]:
             for tensor in part.tensors().values():
                 if isinstance(tensor, gs.Constant) and tensor.name in self.arrays:
@@ -109,7 +111,13 @@ class OnnxOriginal(Original):
 
     def as_written(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
         """Returns the proto and the data, as ``OnnxModel.as_written`` does."""
+        if self.reading is not None:
+            return self.reading.proto, dict(self.reading.arrays)
         return self.proto if self.merged is None else self.merged.fold(self.proto, {}), self.arrays
+
+    def as_run(self) -> tuple[bytes, Mapping[str, np.ndarray]]:
+        """Returns what a ``Session`` takes of the model as whoever uses it runs it: quantised, if it is."""
+        return self.detached() if self.reading is None else _session_parts(*self.as_written())
 
     def as_given(self) -> onnx.ModelProto:
         """Returns a proto of its own, with all data in it."""
@@ -182,12 +190,6 @@ class OnnxModel(Model):
         cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None, name: str
     ) -> "OnnxModel":
         proto, dense = densified(proto)
-        node = quantised_node(proto)
-        if node is not None:
-            raise ModelError(
-                f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised; "
-                "prune the float model and quantise the result"
-            )
         loose = loose_end(proto.graph)
         if loose is not None:
             raise ModelError(
@@ -201,7 +203,10 @@ class OnnxModel(Model):
                 f"node '{node.name or node.output[0]}' ({node.op_type}) of {name} is quantised: its weight is stored in "
                 "small integers behind a Cast; prune the float model and quantise the result"
             )
-        notes = [] if dense is None else [dense]
+        notes, reading = [] if dense is None else [dense], None
+        if quantised_node(proto) is not None:
+            proto, arrays, reading = read_quantised(proto, arrays, name)
+            notes.append(f"quantised ({reading.sentence()}): pruned as the numbers that it stands for, written as it was")
         renamed = _renamed_twins(proto)
         if renamed:
             notes.append(f"nodes that had the name of another were renamed, since ONNX Runtime refuses them: {renamed}")
@@ -228,7 +233,7 @@ class OnnxModel(Model):
             )
         flat = unfold(proto, arrays)
         if flat is None:
-            model = OnnxOriginal(proto, arrays, source).model()
+            model = OnnxOriginal(proto, arrays, source, reading=reading).model()
         else:
             model = OnnxOriginal(*flat[:2], source, merged=flat[2]).model()
             notes.append(
@@ -293,7 +298,10 @@ class OnnxModel(Model):
         return None if self.stored is None else self.stored.merged
 
     def as_written(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-        """Returns the model as it is written, as ``light`` does: a merged decoder is one again."""
+        """Returns the model as it is written, as ``light`` does: a merged decoder is one again, or it is quantised."""
+        if self.reading is not None:
+            written = self.written()
+            return written.proto, written.arrays
         proto, arrays = self.light()
         if self.merged is None:
             return proto, arrays
@@ -303,13 +311,31 @@ class OnnxModel(Model):
                 entry.value = json.dumps(self.resized_shapes(proto), sort_keys=True)
         return proto, arrays
 
+    @property
+    def reading(self) -> Reading | None:
+        """What the graph was, if it was quantised and is read as floats."""
+        return None if self.stored is None else self.stored.reading
+
+    def gridded(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns the constants that stand for whole numbers: the weight (of ``reading``), and the axes that they have."""
+        return {c.name: (c.weight, c.axes) for c in self.constants(unread=True) if isinstance(c, Gridded)}
+
+    def written(self, weights: bool = True) -> Written:
+        """Returns the graph in the scheme that it was read from; with or without its weights in whole numbers."""
+        assert self.reading is not None
+        return written_back(*self.light(), self.gridded(), self.reading, weights)
+
+    def as_run(self) -> tuple[bytes, Mapping[str, np.ndarray]]:
+        """Returns what a ``Session`` takes of the model as whoever uses it runs it: quantised, if it is."""
+        return self.detached() if self.reading is None else _session_parts(*self.as_written())
+
     def as_given(self) -> Any:
         """Returns the model as its user has it: an ONNX proto with all data in it."""
         return self.to_proto()
 
     def file_bytes(self) -> int:
         """Returns the size of the model's file, to a few bytes for each weight."""
-        data, weights = self.detached()
+        data, weights = self.as_run()
         return len(data) + sum(w.nbytes for w in weights.values())
 
     def to_proto(self) -> onnx.ModelProto:
@@ -459,6 +485,27 @@ class OnnxModel(Model):
         return normalise(self)
 
 
+def _session_parts(proto: onnx.ModelProto, arrays: Mapping[str, np.ndarray]) -> tuple[bytes, Mapping[str, np.ndarray]]:
+    return proto.SerializeToString(), arrays
+
+
+def _on_grids(graph: gs.Graph, reading: Reading) -> None:
+    """Has the constants that stand for whole numbers know it."""
+    known: dict[int, Gridded] = {}
+    for node in graph.nodes:
+        for place, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Constant) and tensor.name in reading.weights:
+                if id(tensor) not in known:
+                    values = tensor._values
+                    own = Gridded(tensor.name, np.zeros(0, np.float32), tensor.name, ())
+                    own._values, own.data_location = values, tensor.data_location
+                    packed = reading.weights[tensor.name].packing == NBITS
+                    rank = len(tensor.shape)
+                    own.axes = tuple(range(rank))[::-1] if packed else tuple(range(rank))
+                    known[id(tensor)] = own
+                node.inputs[place] = known[id(tensor)]
+
+
 def _as_stored(constants: Sequence[gs.Constant], graph: gs.Graph) -> tuple[list[gs.Constant], list[gs.Node]]:
     """Returns the constants as they are written, and the Casts behind those that are stored in a narrower type."""
     if not any(isinstance(c, Narrow) for c in constants):
@@ -528,12 +575,6 @@ def read_graph(path: Path, map_from: int | None = None) -> tuple[onnx.ModelProto
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"'{path}' holds no ONNX graph (truncated or another format); export it again")
     return proto, arrays
-
-
-def quantised_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
-    """Returns the first node that quantises, or reads what is quantised; it may be in a branch."""
-    nodes = nodes_within(proto.graph.node)
-    return next((n for n in nodes if n.op_type in QUANTISED or n.op_type.startswith(QUANTISED_PREFIXES)), None)
 
 
 def loose_end(graph: onnx.GraphProto) -> str | None:

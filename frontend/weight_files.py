@@ -145,6 +145,16 @@ def completed(light: onnx.ModelProto, arrays: Arrays) -> onnx.ModelProto:
     return proto
 
 
+def with_values(light: onnx.ModelProto, arrays: Arrays, values: Arrays) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """Returns a light model, and its data, with other values in some initializers, of the same shapes and types."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(light)
+    for tensor in proto.graph.initializer:
+        if tensor.name in values and tensor.name not in arrays:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values[tensor.name]), tensor.name))
+    return proto, {name: values.get(name, array) for name, array in arrays.items()}
+
+
 def without_data(light: onnx.ModelProto) -> onnx.ModelProto:
     """Returns the model with inputs in the place of stubs: enough for a checker, which looks for their data otherwise."""
     proto = onnx.ModelProto()

@@ -290,6 +290,10 @@ class Backend(ABC):
         report.timed(times)
         state.seconds["latency"] = time.perf_counter() - began
 
+    def keep_scheme(self, report: Report, state: State) -> None:
+        """Writes a model that came quantised in its scheme, and says in the report what came of it; no other does."""
+        del report, state
+
     @abstractmethod
     def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
         """Returns the dense and the pruned model as ONNX, as they would be written."""

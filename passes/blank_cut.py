@@ -63,7 +63,7 @@ def deployed(model: Model | OnnxOriginal, device: str) -> Deployed | Runs:
 
         assert isinstance(model, FxModel)
         return TimedModule.of(model)
-    data, weights = (onnx_graph(model) if isinstance(model, Model) else model).detached()
+    data, weights = (onnx_graph(model) if isinstance(model, Model) else model).as_run()
     return Deployed(data, weights, device, operator_libraries())
 
 

@@ -99,13 +99,13 @@ def require_fit(options: PruneOptions, stored: str) -> None:
         )
 
 
-def fit_runtime(options: PruneOptions) -> list[Pass[Any]]:
-    """Returns the pass that has widths fit, where something asks for it."""
+def fit_runtime(options: PruneOptions, stored: int = 1) -> list[Pass[Any]]:
+    """Returns the pass that has widths fit, where something asks for it; ``stored``: the blocks that weights have."""
     block, deci = options.quantize == "int4", options.checkpoint == DECI
-    if options.runtime is None and options.tensor_parallel is None and not block and not deci:
+    if options.runtime is None and options.tensor_parallel is None and not block and not deci and stored == 1:
         return []
     asked = tuple(kind for kind, ratio in (("ffn", options.ffn), ("heads", options.heads)) if ratio)
-    return [FitRuntimePass(options.runtime, options.tensor_parallel or 1, block, asked, deci)]
+    return [FitRuntimePass(options.runtime, options.tensor_parallel or 1, block, asked, stored, deci)]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class FitRuntimePass(Pass[dict[str, int]]):
         tensor_parallel: parts that the model is split into.
         blocks: whether weights become blocks of 4 bits in this run.
         asked: kinds that were asked for by name; that none of them can be narrower is an error then.
+        stored: the size of the blocks in which the model has its weights; 1 where there are none.
         deci: whether the result is a checkpoint of DeciLM.
     """
 
@@ -125,6 +126,7 @@ class FitRuntimePass(Pass[dict[str, int]]):
     tensor_parallel: int = 1
     blocks: bool = False
     asked: tuple[str, ...] = ()
+    stored: int = 1
     deci: bool = False
 
     @property
@@ -135,17 +137,18 @@ class FitRuntimePass(Pass[dict[str, int]]):
     @property
     def block(self) -> int:
         """What must divide that which a matrix contracts."""
-        return self.row.block if self.blocks or self.row.always else 1
+        return math.lcm(self.row.block if self.blocks or self.row.always else 1, self.stored)
 
     @property
     def wanting(self) -> str:
         """What wants the steps, for messages."""
         split = f"tensor-parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        stored = f"the model's blocks of {self.stored}" if self.stored > 1 else ""
         names = (
             self.runtime or "",
             "the format deci" if self.deci else "",
             split,
-            f"4-bit blocks of {self.block}" if self.blocks else "",
+            f"4-bit blocks of {self.block}" if self.blocks else stored,
         )
         return " and ".join(name for name in names if name) or "what runs it"
 

@@ -188,6 +188,7 @@ class ModelJob:
             return backend.result(state, report, (), tuple(refusals))
         report.after = SizesEntry(**model_sizes(state.model), flops=self._flops())
         backend.complete(report, state)
+        backend.keep_scheme(report, state)
         if options.latency:
             backend.note_times(report, state, self._one_batch(), self.target is not None)
         backend.quantise(report, state, self._one_batch())

@@ -20,8 +20,9 @@ from liar_opt.passes.chosen_passes import Chosen, passes_of_options, passes_of_t
 from liar_opt.passes.cut_experts import CutExperts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutVocabularyPass, choose_words
 from liar_opt.passes.find_groups import FindGroupsPass
-from liar_opt.passes.fit_runtime import require_fit
+from liar_opt.passes.fit_runtime import fit_runtime, require_fit
 from liar_opt.passes.groups import Refusal
+from liar_opt.passes.keep_scheme import KeptModel, keep_scheme, require_widths_alone
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
 from liar_opt.passes.options import PruneOptions
@@ -66,6 +67,7 @@ class OnnxBackend(Backend):
         """
         inputs = inputs_of(model, calibration, options)
         state = load_state(model, options.memory)
+        require_widths_alone(state, options)
         state.device = resolve_provider(options.provider)
         return cls(state, calibration, options, inputs)
 
@@ -78,6 +80,11 @@ class OnnxBackend(Backend):
     def analysis(self) -> list[Pass[Any]]:
         """Returns the passes that find the groups."""
         return [NormaliseGraphPass(), FindGroupsPass()]
+
+    def narrowing(self, required: bool = True) -> list[Pass[Any]]:
+        """Returns the passes that say which widths groups may have: of weights in blocks, multiples of these."""
+        reading = self.state.found(DenseModel).stored.reading
+        return fit_runtime(self.options, 1 if reading is None else reading.block)
 
     def analyse(self, state: State, observer: Observer | None = None, load: bool = False) -> PassResult:
         """Runs the analysis; with ``load`` the original is loaded meanwhile.
@@ -142,7 +149,8 @@ class OnnxBackend(Backend):
         feeds = [dict(batch), dict(batch) if cut is None else cut_arrays(dict(batch), cut.ends)]
         if words is not None:
             feeds = words.beside(*feeds)
-        models = [deployed(model, state.device) for model in (_stored(state), state.model)]
+        kept = state.get(KeptModel)
+        models = [deployed(m, state.device) for m in (_stored(state), state.model if kept is None else kept.model)]
         try:
             return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD, patience=PATIENCE)
         except CannotTime:
@@ -151,6 +159,13 @@ class OnnxBackend(Backend):
                 return "latency was not measured: the models cannot be run in processes of their own"
             sessions = [session.as_deployed() for session in (compared.dense, compared.pruned)]
             return measure_latency(sessions, feeds, budget=0.3, least=6)
+
+    def keep_scheme(self, report: Report, state: State) -> None:
+        """Writes a graph that came quantised in its scheme, and says in the report what came of it."""
+        found = keep_scheme(state)
+        if found is not None:
+            report.kept(found)
+            state.seconds["keep-scheme"] = found.seconds
 
     def block_repair(self) -> str:
         """Returns what stands where blocks are left out; a merged decoder has each of them twice.
@@ -218,7 +233,7 @@ class OnnxBackend(Backend):
         self, state: State, report: Report, changes: tuple[Change, ...], refusals: tuple[Refusal, ...]
     ) -> PruneResult:
         """Returns the cut graph; of a dry run the original."""
-        small = state.get(QuantisedModel)
+        small = state.get(QuantisedModel) or state.get(KeptModel)
         pruned = onnx_graph(state.model) if small is None else small.model
         model = _stored(state) if self.options.dry_run else pruned
         words, sparse = state.get(ChosenWords), self.options.sparse_storage

@@ -11,7 +11,7 @@ import onnx
 
 from liar_opt.frontend.model import Model
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal
-from liar_opt.frontend.weight_files import MAP_FROM
+from liar_opt.frontend.weight_files import MAP_FROM, tensor_bytes
 from liar_opt.passes.base import DenseModel, Opened, State
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.later import later
@@ -53,13 +53,22 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     if state.memory.low:
         loaded.align(state.memory.store)
         loaded.store = state.memory.store
-    state.add(DenseModel(replace(stored, store=loaded.store)), Opened(model_sizes(loaded), digest))
+    sizes = model_sizes(loaded)
+    if stored.reading is not None:
+        sizes["bytes"] = stored_bytes(stored)
+    state.add(DenseModel(replace(stored, store=loaded.store)), Opened(sizes, digest))
     return state
 
 
 def model_sizes(model: Model) -> dict[str, int]:
     """Returns the number of parameters and nodes, and the bytes of the weights."""
     return {"parameters": model.parameters(), "bytes": model.weight_bytes(), "nodes": len(model.graph.nodes)}
+
+
+def stored_bytes(model: OnnxOriginal) -> int:
+    """Returns the bytes of the weights of a model as its file has them."""
+    proto, arrays = model.as_written()
+    return sum(arrays[t.name].nbytes if t.name in arrays else tensor_bytes(t) for t in proto.graph.initializer)
 
 
 def _sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from liar_opt.passes.cut_experts import CutExperts, experts_of
 from liar_opt.passes.cut_vocabulary import CutWords
 from liar_opt.passes.fit_runtime import Fitted, measured_fit
 from liar_opt.passes.groups import FORMS, KINDS, ChannelGroup, Refusal, parameters_left
+from liar_opt.passes.keep_scheme import KeptScheme
 from liar_opt.passes.limit_drop import LimitedDrop
 from liar_opt.passes.measure_curves import curve_report
 from liar_opt.passes.meet_target import MetTarget
@@ -153,6 +154,7 @@ class Report:
         quantised: what quantising the result came to, with all four corners.
         patterned: the zeros in weights that kept their shape, and whether they make it faster here.
         solver: where it was solved, and in which precision.
+        kept_scheme: of a model that came quantised: its scheme, and how it was kept.
         memory: what the run took.
         seconds: by pass.
         processes: those of a run of several.
@@ -190,6 +192,7 @@ class Report:
     quantised: Quantised | None = None
     patterned: Patterned | None = None
     solver: dict[str, Any] | None = None
+    kept_scheme: KeptScheme | None = None
     memory: MemoryEntry | None = None
     seconds: dict[str, float] | None = None
     processes: list[dict[str, Any]] | None = None
@@ -272,6 +275,15 @@ class Report:
         self.calibration.gap = sum(known) / len(known) if known else None
         self.verification, self.tune = state.found(Verification), state.get(Tuned)
         self.refit = state.get(Refitted)
+
+    def kept(self, found: KeptScheme) -> None:
+        """Says how the scheme was kept; sizes and outputs are those of what is written."""
+        assert self.after is not None
+        self.kept_scheme = found
+        if found.refused is None:
+            self.after.bytes = found.bytes_after
+            assert self.verification is not None
+            self.verification = replace(self.verification, outputs=found.outputs)
 
     def timed(self, times: Latency) -> None:
         """Says how long both models take."""

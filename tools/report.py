@@ -149,6 +149,8 @@ def footnotes(report: Report) -> Iterator[str]:
         yield refitted(report["refit"])
     if report.get("tune"):
         yield tuned(report["tune"])
+    if report.get("kept_scheme"):
+        yield scheme_kept(report["kept_scheme"])
     if check.get("attributes"):
         changed = Counter(f"{a['name']} {a['before']} -> {a['after']}" for a in check["attributes"])
         shown = (text if count == 1 else f"{text} ({count} modules)" for text, count in changed.items())
@@ -175,6 +177,20 @@ def tuned(found: Mapping[str, Any]) -> str:
     if not found["kept"]:
         return f"tuned: {what}, {made}; no better on held-back batches, so it was undone{why}"
     return f"tuned: {what}, {made}; {distance} on held-back batches {found['before']:.4f} -> {found['after']:.4f}{why}"
+
+
+def scheme_kept(kept: Mapping[str, Any]) -> str:
+    """One line: the scheme of a model that came quantised, and how exactly the result is written in it."""
+    if kept["refused"]:
+        return f"scheme: the model came as {kept['came']}; the result stays in floats: {kept['refused']}"
+    floats = len(kept["floats"])
+    told = f"; {floats} {'node computes' if floats == 1 else 'nodes compute'} in floats now" if floats else ""
+    came = "" if kept["came"] == kept["written"] else f"; it came as {kept['came']}"
+    return (
+        f"scheme kept: {kept['written']}{came}; {kept['unchanged']} of {kept['weights']} weights are the same to the byte, "
+        f"{kept['kept']:,} of {kept['grids']:,} scales stayed; it equals the masked original, quantised, to "
+        f"{kept['difference']:.1e} (quantising allows {kept['allowed']:.1e}){told}"
+    )
 
 
 def experts_left(experts: Mapping[str, Any]) -> str:

@@ -394,9 +394,9 @@ nothing (float[batch, 6] x) => (float[batch, 40] y) {
 QDQ = """
 <ir_version: 8, opset_import: ["" : 17]>
 quantised (float[batch, 6] x) => (float[batch, 6] y)
-<float scale = {0.1}, uint8 zero = {128}> {
-    [quantise_x] q = QuantizeLinear(x, scale, zero)
-    d = DequantizeLinear(q, scale, zero)
+<float scale = {0.1}, float other = {0.2}, uint8 zero = {128}> {
+    q = QuantizeLinear(x, scale, zero)
+    [d] d = DequantizeLinear(q, other, zero)
     y = Relu(d)
 }
 """
@@ -440,7 +440,7 @@ class TestBadModels:
         refuse(*command, model, needles=("weights.bin", "truncated"))
 
     def test_qdq(self, refuse: Refuse, tmp_path: Path, command: list[str]) -> None:
-        refuse(*command, make(tmp_path / "q.onnx", QDQ), needles=("'quantise_x' (QuantizeLinear)", "prune the float model"))
+        refuse(*command, make(tmp_path / "q.onnx", QDQ), needles=("'d' (DequantizeLinear)", "prune the float model"))
 
     def test_qoperator(self, refuse: Refuse, tmp_path: Path, command: list[str]) -> None:
         path = make(tmp_path / "q.onnx", QOPERATOR, weight=np.ones((6, 40), np.uint8))

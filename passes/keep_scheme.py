@@ -1,0 +1,258 @@
+"""Write a quantised model that was pruned as floats in the scheme that it had (`frontend.quantised_out`), and check that.
+
+1. A weight that its grids say is on them to the last bit; any other is within a step of what it was repaired to.
+2. What is written computes what the original computes with the written numbers at their old places, zeros where channels
+   went, and activations quantised as they were. Both round activations, and not alike: a sum in another order, a range
+   without the channels that went. What a whole round of that does to the outputs is measured, as the larger of two
+   figures: the masked original with its activations quantised beside itself in floats, and the original as it came beside
+   its float reading. The two models may differ by ``FACTOR`` times that.
+3. It is read again, and its scheme must be the one that came.
+
+How far the outputs are from the quantised original's is measured on calibration batches that were held back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liar_opt.frontend.engine import Engine
+from liar_opt.frontend.onnx_form import is_valid, require_signature, require_valid
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal, onnx_graph
+from liar_opt.frontend.quantised_in import read_quantised
+from liar_opt.frontend.quantised_out import Written
+from liar_opt.frontend.weight_files import with_values, without_data
+from liar_opt.passes.base import DenseModel, Finding, State
+from liar_opt.passes.cut_vocabulary import wants_words
+from liar_opt.passes.open_model import stored_bytes
+from liar_opt.passes.options import PruneOptions
+from liar_opt.passes.prune_groups import ConsumerRepair, Cut
+from liar_opt.passes.sweep import cut_arrays
+from liar_opt.passes.verify_model import (
+    ComparedSessions,
+    dense_session,
+    first_samples,
+    masked_reference,
+    output_differences,
+)
+from liar_opt.runtime.compare import TOLERANCES, OutputDifference
+from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
+
+FACTOR = 3.0
+"""How much more than one round of quantising two models may differ by that both do it."""
+SAMPLES = 4
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class KeptScheme(Finding):
+    """What writing a model in its scheme came to, as the report has it.
+
+    Attributes:
+        came: the scheme of the original, in words.
+        written: that of the result; None where it is in floats.
+        refused: why the result is in floats after all; None where it is not.
+        weights: how many are stored in whole numbers.
+        unchanged: those that are the same to the last byte.
+        grids: scales of all weights.
+        kept: those that stayed.
+        steps: how far a number is from what it was repaired to, at the most, in steps.
+        difference: of the result and the masked original, both quantised: relative RMS, of the worst output.
+        step: what quantising does to outputs, by the same measure.
+        allowed: what the difference may be.
+        floats: nodes that computed on whole numbers, and do on floats now.
+        outputs: how far each output is from that of the quantised original.
+        bytes_before: of the weights that came.
+        bytes_after: of those of the result.
+        seconds: that it took.
+    """
+
+    by: ClassVar[str] = "keep_scheme"
+    came: str
+    written: str | None = None
+    refused: str | None = None
+    weights: int = 0
+    unchanged: int = 0
+    grids: int = 0
+    kept: int = 0
+    steps: float = 0.0
+    difference: float | None = None
+    step: float | None = None
+    allowed: float | None = None
+    floats: list[str] = field(default_factory=list)
+    outputs: Mapping[str, OutputDifference] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptModel(Finding):
+    """The result in the scheme of the original; in floats where it cannot be written so."""
+
+    by: ClassVar[str] = "keep_scheme"
+    model: OnnxOriginal
+
+
+def require_widths_alone(state: State, options: PruneOptions) -> None:
+    """Checks that nothing is asked of a quantised model that is not done with one.
+
+    Raises:
+        OptionError: it is.
+    """
+    dense = state.found(DenseModel).original
+    if not isinstance(dense, OnnxOriginal) or dense.reading is None:
+        return
+    if options.quantize is not None:
+        raise OptionError(
+            f"the model is quantised already ({dense.reading.scheme}), and the result is as it was; leave quantize out"
+        )
+    if options.blocks is not None or options.experts is not None or wants_words(options):
+        raise OptionError(
+            "of a quantised model widths go alone: no blocks, experts or words; leave these out, or give the float model"
+        )
+
+
+def keep_scheme(state: State) -> KeptScheme | None:
+    """Writes what was cut in the scheme of the original, checks it and adds what was found; None for a float model.
+
+    Raises:
+        CheckError: the result is not the masked original to the step of the quantiser.
+    """
+    dense = state.found(DenseModel).original
+    if not isinstance(dense, OnnxOriginal) or dense.reading is None:
+        return None
+    began = time.perf_counter()
+    state.progress("keep the scheme", 0, 2)
+    model, reading = onnx_graph(state.model), dense.reading
+    came = OnnxOriginal(reading.proto, dict(reading.arrays))
+    found = KeptScheme(reading.sentence(), bytes_before=stored_bytes(came))
+    written = model.written()
+    small = OnnxOriginal(written.proto, written.arrays)
+    try:
+        require_signature(reading.proto, written.proto, model.resized)
+        require_valid(without_data(written.proto), lambda: is_valid(without_data(reading.proto)))
+        again = read_quantised(written.proto, written.arrays, "the result")[2]
+        if again.scheme != reading.scheme:
+            raise InternalError(f"a model in {reading.scheme} became one in {again.scheme}")
+        session = state.engine().whole(small, "the result in its scheme")
+    except (ModelError, CheckError) as err:
+        found = replace(found, refused=" ".join(str(err).split()), seconds=time.perf_counter() - began)
+        state.add(found, KeptModel(OnnxOriginal(*model.light())))
+        return found
+    state.progress("keep the scheme", 1, 2)
+    difference, step, rounding = _compared(state, written, session, came)
+    allowed = TOLERANCES[state.model.least_precision()] + FACTOR * (step + rounding)
+    if not difference <= allowed:
+        raise CheckError(
+            f"written in its scheme the cut model differs from the masked original by {difference:.1e}, and quantising "
+            f"allows {allowed:.1e}; nothing was written; please report the model's structure as a bug"
+        )
+    original, names = state.engine().whole(came), _compared_outputs(state)
+    state.add(ComparedSessions(original, session))
+    outputs = output_differences(state, session, original, names, ends=state.found(Cut).ends).result()
+    found = replace(
+        found,
+        written=again.sentence(),
+        **{name: getattr(written, name) for name in ("weights", "unchanged", "grids", "kept", "steps", "floats")},
+        difference=difference,
+        step=step + rounding,
+        allowed=allowed,
+        outputs=outputs,
+        bytes_after=stored_bytes(small),
+        seconds=time.perf_counter() - began,
+    )
+    state.add(found, KeptModel(small))
+    state.progress("keep the scheme", 2, 2)
+    return found
+
+
+def _compared_outputs(state: State) -> list[str]:
+    return [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
+
+
+def _compared(state: State, written: Written, session: Any, came: OnnxOriginal) -> tuple[float, float, float]:
+    """Returns how far the result is from the masked original, what quantising does, and what rounding anew does.
+
+    The last is of weights whose numbers are not at one place in the original (values in another basis, say): the masked
+    original has them as they were before they were rounded.
+    """
+    assert state.calibration is not None
+    cut, engine = state.found(Cut), state.engine()
+    dense, model = state.found(DenseModel).original, onnx_graph(state.model)
+    small = first_samples(state, state.calibration.batches[0], SAMPLES)
+    wanted = _compared_outputs(state)
+
+    def run(of: Any, feeds: Arrays, ends: bool) -> Arrays:
+        found: Arrays = of.run(feeds, wanted, arrays=True)
+        return cut_arrays(dict(found), cut.ends) if ends else found
+
+    repairs, placed = _at_their_places(model, state.repairs, written)
+    reference = onnx_graph(masked_reference(dense, repairs, cut.query_forms, cut.stand_ins))
+    quantised = reference.written(weights=False)
+    ours = run(session, cut_arrays(small, cut.ends), ends=False)
+    theirs = run(engine.whole(OnnxOriginal(quantised.proto, quantised.arrays)), small, ends=True)
+    floats = run(engine.whole(reference, "the masked original"), small, ends=True)
+    original = run(dense_session(state), small, ends=True)
+    step = max(relative_rms(theirs, floats), relative_rms(run(engine.whole(came), small, ends=True), original))
+    rounding = _rounding(engine, model, written, placed, lambda of: run(of, cut_arrays(small, cut.ends), ends=False))
+    return relative_rms(ours, theirs), step, rounding
+
+
+def _at_their_places(
+    model: OnnxModel, repairs: Sequence[ConsumerRepair], written: Written
+) -> tuple[list[ConsumerRepair], set[str]]:
+    """Returns the repairs with the numbers that were written for them, and the constants that these were of."""
+    nodes = {node.name: node for node in model.graph.nodes}
+    result, placed = [], set()
+    for repair in repairs:
+        use = repair.uses[0]
+        node = nodes.get(use.holder.name)
+        constant = None if node is None else node.inputs[use.weight_position]
+        name = "" if constant is None else constant.name
+        same = name in written.values and repair.weight.shape == written.values[name].shape
+        if constant is not None and same and repair.expert is None and np.array_equal(constant.values, repair.weight):
+            repair = replace(repair, weight=written.values[name])
+            placed.add(name)
+        result.append(repair)
+    return result, placed
+
+
+def _rounding(engine: Engine, model: OnnxModel, written: Written, placed: set[str], run: Any) -> float:
+    """Returns what the rounding of weights does that are at no place in the masked original."""
+    floats = {c.name: np.asarray(c.values) for c in model.constants() if c.name in written.values}
+    others = {
+        name: value
+        for name, value in written.values.items()
+        if name not in placed and name in floats and not np.array_equal(value, floats[name])
+    }
+    if not others:
+        return 0.0
+    rounded = OnnxOriginal(*with_values(*model.light(), others))
+    return relative_rms(run(engine.whole(rounded)), run(engine.whole(model, "the pruned model")))
+
+
+def relative_rms(ours: Arrays, theirs: Arrays) -> float:
+    """Returns sqrt(sum |x - y|^2 / sum |y|^2) of the worst output; inf where shapes or what is finite differ."""
+    worst = 0.0
+    for name, value in theirs.items():
+        if value.dtype.kind != "f":
+            continue
+        if ours[name].shape != value.shape:
+            return float("inf")
+        x, y = ours[name].astype(np.float64), value.astype(np.float64)
+        finite = np.isfinite(y)
+        if not np.array_equal(finite, np.isfinite(x)):
+            return float("inf")
+        apart, size = np.square(x[finite] - y[finite]).sum(), np.square(y[finite]).sum()
+        worst = max(worst, float(np.sqrt(apart / size)) if size else float(np.sqrt(apart)))
+    return worst
