@@ -178,7 +178,9 @@ def test_a_target_counts_the_blocks() -> None:
     assert result.report["target"]["dense"] == before
 
 
-@pytest.mark.parametrize("goal", [{"sparsity": 0.4}, {"target": "flops=0.6x"}], ids=str)
+@pytest.mark.parametrize(
+    "goal", [{"sparsity": 0.4}, pytest.param({"target": "flops=0.6x"}, marks=pytest.mark.rest)], ids=str
+)
 def test_as_many_blocks_go_as_leave_the_least_error(goal: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[Any] = []
 
@@ -219,7 +221,7 @@ def lazy() -> Any:
     return module
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.rest)])
 def test_blocks_that_add_nothing_go_before_widths(checkpoint: bool) -> None:
     options: dict[str, Any] = {"sparsity": 0.6, "checkpoint": checkpoint, "multiple_of": 4, "fresh": True}
     result = liar_opt.prune(lazy(), batches(), blocks="auto", **options, **PLAIN)
@@ -230,6 +232,7 @@ def test_blocks_that_add_nothing_go_before_widths(checkpoint: bool) -> None:
     assert result.report["blocks"]["added"] == (0 if checkpoint else 48 * 49)
 
 
+@pytest.mark.rest
 def test_a_largest_loss_takes_what_leaves_the_fewest_parameters() -> None:
     options: dict[str, Any] = {"max_drop": 0.05, "checkpoint": False, "multiple_of": 4, "fresh": True}
     result = liar_opt.prune(lazy(), batches(), blocks="auto", **options, **PLAIN)
@@ -239,6 +242,7 @@ def test_a_largest_loss_takes_what_leaves_the_fewest_parameters() -> None:
     assert found["chosen"] >= 1 and result.report["target"]["found"] <= 0.05
 
 
+@pytest.mark.rest
 def test_a_dry_run_compares_too() -> None:
     result = liar_opt.prune(export("llama"), batches(), blocks="auto", sparsity=0.4, dry_run=True, multiple_of=4, **PLAIN)
     assert len(result.report["blocks_compared"]["tried"]) > 1 and "after" not in result.report

@@ -30,7 +30,7 @@ import onnx
 
 from liar_opt.frontend.blocks import MIXES, WEIGHS, Run, find_stacks
 from liar_opt.frontend.leave_out import leave_out
-from liar_opt.frontend.onnx_model import OnnxModel, onnx_graph
+from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal, onnx_graph
 from liar_opt.frontend.walk import walk
 from liar_opt.passes.choose_blocks import Gap, stream_rows
 from liar_opt.passes.onnx_backend import OnnxBackend
@@ -101,22 +101,23 @@ def llm_drop(
     pairs = [(stack.tensors[stack.offset + k], stack.tensors[stack.offset + k + 1]) for k in range(len(kinds))]
     parts = [k for k, kind in enumerate(kinds) if kind in (MIXES, WEIGHS)]
     found = cosines(model, [pairs[k] for k in parts], batches, masks)
-    proto, before, gone = model.to_proto(), model.parameters(), 0
+    left, before, gone = model, model.parameters(), 0
     renamed: dict[str, str] = {}
     dropped: list[int] = []
     empty: list[str] = []
     for place in np.argsort(-np.asarray(found)):
-        trial = _normal(proto)
+        trial = OnnxOriginal(*left.light(), left.source, left.store).model()
+        trial.normalise()
         source, target = (_resolved(name, renamed) for name in pairs[parts[place]])
         caches = leave_out(walk(trial), source, target)
-        left = before - trial.parameters()
-        if abs(left - goal) >= abs(gone - goal):
+        more = before - trial.parameters()
+        if abs(more - goal) >= abs(gone - goal):
             break
-        proto, gone = trial.to_proto(), left
+        left, gone = trial, more
         renamed[target] = source
         dropped.append(int(place))
         empty += caches
-    return proto, sorted(dropped), empty
+    return left.to_proto(), sorted(dropped), empty
 
 
 def _normal(proto: onnx.ModelProto) -> OnnxModel:
