@@ -36,7 +36,7 @@ def lowered() -> FxModel:
     torch.manual_seed(0)
     module = _Model().eval()
     with torch.no_grad():
-        module.up[1].weight.mul_(torch.rand(36, WIDTH) < 0.5)  # type: ignore[operator,union-attr]
+        dict(module.named_parameters())["up.1.weight"].mul_(torch.rand(36, WIDTH) < 0.5)
     return lower(trace(module, {"input_ids": torch.randint(0, WORDS, (3, 7))}), module)
 
 
