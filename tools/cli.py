@@ -460,6 +460,9 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
     refused = report.get("quantised", {}).get("refused")
     if refused:
         raise CheckError(f"the quantiser refuses the pruned model ({refused}); it was written in float to '{output}'")
+    kept = report.get("kept_scheme", {}).get("refused")
+    if kept:
+        raise CheckError(f"the result cannot be written in its scheme ({kept}); it was written in float to '{output}'")
     how = f", quantised to {report['quantised']['scheme']}" if "quantised" in report else ""
     _say(f"pruned: {less} of the parameters removed{how}; {run.seconds():.1f} s; {output}")
 
