@@ -356,6 +356,58 @@ def test_convolutions(form: str, repair: str, tmp_path: Path) -> None:
             assert np.allclose(whole[maker.input[1]], scales[0] * scales[1], rtol=1e-5)
 
 
+def attention() -> onnx.ModelProto:
+    """Four layers of ONNX Runtime's own Attention with feed-forward layers, that are not alike."""
+    rng, helper, nodes, weights, x = np.random.default_rng(0), onnx.helper, [], {}, "x"
+
+    def node(op: str, inputs: list[str], output: str, *shape: int, **more: Any) -> str:
+        if shape:
+            weights[f"{output}_w"] = (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+        nodes.append(helper.make_node(op, [*inputs, *([f"{output}_w"] if shape else [])], [output], output, **more))
+        return output
+
+    weights["gamma"] = np.ones(WIDTH, np.float32)
+    for k, (hidden, heads, activation) in enumerate(LAYERS):
+        y = node("Attention", [x], f"a{k}", WIDTH, 3 * WIDTH, num_heads=heads, domain="com.microsoft")
+        weights[f"b{k}"] = rng.standard_normal(3 * WIDTH).astype(np.float32)
+        nodes[-1].input.append(f"b{k}")
+        y = node("MatMul", [y], f"o{k}", WIDTH, WIDTH)
+        x = node("LayerNormalization", [node("Add", [y, x], f"s{k}"), "gamma"], f"n{k}")
+        y = node(activation, [node("MatMul", [x], f"u{k}", WIDTH, hidden)], f"h{k}")
+        y = node("MatMul", [y], f"d{k}", hidden, WIDTH)
+        x = node("LayerNormalization", [node("Add", [y, x], f"t{k}"), "gamma"], f"x{k}")
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", "tokens", WIDTH]) for n in ("x", x)]
+    initializers = [onnx.numpy_helper.from_array(w, name) for name, w in weights.items()]
+    graph = helper.make_graph(nodes, "attention", ends[:1], ends[1:], initializers)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("optimised", [False, True])
+def test_attention_of_onnx_runtime(optimised: bool, tmp_path: Path) -> None:
+    source, path = tmp_path / "float.onnx", tmp_path / "whole.onnx"
+    onnx.save(attention(), source)
+    extra = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+    quantization.quantize_dynamic(source, path, op_types_to_quantize=["MatMul", "Attention"], extra_options=extra)
+    wanted = {"QAttention", "MatMulInteger"}
+    if optimised:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        path, wanted = tmp_path / "optimised.onnx", {"QAttention", "DynamicQuantizeMatMul"}
+    rng = np.random.default_rng(1)
+    data = [{"x": rng.standard_normal((4, n, WIDTH)).astype(np.float32)} for n in (5, 9, 7, 5, 6, 8)]
+    result = liar_opt.prune(path, data, ffn=0.4, heads=0.4, repair="none", allocate="uniform", fresh=True, latency=False)
+    found, small = result.report["kept_scheme"], result.model
+    assert found["floats"] == [] and found["difference"] <= found["allowed"] and found["kept"] == found["grids"]
+    assert wanted <= {node.op_type for node in small.graph.node} and found["came"] == found["written"]
+    masked = came_masked(onnx.load(path), path, result.report)
+    step = apart(run(masked, data[0]), run(completed(*OnnxModel.from_proto(masked).light()), data[0]))
+    assert apart(run(small, data[0]), run(masked, data[0])) <= 1e-5 + 3.0 * step
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantised twice": ({"quantize": "int8"}, "the model is quantised already \\(QDQ\\)"),
     "words": ({"vocabulary": [1, 2, 3]}, "of a quantised model widths go alone"),
