@@ -466,6 +466,9 @@ def _finish(report: dict[str, Any], options: argparse.Namespace, output: Path, r
     refused = report.get("quantised", {}).get("refused")
     if refused:
         raise CheckError(f"the quantiser refuses the pruned model ({refused}); it was written in float to '{output}'")
+    kept = report.get("kept_scheme", {}).get("refused")
+    if kept:
+        raise CheckError(f"the result cannot be written in its scheme ({kept}); it was written in float to '{output}'")
     how = f", quantised to {report['quantised']['scheme']}" if "quantised" in report else ""
     if "patterned" in report:
         how = f", {tables.percent(report['patterned']['share'], 1.0)} of those that stay are zero"
