@@ -324,25 +324,31 @@ def _by_gradients(damped: Array, target: Array, mask: Mask, start: Array) -> Arr
 def fista(layer: Layer, pattern: Pattern, ridge: float = RIDGE) -> Solved:
     """Solves the convex problem for a lambda with as many zeros as are asked for, rounds it to the pattern, and refits.
 
-    So it does with the zeros of SparseGPT. Of both, and of these with and without looking at the target, what loses least
-    on held-back rows is solved for again on all.
+    So it does with the zeros of SparseGPT, whose own weights are tried, too. Of these, and with and without looking at the
+    target, what loses least on held-back rows is solved for again on all.
     """
     fitted, judge = (layer, layer) if layer.folds is None else layer.folds
     greedy = sparsegpt(fitted, pattern, ridge).weight
     tiny = 1e-9 * np.abs(greedy) / (float(np.abs(greedy).max()) or 1.0)  # where more became zero than the pattern asks for
     mask = pattern.mask(_convex(fitted, pattern, ridge) + tiny)
     tried = {
-        "sparsegpt": refitted(fitted, greedy != 0, greedy, ridge),
+        "sparsegpt": greedy,
+        "sparsegpt refitted": refitted(fitted, greedy != 0, greedy, ridge),
         "fista": refitted(fitted, mask, fitted.weight * mask, ridge),
     }
     lost = {name: judge.error(weight) for name, weight in tried.items()}
     by = min(lost, key=lambda name: lost[name])
-    best, chosen = tried[by], layer
-    if layer.cross is not None:
-        local = refitted(fitted.local, best != 0, best, ridge)
-        if judge.error(local) < lost[by]:
-            best, chosen = local, layer.local
-    weight = best if layer.folds is None else refitted(chosen, best != 0, best, ridge)
+
+    def again(own: Layer) -> Array:
+        """Solves as the best does, on other rows or for another target."""
+        if by == "sparsegpt":
+            return sparsegpt(own, pattern, ridge).weight
+        return refitted(own, tried[by] != 0, tried[by], ridge)
+
+    chosen = layer
+    if layer.cross is not None and judge.error(again(fitted.local)) < lost[by]:
+        chosen = layer.local
+    weight = tried[by] if layer.folds is None and chosen is layer else again(chosen)
     return Solved(weight, f"{by}{', corrected' if chosen.cross is not None else ''}")
 
 

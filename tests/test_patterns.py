@@ -70,8 +70,14 @@ def test_a_graph(text: str, tmp_path: Path) -> None:
     assert np.array_equal(run(saved), run(result.model)) and json.dumps(report)
 
 
-@pytest.mark.parametrize(("name", "text"), [("llama", "2:4"), pytest.param("bert", "0.5", marks=pytest.mark.rest)])
-@pytest.mark.parametrize("solver", ["wanda", pytest.param("fista", marks=pytest.mark.rest)])
+@pytest.mark.parametrize(
+    ("name", "text", "solver"),
+    [
+        ("llama", "2:4", "wanda"),
+        pytest.param("bert", "0.5", "wanda", marks=pytest.mark.rest),
+        pytest.param("llama", "2:4", "fista", marks=pytest.mark.rest),
+    ],
+)
 def test_graph_and_module_have_the_same_zeros(name: str, text: str, solver: str) -> None:
     options = {"pattern": text, "pattern_solver": solver, **QUICK}
     graph, module = liar_opt.prune(export(name), batches(), **options), prune_module(made(name), batches(), **options)
@@ -80,7 +86,7 @@ def test_graph_and_module_have_the_same_zeros(name: str, text: str, solver: str)
     for (_, x), (_, y) in zip(ours, theirs, strict=True):
         assert x.shape == y.shape
         same = np.mean((x == 0) == (y == 0))
-        assert same == 1.0 if solver == "wanda" else same > 0.98
+        assert same == 1.0 if solver == "wanda" else same > 0.98  # near ties fall by rounding
     assert type(module.module) is type(made(name))
 
 
