@@ -145,7 +145,7 @@ GOALS: dict[str, dict[str, Any]] = {
     "search": {"search": 0.5},
     "uniform": {"allocate": "uniform"},
     "blocks": {"blocks": 1},
-    "tensor-parallel": {"tensor_parallel": 3, "sparsity": None, "ffn": 0.2},
+    "tensor-parallel": {"tensor_parallel": 2, "sparsity": None, "ffn": 0.2},
 }
 
 
@@ -275,11 +275,12 @@ def test_llama_cpp_reads_it(form: str, folder: Path, tmp_path: Path) -> None:
         module, folder = every_form(), tmp_path
         module.save_pretrained(folder)
     write_gguf(folder, tmp_path / "model.gguf")
-    loaded = llama.Llama(str(tmp_path / "model.gguf"), n_ctx=32, logits_all=True, n_threads=1, verbose=False)
+    options = {"n_ctx": 32, "logits_all": True, "n_threads": 1, "verbose": False}
+    loaded = llama.Llama(str(tmp_path / "model.gguf"), type_k=0, type_v=0, **options)  # a cache in float32
     ids = list(range(3, 14))
     loaded.eval(ids)
     theirs = np.array(loaded.scores[: len(ids)])
-    np.testing.assert_allclose(theirs, logits(module)[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(theirs, logits(module)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_mlx_lm_reads_it(folder: Path) -> None:
