@@ -84,7 +84,7 @@ def test_the_distance_is_that_of_rows_that_count(logits: bool) -> None:
     subset = Subset(analyse(model), False, WORDS, 0)
     with torch.no_grad():
         for leaf in subset.leaves:
-            leaf.mul_(1.1)
+            leaf.mul_(1.5)
     output, rng = model.results[0], np.random.default_rng(2)
     mask = rng.random((4, 6)) < 0.7
     ids = rng.integers(0, WORDS, (4, 6))
