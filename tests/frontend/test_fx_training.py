@@ -29,7 +29,7 @@ class _Model(torch.nn.Module):
         x = self.table(input_ids) + self.shift
         for up, down, norm in zip(self.up, self.down, self.norms, strict=True):
             x = x + down(torch.relu(up(norm(x))))
-        return x @ self.table.weight.T
+        return torch.as_tensor(x @ self.table.weight.T)
 
 
 def lowered() -> FxModel:

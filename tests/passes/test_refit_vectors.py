@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from onnx import numpy_helper
 
 import liar_opt
-from liar_opt.frontend.channel_vectors import sites_of
+from liar_opt.frontend.channel_vectors import Site, sites_of
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.passes import refit_vectors
 from liar_opt.passes.sweep import held_batches
@@ -107,7 +108,11 @@ def lost(proto: onnx.ModelProto, dense: onnx.ModelProto, of: list[dict[str, np.n
     return sum(float(np.square(x - y).sum()) for x, y in pairs) / sum(float(np.square(y).sum()) for _, y in pairs)
 
 
-MODELS = {"layer": lambda: residual("layer"), "rms": lambda: residual("rms"), "convolutions": convolutions}
+MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "layer": lambda: residual("layer"),
+    "rms": lambda: residual("rms"),
+    "convolutions": convolutions,
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -154,15 +159,15 @@ def test_a_bias_takes_the_mean_that_is_missing() -> None:
         copy.CopyFrom(proto)
         copy.graph.output.append(onnx.helper.make_tensor_value_info("o3", onnx.TensorProto.FLOAT, None))
         run = oracle.runner(copy)
-        return np.concatenate([run(f)[1].reshape(-1, WIDTH) for f in feeds]).mean(0)
+        return np.asarray(np.concatenate([run(f)[1].reshape(-1, WIDTH) for f in feeds]).mean(0))
 
     np.testing.assert_allclose(mean(result), mean(dense), atol=1e-4)
 
 
 def test_what_is_no_better_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gains and biases that are made worse, although each site looked better."""
-    real = refit_vectors.Site.write
-    monkeypatch.setattr(refit_vectors.Site, "write", lambda self, alpha, beta: real(self, -alpha, beta))
+    real = Site.write
+    monkeypatch.setattr(Site, "write", lambda self, alpha, beta: real(self, -alpha, beta))
     dense = residual("layer")
     before, after = pruned(dense), pruned(dense, refit=True)
     entry = after.report["refit"]
