@@ -116,9 +116,11 @@ def require_widths_alone(state: State, options: PruneOptions) -> None:
         raise OptionError(
             f"the model is quantised already ({dense.reading.scheme}), and the result is as it was; leave quantize out"
         )
-    if options.blocks is not None or options.experts is not None or wants_words(options):
+    more = (options.blocks, options.experts, options.pattern)
+    if any(asked is not None for asked in more) or wants_words(options):
         raise OptionError(
-            "of a quantised model widths go alone: no blocks, experts or words; leave these out, or give the float model"
+            "of a quantised model widths go alone, not blocks, experts, words or patterns; leave these out, or give the "
+            "float model"
         )
 
 

@@ -20,7 +20,7 @@ from liar_opt.tools.dev import small_model
 ROOT = Path(__file__).resolve().parents[2]
 WITH_OTHERS = {"google": "onnx", "huggingface_hub": "tokenizers"}
 """Imported, and brought by a package of the base install."""
-NO_EXTRA = {"lm_eval"}
+NO_EXTRA = {"lm_eval", "olive"}
 """Whoever wants it installs it."""
 
 
