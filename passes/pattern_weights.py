@@ -25,7 +25,7 @@ from liar_opt.runtime.errors import CheckError, InternalError, ModelError, Optio
 from liar_opt.runtime.moments import FoldName, Moments
 from liar_opt.runtime.patterns import CORRECTED, RIDGE, SOLVERS, Layer, Pattern
 
-DEFAULT_SOLVER = "fista"
+DEFAULT_SOLVER = "sparsegpt"
 
 
 @dataclass(frozen=True)

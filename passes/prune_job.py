@@ -96,7 +96,7 @@ def prune(
     tensor_parallel: int | None = None,
     quantize: str | None = None,
     pattern: str | None = None,
-    pattern_solver: str = "fista",
+    pattern_solver: str = "sparsegpt",
     sparse_storage: bool = False,
     tune: float | None = None,
     tune_what: str = "biases",
