@@ -145,7 +145,7 @@ GOALS: dict[str, dict[str, Any]] = {
     "search": {"search": 0.5},
     "uniform": {"allocate": "uniform"},
     "blocks": {"blocks": 1},
-    "tensor-parallel": {"tensor_parallel": 2, "sparsity": None, "ffn": 0.2},
+    "tensor-parallel": {"tensor_parallel": 2, "sparsity": None, "ffn": 0.4},
 }
 
 
