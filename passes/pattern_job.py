@@ -28,11 +28,11 @@ from liar_opt.passes.result import PruneResult
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.passes.verify_model import (
     Verification,
+    compared_again,
     dense_session,
     first_samples,
     output_differences,
     require_runs,
-    whole_session,
 )
 from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import OptionError
@@ -148,8 +148,7 @@ def pattern_behind(backend: Backend, state: State, report: Report, batch: dict[s
         CheckError: the result is not what it has to be.
     """
     assert state.calibration is not None
-    cut = state.get(Cut)
-    ends = {} if cut is None else cut.ends
+    ends = state.found(Cut).ends
     again = backend.again(state)
     new, data = again.state, state.calibration
     new.calibration = replace(data, batches=tuple(cut_arrays(b, ends) for b in data.batches))
@@ -168,12 +167,8 @@ def pattern_behind(backend: Backend, state: State, report: Report, batch: dict[s
     made, before = new.get(CutModule), state.get(CutModule)
     if made is not None and before is not None:
         state.add(replace(before, module=made.module))
-    pruned = state.engine().whole(state.model.loadable(), "the model with the pattern")
-    outputs = [o for o in pruned.outputs if o not in state.analysed().unspecified]
-    verified = state.found(Verification)
-    meter = output_differences(state, pruned, whole_session(state), outputs, ends=ends)
-    report.verification = replace(verified, outputs=meter.result())
-    state.add(report.verification)
+    compared_again(state)
+    report.verification = state.found(Verification)
     return changes
 
 
