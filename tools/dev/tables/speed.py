@@ -103,8 +103,8 @@ def base_size(folder: Path, seed: int) -> Path:
     return path
 
 
-def rows_of(name: str, work: Workplace, turns: int) -> list[list[str]]:
-    """Prunes one model to the target, a few times quiet and a few times beside a busy loop."""
+def rows_of(name: str, work: Workplace, turns: int, beside: list[str]) -> list[list[str]]:
+    """Prunes one model to the target, a few times beside each (quiet, or a busy loop)."""
     if name == "minilm":
         model, held = work.model, Held(work)
         given: dict[str, Any] = {"calibration": work.sentences, "tokenizer": _tokenizer()}
@@ -121,7 +121,7 @@ def rows_of(name: str, work: Workplace, turns: int) -> list[list[str]]:
         batch = {k: v[:BASE_BATCH] for k, v in feeds.items()}
     np.savez(work.folder / "batch.npz", **batch)
     rows = []
-    for loops in (False, True):
+    for loops in [each == "busy" for each in beside]:
         for turn in range(turns):
             shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]) / "liar-opt" / "latency", ignore_errors=True)
             if not loops:
@@ -164,7 +164,8 @@ def _tokenizer() -> Path:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of the command."""
     parser.add_argument("--models", nargs="*", default=["minilm", "base"], choices=["minilm", "base"])
-    parser.add_argument("--turns", type=int, default=3, help="runs of each, quiet and beside a busy loop")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each model, beside each")
+    parser.add_argument("--beside", nargs="*", default=["quiet", "busy"], choices=["quiet", "busy"])
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -177,7 +178,7 @@ def main(options: argparse.Namespace) -> int:
             f"`python tools/dev/bench.py speed`\n\n`--target {TARGET}`; seed {given['seed']}; commit {given['commit']}, "
             f"{given['date']}; {given['cores']} cores, {given['processor']}; load average at the start {others.load:.2f}.\n"
         )
-        rows = [row for name in options.models for row in rows_of(name, work, options.turns)]
+        rows = [row for name in options.models for row in rows_of(name, work, options.turns, options.beside)]
         head = ["model", "beside", "run", "target says", "report says", "dense, outside", "outside", "prunable removed"]
         print(table([*head, "cosine", "`--sparsity` of as much, outside", "its cosine"], rows))
     return 0
