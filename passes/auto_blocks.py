@@ -13,18 +13,16 @@ from dataclasses import dataclass, replace
 from liar_opt.passes.allocate_widths import DEFAULT_SPARSITY
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import WholeModel
-from liar_opt.passes.calibrate import divided
 from liar_opt.passes.choose_blocks import ComparedBlocks, LeftOut, TriedBlocks, candidate_runs
 from liar_opt.passes.cut_vocabulary import WIDTHS
+from liar_opt.passes.judge import held_out, output_error
 from liar_opt.passes.limit_drop import CannotKeepError
 from liar_opt.passes.meet_target import MetAlreadyError, UnreachableError
-from liar_opt.passes.model_job import Done, ModelJob
+from liar_opt.passes.model_job import ModelJob
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.parts_job import without_experts, without_parts
-from liar_opt.passes.prune_groups import Cut
+from liar_opt.passes.report import Done
 from liar_opt.passes.result import PruneResult
-from liar_opt.passes.sweep import held_batches
-from liar_opt.passes.verify_model import ComparedSessions, first_difference
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.memory import MemoryWatch
@@ -60,7 +58,7 @@ def prune_auto(backend: Backend, start: float, watch: MemoryWatch) -> PruneResul
     whole = without_experts(replace(backend, options=asked))
     most = max(run.stack.blocks for run in candidate_runs(whole.state, 1)) - 1
     limited = whole.choose().limited
-    judged = None if limited else _held_out(whole)
+    judged = None if limited else held_out(whole.state, "blocks auto")
     best: Trial | None = None
     tried: list[TriedBlocks] = []
     for trial in _trials(whole, most, judged, start, watch):
@@ -99,25 +97,6 @@ def _shared(options: PruneOptions) -> PruneOptions:
     return options if any(options.given(name) for name in GOALS) else replace(options, sparsity=DEFAULT_SPARSITY)
 
 
-def _held_out(whole: Backend) -> CalibrationData:
-    """Takes batches to judge by out of the calibration data, where there are others; returns them."""
-    state, known = whole.state, whole.state.found(WholeModel)
-    assert state.calibration is not None
-    data = divided(state.calibration, state.analysed().input_specs())
-    held = held_batches(len(data.batches))
-    rest = [i for i in range(len(data.batches)) if i not in held]
-    if rest:
-        state.add(replace(known, data=_some(data, rest)))
-        return _some(data, held)
-    state.model.notes.append("blocks auto judges by rows that were fitted to: there are no others; give more samples")
-    return data
-
-
-def _some(data: CalibrationData, batches: list[int]) -> CalibrationData:
-    own = tuple(data.batches[i] for i in batches)
-    return replace(data, batches=own, row_masks=tuple(data.row_masks[i] for i in batches))
-
-
 def _trials(whole: Backend, most: int, judged: CalibrationData | None, start: float, watch: MemoryWatch) -> Iterator[Trial]:
     """Yields a trial of 0, 1, 2, ... blocks, until the goal asks for no more."""
     notes = list(whole.state.model.notes)
@@ -147,23 +126,10 @@ def _trials(whole: Backend, most: int, judged: CalibrationData | None, start: fl
                 raise
             yield _failed(count, first, began, str(err))
             return
-        error = None if judged is None else _error(job, judged)
+        error = None if judged is None else output_error(job.state, judged, "give a number of blocks")
         entry = TriedBlocks(count, first, error, job.state.model.parameters(), time.perf_counter() - began)
         yield Trial(entry, job, done)
 
 
 def _failed(count: int, first: int | None, began: float, why: str) -> Trial:
     return Trial(TriedBlocks(count, first, None, None, time.perf_counter() - began, why))
-
-
-def _error(job: ModelJob, judged: CalibrationData) -> float:
-    """Returns the relative squared difference of the output to that of the model as it came.
-
-    Raises:
-        OptionError: it has none that holds numbers.
-    """
-    sessions, ends = job.state.found(ComparedSessions), job.state.found(Cut).ends
-    found = first_difference(sessions.pruned, sessions.dense, judged, range(len(judged.batches)), ends)
-    if found is None:
-        raise OptionError("the model has no floating-point output to judge by; give a number of blocks")
-    return found.relative_rms**2

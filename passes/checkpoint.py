@@ -2,9 +2,9 @@
 
 The folder holds ``run.json`` (which model, data and options it belongs to, and the widths that were decided) and a folder
 for each finished segment: the kept blocks, the new weights and biases, the state of the random numbers, and the live
-tensors behind it. A segment's folder appears whole or not at all. Cuts are made again from these, by the code that made
-them the first time, so that the result is the same to the last bit; nothing is measured again. One process at a time works
-in the folder (``run.lock``).
+tensors behind it; and how a training behind the cut stands. A segment's folder appears whole or not at all. Cuts are made
+again from these, by the code that made them the first time, so that the result is the same to the last bit; nothing is
+measured again. One process at a time works in the folder (``run.lock``).
 
 What is removed, at the end of the run or behind one that was killed there, is what bears these names; any other file stays,
 and the folder with it.
@@ -33,6 +33,8 @@ from liar_opt.runtime.ranks import current
 
 RUN = "run.json"
 LOCK = "run.lock"
+TRAINING = "training.pt"
+"""How a training behind the cut stands (`passes.tune_module`)."""
 STEP = "segment-"
 UNFINISHED = ".unfinished"
 SEGMENT = re.compile(rf"{STEP}\d+({re.escape(UNFINISHED)})?")
@@ -274,12 +276,12 @@ def _is_ours(entry: Path) -> bool:
     """Returns whether an entry of the folder is what a run keeps there, with nothing else in it."""
     if SEGMENT.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
         return all(CONTENT.fullmatch(file.name) and file.is_file() for file in entry.iterdir())
-    return entry.name in (RUN, LOCK, f"{RUN}{UNFINISHED}") and entry.is_file()
+    return entry.name in (RUN, LOCK, TRAINING, f"{RUN}{UNFINISHED}") and entry.is_file()
 
 
 def _remove_ours(folder: Path) -> None:
     """Removes what runs keep; first what says that there is one, so that none goes on from half of it."""
-    for name in (RUN, f"{RUN}{UNFINISHED}"):
+    for name in (RUN, TRAINING, f"{RUN}{UNFINISHED}"):
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     for entry in list(folder.iterdir()):

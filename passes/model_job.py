@@ -24,7 +24,7 @@ from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_a
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.quantise_result import require_room
 from liar_opt.passes.repairs import AWARE
-from liar_opt.passes.report import Report, SizesEntry, report_of
+from liar_opt.passes.report import Done, Report, SizesEntry, report_of
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.search_widths import Searched
 from liar_opt.passes.sweep import require_shares
@@ -54,8 +54,6 @@ def inspect_model(backend: Backend) -> Inspection:
     return Inspection(state.model, state.groups, refusals, report.to_json())
 
 
-Done = tuple[Report, tuple[Change, ...], list[Refusal]]
-"""What a cut came to: the report so far, what was changed, and what was left alone."""
 T = TypeVar("T")
 
 
@@ -66,12 +64,13 @@ class ModelJob:
         backend: the opened model, the calibration data and the options.
         start: when the run began, by ``time.perf_counter``.
         watch: looks at the memory from then on.
+        decided: the widths that another run on the same model has decided, its ``decided``; None decides them.
 
     Raises:
         OptionError: options exclude each other.
     """
 
-    def __init__(self, backend: Backend, start: float, watch: MemoryWatch) -> None:
+    def __init__(self, backend: Backend, start: float, watch: MemoryWatch, decided: dict[str, Any] | None = None) -> None:
         self.start, self.watch, self.backend = start, watch, backend
         self.options, self.state, self.ranks = backend.options, backend.state, current()
         self.state.progress, self.state.fresh = self.options.progress, self.options.fresh
@@ -83,7 +82,7 @@ class ModelJob:
         self.notes = list(self.state.model.notes)
         self.faults: dict[str, str] = {}
         self.data: CalibrationData | None = None
-        self.dropped = 0
+        self.dropped, self.decided = 0, decided
 
     def run(self) -> PruneResult:
         """Runs, and again without what turned out to be wrong.
@@ -109,6 +108,7 @@ class ModelJob:
                 if not news:
                     raise
                 self.faults |= news
+                self.decided = None
                 if self.state.checkpoint is not None:
                     self.state.checkpoint.remove()
             finally:
@@ -140,7 +140,8 @@ class ModelJob:
             report.note(f"queries and keys keep their width: {why_whole(state)}")
         if not probed:
             dense_session(state)
-        early = chosen.curves is not None or self.target is not None or options.resume is not None
+        said = options.resume is not None or self.decided is not None
+        early = chosen.curves is not None or self.target is not None or said
         if early:
             self._load_calibration(report)
         if options.resume is not None:
@@ -292,8 +293,9 @@ class ModelJob:
             GroupFault: what is left alone had to have the width of others.
         """
         state, chosen, checkpoint = self.state, self.chosen, self.state.checkpoint
-        if checkpoint is not None and checkpoint.decided is not None:
-            return [], self._decided_before(report, checkpoint.decided)
+        before = self.decided if checkpoint is None else checkpoint.decided
+        if before is not None:
+            return [], self._decided_before(report, before)
         refusals: list[Refusal] = []
         if unproved:
             refusals += self._prove(ProveGroupsPass(chosen.cut, whole=chosen.whole))
@@ -309,10 +311,11 @@ class ModelJob:
                 raise GroupFault(state.found(Faults).reasons)
             refusals += proved
         report.decided(state)
+        said = {name: value for name, value in report.to_json().items() if name in ("curves", "target", "search")}
+        keep = {name: int(keep) for name, keep in state.keep.items()}
+        self.decided = {"keep": keep, "report": said, "left alone": dict(self.faults)}
         if checkpoint is not None:
-            said = {name: value for name, value in report.to_json().items() if name in ("curves", "target", "search")}
-            keep = {name: int(keep) for name, keep in state.keep.items()}
-            checkpoint.decide({"keep": keep, "report": said, "left alone": self.faults})
+            checkpoint.decide(self.decided)
         return list(decided.changes), refusals
 
     def _decided_before(self, report: Report, decided: dict[str, Any]) -> list[Refusal]:

@@ -145,6 +145,11 @@ class PruneOptions:
             the matrices of linear layers, merged at the end; what is zero stays zero.
         refit: fit all biases and gains of normalisations to the tensors of the dense model once more, behind the repair, in
             closed form; undone where that is no better on held-back batches. Of ONNX files what tune is of modules.
+        choose: pick among scores ("score"; of a pattern alone its solvers), draws of the calibration samples
+            ("samples"), or both ("score,samples"): each try is the whole cut to the same widths, and what loses least on
+            samples that no try has seen is the result; as many samples are read as all draws need.
+        choose_tries: so many are made, at the most.
+        choose_minutes: none begins that would end later, by the longest so far.
         passes: the passes that run, with their options, as allocate-widths{ffn=0.5},prune-groups{repair=bias}, instead of
             the options that are theirs; the analysis and the check of the result always run.
         tokenizer: folder of a Hugging Face tokenizer, needed for texts.
@@ -228,6 +233,9 @@ class PruneOptions:
     tune: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="MINUTES", demo=False))
     tune_what: str = field(default="biases", metadata=_told("pruning", choices=TUNED, demo=False))
     refit: bool = field(default=False, metadata=_told("pruning", flag="--refit", sets=True, demo=False))
+    choose: str | None = field(default=None, metadata=_told("pruning", metavar="WORDS", demo=False))
+    choose_tries: int = field(default=6, metadata=_told("pruning", kind=int, metavar="N", demo=False))
+    choose_minutes: float | None = field(default=None, metadata=_told("pruning", kind=float, metavar="MINUTES", demo=False))
     passes: str | None = field(
         default=None, metadata=_told("pruning", metavar="LIST", more="--list-passes shows them", demo=False)
     )

@@ -12,7 +12,7 @@ from liar_opt.frontend.either_model import analysis_of
 from liar_opt.frontend.engine import ConstantPatch
 from liar_opt.frontend.pattern_places import find_places
 from liar_opt.passes.backend import TIMED_SAMPLES, Backend
-from liar_opt.passes.base import Change, DenseModel, Pipeline, State
+from liar_opt.passes.base import Change, DenseModel, Pipeline, State, WholeModel
 from liar_opt.passes.calibrate import calibrate, fitted
 from liar_opt.passes.cut_vocabulary import WIDTHS, wants_words
 from liar_opt.passes.express_widths import FinalFields
@@ -23,7 +23,7 @@ from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.pattern_weights import Patterned, PatternWeightsPass, planned_pattern
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.registry import lookup
-from liar_opt.passes.report import Report, SizesEntry, report_of
+from liar_opt.passes.report import Done, Report, SizesEntry, report_of
 from liar_opt.passes.result import PruneResult
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.passes.verify_model import (
@@ -98,7 +98,12 @@ def prune_pattern(backend: Backend, start: float, watch: MemoryWatch) -> PruneRe
         OptionError: a weight does not fit it, or an option does not fit.
         CheckError: the result is not what it has to be.
     """
-    state, options = backend.state, backend.options
+    return finish_pattern(backend, patterned(backend), start, watch)
+
+
+def patterned(backend: Backend) -> Done:
+    """Puts the pattern into the model and checks it; of a dry run says where it would be. Raises as `prune_pattern`."""
+    state, options, whole = backend.state, backend.options, backend.state.get(WholeModel)
     state.progress, state.fresh = options.progress, options.fresh
     analysis = backend.analyse(state, options.observer)
     state.model.settle()
@@ -112,17 +117,29 @@ def prune_pattern(backend: Backend, start: float, watch: MemoryWatch) -> PruneRe
     report.refuse(analysis.refusals)
     if options.dry_run:
         report.note(planned_pattern(state.analysed(), Pattern.parse(step.pattern)))
-        return backend.result(state, report, (), tuple(analysis.refusals))
-    data = calibrate(state, backend.calibration, options, backend.positions(state), backend.author(state))
+        return report, (), list(analysis.refusals)
+    if whole is None:
+        data = calibrate(state, backend.calibration, options, backend.positions(state), backend.author(state))
+    else:
+        data = whole.data
     state.calibration = fitted(state, data, report.model.notes)
     require_runs(state, dense_session(state))
     report.calibrated(state.calibration)
-    batch = first_samples(state, state.calibration.batches[0], TIMED_SAMPLES)
-    report.before.flops = backend.operations_before(state, batch)
+    report.before.flops = backend.operations_before(state, _timed(state))
     changes, refusals = put_pattern(backend)
     state.add(FinalFields(()))
     report.refuse((*analysis.refusals, *refusals))
     report.verification = state.found(Verification)
+    return report, changes, [*analysis.refusals, *refusals]
+
+
+def finish_pattern(backend: Backend, done: Done, start: float, watch: MemoryWatch) -> PruneResult:
+    """Times what `patterned` has made, and returns it; of a dry run the original."""
+    report, changes, refusals = done
+    state, options = backend.state, backend.options
+    if options.dry_run:
+        return backend.result(state, report, (), tuple(refusals))
+    batch = _timed(state)
     report.after = SizesEntry(**model_sizes(state.model), flops=backend.operations(state, batch))
     backend.complete(report, state)
     if options.latency:
@@ -131,7 +148,12 @@ def prune_pattern(backend: Backend, start: float, watch: MemoryWatch) -> PruneRe
     speed = None if times is None else (times.speedup, times.spread or 0.0)
     report.patterned = told(state.found(Patterned), speed, backend.device)
     report.ended(state, watch, time.perf_counter() - start)
-    return backend.result(state, report, changes, (*analysis.refusals, *refusals))
+    return backend.result(state, report, changes, tuple(refusals))
+
+
+def _timed(state: State) -> dict[str, Any]:
+    assert state.calibration is not None
+    return first_samples(state, state.calibration.batches[0], TIMED_SAMPLES)
 
 
 def pattern_behind(backend: Backend, state: State, report: Report, batch: dict[str, Any]) -> tuple[Change, ...]:

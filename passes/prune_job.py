@@ -13,6 +13,7 @@ from typing import Any, Literal
 from liar_opt.passes.auto_blocks import prune_auto
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Change, Observer, Progress, WholeModel, no_progress
+from liar_opt.passes.choices import require_choice
 from liar_opt.passes.cut_experts import require_experts_possible
 from liar_opt.passes.cut_vocabulary import words_alone
 from liar_opt.passes.gradient_scores import Labelled, Loss
@@ -26,6 +27,7 @@ from liar_opt.passes.pattern_job import pattern_alone, prune_pattern, require_pa
 from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
+from liar_opt.passes.try_choices import prune_chosen
 from liar_opt.runtime.arrays import arrays_for, solving_on
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import MemoryWatch
@@ -101,6 +103,9 @@ def prune(
     tune: float | None = None,
     tune_what: str = "biases",
     refit: bool = False,
+    choose: str | None = None,
+    choose_tries: int = 6,
+    choose_minutes: float | None = None,
     passes: str | None = None,
     score: str | ScoreFunction = "greedy",
     repair: str | RepairFunction = "liar",
@@ -177,6 +182,9 @@ def prune(
         tune=tune,
         tune_what=tune_what,
         refit=refit,
+        choose=choose,
+        choose_tries=choose_tries,
+        choose_minutes=choose_minutes,
         passes=passes,
         score=score,
         repair=repair,
@@ -213,10 +221,13 @@ def prune(
     require_experts_possible(options)
     require_pattern_possible(options)
     require_blocks_possible(options)
+    require_choice(options, calibration)
     if current().size > 1 and (blocks is not None or experts is not None):
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
     with custom_operators(_libraries(custom_ops)), solving_on(arrays):
         opened = opening.open(model, calibration, options)
+        if options.choose is not None and not words_alone(options):
+            return prune_chosen(opened, start, watch)
         went: tuple[Change, ...] = ()
         if pattern_alone(options):
             return prune_pattern(opened, start, watch)

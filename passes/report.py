@@ -11,6 +11,7 @@ from typing import Any
 from liar_opt.frontend.experts import ExpertLayer
 from liar_opt.passes.allocate_widths import NAMED
 from liar_opt.passes.base import Change, Opened, Pass, State, WholeModel
+from liar_opt.passes.choices import ComparedTries
 from liar_opt.passes.choose_blocks import ComparedBlocks, LeftOut
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.cut_experts import CutExperts, experts_of
@@ -177,6 +178,7 @@ class Report:
     vocabulary: CutWords | None = None
     blocks: LeftOut | None = None
     blocks_compared: ComparedBlocks | None = None
+    choice: ComparedTries | None = None
     calibration: CalibrationEntry | None = None
     curves: dict[str, Any] | None = None
     target: MetTarget | LimitedDrop | None = None
@@ -315,6 +317,10 @@ class Report:
         self.fitted = measured_fit(state, self.device or "", speedup, 0.0 if times is None else times.spread or 0.0)
         self.memory = MemoryEntry(memory.limit, memory.estimated, watch.anonymous, watch.resident, memory.store.bytes)
         self.seconds = {**state.seconds, "total": seconds}
+
+
+Done = tuple[Report, tuple[Change, ...], list[Refusal]]
+"""What a cut came to: the report so far, what was changed, and what was left alone."""
 
 
 def report_of(state: State) -> Report:

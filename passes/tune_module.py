@@ -7,6 +7,7 @@ where that is logits over a vocabulary, else by the relative squared error. It r
 that the cut is exact; what the report says of the outputs is measured again afterwards.
 
 Batches that are held back judge: the best state on them is kept, and where none is better than before, nothing changes.
+In a run that can be resumed the folder keeps how the training stands whenever they are looked at: another goes on from there.
 """
 
 import math
@@ -23,6 +24,7 @@ from liar_opt.frontend.graph_tensors import is_float
 from liar_opt.frontend.tables import vocabulary
 from liar_opt.passes.base import Change, Finding, OutputNames, Pass, PassResult, State, WholeModel
 from liar_opt.passes.calibrate import divided
+from liar_opt.passes.checkpoint import TRAINING
 from liar_opt.passes.cut_vocabulary import WIDTHS, words_alone
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.prune_groups import Cut
@@ -33,7 +35,7 @@ from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import holds_logits
 from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.ranks import current
-from liar_opt.runtime.training import Budget, Schedule, Trained, train
+from liar_opt.runtime.training import Budget, KeptTraining, Schedule, Trained, train
 
 SUBSETS = {"biases": Schedule(2e-3), "lora": Schedule(1e-3)}
 """What may be trained, and how: biases and gains of normalisations; those, and LoRA on the matrices of linear layers."""
@@ -64,7 +66,7 @@ class Tuned(Finding):
         stopped: why it ended before its time; None where it did not.
         rows: tokens (or samples) of the batches that were trained on, and of those held back.
         budget: the seconds that were given.
-        seconds: that it took.
+        seconds: that it took, in interrupted runs as well.
     """
 
     by: ClassVar[str] = "tune-module"
@@ -111,10 +113,12 @@ class TuneModulePass(Pass[Subset]):
 
     def apply(self, state: State, plan: Subset) -> PassResult:
         """Trains them; adds ``Tuned``, and measures the outputs anew where they changed."""
-        budget = Budget(time.monotonic(), 60.0 * self.tune, time.monotonic)
+        file = None if state.checkpoint is None else KeptTraining(state.checkpoint.folder / TRAINING)
+        used = 0.0 if file is None else file.seconds
+        budget = Budget(time.monotonic(), 60.0 * self.tune, time.monotonic, used)
         known, held = self._batches(state)
         distillation = _distillation(state, plan, known[0])
-        done = self._trained(state, plan, distillation, (known, held), budget)
+        done = self._trained(state, plan, distillation, (known, held), budget, file)
         kept = done.best > 0
         if kept:
             plan.write()
@@ -150,6 +154,7 @@ class TuneModulePass(Pass[Subset]):
         distillation: Distillation,
         batches: tuple[list[Batch], list[Batch]],
         budget: Budget,
+        file: KeptTraining | None,
     ) -> Trained:
         known, held = batches
         if not subset.leaves or not distillation.outputs or not held:
@@ -164,6 +169,7 @@ class TuneModulePass(Pass[Subset]):
             SUBSETS[self.tune_what],
             self.seed,
             lambda done, all_: state.progress("tune", done, all_),
+            file,
         )
 
     def _batches(self, state: State) -> tuple[list[Batch], list[Batch]]:
@@ -203,8 +209,6 @@ def require_tuning(options: PruneOptions, calibration: Any) -> None:
         raise OptionError(f"tune {options.tune:g} is no time to train in; give minutes above zero")
     if calibration is None:
         raise OptionError("tune learns what the dense model gives on calibration data; give some (--calibration texts.txt)")
-    if options.resume is not None:
-        raise OptionError("resume keeps finished segments, and nothing of a training; leave resume or tune out")
     _require_widths("tune", options)
     if current().size > 1:
         raise OptionError("tune runs in one process; prune with many, then tune the result in one with --sparsity 0")

@@ -11,12 +11,17 @@ the linear decay that "How to Prune Your Language Model" (arXiv 2312.13547) find
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -55,16 +60,18 @@ class Budget:
         began: when it began.
         seconds: how long it is.
         clock: what tells the time.
+        used: seconds that an interrupted training has used already.
     """
 
     began: float
     seconds: float
     clock: Callable[[], float] = time.monotonic
+    used: float = 0.0
 
     @property
     def passed(self) -> float:
         """The seconds that have passed."""
-        return self.clock() - self.began
+        return self.used + self.clock() - self.began
 
     @property
     def share(self) -> float:
@@ -91,6 +98,106 @@ class Trained:
     stopped: str | None = None
 
 
+@dataclass
+class Standing:
+    """Where a training stands.
+
+    Attributes:
+        before: the loss on held-back batches at the start.
+        looking: seconds that it takes to find it.
+        best: the least that was seen.
+        kept: the tensors there.
+        at: the step behind which that was.
+        step: how many were made.
+    """
+
+    before: float
+    looking: float
+    best: float
+    kept: list[torch.Tensor]
+    at: int = 0
+    step: int = 0
+
+    def look(self, tensors: Sequence[torch.Tensor], value: float) -> None:
+        """Keeps the state where its loss is the least; NaN is never less."""
+        if value < self.best:
+            self.best, self.at, self.kept = value, self.step, [t.detach().clone() for t in tensors]
+
+
+@dataclass(frozen=True)
+class KeptTraining:
+    """The file from which an interrupted training goes on.
+
+    Attributes:
+        path: of the file.
+    """
+
+    path: Path
+
+    @functools.cached_property
+    def found(self) -> dict[str, Any] | None:
+        """What an interrupted training has left; None where there is nothing.
+
+        Raises:
+            OptionError: it cannot be read.
+        """
+        import torch
+
+        if not self.path.is_file():
+            return None
+        try:
+            kept: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            float(kept["seconds"])
+        except Exception as err:  # whatever a broken file raises
+            raise self._damaged() from err
+        return kept
+
+    @property
+    def seconds(self) -> float:
+        """What was used of the budget."""
+        return 0.0 if self.found is None else float(self.found["seconds"])
+
+    def take_up(self, tensors: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer) -> Standing | None:
+        """Gives tensors and optimiser the state in which they were interrupted; None where they were not.
+
+        Raises:
+            OptionError: what is kept is not of these tensors.
+        """
+        if self.found is None:
+            return None
+        try:
+            standing = Standing(**self.found["standing"])
+            _restore(tensors, self.found["tensors"])
+            optimiser.load_state_dict(self.found["optimiser"])
+            standing.kept = [k.to(t).reshape(t.shape) for k, t in zip(standing.kept, tensors, strict=True)]
+        except (KeyError, TypeError, ValueError, RuntimeError) as err:
+            raise self._damaged() from err
+        return standing
+
+    def keep(
+        self, tensors: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer, standing: Standing, seconds: float
+    ) -> None:
+        """Writes how it stands, whole or not at all.
+
+        Raises:
+            OptionError: the disk is full.
+        """
+        import torch
+
+        own = [t.detach() for t in tensors]
+        state = {"standing": vars(standing), "tensors": own, "optimiser": optimiser.state_dict(), "seconds": seconds}
+        try:
+            with whole_file(self.path) as temporary:
+                torch.save(state, temporary)
+        except OSError as err:
+            raise OptionError(f"'{self.path}' cannot be written ({err.strerror or err}); free space and go on") from err
+
+    def _damaged(self) -> OptionError:
+        return OptionError(
+            f"'{self.path}' of an earlier run is damaged; remove the folder '{self.path.parent}' and begin again"
+        )
+
+
 def train(
     tensors: Sequence[torch.Tensor],
     loss: Callable[[int], torch.Tensor],
@@ -100,6 +207,7 @@ def train(
     schedule: Schedule,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    file: KeptTraining | None = None,
 ) -> Trained:
     """Trains tensors in place, one step at the least; leaves them as they were best.
 
@@ -112,32 +220,41 @@ def train(
         schedule: how.
         seed: of the order.
         progress: called with the seconds that have passed, and all.
+        file: where the state is kept whenever the held-back batches are looked at; what is there already is gone on from.
     """
-    rng, order = np.random.default_rng(seed), list[int]()
     optimiser = _adam(tensors, schedule.rate)
-    looked = budget.clock()
-    before = held()
-    looking = budget.clock() - looked
-    if not np.isfinite(before):
-        return Trained(before, before, 0, 0, "the loss on held-back batches is not finite")
-    best, at, kept = before, 0, [t.detach().clone() for t in tensors]
-    step, last, stopped = 0, budget.passed, None
-    gap = max(budget.seconds / LOOKS, looking / LOOKING)
-    while step == 0 or budget.passed + looking < budget.seconds:
-        order = order or rng.permutation(batches).tolist()
-        stopped = _step(tensors, loss, order.pop(), optimiser, schedule, budget.share)
+    now = None if file is None else file.take_up(tensors, optimiser)
+    if now is None:
+        looked = budget.clock()
+        before = held()
+        now = Standing(before, budget.clock() - looked, before, [t.detach().clone() for t in tensors])
+    if not np.isfinite(now.before):
+        return Trained(now.before, now.before, 0, 0, "the loss on held-back batches is not finite")
+    last, stopped = budget.passed, None
+    gap = max(budget.seconds / LOOKS, now.looking / LOOKING)
+    while now.step == 0 or budget.passed + now.looking < budget.seconds:
+        number = _batch(now.step, batches, seed)
+        stopped = _step(tensors, loss, number, optimiser, schedule, budget.share)
         if stopped is not None:
-            stopped = f"{stopped} at step {step + 1}"
+            stopped = f"{stopped} at step {now.step + 1}"
             break
-        step += 1
+        now.step += 1
         progress(min(int(budget.passed), int(budget.seconds)), max(1, int(budget.seconds)))
         if budget.passed - last >= gap:
-            best, at, kept = _better(tensors, held(), step, (best, at, kept))
+            now.look(tensors, held())
             last = budget.passed
+            if file is not None:
+                file.keep(tensors, optimiser, now, last)
     if stopped is None:
-        best, at, kept = _better(tensors, held(), step, (best, at, kept))
-    _restore(tensors, kept)
-    return Trained(before, best, step, at, stopped)
+        now.look(tensors, held())
+    _restore(tensors, now.kept)
+    return Trained(now.before, now.best, now.step, now.at, stopped)
+
+
+def _batch(step: int, batches: int, seed: int) -> int:
+    """Returns the batch of a step: all in a drawn order, then all in another."""
+    turn, place = divmod(step, batches)
+    return int(np.random.default_rng([seed, turn]).permutation(batches)[place])
 
 
 def _adam(tensors: Sequence[torch.Tensor], rate: float) -> torch.optim.Optimizer:
@@ -168,13 +285,6 @@ def _step(
         return "a gradient was not finite"
     optimiser.step()
     return None
-
-
-def _better(
-    tensors: Sequence[torch.Tensor], value: float, step: int, known: tuple[float, int, list[torch.Tensor]]
-) -> tuple[float, int, list[torch.Tensor]]:
-    """Returns the least loss, its step and the state there; NaN is never less."""
-    return (value, step, [t.detach().clone() for t in tensors]) if value < known[0] else known
 
 
 def _restore(tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ import liar_opt
 from liar_opt.frontend.blocks import find_stacks, inside, last_product
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import walk
-from liar_opt.passes import auto_blocks
+from liar_opt.passes import judge
 from liar_opt.passes.result import ModuleResult, PruneResult
 from liar_opt.passes.verify_model import first_difference
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -188,7 +188,7 @@ def test_as_many_blocks_go_as_leave_the_least_error(goal: dict[str, Any], monkey
         judged.append(arguments[2])
         return first_difference(*arguments)
 
-    monkeypatch.setattr(auto_blocks, "first_difference", noted)
+    monkeypatch.setattr(judge, "first_difference", noted)
     result = liar_opt.prune(export("llama"), batches(), blocks="auto", multiple_of=4, fresh=True, **goal, **PLAIN)
     report, found = result.report, result.report["blocks_compared"]
     assert [one["blocks"] for one in found["tried"]] == list(range(len(found["tried"])))

@@ -122,6 +122,8 @@ def footnotes(report: Report) -> Iterator[str]:
         yield blocks_left_out(report["blocks"])
     if report.get("patterned"):
         yield from pattern_made(report["patterned"])
+    if report.get("choice"):
+        yield tries_compared(report["choice"])
     if report.get("blocks_compared"):
         yield blocks_compared(report["blocks_compared"])
     if data is None:  # no width was cut
@@ -272,6 +274,21 @@ def blocks_compared(found: Mapping[str, Any]) -> str:
         told = f"({one['why']})" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
         shown.append(f"{one['blocks']}: {told}")
     return f"blocks in one budget with widths, {by} by how many went: {', '.join(shown)}; {found['chosen']} went"
+
+
+def tries_compared(found: Mapping[str, Any]) -> str:
+    """One line: which scores and draws of the samples were tried, what each came to, and which was best."""
+    shown, tried = [], found["tried"]
+    for one in tried:
+        value = f"({one['why']})" if one["error"] is None else f"{one['error']:.4f}"
+        shown.append(f"{one['score']}, draw {one['draw']}: {value}")
+    best, first = tried[found["chosen"]], tried[0]
+    gain = 100 * (1 - best["error"] / first["error"]) if first["error"] else 0.0
+    taken = f"{best['score']}, draw {best['draw']} was taken ({gain:.1f} % less)" if found["chosen"] else "the first stays"
+    return (
+        f"chosen among {' and '.join(found['among'])}, relative squared error of the output on {found['judged']} samples "
+        f"that no try has seen: {'; '.join(shown)}; {taken}"
+    )
 
 
 def target_met(report: Report) -> str:

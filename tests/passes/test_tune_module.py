@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +22,10 @@ from modules import prune_module
 import liar_opt
 from liar_opt.frontend import fx_training
 from liar_opt.passes import tune_module
+from liar_opt.passes.checkpoint import TRAINING
 from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.training import KeptTraining
 from liar_opt.tools.cli import main
 from liar_opt.tools.report import tuned
 
@@ -210,6 +216,32 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(monkeypatch: pytest
     assert entry["stopped"] == "the loss was not finite at step 40" and "ended early" in tuned(entry)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process is forked, and killed by SIGKILL")
+def test_a_killed_run_goes_on_and_is_never_worse(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    options: dict[str, Any] = {"tune": 3.0, "resume": folder}
+
+    def killed() -> None:
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == "tune" and (folder / TRAINING).is_file():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        pruned("convolutions", **options, progress=progress)
+
+    first = multiprocessing.get_context("fork").Process(target=killed)
+    first.start()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL
+    left = KeptTraining(folder / TRAINING).found
+    assert left is not None and left["standing"]["best"] < left["standing"]["before"]
+    with pytest.raises(OptionError, match="is of another run: 'tune-module tune' was 3.0, now it is 5"):
+        pruned("convolutions", **{**options, "tune": 5.0})
+    entry = pruned("convolutions", **options).report["tune"]
+    assert entry["before"] == left["standing"]["before"] and entry["after"] <= left["standing"]["best"] and entry["kept"]
+    assert entry["steps"] > left["standing"]["step"] and left["seconds"] < entry["seconds"] < 190
+    assert not folder.exists()
+
+
 @pytest.mark.rest
 def test_one_sample_cannot_be_held_back() -> None:
     single = [{k: v[:1] for k, v in batches("bert")[0].items()}]
@@ -225,7 +257,6 @@ def test_one_sample_cannot_be_held_back() -> None:
         ({"tune": float("nan")}, "minutes above zero"),
         ({"tune": 1.0, "tune_what": "heads"}, "unknown"),
         ({"tune_what": "lora"}, "--tune MINUTES"),
-        ({"tune": 1.0, "resume": "folder"}, "leave resume or tune out"),
         ({"tune": 1.0, "backend": "onnxruntime"}, "leave it or backend"),
         ({"tune": 1.0, "blocks": 1}, "behind a cut of widths"),
     ],

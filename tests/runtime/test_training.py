@@ -1,11 +1,14 @@
 """The loop that trains a few tensors: it learns, keeps its best state and its time, and survives what is not finite."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from liar_opt.runtime.training import Budget, Schedule, divergence, train
+from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.training import Budget, KeptTraining, Schedule, divergence, train
 
 SCHEDULE = Schedule(0.1)
 
@@ -106,3 +109,34 @@ def test_the_divergence_is_that_of_torch() -> None:
     wanted = torch.nn.functional.kl_div(logs[0], logs[1], reduction="sum", log_target=True)
     torch.testing.assert_close(divergence(found, dense), wanted)
     assert float(divergence(dense, dense + 2.0)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The same steps as in one go, the seconds that were used count, and the best state is not lost."""
+
+    def trained(file: KeptTraining | None, stop: int = 10**9) -> tuple[list[float], Any]:
+        line, clock = Line(), ticking()
+        budget = Budget(clock(), 600.0, clock, 0.0 if file is None else file.seconds)
+
+        def progress(passed: int, total: int) -> None:
+            if passed >= stop:
+                raise KeyboardInterrupt
+
+        done = train(line.tensors, line.error, line.held, 4, budget, SCHEDULE, 0, progress, file)
+        return [t.item() for t in line.tensors], done
+
+    path = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        trained(KeptTraining(path), 300)
+    left = KeptTraining(path)
+    assert left.found is not None and 200 < left.seconds <= 300
+    tensors, done = trained(left)
+    whole, at_once = trained(None)
+    assert done.before == at_once.before and done.after <= left.found["standing"]["best"]
+    assert left.found["standing"]["step"] < done.steps <= at_once.steps + 2
+    assert tensors == pytest.approx(whole, abs=0.02)
+    tensors, again = trained(KeptTraining(path))  # of a run that was killed when it was done with this
+    assert again.after <= KeptTraining(path).found["standing"]["best"]
+    path.write_bytes(b"half")
+    with pytest.raises(OptionError, match="of an earlier run is damaged; remove the folder"):
+        trained(KeptTraining(path))
