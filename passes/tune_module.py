@@ -7,7 +7,7 @@ where that is logits over a vocabulary, else by the relative squared error. It r
 that the cut is exact; what the report says of the outputs is measured again afterwards.
 
 Batches that are held back judge: the best state on them is kept, and where none is better than before, nothing changes.
-In a run that can be resumed the folder keeps how the training stands whenever they are looked at: another goes on from there.
+In a run that can be resumed the folder keeps how the training stands whenever they are looked at; another goes on from it.
 """
 
 import math

@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_and_is_never_worse(tmp_path: Path) -> None:
     assert first.exitcode == -signal.SIGKILL
     left = KeptTraining(folder / TRAINING).found
     assert left is not None and left["standing"]["best"] < left["standing"]["before"]
-    with pytest.raises(OptionError, match="is of another run: 'tune-module tune' was 3.0, now it is 5"):
+    with pytest.raises(OptionError, match=r"is of another run: 'tune-module tune' was 3\.0, now it is 5"):
         pruned("convolutions", **{**options, "tune": 5.0})
     entry = pruned("convolutions", **options).report["tune"]
     assert entry["before"] == left["standing"]["before"] and entry["after"] <= left["standing"]["best"] and entry["kept"]
