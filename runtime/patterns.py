@@ -37,9 +37,14 @@ STEPS = 32
 """Conjugate gradients, at the most: each lowers the error, so that fewer are no mistake."""
 ENOUGH = 1e-2
 """The part of all that the steps have gained that a step must gain for another to be made."""
+SMALL = 1e-4
+"""Likewise, of what the weights are worth as they are by then: those that come from a like problem have little to gain."""
 ITERATIONS = 5
-"""Of FISTA for each lambda, from where the one before has ended."""
+"""Of FISTA for each lambda, from where the one before has ended; twice as many on all outputs, for the last lambda."""
 BISECTIONS = 6
+SOME = 4
+"""One output in so many is looked at, to find lambda and to compare what may be kept; the result is solved for on all."""
+FEWEST = 64
 NEAR = 0.002
 """How far the share of zeros may be from what is asked for, where a bisection ends; rounding does the rest."""
 
@@ -182,6 +187,17 @@ class Layer:
         folds = None if self.folds is None else (self.folds[0].local, self.folds[1].local)
         return replace(self, cross=None, folds=folds)
 
+    def of(self, outputs: NDArray[np.int64]) -> "Layer":
+        """The layer with some of its outputs alone; its ``error`` means nothing then, and `missed` is what compares."""
+        cross = None if self.cross is None else self.cross[:, outputs]
+        folds = None if self.folds is None else (self.folds[0].of(outputs), self.folds[1].of(outputs))
+        return replace(self, weight=self.weight[:, outputs], cross=cross, folds=folds)
+
+    def missed(self, weight: Array) -> float:
+        """Returns E|y* - x V|^2 - E|y*|^2, which compares weights."""
+        cross = np.vdot(self.target(), weight)
+        return float(np.vdot(weight, self.moments @ weight)) - 2.0 * float(cross)
+
     def target(self) -> Array:
         """Returns C."""
         return self.moments @ self.weight if self.cross is None else self.cross
@@ -191,8 +207,7 @@ class Layer:
         if self.cross is None:
             gone = self.weight - weight
             return float(np.vdot(gone, self.moments @ gone)) / self._power
-        square = float(np.vdot(weight, self.moments @ weight)) - 2.0 * float(np.vdot(self.cross, weight))
-        return max(square + self.power, 0.0) / (self.power or 1.0)
+        return max(self.missed(weight) + self.power, 0.0) / (self.power or 1.0)
 
     @property
     def _power(self) -> float:
@@ -300,7 +315,9 @@ def _by_gradients(damped: Array, target: Array, mask: Mask, start: Array) -> Arr
     matrix, stays = damped.astype(np.float32), mask.astype(np.float32)
     result = start.astype(np.float32) * stays
     scale = (1.0 / np.diag(damped)).astype(np.float32)[:, None]
-    rest = (target.astype(np.float32) - matrix @ result) * stays
+    aim, given = target.astype(np.float32), matrix @ result
+    worth = abs(float(np.vdot(result, 0.5 * given - aim)))
+    rest = (aim - given) * stays
     step = scale * rest
     size = np.einsum("ij,ij->j", rest, step)
     whole = 0.0
@@ -312,7 +329,7 @@ def _by_gradients(damped: Array, target: Array, mask: Mask, start: Array) -> Arr
         rest -= length * along
         gained = 0.5 * float(length @ size)
         whole += gained
-        if gained <= ENOUGH * whole:
+        if gained <= max(ENOUGH * whole, SMALL * worth):
             break
         steep = scale * rest
         now = np.einsum("ij,ij->j", rest, steep)
@@ -325,51 +342,60 @@ def fista(layer: Layer, pattern: Pattern, ridge: float = RIDGE) -> Solved:
     """Solves the convex problem for a lambda with as many zeros as are asked for, rounds it to the pattern, and refits.
 
     So it does with the zeros of SparseGPT, whose own weights are tried, too. Of these, and with and without looking at the
-    target, what loses least on held-back rows is solved for again on all.
+    target, what loses least on held-back rows, on some of the outputs, is solved for on all rows and all outputs.
     """
     fitted, judge = (layer, layer) if layer.folds is None else layer.folds
+    some = _some(layer.weight.shape[1], pattern)
     greedy = sparsegpt(fitted, pattern, ridge).weight
     tiny = 1e-9 * np.abs(greedy) / (float(np.abs(greedy).max()) or 1.0)  # where more became zero than the pattern asks for
-    mask = pattern.mask(_convex(fitted, pattern, ridge) + tiny)
-    tried = {
-        "sparsegpt": greedy,
-        "sparsegpt refitted": refitted(fitted, greedy != 0, greedy, ridge),
-        "fista": refitted(fitted, mask, fitted.weight * mask, ridge),
-    }
-    lost = {name: judge.error(weight) for name, weight in tried.items()}
-    by = min(lost, key=lambda name: lost[name])
-
-    def again(own: Layer) -> Array:
-        """Solves as the best does, on other rows or for another target."""
+    mask = pattern.mask(_convex(fitted, pattern, ridge, some) + tiny)
+    masks = {"sparsegpt refitted": greedy != 0, "fista": mask}
+    starts = {"sparsegpt refitted": greedy, "fista": fitted.weight * mask}
+    few = fitted.of(some)
+    tried = {"sparsegpt": greedy[:, some]}
+    tried |= {name: refitted(few, own[:, some], starts[name][:, some], ridge) for name, own in masks.items()}
+    lost = {name: judge.of(some).missed(weight) for name, weight in tried.items()}
+    by, chosen = min(lost, key=lambda name: lost[name]), layer
+    if layer.cross is not None:
         if by == "sparsegpt":
-            return sparsegpt(own, pattern, ridge).weight
-        return refitted(own, tried[by] != 0, tried[by], ridge)
-
-    chosen = layer
-    if layer.cross is not None and judge.error(again(fitted.local)) < lost[by]:
-        chosen = layer.local
-    weight = tried[by] if layer.folds is None and chosen is layer else again(chosen)
+            local = sparsegpt(fitted.local, pattern, ridge).weight[:, some]
+        else:
+            local = refitted(few.local, masks[by][:, some], tried[by], ridge)
+        chosen = layer.local if judge.of(some).missed(local) < lost[by] else layer
+    if by == "sparsegpt":
+        weight = sparsegpt(chosen, pattern, ridge).weight
+    else:
+        weight = refitted(chosen, masks[by], starts[by], ridge)
     return Solved(weight, f"{by}{', corrected' if chosen.cross is not None else ''}")
 
 
-def _convex(layer: Layer, pattern: Pattern, ridge: float) -> Array:
+def _some(outputs: int, pattern: Pattern) -> NDArray[np.int64]:
+    """Returns the outputs that are looked at, ascending: some of all parts; of a block all or none."""
+    units = outputs // pattern.rows
+    wanted = min(units, max(units // SOME, -(-FEWEST // pattern.rows)))
+    chosen = np.arange(wanted) * units // wanted
+    return np.asarray((chosen[:, None] * pattern.rows + np.arange(pattern.rows)).reshape(-1), np.int64)
+
+
+def _convex(layer: Layer, pattern: Pattern, ridge: float, some: NDArray[np.int64]) -> Array:
     """Returns |V sqrt(H_ii)| of the convex problem in these coordinates, where every input has as much to say."""
     damped = layer.damped(ridge)
     scale = np.sqrt(np.diag(damped))
     matrix = (damped / np.outer(scale, scale)).astype(np.float32)
     target = ((layer.target() + (damped - layer.moments) @ layer.weight) / scale[:, None]).astype(np.float32)
     step = np.float32(1.0 / _largest_eigenvalue(matrix))
-    values = (layer.weight * scale[:, None]).astype(np.float32)
+    whole = (layer.weight * scale[:, None]).astype(np.float32)
+    values, aim = whole[:, some], target[:, some]
     high = float(np.abs(target).max())
-    low = high * 1e-5
+    low = level = high * 1e-5
     for _ in range(BISECTIONS):
         level = float(np.sqrt(low * high))
-        values = _shrunk(matrix, target, values, step, np.float32(level))
+        values = _shrunk(matrix, aim, values, step, np.float32(level), ITERATIONS)
         share = float(np.mean(values == 0.0))
         if abs(share - pattern.ratio) <= NEAR:
             break
         low, high = (level, high) if share < pattern.ratio else (low, level)
-    return np.abs(values).astype(np.float64)
+    return np.abs(_shrunk(matrix, target, whole, step, np.float32(level), 2 * ITERATIONS)).astype(np.float64)
 
 
 def _shrunk(
@@ -378,10 +404,11 @@ def _shrunk(
     start: NDArray[np.float32],
     step: np.float32,
     level: np.float32,
+    iterations: int,
 ) -> NDArray[np.float32]:
     """Makes some iterations of FISTA (Beck and Teboulle 2009) on 1/2 tr(V^T H V) - tr(C^T V) + level |V|_1."""
     values, ahead, pace = start, start, 1.0
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         moved = ahead - step * (matrix @ ahead - target)
         new = np.sign(moved) * np.maximum(np.abs(moved) - step * level, np.float32(0.0))
         faster = (1.0 + np.sqrt(1.0 + 4.0 * pace * pace)) / 2.0

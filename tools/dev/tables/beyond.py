@@ -50,6 +50,8 @@ SAMPLES = (16, 64, 256, 512, 1024, 3072)
 """Calibration sentences, for the ridge: from a quarter of a token for each channel to fifty."""
 CHOSEN, POOL = 128, 2048
 """Sentences that are chosen, of so many."""
+TARGET_SAMPLES = (21, 331)
+"""Calibration sentences of some 512 and 8,192 tokens."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ALLOCATIONS = ("uniform", "global", "flap", "curves")
 ALIKE: Options = {"weighting": "none"}
@@ -248,6 +250,27 @@ def samples(bench: Bench) -> str:
     return f"{head}\n\n{table(['chosen', 'words', 'cosine'], rows)}"
 
 
+def targets(bench: Bench) -> str:
+    """What a layer's weights are fitted to: its own output, the dense model's, or the dense stream behind it."""
+    ways = {
+        "the operator's own output": "liar",
+        "the operator's output in the dense model": "dense",
+        "the stream behind it in the dense model": "residual",
+    }
+    rows = []
+    for count in TARGET_SAMPLES:
+        texts = [s.text for s in split("nyt", count, bench.work.options.seed).chosen]
+        tokens = bench.work.batches(bench.work.model, texts).tokens
+        for ratio in RATIOS[1:]:
+            values = [bench.cell(sparsity=ratio, samples=count, repair=repair) for repair in ways.values()]
+            rows.append([f"{tokens:,}", f"{ratio:.0%}", *marked(values, max(values))])
+    head = (
+        "The same ratio in all layers, score greedy. Columns are `--repair liar`, `dense` and `residual`; behind the second "
+        "matrix of a\nfeed-forward layer the stream is the output of the block."
+    )
+    return f"{head}\n\n{table(['calibration tokens', 'removed', *ways], rows)}"
+
+
 def gradient_scores(bench: Bench) -> str:
     """Scores that need gradients, with every repair of its own layer, on sentiment classifiers as torch modules.
 
@@ -345,6 +368,7 @@ SECTIONS = {
     "gradient-scores": gradient_scores,
     "ridge": ridge,
     "samples": samples,
+    "targets": targets,
 }
 
 

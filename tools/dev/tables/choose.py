@@ -1,0 +1,105 @@
+"""Whether `--choose` wins: all-MiniLM-L6-v2 by the default and by what was chosen among scores and draws of the samples.
+
+    python tools/dev/bench.py choose                     # two ratios, four seeds; an hour on one core
+    python tools/dev/bench.py choose --ratios 0.5 --seeds 2
+
+The default is the first try: the same widths, the same number of samples. Calibrated on sentences of NYT editorials, of which
+each draw and the judge have as many, mean cosine of the embeddings over film reviews that neither has seen. A cell that is
+finished is kept in `--cells`.
+"""
+
+import argparse
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liar_opt.tools.demo_assets import split
+from liar_opt.tools.dev.harness import Cells, commit, say, table, work_folder
+from liar_opt.tools.dev.subjects.minilm import Held, Workplace
+
+AT_ONCE = 1e-6
+"""Minutes after which no try follows the first."""
+
+
+def cell(work: Workplace, held: Held, ratio: float, options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Prunes once, and measures on the held-out sentences."""
+    draws = options.tries + 1
+    work.sentences = [s.text for s in split("nyt", draws * options.samples, work.options.seed).chosen]
+    given = {"samples": options.samples, "choose": options.choose, "choose_tries": options.tries, "fresh": False, **more}
+    result = work.prune(work.model, sparsity=ratio, **given)
+    found = result.report["choice"]
+    best = found["tried"][found["chosen"]]
+    return {
+        "cosine": held.cosine(result.model.SerializeToString())["mean"],
+        "score": best["score"],
+        "draw": best["draw"],
+        "gain": 1.0 - best["error"] / found["tried"][0]["error"],
+        "tries": len(found["tried"]),
+        "seconds": result.report["seconds"]["total"],
+        "commit": commit(),
+    }
+
+
+def markdown(options: argparse.Namespace) -> str:
+    """The table: each seed with both, and what is gained with its standard error."""
+    cells, rows, totals = Cells(options.cells), [], []
+    with work_folder(None) as folder:
+        for ratio in options.ratios:
+            gains = []
+            for seed in range(options.seeds):
+                own = argparse.Namespace(**{**vars(copy.copy(options)), "seed": seed})
+                work = Workplace(folder, own)
+                held = Held(work, options.held)
+                found = []
+                for name, more in (("default", {"choose_minutes": AT_ONCE}), ("chosen", {})):
+                    key = f"{name} {ratio} {seed} {options.choose} {options.tries} {options.samples} {options.held}"
+                    found.append(cells.made(key, partial(cell, work, held, ratio, own, **more)))
+                    say(f"{key}: {found[-1]}")
+                default, chosen = found
+                gains.append(chosen["cosine"] - default["cosine"])
+                taken = f"{chosen['score']}, draw {chosen['draw']}"
+                values = [f"{one['cosine']:.4f}" for one in found]
+                judged = f"{100 * chosen['gain']:.1f} %"
+                seconds = [f"{one['seconds']:.0f} s" for one in found]
+                rows.append([f"{ratio:.0%}", f"{seed}", *values, f"{gains[-1]:+.4f}", taken, judged, *seconds])
+            error = float(np.std(gains, ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else float("nan")
+            won = sum(gain > 0 for gain in gains)
+            totals.append(f"{ratio:.0%}: {np.mean(gains):+.4f} +- {error:.4f}, ahead in {won} of {len(gains)}")
+    head = (
+        f"`--choose {options.choose} --choose-tries {options.tries} --samples {options.samples}`, cosine over {options.held} "
+        f"film reviews; commits {', '.join(dict.fromkeys(one['commit'] for one in cells.found.values()))}."
+    )
+    titles = [
+        "removed",
+        "seed",
+        "the default",
+        "chosen",
+        "gained",
+        "taken",
+        "less error where it was judged",
+        "default",
+        "all",
+    ]
+    return f"{head}\n\n{table(titles, rows)}\n\nGained, mean and standard error over seeds: {'; '.join(totals)}."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
+    parser.add_argument("--choose", default="score,samples", help="what is chosen among")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=(0.35, 0.5), help="of the prunable parameters, to remove"
+    )
+    parser.add_argument("--tries", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=256, help="of each draw")
+    parser.add_argument("--held", type=int, default=1024, help="sentences that are measured on")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--cells", type=Path, help="a JSON file that keeps the cells")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command."""
+    print(markdown(options))
+    return 0
