@@ -265,8 +265,8 @@ def targets(bench: Bench) -> str:
             values = [bench.cell(sparsity=ratio, samples=count, repair=repair) for repair in ways.values()]
             rows.append([f"{tokens:,}", f"{ratio:.0%}", *marked(values, max(values))])
     head = (
-        "The same ratio in all layers, score greedy. Columns are `--repair liar`, `dense` and `residual`; behind the second "
-        "matrix of a\nfeed-forward layer the stream is the output of the block."
+        "The same ratio in all layers, score greedy. Columns are `--repair liar`, `dense` and `residual`; behind the "
+        "second matrix of a\nfeed-forward layer the stream is the output of the block."
     )
     return f"{head}\n\n{table(['calibration tokens', 'removed', *ways], rows)}"
 

@@ -3,9 +3,9 @@
     python tools/dev/bench.py choose                     # two ratios, four seeds; an hour on one core
     python tools/dev/bench.py choose --ratios 0.5 --seeds 2
 
-The default is the first try: the same widths, the same number of samples. Calibrated on sentences of NYT editorials, of which
-each draw and the judge have as many, mean cosine of the embeddings over film reviews that neither has seen. A cell that is
-finished is kept in `--cells`.
+The default is the first try: the same widths, the same number of samples. Calibrated on sentences of NYT editorials, of
+which each draw and the judge have as many, mean cosine of the embeddings over film reviews that neither has seen. A cell that
+is finished is kept in `--cells`.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def markdown(options: argparse.Namespace) -> str:
             won = sum(gain > 0 for gain in gains)
             totals.append(f"{ratio:.0%}: {np.mean(gains):+.4f} +- {error:.4f}, ahead in {won} of {len(gains)}")
     head = (
-        f"`--choose {options.choose} --choose-tries {options.tries} --samples {options.samples}`, cosine over {options.held} "
-        f"film reviews; commits {', '.join(dict.fromkeys(one['commit'] for one in cells.found.values()))}."
+        f"`--choose {options.choose} --choose-tries {options.tries} --samples {options.samples}`, cosine over "
+        f"{options.held:,} film reviews; commits {', '.join(dict.fromkeys(one['commit'] for one in cells.found.values()))}."
     )
     titles = [
         "removed",

@@ -12,8 +12,8 @@ that is finished is kept in `--cells` (JSON) with what made it, and not measured
 - calibration: greedy and LIAR; text, or what the dense model writes by itself.
 - allocation: greedy and LIAR; the same ratio for all layers, or shared out by error curves.
 - ablation: the default (greedy, LIAR, curves), and what other repairs and weightings do to it.
-- targets: greedy; what a layer is fitted to: its own output, that in the dense model, or the dense stream behind it; on text
-  and on what the dense model writes by itself.
+- targets: greedy; what a layer is fitted to: its own output, that in the dense model, or the dense stream behind it; on
+  text and on what the dense model writes by itself.
 - methods: published ones, as far as they consist of parts that liar-opt has; not their authors' code.
 - scores: scores that need no gradients with every repair of its own layer, the same ratio for all layers; not the swaps,
   which take minutes and find what the greedy selection finds.
