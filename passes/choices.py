@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from liar_opt.passes.base import Finding
+from liar_opt.passes.cut_vocabulary import words_alone
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.registry import SCORES, lookup
@@ -99,6 +100,8 @@ def require_choice(options: PruneOptions, calibration: Any) -> None:
         raise OptionError(f"choose-minutes {options.choose_minutes:g} is no time to try in; give minutes above zero")
     if calibration is None:
         raise OptionError("choose judges by calibration data; give some (--calibration texts.txt)")
+    if words_alone(options):
+        raise OptionError("choose tries cuts of widths or patterns, and words alone are none; give a sparsity beside them")
     if current().size > 1:
         raise OptionError("choose makes its tries in one process; run it without torchrun")
     for name, why in EXCLUDED.items():

@@ -226,7 +226,7 @@ def prune(
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
     with custom_operators(_libraries(custom_ops)), solving_on(arrays):
         opened = opening.open(model, calibration, options)
-        if options.choose is not None and not words_alone(options):
+        if options.choose is not None:
             return prune_chosen(opened, start, watch)
         went: tuple[Change, ...] = ()
         if pattern_alone(options):

@@ -15,7 +15,7 @@ from liar_opt.passes import judge, try_choices
 from liar_opt.passes.judge import shared_out
 from liar_opt.passes.verify_model import first_difference
 from liar_opt.runtime.calibration_data import CalibrationData
-from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.signatures import InputSpec, Signature
 from liar_opt.tools.report import footnotes
 
@@ -62,7 +62,7 @@ def test_the_best_try_is_the_result(options: dict[str, Any], monkeypatch: pytest
         return first_difference(*arguments)
 
     monkeypatch.setattr(judge, "first_difference", noted)
-    result = liar_opt.prune(export("llama"), batches(), samples=2, **options, **PLAIN)
+    result = liar_opt.prune(export("llama"), batches(), samples=12, **options, **PLAIN)
     found = result.report["choice"]
     errors = [one["error"] for one in found["tried"]]
     assert found["chosen"] == int(np.argmin(errors)) and found["stopped"] in ("tries", "all")
@@ -86,18 +86,18 @@ def test_all_tries_have_the_widths_of_the_first_on_a_module_too(monkeypatch: pyt
 
     def noted(job: Any) -> Any:
         if job.options.score == "swaps":
-            raise liar_opt.ModelError("it does not work")
+            raise ModelError("it does not work")
         done = cut(job)
         widths.append({name: keep for name, keep in job.state.keep.items() if name in job.decided["keep"]})
         return done
 
     monkeypatch.setattr(try_choices.ModelJob, "checked", noted)
     options: dict[str, Any] = {"sparsity": 0.3, "choose": "score", "choose_tries": 3, "checkpoint": False}
-    found = liar_opt.prune(made("llama"), batches(), samples=4, **options, **PLAIN).report["choice"]
+    found = liar_opt.prune(made("llama"), batches(), samples=12, **options, **PLAIN).report["choice"]
     assert [one["score"] for one in found["tried"]] == ["greedy", "swaps", "activation-weighted"]
     assert found["tried"][1]["why"] == "it does not work" and found["tried"][1]["error"] is None
     assert len(widths) == 2 and widths[0] == widths[1] and found["stopped"] == "tries"
-    short = liar_opt.prune(made("llama"), batches(), choose_minutes=1e-3, **{**options, "sparsity": 0}, **PLAIN)
+    short = liar_opt.prune(made("llama"), batches(), samples=12, choose_minutes=1e-3, **{**options, "sparsity": 0}, **PLAIN)
     assert [one["score"] for one in short.report["choice"]["tried"]] == ["greedy"]
     assert short.report["choice"]["stopped"] == "minutes"
 

@@ -4,8 +4,8 @@
     python tools/dev/bench.py choose --ratios 0.5 --seeds 2
 
 The default is the first try: the same widths, the same number of samples. Calibrated on sentences of NYT editorials, of
-which each draw and the judge have as many, mean cosine of the embeddings over film reviews that neither has seen. A cell that
-is finished is kept in `--cells`.
+which each draw and the judge have as many, mean cosine of the embeddings over film reviews that neither has seen. A cell
+that is finished is kept in `--cells`.
 """
 
 import argparse
