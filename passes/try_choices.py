@@ -149,7 +149,7 @@ class _Search:
         """Returns the options of one try; a score that is no name is the user's own."""
         if score == self._score():
             return self.options
-        return replace(self.options, **{"pattern_solver" if self.alone else "score": score})
+        return replace(self.options, pattern_solver=score) if self.alone else replace(self.options, score=score)
 
 
 def _dealt(

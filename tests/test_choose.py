@@ -11,8 +11,9 @@ import pytest
 from test_both_engines import batches, export, made
 
 import liar_opt
-from liar_opt.passes import judge, try_choices
+from liar_opt.passes import judge
 from liar_opt.passes.judge import shared_out
+from liar_opt.passes.model_job import ModelJob
 from liar_opt.passes.verify_model import first_difference
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import ModelError, OptionError
@@ -39,8 +40,9 @@ def test_samples_are_dealt_out_once() -> None:
     rows = [np.concatenate([batch["x"][:, 0] for batch in part.batches]).tolist() for part in parts]
     assert [len(part) for part in rows] == [8, 8, 5] == [part.samples for part in parts]
     assert len({row for part in rows for row in part}) == 21
-    assert all(len(batch["scale"]) == 3 for part in parts for batch in part.batches)
-    assert [part.row_masks[0].shape[0] for part in parts] == [len(part.batches[0]["x"]) for part in parts]
+    for part in parts:
+        for batch, mask in zip(part.batches, part.row_masks, strict=True):
+            assert mask is not None and len(mask) == len(batch["x"]) and len(batch["scale"]) == 3
     whole = shared_out(data, [12, 12], Signature(**{**vars(signature), "batch": 6}), 0)
     assert sum(len(part.batches) for part in whole) == 4
     assert all(any(batch is feed for feed in feeds) for part in whole for batch in part.batches)
@@ -82,7 +84,7 @@ def test_the_best_try_is_the_result(options: dict[str, Any], monkeypatch: pytest
 def test_all_tries_have_the_widths_of_the_first_on_a_module_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A try that fails is told, and minutes end the tries."""
     widths = []
-    cut = try_choices.ModelJob.checked
+    cut = ModelJob.checked
 
     def noted(job: Any) -> Any:
         if job.options.score == "swaps":
@@ -91,7 +93,7 @@ def test_all_tries_have_the_widths_of_the_first_on_a_module_too(monkeypatch: pyt
         widths.append({name: keep for name, keep in job.state.keep.items() if name in job.decided["keep"]})
         return done
 
-    monkeypatch.setattr(try_choices.ModelJob, "checked", noted)
+    monkeypatch.setattr(ModelJob, "checked", noted)
     options: dict[str, Any] = {"sparsity": 0.3, "choose": "score", "choose_tries": 3, "checkpoint": False}
     found = liar_opt.prune(made("llama"), batches(), samples=12, **options, **PLAIN).report["choice"]
     assert [one["score"] for one in found["tried"]] == ["greedy", "swaps", "activation-weighted"]
