@@ -69,10 +69,9 @@ def prune_chosen(backend: Backend, start: float, watch: MemoryWatch) -> PruneRes
     best, limit = search.best, options.choose_minutes
     assert best.job is not None and best.done is not None
     budget = {"tries": options.choose_tries, **({} if limit is None else {"minutes": limit})}
+    stopped = stopped or ("tries" if len(entries) >= options.choose_tries else "all")
     sizes = search.draws[0].samples, search.judged.samples
-    best.done[0].choice = ComparedTries(
-        list(search.words), entries.index(best.entry), entries, *sizes, budget, stopped or "all"
-    )
+    best.done[0].choice = ComparedTries(list(search.words), entries.index(best.entry), entries, *sizes, budget, stopped)
     if isinstance(best.job, ModelJob):
         return best.job.finish(best.done)
     return finish_pattern(best.job, best.done, start, watch)
