@@ -37,14 +37,18 @@ STEPS = 32
 """Conjugate gradients, at the most: each lowers the error, so that fewer are no mistake."""
 ENOUGH = 1e-2
 """The part of all that the steps have gained that a step must gain for another to be made."""
-SMALL = 1e-4
+LITTLE = 1e-3
+"""Likewise, where the weights are what is kept, and not compared alone."""
+SMALL = 1e-5
 """Likewise, of what the weights are worth as they are by then: those that come from a like problem have little to gain."""
 ITERATIONS = 5
 """Of FISTA for each lambda, from where the one before has ended; twice as many on all outputs, for the last lambda."""
 BISECTIONS = 6
 SOME = 4
-"""One output in so many is looked at, to find lambda and to compare what may be kept; the result is solved for on all."""
+"""One output in so many is looked at, to find lambda and to compare what may be kept; the result is solved for on all. Of
+blocks all are: they are solved for at once, and zeros are not spread alike over outputs."""
 FEWEST = 64
+"""Outputs that are looked at, at the least."""
 NEAR = 0.002
 """How far the share of zeros may be from what is asked for, where a bisection ends; rounding does the rest."""
 
@@ -287,11 +291,11 @@ def refit(layer: Layer, pattern: Pattern, ridge: float = RIDGE) -> Solved:
     return Solved(refitted(layer, mask, layer.weight * mask, ridge), "refit")
 
 
-def refitted(layer: Layer, mask: Mask, start: Array, ridge: float = RIDGE) -> Array:
+def refitted(layer: Layer, mask: Mask, start: Array, ridge: float = RIDGE, enough: float = ENOUGH) -> Array:
     """Returns the best weights that are zero outside a mask; the ridge pulls towards those that there were.
 
     In closed form where outputs share masks, as blocks do; else by conjugate gradients on all outputs at once, from
-    ``start``, whose every step lowers the error.
+    ``start``, whose every step lowers the error, as long as one gains ``enough`` of what all have.
     """
     damped = layer.damped(ridge)
     target = layer.target() + (damped - layer.moments) @ layer.weight
@@ -307,10 +311,10 @@ def refitted(layer: Layer, mask: Mask, start: Array, ridge: float = RIDGE) -> Ar
                 factor = cho_factor(damped[np.ix_(kept, kept)], lower=True)
                 result[np.ix_(kept, own)] = cho_solve(factor, target[np.ix_(kept, own)])
         return result
-    return _by_gradients(damped, target, mask, start)
+    return _by_gradients(damped, target, mask, start, enough)
 
 
-def _by_gradients(damped: Array, target: Array, mask: Mask, start: Array) -> Array:
+def _by_gradients(damped: Array, target: Array, mask: Mask, start: Array, enough: float) -> Array:
     """Lowers 1/2 tr(V^T H V) - tr(C^T V) over the V inside a mask, each column by itself; in float32."""
     matrix, stays = damped.astype(np.float32), mask.astype(np.float32)
     result = start.astype(np.float32) * stays
@@ -329,7 +333,7 @@ def _by_gradients(damped: Array, target: Array, mask: Mask, start: Array) -> Arr
         rest -= length * along
         gained = 0.5 * float(length @ size)
         whole += gained
-        if gained <= max(ENOUGH * whole, SMALL * worth):
+        if gained <= max(enough * whole, SMALL * worth):
             break
         steep = scale * rest
         now = np.einsum("ij,ij->j", rest, steep)
@@ -365,16 +369,14 @@ def fista(layer: Layer, pattern: Pattern, ridge: float = RIDGE) -> Solved:
     if by == "sparsegpt":
         weight = sparsegpt(chosen, pattern, ridge).weight
     else:
-        weight = refitted(chosen, masks[by], starts[by], ridge)
+        weight = refitted(chosen, masks[by], starts[by], ridge, LITTLE)
     return Solved(weight, f"{by}{', corrected' if chosen.cross is not None else ''}")
 
 
 def _some(outputs: int, pattern: Pattern) -> NDArray[np.int64]:
-    """Returns the outputs that are looked at, ascending: some of all parts; of a block all or none."""
-    units = outputs // pattern.rows
-    wanted = min(units, max(units // SOME, -(-FEWEST // pattern.rows)))
-    chosen = np.arange(wanted) * units // wanted
-    return np.asarray((chosen[:, None] * pattern.rows + np.arange(pattern.rows)).reshape(-1), np.int64)
+    """Returns the outputs that are looked at, ascending, some of all parts."""
+    wanted = outputs if pattern.kind == "blocks" else min(outputs, max(outputs // SOME, FEWEST))
+    return np.asarray(np.arange(wanted) * outputs // wanted, np.int64)
 
 
 def _convex(layer: Layer, pattern: Pattern, ridge: float, some: NDArray[np.int64]) -> Array:

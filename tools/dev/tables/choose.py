@@ -93,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ratios", type=float, nargs="+", default=(0.35, 0.5), help="of the prunable parameters, to remove"
     )
     parser.add_argument("--tries", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=256, help="of each draw")
+    parser.add_argument("--samples", type=int, default=128, help="of each draw")
     parser.add_argument("--held", type=int, default=1024, help="sentences that are measured on")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--cells", type=Path, help="a JSON file that keeps the cells")
