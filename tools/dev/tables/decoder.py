@@ -147,10 +147,18 @@ class Workplace:
     """The model, the held-out windows and the cells that are finished."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.tokenizer = ensure_tokenizer(options.folder)
-        self.held = windows(options.held_out, options.evaluation_tokens, options.window, options.seed, self.tokenizer)
-        self.cells = Cells(options.cells)
+        self.options, self.cells = options, Cells(options.cells)
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """The folder of the model's tokenizer."""
+        return ensure_tokenizer(self.options.folder)
+
+    @cached_property
+    def held(self) -> np.ndarray:
+        """Held-out windows [n, s]."""
+        o = self.options
+        return windows(o.held_out, o.evaluation_tokens, o.window, o.seed, self.tokenizer)
 
     @cached_property
     def model(self) -> Path:

@@ -1,12 +1,13 @@
 """Measure patterns of zeros: the perplexity of SmolLM2-135M with each solver, and MiniLM at MLPruning's three levels.
 
-    python tools/dev/bench.py pattern                                  # both tables; an hour or more on 2 cores
+    python tools/dev/bench.py pattern                                  # all tables; an hour or more on 2 cores
     python tools/dev/bench.py pattern --only decoder --patterns 2:4
 
 Needs what `bench.py smollm2` and `bench.py minilm` need. Calibrated on the Brown corpus, measured on Wikipedia; both drawn
 with the seed. A cell that is finished is kept in `--cells` (JSON) with what made it, and not measured again.
 
 - decoder: the weights of all linear layers but the tied head; no width is cut.
+- encoder: the same of all-MiniLM-L6-v2, by the cosine of its embeddings; no width is cut.
 - minilm: heads 30 %, feed-forward widths 30 %, blocks of 8 x 8 50 % (MLPruning's three levels); cosine of the embeddings
   to the dense model's on held-out sentences, and bytes: dense, with sparse initializers where these are smaller, zipped.
 """
@@ -31,7 +32,7 @@ from liar_opt.tools.dev.subjects.minilm import Workplace as minilm_work
 from liar_opt.tools.dev.subjects.smollm2 import TEXTS
 from liar_opt.tools.dev.tables.decoder import Workplace, feed, measure
 
-TABLES = ("decoder", "minilm")
+TABLES = ("decoder", "encoder", "minilm")
 PATTERNS = ("2:4", "0.5")
 LEVELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("heads 30 %", {"heads": 0.3}),
@@ -83,6 +84,40 @@ def cell(work: Workplace, pattern: str, solver: str) -> dict[str, Any]:
         "by": {name: by.count(name) for name in dict.fromkeys(by)},
         "prune_seconds": made,
         "seconds": time.perf_counter() - began,
+    }
+
+
+def encoder(work: Workplace) -> Iterator[str]:
+    """Cosine of MiniLM by pattern and solver, a row as soon as it is there."""
+    o = work.options
+    yield (
+        "\n### encoder\n\nall-MiniLM-L6-v2, calibrated on 512 sentences of editorials; cosine of the embeddings to the "
+        f"dense model's on 1,024 sentences of film reviews, and seconds of the run; seed {o.seed}.\n\n"
+        f"| solver | {' | '.join(o.patterns)} | seconds |\n|---|{'---:|' * len(o.patterns)}---:|\n"
+    )
+    with work_folder(None) as folder:
+        place = minilm_work(folder, o)
+        held = Held(place)
+        for solver in o.solvers:
+            found = []
+            for pattern in o.patterns:
+                key = f"encoder {pattern} {solver} {o.seed}"
+                found.append(work.cells.made(key, partial(encoder_cell, place, held, pattern, solver)))
+                say(f"{key}: {found[-1]}")
+            values = [f"{one['cosine']:.4f}" for one in found]
+            seconds = ", ".join(f"{one['seconds']:.0f}" for one in found)
+            yield f"| {solver} | {' | '.join(values)} | {seconds} |\n"
+
+
+def encoder_cell(place: Any, held: Held, pattern: str, solver: str) -> dict[str, Any]:
+    """Makes a pattern in MiniLM once and measures."""
+    result = place.prune(place.model, pattern=pattern, pattern_solver=solver)
+    by = [weight["by"] for weight in result.report["patterned"]["weights"]]
+    return {
+        "cosine": held.cosine(result.model.SerializeToString())["mean"],
+        "seconds": result.report["seconds"]["total"],
+        "by": {name: by.count(name) for name in dict.fromkeys(by)},
+        "commit": commit(),
     }
 
 
@@ -148,6 +183,6 @@ def main(options: argparse.Namespace) -> int:
     """The command."""
     work = Workplace(options)
     for name in options.only or TABLES:
-        for text in decoder(work) if name == "decoder" else minilm(work):
+        for text in {"decoder": decoder, "encoder": encoder, "minilm": minilm}[name](work):
             print(text, end="", flush=True)
     return 0
