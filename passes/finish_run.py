@@ -39,7 +39,8 @@ def finish_run(
         alone = state.get(Patterned)
         if alone is not None and report.patterned is None:
             times = report.latency
-            report.patterned = timed_alone(alone, times and (times.speedup, times.spread or 0.0), backend.device)
+            speed = None if times is None else (times.speedup, times.spread or 0.0)
+            report.patterned = timed_alone(alone, speed, backend.device)
         backend.quantise(report, state, batch)
         report.ended(state, watch)
     return backend.result(state, report, changes, tuple(refusals))
