@@ -16,12 +16,12 @@ from typing import Any
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import WholeModel
 from liar_opt.passes.choices import ComparedTries, Tried, scores_of, words_of
+from liar_opt.passes.finish_run import Done
 from liar_opt.passes.judge import output_error, shared_out
 from liar_opt.passes.model_job import ModelJob
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.parts_job import without_experts
 from liar_opt.passes.pattern_job import finish_pattern, pattern_alone, patterned
-from liar_opt.passes.report import Done
 from liar_opt.passes.result import PruneResult
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
@@ -47,7 +47,7 @@ class Trial:
         return float("inf") if self.entry.error is None else self.entry.error
 
 
-def prune_chosen(backend: Backend, start: float, watch: MemoryWatch) -> PruneResult:
+def prune_chosen(backend: Backend, watch: MemoryWatch) -> PruneResult:
     """Tries scores and draws, and returns the best.
 
     Raises:
@@ -56,7 +56,7 @@ def prune_chosen(backend: Backend, start: float, watch: MemoryWatch) -> PruneRes
         CheckError: a result is not what it has to be.
     """
     options = backend.options
-    search = _Search(backend, words_of(options), start, watch)
+    search = _Search(backend, words_of(options), watch)
     entries, stopped = [search.best.entry], None
     for score, draw in search.others():
         stopped = search.ended(entries)
@@ -74,7 +74,7 @@ def prune_chosen(backend: Backend, start: float, watch: MemoryWatch) -> PruneRes
     best.done[0].choice = ComparedTries(list(search.words), entries.index(best.entry), entries, *sizes, budget, stopped)
     if isinstance(best.job, ModelJob):
         return best.job.finish(best.done)
-    return finish_pattern(best.job, best.done, start, watch)
+    return finish_pattern(best.job, best.done, watch)
 
 
 class _Search:
@@ -83,12 +83,11 @@ class _Search:
     Args:
         backend: as it was opened.
         words: what is chosen among.
-        start: when the run began.
-        watch: looks at the memory.
+        watch: looks at the memory and the clock since the run began.
     """
 
-    def __init__(self, backend: Backend, words: tuple[str, ...], start: float, watch: MemoryWatch) -> None:
-        self.options, self.words, self.start, self.watch = backend.options, words, start, watch
+    def __init__(self, backend: Backend, words: tuple[str, ...], watch: MemoryWatch) -> None:
+        self.options, self.words, self.watch = backend.options, words, watch
         self.alone = pattern_alone(self.options)
         tries, samples = self.options.choose_tries, self.options.samples
         self.for_scores = 1 + tries // 2 if "samples" in words else tries
@@ -117,7 +116,7 @@ class _Search:
     def ended(self, entries: list[Tried]) -> str | None:
         """Returns what of the budget is used up; None where nothing is."""
         minutes, longest = self.options.choose_minutes, max(entry.seconds for entry in entries)
-        if minutes is not None and time.perf_counter() - self.start + longest > 60.0 * minutes:
+        if minutes is not None and self.watch.elapsed + longest > 60.0 * minutes:
             return "minutes"
         return "tries" if len(entries) >= self.options.choose_tries else None
 
@@ -138,7 +137,7 @@ class _Search:
         if self.alone:
             job, done = fresh, patterned(fresh)
         else:
-            job = ModelJob(fresh, self.start, self.watch, self.decided)
+            job = ModelJob(fresh, self.watch, self.decided)
             done = job.checked()
             self.decided = job.decided if self.decided is None else self.decided
         error = output_error(job.state, self.judged, WAY_OUT)
