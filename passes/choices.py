@@ -14,6 +14,7 @@ from liar_opt.runtime.patterns import SOLVERS
 from liar_opt.runtime.ranks import current
 
 WORDS = ("score", "samples")
+SLOW = ("swaps", "fista")
 EXCLUDED = {
     "max_drop": "decides widths by pruning, by one score and one draw; give a sparsity or a target",
     "passes": "says the score itself; leave it out",
@@ -112,11 +113,12 @@ def require_choice(options: PruneOptions, calibration: Any) -> None:
 def scores_of(options: PruneOptions, alone: bool) -> Iterator[str]:
     """Yields the names to try beside that which was asked for; what needs labels or gradients is none, nor is chance.
 
+    Those that take minutes come last.
+
     Args:
         options: of the run.
         alone: whether a pattern is all that is asked for, whose solvers these are.
     """
-    if alone:
-        yield from (name for name in SOLVERS if name != options.pattern_solver)
-        return
-    yield from (name for name in SCORES if name not in (options.score, "random", *GRADIENT_SCORES))
+    asked, table = (options.pattern_solver, tuple(SOLVERS)) if alone else (options.score, tuple(SCORES))
+    names = [name for name in table if name not in (asked, "random", *GRADIENT_SCORES)]
+    yield from sorted(names, key=lambda name: name in SLOW)

@@ -87,7 +87,7 @@ def test_all_tries_have_the_widths_of_the_first_on_a_module_too(monkeypatch: pyt
     cut = ModelJob.checked
 
     def noted(job: Any) -> Any:
-        if job.options.score == "swaps":
+        if job.options.score == "activation-weighted":
             raise ModelError("it does not work")
         done = cut(job)
         widths.append({name: keep for name, keep in job.state.keep.items() if name in job.decided["keep"]})
@@ -96,7 +96,7 @@ def test_all_tries_have_the_widths_of_the_first_on_a_module_too(monkeypatch: pyt
     monkeypatch.setattr(ModelJob, "checked", noted)
     options: dict[str, Any] = {"sparsity": 0.3, "choose": "score", "choose_tries": 3, "checkpoint": False}
     found = liar_opt.prune(made("llama"), batches(), samples=12, **options, **PLAIN).report["choice"]
-    assert [one["score"] for one in found["tried"]] == ["greedy", "swaps", "activation-weighted"]
+    assert [one["score"] for one in found["tried"]] == ["greedy", "activation-weighted", "output-approximation"]
     assert found["tried"][1]["why"] == "it does not work" and found["tried"][1]["error"] is None
     assert len(widths) == 2 and widths[0] == widths[1] and found["stopped"] == "tries"
 
