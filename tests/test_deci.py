@@ -204,7 +204,7 @@ def test_what_it_cannot_say_is_refused(name: str) -> None:
 def test_what_contradicts_is_refused() -> None:
     with pytest.raises(OptionError, match="checkpoint 'deco' is unknown; choose one of deci"):
         pruned(model(), checkpoint="deco")
-    with pytest.raises(OptionError, match="quantize makes ONNX"):
+    with pytest.raises(OptionError, match="what reads DeciLM reads no weights of torchao"):
         pruned(model(), quantize="int8")
     with pytest.raises(OptionError, match="converter takes the heads of DeciLM to be"):
         pruned(model(), runtime="gguf", sparsity=None, heads=0.3)
