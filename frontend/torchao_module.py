@@ -65,7 +65,7 @@ class RunModule(TimedModule):
     """A module in place of the one that was traced, behind the face of a session."""
 
     def run(self, feeds: Mapping[str, Any], arrays: bool = False) -> dict[str, Any]:
-        """Runs it once; returns those of its outputs that are tensors, as arrays, by the names that they have in the trace."""
+        """Runs it once; returns those of its outputs that are tensors, as arrays, named as in the trace."""
         import torch
 
         arguments = {name: to_torch(feeds[name], self.model.device) for name in self.inputs}

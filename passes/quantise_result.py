@@ -232,10 +232,7 @@ def quantise_result(
         batch: what is timed.
         timed: whether anything is.
     """
-    assert state.calibration is not None
-    data, engine = state.calibration, OnnxEngine(state.device)
-    held = held_batches(len(data.batches))
-    fitted = [i for i in range(len(data.batches)) if i not in held or len(held) == len(data.batches)]
+    engine = OnnxEngine(state.device)
     found = Corners(
         state,
         scheme,
@@ -245,11 +242,9 @@ def quantise_result(
     )
 
     def make(name: str, model: OnnxOriginal) -> tuple[OnnxOriginal, int]:
-        feeds = found.feeds
-        ranges = [feeds.of(name, data.batches[i]) for i in fitted] if scheme.name == STATIC else ()
-        small, size = quantised(model, scheme, ranges)
+        rows = found.feeds.rows(name)
+        small, size = quantised(model, scheme, rows[0].feeds if scheme.name == STATIC else ())
         if name == "pruned":
-            rows = (feeds.rows(name, fitted), feeds.rows(name, held))
             small, found.rounded = rounded_anew(model, small, *rows, engine)
         return small, size
 
@@ -268,10 +263,15 @@ class Feeds:
         self.words = state.get(ChosenWords)
         self.data = state.calibration
 
-    def rows(self, name: str, places: Sequence[int]) -> Rows:
-        """Returns some of the calibration batches as a model is fed, with which rows are real."""
-        assert self.data is not None
-        return Rows([self.of(name, self.data.batches[i]) for i in places], [self.data.row_masks[i] for i in places])
+    def rows(self, name: str) -> tuple[Rows, Rows]:
+        """Returns the calibration batches as a model is fed, with which rows are real, and those that are held back."""
+        data = self.data
+        assert data is not None
+        held = held_batches(len(data.batches))
+        fitted = [i for i in range(len(data.batches)) if i not in held or len(held) == len(data.batches)]
+        fed = ([self.of(name, data.batches[i]) for i in places] for places in (fitted, held))
+        masks = ([data.row_masks[i] for i in places] for places in (fitted, held))
+        return Rows(next(fed), next(masks)), Rows(next(fed), next(masks))
 
     def of(self, name: str, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what a batch is for the dense or the pruned model."""

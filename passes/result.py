@@ -126,8 +126,9 @@ class ModuleResult(PruneResult):
     """A pruned module and what was done to it.
 
     Attributes:
-        module: the module, smaller; called as before; quantised where a checkpoint was asked to be. Where no attributes make its own code fit the cut weights, the
-            traced graph, with the arguments that were traced and no dropout; a note in the report says why.
+        module: the module, smaller; called as before; quantised where a checkpoint was asked to be. Where no attributes
+            make its own code fit the cut weights, the traced graph, with the arguments that were traced and no dropout; a
+            note in the report says why.
         report: plain data, as for ONNX files; ``verification.attributes`` names the attributes that were changed.
         changes: what the passes did.
         refusals: what did not qualify, and why.
