@@ -170,7 +170,7 @@ class TorchBackend(Backend):
                 f"allocation '{chosen.widths.allocate}' gives each layer a width of its own, and a configuration has one "
                 f"for all of a kind; leave allocate out, or {ELSEWHERE}"
             )
-        if options.whole_layers == "on" and (checkpoint or uniform):
+        if options.whole_layers == "on" and ((checkpoint and not deci) or uniform):
             raise OptionError(
                 "whole-layers works on a traced graph: stock code of a checkpoint runs every layer that its configuration "
                 f"counts, and all alike; leave it out, or {ELSEWHERE}"
@@ -186,7 +186,7 @@ class TorchBackend(Backend):
         curves = chosen.curves
         if curves is not None and cut.score in GRADIENT_SCORES and widths.allocate == "curves":
             curves = replace(curves, score="greedy")  # curves alone are read, no values of that score
-        if curves is not None and (checkpoint or uniform):
+        if curves is not None and (checkpoint or uniform) and not (deci and options.whole_layers == "on"):
             curves = replace(curves, whole="off")
         gradients = None
         if cut.score in GRADIENT_SCORES:
@@ -207,7 +207,7 @@ class TorchBackend(Backend):
         stored = self.state.found(OpenedModule).folder is not None
         said: list[Pass[Any]] = []
         if options.checkpoint == DECI:
-            said = [ExpressDeciPass("heads" in asked)]
+            said = [ExpressDeciPass("heads" in asked, options.whole_layers == "on")]
         elif options.checkpoint and (required or stored):
             said = [ExpressWidthsPass(asked, required)]
         return [*said, *super().narrowing(required)]
