@@ -162,11 +162,16 @@ def deci_fields(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
             width = shapes[f"{layer}.mlp.down_proj.weight"][1]
             widths.append(width)
             multiple = ffn_multiple(width, config.hidden_size)
-            place = ("block_configs", str(index), "ffn")
-            found.append(FieldChange(place, "ffn_mult", block.ffn.ffn_mult, multiple))
-        if block.attention.n_heads_in_group is not None:
-            heads.add(shapes[f"{layer}.self_attn.q_proj.weight"][0] // config.head_dim)
-            groups.add(shapes[f"{layer}.self_attn.k_proj.weight"][0] // config.head_dim)
+            found.append(FieldChange(("block_configs", str(index), "ffn"), "ffn_mult", block.ffn.ffn_mult, multiple))
+        shared, place = block.attention.n_heads_in_group, ("block_configs", str(index), "attention")
+        if shared is None:
+            continue
+        left = [shapes[f"{layer}.self_attn.{name}_proj.weight"][0] // config.head_dim for name in "qk"]
+        if not all(left):
+            found += [FieldChange(place, "n_heads_in_group", shared, None), FieldChange(place, "no_op", False, True)]
+            continue
+        heads.add(left[0])
+        groups.add(left[1])
     if len(heads) > 1:
         raise OptionError(f"DeciLM has one number of heads for all layers, and these would have {sorted(heads)}")
     for name, values in (("num_attention_heads", heads), ("num_key_value_heads", groups)):

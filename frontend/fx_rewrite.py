@@ -409,17 +409,12 @@ def cut_module(
         ModelError: no set of attributes makes it compute the same.
     """
     assert model.module is not None
-    if model.adopted:
-        raise ModelError(
-            f"whole layers went, and the code of {type(model.module).__name__} runs them still; write ONNX with --format "
-            "onnx, or take the traced graph with checkpoint=False"
-        )
     if model.picked:
         raise ModelError(
             f"each layer takes its own heads of '{model.picked[0]}', which the code of {type(model.module).__name__} gives "
             "to all as it is; write ONNX with --format onnx, or take the traced graph with checkpoint=False"
         )
-    changes = changed_parameters(model)
+    changes = {name: value for name, value in changed_parameters(model).items() if name not in model.adopted}
     module = copy_without(model.module, set(changes))
     for name, value in changes.items():
         set_tensor(module, name, to_torch(np.array(value), _device(model.module)))
@@ -434,9 +429,17 @@ def cut_module(
     stated = [AttributeChange("config" + "".join(f".{p}" for p in c.path), c.name, c.before, c.after) for c in fields]
     for change in fields:
         change.apply(module.config)
+    if model.adopted:  # its code runs what went, unless its configuration says that it is not there
+        made = _made_anew(model.module, module, fields) if fields else None
+        if made is not None and _difference(made, arguments, expected) <= tolerance:
+            return made, tuple(stated)
+        raise ModelError(
+            f"whole layers went, and the code of {type(model.module).__name__} runs them still; write ONNX with --format "
+            "onnx, or take the traced graph with checkpoint=False"
+        )
     moves = _moves(module, changed_numbers(model))
     found = () if works() else _together(moves, works, [0])
-    made: torch.nn.Module | None = None
+    made = None
     if found is None and fields:
         made = _made_anew(model.module, module, fields)
         if made is not None and _difference(made, arguments, expected) <= tolerance:
@@ -468,14 +471,16 @@ def _made_anew(original: torch.nn.Module, cut: torch.nn.Module, fields: Sequence
         with quiet_loading(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = module_class(changed_config(source.config, fields))
-            made.load_state_dict(cut.state_dict(), assign=True)
+            known = cut.state_dict()
+            made.load_state_dict({name: known[name] for name in made.state_dict()}, assign=True)
             made.tie_weights()
     except Exception:  # a class may refuse in any way
         return None
     if hasattr(source, "generation_config"):
         made.generation_config = source.generation_config
-    for (_, new), (_, old) in zip(made.named_parameters(), cut.named_parameters(), strict=True):
-        new.requires_grad_(old.requires_grad)
+    before = dict(cut.named_parameters())
+    for name, new in made.named_parameters():
+        new.requires_grad_(before[name].requires_grad)
     result: torch.nn.Module = made.to(_device(original)).train(original.training)
     return result
 

@@ -32,7 +32,7 @@ from liar_opt.frontend.merged_decoder import MergedDecoder, names_read, unfold
 from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.quantised_in import NBITS, Reading, quantised_node, read_quantised
-from liar_opt.frontend.quantised_out import Written, written_back
+from liar_opt.frontend.quantised_out import Fit, Written, written_back
 from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.ties import Taken
@@ -320,10 +320,10 @@ class OnnxModel(Model):
         """Returns the constants that stand for whole numbers: the weight (of ``reading``), and the axes that they have."""
         return {c.name: (c.weight, c.axes) for c in self.constants(unread=True) if isinstance(c, Gridded)}
 
-    def written(self, weights: bool = True) -> Written:
-        """Returns the graph in the scheme that it was read from; with or without its weights in whole numbers."""
+    def written(self, weights: bool = True, fits: Mapping[str, Fit] | None = None) -> Written:
+        """Returns the graph in the scheme that it was read from; see `quantised_out.written_back`."""
         assert self.reading is not None
-        return written_back(*self.light(), self.gridded(), self.reading, weights)
+        return written_back(*self.light(), self.gridded(), self.reading, weights, fits)
 
     def as_run(self) -> tuple[bytes, Mapping[str, np.ndarray]]:
         """Returns what a ``Session`` takes of the model as whoever uses it runs it: quantised, if it is."""

@@ -89,13 +89,14 @@ def quantised(model: OnnxOriginal, scheme: Scheme, batches: Batches = ()) -> tup
         return OnnxOriginal(*read_model(target)), size
 
 
-def require_quantiser(name: str) -> None:
-    """Checks that ONNX Runtime's quantiser is there, with what it imports.
+def require_quantiser(name: str | None) -> None:
+    """Checks that ONNX Runtime's quantiser is there, with what it imports; None: nothing is to be quantised.
 
     Raises:
         OptionError: it is not, or is too old for blocks of 4 bits.
     """
-    require("quantize", "sympy")
+    if name is not None:
+        require("quantize", "sympy")
     if name != BLOCKS:
         return
     require("quantize int4", "onnx_ir")

@@ -59,15 +59,42 @@ def rounded_anew(
         held: data that decides which are kept.
         engine: runs the float model.
     """
+    if _large(whole):
+        return small, Rounded()
+    target = small.as_given()
+    names = (t.name for t in whole.as_written()[0].graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    grids = {name: grid for name in names if (grid := grid_of(name, target)) is not None}
+    found = round_products(whole, grids, fitted, held, engine)
+    for grid in grids.values():
+        grid.write()
+    return (OnnxOriginal(*lightened(target)) if found.kept else small), found
+
+
+def _large(model: OnnxOriginal) -> bool:
+    """Returns whether a model would not fit into one proto."""
+    return sum(a.nbytes for a in model.as_written()[1].values()) > EXTERNAL_LIMIT
+
+
+def round_products(
+    whole: OnnxOriginal, grids: Mapping[str, Numbers], fitted: Rows, held: Rows, engine: OnnxEngine
+) -> Rounded:
+    """Rounds weights of products anew, each kept so where it loses less; see `rounded_anew`.
+
+    Args:
+        whole: the float model.
+        grids: the whole numbers of its weights, by name, which are changed.
+        fitted: data that weights are rounded by.
+        held: data that decides which are kept.
+        engine: runs the float model.
+    """
     found = Rounded()
-    if sum(a.nbytes for a in whole.as_written()[1].values()) > EXTERNAL_LIMIT:  # it would not fit into one proto
-        return small, found
-    source, target = whole.as_given(), small.as_given()
-    floats = {t.name: t for t in source.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-    grids = {name: grid for name in floats if (grid := grid_of(name, target)) is not None}
+    if _large(whole):
+        return found
+    source = whole.as_given()
+    floats = {t.name: t for t in source.graph.initializer if t.name in grids}
     read: dict[str, list[str]] = {}
     for node in source.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in grids:
+        if node.op_type == "MatMul" and node.input[1] in floats:
             read.setdefault(node.input[0], []).append(node.input[1])
     once = [name for names in read.values() for name in names]
     read = {a: [n for n in names if once.count(n) == 1] for a, names in read.items()}
@@ -82,12 +109,10 @@ def rounded_anew(
                 weight = onnx.numpy_helper.to_array(floats[name]).astype(np.float64)
                 if place in sums and len(weight) == len(sums[place]):
                     _round(grids[name], weight, sums[place], others.get(place, sums[place]), found)
-    for grid in grids.values():
-        grid.write()
-    return (OnnxOriginal(*lightened(target)) if found.kept else small), found
+    return found
 
 
-def _round(grid: Grid, weight: Array, moments: Array, judge: Array, found: Rounded) -> None:
+def _round(grid: Numbers, weight: Array, moments: Array, judge: Array, found: Rounded) -> None:
     """Rounds one weight anew, and takes that where it loses less."""
     q = rounded_with_feedback(weight, grid.scale, grid.zero, grid.ends, moments)
     differences = (np.asarray(weight - (n - grid.zero) * grid.scale, np.float64) for n in (grid.numbers, q))
@@ -101,13 +126,19 @@ def _round(grid: Grid, weight: Array, moments: Array, judge: Array, found: Round
 
 
 @dataclass(eq=False)
-class Grid:
-    """The whole numbers of a quantised weight, [n, m], scales and zeros (which broadcast), and where they are kept."""
+class Numbers:
+    """The whole numbers of a quantised weight, [n, m], between ``ends``, with scales and zeros, which broadcast."""
 
     numbers: Array
     scale: Array
     zero: Array
     ends: tuple[int, int]
+
+
+@dataclass(eq=False)
+class Grid(Numbers):
+    """The same, and where they are kept."""
+
     tensor: onnx.TensorProto
     nibbles: tuple[int, ...] = ()
 

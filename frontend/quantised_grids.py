@@ -99,6 +99,12 @@ class Grid:
         """The weight."""
         return _weight(self.numbers, self._wide(self.scale), self._wide(self.zero), self.dtype)
 
+    @property
+    def beside(self) -> tuple[Array, Array]:
+        """Scales and zeros, laid out beside the numbers (they broadcast)."""
+        zero = np.zeros(()) if self.zero is None else self._wide(self.zero)
+        return np.asarray(self._wide(self.scale), np.float64), np.asarray(zero, np.float64)
+
     def steps(self, values: Array) -> float:
         """Returns how far a weight of this shape is from the grid's at the most, in steps."""
         if not values.size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -41,6 +41,20 @@ ATTENTION = {"num_heads", "unidirectional", "mask_filter_value", "scale", "do_ro
 INTEGER = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
 
 
+class Fit(NamedTuple):
+    """The grid that a weight is written on, with the axes that it is stored with.
+
+    Attributes:
+        grid: it.
+        kept: how many of its units kept theirs.
+        units: how many there are.
+    """
+
+    grid: Grid
+    kept: int
+    units: int
+
+
 @dataclass(eq=False)
 class Written:
     """A graph in its scheme.
@@ -49,6 +63,7 @@ class Written:
         proto: it; large initializers are stubs.
         arrays: their data.
         values: the weights as they are written, by the constants of the float graph.
+        fits: their grids, likewise.
         unchanged: weights that are the same to the last byte.
         weights: all of them.
         kept: grids (one a weight, a channel or a block) that stayed, and all grids there are.
@@ -60,6 +75,7 @@ class Written:
     proto: onnx.ModelProto
     arrays: dict[str, Array]
     values: dict[str, Array] = field(default_factory=dict)
+    fits: dict[str, Fit] = field(default_factory=dict)
     unchanged: int = 0
     weights: int = 0
     kept: int = 0
@@ -74,6 +90,7 @@ def written_back(
     gridded: Mapping[str, tuple[str, tuple[int, ...]]],
     reading: Reading,
     weights: bool = True,
+    fits: Mapping[str, Fit] | None = None,
 ) -> Written:
     """Returns a float graph in the scheme of the graph that it was read from.
 
@@ -83,8 +100,9 @@ def written_back(
         gridded: of constants that stand for whole numbers, the weight (of ``reading``) and the axes that they have there.
         reading: what the graph was.
         weights: whether weights become whole numbers; if not, activations alone are quantised.
+        fits: grids of weights, by their constants, that are known; others are found.
     """
-    writer = _Writer(proto, arrays, gridded, reading, weights)
+    writer = _Writer(proto, arrays, gridded, reading, weights, fits or {})
     writer.run()
     return writer.finished()
 
@@ -116,8 +134,10 @@ class _Writer:
         gridded: Mapping[str, tuple[str, tuple[int, ...]]],
         reading: Reading,
         weights: bool,
+        fits: Mapping[str, Fit],
     ) -> None:
         self.source, self.arrays, self.gridded, self.reading, self.whole = proto, arrays, gridded, reading, weights
+        self.fits = fits
         self.given = {t.name: t for t in proto.graph.initializer}
         self.outputs = {v.name for v in proto.graph.output}
         self.pairs = {pair.tensor: pair for pair in reading.pairs}
@@ -305,16 +325,10 @@ class _Writer:
             return self.stored[name]
         known, axes = self.gridded[name]
         weight = self.reading.weights[known]
-        values = self.value(name)
-        as_stored = laid_out(values.transpose(np.argsort(axes)))
-        scale = self._scale_of_bias(weight, as_stored)
-        if scale is not None:
-            grid, kept, grids = weight.grid.at_scale(as_stored, scale), 0, 0
-            if np.array_equal(grid.numbers, weight.grid.numbers) and np.array_equal(grid.scale, weight.grid.scale):
-                grid = weight.grid
-        else:
-            grid, kept, grids = weight.grid.refitted(as_stored)
-        result = self.result
+        as_stored = laid_out(self.value(name).transpose(np.argsort(axes)))
+        fit = self.fits.get(name) or self._fit(weight, as_stored)
+        result, (grid, kept, grids) = self.result, fit
+        result.fits[name] = fit
         result.weights += 1
         result.kept, result.grids = result.kept + kept, result.grids + grids
         result.unchanged += grid is weight.grid
@@ -324,6 +338,15 @@ class _Writer:
         names = self._initializers(name, grid, weight)
         self.stored[name] = _Stored(grid, *names, weight, axes)
         return self.stored[name]
+
+    def _fit(self, weight: Weight, values: Array) -> Fit:
+        """Returns the grid of a weight."""
+        scale = self._scale_of_bias(weight, values)
+        if scale is None:
+            return Fit(*weight.grid.refitted(values))
+        grid = weight.grid.at_scale(values, scale)
+        same = np.array_equal(grid.numbers, weight.grid.numbers) and np.array_equal(grid.scale, weight.grid.scale)
+        return Fit(weight.grid if same else grid, 0, 0)
 
     def _scale_of_bias(self, weight: Weight, values: Array) -> Array | None:
         """Returns the product of the scales of what is multiplied, of a bias that is stored so."""

@@ -47,6 +47,7 @@ class Sublayer:
         cached: whether keys and values of it are outputs of the graph, which stay.
         members: names of the groups of widths within it, in execution order.
         left: elements of their weights that stay when it goes.
+        bare: whether nothing stands in for it: what it adds to the stream is zero then.
     """
 
     target: gs.Variable
@@ -63,6 +64,12 @@ class Sublayer:
     cached: bool = False
     members: tuple[str, ...] = ()
     left: float = 0.0
+    bare: bool = False
+
+    @property
+    def maps(self) -> bool:
+        """Whether a map of x may stand in for it."""
+        return self.source is not None and not self.bare
 
     @property
     def activation(self) -> gs.Variable:
@@ -92,7 +99,7 @@ class Sublayer:
             self.target.name,
             source.name,
             None if matrix is None else matrix.astype(self.dtype),
-            bias.astype(self.dtype),
+            (np.zeros_like(bias) if self.bare else bias).astype(self.dtype),
         )
 
 

@@ -209,7 +209,7 @@ def _in_all(groups: tuple[ChannelGroup, ...], sparsity: float, choose: Callable[
 
 def step_of(group: ChannelGroup, multiple_of: int) -> int:
     """Returns the multiple that kept widths of ``group`` are of, in blocks; all of them where no multiple is smaller."""
-    return min(math.lcm(multiple_of if group.kind == "ffn" else 1, group.step), group.size)
+    return group.size if group.fixed else min(math.lcm(multiple_of if group.kind == "ffn" else 1, group.step), group.size)
 
 
 def _widths(size: int, step: int) -> NDArray[np.int64]:

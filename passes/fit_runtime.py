@@ -188,31 +188,32 @@ class FitRuntimePass(Pass[dict[str, int]]):
             step = math.lcm(group.step, plan[group.name])
             return replace(group, step=step, together=tied and group.kind == "heads")
 
-        state.groups = tuple(fitted(g) for g in state.groups)
+        state.groups = tuple(g if g.fixed else fitted(g) for g in state.groups)
         state.values, state.queries = tuple(map(fitted, state.values)), tuple(map(fitted, state.queries))
-        self._require_narrower(state)
+        narrowed = [g for g in state.groups if not g.fixed]
+        self._require_narrower(state, narrowed)
         expressible = state.get(Expressible)
         if expressible is not None:
             state.add(replace(expressible, allowed=_in_steps(state.groups, expressible)))
-        state.add(Fitted(self.runtime, self._phrases(state.groups), self.row.whole_layers))
+        state.add(Fitted(self.runtime, self._phrases(narrowed), self.row.whole_layers))
         return PassResult(state)
 
-    def _require_narrower(self, state: State) -> None:
+    def _require_narrower(self, state: State, groups: Sequence[ChannelGroup]) -> None:
         """Notes groups that no step leaves narrower.
 
         Raises:
             OptionError: there are none but these, or of a kind that was asked for.
         """
-        whole = [g for g in state.groups if step_of(g, 1) == g.size > 1]
+        whole = [g for g in groups if step_of(g, 1) == g.size > 1]
         for kind in self.asked:
-            own = [g for g in state.groups if g.kind == kind]
+            own = [g for g in groups if g.kind == kind]
             if own and all(g in whole for g in own):
                 widest = max(own, key=lambda g: g.size)
                 raise OptionError(
                     f"no narrower {kind} fits {self.wanting}: '{widest.name}' has {widest.size}, and what stays must be a "
                     f"multiple of {widest.step}; leave one of the two out"
                 )
-        if state.groups and len(whole) == len(state.groups):
+        if groups and len(whole) == len(groups):
             widest = max(whole, key=lambda g: g.size)
             raise OptionError(
                 f"nothing fits {self.wanting}: no group is wider than the multiples that it wants ('{widest.name}', "

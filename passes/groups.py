@@ -93,6 +93,7 @@ class ChannelGroup:
         whole: whether the sublayer is measured: "too", or "alone" where it goes.
         step: kept widths are multiples of so many blocks, as what runs the result wants it (`passes.fit_runtime`).
         together: whether groups of its kind and size keep one width, likewise.
+        fixed: whether it keeps its width, or goes with its whole sublayer.
     """
 
     name: str
@@ -114,6 +115,7 @@ class ChannelGroup:
     whole: Literal["", "too", "alone"] = ""
     step: int = 1
     together: bool = False
+    fixed: bool = False
 
     @property
     def block_width(self) -> int:

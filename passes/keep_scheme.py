@@ -2,10 +2,9 @@
 
 1. A weight that its grids say is on them to the last bit; any other is within a step of what it was repaired to.
 2. What is written computes what the original computes with the written numbers at their old places, zeros where channels
-   went, and activations quantised as they were. Both round activations, and not alike: a sum in another order, a range
-   without the channels that went. What a whole round of that does to the outputs is measured, as the larger of two
-   figures: the masked original with its activations quantised beside itself in floats, and the original as it came beside
-   its float reading. The two models may differ by ``FACTOR`` times that.
+   went, and activations quantised as they were. Both round the same activations, but for sums in another order, which tip
+   a number over where it lies between two steps. If every number were, they would differ by what a whole round of
+   quantising does: the masked original with its activations quantised beside itself in floats. That they may.
 3. It is read again, and its scheme must be the one that came.
 
 How far the outputs are from the quantised original's is measured on calibration batches that were held back.
@@ -22,8 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import Engine
+from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_form import is_valid, require_signature, require_valid
 from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal, onnx_graph
+from liar_opt.frontend.onnx_rounding import Numbers, Rounded, round_products
+from liar_opt.frontend.quantised_grids import laid_out
 from liar_opt.frontend.quantised_in import read_quantised
 from liar_opt.frontend.quantised_out import Written
 from liar_opt.frontend.weight_files import with_values, without_data
@@ -32,10 +34,10 @@ from liar_opt.passes.cut_vocabulary import wants_words
 from liar_opt.passes.open_model import stored_bytes
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.prune_groups import ConsumerRepair, Cut
+from liar_opt.passes.quantise_result import Feeds
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.passes.verify_model import (
     ComparedSessions,
-    dense_session,
     first_samples,
     masked_reference,
     output_differences,
@@ -43,8 +45,6 @@ from liar_opt.passes.verify_model import (
 from liar_opt.runtime.compare import TOLERANCES, OutputDifference
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 
-FACTOR = 3.0
-"""How much more than one round of quantising two models may differ by that both do it."""
 SAMPLES = 4
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -66,6 +66,7 @@ class KeptScheme(Finding):
         step: what quantising does to outputs, by the same measure.
         allowed: what the difference may be.
         floats: nodes that computed on whole numbers, and do on floats now.
+        rounded: how many weights were rounded with error feedback, and what that gained on held-back rows.
         outputs: how far each output is from that of the quantised original.
         bytes_before: of the weights that came.
         bytes_after: of those of the result.
@@ -85,6 +86,7 @@ class KeptScheme(Finding):
     step: float | None = None
     allowed: float | None = None
     floats: list[str] = field(default_factory=list)
+    rounded: Rounded = field(default_factory=Rounded)
     outputs: Mapping[str, OutputDifference] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
@@ -137,8 +139,8 @@ def keep_scheme(state: State) -> KeptScheme | None:
     state.progress("keep the scheme", 0, 2)
     model, reading = onnx_graph(state.model), dense.reading
     came = OnnxOriginal(reading.proto, dict(reading.arrays))
-    found = KeptScheme(reading.sentence(), bytes_before=stored_bytes(came))
-    written = model.written()
+    written, rounded = _rounded_anew(state, model, model.written())
+    found = KeptScheme(reading.sentence(), bytes_before=stored_bytes(came), rounded=rounded)
     small = OnnxOriginal(written.proto, written.arrays)
     try:
         require_signature(reading.proto, written.proto, model.resized)
@@ -152,8 +154,8 @@ def keep_scheme(state: State) -> KeptScheme | None:
         state.add(found, KeptModel(OnnxOriginal(*model.light())))
         return found
     state.progress("keep the scheme", 1, 2)
-    difference, step, rounding = _compared(state, written, session, came)
-    allowed = TOLERANCES[state.model.least_precision()] + FACTOR * (step + rounding)
+    difference, step, rounding = _compared(state, written, session)
+    allowed = TOLERANCES[state.model.least_precision()] + step + rounding
     if not difference <= allowed:
         raise CheckError(
             f"written in its scheme the cut model differs from the masked original by {difference:.1e}, and quantising "
@@ -178,11 +180,30 @@ def keep_scheme(state: State) -> KeptScheme | None:
     return found
 
 
+def _rounded_anew(state: State, model: OnnxModel, written: Written) -> tuple[Written, Rounded]:
+    """Rounds what was repaired anew, on the grids that it got, with error feedback where that loses less."""
+    floats = {c.name: np.asarray(c.values) for c in model.constants() if c.name in written.values}
+    axes = {name: own for name, (_, own) in model.gridded().items()}
+    grids = {}
+    for name, (grid, _, _) in written.fits.items():
+        if name in floats and grid.numbers.ndim == 2 and not np.array_equal(written.values[name], floats[name]):
+            seen = grid.moved(axes[name])
+            grids[name] = Numbers(seen.numbers.astype(np.int64), *seen.beside, grid.ends)
+    before = {name: grid.numbers for name, grid in grids.items()}
+    whole = OnnxOriginal(*model.light())
+    found = round_products(whole, grids, *Feeds(state).rows("pruned"), OnnxEngine(state.device)) if grids else Rounded()
+    fits = dict(written.fits)
+    for name in (n for n, grid in grids.items() if grid.numbers is not before[n]):
+        fit, numbers = fits[name], grids[name].numbers.transpose(np.argsort(axes[name]))
+        fits[name] = fit._replace(grid=replace(fit.grid, numbers=laid_out(numbers).astype(fit.grid.numbers.dtype)))
+    return (model.written(fits=fits) if found.kept else written), found
+
+
 def _compared_outputs(state: State) -> list[str]:
     return [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
 
 
-def _compared(state: State, written: Written, session: Any, came: OnnxOriginal) -> tuple[float, float, float]:
+def _compared(state: State, written: Written, session: Any) -> tuple[float, float, float]:
     """Returns how far the result is from the masked original, what quantising does, and what rounding anew does.
 
     The last is of weights whose numbers are not at one place in the original (values in another basis, say): the masked
@@ -204,8 +225,7 @@ def _compared(state: State, written: Written, session: Any, came: OnnxOriginal) 
     ours = run(session, cut_arrays(small, cut.ends), ends=False)
     theirs = run(engine.whole(OnnxOriginal(quantised.proto, quantised.arrays)), small, ends=True)
     floats = run(engine.whole(reference, "the masked original"), small, ends=True)
-    original = run(dense_session(state), small, ends=True)
-    step = max(relative_rms(theirs, floats), relative_rms(run(engine.whole(came), small, ends=True), original))
+    step = relative_rms(theirs, floats)
     rounding = _rounding(engine, model, written, placed, lambda of: run(of, cut_arrays(small, cut.ends), ends=False))
     return relative_rms(ours, theirs), step, rounding
 

@@ -166,7 +166,7 @@ class NoteCurves(GroupVisitor):
         sublayer = group.sublayer
         assert sublayer is not None
         item = whole_of(sublayer, moments[place_of(sublayer)])
-        for form in (GONE, MAPPED) if sublayer.source is not None else (GONE,):
+        for form in (GONE, MAPPED) if sublayer.maps else (GONE,):
             repaired = whole_repair(item, sublayer, form, None)
             if form == MAPPED and repaired.kind != "repair":
                 continue  # on held-back rows no map is better than the constant

@@ -20,6 +20,7 @@ from liar_opt.frontend.fx_onnx import export_onnx, symbolic_axes
 from liar_opt.frontend.fx_rewrite import cut_graph_module, cut_module, planned_state
 from liar_opt.frontend.hf_checkpoint import FieldChange, express, positions
 from liar_opt.frontend.onnx_model import OnnxOriginal
+from liar_opt.frontend.onnx_quantise import require_quantiser
 from liar_opt.frontend.own_text import GenerateWriter
 from liar_opt.frontend.weight_files import lightened, write_model
 from liar_opt.passes.allocate_widths import Expressible
@@ -47,6 +48,7 @@ from liar_opt.passes.note_gradients import NoteGradientsPass
 from liar_opt.passes.open_module import OpenedModule, load_module_state, module_of, opened_again, traced_model
 from liar_opt.passes.options import BACKENDS, DECI, PruneOptions
 from liar_opt.passes.prune_groups import PruneGroupsPass
+from liar_opt.passes.quantise_module import ELSEWHERE, quantise_module, require_form
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report
 from liar_opt.passes.result import ModuleResult
@@ -65,7 +67,6 @@ if TYPE_CHECKING:
 
 ONE_WIDTH = "a configuration has one width for the queries, keys and values of all layers"
 UNSAID = {VALUES: ONE_WIDTH, QUERY_KEY: ONE_WIDTH, RECURRENT: "no configuration says the units of recurrent layers alone"}
-ELSEWHERE = "write ONNX with --format onnx (in Python: checkpoint=False)"
 TIMED_SECONDS = 0.3
 """Seconds that timing may take beside a first run of each model, and one more where that takes longer."""
 
@@ -91,11 +92,9 @@ class TorchBackend(Backend):
         lookup("backend", dict.fromkeys(BACKENDS), options.backend)
         if isinstance(options.checkpoint, str):
             lookup("checkpoint", {DECI: None}, options.checkpoint)
-        if options.quantize is not None and options.checkpoint is not False:
-            raise OptionError(
-                "quantize makes ONNX, and the result would be a module or a checkpoint; write ONNX with --format onnx (in "
-                "Python: checkpoint=False), or quantise the pruned one with torchao (pip install torchao)"
-            )
+        if options.checkpoint is False:
+            require_quantiser(options.quantize)
+        require_form(options)
         if options.quantize is not None and (options.target or "").strip().startswith("size"):
             raise OptionError("the size of a quantised file is a target of ONNX files alone; export first, and prune that")
         if options.sparse_storage and options.checkpoint:
@@ -133,12 +132,17 @@ class TorchBackend(Backend):
         checkpoint = opened.stock if options.checkpoint is None else options.checkpoint
         if checkpoint and is_deci(module_of(state)):
             checkpoint = DECI
+        if options.quantize is not None and options.checkpoint is None and not checkpoint:
+            raise OptionError(
+                f"quantize makes ONNX, or a checkpoint, and {type(module_of(state)).__name__} has none; {ELSEWHERE}"
+            )
         options = replace(
             options,
             checkpoint=checkpoint,
             tokenizer=opened.folder if options.tokenizer is None and readable else options.tokenizer,
         )
         if options.checkpoint:
+            require_form(options)
             _tie(state)
         require_fit(options, "checkpoint" if options.checkpoint else "onnx")
         return cls(state, calibration, options, inputs)
@@ -166,7 +170,7 @@ class TorchBackend(Backend):
                 f"allocation '{chosen.widths.allocate}' gives each layer a width of its own, and a configuration has one "
                 f"for all of a kind; leave allocate out, or {ELSEWHERE}"
             )
-        if options.whole_layers == "on" and (checkpoint or uniform):
+        if options.whole_layers == "on" and ((checkpoint and not deci) or uniform):
             raise OptionError(
                 "whole-layers works on a traced graph: stock code of a checkpoint runs every layer that its configuration "
                 f"counts, and all alike; leave it out, or {ELSEWHERE}"
@@ -182,7 +186,7 @@ class TorchBackend(Backend):
         curves = chosen.curves
         if curves is not None and cut.score in GRADIENT_SCORES and widths.allocate == "curves":
             curves = replace(curves, score="greedy")  # curves alone are read, no values of that score
-        if curves is not None and (checkpoint or uniform):
+        if curves is not None and (checkpoint or uniform) and not (deci and options.whole_layers == "on"):
             curves = replace(curves, whole="off")
         gradients = None
         if cut.score in GRADIENT_SCORES:
@@ -203,7 +207,7 @@ class TorchBackend(Backend):
         stored = self.state.found(OpenedModule).folder is not None
         said: list[Pass[Any]] = []
         if options.checkpoint == DECI:
-            said = [ExpressDeciPass("heads" in asked)]
+            said = [ExpressDeciPass("heads" in asked, options.whole_layers == "on")]
         elif options.checkpoint and (required or stored):
             said = [ExpressWidthsPass(asked, required)]
         return [*said, *super().narrowing(required)]
@@ -342,6 +346,14 @@ class TorchBackend(Backend):
     def fitting(self) -> list[Pass[Any]]:
         """Returns what gives the module its new weights."""
         return [FitModulePass(bool(self.options.checkpoint))]
+
+    def quantise(self, report: Report, state: State, batch: Mapping[str, Any]) -> None:
+        """Quantises a checkpoint by torchao, and what becomes ONNX as ONNX."""
+        if self.options.quantize is None or not self.options.checkpoint:
+            super().quantise(report, state, batch)
+            return
+        report.quantised = quantise_module(state, batch, self.options.latency)
+        state.seconds["quantise"] = report.quantised.seconds
 
     def as_graphs(self, state: State) -> tuple[OnnxOriginal, OnnxOriginal]:
         """Returns the module, and what is left of it, exported."""

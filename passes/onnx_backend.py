@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from liar_opt.frontend.causal import positions
 from liar_opt.frontend.onnx_engine import cannot_load
 from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
+from liar_opt.frontend.onnx_quantise import require_quantiser
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
 from liar_opt.passes.backend import PATIENCE, SPREAD, Backend, inputs_of
@@ -55,6 +56,7 @@ class OnnxBackend(Backend):
     def require_possible(cls, calibration: Any, options: PruneOptions) -> None:
         """Checks options that need no model."""
         super().require_possible(calibration, options)
+        require_quantiser(options.quantize)
         require_fit(options, "onnx")
 
     @classmethod

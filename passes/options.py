@@ -135,8 +135,9 @@ class PruneOptions:
             before them, which a checkpoint can say, "none" nothing; "auto" takes "fold" for checkpoints and else "map".
         runtime: what the result is to run on; widths then are what its kernels want, and equal where it knows one number.
         tensor_parallel: the parts that the result is to be split into; they divide all heads and feed-forward widths.
-        quantize: quantise the result, which then is ONNX: "int8" (activations as they come), "int8-static" (their ranges
-            from the calibration data) or "int4" (weights in blocks, which widths then are multiples of).
+        quantize: quantise the result: ONNX to "int8" (activations as they come), "int8-static" (their ranges from the
+            calibration data) or "int4" (weights in blocks, which widths then are multiples of), a checkpoint to "int8"
+            (weights alone, by torchao).
         sparse_storage: write weights of many zeros as sparse initializers (ONNX), where that takes fewer bytes.
         tune: minutes, at the most, in which a small subset of a pruned module is trained against the outputs of the dense
             one on the calibration data, nothing labelled; undone where that is no better on held-back batches. Without it

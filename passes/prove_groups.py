@@ -136,7 +136,7 @@ class ProveGroupsPass(Pass[Mapping[str, int]]):
         keep: dict[str, int] = {}
         for number, group in enumerate(first):
             assert group.sublayer is not None
-            keep[group.name] = MAPPED if number % 2 and group.sublayer.source is not None else GONE
+            keep[group.name] = MAPPED if number % 2 and group.sublayer.maps else GONE
         wrong = current().once(lambda: proof.faults(keep))
         at_fault = {name for g in first if g.sublayer is not None and g.name in wrong for name in g.sublayer.members}
         state.groups = tuple(replace(g, sublayer=None) if g.name in at_fault else g for g in state.groups)

@@ -12,13 +12,12 @@ does not take the graph, its words are in the report, and the result stays the f
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
-from liar_opt.frontend.engine import Engine
 from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.onnx_quantise import (
@@ -28,7 +27,6 @@ from liar_opt.frontend.onnx_quantise import (
     RefusedError,
     Scheme,
     quantised,
-    require_quantiser,
     words_of,
 )
 from liar_opt.frontend.onnx_rounding import Rounded, Rows, rounded_anew
@@ -127,7 +125,6 @@ def require_quantisable(options: PruneOptions) -> None:
     if name is None:
         return
     lookup("quantize", dict.fromkeys(SCHEMES), name)
-    require_quantiser(name)
     row = RUNTIMES.get(options.runtime or "")
     if row is not None and name not in row.schemes:
         raise OptionError(
@@ -154,6 +151,69 @@ def require_room(state: State, options: PruneOptions) -> None:
         raise OptionError(f"quantize holds the whole model in memory, which {limit} does not; give more, or leave it out")
 
 
+@dataclass(eq=False)
+class Corners:
+    """The models that there are, and how they are run.
+
+    Attributes:
+        state: behind the checks.
+        scheme: how they are quantised.
+        load: returns what runs one of them.
+        deployed: returns what is timed of one.
+        models: with the bytes of its file, each by its name and whether it is quantised; the dense one first.
+        refused: why there is no quantised one, by name.
+        rounded: what came of rounding with error feedback.
+    """
+
+    state: State
+    scheme: Scheme
+    load: Callable[[Any], Any]
+    deployed: Callable[[Any], Any]
+    models: dict[tuple[str, bool], tuple[Any, int]]
+    refused: dict[str, str] = field(default_factory=dict)
+    rounded: Rounded = field(default_factory=Rounded)
+
+    def __post_init__(self) -> None:
+        self.began, self.feeds = time.perf_counter(), Feeds(self.state)
+        self.state.progress("quantise", 0, 2)
+
+    def quantise(self, make: Callable[[str, Any], tuple[Any, int]], batch: Mapping[str, Any]) -> None:
+        """Adds both models quantised, where they can be and run then; ``make`` returns one, with its bytes."""
+        for done, name in enumerate(("dense", "pruned")):
+            try:
+                small, size = make(name, self.models[name, False][0])
+                _require_runs(self.load, small, self.feeds.of(name, batch))
+                self.models[name, True] = small, size
+            except RefusedError as err:
+                self.refused[name] = str(err)
+            self.state.progress("quantise", done + 1, 2)
+
+    def compared(self, batch: Mapping[str, Any], timed: bool) -> Quantised:
+        """Compares them and adds what was found; ``batch`` is timed where anything is."""
+        assert self.state.calibration is not None
+        held = held_batches(len(self.state.calibration.batches))[:HELD]
+        output, rows, quality = _quality(self, held)
+        times, shapes = _times(self, batch) if timed else ({}, None)
+        corners = [
+            Corner(name, small, size, times.get((name, small)), *quality.get((name, small), (None, None)))
+            for (name, small), (_, size) in sorted(self.models.items(), key=lambda entry: (entry[0][1], entry[0][0]))
+        ]
+        found = Quantised(
+            self.scheme.name,
+            self.scheme.block if self.scheme.name == BLOCKS else None,
+            self.refused.get("pruned"),
+            self.refused.get("dense"),
+            output,
+            rows,
+            shapes,
+            self.rounded,
+            corners,
+            time.perf_counter() - self.began,
+        )
+        self.state.add(found)
+        return found
+
+
 def quantise_result(
     state: State,
     scheme: Scheme,
@@ -172,53 +232,29 @@ def quantise_result(
         batch: what is timed.
         timed: whether anything is.
     """
-    assert state.calibration is not None
-    began, data = time.perf_counter(), state.calibration
-    state.progress("quantise", 0, 2)
-    held = held_batches(len(data.batches))
-    fitted = [i for i in range(len(data.batches)) if i not in held or len(held) == len(data.batches)]
-    feeds, engine, rounded = _Feeds(state), OnnxEngine(state.device), Rounded()
-    models: dict[tuple[str, bool], tuple[OnnxOriginal, int]] = {
-        ("dense", False): (dense, _bytes(dense)),
-        ("pruned", False): (pruned, _bytes(pruned)),
-    }
-    refused: dict[str, str | None] = {"dense": None, "pruned": None}
-    for done, (name, model) in enumerate((("dense", dense), ("pruned", pruned))):
-        try:
-            ranges = [feeds.of(name, data.batches[i]) for i in fitted] if scheme.name == STATIC else ()
-            small, size = quantised(model, scheme, ranges)
-            if name == "pruned":
-                small, rounded = rounded_anew(model, small, feeds.rows(name, fitted), feeds.rows(name, held), engine)
-            _require_runs(engine, small, feeds.of(name, batch))
-            models[name, True] = small, size
-        except RefusedError as err:
-            refused[name] = str(err)
-        state.progress("quantise", done + 1, 2)
-    output, rows, quality = _quality(state, models, feeds, held[:HELD])
-    times, shapes = _times(state, models, feeds, batch) if timed else ({}, None)
-    corners = [
-        Corner(name, small, size, times.get((name, small)), *quality.get((name, small), (None, None)))
-        for (name, small), (_, size) in sorted(models.items(), key=lambda entry: (entry[0][1], entry[0][0]))
-    ]
-    found_all = Quantised(
-        scheme.name,
-        scheme.block if scheme.name == BLOCKS else None,
-        refused["pruned"],
-        refused["dense"],
-        output,
-        rows,
-        shapes,
-        rounded,
-        corners,
-        time.perf_counter() - began,
+    engine = OnnxEngine(state.device)
+    found = Corners(
+        state,
+        scheme,
+        engine.whole,
+        lambda model: deployed(model, state.device),
+        {("dense", False): (dense, _bytes(dense)), ("pruned", False): (pruned, _bytes(pruned))},
     )
-    state.add(found_all)
-    if ("pruned", True) in models:
-        state.add(QuantisedModel(models["pruned", True][0]))
-    return found_all
+
+    def make(name: str, model: OnnxOriginal) -> tuple[OnnxOriginal, int]:
+        rows = found.feeds.rows(name)
+        small, size = quantised(model, scheme, rows[0].feeds if scheme.name == STATIC else ())
+        if name == "pruned":
+            small, found.rounded = rounded_anew(model, small, *rows, engine)
+        return small, size
+
+    found.quantise(make, batch)
+    if ("pruned", True) in found.models:
+        state.add(QuantisedModel(found.models["pruned", True][0]))
+    return found.compared(batch, timed)
 
 
-class _Feeds:
+class Feeds:
     """What each model is fed: what shrank is cut, ids of words that stay are numbered anew where the model wants that."""
 
     def __init__(self, state: State) -> None:
@@ -227,10 +263,15 @@ class _Feeds:
         self.words = state.get(ChosenWords)
         self.data = state.calibration
 
-    def rows(self, name: str, places: Sequence[int]) -> Rows:
-        """Returns some of the calibration batches as a model is fed, with which rows are real."""
-        assert self.data is not None
-        return Rows([self.of(name, self.data.batches[i]) for i in places], [self.data.row_masks[i] for i in places])
+    def rows(self, name: str) -> tuple[Rows, Rows]:
+        """Returns the calibration batches as a model is fed, with which rows are real, and those that are held back."""
+        data = self.data
+        assert data is not None
+        held = held_batches(len(data.batches))
+        fitted = [i for i in range(len(data.batches)) if i not in held or len(held) == len(data.batches)]
+        fed = ([self.of(name, data.batches[i]) for i in places] for places in (fitted, held))
+        masks = ([data.row_masks[i] for i in places] for places in (fitted, held))
+        return Rows(next(fed), next(masks)), Rows(next(fed), next(masks))
 
     def of(self, name: str, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what a batch is for the dense or the pruned model."""
@@ -245,43 +286,38 @@ def _bytes(model: OnnxOriginal) -> int:
     return int(light.ByteSize()) + sum(a.nbytes for a in arrays.values())
 
 
-def _require_runs(engine: Engine, model: OnnxOriginal, feeds: Mapping[str, Any]) -> None:
+def _require_runs(load: Callable[[Any], Any], model: Any, feeds: Mapping[str, Any]) -> None:
     """Runs a quantised model once.
 
     Raises:
         RefusedError: it cannot be loaded, does not run, or gives what is not finite.
     """
     try:
-        found = engine.whole(model).run(feeds, arrays=True)
+        found = load(model).run(feeds, arrays=True)
     except MemoryError:
         raise
     except Exception as err:
-        raise RefusedError(f"ONNX Runtime does not run what it made: {words_of(err)}") from err
+        raise RefusedError(f"what it made does not run: {words_of(err)}") from err
     for name, value in found.items():
         if value.dtype.kind == "f" and np.isnan(value).any():
             raise RefusedError(f"output '{name}' of what it made holds numbers that are none (NaN)")
 
 
-def _quality(
-    state: State,
-    models: Mapping[tuple[str, bool], tuple[OnnxOriginal, int]],
-    feeds: _Feeds,
-    held: Sequence[int],
-) -> tuple[str | None, int, dict[tuple[str, bool], tuple[float, float]]]:
+def _quality(found: Corners, held: Sequence[int]) -> tuple[str | None, int, dict[tuple[str, bool], tuple[float, float]]]:
     """Returns the output that is compared, its rows, and cosine and difference of each model; one is loaded at a time."""
-    assert state.calibration is not None
-    data, engine = state.calibration, OnnxEngine(state.device)
+    data, feeds = found.state.calibration, found.feeds
+    assert data is not None
     wanted: dict[int, dict[str, Any]] = {}
     first, rows = None, 0
     result = {}
-    for key, (model, _) in models.items():  # the dense one first
-        session, meter = engine.whole(model), DifferenceMeter()
+    for key, (model, _) in found.models.items():
+        session, meter = found.load(model), DifferenceMeter()
         for i in held:
-            found = session.run(feeds.of(key[0], data.batches[i]), arrays=True)
+            outputs = session.run(feeds.of(key[0], data.batches[i]), arrays=True)
             if key == ("dense", False):
-                wanted[i] = cut_arrays(found, feeds.ends)
+                wanted[i] = cut_arrays(outputs, feeds.ends)
             for name, theirs in wanted[i].items():
-                ours = found[name] if key[0] == "pruned" else cut_arrays({name: found[name]}, feeds.ends)[name]
+                ours = outputs[name] if key[0] == "pruned" else cut_arrays({name: outputs[name]}, feeds.ends)[name]
                 if ours.shape != theirs.shape or ours.dtype.kind != "f":
                     continue
                 both = np.isfinite(ours) & np.isfinite(theirs)  # logits of words that went are -inf
@@ -297,17 +333,15 @@ def _quality(
     return first, rows, result
 
 
-def _times(
-    state: State, models: Mapping[tuple[str, bool], tuple[OnnxOriginal, int]], feeds: _Feeds, batch: Mapping[str, Any]
-) -> tuple[dict[tuple[str, bool], float], str | None]:
+def _times(found: Corners, batch: Mapping[str, Any]) -> tuple[dict[tuple[str, bool], float], str | None]:
     """Returns the seconds of each model, timed in turns, and what they ran on."""
     try:
-        found = measure_latency(
-            [deployed(model, state.device) for model, _ in models.values()],
-            [feeds.of(name, batch) for name, _ in models],
+        times = measure_latency(
+            [found.deployed(model) for model, _ in found.models.values()],
+            [found.feeds.of(name, batch) for name, _ in found.models],
             budget=SECONDS,
             least=8,
         )
     except CannotTime:
         return {}, None
-    return dict(zip(models, found.seconds, strict=True)), found.batch
+    return dict(zip(found.models, times.seconds, strict=True)), times.batch

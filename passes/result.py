@@ -30,6 +30,7 @@ from liar_opt.passes.express_widths import FinalFields
 from liar_opt.passes.fit_module import CutModule
 from liar_opt.passes.groups import ChannelGroup, Refusal
 from liar_opt.passes.open_module import OpenedModule
+from liar_opt.passes.quantise_module import QuantisedModule
 from liar_opt.passes.quantise_result import QuantisedModel
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.places import Places
@@ -125,8 +126,9 @@ class ModuleResult(PruneResult):
     """A pruned module and what was done to it.
 
     Attributes:
-        module: the module, smaller; called as before. Where no attributes make its own code fit the cut weights, the
-            traced graph, with the arguments that were traced and no dropout; a note in the report says why.
+        module: the module, smaller; called as before; quantised where a checkpoint was asked to be. Where no attributes
+            make its own code fit the cut weights, the traced graph, with the arguments that were traced and no dropout; a
+            note in the report says why.
         report: plain data, as for ONNX files; ``verification.attributes`` names the attributes that were changed.
         changes: what the passes did.
         refusals: what did not qualify, and why.
@@ -154,7 +156,8 @@ class ModuleResult(PruneResult):
             assert isinstance(came, FxOriginal)
             self.module: torch.nn.Module = came.module
         else:
-            self.module = cut.module
+            small = state.get(QuantisedModule)
+            self.module = cut.module if small is None else small.module
         self.report, self.changes, self.refusals, self.sparse_storage = report, changes, refusals, sparse_storage
         self.groups: tuple[ChannelGroup, ...] = state.groups
         self.fields: tuple[FieldChange, ...] | None = None if fields is None else fields.changes
@@ -164,6 +167,7 @@ class ModuleResult(PruneResult):
         self.inputs = given if self.folder is None else replace(given, models=(*given.models, self.folder))
         self._model, self._example = state.model, opened.example
         self._quantised = state.get(QuantisedModel)
+        self._by_torchao = state.get(QuantisedModule) is not None
         whole = state.get(WholeModule)
         self.words = None if whole is None else state.get(ChosenWords)  # a dry run has chosen words, and cut none
         self._whole = None if whole is None else whole.module
@@ -206,6 +210,8 @@ class ModuleResult(PruneResult):
         """
         if self._quantised is not None:
             return self._quantised.model.as_given()
+        if self._by_torchao:
+            raise OptionError("what torchao quantised is a checkpoint, and no ONNX; give checkpoint=False for that")
         axes, words = symbolic_axes(self._model.signature), self.words
         if words is None or self._whole is None or self._small is not None:
             return export_onnx(self.module, self._example, axes)
@@ -234,6 +240,8 @@ class ModuleResult(PruneResult):
             write = None if small is None or words is None else functools.partial(small.write, words.kept)
             return save_checkpoint(self.module, path, self.folder, self.fields, self._example, force=force, tokenizer=write)
         check_output(path, None, force, self.inputs)
+        if self._by_torchao:
+            raise OptionError(f"what was quantised is a checkpoint, and '{path}' is none; give the path of a folder")
         if path.suffix == ".pt2" and self._quantised is not None:
             raise OptionError(f"what was quantised is ONNX, and '{path}' is not; give a path that ends in .onnx")
         if self._small is not None and self.words is not None:

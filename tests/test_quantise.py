@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import onnx
 import onnxruntime
 import pytest
 import test_runtimes
+import torch
+import transformers
 from test_runtimes import batches, export, made, widths
 
 import liar_opt
@@ -25,7 +28,8 @@ from liar_opt.frontend.weight_files import lightened
 from liar_opt.passes import quantise_result
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.quantise_result import require_room
-from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.errors import ModelError, OptionError
+from liar_opt.tools import cli
 from liar_opt.tools.report import corners
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,8 +105,6 @@ def test_a_module_is_quantised_as_onnx(tmp_path: Path) -> None:
     feeds = batches(1)[0]
     with pytest.raises(OptionError, match="what was quantised is ONNX"):
         result.save(tmp_path / "small.pt2")
-    import torch
-
     with torch.no_grad():
         wanted = result.module(**{k: torch.from_numpy(v) for k, v in feeds.items()}).logits.numpy()  # type: ignore[attr-defined]
     assert cosine(first(saved, feeds), wanted) > 0.99
@@ -143,9 +145,53 @@ def test_a_model_that_is_not_held_is_not_quantised() -> None:
         require_room(state, PruneOptions(quantize="int4"))
 
 
-def test_a_checkpoint_is_not_quantised() -> None:
-    with pytest.raises(OptionError, match=r"quantize makes ONNX.*--format onnx"):
+def test_a_checkpoint_is_quantised_by_torchao(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchao")
+    made().save_pretrained(tmp_path / "model")
+    np.savez(tmp_path / "data.npz", **{k: np.concatenate([b[k] for b in batches()]) for k in batches(1)[0]})  # type: ignore[arg-type]
+    given = [str(tmp_path / "model"), "--calibration", str(tmp_path / "data.npz"), "--ffn", "0.4", "--quantize", "int8"]
+    report = tmp_path / "report.json"
+    assert cli.main([*given, "-o", str(tmp_path / "out"), "--report", str(report)]) == 0
+    assert "quantised to int8" in capsys.readouterr().out.splitlines()[-1]
+    found = json.loads(report.read_text("utf-8"))["quantised"]
+    sizes = [corner["bytes"] for corner in found["corners"]]
+    assert found["refused"] is None and sizes[3] < sizes[2] < sizes[1] < sizes[0]
+    assert found["output"] == "logits" and all(0.9 < c["cosine"] < 1.0 - 1e-6 for c in found["corners"][1:])
+    assert all(corner["seconds"] > 0 for corner in found["corners"])
+    assert sizes[3] == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(loaded.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    result = liar_opt.prune(made(), batches(), **SMALL)
+    ours: Any = result.module  # type: ignore[attr-defined]
+    feeds = {k: torch.from_numpy(v) for k, v in batches(1)[0].items()}
+    with torch.no_grad():
+        x, y = (m(**feeds).logits.numpy() for m in (loaded, ours))
+    assert cosine(x, y) > 0.99 and not np.array_equal(x, y)
+    with pytest.raises(ModelError, match=r"is quantised \(torchao\); prune the float checkpoint"):
+        liar_opt.inspect(tmp_path / "out")
+
+
+def test_a_checkpoint_without_torchao_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "torchao" else found(name))
+    with pytest.raises(OptionError, match=r"quantize of a checkpoint needs the package 'torchao'.*liar-opt\[torchao\]"):
         liar_opt.prune(made(), batches(), quantize="int8", ffn=0.3)
+
+
+NOT_SAID: dict[str, tuple[dict[str, Any], str]] = {
+    "int4": ({"quantize": "int4"}, "a checkpoint is quantised to int8 alone: .*give int8, or write ONNX"),
+    "static": ({"quantize": "int8-static"}, "a checkpoint is quantised to int8 alone"),
+    "deci": ({"quantize": "int8", "checkpoint": "deci"}, "what reads DeciLM reads no weights of torchao"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SAID)
+def test_what_a_checkpoint_cannot_say_is_refused(name: str) -> None:
+    options, match = NOT_SAID[name]
+    with pytest.raises(OptionError, match=match):
+        liar_opt.prune(made(), batches(), ffn=0.3, **{"checkpoint": True, **options})
+    with pytest.raises(OptionError, match="and Linear has none"):
+        liar_opt.prune(torch.nn.Linear(8, 8), [{"input": torch.ones(2, 8)}], quantize="int8", ffn=0.3)
 
 
 @pytest.mark.parametrize("where", ["quantiser", "run"])

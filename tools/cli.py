@@ -418,7 +418,7 @@ def _note_sizes(report: dict[str, Any], output: Path) -> None:
         return
     for corner in report["quantised"]["corners"]:
         if corner["name"] == "pruned":
-            corner["bytes"] = output.stat().st_size if corner["quantised"] else corner["bytes"]
+            corner["bytes"] = file_bytes(output, 0) if corner["quantised"] else corner["bytes"]
             report["after"]["file_bytes"] = corner["bytes"] if not corner["quantised"] else report["after"]["file_bytes"]
 
 

@@ -187,11 +187,23 @@ def scheme_kept(kept: Mapping[str, Any]) -> str:
         return f"scheme: the model came as {kept['came']}; the result stays in floats: {kept['refused']}"
     floats = len(kept["floats"])
     told = f"; {floats} {'node computes' if floats == 1 else 'nodes compute'} in floats now" if floats else ""
+    told += f"; {anew}" if (anew := rounded_anew(kept["rounded"])) else ""
     came = "" if kept["came"] == kept["written"] else f"; it came as {kept['came']}"
     return (
         f"scheme kept: {kept['written']}{came}; {kept['unchanged']} of {kept['weights']} weights are the same to the byte, "
         f"{kept['kept']:,} of {kept['grids']:,} scales stayed; it equals the masked original, quantised, to "
         f"{kept['difference']:.1e} (quantising allows {kept['allowed']:.1e}){told}"
+    )
+
+
+def rounded_anew(anew: Mapping[str, Any]) -> str:
+    """What rounding with error feedback gained; nothing where no weight was rounded so."""
+    if not anew["kept"]:
+        return ""
+    less = 1.0 - anew["after"] / (anew["before"] or 1.0)
+    return (
+        f"{anew['kept']} of {anew['weights']} weights of the pruned model are rounded with error feedback, which loses "
+        f"{100 * less:.0f} % less on held-back rows"
     )
 
 
@@ -329,13 +341,8 @@ def corner_notes(report: Report) -> Iterator[str]:
     found = report["quantised"]
     if found["output"] is not None:
         yield f"(3) '{found['output']}' beside the dense float model's: {found['rows']:,} rows that were held back"
-    anew = found["rounded"]
-    if anew["kept"]:
-        less = 1.0 - anew["after"] / (anew["before"] or 1.0)
-        yield (
-            f"{anew['kept']} of {anew['weights']} weights of the pruned model are rounded with error feedback, which loses "
-            f"{100 * less:.0f} % less on held-back rows"
-        )
+    if anew := rounded_anew(found["rounded"]):
+        yield anew
     if found["dense_refused"]:
         yield f"the quantiser refuses the dense model: {found['dense_refused']}"
     if found["refused"]:
