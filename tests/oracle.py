@@ -5,19 +5,23 @@ vector in front of every consumer.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.frontend.walk import GraphWalk, walk
+from liar_opt.passes import judge
 from liar_opt.passes.find_groups import Found, find_groups
 from liar_opt.passes.groups import ChannelGroup, Consumer, kept_positions
 from liar_opt.passes.sweep import cut_arrays
+from liar_opt.passes.verify_model import first_difference
 
 Kept = dict[str, list[int]]
 Ends = dict[str, dict[int, np.ndarray]]
@@ -174,3 +178,26 @@ def difference(a: list[np.ndarray], b: list[np.ndarray]) -> float:
         scale = float(np.abs(y.astype(np.float64)).max()) or 1.0
         worst = max(worst, float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max()) / scale)
     return worst
+
+
+def relative_square(model: onnx.ModelProto, original: Path, batches: Sequence[Feeds]) -> float:
+    """Returns |y - y'|^2 / |y|^2 of the first output over the real tokens of all batches."""
+    lost, power, runs = 0.0, 0.0, [runner(proto) for proto in (model, onnx.load(original))]
+    for feeds in batches:
+        ours, theirs = (run_(feeds)[0] for run_ in runs)
+        real = feeds["attention_mask"].astype(bool)
+        lost += float(np.square(ours[real] - theirs[real]).sum())
+        power += float(np.square(theirs[real]).sum())
+    return lost / power
+
+
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns a list that gets the data on which each of several whole runs is judged."""
+    seen: list[Any] = []
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(arguments[2])
+        return first_difference(*arguments)
+
+    monkeypatch.setattr(judge, "first_difference", noted)
+    return seen

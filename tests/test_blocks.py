@@ -24,9 +24,7 @@ import liar_opt
 from liar_opt.frontend.blocks import find_stacks, inside, last_product
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import walk
-from liar_opt.passes import judge
 from liar_opt.passes.result import ModuleResult, PruneResult
-from liar_opt.passes.verify_model import first_difference
 from liar_opt.runtime.errors import ModelError, OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,13 +180,7 @@ def test_a_target_counts_the_blocks() -> None:
     "goal", [{"sparsity": 0.4}, pytest.param({"target": "flops=0.6x"}, marks=pytest.mark.rest)], ids=str
 )
 def test_as_many_blocks_go_as_leave_the_least_error(goal: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    judged: list[Any] = []
-
-    def noted(*arguments: Any) -> Any:
-        judged.append(arguments[2])
-        return first_difference(*arguments)
-
-    monkeypatch.setattr(judge, "first_difference", noted)
+    judged = oracle.judged(monkeypatch)
     result = liar_opt.prune(export("llama"), batches(), blocks="auto", multiple_of=4, fresh=True, **goal, **PLAIN)
     report, found = result.report, result.report["blocks_compared"]
     assert [one["blocks"] for one in found["tried"]] == list(range(len(found["tried"])))
@@ -202,13 +194,8 @@ def test_as_many_blocks_go_as_leave_the_least_error(goal: dict[str, Any], monkey
         assert report["prunable"]["after"] == pytest.approx(0.6 * report["prunable"]["before"], rel=0.02)
     else:
         assert report["after"]["flops"] == pytest.approx(0.6 * report["before"]["flops"], rel=0.02)
-    lost, power = 0.0, 0.0
-    for feeds in judged[0].batches:
-        ours, theirs = (oracle.run(model, feeds)[0] for model in (result.model, onnx.load(export("llama"))))
-        real = feeds["attention_mask"].astype(bool)
-        lost += np.square(ours[real] - theirs[real]).sum()
-        power += np.square(theirs[real]).sum()
-    assert errors[found["chosen"]] == pytest.approx(lost / power, rel=1e-3)
+    lost = oracle.relative_square(result.model, export("llama"), judged[0].batches)
+    assert errors[found["chosen"]] == pytest.approx(lost, rel=1e-3)
 
 
 def lazy() -> Any:
