@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import Engine
@@ -46,6 +47,7 @@ from liar_opt.runtime.compare import TOLERANCES, OutputDifference
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 
 SAMPLES = 4
+PRODUCTS = ("MatMul", "Gemm")
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -221,6 +223,7 @@ def _compared(state: State, written: Written, session: Any) -> tuple[float, floa
 
     repairs, placed = _at_their_places(model, state.repairs, written)
     reference = onnx_graph(masked_reference(dense, repairs, cut.query_forms, cut.stand_ins))
+    _zero_what_went(reference, repairs)
     quantised = reference.written(weights=False)
     ours = run(session, cut_arrays(small, cut.ends), ends=False)
     theirs = run(engine.whole(OnnxOriginal(quantised.proto, quantised.arrays)), small, ends=True)
@@ -228,6 +231,32 @@ def _compared(state: State, written: Written, session: Any) -> tuple[float, floa
     step = relative_rms(theirs, floats)
     rounding = _rounding(engine, model, written, placed, lambda of: run(of, cut_arrays(small, cut.ends), ends=False))
     return relative_rms(ours, theirs), step, rounding
+
+
+def _zero_what_went(model: OnnxModel, repairs: Sequence[ConsumerRepair]) -> None:
+    """Has what products contract be zero where channels went, as well as their weights: no range has it in it then.
+
+    The range of what is quantised as it comes has zero in it, whatever else it has.
+    """
+    nodes, done = {n.name: n for n in model.graph.nodes}, set()
+    for repair, use in ((own, use) for own in repairs for use in own.uses):
+        node = nodes.get(use.node.name)
+        if node is None or node.op not in PRODUCTS or use.weight_position != 1 or repair.expert is not None:
+            continue
+        read, kept = node.inputs[0], repair.index[use.weight_axis]
+        size = node.inputs[1].shape[use.weight_axis]
+        if not read.inputs or read.name in done or len(kept) == size:
+            continue
+        done.add(read.name)
+        (maker,) = read.inputs
+        mask = np.zeros(size, np.dtype(read.dtype or np.float32))
+        mask[kept] = 1
+        whole = gs.Variable(f"{read.name}/whole", read.dtype, read.shape)
+        maker.outputs[next(i for i, t in enumerate(maker.outputs) if t is read)] = whole
+        zeroed = gs.Node(
+            "Mul", f"{read.name}/zeroed", inputs=[whole, gs.Constant(f"{read.name}/mask", mask)], outputs=[read]
+        )
+        model.graph.nodes.insert(model.graph.nodes.index(maker) + 1, zeroed)
 
 
 def _at_their_places(

@@ -38,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", action="append", choices=("float", *SCHEMES), help="one of them alone; may be repeated")
     parser.add_argument("--sparsity", action="append", type=float, help="likewise")
     parser.add_argument("--sentences", type=int, default=HELD_OUT, help="held-out ones of MiniLM (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=CALIBRATION, help="of calibration (default: %(default)s)")
     parser.add_argument("--no-times", action="store_true", help="bytes and quality alone")
     parser.add_argument("--json", type=Path, help="keep the figures; those that it has are not made again")
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="wait for a quiet machine before timing")
@@ -51,12 +52,12 @@ class MiniLM:
     measure = "held-out cosine"
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        self.work = Workplace(folder, options)
+        self.work, self.samples = Workplace(folder, options), options.samples
         self.held = Held(self.work, options.sentences)
 
     def prune(self, **given: Any) -> Any:
         """Prunes it."""
-        return self.work.prune(self.work.model, fresh=False, **given)
+        return self.work.prune(self.work.model, fresh=False, samples=self.samples, **given)
 
     def quality(self, model: bytes) -> float:
         """How near embeddings are to those of the dense float model."""
@@ -72,7 +73,7 @@ class Classifier:
         del folder
         self.bed, self.seed = sentiment.ensure(), options.seed
         parts = sentiment.write_parts(self.bed)
-        drawn = np.random.default_rng(options.seed).permutation(len(parts["train"]))[:CALIBRATION]
+        drawn = np.random.default_rng(options.seed).permutation(len(parts["train"]))[: options.samples]
         self.texts, self.test = [parts["train"][i].sentence for i in drawn], parts["test"]
         self.ids = sentiment.token_ids([s.sentence for s in self.test], self.bed.checkpoint)
 
@@ -119,7 +120,8 @@ def main(options: argparse.Namespace) -> int:
         faster = [f"{value:.2f}" for value in cell.get("faster", ())] or ["", ""]
         rows.append([key[0], f"{100 * key[1]:.0f} %", f"{cell['bytes'] / 1e6:.1f}", *faster, f"{cell['quality']:.4f}"])
     head = ["weights", "removed", "MB", f"x faster, 1 x {TOKENS}", f"x faster, 8 x {TOKENS}", subject.measure]
-    print(f"{options.subject}, seed {options.seed}; {machine}.\n\n{table(head, rows)}")
+    told = f"{options.subject}, {options.samples} samples of calibration, seed {options.seed}"
+    print(f"{told}; {machine}.\n\n{table(head, rows)}")
     return 0
 
 
