@@ -31,6 +31,7 @@ from liar_opt.frontend.engine import ConstantPatch, Patch
 from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.lone_experts import (
     Selection,
+    in_modules,
     leave_out_experts,
     moved,
     only_theirs,
@@ -55,6 +56,7 @@ OVER_ALL = frozenset(
     {"ReduceSum", "ReduceMax", "ReduceL1", "sum", "amax", "zeros_like", "ConstantOfShape", "Expand", "expand", "OneHot"}
 )
 """Operators over the scores of all experts to which one that has none is as good as gone."""
+MODULES = "each is a module of its own, which goes in an ONNX file alone: export the module, and prune that"
 SUMMED = frozenset({"MatMul", "Einsum"})
 """Operators that may sum what experts give, each by its gate."""
 BETWEEN = POINTWISE | Trait.KEEPS_ORDER | Trait.TURNS | Trait.SHAPES | Trait.SHARES | Trait.LOOKS_UP
@@ -157,6 +159,10 @@ def find_experts(walk: GraphWalk) -> tuple[tuple[ExpertLayer, ...], tuple[Unfit,
         if axis is None:
             continue
         root = walk.algebra.find(axis)
+        if apart and node.op == "topk":  # of a module's graph, whose code would have to lose modules
+            if in_modules(walk, root, node.outputs[1:]):
+                unfit.append(Unfit(node.name, walk.algebra.size(root), MODULES))
+            continue
         if apart and root not in taken:
             taken[root] = selections(walk, root, node.outputs[1:])
         if not apart or {one.expert for one in taken[root]} == set(range(walk.algebra.size(root))):

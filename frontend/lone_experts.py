@@ -95,6 +95,19 @@ def selections(walk: GraphWalk, axis: int, chosen: Collection[gs.Tensor]) -> lis
     return found
 
 
+def in_modules(walk: GraphWalk, axis: int, chosen: Collection[gs.Tensor]) -> bool:
+    """Returns whether the graph of a module takes the number of each expert out, as `selections` finds it in ONNX graphs."""
+    size, leaves, count = walk.algebra.size(axis), walk.algebra.leaves(axis), 0
+    numbers = set(map(id, moved(chosen)))
+    for node in walk.model.graph.nodes:
+        if node.op == "eq":
+            count += any(id(t) in numbers for t in node.inputs)
+        elif node.op in ("select", "slice", "unbind", "split", "split_with_sizes"):
+            data = walk.axes.get(node.inputs[0].name) or ()
+            count += len(node.outputs) * any(walk.algebra.leaves(f) == leaves for f in data if walk.algebra.size(f) == size)
+    return count >= size
+
+
 def moved(tensors: Collection[gs.Tensor]) -> Iterator[gs.Tensor]:
     """Yields tensors, and what only lays them out anew."""
     waiting = list(tensors)
