@@ -30,7 +30,9 @@ from liar_opt.frontend.axes import AxisAlgebra
 from liar_opt.frontend.engine import ConstantPatch, Patch
 from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.lone_experts import (
+    ALL,
     Selection,
+    counted,
     in_modules,
     leave_out_experts,
     moved,
@@ -165,7 +167,7 @@ def find_experts(walk: GraphWalk) -> tuple[tuple[ExpertLayer, ...], tuple[Unfit,
             continue
         if apart and root not in taken:
             taken[root] = selections(walk, root, node.outputs[1:])
-        if not apart or {one.expert for one in taken[root]} == set(range(walk.algebra.size(root))):
+        if not apart or {one.expert for one in taken[root]} - {ALL} == set(range(walk.algebra.size(root))):
             found[root].append((node, scores))
     result: list[ExpertLayer] = []
     for factor, choices in found.items():
@@ -221,11 +223,16 @@ def _tie_placed(walk: GraphWalk, axis: int, numbers: gs.Tensor) -> None:
     """Says the same of what is read or written at the chosen numbers, or counts them."""
     for tensor in moved([numbers]):
         for node in tensor.outputs:
-            counted = node.op == "OneHot" and tensor is node.inputs[0]
-            if not counted and not (node.op in ("GatherElements", "ScatterElements") and tensor is node.inputs[1]):
-                continue
-            axes = walk.axes.get(node.outputs[0].name) if counted else walk.input_axes(node, 0)
-            along = axes[int(node.attrs.get("axis", -1 if counted else 0))] if axes else None
+            axes, place = None, int(node.attrs.get("axis", -1 if node.op == "OneHot" else 0))
+            if node.op == "OneHot" and tensor is node.inputs[0]:
+                axes = walk.axes.get(node.outputs[0].name)
+            elif node.op in ("GatherElements", "ScatterElements") and tensor is node.inputs[1]:
+                axes = walk.input_axes(node, 0)
+            elif node.op == "Equal":
+                other = int(tensor is node.inputs[0])
+                own = counted(walk, node, other, walk.algebra.size(axis))
+                axes, place = (None, 0) if own is None else (walk.input_axes(node, other), own)
+            along = axes[place] if axes else None
             if along is not None and walk.algebra.size(along) == walk.algebra.size(axis):
                 walk.algebra.unify(axis, along)
 

@@ -26,6 +26,7 @@ from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.walk import GraphWalk
 
+ALL = -1
 State = Literal["zero", "none"]
 """What is known of a tensor where an expert is never chosen: all zeros, or without a row."""
 TIMES = frozenset({"Mul", "And", "MatMul", "Einsum"})
@@ -43,10 +44,11 @@ class Selection:
     """Where one expert is taken out.
 
     Attributes:
-        expert: its place among all.
+        expert: its place among all; ``ALL`` where the chosen numbers are compared with those of all.
         node: what takes it out.
         output: what is zero where it is never chosen; None where the node lines up what experts give.
-        position: the input that says its place; None where the cut of the axis says it. Of what lines up, that of the expert.
+        position: the input that says its place; None where the cut of the axis says it. Of what lines up, that of the expert,
+            of a slice that of its start, behind which that of its end is.
     """
 
     expert: int
@@ -62,13 +64,15 @@ class Silenced:
     Attributes:
         joins: nodes that go, each with the input that stands for what it made, in the graph's order.
         drops: by id of a node, it and the positions of inputs that go.
-        terms: what experts give where it is added to the others.
+        terms: what experts give where it is added to the others, and so shows how much that is.
+        ends: all that is read of theirs where a node goes, or loses inputs.
         refused: why it is not known; "" where it is.
     """
 
     joins: list[tuple[gs.Node, gs.Tensor]] = field(default_factory=list)
     drops: dict[int, tuple[gs.Node, set[int]]] = field(default_factory=dict)
     terms: list[gs.Tensor] = field(default_factory=list)
+    ends: list[gs.Tensor] = field(default_factory=list)
     refused: str = ""
 
 
@@ -90,9 +94,20 @@ def selections(walk: GraphWalk, axis: int, chosen: Collection[gs.Tensor]) -> lis
             value = walk.value(node, position)
             if value is not None and value.size == 1 and 0 <= int(value.reshape(-1)[0]) < size:
                 found.append(Selection(int(value.reshape(-1)[0]), node, node.outputs[0], position))
+            elif counted(walk, node, position, size) is not None:
+                found.append(Selection(ALL, node, None, position))
         elif node.op in ("Gather", "Slice", "Split", "Concat"):
             found += _taken(walk, node, leaves, size)
     return found
+
+
+def counted(walk: GraphWalk, node: gs.Node, position: int, size: int) -> int | None:
+    """Returns the axis of a constant input along which it says 0, 1, .., size - 1; None where it does not."""
+    tensor = node.inputs[position]
+    value = walk.value(node, position) if is_constant(tensor) else None
+    if value is None or value.size != size or not np.array_equal(value.reshape(-1), np.arange(size)):
+        return None
+    return next((i for i, n in enumerate(value.shape) if n == size), None)
 
 
 def in_modules(walk: GraphWalk, axis: int, chosen: Collection[gs.Tensor]) -> bool:
@@ -133,13 +148,16 @@ def _taken(walk: GraphWalk, node: gs.Node, leaves: Sequence[int], size: int) -> 
         if int(node.attrs.get("axis", 0)) % len(axes) == axis and is_constant(index) and index.values.size == 1:
             yield Selection(int(index.values.reshape(-1)[0]) % size, node, node.outputs[0], 1)
         return
+    bounds = node.op == "Slice"
+    if bounds and not all(is_constant(t) and t.values.size == 1 for t in node.inputs[1:3]):
+        return
     if len(leaves) != size or (joins and int(node.attrs["axis"]) % len(axes) != axis):
         return
     for position, tensor in enumerate(node.inputs if joins else node.outputs):
         part = (walk.axes.get(tensor.name) or ()) if present(tensor) else ()
         expert = place.get(algebra.find(part[axis])) if len(part) == len(axes) else None
         if expert is not None:
-            yield Selection(expert, node, None if joins else tensor, position if joins else None)
+            yield Selection(expert, node, None if joins else tensor, position if joins else 1 if bounds else None)
 
 
 def silenced(walk: GraphWalk, order: Mapping[int, int], gone: Collection[Selection]) -> Silenced:
@@ -167,6 +185,7 @@ def silenced(walk: GraphWalk, order: Mapping[int, int], gone: Collection[Selecti
             note(one.output, "zero")
         elif one.position is not None:
             result.drops.setdefault(id(one.node), (one.node, set()))[1].add(one.position)
+            result.ends.append(one.node.inputs[one.position])
     while waiting:
         node = nodes[heapq.heappop(waiting)]
         quiet = {i: states[t.name] for i, t in enumerate(node.inputs) if t.name in states}
@@ -175,10 +194,12 @@ def silenced(walk: GraphWalk, order: Mapping[int, int], gone: Collection[Selecti
         state, left = _goes_on(walk, node, quiet)
         if left is not None:
             result.joins.append((node, left))
-            result.terms += [node.inputs[max(quiet)]]
+            result.terms += _given(node, max(quiet))
+            result.ends += [node.inputs[i] for i in quiet]
         elif state == "drop":
             result.drops.setdefault(id(node), (node, set()))[1].update(quiet)
             result.terms += [node.inputs[i] for i in quiet]
+            result.ends += [node.inputs[i] for i in quiet]
         elif state is None or any(t.name in ends for t in node.outputs):
             result.refused = f"{node.op} reads what the router says of one expert (node '{node.name}')"
             return result
@@ -186,6 +207,22 @@ def silenced(walk: GraphWalk, order: Mapping[int, int], gone: Collection[Selecti
             for tensor in node.outputs:
                 note(tensor, state)
     return result
+
+
+def _given(node: gs.Node, position: int) -> list[gs.Tensor]:
+    """Returns what an expert adds where a node goes; nothing where rows that were read are written back with it."""
+    tensor = node.inputs[position]
+    if node.op not in WRITES or node.attrs.get("reduction") == "add" or _made(node.inputs[0], "ConstantOfShape"):
+        return [tensor]
+    while tensor.inputs and has(tensor.inputs[0], Trait.KEEPS_ORDER):
+        tensor = tensor.inputs[0].inputs[0]
+    parts = tensor.inputs[0].inputs if _made(tensor, "Add") else []
+    own = [t for t in parts if not (t.inputs and has(t.inputs[0], Trait.LOOKS_UP) and t.inputs[0].inputs[0] is node.inputs[0])]
+    return own if len(own) == len(parts) - 1 else []
+
+
+def _made(tensor: gs.Tensor, op: str) -> bool:
+    return bool(tensor.inputs) and tensor.inputs[0].op == op
 
 
 def _goes_on(
@@ -260,25 +297,28 @@ def _is_summed(node: gs.Node) -> bool:
 
 def only_theirs(order: Mapping[int, int], nodes: Sequence[gs.Node], found: Silenced) -> list[gs.Constant]:
     """Returns the weights that nothing reads where what experts give is not added."""
-    joined = {id(node) for node, _ in found.joins} | set(found.drops)
-    ends = [*found.terms, *(node.inputs[i] for node, positions in found.drops.values() for i in positions)]
-    waiting = [-order[id(n)] for t in ends for n in t.inputs]
-    heapq.heapify(waiting)
+    leaves = {id(node) for node, _ in found.joins} | set(found.drops)
+    ended = {id(t) for t in found.ends}
     dead: set[int] = set()
+
+    def unread(tensor: gs.Tensor) -> bool:
+        readers = map(id, tensor.outputs)
+        return bool(tensor.outputs) and all(r in dead or (r in leaves and id(tensor) in ended) for r in readers)
+
+    waiting = [-order[id(n)] for t in found.ends for n in t.inputs]
+    heapq.heapify(waiting)
     weights: dict[int, gs.Constant] = {}
-    last = 1
     while waiting:
-        place = heapq.heappop(waiting)
-        node = nodes[-place]
-        if place == last or not all(t.outputs and all(id(r) in dead | joined for r in t.outputs) for t in node.outputs):
+        node = nodes[-heapq.heappop(waiting)]
+        if id(node) in dead or not all(map(unread, node.outputs)):
             continue
-        last = place
         dead.add(id(node))
-        weights |= {id(t): t for t in node.inputs if is_constant(t) and is_float(t.dtype)}
         for tensor in node.inputs:
+            if is_constant(tensor) and is_float(tensor.dtype):
+                weights[id(tensor)] = tensor
             for maker in [] if is_constant(tensor) else tensor.inputs:
                 heapq.heappush(waiting, -order[id(maker)])
-    return [t for t in weights.values() if all(id(r) in dead for r in t.outputs)]
+    return [t for t in weights.values() if unread(t)]
 
 
 def leave_out_experts(walk: GraphWalk, found: Silenced) -> None:
@@ -291,7 +331,7 @@ def leave_out_experts(walk: GraphWalk, found: Silenced) -> None:
         known[id(node.outputs[0])] = left
         hand_on(graph, left, node.outputs[0])
     for node, positions in found.drops.values():
-        node.inputs[:] = [t for i, t in enumerate(node.inputs) if i not in positions]
+        node.inputs = [t for i, t in enumerate(node.inputs) if i not in positions]
     before = list(graph.nodes)
     graph.cleanup(remove_unused_node_outputs=False).toposort()
     left_nodes = {id(node) for node in graph.nodes}
@@ -303,13 +343,19 @@ def renumber(rewriter: Rewriter, taken: Collection[Selection], kept: Sequence[in
     """Has selections of the experts that stay say their new places, and drops outputs of Split that nothing reads."""
     rank = {expert: i for i, expert in enumerate(kept)}
     for one in taken:
-        if one.expert in rank and one.output is not None and one.position is not None:
+        if one.expert == ALL and one.position is not None:
             value = np.asarray(one.node.inputs[one.position].values)
-            rewriter.set_constant([(one.node, one.position)], np.full(value.shape, rank[one.expert], value.dtype))
+            numbers = np.arange(value.size, dtype=value.dtype).reshape(value.shape)
+            rewriter.set_constant([(one.node, one.position)], numbers)
+        if one.expert not in rank or one.output is None or one.position is None:
+            continue
+        for step in range(2 if one.node.op == "Slice" else 1):
+            value, place = one.node.inputs[one.position + step].values, (one.node, one.position + step)
+            rewriter.set_constant([place], np.full(value.shape, rank[one.expert] + step, value.dtype))
     for node in {id(one.node): one.node for one in taken if one.node.op == "Split" and one.expert in rank}.values():
         stay = [i for i, t in enumerate(node.outputs) if t.outputs]
         if "split" in node.attrs:
             node.attrs["split"] = [node.attrs["split"][i] for i in stay]
         else:
             rewriter.set_constant([(node, 1)], np.asarray(node.inputs[1].values)[stay])
-        node.outputs[:] = [node.outputs[i] for i in stay]
+        node.outputs = [node.outputs[i] for i in stay]

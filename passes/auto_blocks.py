@@ -17,7 +17,7 @@ from liar_opt.passes.calibrate import divided
 from liar_opt.passes.choose_blocks import ComparedBlocks, LeftOut, TriedBlocks, candidate_runs
 from liar_opt.passes.cut_vocabulary import WIDTHS
 from liar_opt.passes.limit_drop import CannotKeepError
-from liar_opt.passes.meet_target import MetAlreadyError, UnreachableError
+from liar_opt.passes.meet_target import MetAlreadyError, UnreachableError, parse_target
 from liar_opt.passes.model_job import Done, ModelJob
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.parts_job import without_experts, without_parts
@@ -100,10 +100,15 @@ def _shared(options: PruneOptions) -> PruneOptions:
 
 
 def _held_out(whole: Backend) -> CalibrationData:
-    """Takes batches to judge by out of the calibration data, where there are others; returns them."""
-    state, known = whole.state, whole.state.found(WholeModel)
-    assert state.calibration is not None
-    data = divided(state.calibration, state.analysed().input_specs())
+    """Takes batches to judge by out of the calibration data, where there are others; returns them.
+
+    Few batches are divided, but where a time is asked for, which is that of the first batch as it is.
+    """
+    state, known, target = whole.state, whole.state.found(WholeModel), whole.options.target
+    data = state.calibration
+    assert data is not None
+    if target is None or parse_target(target).kind != "latency":
+        data = divided(data, state.analysed().input_specs())
     held = held_batches(len(data.batches))
     rest = [i for i in range(len(data.batches)) if i not in held]
     if rest:
