@@ -1,8 +1,9 @@
 """The experts of a graph: layers in which a router chooses some of E experts for each token.
 
 Found by how tensors are used, not by their names: rows of the data look weights up in constants [E, ..] by numbers that a
-choice of the k largest scores gives (TopK), or an operator has all experts inside (MoE). The scores are a product
-with a constant that has a column an expert, the *router*, behind which may be a softmax, a sigmoid, a correction.
+choice of the k largest scores gives (TopK), or an operator has all experts inside (MoE), or each has weights of its own and
+its number is taken out of the scores (`frontend.lone_experts`). The scores are a product with a constant that has a column
+an expert, the *router*, behind which may be a softmax, a sigmoid, a correction.
 
 The dimension E is pinned in the axis algebra: a softmax and a choice run over it. Indices may go all the same, because the
 model without some experts is another model of the same kind: the one whose router gives -inf to those that went. That is
@@ -14,10 +15,11 @@ loses as many.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,20 @@ from numpy.typing import NDArray
 from liar_opt.frontend.axes import AxisAlgebra
 from liar_opt.frontend.engine import ConstantPatch, Patch
 from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.lone_experts import (
+    ALL,
+    Selection,
+    counted,
+    in_modules,
+    leave_out_experts,
+    moved,
+    only_theirs,
+    renumber,
+    selections,
+    silenced,
+)
 from liar_opt.frontend.records import ConstantUse, ConsumerUse
-from liar_opt.frontend.rewrite import Cut, Rewriter, Within
+from liar_opt.frontend.rewrite import CannotFollow, Cut, Rewriter, Within
 from liar_opt.frontend.rules.operators import POINTWISE, has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.walk import GraphWalk
@@ -41,9 +55,12 @@ WHOLE = frozenset({"MoE"})
 PLACED = frozenset({"GatherElements", "ScatterElements", "gather", "scatter", "scatter_add"})
 """Operators that read or write the score of an expert by its number."""
 OVER_ALL = frozenset(
-    {"ReduceSum", "ReduceMax", "ReduceL1", "sum", "amax", "zeros_like", "ConstantOfShape", "Expand", "expand"}
+    {"ReduceSum", "ReduceMax", "ReduceL1", "sum", "amax", "zeros_like", "ConstantOfShape", "Expand", "expand", "OneHot"}
 )
 """Operators over the scores of all experts to which one that has none is as good as gone."""
+MODULES = "each is a module of its own, which goes in an ONNX file alone: export the module, and prune that"
+SUMMED = frozenset({"MatMul", "Einsum"})
+"""Operators that may sum what experts give, each by its gate."""
 BETWEEN = POINTWISE | Trait.KEEPS_ORDER | Trait.TURNS | Trait.SHAPES | Trait.SHARES | Trait.LOOKS_UP
 
 
@@ -79,6 +96,10 @@ class ExpertLayer:
         constants: all that have the dimension.
         terms: what they add to the output; where it is inside an operator, ``scores`` says what there is.
         scores: the name of the router's product.
+        taken: where single experts are taken out that have weights of their own; empty of experts in one constant.
+        own: the weights of each that are its alone.
+        given: the name of what each adds to the output; empty where that is not seen.
+        units: the leaves of single experts, where the axis is cut into them.
     """
 
     name: str
@@ -93,14 +114,26 @@ class ExpertLayer:
     constants: tuple[gs.Constant, ...]
     terms: tuple[Term, ...] = ()
     scores: str = ""
+    taken: tuple[Selection, ...] = ()
+    own: tuple[tuple[gs.Constant, ...], ...] = ()
+    given: tuple[str, ...] = ()
+    units: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:
-        """Elements of all constants that have the dimension."""
-        return sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.constants)
+        """Elements of all constants that have the dimension, and of those that are of one expert."""
+        constants = itertools.chain(self.constants, *self.own)
+        return sum(int(np.prod(c.shape, dtype=np.int64)) for c in constants)
+
+    def left(self, kept: Sequence[int]) -> int:
+        """Returns how many of those elements stay with the experts ``kept``."""
+        alone = [sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.own[i]) if self.own else 0 for i in range(self.size)]
+        return round((self.parameters - sum(alone)) * len(kept) / self.size) + sum(alone[i] for i in kept)
 
     def cut(self, kept: Sequence[int]) -> dict[int, Cut]:
         """Returns what ``Rewriter.cut`` keeps where the experts ``kept`` stay: as many of each group."""
+        if self.units:
+            return {leaf: [] for i, leaf in enumerate(self.units) if i not in kept}
         if self.outer is None:
             return {self.factor: list(kept)}
         own = self.size // self.groups
@@ -121,14 +154,24 @@ def find_experts(walk: GraphWalk) -> tuple[tuple[ExpertLayer, ...], tuple[Unfit,
     for one in (walk, *walk.others):
         _tie(one)
     found: dict[int, list[tuple[gs.Node, gs.Tensor]]] = defaultdict(list)
+    taken: dict[int, list[Selection]] = {}
     unfit: list[Unfit] = []
-    for node, scores in _choosing(walk):
+    for node, scores, apart in _choosing(walk):
         axis = _scored(walk, node, scores)
-        if axis is not None:
-            found[walk.algebra.find(axis)].append((node, scores))
+        if axis is None:
+            continue
+        root = walk.algebra.find(axis)
+        if apart and node.op == "topk":  # of a module's graph, whose code would have to lose modules
+            if in_modules(walk, root, node.outputs[1:]):
+                unfit.append(Unfit(node.name, walk.algebra.size(root), MODULES))
+            continue
+        if apart and root not in taken:
+            taken[root] = selections(walk, root, node.outputs[1:])
+        if not apart or {one.expert for one in taken[root]} - {ALL} == set(range(walk.algebra.size(root))):
+            found[root].append((node, scores))
     result: list[ExpertLayer] = []
     for factor, choices in found.items():
-        layer = _layer(walk, factor, choices)
+        layer = _layer(walk, factor, choices, taken.get(factor, ()))
         if isinstance(layer, str):
             unfit.append(Unfit(choices[0][0].name, walk.algebra.size(factor), layer))
         else:
@@ -136,13 +179,16 @@ def find_experts(walk: GraphWalk) -> tuple[tuple[ExpertLayer, ...], tuple[Unfit,
     return tuple(result), tuple(unfit)
 
 
-def _choosing(walk: GraphWalk) -> Iterator[tuple[gs.Node, gs.Tensor]]:
-    """Yields the nodes that choose experts, with the tensor of their scores, in the graph's order."""
+def _choosing(walk: GraphWalk) -> Iterator[tuple[gs.Node, gs.Tensor, bool]]:
+    """Yields the nodes that choose, with the tensor of their scores, in the graph's order.
+
+    What they choose by are experts, or may be experts that lie apart; this is said behind.
+    """
     roots = {id(lookup.root) for lookup in walk.lookups.values()}
     for node in walk.model.graph.nodes:
         inside = node.op in WHOLE and len(node.inputs) > 2
-        if inside or (node.op in CHOICES and any(id(t) in roots for t in node.outputs[1:])):
-            yield node, node.inputs[1 if inside else 0]
+        if inside or node.op in CHOICES:
+            yield node, node.inputs[1 if inside else 0], not inside and not any(id(t) in roots for t in node.outputs[1:])
 
 
 def _scored(walk: GraphWalk, node: gs.Node, scores: gs.Tensor) -> int | None:
@@ -163,6 +209,9 @@ def _tie(walk: GraphWalk) -> None:
             if axis is not None and walk.algebra.size(axis) == walk.algebra.size(lookup.stack):
                 walk.algebra.unify(axis, lookup.stack)
     for node in walk.model.graph.nodes:
+        axis = _scored(walk, node, node.inputs[0]) if node.op in CHOICES else None
+        if axis is not None:
+            _tie_placed(walk, axis, node.outputs[1])
         axis = _scored(walk, node, node.inputs[1]) if node.op in WHOLE and len(node.inputs) > 2 else None
         for position in range(2, len(node.inputs) if axis is not None else 0):
             own = walk.input_axes(node, position)
@@ -170,47 +219,106 @@ def _tie(walk: GraphWalk) -> None:
                 walk.algebra.unify(axis, own[0])
 
 
-def _layer(walk: GraphWalk, factor: int, choices: Sequence[tuple[gs.Node, gs.Tensor]]) -> ExpertLayer | str:
+def _tie_placed(walk: GraphWalk, axis: int, numbers: gs.Tensor) -> None:
+    """Says the same of what is read or written at the chosen numbers, or counts them."""
+    for tensor in moved([numbers]):
+        for node in tensor.outputs:
+            axes, place = None, int(node.attrs.get("axis", -1 if node.op == "OneHot" else 0))
+            if node.op == "OneHot" and tensor is node.inputs[0]:
+                axes = walk.axes.get(node.outputs[0].name)
+            elif node.op in ("GatherElements", "ScatterElements") and tensor is node.inputs[1]:
+                axes = walk.input_axes(node, 0)
+            elif node.op == "Equal":
+                other = int(tensor is node.inputs[0])
+                own = counted(walk, node, other, walk.algebra.size(axis))
+                axes, place = (None, 0) if own is None else (walk.input_axes(node, other), own)
+            along = axes[place] if axes else None
+            if along is not None and walk.algebra.size(along) == walk.algebra.size(axis):
+                walk.algebra.unify(axis, along)
+
+
+def _layer(
+    walk: GraphWalk, factor: int, choices: Sequence[tuple[gs.Node, gs.Tensor]], taken: Sequence[Selection]
+) -> ExpertLayer | str:
     """Returns the layer of a factor that is chosen along, or why it keeps all of its experts."""
-    algebra = walk.algebra
+    algebra, size = walk.algebra, walk.algebra.size(factor)
     leaves = algebra.leaves(factor)
-    if not 1 <= len(leaves) <= 2 or algebra.size(factor) != math.prod(map(algebra.size, leaves)):
+    units = tuple(leaves) if taken and len(leaves) == size else ()
+    if not units and (not 1 <= len(leaves) <= 2 or size != math.prod(map(algebra.size, leaves))):
         return "its scores are laid out in a way that is not followed"
-    leaf, outer = leaves[-1], leaves[0] if len(leaves) == 2 else None
-    touching = [n for n in walk.model.graph.nodes if _has(walk, n, leaf)]
-    constants = [u for u in walk.constant_uses if any(leaf in algebra.leaves(f) for f in u.axes)]
-    ends = [t.name for t in walk.model.graph.outputs if any(leaf in algebra.leaves(f) for f in walk.axes.get(t.name) or ())]
-    if ends:
-        return f"the scores of its router are an output of the model ('{ends[0]}')"
-    routers = tuple(u for u in walk.consumers if u.lookup is None and _columns(algebra, u, walk, leaf))
+    outer = leaves[0] if len(leaves) == 2 and not units else None
+    own = frozenset(units or leaves[-1:])
+    touching = [n for n in walk.model.graph.nodes if _has(walk, n, own)]
+    constants = [u for u in walk.constant_uses if any(not own.isdisjoint(algebra.leaves(f)) for f in u.axes)]
+    routers = tuple(u for u in walk.consumers if u.lookup is None and _columns(algebra, u, walk, own))
     made = {id(u.node) for u in routers}
-    if not routers:
-        return "its scores are not made by a product with a constant"
     whole = {id(n) for n, _ in choices if n.op in WHOLE}
-    for node in touching:
-        if id(node) not in made | whole and node.op not in CHOICES | PLACED | OVER_ALL and not has(node, BETWEEN):
-            return f"{node.op} reads the scores of all experts (node '{node.name}')"
-    for node, _ in choices:
-        other = None if node.op in WHOLE else _other_reader(walk, node.outputs[1], leaf)
-        if other is not None:
-            return f"the numbers of chosen experts are read by {other.op} (node '{other.name}')"
-    own = 1 if outer is None else algebra.size(outer)
+    unfit = _unfit(walk, own, choices, touching, made | whole, taken)
+    if unfit:
+        return unfit
     node, scores = choices[0]
     top_k = int(node.attrs["k"]) if node.op in WHOLE else walk.shape(walk.axes[node.outputs[0].name] or ())[_axis(node)]
     added = tuple(u for u in constants if id(u.node) not in made and (u.node.op == "Sum" or has(u.node, Trait.ADDS)))
-    return ExpertLayer(
+    layer = ExpertLayer(
         name=str(node.name),
-        factor=leaf,
-        size=algebra.size(factor),
-        groups=own,
+        factor=leaves[-1],
+        size=size,
+        groups=1 if outer is None else algebra.size(outer),
         outer=outer,
         top_k=top_k,
-        least=_least(walk, touching, leaf, outer, top_k),
+        least=_least(walk, touching, leaves[-1], outer, top_k),
         router=routers,
         added=added,
         constants=tuple({id(u.constant): u.constant for u in constants}.values()),
         terms=() if whole else tuple(_terms(walk, [n for n, _ in choices])),
         scores=str(scores.name) if whole else "",
+        units=units,
+    )
+    return _with_its_own(walk, layer, taken) if taken else layer
+
+
+def _unfit(
+    walk: GraphWalk,
+    leaves: frozenset[int],
+    choices: Sequence[tuple[gs.Node, gs.Tensor]],
+    touching: Sequence[gs.Node],
+    known: set[int],
+    taken: Sequence[Selection],
+) -> str:
+    """Returns why no expert of a layer can go, or ""; ``known`` nodes make the scores, or have the experts inside."""
+    ends = (t.name for t in walk.model.graph.outputs)
+    seen = next((n for n in ends if any(not leaves.isdisjoint(walk.algebra.leaves(f)) for f in walk.axes.get(n) or ())), None)
+    if seen is not None:
+        return f"the scores of its router are an output of the model ('{seen}')"
+    if not known - {id(n) for n, _ in choices if n.op in WHOLE}:
+        return "its scores are not made by a product with a constant"
+    taking = {id(one.node) for one in taken}
+    over = CHOICES | PLACED | OVER_ALL | (SUMMED if taken else frozenset())
+    for node in touching:
+        if id(node) not in known | taking and node.op not in over and not has(node, BETWEEN):
+            return f"{node.op} reads the scores of all experts (node '{node.name}')"
+    for node, _ in choices:
+        other = None if node.op in WHOLE else _other_reader(walk, node.outputs[1], leaves, taking)
+        if other is not None:
+            return f"the numbers of chosen experts are read by {other.op} (node '{other.name}')"
+    return ""
+
+
+def _with_its_own(walk: GraphWalk, layer: ExpertLayer, taken: Sequence[Selection]) -> ExpertLayer | str:
+    """Returns a layer with what each of its experts has for itself, or why none can go."""
+    nodes = walk.model.graph.nodes
+    order = {id(n): i for i, n in enumerate(nodes)}
+    alone = [silenced(walk, order, [one for one in taken if one.expert == i]) for i in range(layer.size)]
+    refused = next((found.refused for found in alone if found.refused), None)
+    if refused is not None:
+        return refused
+    seen = all(len(found.terms) == 1 for found in alone)
+    return replace(
+        layer,
+        taken=tuple(taken),
+        own=tuple(tuple(only_theirs(order, nodes, found)) for found in alone),
+        given=tuple(str(found.terms[0].name) for found in alone) if seen else (),
+        scores="" if seen else str(layer.router[0].node.outputs[0].name),
     )
 
 
@@ -218,20 +326,24 @@ def _axis(node: gs.Node) -> int:
     return int(node.attrs.get("dim", node.attrs.get("axis", -1)))
 
 
-def _has(walk: GraphWalk, node: gs.Node, leaf: int) -> bool:
-    """Returns whether a tensor that is no constant has a leaf, among those that a node reads and makes."""
+def _has(walk: GraphWalk, node: gs.Node, leaves: frozenset[int]) -> bool:
+    """Returns whether a tensor that is no constant has one of some leaves, among those that a node reads and makes."""
     tensors = [t for t in (*node.inputs, *node.outputs) if present(t) and not is_constant(t)]
-    return any(leaf in walk.algebra.leaves(f) for t in tensors for f in walk.axes.get(t.name) or ())
+    return any(not leaves.isdisjoint(walk.algebra.leaves(f)) for t in tensors for f in walk.axes.get(t.name) or ())
 
 
-def _columns(algebra: AxisAlgebra, use: ConsumerUse, walk: GraphWalk, leaf: int) -> bool:
+def _columns(algebra: AxisAlgebra, use: ConsumerUse, walk: GraphWalk, leaves: frozenset[int]) -> bool:
     """Returns whether a weight has a column an expert."""
     axes = walk.input_axes(use.node, use.weight_position) or ()
-    return any(leaf in algebra.leaves(f) for i, f in enumerate(axes) if i != use.weight_axis)
+    return any(not leaves.isdisjoint(algebra.leaves(f)) for i, f in enumerate(axes) if i != use.weight_axis)
 
 
-def _other_reader(walk: GraphWalk, numbers: gs.Tensor, leaf: int) -> gs.Node | None:
+def _other_reader(walk: GraphWalk, numbers: gs.Tensor, leaves: frozenset[int], taking: set[int]) -> gs.Node | None:
     """Returns the first node that does more with the numbers of experts than to look something of theirs up."""
+
+    def has_experts(axes: Sequence[int] | None) -> bool:
+        return any(not leaves.isdisjoint(walk.algebra.leaves(f)) for f in axes or ())
+
     waiting = [numbers]
     while waiting:
         tensor = waiting.pop()
@@ -239,9 +351,10 @@ def _other_reader(walk: GraphWalk, numbers: gs.Tensor, leaf: int) -> gs.Node | N
             if node.op in CHOICES or (has(node, Trait.KEEPS_ORDER | Trait.TURNS) and tensor is node.inputs[0]):
                 waiting += node.outputs
                 continue
+            if id(node) in taking or (node.op == "OneHot" and has_experts(walk.axes.get(node.outputs[0].name))):
+                continue
             looks = has(node, Trait.LOOKS_UP) or node.op in PLACED
-            data = walk.input_axes(node, 0) or ()
-            if not looks or tensor is node.inputs[0] or not any(leaf in walk.algebra.leaves(f) for f in data):
+            if not looks or tensor is node.inputs[0] or not has_experts(walk.input_axes(node, 0)):
                 return node
     return None
 
@@ -318,9 +431,18 @@ def cut_experts(walk: GraphWalk, layers: Mapping[ExpertLayer, Sequence[int]]) ->
     Raises:
         CannotFollow: a number that depends on how many there are is written in a way that cannot be followed.
     """
+    for layer, kept in layers.items():
+        if not layer.taken:
+            continue
+        order = {id(n): i for i, n in enumerate(walk.model.graph.nodes)}
+        found = silenced(walk, order, [one for one in layer.taken if one.expert not in kept])
+        if found.refused:
+            raise CannotFollow(found.refused)
+        leave_out_experts(walk, found)
     rewriter = Rewriter(walk)
     for layer, kept in layers.items():
         rewriter.cut(layer.cut(kept), chosen=True)
+        renumber(rewriter, layer.taken, kept)
 
 
 def rows_by_expert(term: NDArray[Any], numbers: NDArray[Any], size: int, rows: NDArray[np.bool_] | None) -> NDArray[Any]:

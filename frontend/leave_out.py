@@ -44,7 +44,7 @@ def leave_out(walk: GraphWalk, source: str, target: str, stand_in: StandIn | Non
         if stand_in is not None:
             Rewriter(walk).replace(stand_in)
         else:
-            _hand_on(graph, tensors[source], tensors[target])
+            hand_on(graph, tensors[source], tensors[target])
     except CannotFollow as err:
         raise ModelError(f"the blocks between '{source}' and '{target}' cannot be left out: {err}") from err
     graph.cleanup(remove_unused_node_outputs=False).toposort()
@@ -59,7 +59,7 @@ def leave_out(walk: GraphWalk, source: str, target: str, stand_in: StandIn | Non
     return caches
 
 
-def _hand_on(graph: gs.Graph, source: gs.Variable, target: gs.Variable) -> None:
+def hand_on(graph: gs.Graph, source: gs.Variable, target: gs.Variable) -> None:
     """Has all that reads one tensor read another; an output of the graph keeps its name."""
     if any(target is t for t in graph.outputs):
         (producer,) = target.inputs

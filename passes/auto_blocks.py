@@ -18,7 +18,7 @@ from liar_opt.passes.cut_vocabulary import WIDTHS
 from liar_opt.passes.finish_run import Done
 from liar_opt.passes.judge import held_out, output_error
 from liar_opt.passes.limit_drop import CannotKeepError
-from liar_opt.passes.meet_target import MetAlreadyError, UnreachableError
+from liar_opt.passes.meet_target import MetAlreadyError, UnreachableError, parse_target
 from liar_opt.passes.model_job import ModelJob
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.parts_job import without_experts, without_parts
@@ -58,7 +58,8 @@ def prune_auto(backend: Backend, watch: MemoryWatch) -> PruneResult:
     whole = without_experts(replace(backend, options=asked))
     most = max(run.stack.blocks for run in candidate_runs(whole.state, 1)) - 1
     limited = whole.choose().limited
-    judged = None if limited else held_out(whole.state, "blocks auto")
+    timed = asked.target is not None and parse_target(asked.target).kind == "latency"
+    judged = None if limited else held_out(whole.state, "blocks auto", divide=not timed)
     best: Trial | None = None
     tried: list[TriedBlocks] = []
     for trial in _trials(whole, most, judged, watch):

@@ -163,6 +163,7 @@ class CutExpertsPass(Pass[Kept]):
         reference = engine.reference(walk, outputs, hidden(walk, chosen.kept), store)
         theirs = reference.run(feeds)
         before = sum(layer.parameters for layer in layers)
+        after = sum(layer.left(kept) for layer, kept in chosen.kept.items())
         try:
             cut_experts(walk, chosen.kept)
         except CannotFollow as err:
@@ -173,9 +174,8 @@ class CutExpertsPass(Pass[Kept]):
         ours = session.run(feeds, outputs, arrays=True)
         precision = state.model.least_precision()
         exact = require_close(ours, theirs, precision, "fewer experts against a router that never chooses the others")
-        after = sum(round(layer.parameters * len(kept) / layer.size) for layer, kept in chosen.kept.items())
         entries = tuple(_entry(layer, kept, chosen) for layer, kept in chosen.kept.items())
-        gates = any(not layer.terms for layer in layers)
+        gates = any(layer.scores for layer in layers)
         state.add(CutExperts(self.ratio, chosen.score, chosen.losses, entries, before, after, exact, gates))
         changes = tuple(Change("experts", e.name, e.before, e.after, {"kept": e.kept, "scores": e.scores}) for e in entries)
         return PassResult(state, changes, refused)
@@ -279,6 +279,7 @@ def measure_experts(state: State, layers: Sequence[ExpertLayer], held: frozenset
     assert data is not None
     totals = {layer: np.zeros((2, layer.size)) for layer in layers}
     wanted = [name for layer in layers for term in layer.terms for name in (term.tensor, term.numbers)]
+    wanted += [name for layer in layers for name in layer.given]
     wanted = list(dict.fromkeys([*wanted, *(layer.scores for layer in layers if layer.scores)]))
     sizes, probe = sizes_of(state), probe_batch(walk, data)
     need = sum(sizes.get(name, 0) for name in wanted)
@@ -314,6 +315,10 @@ def _add(
         tap = tap_for(walk, term.use, 0, probe)
         rows = None if mask is None or tap.layout == "all" else row_mask(mask, tap.layout, tap.repeat)
         total += rows_by_expert(found[term.tensor], found[term.numbers], layer.size, rows)
+    for expert, name in enumerate(layer.given):
+        norms = np.linalg.norm(np.asarray(found[name], np.float64), axis=-1).reshape(-1)
+        norms = norms if mask is None or norms.size != mask.size else norms[mask.reshape(-1)]
+        total[:, expert] += norms.sum(), np.count_nonzero(norms)
     if layer.scores:
         scores = found[layer.scores]
         tokens = math.prod(scores.shape[:-1])

@@ -16,16 +16,17 @@ from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.signatures import Signature
 
 
-def held_out(state: State, who: str) -> CalibrationData:
+def held_out(state: State, who: str, divide: bool = True) -> CalibrationData:
     """Takes batches to judge by out of the calibration data of a ``WholeModel``, where there are others; returns them.
 
     Args:
         state: analysed, with its calibration data.
         who: judges, for the note where there are no others.
+        divide: few batches; where a time is asked for, it is that of the first batch as it is.
     """
     known = state.found(WholeModel)
     assert state.calibration is not None
-    data = divided(state.calibration, state.analysed().input_specs())
+    data = divided(state.calibration, state.analysed().input_specs()) if divide else state.calibration
     held = held_batches(len(data.batches))
     rest = [i for i in range(len(data.batches)) if i not in held]
     if rest:

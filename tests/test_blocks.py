@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import liar_opt
 from liar_opt.frontend.blocks import find_stacks, inside, last_product
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import walk
+from liar_opt.passes import meet_target
 from liar_opt.passes.result import ModuleResult, PruneResult
 from liar_opt.runtime.errors import ModelError, OptionError
 
@@ -196,6 +198,27 @@ def test_as_many_blocks_go_as_leave_the_least_error(goal: dict[str, Any], monkey
         assert report["after"]["flops"] == pytest.approx(0.6 * report["before"]["flops"], rel=0.02)
     lost = oracle.relative_square(result.model, export("llama"), judged[0].batches)
     assert errors[found["chosen"]] == pytest.approx(lost, rel=1e-3)
+
+
+def test_blocks_and_widths_share_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts weights; what is timed is the first batch as it was given, though there are few."""
+    shapes: set[tuple[int, ...]] = set()
+
+    def measure(models: Any, feeds: Any, **options: Any) -> Any:
+        shapes.update(f["input_ids"].shape for f in (feeds if isinstance(feeds, list) else [feeds]))
+        seconds = [0.01 + 1e-7 * m.parameters() for m in models]
+        return SimpleNamespace(seconds=seconds, speedup=seconds[0] / seconds[-1], spread=0.001)
+
+    monkeypatch.setattr(meet_target, "deployed", lambda model, device: model)
+    monkeypatch.setattr(meet_target, "measure_latency", measure)
+    data = batches(3)
+    options: dict[str, Any] = {"target": "latency=1.05x", "multiple_of": 4, "batch_size": 4, "fresh": True}
+    report = liar_opt.prune(export("llama"), data, blocks="auto", **options, **PLAIN).report
+    met, (none, one) = report["target"], report["blocks_compared"]["tried"]
+    assert none["error"] > 0 and "is met already" in one["why"]  # a block takes more than that
+    assert met["found"] == pytest.approx(met["dense"] / 1.05, rel=0.02)
+    assert met["found"] == pytest.approx(0.01 + 1e-7 * report["after"]["parameters"], rel=0.02)
+    assert shapes == {data[0]["input_ids"].shape}
 
 
 def lazy() -> Any:

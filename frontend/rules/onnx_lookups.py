@@ -115,4 +115,5 @@ def one_hot(w: GraphWalk, node: gs.Node) -> None:
         return
     axis = int(node.attrs.get("axis", -1)) % (len(axes) + 1)
     classes = w.fresh(int(np.asarray(depth).reshape(-1)[0]), f"made by OneHot (node '{node.name}')")
+    w.size_use(node, ("input", 1, 0), classes)
     w.output(node, (*axes[:axis], classes, *axes[axis:]))

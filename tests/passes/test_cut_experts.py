@@ -304,3 +304,129 @@ def test_experts_of_one_layer_are_one_dimension() -> None:
     assert [(layer.size, layer.top_k, layer.least, len(layer.constants)) for layer in layers] == [
         (n, 2, 2, 3) for n in SIZES
     ]
+
+
+# -- experts that lie apart ---------------------------------------------------------------------------------------------
+
+CHOSEN = """n{i} = LayerNormalization<axis = -1>(x{i}, ones, zeros)  logits{i} = MatMul(n{i}, router{i})
+    best{i}, choice{i} = TopK(logits{i}, two)  share{i} = Softmax(best{i})
+    like{i} = Shape(logits{i})  nothing{i} = ConstantOfShape(like{i})  gates{i} = ScatterElements<axis = -1>(nothing{i}, choice{i}, share{i})"""
+EXPERT = "u{i}_{e} = MatMul(n{i}, up{i}_{e})  h{i}_{e} = Relu(u{i}_{e})  f{i}_{e} = MatMul(h{i}_{e}, down{i}_{e})"
+TIMES = "t{i}_{e} = Mul(f{i}_{e}, g{i}_{e})"
+SUM = "sum{i} = Sum({terms})"
+ROUTED = """m{i}_{e} = Equal(rows{i}, number{e})  z{i}_{e} = NonZero(m{i}_{e})  place{i}_{e} = Transpose<perm = [1, 0]>(z{i}_{e})
+    some{i}_{e} = GatherND(shares{i}, place{i}_{e})  first{i}_{e} = Gather<axis = 0>(z{i}_{e}, number0)  own{i}_{e} = Gather(flat{i}, first{i}_{e})
+    u{i}_{e} = MatMul(own{i}_{e}, up{i}_{e})  h{i}_{e} = Relu(u{i}_{e})  f{i}_{e} = MatMul(h{i}_{e}, down{i}_{e})
+    g{i}_{e} = Unsqueeze(some{i}_{e}, last)  t{i}_{e} = Mul(f{i}_{e}, g{i}_{e})  at{i}_{e} = Unsqueeze(first{i}_{e}, last)
+    y{i}_{next} = ScatterND<reduction = "add">(y{i}_{e}, at{i}_{e}, t{i}_{e})"""
+
+
+def lone(form: str, i: int, count: int) -> str:
+    """One layer of experts with weights of their own, whose gates are taken out in one of several ways."""
+    gates = {
+        "index": "k{i}_{e} = Gather<axis = -1>(gates{i}, number{e})  g{i}_{e} = Unsqueeze(k{i}_{e}, last)",
+        "slice": "g{i}_{e} = Slice(gates{i}, list{e}, list{n}, last)",
+        "equal": "m{i}_{e} = Equal(choice{i}, number{e})  c{i}_{e} = Cast<to = 1>(m{i}_{e})  s{i}_{e} = Mul(c{i}_{e}, share{i})  g{i}_{e} = ReduceSum<keepdims = 1>(s{i}_{e}, last)",
+    }
+    lines = [CHOSEN.format(i=i)]
+    each = range(count)
+    if form == "split":
+        lines.append(f"{', '.join(f'g{i}_{e}' for e in each)} = Split<axis = -1>(gates{i}, split{count})")
+    if form == "rows":
+        lines.append(f"rows{i} = Reshape(choice{i}, pairs)  shares{i} = Reshape(share{i}, pairs)  flat{i} = Reshape(n{i}, many)")
+        lines.append(f"wide{i} = Shape(flat{i})  y{i}_0 = ConstantOfShape(wide{i})")
+        lines += [ROUTED.format(i=i, e=e, next=e + 1) for e in each]
+        lines.append(f"back{i} = Shape(x{i})  sum{i} = Reshape(y{i}_{count}, back{i})")
+    else:
+        lines += [EXPERT.format(i=i, e=e) for e in each]
+        lines += [gates.get(form, "").format(i=i, e=e, n=e + 1) for e in each]
+    if form == "beside":
+        lines += [f"l{i}_{e} = Unsqueeze(f{i}_{e}, before)" for e in each]
+        lines.append(f"all{i} = Concat<axis = -2>({', '.join(f'l{i}_{e}' for e in each)})  w{i} = Unsqueeze(gates{i}, last)")
+        lines.append(f"both{i} = Mul(all{i}, w{i})  sum{i} = ReduceSum<keepdims = 0>(both{i}, before)")
+    elif form in ("slice", "split"):
+        lines += [TIMES.format(i=i, e=e) for e in each]
+        lines.append(SUM.format(i=i, terms=", ".join(f"t{i}_{e}" for e in each)))
+    elif form != "rows":
+        lines += [TIMES.format(i=i, e=e) for e in each]
+        sums = [f"t{i}_0", *(f"p{i}_{e}" for e in range(1, count - 1)), f"sum{i}"]
+        lines += [f"{sums[e]} = Add({sums[e - 1]}, t{i}_{e})" for e in range(1, count)]
+    return "\n".join([*lines, f"x{i + 1} = Add(x{i}, sum{i})"])
+
+
+def apart(*forms: str) -> onnx.ModelProto:
+    """Layers of experts with weights of their own, 5 and 6 of them."""
+    counts = [5 + i % 2 for i in range(len(forms))]
+    weights: dict[str, Any] = {
+        **{"two": ints(2), "last": ints(-1), "before": ints(-2), "pairs": ints(-1, 2), "many": ints(-1, 8)},
+        **{"ones": np.ones(8, np.float32), "zeros": np.zeros(8, np.float32)},
+        **{f"number{e}": np.asarray(e) for e in range(7)},
+        **{f"list{e}": ints(e) for e in range(7)},
+        **{f"split{count}": ints(*[1] * count) for count in (5, 6)},
+    }
+    for i, count in enumerate(counts):
+        weights[f"router{i}"] = (8, count)
+        for e in range(count):
+            weights |= {f"up{i}_{e}": (8, 9 + i + e), f"down{i}_{e}": (9 + i + e, 8)}
+    text = "\n".join(lone(form, i, count) for i, (form, count) in enumerate(zip(forms, counts, strict=True)))
+    return graphs.parse(f"f (float[b, s, 8] x0) => (float[b, s, 8] x{len(forms)}) {{ {text} }}", weights)
+
+
+FORMS = ("index", "slice", "split", "equal", "beside", "rows")
+
+
+def test_experts_with_weights_of_their_own_go_with_them() -> None:
+    proto = apart(*FORMS)
+    result = pruned(proto, experts=0.4)
+    found = result.report["experts"]
+    assert [(layer["before"], layer["after"]) for layer in found["layers"]] == [(5, 3), (6, 4)] * 3
+    kept = [layer["kept"] for layer in found["layers"]]
+    original = masked(proto, kept)
+    for shape in ((1, 1), (2, 5), (7, 3)):
+        (ours,), (theirs,), (dense,) = (oracle.run(m, feeds(*shape, seed=9)) for m in (result.model, original, proto))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert shape == (1, 1) or np.abs(ours - dense).max() > 1e-3
+    left = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    for i, own in enumerate(kept):
+        assert left[f"router{i}"] == [8, len(own)]
+        assert {e for e in range(6) if f"up{i}_{e}" in left} == set(own) == {e for e in range(6) if f"down{i}_{e}" in left}
+    assert all(n.op_type != "Split" or len(n.output) == len(kept[2]) for n in result.model.graph.node)
+    gone = found["parameters_before"] - found["parameters_after"]
+    assert result.report["after"]["parameters"] == result.report["before"]["parameters"] - gone
+
+
+def test_experts_apart_stay_by_what_they_add() -> None:
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in apart("index", "rows").graph.initializer}
+    sums, counts = np.zeros(5), np.zeros(5)
+    for batch in calibration():
+        x = batch["x0"].reshape(-1, 8).astype(np.float64)
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+        scores = x @ arrays["router0"]
+        choice = np.argsort(-scores, axis=1)[:, :2]
+        best = np.exp(np.take_along_axis(scores, choice, 1))
+        best /= best.sum(1, keepdims=True)
+        for row, experts, gates in zip(x, choice, best, strict=True):
+            for e, gate in zip(experts, gates, strict=True):
+                sums[e] += gate * np.linalg.norm(np.maximum(row @ arrays[f"up0_{e}"], 0) @ arrays[f"down0_{e}"])
+                counts[e] += 1
+    state = streams.prepared(apart("index", "rows"), 0.5, streams.data(tuple(calibration())))
+    first, second = find_experts(state.analysed())[0]
+    totals = measure_experts(state, [first, second])
+    np.testing.assert_allclose(totals[first], [sums, counts], rtol=1e-4)
+    assert totals[second][1].sum() == counts.sum()  # rows that chose an expert, two for each
+    assert first.parameters == 8 * 5 + sum(2 * 8 * (9 + e) for e in range(5))
+
+
+def test_experts_whose_score_does_more_than_multiply_stay() -> None:
+    proto = apart("index")
+    next(n for n in proto.graph.node if n.output[0] == "t0_3").op_type = "Div"
+    with pytest.raises(ModelError, match=r"no expert can go: Div reads what the router says of one expert \(node '.*'\)"):
+        pruned(proto, experts=0.4)
+
+
+def test_a_choice_that_is_not_of_experts_is_none() -> None:
+    proto = apart("index")
+    for node in proto.graph.node:
+        node.input[:] = ["number0" if name == "number4" else name for name in node.input]  # the last is asked for nowhere
+    with pytest.raises(ModelError, match="no layer whose router chooses among experts"):
+        pruned(proto, experts=0.4)
