@@ -27,16 +27,22 @@ from liar_opt.passes.choosable import choosable
 from liar_opt.passes.curves import Curves, GroupCurve, file_of_curves, load_curves, store_curves
 from liar_opt.passes.groups import FORMS, GONE, MAPPED, QUERY_KEY, ChannelGroup
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.probe_outputs import ProbeOutputs, repaired
+from liar_opt.passes.probe_outputs import ENOUGH_ROWS, ProbeOutputs, repaired
 from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set, whole_of, whole_repair
 from liar_opt.passes.registry import score_named
 from liar_opt.passes.scores import SELECTION_RIDGE, ScoreFunction
 from liar_opt.passes.sweep import Sweep
+from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
 from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import Problem, select_greedy
+
+PASSES = 1
+"""Passes over the calibration data that probing all groups costs, about: half of the model lies behind one."""
+LEAST_ROWS = 256
+"""Real rows on which a group is probed at least."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
                 state.add(Curves(kept, kept=True))
                 return PassResult(state)
             sweep = Sweep(state, "measure", "stream", self.seed)
-            visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), self.worth)
+            probes = ProbeOutputs(sweep, plan, rows_for(sweep.data, len(plan))) if self.worth else None
+            visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), probes)
             sweep.over(visitor, plan)
             found = {name: curve for own in ranks.gathered(visitor.curves) for name, curve in own.items()}
             curves = {g.name: found[g.name] for g in plan}
@@ -108,12 +115,12 @@ class NoteCurves(GroupVisitor):
     Args:
         sweep: over the dense model.
         options: the score, and how is repaired.
-        probing: whether the rest of the model runs, to scale the curve.
+        probes: what runs the rest of the model, to scale the curve; None leaves it as it is.
     """
 
-    def __init__(self, sweep: Sweep, options: PruneGroupsPass, probing: bool) -> None:
+    def __init__(self, sweep: Sweep, options: PruneGroupsPass, probes: ProbeOutputs | None) -> None:
         super().__init__(sweep, options)
-        self.probes = ProbeOutputs(sweep) if probing else None
+        self.probes = probes
         self.curves: dict[str, GroupCurve] = {}
         self.stand_ins: dict[str, list[tuple[int, StandIn, float]]] = {}
         self.loads = [0] * sweep.ranks.size
@@ -153,7 +160,7 @@ class NoteCurves(GroupVisitor):
         deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
         patches = repaired(self, group, measured, np.concatenate(half)) if self.probes else []
         del measured, own, wholes, problems, selection  # the rest of the model runs now
-        lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
+        lost = self.probes.difference(patches) if self.probes else None
         if self.probes and group.whole:
             self.stand_ins[group.name] = list(self.whole_of_group(group, moments))
         self.note(group, errors, values, lost, errors[keep], deviation)
@@ -219,7 +226,7 @@ class NoteCurves(GroupVisitor):
         patches = [
             ConstantPatch((s.use.node, s.use.position), value) for s, value in self.bases.projected(group, turns.form)
         ]
-        lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
+        lost = self.probes.difference(patches) if self.probes else None
         self.note(group, turns.lost, np.zeros(group.size), lost, turns.lost[keep])
 
     def note(
@@ -234,6 +241,11 @@ class NoteCurves(GroupVisitor):
         """Stores the curve times (measured output error at the probed width) / (``predicted`` error there)."""
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
         self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
+
+
+def rows_for(data: CalibrationData, groups: int) -> int:
+    """Returns on how many rows each of so many groups is probed: all together cost about `PASSES` passes over the data."""
+    return min(ENOUGH_ROWS, max(LEAST_ROWS, round(2 * PASSES * data.tokens / groups)))
 
 
 def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:
