@@ -8,7 +8,7 @@ The shape of a curve is the error relative to the variance of the residual strea
 what the normalisation behind it divides by. (Where a consumer's output is added to nothing, relative to the variance of
 that output.) What such an error is worth at the end of the model differs by an order of magnitude between layers, so it is
 measured: the group is cut to half of its blocks and repaired, alone, and the rest of the model runs on a few held-back
-batches. The curve is scaled to the relative squared difference of the model's output that is found there
+samples. The curve is scaled to the relative squared difference of the model's output that is found there
 (`ProbeOutputs.difference`). All curves are so in one currency, the model's own output, in which errors of different layers
 and kinds are compared and added.
 """
@@ -27,7 +27,7 @@ from liar_opt.passes.choosable import choosable
 from liar_opt.passes.curves import Curves, GroupCurve, file_of_curves, load_curves, store_curves
 from liar_opt.passes.groups import FORMS, GONE, MAPPED, QUERY_KEY, ChannelGroup
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.probe_outputs import ENOUGH_ROWS, ProbeOutputs, repaired
+from liar_opt.passes.probe_outputs import ProbeOutputs, repaired
 from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set, whole_of, whole_repair
 from liar_opt.passes.registry import score_named
 from liar_opt.passes.scores import SELECTION_RIDGE, ScoreFunction
@@ -39,10 +39,8 @@ from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
 from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import Problem, select_greedy
 
-PASSES = 1
-"""Passes over the calibration data that probing all groups costs, about: half of the model lies behind one."""
-LEAST_ROWS = 256
-"""Real rows on which a group is probed at least."""
+LEAST_ROWS, MOST_ROWS = 64, 256
+"""Real rows on which a group is probed."""
 
 
 @dataclass(frozen=True)
@@ -244,8 +242,8 @@ class NoteCurves(GroupVisitor):
 
 
 def rows_for(data: CalibrationData, groups: int) -> int:
-    """Returns on how many rows each of so many groups is probed: all together cost about `PASSES` passes over the data."""
-    return min(ENOUGH_ROWS, max(LEAST_ROWS, round(2 * PASSES * data.tokens / groups)))
+    """Returns on how many rows each of so many groups is probed: about half a pass over the data, however deep a model is."""
+    return min(MOST_ROWS, max(LEAST_ROWS, data.tokens // groups))
 
 
 def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:

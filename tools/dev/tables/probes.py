@@ -7,7 +7,7 @@ Every group is cut to half of its blocks and repaired, once. What that is worth 
 
 - alone: the model behind it runs with that cut alone, on so many real rows of held-back batches (what `prune` does, and on
   how many, `passes.measure_curves.rows_for` says);
-- every k-th: so for one in k groups of a kind; the logarithms of the others lie on the line between their neighbours;
+- one in k: so for one in k groups of a kind; the logarithms of the others lie on the line between their neighbours;
 - jointly: all at once, y + c (y_cut - y) with c in {-a, 0, a} drawn for every group and sample, in some passes over the
   same batches. The energies of the output, relative to the sample's, are regressed on c^2, not negative. "equal" chooses a
   by group so that all add the same to the output, by their error in the stream.
@@ -220,12 +220,12 @@ def found(ways: Ways, options: argparse.Namespace) -> dict[str, tuple[Array, flo
     default = rows_for(ways.sweep.data, len(ways.groups))
     result = {"alone, all batches": (ways.truth, ways.alone(ways.sweep.data.tokens)[1])}
     result |= {f"alone, {rows:,} rows": ways.alone(rows) for rows in sorted({*options.rows, default}, reverse=True)}
-    result |= {f"every {step}th, {default:,} rows": ways.every(step, default) for step in options.every}
+    result |= {f"one in {step}, {default:,} rows": ways.every(step, default) for step in options.every}
     for passes, most in JOINT if options.joint else ():
         for equal in (False, True):
             name = f"jointly, {passes} x {max(options.rows):,} rows, a = {most}{', equal' if equal else ''}"
             result[name] = ways.joint(passes, most, equal, max(options.rows))
-    return {f"**{name}** (default)" if name == f"alone, {default:,} rows" else name: way for name, way in result.items()}
+    return result
 
 
 def apart(worth: Array, truth: Array) -> tuple[float, float]:
@@ -265,7 +265,10 @@ def main(options: argparse.Namespace) -> int:
             rows.append([name, f"{cost:.2f}", f"{rank:.3f}", f"{off:.0%}", *qualities])
             say(" ".join(rows[-1]))
     about = setting(options.seed)
-    print(f"Seed {options.seed}; commit {about['commit']}, {about['date']}; {len(ways.groups)} groups.\n")
+    print(
+        f"Seed {options.seed}; commit {about['commit']}, {about['date']}; {len(ways.groups)} groups, each of which `prune` "
+        f"probes on {rows_for(ways.sweep.data, len(ways.groups))} rows.\n"
+    )
     head = [
         "worth measured",
         "passes",
