@@ -242,7 +242,7 @@ class NoteCurves(GroupVisitor):
 
 
 def rows_for(data: CalibrationData, groups: int) -> int:
-    """Returns on how many rows each of so many groups is probed: about half a pass over the data, however deep a model is."""
+    """Returns on how many rows each of so many groups is probed: some half a pass over the data, however many they are."""
     return min(MOST_ROWS, max(LEAST_ROWS, data.tokens // groups))
 
 

@@ -101,8 +101,12 @@ class Ways:
         """Worths, and the passes that they cost."""
         probes = ProbeOutputs(self.sweep, self.groups, rows)
         lost = np.asarray([probes.difference(own) or 0.0 for own in self.patches])
+        return lost / self.errors, self.passes(probes.data)
+
+    def passes(self, data: CalibrationData) -> float:
+        """Returns what it costs to run what is behind each group on some data."""
         behind = [1 - g.start / len(self.sweep.walk.model.graph.nodes) for g in self.groups]
-        return lost / self.errors, rows_of(probes.data) * sum(behind) / self.sweep.data.tokens
+        return rows_of(data) * sum(behind) / self.sweep.data.tokens
 
     def every(self, step: int, rows: int) -> tuple[Array, float]:
         """Worths of which one in so many was measured; the last of a kind is."""
@@ -218,7 +222,7 @@ class Subject:
 def found(ways: Ways, options: argparse.Namespace) -> dict[str, tuple[Array, float]]:
     """Worths and passes of every way."""
     default = rows_for(ways.sweep.data, len(ways.groups))
-    result = {"alone, all batches": (ways.truth, ways.alone(ways.sweep.data.tokens)[1])}
+    result = {"alone, all batches": (ways.truth, ways.passes(ways.noted.data))}
     result |= {f"alone, {rows:,} rows": ways.alone(rows) for rows in sorted({*options.rows, default}, reverse=True)}
     result |= {f"one in {step}, {default:,} rows": ways.every(step, default) for step in options.every}
     for passes, most in JOINT if options.joint else ():
