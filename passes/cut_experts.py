@@ -33,8 +33,7 @@ from liar_opt.passes.base import Change, Finding, Pass, PassResult, State
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.plan_memory import sizes_of
-from liar_opt.passes.sweep import held_batches, probe_batch
-from liar_opt.passes.verify_model import first_samples
+from liar_opt.passes.sweep import first_samples, held_batches, part_of_batch, probe_batch
 from liar_opt.runtime.compare import DifferenceMeter, OutputDifference, require_close
 from liar_opt.runtime.errors import ModelError, OptionError
 
@@ -363,9 +362,7 @@ def differences(
     store = state.memory.store if state.memory.low else None
     reference, dense = engine.reference(walk, outputs, patches, store), engine.reference(walk, outputs, (), store)
     for index in batches:
-        some = first_samples(state, state.calibration.batches[index], 2 * SAMPLES)
-        mask = state.calibration.row_masks[index]
-        mask = mask if mask is None else mask[: len(next(iter(some.values())))]
+        some, mask = part_of_batch(state, index, 2 * SAMPLES)
         theirs = dense.run(some)
         for name, value in reference.run(some).items():
             meter.add(name, value, theirs[name], mask)

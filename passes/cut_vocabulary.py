@@ -18,7 +18,8 @@ from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.vocabulary import Words, cut_words, find_words, hide_logits
 from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.options import PruneOptions
-from liar_opt.passes.verify_model import first_samples, require_runs
+from liar_opt.passes.sweep import first_samples
+from liar_opt.passes.verify_model import require_runs
 from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import CheckError, OptionError
 from liar_opt.runtime.self_calibration import SELF

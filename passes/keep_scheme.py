@@ -36,13 +36,8 @@ from liar_opt.passes.open_model import stored_bytes
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.prune_groups import ConsumerRepair, Cut
 from liar_opt.passes.quantise_result import Feeds
-from liar_opt.passes.sweep import cut_arrays
-from liar_opt.passes.verify_model import (
-    ComparedSessions,
-    first_samples,
-    masked_reference,
-    output_differences,
-)
+from liar_opt.passes.sweep import cut_arrays, first_samples
+from liar_opt.passes.verify_model import ComparedSessions, masked_reference, output_differences
 from liar_opt.runtime.compare import TOLERANCES, OutputDifference
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 

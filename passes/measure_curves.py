@@ -8,7 +8,7 @@ The shape of a curve is the error relative to the variance of the residual strea
 what the normalisation behind it divides by. (Where a consumer's output is added to nothing, relative to the variance of
 that output.) What such an error is worth at the end of the model differs by an order of magnitude between layers, so it is
 measured: the group is cut to half of its blocks and repaired, alone, and the rest of the model runs on a few held-back
-batches. The curve is scaled to the relative squared difference of the model's output that is found there
+samples. The curve is scaled to the relative squared difference of the model's output that is found there
 (`ProbeOutputs.difference`). All curves are so in one currency, the model's own output, in which errors of different layers
 and kinds are compared and added.
 """
@@ -32,11 +32,15 @@ from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set, 
 from liar_opt.passes.registry import score_named
 from liar_opt.passes.scores import SELECTION_RIDGE, ScoreFunction
 from liar_opt.passes.sweep import Sweep
+from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
 from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import Problem, select_greedy
+
+LEAST_ROWS, MOST_ROWS = 64, 256
+"""Real rows on which a group is probed."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
                 state.add(Curves(kept, kept=True))
                 return PassResult(state)
             sweep = Sweep(state, "measure", "stream", self.seed)
-            visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), self.worth)
+            probes = ProbeOutputs(sweep, plan, rows_for(sweep.data, len(plan))) if self.worth else None
+            visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), probes)
             sweep.over(visitor, plan)
             found = {name: curve for own in ranks.gathered(visitor.curves) for name, curve in own.items()}
             curves = {g.name: found[g.name] for g in plan}
@@ -108,12 +113,12 @@ class NoteCurves(GroupVisitor):
     Args:
         sweep: over the dense model.
         options: the score, and how is repaired.
-        probing: whether the rest of the model runs, to scale the curve.
+        probes: what runs the rest of the model, to scale the curve; None leaves it as it is.
     """
 
-    def __init__(self, sweep: Sweep, options: PruneGroupsPass, probing: bool) -> None:
+    def __init__(self, sweep: Sweep, options: PruneGroupsPass, probes: ProbeOutputs | None) -> None:
         super().__init__(sweep, options)
-        self.probes = ProbeOutputs(sweep) if probing else None
+        self.probes = probes
         self.curves: dict[str, GroupCurve] = {}
         self.stand_ins: dict[str, list[tuple[int, StandIn, float]]] = {}
         self.loads = [0] * sweep.ranks.size
@@ -153,7 +158,7 @@ class NoteCurves(GroupVisitor):
         deviation = self.score.deviation([m.owned() for m in measured], values) if group.sets == 1 else None
         patches = repaired(self, group, measured, np.concatenate(half)) if self.probes else []
         del measured, own, wholes, problems, selection  # the rest of the model runs now
-        lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
+        lost = self.probes.difference(patches) if self.probes else None
         if self.probes and group.whole:
             self.stand_ins[group.name] = list(self.whole_of_group(group, moments))
         self.note(group, errors, values, lost, errors[keep], deviation)
@@ -219,7 +224,7 @@ class NoteCurves(GroupVisitor):
         patches = [
             ConstantPatch((s.use.node, s.use.position), value) for s, value in self.bases.projected(group, turns.form)
         ]
-        lost = self.probes.difference(patches, self.probes.behind(group)) if self.probes else None
+        lost = self.probes.difference(patches) if self.probes else None
         self.note(group, turns.lost, np.zeros(group.size), lost, turns.lost[keep])
 
     def note(
@@ -234,6 +239,11 @@ class NoteCurves(GroupVisitor):
         """Stores the curve times (measured output error at the probed width) / (``predicted`` error there)."""
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
         self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
+
+
+def rows_for(data: CalibrationData, groups: int) -> int:
+    """Returns on how many rows each of so many groups is probed: some half a pass over the data, however many they are."""
+    return min(MOST_ROWS, max(LEAST_ROWS, data.tokens // groups))
 
 
 def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:

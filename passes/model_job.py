@@ -27,8 +27,8 @@ from liar_opt.passes.repairs import AWARE
 from liar_opt.passes.report import Report, report_of
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.search_widths import Searched
-from liar_opt.passes.sweep import require_shares
-from liar_opt.passes.verify_model import dense_session, first_samples, require_runs
+from liar_opt.passes.sweep import first_samples, require_shares
+from liar_opt.passes.verify_model import dense_session, require_runs
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.memory import MemoryWatch

@@ -20,14 +20,8 @@ from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import prunable, report_of
 from liar_opt.passes.result import PruneResult
-from liar_opt.passes.verify_model import (
-    Verification,
-    dense_session,
-    first_samples,
-    output_differences,
-    require_runs,
-    whole_session,
-)
+from liar_opt.passes.sweep import first_samples
+from liar_opt.passes.verify_model import Verification, dense_session, output_differences, require_runs, whole_session
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.memory import MemoryWatch

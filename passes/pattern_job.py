@@ -24,15 +24,8 @@ from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report, report_of
 from liar_opt.passes.result import PruneResult
-from liar_opt.passes.sweep import cut_arrays
-from liar_opt.passes.verify_model import (
-    Verification,
-    compared_again,
-    dense_session,
-    first_samples,
-    output_differences,
-    require_runs,
-)
+from liar_opt.passes.sweep import cut_arrays, first_samples
+from liar_opt.passes.verify_model import Verification, compared_again, dense_session, output_differences, require_runs
 from liar_opt.runtime.compare import require_close
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency

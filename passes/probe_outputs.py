@@ -4,54 +4,71 @@ The cut is not made: the consumers of the groups get repaired weights with zeros
 (`frontend.engine.Patch`), which computes the same.
 """
 
+import bisect
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import AnyPatch, Patch
+from liar_opt.frontend.engine import AnyPatch, ConstantPatch, Part, Patch, Value
 from liar_opt.frontend.graph_tensors import is_float
+from liar_opt.frontend.onnx_segments import live_tensors, plan_segments
+from liar_opt.frontend.records import StandIn
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import GroupVisitor
-from liar_opt.passes.sweep import Sweep
+from liar_opt.passes.sweep import Sweep, part_of_batch
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import common_part, output_rows
 
 PROBE_BATCHES = 2
 """Held-back batches on which outputs are compared, at most."""
 ENOUGH_ROWS = 1024
-"""Real rows in those batches from which on no other is taken: the rest of the model runs once for each group."""
+"""Real rows in those batches from which on no other is taken."""
 PROBE_OUTPUTS = 4
 """Outputs that are compared, the first ones: a decoder has dozens of caches behind its logits."""
 PROBE_ROWS = 256
 """Rows of each output and batch that are kept: those of a vocabulary are long."""
 
+Rows = dict[str, NDArray[np.float64]]
+
 
 class ProbeOutputs:
-    """Runs the rest of the model behind the live tensors, or the whole, on a few held-back batches.
+    """Runs the rest of the model behind what is changed, or the whole, on a few held-back samples.
+
+    The dense model runs once, in parts, and its live tensors between them are kept. What runs again is the part that is
+    changed, which is made anew, and the parts behind it, which are made once for all.
 
     Args:
-        sweep: over the model.
+        sweep: over the model, which stays as it is.
+        groups: whose cuts are probed one by one: the model is divided where a sweep over them divides it. Without any it
+            runs as a whole.
+        rows: real rows to compare outputs on, about.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep, self.data = sweep, sweep.data
-        self.batches = probed_batches(sweep.data, sweep.held)
-        sweep.everywhere.update(self.batches)  # whoever has measured a group probes it
+    def __init__(self, sweep: Sweep, groups: Sequence[ChannelGroup] = (), rows: int = ENOUGH_ROWS) -> None:
+        self.sweep, self.engine, self.nodes = sweep, sweep.engine, sweep.walk.model.graph.nodes
+        self.data = probed_data(sweep, rows)
+        segments = plan_segments(sweep.walk, groups)[1] if groups else ()
+        self.places = sorted({0, len(self.nodes), *(sweep.position(s.first) for s in segments)})
+        self.names = [live_tensors(sweep.walk, place) for place in self.places]
+        self.live: list[list[dict[str, Value]]] = [[{} for _ in self.data.batches]]
+        self.parts: dict[int, Part] = {}
+        self.made = {t.name: i for i, node in enumerate(self.nodes) for t in node.outputs}
         ends = [
             t for t in sweep.walk.model.graph.outputs if getattr(t, "type", "") == "tensor_type"
         ]  # no sequence, and no constant
         self.outputs = [t.name for t in ends if is_float(t.dtype)][:PROBE_OUTPUTS]
 
     @functools.cached_property
-    def dense(self) -> list[dict[str, NDArray[np.float64]]]:
+    def dense(self) -> list[Rows]:
         """Rows of the dense model's outputs, for each probed batch; it runs when they are first asked for."""
-        return self._ends(None, self.outputs)
+        return self._ends(0, 1)
 
-    def difference(self, patches: Sequence[AnyPatch], behind: int | None = None) -> float | None:
+    def difference(self, patches: Sequence[AnyPatch]) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
 
         Rows are compared about their own means. Of logits that is what their softmax sees: for a vocabulary it is nearly
@@ -60,39 +77,80 @@ class ProbeOutputs:
         output changes.
 
         Args:
-            patches: the consumers and constants that are changed.
-            behind: position of the last node of the group that they belong to, which lies behind the live tensors; None
-                runs the model from its start.
+            patches: the consumers, constants and tensors that are changed.
         """
-        nodes = self.sweep.walk.model.graph.nodes
-        made = {t.name for n in nodes[behind or 0 :] for t in n.outputs}
-        outputs = [n for n in self.outputs if n in made]
-        ends = self._ends(None if behind is None else self.sweep.carry.at, outputs, together(patches))
-        for name in outputs:
-            pairs = [common_part(x[name], y[name]) for x, y in zip(ends, self.dense, strict=True)]
+        changed = [position for patch in patches for position in self._changed(patch)]
+        if not changed or not self.outputs:
+            return None
+        dense = self.dense
+        # What stands in for a tensor reads another, which nothing that is changed has made.
+        read = [self.made.get(patch.source, -1) + 1 for patch in patches if isinstance(patch, StandIn)]
+        start = bisect.bisect_right(self.places, min([*changed, *read])) - 1
+        ends = self._ends(start, bisect.bisect_right(self.places, max(changed)), together(patches))
+        for name in self.outputs:
+            if self.made.get(name, -1) < min(changed):
+                continue
+            pairs = [common_part(x[name], y[name]) for x, y in zip(ends, dense, strict=True)]
             lost = sum(squared_difference(x, y) for x, y in pairs)
             if lost > 0:
-                return lost / (sum(float(np.square(y[name]).sum()) for y in self.dense) or 1.0)
+                return lost / (sum(float(np.square(y[name]).sum()) for y in dense) or 1.0)
         return None
 
-    def behind(self, group: ChannelGroup) -> int:
-        """Returns the position of the last node that reads a group's dimension, in the graph as it is now."""
-        return max(self.sweep.position(r.node) for r in group.readings)
+    def _changed(self, patch: AnyPatch) -> list[int]:
+        """Returns the positions of the nodes that a patch changes."""
+        if isinstance(patch, StandIn):
+            return [self.made[patch.target]]
+        nodes = (
+            [patch.place[0]] if isinstance(patch, ConstantPatch) else [n for u in patch.uses for n in (u.node, u.holder)]
+        )
+        return [self.sweep.position(node) for node in nodes]
 
-    def _ends(
-        self, first: Any, outputs: list[str], patches: Sequence[AnyPatch] = ()
-    ) -> list[dict[str, NDArray[np.float64]]]:
-        """Runs the model from a node, or from its start, on the probed batches; returns the same rows each time."""
-        if not outputs:
-            return [{} for _ in self.batches]
-        sweep = self.sweep
-        start, stop = sweep.position(first), len(sweep.walk.model.graph.nodes)
-        part = sweep.engine.part(sweep.walk, start, stop, outputs, sweep.carry.given, patches=patches, once=True)
-        result = []
-        for i in self.batches:
-            values = part.run({**self.data.batches[i], **sweep.carry.values[i]}, arrays=outputs)
-            result.append({n: some_rows(sweep.engine.array(v), self.data.row_masks[i]) for n, v in values.items()})
-        return result
+    def _ends(self, start: int, stop: int, patches: Sequence[AnyPatch] = ()) -> list[Rows]:
+        """Runs the model from a place on; returns the same rows of its outputs each time.
+
+        Args:
+            start: number of the place.
+            stop: number of the place behind what is patched.
+            patches: without any, the live tensors at every place are kept.
+        """
+        ends: list[Rows] = [{} for _ in self.data.batches]
+        values = self.live[start]
+        for begin, end in ((start, stop), *((i, i + 1) for i in range(stop, len(self.places) - 1))):
+            part = self._part(begin, end, values[0], patches if begin == start else ())
+            ran = [part.run({**feeds, **own}) for feeds, own in zip(self.data.batches, values, strict=True)]
+            for rows, made, mask in zip(ends, ran, self.data.row_masks, strict=True):
+                rows.update({n: some_rows(self.engine.array(made[n]), mask) for n in self.outputs if n in made})
+            both = [{**own, **made} for own, made in zip(values, ran, strict=True)]
+            values = [{n: own[n] for n in self.names[end]} for own in both]
+            if not patches:
+                self.live.append(self._kept(values))
+        return ends
+
+    def _part(self, begin: int, end: int, given: Mapping[str, Value], patches: Sequence[AnyPatch]) -> Part:
+        """Returns what runs the nodes between two places; without patches it is made once."""
+        if not patches and begin in self.parts:
+            return self.parts[begin]
+        start, stop = self.places[begin], self.places[end]
+        names = dict.fromkeys([*self.outputs, *self.names[end]])
+        wanted = [n for n in names if start <= self.made.get(n, -1) < stop]
+        part = self.engine.part(self.sweep.walk, start, stop, wanted, given, patches=patches, once=True)
+        if not patches:
+            self.parts[begin] = part
+        return part
+
+    def _kept(self, values: list[dict[str, Value]]) -> list[dict[str, Value]]:
+        """Returns live tensors; where those of all places are large, from the disk."""
+        memory, array = self.sweep.memory, self.engine.array
+        size = sum(array(v).nbytes for own in values for v in own.values()) * len(self.places)
+        return values if memory.keep(size) else [{n: memory.store.put(array(v)) for n, v in own.items()} for own in values]
+
+
+def probed_data(sweep: Sweep, rows: int) -> CalibrationData:
+    """Returns the first samples of held-back batches, about so many real rows in all, as batches of their own."""
+    data, places = sweep.data, probed_batches(sweep.data, sweep.held)
+    each = -(-rows * data.samples // (max(data.tokens, 1) * len(places)))
+    batches, masks = zip(*(part_of_batch(sweep.state, i, each) for i in places), strict=True)
+    return replace(data, batches=batches, row_masks=masks)
 
 
 def squared_difference(found: NDArray[np.float64], dense: NDArray[np.float64]) -> float:

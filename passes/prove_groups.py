@@ -31,13 +31,8 @@ from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.groups import GONE, MAPPED, ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.passes.prune_groups import CutGroups, PruneGroupsPass
-from liar_opt.passes.sweep import Sweep, cut_arrays
-from liar_opt.passes.verify_model import (
-    by_weight,
-    dense_session,
-    first_samples,
-    spread_bias,
-)
+from liar_opt.passes.sweep import Sweep, cut_arrays, first_samples
+from liar_opt.passes.verify_model import by_weight, dense_session, spread_bias
 from liar_opt.runtime.array_store import ArrayStore
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
 from liar_opt.runtime.compare import REPEATED, allowed_difference, relative_difference

@@ -13,7 +13,7 @@ from liar_opt.frontend.records import StandIn
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.base import State
 from liar_opt.passes.choose_blocks import ChosenRun, LeftOut
-from liar_opt.passes.verify_model import first_samples
+from liar_opt.passes.sweep import first_samples
 from liar_opt.runtime.compare import relative_difference, require_close
 from liar_opt.runtime.errors import CheckError, InternalError
 

@@ -12,7 +12,7 @@ with it what it is for: cut it, note its error curve, make variants of it.
 
 import functools
 import gc
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -98,10 +98,6 @@ class Carry:
         """Those of the first batch that has any here: names and types are the same for all."""
         return next((values for values in self.values if values), {})
 
-    def of(self, batches: Collection[int]) -> "Carry":
-        """Returns those of some batches alone."""
-        return Carry([dict(v) if i in batches else {} for i, v in enumerate(self.values)], self.at)
-
 
 class Sweep:
     """The graph as it is by now, the data, and the live tensors between segments.
@@ -137,8 +133,7 @@ class Sweep:
         count, several = len(self.data.batches), len(self.data.batches) > 1
         self.ranks = current()
         self.own = self.ranks.own(count)
-        self.everywhere: set[int] = set()  # batches whose live tensors every process has
-        self.queue: list[tuple[Carry, Callable[[], None]]] = []
+        self.queue: list[Callable[[], None]] = []
         self.queued: dict[int, int] = {}  # bytes of moments that wait, by process
         self.held = set(held_batches(len(self.data.batches))) if several else set()
 
@@ -224,8 +219,6 @@ class Sweep:
                 chosen = [tap for key, tap in taps.items() if key in keys]
                 new = self.ranks.together(functools.partial(self.measure, chosen, stop, first))
             self.add_up(new, owner)
-            if first is not None:
-                self._share_live()
             if self.ranks.rank != owner:
                 new = {}
             if parts.on_disk:
@@ -235,8 +228,7 @@ class Sweep:
         if visitor.cuts:
             return self._cut(visitor, groups, moments)
         if self.ranks.rank == owner:
-            done = functools.partial(self._visit, visitor, groups, moments)
-            self.queue.append((self.carry if self.ranks.size == 1 else self.carry.of(self.everywhere), done))
+            self.queue.append(functools.partial(self._visit, visitor, groups, moments))
         widths = (taps[k].width for k in {k for g in groups for k in places_of(g)})
         self.queued[owner] = self.queued.get(owner, 0) + sum(16 * w * w for w in widths)
         now = self.ranks.size == 1 or self.memory.asked or parts.on_disk
@@ -268,18 +260,13 @@ class Sweep:
 
     def _work_off(self) -> None:
         """Does what waits with groups that were measured, in all processes side by side."""
-        queue, now = self.queue, self.carry
-        self.queue, self.queued = [], {}
+        queue, self.queue, self.queued = self.queue, [], {}
 
         def work() -> None:
             while queue:
-                self.carry, done = queue.pop(0)
-                done()
+                queue.pop(0)()
 
-        try:
-            self.ranks.together(work)
-        finally:
-            self.carry = now
+        self.ranks.together(work)
 
     # -- several processes ------------------------------------------------------------------------------------------
 
@@ -293,14 +280,6 @@ class Sweep:
                 crosses[key] = crosses.get(key, {}) | shapes
         for key, own in moments.items():
             own.add_up(lambda array: self.ranks.added(array, owner), crosses.get(key, {}))
-
-    def _share_live(self) -> None:
-        """Hands the live tensors of some batches to all processes."""
-        for index in sorted(self.everywhere) if self.ranks.size > 1 else ():
-            own = {n: self.engine.array(v) for n, v in self.carry.values[index].items()} if index in self.own else {}
-            found = self.ranks.from_owner(index % self.ranks.size, own)
-            if index not in self.own:
-                self.carry.values[index] = dict(found)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
@@ -463,6 +442,22 @@ def blamed(groups: Sequence[ChannelGroup]) -> Iterator[None]:
 def held_batches(batches: int) -> list[int]:
     """Returns which of so many batches are held back, at least one."""
     return [i for i in range(batches) if i % HELD_BACK == HELD_BACK // 2] or [batches - 1]
+
+
+def first_samples(state: State, batch: Mapping[str, NDArray[Any]], samples: int) -> dict[str, NDArray[Any]]:
+    """Returns the first samples of a batch, where the leading axis of all feeds is the (dynamic) batch."""
+    leading = {v.shape[0] for v in batch.values() if v.ndim}
+    dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in state.model.inputs())
+    return {k: v[:samples] if dynamic and len(leading) == 1 and v.ndim else v for k, v in batch.items()}
+
+
+def part_of_batch(state: State, index: int, samples: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_] | None]:
+    """Returns the first samples of a calibration batch, and which of their rows count."""
+    assert state.calibration is not None
+    batch, mask = state.calibration.batches[index], state.calibration.row_masks[index]
+    some = first_samples(state, batch, samples)
+    whole = mask is None or all(some[name] is value for name, value in batch.items())
+    return some, mask if whole or mask is None else mask[:samples]
 
 
 def cut_arrays(arrays: dict[str, Any], ends: Mapping[str, Mapping[int, NDArray[np.int64]]]) -> dict[str, Any]:

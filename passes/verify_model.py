@@ -37,7 +37,7 @@ from liar_opt.passes.change_basis import QueryForm
 from liar_opt.passes.choose_blocks import LeftOut
 from liar_opt.passes.plan_memory import sizes_of
 from liar_opt.passes.prune_groups import ConsumerRepair, Cut
-from liar_opt.passes.sweep import cut_arrays, held_batches
+from liar_opt.passes.sweep import cut_arrays, first_samples, held_batches, part_of_batch
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.compare import (
     SIGMOID_STEP,
@@ -206,11 +206,9 @@ def output_differences(
     made_by = {t.name: _made_by(t) for t in state.model.graph.outputs}
     named = state.get(OutputNames)
     for done, i in enumerate(held):
-        some = first_samples(state, data.batches[i], samples)
+        some, mask = part_of_batch(state, i, samples)
         x = pruned.run(cut_arrays(some, left), arrays=True)
         y = cut_arrays(original.run(some, [n for n in outputs if n not in empty], arrays=True), left)
-        mask = data.row_masks[i]
-        mask = mask if mask is None or all(some[k] is data.batches[i][k] for k in some) else mask[:samples]
         for name, value in y.items():
             shown = name if named is None else named.by_tensor.get(name, name)
             meter.add(shown, x[name], value, mask, holds_logits(shown, value.shape, words, made_by.get(name)))
@@ -358,13 +356,6 @@ def _samples_that_fit(state: State) -> int:
     fit = max(1, int((state.memory.limit - base) / max(need, 1)))
     state.memory.estimated = max(state.memory.estimated, base + int(min(fit, batch) * need))
     return fit
-
-
-def first_samples(state: State, batch: Mapping[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
-    """Returns the first samples of a batch, where the leading axis of all feeds is the (dynamic) batch."""
-    leading = {v.shape[0] for v in batch.values() if v.ndim}
-    dynamic = all(not i.shape or not isinstance(i.shape[0], int) for i in state.model.inputs())
-    return {k: v[:samples] if dynamic and len(leading) == 1 and v.ndim else v for k, v in batch.items()}
 
 
 def dense_session(state: State) -> Runner:

@@ -251,8 +251,8 @@ def test_patches_for_both_parts_are_one() -> None:
     assert isinstance(both, Patch)
     assert np.array_equal(both.shift, first.shift + second.shift)
     cut = onnx_graph(PruneGroupsPass(score="magnitude", repair="none")(state).state.model).to_proto()
-    dense = [oracle.run(proto, sweep.data.batches[i])[0] for i in probes.batches]
-    off = [oracle.run(cut, sweep.data.batches[i])[0] - y for i, y in zip(probes.batches, dense, strict=True)]
+    dense = [oracle.run(proto, feeds)[0] for feeds in probes.data.batches]
+    off = [oracle.run(cut, feeds)[0] - y for feeds, y in zip(probes.data.batches, dense, strict=True)]
     about = [np.square(a - a.mean(-1, keepdims=True)).sum() for a in (np.stack(off), np.stack(dense))]
     assert lost == pytest.approx(float(about[0] / about[1]), rel=1e-3)
     assert lost != pytest.approx(alone, rel=0.1)
