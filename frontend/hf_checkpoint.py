@@ -171,7 +171,7 @@ def _fields_of(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ModelError(
             f"'{path}' cannot be read ({' '.join(str(err).split())[:200]}); repair it or fetch it again"
         ) from err
@@ -209,7 +209,7 @@ def _header(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size)) if size <= path.stat().st_size else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}
 
@@ -218,15 +218,21 @@ def _stock_class(config: Mapping[str, Any]) -> Any:
     """Returns the class of transformers that a configuration names, or ours of DeciLM; None where it names no such."""
     import transformers
 
-    name = next(iter(config.get("architectures") or ()), None)
+    name = next(iter(_architectures(config)), None)
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     return _deci_class(config) if found is None else found
+
+
+def _architectures(config: Mapping[str, Any]) -> list[Any]:
+    """Returns what a configuration calls its classes; one that is no list names none."""
+    said = config.get("architectures")
+    return said if isinstance(said, list) else []
 
 
 def _deci_class(config: Mapping[str, Any]) -> Any:
     """Returns the class that loads a checkpoint of DeciLM; None where a configuration says another or more."""
     blocks = config.get("block_configs")
-    if DECILM not in (config.get("architectures") or ()) or not isinstance(blocks, list):
+    if DECILM not in _architectures(config) or not isinstance(blocks, list):
         return None
     from liar_opt.frontend.modeling_decilm import BlockConfig, DeciLMForCausalLM
 
@@ -247,11 +253,14 @@ def _download(name: str, patterns: list[str]) -> Path:
         raise ModelError(f"'{name}' is neither a file nor a folder, and cannot be fetched from the hub ({reason})") from err
 
 
-def load_module(folder: Path, allow_pickle: bool) -> torch.nn.Module:
+def load_module(folder: Path, allow_pickle: bool) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Loads a checkpoint as the class that its configuration names.
 
+    Returns:
+        The module, and what there is to say of weights that are missing or left over.
+
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or most of its weights are not there.
     """
     import transformers
 
@@ -259,11 +268,37 @@ def load_module(folder: Path, allow_pickle: bool) -> torch.nn.Module:
     safe = None if allow_pickle else True
     try:
         with quiet_loading():  # without code of the folder's own, and so without a question about it
-            model: Any = model_class.from_pretrained(folder, use_safetensors=safe, dtype="auto", trust_remote_code=False)
+            settings = {"use_safetensors": safe, "dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
+            model, info = model_class.from_pretrained(folder, **settings)
     except Exception as err:
         raise ModelError(f"transformers cannot load '{folder}': {' '.join(str(err).split())[:300]}") from err
     module: torch.nn.Module = model.eval()
-    return module
+    return module, _unlike(module, folder, info)
+
+
+def _unlike(module: torch.nn.Module, folder: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns sentences on weights that a class has and its checkpoint lacks, and on those that it does not take.
+
+    Raises:
+        ModelError: most are missing: it is another model's configuration, or files are.
+    """
+    kind, sizes = type(module).__name__, {name: p.numel() for name, p in module.named_parameters()}
+    missing, left = (sorted(map(str, info.get(f"{what}_keys") or ())) for what in ("missing", "unexpected"))
+    held = 1 - sum(sizes.get(name, 0) for name in missing) / max(sum(sizes.values()), 1)
+    if held < 0.5:
+        raise ModelError(
+            f"'{folder}' holds {100 * held:.0f} % of the weights of {kind}, '{missing[0]}' is missing: config.json says "
+            "another model, or files are missing; fetch the checkpoint again"
+        )
+    more = {True: "", False: " and others"}
+    return tuple(
+        f"weights {text}: '{names[0]}'{more[len(names) == 1]}"
+        for names, text in (
+            (missing, f"that {kind} has are not in '{folder}', transformers has drawn them at random"),
+            (left, f"in '{folder}' are not of {kind}, and will not be in the result"),
+        )
+        if names
+    )
 
 
 def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:

@@ -26,7 +26,7 @@ class Inputs:
         models: ONNX files and folders of checkpoints.
         calibration: a file, or a folder of arrays or of a saved dataset.
         tokenizers: folders, or their tokenizer.json.
-        more: files that are read whatever they are.
+        more: what else is read: a file, a folder of data, or a list of such paths.
     """
 
     models: tuple[Any, ...] = ()
@@ -43,7 +43,9 @@ class Inputs:
             yield from _data(calibration)
         for tokenizer in filter(None, map(_path, self.tokenizers)):
             yield from _tokenizer(tokenizer)
-        yield from ((path, "the input") for path in map(_path, self.more) if path is not None and path.is_file())
+        for given in self.more:
+            for path in filter(None, map(_path, given if isinstance(given, (list, tuple)) else (given,))):
+                yield from [(path, "the input")] if path.is_file() else _data(path)
 
 
 def began_by(path: Path, begin: bytes) -> bool:

@@ -170,7 +170,7 @@ def _one_each(item: Any, samples: Any) -> bool:
         return True
     shape = tuple(getattr(item, "shape", ()))
     count = shape[0] if shape else len(item) if isinstance(item, (list, tuple)) else None
-    return bool(count == samples.shape[0])
+    return count is not None and tuple(getattr(samples, "shape", ()))[:1] == (count,)
 
 
 def _described(value: Any) -> str:

@@ -151,6 +151,10 @@ def choose_words(model: Model, calibration: Any, options: PruneOptions, always: 
         raise OptionError(f"vocabulary-coverage is {coverage:g}; give a share of the tokens above 0, and at most 1")
     if source is None or (isinstance(source, str) and source == SELF):
         raise OptionError("vocabulary-coverage needs texts to count words in; give --vocabulary or --calibration")
+    if isinstance(source, Iterator):  # words are counted before it is read as samples, or checked
+        if options.vocabulary is None:
+            raise OptionError("vocabulary-coverage counts words of data that is read once more behind; give it as a list")
+        source = list(source)
     if options.small_tokenizer and options.tokenizer is None:
         raise OptionError("small-tokenizer makes a smaller one of the model's tokenizer; give --tokenizer DIR")
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)

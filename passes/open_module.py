@@ -78,7 +78,8 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
     notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)):
         folder = checkpoint_folder(model, options.allow_pickle)
-        module = load_module(folder, options.allow_pickle).to(_device(options.provider))
+        module, notes = load_module(folder, options.allow_pickle)
+        module = module.to(_device(options.provider))
     else:
         module, notes = plain_module(model)
         if options.provider == "cuda" and not any(p.is_cuda for p in module.parameters()):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from liar_opt.runtime.errors import OptionError
-from liar_opt.runtime.whole_file import kind_of
+from liar_opt.runtime.whole_file import kind_of, require_room_for_names
 
 InputFile = tuple[Path, str]
 """A file that is read, and what a message calls it."""
@@ -128,7 +128,7 @@ def _both(path: Path, what: str, owner: str) -> OptionError:
 
 def _no_file(path: Path, what: str, kind: str) -> OptionError:
     more = (
-        f" to '{path.resolve()}'; give the path of the file itself"
+        f" to '{os.path.realpath(path)}'; give the path of the file itself"
         if kind == "symbolic link"
         else "; give the path of a file"
     )
@@ -143,6 +143,7 @@ def _check_folder_of(path: Path, what: str) -> None:
 @contextlib.contextmanager
 def _named(path: Path, what: str) -> Iterator[None]:
     try:
+        require_room_for_names(path)
         yield
     except (OSError, ValueError) as err:  # a NUL in it
         reason = getattr(err, "strerror", None) or err

@@ -36,6 +36,8 @@ LOCKS: bool = sys.platform != "win32"
 TEMPORARY, PENDING, OLD = ".liar-opt.tmp", ".liar-opt.pending", ".liar-opt.old"
 OURS = re.compile(r"\.(.+)\.[a-z0-9_]{8}(\.liar-opt\.(?:tmp|pending|old))", re.DOTALL)
 """Names of what is not finished: the name of the result, and what it is."""
+LONGEST_NAME = 255
+"""Bytes of a file's name, on every file system that is common."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Constants of renameat2(2)."""
 
@@ -166,6 +168,16 @@ def kind_of(path: Path) -> str | None:
         stat.S_IFSOCK: "socket",
     }
     return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def require_room_for_names(path: Path) -> None:
+    """Checks that what is made beside a result can have its name and the ending that says what it is.
+
+    Raises:
+        OSError: the name is too long.
+    """
+    if len(os.fsencode(path.name)) + len(f"..{'x' * 8}{PENDING}") > LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

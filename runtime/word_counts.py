@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def listed_ids(source: Any, size: int) -> NDArray[np.int64] | None:
                 found = json.loads(text) if suffix == ".json" else [int(n) for n in text.replace(",", " ").split()]
         except UnicodeDecodeError as err:
             raise OptionError(f"{where} is not UTF-8 text; save it as such") from err
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, EOFError, RecursionError, zipfile.BadZipFile) as err:
             raise OptionError(f"{where} cannot be read ({one_line(err)}); give texts, or a list of token ids") from err
     else:
         items = source.tolist() if isinstance(source, np.ndarray) else source
@@ -134,7 +135,7 @@ def texts_of(source: Any, text_column: str | None) -> Iterator[str] | None:
         path = Path(source)
         suffix = path.suffix.lower()
         return _file_texts(path, suffix, text_column) if suffix in TEXT_FILES and path.is_file() else None
-    if isinstance(source, Iterable) and not hasattr(source, "column_names"):
+    if isinstance(source, Iterable) and not isinstance(source, Mapping) and not hasattr(source, "column_names"):
         items = list(source)
         return iter(items) if items and all(isinstance(item, str) for item in items) else None
     return None

@@ -630,10 +630,37 @@ def test_code_of_a_checkpoint_is_named_and_never_asked_about(
 
 def test_a_configuration_that_is_no_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = stored("bert", tmp_path / "model")
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "[" * 100_000):
         (model / "config.json").write_text(text)
         assert main(["inspect", str(model)]) == 2
         assert "config.json' " in (told := capsys.readouterr().err) and told.count("\n") == 1
+
+
+def test_weights_that_are_missing_or_left_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers draws what is missing, and drops what it has no place for, and we have it say nothing."""
+    from safetensors.torch import load_file, save_file
+
+    model = stored("llama", tmp_path / "model")
+    weights, config = load_file(model / "model.safetensors"), json.loads((model / "config.json").read_text())
+    up = "model.layers.1.mlp.up_proj.weight"
+    rest = {name: value for name, value in weights.items() if name != up}
+    save_file({**rest, "other": torch.ones(3)}, model / "model.safetensors", {"format": "pt"})
+    notes = liar_opt.inspect(model).report["model"]["notes"]
+    assert [n for n in notes if f"drawn them at random: '{up}'" in n and "that LlamaForCausalLM has" in n]
+    assert [n for n in notes if "will not be in the result: 'other'" in n]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert not any("weights" in n for n in liar_opt.inspect(model).report["model"]["notes"])
+    for named in (5, {}):
+        (model / "config.json").write_text(json.dumps({**config, "architectures": named}))
+        assert main(["inspect", str(model), "--quiet"]) in (0, 2)
+    (model / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    notes = liar_opt.inspect(model).report["model"]["notes"]  # the body alone
+    assert [n for n in notes if "are not of LlamaModel, and will not be in the result: 'lm_head" in n]
+    capsys.readouterr()
+    save_file({"other": torch.ones(3)}, model / "model.safetensors", {"format": "pt"})
+    assert main(["inspect", str(model)]) == 2
+    told = capsys.readouterr().err
+    assert "holds 0 % of the weights of LlamaModel" in told and told.count("\n") == 1
 
 
 def test_eight_samples_are_timed() -> None:

@@ -101,10 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser, fields: Callable[[Any, Any], 
 
 
 def inputs_of(options: argparse.Namespace) -> Inputs:
-    """Returns what a command reads: the models and what lies beside them, the set, the tokenizer."""
+    """Returns what a command reads: the models and what lies beside them, the set, the tokenizer, libraries."""
     inside = [path / place for path in options.models for place in ONNX_IN_FOLDER if path.is_dir()]
     beside = [folder for path in options.models for folder in ((path,) if path.is_dir() else _beside(path))]
-    return Inputs((*options.models, *inside), options.data, (options.tokenizer, *beside))
+    return Inputs((*options.models, *inside), options.data, (options.tokenizer, *beside), (options.custom_ops,))
 
 
 def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:

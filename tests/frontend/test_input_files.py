@@ -80,6 +80,13 @@ def test_calibration_and_tokenizers(tmp_path: Path) -> None:
         "data.npz",
         "ops.so",
     ]
+    # as the command and Python give them: several libraries, a folder of token ids
+    assert found(Inputs(more=([tmp_path / "ops.so", str(tmp_path / "data.npz")], tmp_path / "a")), tmp_path) == [
+        "a/ids.npy",
+        "a/mask.npy",
+        "data.npz",
+        "ops.so",
+    ]
     tokenizer = ["t/spiece.model", "t/tokenizer.json", "t/vocab.txt"]
     assert found(Inputs(tokenizers=(tmp_path / "t", None)), tmp_path) == tokenizer
     assert found(Inputs(tokenizers=(tmp_path / "t" / "tokenizer.json",)), tmp_path).count("t/tokenizer.json") >= 1

@@ -83,6 +83,9 @@ def test_coverage(tokenizer: Path) -> None:
     ids["token_type_ids"] = np.zeros((2, 3), np.int64)
     entry = cut(masked_model(), calibration=[ids], vocabulary_coverage=0.8).report["vocabulary"]
     assert (entry["kept"], entry["tokens"], entry["unknown"]) == (2, 6, 4)
+    # names of arrays are no texts
+    entry = cut(masked_model(), calibration=ids, vocabulary_coverage=0.8, tokenizer=tokenizer).report["vocabulary"]
+    assert (entry["kept"], entry["tokens"]) == (4 + 2, 6)
 
 
 def test_with_widths(tokenizer: Path) -> None:
@@ -185,6 +188,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such file": ({"vocabulary": "nothing.txt"}, "cannot be read"),
     "coverage of ids": ({"vocabulary": IDS, "vocabulary_coverage": 0.9}, "leave it out beside a list of ids"),
     "too much": ({"vocabulary": TEXTS, "vocabulary_coverage": 1.5}, "above 0, and at most 1"),
+    "data that ends": ({"vocabulary_coverage": 0.9, "calibration": iter(TEXTS)}, "give it as a list"),
     "coverage of nothing": ({"vocabulary_coverage": 0.9}, "needs texts to count words in"),
 }
 
@@ -203,6 +207,9 @@ def test_files_that_are_refused(tokenizer: Path, tmp_path: Path) -> None:
         ("binary.txt", b"\0\1\2", "holds binary data"),
         ("broken.json", b"[1, ", "cannot be read"),
         ("object.json", b'{"a": 1}', "holds no integers"),
+        ("deep.json", b"[" * 100_000, "cannot be read"),
+        ("empty.npy", b"", "cannot be read"),
+        ("archive.npy", b"PK\3\4" * 9, "cannot be read"),
         ("rows.jsonl", b"[]", "is a JSON list"),
     ):
         (tmp_path / name).write_bytes(content)

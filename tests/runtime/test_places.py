@@ -125,3 +125,18 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     for take in (Places().file, Places().folder):
         with pytest.raises(OptionError, match=r"folder '.*none' of output '.*' does not exist; make it first"):
             take(tmp_path / "none" / "x", "output")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_that_leads_to_itself(read: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for take in (places(read).file, places(read).folder):
+        with pytest.raises(OptionError, match=r"is a symbolic link"):
+            take(tmp_path / "loop", "output")
+
+
+def test_a_name_that_leaves_no_room_beside_it(read: Path, tmp_path: Path) -> None:
+    places(read).file(tmp_path / ("n" * 220), "output")
+    for name in ("n" * 240, "é" * 120, "n" * 300):
+        with pytest.raises(OptionError, match=r"cannot be written \(File name too long\); choose another path"):
+            places(read).file(tmp_path / name, "output")

@@ -80,7 +80,7 @@ def _files(work: Workplace, kind: str, ffn: float) -> tuple[Path, Path]:
         return minilm_folder(), pruned
     dense = work.folder / "dense.pt2"
     if not dense.exists():
-        module = load_module(minilm_folder(), allow_pickle=False)
+        module, _ = load_module(minilm_folder(), allow_pickle=False)
         given = {name: torch.from_numpy(value) for name, value in _feeds(work.options.seed, kind).items()}
         with without_cache(module):
             torch.export.save(trace(module, given), dense)
