@@ -110,6 +110,11 @@ def require_choice(options: PruneOptions, calibration: Any) -> None:
             raise OptionError(f"{name.replace('_', '-')} {why} (choose tries whole cuts)")
 
 
+def draws_of(words: tuple[str, ...], tries: int) -> int:
+    """Returns how many draws of the samples so many tries may look at; one part more is read, which judges."""
+    return tries if words == ("samples",) else tries - tries // 2 if "samples" in words else 1
+
+
 def scores_of(options: PruneOptions, alone: bool) -> Iterator[str]:
     """Yields the names to try beside that which was asked for; what needs labels or gradients is none, nor is chance.
 

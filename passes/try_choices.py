@@ -15,7 +15,7 @@ from typing import Any
 
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import WholeModel
-from liar_opt.passes.choices import ComparedTries, Tried, scores_of, words_of
+from liar_opt.passes.choices import ComparedTries, Tried, draws_of, scores_of, words_of
 from liar_opt.passes.finish_run import Done
 from liar_opt.passes.judge import output_error, shared_out
 from liar_opt.passes.model_job import ModelJob
@@ -91,7 +91,7 @@ class _Search:
         self.alone = pattern_alone(self.options)
         tries, samples = self.options.choose_tries, self.options.samples
         self.for_scores = 1 + tries // 2 if "samples" in words else tries
-        most = tries if words == ("samples",) else tries - tries // 2 if "samples" in words else 1
+        most = draws_of(words, tries)
         wide = replace(self.options, samples=samples * (most + 1), batch_size=self.options.batch_size * (most + 1))
         self.whole = without_experts(replace(backend, options=wide))
         self.known = self.whole.state.found(WholeModel)
