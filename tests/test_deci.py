@@ -228,14 +228,9 @@ def idle() -> Any:
     return module
 
 
-@pytest.mark.parametrize("heads", [None, 0.3])
-def test_attention_goes_whole(heads: float | None, tmp_path: Path) -> None:
+def test_attention_goes_whole(tmp_path: Path) -> None:
     """The oracle: the original whose attention adds nothing computes what is left, but for the feed-forward layers' cut."""
-    asked: dict[str, Any] = {} if heads is None else {"sparsity": None, "heads": heads, "ffn": 0.2, "allocate": "curves"}
-    result = pruned(idle(), whole_layers="on", **({"sparsity": 0.185, **asked}))  # three steps, and an attention
-    if heads is not None:  # as many in every layer
-        assert set(widths(result, "heads")) == {2}
-        return
+    result = pruned(idle(), whole_layers="on", sparsity=0.185)  # three steps of 256 channels, and an attention
     kept = widths(result, "heads")
     assert kept[2] == 0 and set(kept) <= {0, 3} and result.report["verification"]["exact_difference"] < 1e-4
     out = result.save(tmp_path / "out")
