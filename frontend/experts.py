@@ -127,7 +127,9 @@ class ExpertLayer:
 
     def left(self, kept: Sequence[int]) -> int:
         """Returns how many of those elements stay with the experts ``kept``."""
-        alone = [sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.own[i]) if self.own else 0 for i in range(self.size)]
+        alone = [
+            sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.own[i]) if self.own else 0 for i in range(self.size)
+        ]
         return round((self.parameters - sum(alone)) * len(kept) / self.size) + sum(alone[i] for i in kept)
 
     def cut(self, kept: Sequence[int]) -> dict[int, Cut]:
@@ -287,7 +289,9 @@ def _unfit(
 ) -> str:
     """Returns why no expert of a layer can go, or ""; ``known`` nodes make the scores, or have the experts inside."""
     ends = (t.name for t in walk.model.graph.outputs)
-    seen = next((n for n in ends if any(not leaves.isdisjoint(walk.algebra.leaves(f)) for f in walk.axes.get(n) or ())), None)
+    seen = next(
+        (n for n in ends if any(not leaves.isdisjoint(walk.algebra.leaves(f)) for f in walk.axes.get(n) or ())), None
+    )
     if seen is not None:
         return f"the scores of its router are an output of the model ('{seen}')"
     if not known - {id(n) for n, _ in choices if n.op in WHOLE}:

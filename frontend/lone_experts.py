@@ -217,7 +217,9 @@ def _given(node: gs.Node, position: int) -> list[gs.Tensor]:
     while tensor.inputs and has(tensor.inputs[0], Trait.KEEPS_ORDER):
         tensor = tensor.inputs[0].inputs[0]
     parts = tensor.inputs[0].inputs if _made(tensor, "Add") else []
-    own = [t for t in parts if not (t.inputs and has(t.inputs[0], Trait.LOOKS_UP) and t.inputs[0].inputs[0] is node.inputs[0])]
+    own = [
+        t for t in parts if not (t.inputs and has(t.inputs[0], Trait.LOOKS_UP) and t.inputs[0].inputs[0] is node.inputs[0])
+    ]
     return own if len(own) == len(parts) - 1 else []
 
 

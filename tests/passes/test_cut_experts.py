@@ -333,7 +333,9 @@ def lone(form: str, i: int, count: int) -> str:
     if form == "split":
         lines.append(f"{', '.join(f'g{i}_{e}' for e in each)} = Split<axis = -1>(gates{i}, split{count})")
     if form == "rows":
-        lines.append(f"rows{i} = Reshape(choice{i}, pairs)  shares{i} = Reshape(share{i}, pairs)  flat{i} = Reshape(n{i}, many)")
+        lines.append(
+            f"rows{i} = Reshape(choice{i}, pairs)  shares{i} = Reshape(share{i}, pairs)  flat{i} = Reshape(n{i}, many)"
+        )
         lines.append(f"wide{i} = Shape(flat{i})  y{i}_0 = ConstantOfShape(wide{i})")
         lines += [ROUTED.format(i=i, e=e, next=e + 1) for e in each]
         lines.append(f"back{i} = Shape(x{i})  sum{i} = Reshape(y{i}_{count}, back{i})")
@@ -342,7 +344,9 @@ def lone(form: str, i: int, count: int) -> str:
         lines += [gates.get(form, "").format(i=i, e=e, n=e + 1) for e in each]
     if form == "beside":
         lines += [f"l{i}_{e} = Unsqueeze(f{i}_{e}, before)" for e in each]
-        lines.append(f"all{i} = Concat<axis = -2>({', '.join(f'l{i}_{e}' for e in each)})  w{i} = Unsqueeze(gates{i}, last)")
+        lines.append(
+            f"all{i} = Concat<axis = -2>({', '.join(f'l{i}_{e}' for e in each)})  w{i} = Unsqueeze(gates{i}, last)"
+        )
         lines.append(f"both{i} = Mul(all{i}, w{i})  sum{i} = ReduceSum<keepdims = 0>(both{i}, before)")
     elif form in ("slice", "split"):
         lines += [TIMES.format(i=i, e=e) for e in each]
