@@ -16,9 +16,10 @@ from liar_opt.passes.base import WholeModel
 from liar_opt.passes.calibrate import divided
 from liar_opt.passes.choose_blocks import ComparedBlocks, LeftOut, TriedBlocks, candidate_runs
 from liar_opt.passes.cut_vocabulary import WIDTHS
+from liar_opt.passes.finish_run import Done
 from liar_opt.passes.limit_drop import CannotKeepError
 from liar_opt.passes.meet_target import MetAlreadyError, UnreachableError, parse_target
-from liar_opt.passes.model_job import Done, ModelJob
+from liar_opt.passes.model_job import ModelJob
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.parts_job import without_experts, without_parts
 from liar_opt.passes.prune_groups import Cut
@@ -48,7 +49,7 @@ class Trial:
         return float("inf") if found is None else float(found)
 
 
-def prune_auto(backend: Backend, start: float, watch: MemoryWatch) -> PruneResult:
+def prune_auto(backend: Backend, watch: MemoryWatch) -> PruneResult:
     """Tries 0, 1, 2, ... blocks in one goal with widths, and returns the best.
 
     Raises:
@@ -63,7 +64,7 @@ def prune_auto(backend: Backend, start: float, watch: MemoryWatch) -> PruneResul
     judged = None if limited else _held_out(whole)
     best: Trial | None = None
     tried: list[TriedBlocks] = []
-    for trial in _trials(whole, most, judged, start, watch):
+    for trial in _trials(whole, most, judged, watch):
         tried.append(trial.entry)
         asked.progress("blocks auto", len(tried), most + 1)
         if best is not None and trial.value(limited) >= best.value(limited):
@@ -123,7 +124,7 @@ def _some(data: CalibrationData, batches: list[int]) -> CalibrationData:
     return replace(data, batches=own, row_masks=tuple(data.row_masks[i] for i in batches))
 
 
-def _trials(whole: Backend, most: int, judged: CalibrationData | None, start: float, watch: MemoryWatch) -> Iterator[Trial]:
+def _trials(whole: Backend, most: int, judged: CalibrationData | None, watch: MemoryWatch) -> Iterator[Trial]:
     """Yields a trial of 0, 1, 2, ... blocks, until the goal asks for no more."""
     notes = list(whole.state.model.notes)
     for count in range(most + 1):
@@ -139,7 +140,7 @@ def _trials(whole: Backend, most: int, judged: CalibrationData | None, start: fl
                 return
             options = replace(left.options, dry_run=False)
             state = left.anew(left.state, left.state.model.notes)
-            job = ModelJob(replace(left, state=state, options=options), start, watch)
+            job = ModelJob(replace(left, state=state, options=options), watch)
             done = job.checked()
         except UnreachableError as err:
             yield _failed(count, first, began, str(err))

@@ -209,7 +209,7 @@ class Backend(ABC):
         """Returns the pass that cuts them."""
 
     @abstractmethod
-    def cut_words_alone(self, start: float, watch: MemoryWatch) -> PruneResult:
+    def cut_words_alone(self, watch: MemoryWatch) -> PruneResult:
         """Cuts the vocabulary, and no width; see `passes.vocabulary_job`."""
 
     def require_sayable(self, state: State, ratio: float) -> Any:

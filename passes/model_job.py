@@ -16,15 +16,15 @@ from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.cut_experts import CutExperts, CutExpertsPass, experts_refused, planned_experts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
 from liar_opt.passes.find_groups import NOT_WHOLE, WholeSublayers
+from liar_opt.passes.finish_run import Done, finish_run
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
-from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.pattern_job import pattern_behind
 from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.quantise_result import require_room
 from liar_opt.passes.repairs import AWARE
-from liar_opt.passes.report import Report, SizesEntry, report_of
+from liar_opt.passes.report import Report, report_of
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.search_widths import Searched
 from liar_opt.passes.sweep import require_shares
@@ -54,8 +54,6 @@ def inspect_model(backend: Backend) -> Inspection:
     return Inspection(state.model, state.groups, refusals, report.to_json())
 
 
-Done = tuple[Report, tuple[Change, ...], list[Refusal]]
-"""What a cut came to: the report so far, what was changed, and what was left alone."""
 T = TypeVar("T")
 
 
@@ -64,15 +62,14 @@ class ModelJob:
 
     Args:
         backend: the opened model, the calibration data and the options.
-        start: when the run began, by ``time.perf_counter``.
-        watch: looks at the memory from then on.
+        watch: looks at the memory and the clock since the run began.
 
     Raises:
         OptionError: options exclude each other.
     """
 
-    def __init__(self, backend: Backend, start: float, watch: MemoryWatch) -> None:
-        self.start, self.watch, self.backend = start, watch, backend
+    def __init__(self, backend: Backend, watch: MemoryWatch) -> None:
+        self.watch, self.backend = watch, backend
         self.options, self.state, self.ranks = backend.options, backend.state, current()
         self.state.progress, self.state.fresh = self.options.progress, self.options.fresh
         self.chosen = backend.choose()
@@ -159,7 +156,7 @@ class ModelJob:
         done = _run(state, chosen.cutting, options.observer)
         changes = (*decided, *done.changes)
         refusals += done.refusals
-        report.shared_out(self.ranks, state, self.watch, time.perf_counter() - self.start)
+        report.shared_out(self.ranks, state, self.watch)
         return self.ranks.kept(lambda: last(self._checked(report, changes, refusals)))
 
     def _checked(self, report: Report, changes: tuple[Change, ...], refusals: list[Refusal]) -> Done:
@@ -182,20 +179,13 @@ class ModelJob:
 
     def finish(self, done: Done) -> PruneResult:
         """Times and quantises what was cut and checked, and returns it; of a dry run the original."""
-        report, changes, refusals = done
-        state, options, backend = self.state, self.options, self.backend
-        if options.dry_run:
-            return backend.result(state, report, (), tuple(refusals))
-        report.after = SizesEntry(**model_sizes(state.model), flops=self._flops())
-        backend.complete(report, state)
-        backend.keep_scheme(report, state)
-        if options.latency:
-            backend.note_times(report, state, self._one_batch(), self.target is not None)
-        backend.quantise(report, state, self._one_batch())
-        report.ended(state, self.watch, time.perf_counter() - self.start)
+        state = self.state
+        if self.options.dry_run:
+            return finish_run(self.backend, done, {}, self.watch)
+        result = finish_run(self.backend, done, self._one_batch(), self.watch, self.target is not None)
         if state.checkpoint is not None:
             state.checkpoint.remove()
-        return backend.result(state, report, changes, tuple(refusals))
+        return result
 
     def _begun(self) -> Report:
         """Returns the report's first part: what was asked for, and of what."""

@@ -294,9 +294,9 @@ class TorchBackend(Backend):
         """Returns what cuts the module's embeddings and heads."""
         return CutModuleWordsPass()
 
-    def cut_words_alone(self, start: float, watch: MemoryWatch) -> ModuleResult:
+    def cut_words_alone(self, watch: MemoryWatch) -> ModuleResult:
         """Cuts the vocabulary of the module, and no width."""
-        return cut_module_vocabulary(self, start, watch)
+        return cut_module_vocabulary(self, watch)
 
     def require_sayable(self, state: State, ratio: float) -> tuple[FieldChange, ...] | None:
         """Returns the fields of a checkpoint that say how many experts there are; None where none is asked for."""

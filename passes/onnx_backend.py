@@ -203,9 +203,9 @@ class OnnxBackend(Backend):
         """Returns what cuts the graph's tables and heads."""
         return CutVocabularyPass()
 
-    def cut_words_alone(self, start: float, watch: MemoryWatch) -> PruneResult:
+    def cut_words_alone(self, watch: MemoryWatch) -> PruneResult:
         """Cuts the vocabulary of the graph, and no width."""
-        return cut_vocabulary(self, start, watch)
+        return cut_vocabulary(self, watch)
 
     def with_fewer_experts(self, state: State, fields: Any) -> OnnxBackend:
         """Returns the cut graph as if it had come so."""

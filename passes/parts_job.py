@@ -13,12 +13,12 @@ from liar_opt.passes.choose_blocks import LeftOut, candidate_runs, choose_run
 from liar_opt.passes.cut_experts import CutExperts, CutExpertsPass, planned_experts
 from liar_opt.passes.cut_vocabulary import WIDTHS, wants_words
 from liar_opt.passes.express_widths import FinalFields
+from liar_opt.passes.finish_run import finish_run
 from liar_opt.passes.groups import Refusal, parameters_left
-from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.options import BLOCK_REPAIRS, PruneOptions
 from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.passes.registry import lookup
-from liar_opt.passes.report import SizesEntry, prunable, report_of
+from liar_opt.passes.report import prunable, report_of
 from liar_opt.passes.result import PruneResult
 from liar_opt.passes.verify_model import (
     Verification,
@@ -82,7 +82,7 @@ def without_parts(backend: Backend, blocks: int) -> Backend:
     return replace(left, options=replace(rest, experts=None, blocks=None))
 
 
-def finish_parts(backend: Backend, start: float, watch: MemoryWatch) -> PruneResult:
+def finish_parts(backend: Backend, watch: MemoryWatch) -> PruneResult:
     """Says what went, compared and timed, where nothing else is asked for; of a dry run what would go."""
     state, options, data = backend.state, backend.options, backend.state.calibration
     whole, experts, blocks = state.found(WholeModel), state.get(CutExperts), state.get(LeftOut)
@@ -97,21 +97,15 @@ def finish_parts(backend: Backend, start: float, watch: MemoryWatch) -> PruneRes
     report.calibrated(data)
     if options.dry_run:
         report.note(*planned_experts(state))
-        return backend.result(state, report, (), whole.refusals)
+        return finish_run(backend, (report, (), whole.refusals), {}, watch)
     batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
     report.before.flops = backend.operations_before(state, batch)
-    report.after = SizesEntry(**model_sizes(state.model), flops=backend.operations(state, batch))
     pruned = state.engine().whole(state.model, "what is left of the model")
     meter = output_differences(state, pruned, whole_session(state), pruned.outputs)
     exact = max(part.exact_difference or 0.0 for part in (experts, blocks) if part is not None)
     report.verification = Verification(exact, state.model.least_precision(), meter.result())
     state.add(report.verification, FinalFields(()))
-    backend.complete(report, state)
-    if options.latency:
-        backend.note_times(report, state, batch)
-    backend.quantise(report, state, batch)
-    report.ended(state, watch, time.perf_counter() - start)
-    return backend.result(state, report, whole.changes, whole.refusals)
+    return finish_run(backend, (report, whole.changes, whole.refusals), batch, watch)
 
 
 def _analysed(backend: Backend) -> tuple[Refusal, ...]:

@@ -4,7 +4,6 @@ What is left is opened again, as if it had come so: it is analysed and measured 
 model's outputs looks at those of the model without the pattern.
 """
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +15,14 @@ from liar_opt.passes.base import Change, DenseModel, Pipeline, State
 from liar_opt.passes.calibrate import calibrate, fitted
 from liar_opt.passes.cut_vocabulary import WIDTHS, wants_words
 from liar_opt.passes.express_widths import FinalFields
+from liar_opt.passes.finish_run import finish_run
 from liar_opt.passes.fit_module import CutModule
 from liar_opt.passes.groups import Refusal
-from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.options import PruneOptions
-from liar_opt.passes.pattern_weights import Patterned, PatternWeightsPass, planned_pattern
+from liar_opt.passes.pattern_weights import Patterned, PatternWeightsPass, planned_pattern, timed_alone
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.registry import lookup
-from liar_opt.passes.report import Report, SizesEntry, report_of
+from liar_opt.passes.report import Report, report_of
 from liar_opt.passes.result import PruneResult
 from liar_opt.passes.sweep import cut_arrays
 from liar_opt.passes.verify_model import (
@@ -43,8 +42,6 @@ from liar_opt.runtime.ranks import current
 
 COMPARED = 4
 """Samples on which the result is held against the original with the same weights."""
-FASTER = 0.03
-"""What the time has to change by, beside twice its standard error, for the zeros to be the reason."""
 
 
 def pattern_alone(options: PruneOptions) -> bool:
@@ -90,7 +87,7 @@ def require_pattern_possible(options: PruneOptions) -> None:
         )
 
 
-def prune_pattern(backend: Backend, start: float, watch: MemoryWatch) -> PruneResult:
+def prune_pattern(backend: Backend, watch: MemoryWatch) -> PruneResult:
     """Puts a pattern into a model, and cuts nothing; :func:`liar_opt.prune` calls this.
 
     Raises:
@@ -112,7 +109,7 @@ def prune_pattern(backend: Backend, start: float, watch: MemoryWatch) -> PruneRe
     report.refuse(analysis.refusals)
     if options.dry_run:
         report.note(planned_pattern(state.analysed(), Pattern.parse(step.pattern)))
-        return backend.result(state, report, (), tuple(analysis.refusals))
+        return finish_run(backend, (report, (), analysis.refusals), {}, watch)
     data = calibrate(state, backend.calibration, options, backend.positions(state), backend.author(state))
     state.calibration = fitted(state, data, report.model.notes)
     require_runs(state, dense_session(state))
@@ -123,15 +120,7 @@ def prune_pattern(backend: Backend, start: float, watch: MemoryWatch) -> PruneRe
     state.add(FinalFields(()))
     report.refuse((*analysis.refusals, *refusals))
     report.verification = state.found(Verification)
-    report.after = SizesEntry(**model_sizes(state.model), flops=backend.operations(state, batch))
-    backend.complete(report, state)
-    if options.latency:
-        backend.note_times(report, state, batch)
-    times = report.latency
-    speed = None if times is None else (times.speedup, times.spread or 0.0)
-    report.patterned = told(state.found(Patterned), speed, backend.device)
-    report.ended(state, watch, time.perf_counter() - start)
-    return backend.result(state, report, changes, (*analysis.refusals, *refusals))
+    return finish_run(backend, (report, changes, (*analysis.refusals, *refusals)), batch, watch)
 
 
 def pattern_behind(backend: Backend, state: State, report: Report, batch: dict[str, Any]) -> tuple[Change, ...]:
@@ -162,7 +151,7 @@ def pattern_behind(backend: Backend, state: State, report: Report, batch: dict[s
         speed = (times.speedup, times.spread) if isinstance(times, Latency) else None
     else:
         speed = None
-    report.patterned = told(new.found(Patterned), speed, backend.device)
+    report.patterned = timed_alone(new.found(Patterned), speed, backend.device)
     state.model, state.walk = new.model, new.walk
     made, before = new.get(CutModule), state.get(CutModule)
     if made is not None and before is not None:
@@ -221,16 +210,3 @@ def _verified(state: State) -> Verification:
     del reference
     meter = output_differences(state, session, dense_session(state), outputs)
     return Verification(exact, precision, meter.result())
-
-
-def told(done: Patterned, speed: tuple[float, float] | None, device: str) -> Patterned:
-    """Returns what was done with what was measured of its speed, (times as fast, its relative standard error)."""
-    if speed is None:
-        return done
-    faster, error = speed
-    if abs(faster - 1.0) <= FASTER + 2.0 * error:
-        why = "its kernels multiply them like other numbers"
-        said = f"the zeros make nothing faster on {device} ({faster:.2f} x as fast): {why}"
-    else:
-        said = f"with the zeros it is {faster:.2f} x as fast on {device}"
-    return replace(done, speedup=faster, speed=said)

@@ -26,6 +26,8 @@ from liar_opt.runtime.moments import FoldName, Moments
 from liar_opt.runtime.patterns import CORRECTED, RIDGE, SOLVERS, Layer, Pattern
 
 DEFAULT_SOLVER = "sparsegpt"
+FASTER = 0.03
+"""What the time has to change by, beside twice its standard error, for the zeros to be the reason."""
 
 
 @dataclass(frozen=True)
@@ -292,3 +294,16 @@ def planned_pattern(walk: GraphWalk, pattern: Pattern) -> str:
         raise InternalError("no weight can have a pattern")
     elements = sum(place.inputs * place.outputs for place in places)
     return f"{len(places)} weights, {elements:,} numbers, would have the pattern {pattern.text}"
+
+
+def timed_alone(done: Patterned, speed: tuple[float, float] | None, device: str) -> Patterned:
+    """Returns what was done with what was measured of its speed, (times as fast, its relative standard error)."""
+    if speed is None:
+        return done
+    faster, error = speed
+    if abs(faster - 1.0) <= FASTER + 2.0 * error:
+        why = "its kernels multiply them like other numbers"
+        said = f"the zeros make nothing faster on {device} ({faster:.2f} x as fast): {why}"
+    else:
+        said = f"with the zeros it is {faster:.2f} x as fast on {device}"
+    return replace(done, speedup=faster, speed=said)

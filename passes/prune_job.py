@@ -4,7 +4,6 @@
 needs the code that made it.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -208,7 +207,7 @@ def prune(
         observer=observer,
     )
     arrays = arrays_for("host" if (solver, provider) == ("auto", "cpu") else solver)
-    start, watch, opening = time.perf_counter(), MemoryWatch(), _backend(model)
+    watch, opening = MemoryWatch(), _backend(model)
     opening.require_possible(calibration, options)
     require_experts_possible(options)
     require_pattern_possible(options)
@@ -219,20 +218,20 @@ def prune(
         opened = opening.open(model, calibration, options)
         went: tuple[Change, ...] = ()
         if pattern_alone(options):
-            return prune_pattern(opened, start, watch)
+            return prune_pattern(opened, watch)
         if blocks is not None:
             opened.block_repair()  # raises before the work where there can be none
         if experts is not None or blocks is not None:
             if options.blocks == "auto":
-                return prune_auto(opened, start, watch)
+                return prune_auto(opened, watch)
             opened = without_parts(opened, options.blocks or 0)
             if parts_alone(opened.options):
-                return finish_parts(opened, start, watch)
+                return finish_parts(opened, watch)
             went = opened.state.found(WholeModel).changes
             opened = replace(opened, state=opened.anew(opened.state, opened.state.model.notes))
         if words_alone(opened.options):
-            return current().kept(lambda: opened.cut_words_alone(start, watch))
-        result = ModelJob(opened, start, watch).run()
+            return current().kept(lambda: opened.cut_words_alone(watch))
+        result = ModelJob(opened, watch).run()
         result.changes = (*went, *result.changes)
         return result
 

@@ -297,24 +297,24 @@ class Report:
             apart=times.apart,
         )
 
-    def shared_out(self, ranks: Ranks, state: State, watch: MemoryWatch, seconds: float) -> None:
+    def shared_out(self, ranks: Ranks, state: State, watch: MemoryWatch) -> None:
         """Says what each process did, where there are several; called in all of them."""
         if ranks.size == 1:
             return
         assert state.calibration is not None
         batches = len(ranks.own(len(state.calibration.batches)))
         peaks = watch.anonymous, watch.resident
-        own = ProcessEntry(ranks.rank, platform.node(), batches, seconds, ranks.waited, *peaks)
+        own = ProcessEntry(ranks.rank, platform.node(), batches, watch.elapsed, ranks.waited, *peaks)
         self.processes = [asdict(entry) for entry in ranks.gathered(own)]
 
-    def ended(self, state: State, watch: MemoryWatch, seconds: float) -> None:
+    def ended(self, state: State, watch: MemoryWatch) -> None:
         """Says what the run took."""
         self.solver = solver().described()
         times, memory = self.latency, state.memory
         speedup = None if times is None else times.speedup
         self.fitted = measured_fit(state, self.device or "", speedup, 0.0 if times is None else times.spread or 0.0)
         self.memory = MemoryEntry(memory.limit, memory.estimated, watch.anonymous, watch.resident, memory.store.bytes)
-        self.seconds = {**state.seconds, "total": seconds}
+        self.seconds = {**state.seconds, "total": watch.elapsed}
 
 
 def report_of(state: State) -> Report:

@@ -1,6 +1,5 @@
 """A run of ``prune`` that cuts the vocabulary alone: no width is touched, and nothing is measured for it."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,11 +18,11 @@ from liar_opt.passes.cut_vocabulary import (
     cut_words_entry,
 )
 from liar_opt.passes.express_widths import FinalFields
+from liar_opt.passes.finish_run import Done, finish_run
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
-from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.open_module import OpenedModule
 from liar_opt.passes.options import PruneOptions
-from liar_opt.passes.report import Report, SizesEntry, report_of
+from liar_opt.passes.report import Report, report_of
 from liar_opt.passes.result import ModuleResult, PruneResult
 from liar_opt.passes.verify_model import Verification
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
@@ -33,7 +32,7 @@ LENGTH = 16
 """Tokens of the samples on which the result is compared."""
 
 
-def cut_vocabulary(backend: Backend, start: float, watch: MemoryWatch) -> PruneResult:
+def cut_vocabulary(backend: Backend, watch: MemoryWatch) -> PruneResult:
     """Cuts the vocabulary of an ONNX model; :func:`liar_opt.prune` calls this where no width is asked for.
 
     Raises:
@@ -48,10 +47,10 @@ def cut_vocabulary(backend: Backend, start: float, watch: MemoryWatch) -> PruneR
     report = _begun(backend)
     done = Pipeline(passes=[backend.cutting_words()], observer=options.observer)(state)
     changes = () if options.dry_run else done.changes
-    return _ended(backend, report, state.found(CutWords), changes, state.calibration.batches[0], start, watch)
+    return _ended(backend, (report, changes, ()), state.found(CutWords), state.calibration.batches[0], watch)
 
 
-def cut_module_vocabulary(backend: Backend, start: float, watch: MemoryWatch) -> ModuleResult:
+def cut_module_vocabulary(backend: Backend, watch: MemoryWatch) -> ModuleResult:
     """Cuts the vocabulary of a torch module.
 
     Raises:
@@ -69,7 +68,7 @@ def cut_module_vocabulary(backend: Backend, start: float, watch: MemoryWatch) ->
         state.add(FinalFields(()))
         cut = state.found(CutWords)
     batch = {name: to_numpy(value) for name, value in state.found(OpenedModule).example.items()}
-    result = _ended(backend, report, cut, changes, batch, start, watch)
+    result = _ended(backend, (report, changes, ()), cut, batch, watch)
     assert isinstance(result, ModuleResult)
     return result
 
@@ -83,28 +82,15 @@ def _begun(backend: Backend) -> Report:
     return report
 
 
-def _ended(
-    backend: Backend,
-    report: Report,
-    cut: CutWords,
-    changes: tuple[Change, ...],
-    batch: Mapping[str, Any],
-    start: float,
-    watch: MemoryWatch,
-) -> PruneResult:
+def _ended(backend: Backend, done: Done, cut: CutWords, batch: Mapping[str, Any], watch: MemoryWatch) -> PruneResult:
     """Says what was cut, checked and timed on a batch; of a dry run what would be."""
-    state = backend.state
+    state, report = backend.state, done[0]
     report.prunable = {"before": cut.parameters_before, "after": cut.parameters_after}
     report.vocabulary = cut
     if not backend.options.dry_run:
-        report.after = SizesEntry(**model_sizes(state.model))
-        backend.complete(report, state)
         assert cut.exact_difference is not None
         report.verification = Verification(cut.exact_difference, state.model.least_precision(), {})
-        if backend.options.latency:
-            backend.note_times(report, state, batch)
-        report.ended(state, watch, time.perf_counter() - start)
-    return backend.result(state, report, changes, ())
+    return finish_run(backend, done, batch, watch)
 
 
 def _few_samples(model: Model, calibration: Any, options: PruneOptions) -> CalibrationData:

@@ -138,16 +138,22 @@ class Memory:
 
 
 class MemoryWatch:
-    """Looks at the anonymous memory now and then, for its peak, as long as somebody holds it.
+    """Looks at the anonymous memory now and then, for its peak, and at the clock, as long as somebody holds it.
 
     Attributes:
+        began: when, by ``time.perf_counter``.
         anonymous: the largest amount seen, or None where the system does not tell.
     """
 
     def __init__(self, seconds: float = 0.02) -> None:
-        self.anonymous = anonymous()
+        self.began, self.anonymous = time.perf_counter(), anonymous()
         if self.anonymous is not None:
             threading.Thread(target=_look, args=(weakref.ref(self), seconds), daemon=True).start()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self.began
 
     @property
     def resident(self) -> int | None:

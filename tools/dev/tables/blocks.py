@@ -297,9 +297,7 @@ def made(subject: Subject, name: str, ratio: float, path: Path, seed: int) -> di
             model = _normal(onnx.load(subject.path))
             blocks = max(1, round(ratio * find_stacks(walk(model))[0].blocks))
             options = PruneOptions(**given, blocks=blocks, block_repair="fold")
-            result = finish_parts(
-                without_parts(ReplaceMe.open(subject.path, calibration, options), blocks), began, MemoryWatch()
-            )
+            result = finish_parts(without_parts(ReplaceMe.open(subject.path, calibration, options), blocks), MemoryWatch())
         else:
             result = prune(subject.path, calibration, **given, sparsity=ratio, fresh=True, **WAYS[name])
         proto, report = result.model, result.report
