@@ -241,7 +241,7 @@ def test_what_is_timed_is_the_first_batch_as_it_was_given(monkeypatch: pytest.Mo
     seen: list[tuple[int, ...]] = []
 
     class Refused:
-        def __init__(self, backend: Any, start: float, watch: Any) -> None:
+        def __init__(self, backend: Any, watch: Any) -> None:
             seen.append(backend.state.found(WholeModel).data.batches[0]["input_ids"].shape)
 
         def checked(self) -> None:
