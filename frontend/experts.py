@@ -127,10 +127,9 @@ class ExpertLayer:
 
     def left(self, kept: Sequence[int]) -> int:
         """Returns how many of those elements stay with the experts ``kept``."""
-        alone = [
-            sum(int(np.prod(c.shape, dtype=np.int64)) for c in self.own[i]) if self.own else 0 for i in range(self.size)
-        ]
-        return round((self.parameters - sum(alone)) * len(kept) / self.size) + sum(alone[i] for i in kept)
+        alone = [sum(int(np.prod(c.shape, dtype=np.int64)) for c in own) for own in self.own]
+        shared = (self.parameters - sum(alone)) * len(kept) / self.size
+        return round(shared) + sum(alone[i] for i in kept if alone)
 
     def cut(self, kept: Sequence[int]) -> dict[int, Cut]:
         """Returns what ``Rewriter.cut`` keeps where the experts ``kept`` stay: as many of each group."""
@@ -439,7 +438,7 @@ def cut_experts(walk: GraphWalk, layers: Mapping[ExpertLayer, Sequence[int]]) ->
         if not layer.taken:
             continue
         order = {id(n): i for i, n in enumerate(walk.model.graph.nodes)}
-        found = silenced(walk, order, [one for one in layer.taken if one.expert not in kept])
+        found = silenced(walk, order, [one for one in layer.taken if one.expert not in (ALL, *kept)])
         if found.refused:
             raise CannotFollow(found.refused)
         leave_out_experts(walk, found)

@@ -1,7 +1,7 @@
 """Experts that lie apart: each has weights of its own, and what the router says of it is taken out by its place.
 
-A *selection* takes the number of one expert out of the scores of all: an index of Gather, a part of Slice or Split, an input
-of the Concat that lines the experts up, or the comparison of the chosen numbers with its own. For an expert that is never
+A *selection* takes the number of one expert out of the scores of all: an index of Gather, a part of Slice or Split, an
+input of the Concat that lines the experts up, or the comparison of the chosen numbers with its own. For an expert that is never
 chosen the number is zero, and so is all that it multiplies, down to where that is added to what the others give: the
 addition goes (a *join*), and the rest is left. Or no row is found that has chosen it, and what is made of no rows is
 written nowhere.
@@ -47,8 +47,8 @@ class Selection:
         expert: its place among all; ``ALL`` where the chosen numbers are compared with those of all.
         node: what takes it out.
         output: what is zero where it is never chosen; None where the node lines up what experts give.
-        position: the input that says its place; None where the cut of the axis says it. Of what lines up, that of the expert,
-            of a slice that of its start, behind which that of its end is.
+        position: the input that says its place; None where the cut of the axis says it. Of what lines up, that of the
+            expert, of a slice that of its start, behind which that of its end is.
     """
 
     expert: int
@@ -111,7 +111,7 @@ def counted(walk: GraphWalk, node: gs.Node, position: int, size: int) -> int | N
 
 
 def in_modules(walk: GraphWalk, axis: int, chosen: Collection[gs.Tensor]) -> bool:
-    """Returns whether the graph of a module takes the number of each expert out, as `selections` finds it in ONNX graphs."""
+    """Returns whether the graph of a module takes the number of each expert out, as `selections` finds it in ONNX."""
     size, leaves, count = walk.algebra.size(axis), walk.algebra.leaves(axis), 0
     numbers = set(map(id, moved(chosen)))
     for node in walk.model.graph.nodes:
@@ -217,9 +217,8 @@ def _given(node: gs.Node, position: int) -> list[gs.Tensor]:
     while tensor.inputs and has(tensor.inputs[0], Trait.KEEPS_ORDER):
         tensor = tensor.inputs[0].inputs[0]
     parts = tensor.inputs[0].inputs if _made(tensor, "Add") else []
-    own = [
-        t for t in parts if not (t.inputs and has(t.inputs[0], Trait.LOOKS_UP) and t.inputs[0].inputs[0] is node.inputs[0])
-    ]
+    read = [t for t in parts if t.inputs and has(t.inputs[0], Trait.LOOKS_UP) and t.inputs[0].inputs[0] is node.inputs[0]]
+    own = [t for t in parts if all(t is not r for r in read)]
     return own if len(own) == len(parts) - 1 else []
 
 
@@ -230,9 +229,10 @@ def _made(tensor: gs.Tensor, op: str) -> bool:
 def _goes_on(
     walk: GraphWalk, node: gs.Node, quiet: Mapping[int, State]
 ) -> tuple[State | Literal["drop"] | None, gs.Tensor | None]:
-    """Returns what a node makes of inputs that are ``quiet``, or the input that stands for what it makes; None is unknown."""
+    """Returns what a node makes of ``quiet`` inputs, or the input that stands for what it makes; None is unknown."""
     others = [t for i, t in enumerate(node.inputs) if present(t) and i not in quiet]
-    if node.op in WRITES and (quiet.get(1) == "none" or (quiet.get(2) == "zero" and node.attrs.get("reduction") == "add")):
+    adds = node.attrs.get("reduction") == "add"
+    if node.op in WRITES and (quiet.get(1) == "none" or (quiet.get(2) == "zero" and adds)):
         return ("zero", None) if 0 in quiet else (None, node.inputs[0])
     if "none" in quiet.values():
         return (None if node.op.startswith("Reduce") or node.op in WRITES else "none"), None

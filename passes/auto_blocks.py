@@ -120,7 +120,8 @@ def _trials(whole: Backend, most: int, judged: CalibrationData | None, watch: Me
             yield _failed(count, first, began, str(err))
             continue
         except (MetAlreadyError, CannotKeepError) as err:
-            yield _failed(count, first, began, str(err))
+            alone = bool(count) and isinstance(err, MetAlreadyError)
+            yield _failed(count, first, began, ENOUGH if alone else str(err))
             return
         except ModelError as err:
             if count < 2:

@@ -25,7 +25,9 @@ import liar_opt
 from liar_opt.frontend.blocks import find_stacks, inside, last_product
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import walk
-from liar_opt.passes import meet_target
+from liar_opt.passes import auto_blocks, meet_target
+from liar_opt.passes.base import WholeModel
+from liar_opt.passes.meet_target import UnreachableError
 from liar_opt.passes.result import ModuleResult, PruneResult
 from liar_opt.runtime.errors import ModelError, OptionError
 
@@ -200,8 +202,9 @@ def test_as_many_blocks_go_as_leave_the_least_error(goal: dict[str, Any], monkey
     assert errors[found["chosen"]] == pytest.approx(lost, rel=1e-3)
 
 
+@pytest.mark.rest
 def test_blocks_and_widths_share_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that counts weights; what is timed is the first batch as it was given, though there are few."""
+    """By a clock that counts weights."""
     shapes: set[tuple[int, ...]] = set()
 
     def measure(models: Any, feeds: Any, **options: Any) -> Any:
@@ -215,10 +218,30 @@ def test_blocks_and_widths_share_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     options: dict[str, Any] = {"target": "latency=1.05x", "multiple_of": 4, "batch_size": 4, "fresh": True}
     report = liar_opt.prune(export("llama"), data, blocks="auto", **options, **PLAIN).report
     met, (none, one) = report["target"], report["blocks_compared"]["tried"]
-    assert none["error"] > 0 and "is met already" in one["why"]  # a block takes more than that
+    assert none["error"] > 0 and one["why"] == auto_blocks.ENOUGH
     assert met["found"] == pytest.approx(met["dense"] / 1.05, rel=0.02)
     assert met["found"] == pytest.approx(0.01 + 1e-7 * report["after"]["parameters"], rel=0.02)
     assert shapes == {data[0]["input_ids"].shape}
+
+
+def test_what_is_timed_is_the_first_batch_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are few, which are divided for other goals."""
+    seen: list[tuple[int, ...]] = []
+
+    class Refused:
+        def __init__(self, backend: Any, watch: Any) -> None:
+            seen.append(backend.state.found(WholeModel).data.batches[0]["input_ids"].shape)
+
+        def checked(self) -> None:
+            raise UnreachableError("too fast")
+
+    monkeypatch.setattr(auto_blocks, "ModelJob", Refused)
+    data = batches(3)
+    for target in ("latency=1.5x", "params=0.5x"):
+        with pytest.raises(OptionError, match="too fast; with blocks: "):
+            liar_opt.prune(export("llama"), data, blocks="auto", target=target, batch_size=4, block_repair="none", **PLAIN)
+    first = data[0]["input_ids"].shape
+    assert set(seen[: len(seen) // 2]) == {first} and set(seen[len(seen) // 2 :]) == {(1, first[1])}
 
 
 def lazy() -> Any:

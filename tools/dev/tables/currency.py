@@ -4,7 +4,7 @@
     python tools/dev/bench.py currency --only classifier --cells FILE      # film reviews, two classes
     python tools/dev/bench.py currency --only smollm2 --cells FILE
 
-- repair: what stays is turned, W' = R W_K with R orthogonal, the polar factor of S_:K^T W W_K^T (RCPU, arXiv 2510.07782),
+- repair: what stays is turned, W' = W_K R with R orthogonal, the polar factor of W_K^T S_K: W (RCPU, arXiv 2510.07782),
   instead of fitted by least squares; and of both, at each consumer, whichever loses less on held-back rows. Cosine of the
   embeddings of held-out reviews.
 - classifier, smollm2: what a group's error is worth at the output counts as the variance of the difference of logits under
@@ -52,10 +52,10 @@ Logits = Callable[[bytes], Array]
 
 
 def rotated(own: Statistics, weight: Array, kept: NDArray[np.int64]) -> tuple[Array, Array]:
-    """W' [u, m] = R W_K, and what the bias gets."""
+    """W' [u, m] = W_K R, and what the bias gets."""
     left = weight[kept]
-    first, _, second = np.linalg.svd(own.covariance[kept] @ weight @ left.T)
-    made = first @ second @ left
+    first, _, second = np.linalg.svd(left.T @ own.covariance[kept] @ weight)
+    made = left @ first @ second
     return made, own.mean @ weight - own.mean[kept] @ made
 
 
