@@ -67,7 +67,7 @@ def test_what_is_made_grows_with_the_depth_alone(sweep: Sweep, monkeypatch: pyte
 
 def test_what_no_compared_output_needs_does_not_run() -> None:
     """Four outputs are compared; the fifth comes last."""
-    early = " ".join(f"e{i} = Identity(x1)" for i in range(4))
+    early = " ".join(f"e{i} = Tanh(x1)" for i in range(4))
     outs = ", ".join(f"float[b, s, 6] {n}" for n in ("e0", "e1", "e2", "e3", "x2"))
     text = f"f (float[b, s, 6] x0) => ({outs}) {{ {BLOCK.format(0, 1)} {early}\n {BLOCK.format(1, 2)} }}"
     sweep = Sweep(prepared(graphs.parse(text, WEIGHTS), 0.5))
