@@ -100,10 +100,9 @@ class ProbeOutputs:
         """Returns the positions of the nodes that a patch changes."""
         if isinstance(patch, StandIn):
             return [self.made[patch.target]]
-        nodes = (
-            [patch.place[0]] if isinstance(patch, ConstantPatch) else [n for u in patch.uses for n in (u.node, u.holder)]
-        )
-        return [self.sweep.position(node) for node in nodes]
+        if isinstance(patch, ConstantPatch):
+            return [self.sweep.position(patch.place[0])]
+        return [self.sweep.position(node) for use in patch.uses for node in (use.node, use.holder)]
 
     def _ends(self, start: int, stop: int, patches: Sequence[AnyPatch] = ()) -> list[Rows]:
         """Runs the model from a place on; returns the same rows of its outputs each time.
@@ -117,7 +116,8 @@ class ProbeOutputs:
         values = self.live[start]
         for begin, end in ((start, stop), *((i, i + 1) for i in range(stop, len(self.places) - 1))):
             part = self._part(begin, end, values[0], patches if begin == start else ())
-            ran = [part.run({**feeds, **own}) for feeds, own in zip(self.data.batches, values, strict=True)]
+            pairs = zip(self.data.batches, values, strict=True)
+            ran = [{} if part is None else part.run({**feeds, **own}) for feeds, own in pairs]
             for rows, made, mask in zip(ends, ran, self.data.row_masks, strict=True):
                 rows.update({n: some_rows(self.engine.array(made[n]), mask) for n in self.outputs if n in made})
             both = [{**own, **made} for own, made in zip(values, ran, strict=True)]
@@ -126,13 +126,15 @@ class ProbeOutputs:
                 self.live.append(self._kept(values))
         return ends
 
-    def _part(self, begin: int, end: int, given: Mapping[str, Value], patches: Sequence[AnyPatch]) -> Part:
-        """Returns what runs the nodes between two places; without patches it is made once."""
+    def _part(self, begin: int, end: int, given: Mapping[str, Value], patches: Sequence[AnyPatch]) -> Part | None:
+        """Returns what runs the nodes between two places, None where nobody needs them; without patches it is made once."""
         if not patches and begin in self.parts:
             return self.parts[begin]
         start, stop = self.places[begin], self.places[end]
         names = dict.fromkeys([*self.outputs, *self.names[end]])
         wanted = [n for n in names if start <= self.made.get(n, -1) < stop]
+        if not wanted:
+            return None
         part = self.engine.part(self.sweep.walk, start, stop, wanted, given, patches=patches, once=True)
         if not patches:
             self.parts[begin] = part

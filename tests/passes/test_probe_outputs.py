@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import graphs
 import numpy as np
 import pytest
-from streams import batches, data, prepared
+from streams import BLOCK, WEIGHTS, batches, data, prepared
 from test_whole_layers import four
 
 from liar_opt.frontend.engine import Patch
@@ -62,6 +63,18 @@ def test_what_is_made_grows_with_the_depth_alone(sweep: Sweep, monkeypatch: pyte
         probes.difference([halved(group)])
     assert len(made) == len(probes.places) - 1 + len(sweep.state.groups)
     assert sum(made) <= 2 * len(sweep.walk.model.graph.nodes)
+
+
+def test_what_no_compared_output_needs_does_not_run() -> None:
+    """Four outputs are compared; the fifth comes last."""
+    early = " ".join(f"e{i} = Tanh(x1)" for i in range(4))
+    outs = ", ".join(f"float[b, s, 6] {n}" for n in ("e0", "e1", "e2", "e3", "x2"))
+    text = f"f (float[b, s, 6] x0) => ({outs}) {{ {BLOCK.format(0, 1)} {early}\n {BLOCK.format(1, 2)} }}"
+    sweep = Sweep(prepared(graphs.parse(text, WEIGHTS), 0.5))
+    first, second = sorted(sweep.state.groups, key=lambda g: g.start)
+    probes = ProbeOutputs(sweep, sweep.state.groups)
+    assert probes.difference([halved(first)]) == pytest.approx(ProbeOutputs(sweep).difference([halved(first)]), rel=1e-4)
+    assert probes.difference([halved(second)]) is None
 
 
 def test_rows_go_down_as_groups_go_up() -> None:
