@@ -282,9 +282,11 @@ def _unlike(module: torch.nn.Module, folder: Path, info: Mapping[str, Any]) -> t
     Raises:
         ModelError: most are missing: it is another model's configuration, or files are.
     """
-    kind, sizes = type(module).__name__, {name: p.numel() for name, p in module.named_parameters()}
+    kind = type(module).__name__
+    sizes = {name: t.numel() for name, t in (*module.named_parameters(), *module.named_buffers())}
     missing, left = (sorted(map(str, info.get(f"{what}_keys") or ())) for what in ("missing", "unexpected"))
-    held = 1 - sum(sizes.get(name, 0) for name in missing) / max(sum(sizes.values()), 1)
+    missing = [name for name in missing if name in sizes]  # others are tied to these
+    held = 1 - sum(sizes[name] for name in missing) / max(sum(sizes.values()), 1)
     if held < 0.5:
         raise ModelError(
             f"'{folder}' holds {100 * held:.0f} % of the weights of {kind}, '{missing[0]}' is missing: config.json says "

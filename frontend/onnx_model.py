@@ -33,7 +33,7 @@ from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.quantised_in import NBITS, Reading, quantised_node, read_quantised
 from liar_opt.frontend.quantised_out import Fit, Written, written_back
-from liar_opt.frontend.sound_model import inlined, require_sound, why_invalid
+from liar_opt.frontend.sound_model import inlined, put_in_order, require_sound, why_invalid
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.ties import Taken
 from liar_opt.frontend.weight_files import (
@@ -197,6 +197,7 @@ class OnnxModel(Model):
                 "model that it was made of"
             )
         proto = inlined(proto, name)
+        put_in_order(proto.graph)
         node = hand_quantised_node(proto.graph)
         if node is not None:
             raise ModelError(

@@ -102,10 +102,9 @@ def shown(node: onnx.NodeProto) -> str:
 
 def cycle(nodes: Sequence[onnx.NodeProto]) -> onnx.NodeProto | None:
     """Returns a node that needs its own result, by way of others or not; None where the nodes can be put in an order."""
-    made = {o: i for i, node in enumerate(nodes) for o in node.output if o}
-    needs = [{made[n] for n in names_read(node) if n in made} for node in nodes]
-    if all(j < i for i, before in enumerate(needs) for j in before):
-        return None  # in order already, as ONNX wants it
+    needs = _needs(nodes)
+    if _ordered(needs):
+        return None
     readers: dict[int, list[int]] = {}
     for i, before in enumerate(needs):
         for j in before:
@@ -124,6 +123,40 @@ def cycle(nodes: Sequence[onnx.NodeProto]) -> onnx.NodeProto | None:
         seen.add(place)
         place = next(j for j in needs[place] if left[j])
     return None if place is None else nodes[place]
+
+
+def put_in_order(graph: onnx.GraphProto) -> None:
+    """Puts the nodes of a graph without a cycle, and of its branches, behind those whose results they read.
+
+    ONNX wants it, ONNX Runtime takes any order, and graphsurgeon goes on its stack as deep as they are out of order.
+    """
+    inside = [body for node in nodes_within(graph.node) for body in bodies_of(node)]
+    for own in (*reversed(inside), graph):  # what is within another comes first: the nodes of that are copied
+        needs = _needs(own.node)
+        if _ordered(needs):
+            continue
+        order: dict[int, None] = {}
+        for root in range(len(needs)):
+            path = [root]
+            while path:
+                waiting = [j for j in sorted(needs[path[-1]]) if j not in order]
+                path += waiting
+                if not waiting:
+                    order[path.pop()] = None
+        copied = onnx.GraphProto()
+        copied.node.extend(own.node[i] for i in order)
+        del own.node[:]
+        own.node.extend(copied.node)
+
+
+def _needs(nodes: Sequence[onnx.NodeProto]) -> list[set[int]]:
+    """Returns for each node the places of those whose results it reads."""
+    made = {o: i for i, node in enumerate(nodes) for o in node.output if o}
+    return [{made[n] for n in names_read(node) if n in made} for node in nodes]
+
+
+def _ordered(needs: Sequence[set[int]]) -> bool:
+    return all(j < i for i, before in enumerate(needs) for j in before)
 
 
 # Where things are -----------------------------------------------------------------------------------------------------

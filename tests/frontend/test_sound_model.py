@@ -46,6 +46,29 @@ def test_nodes_out_of_order_are_no_cycle(proto: onnx.ModelProto) -> None:
     OnnxModel.from_proto(proto)
 
 
+def test_a_deep_graph_out_of_order(proto: onnx.ModelProto) -> None:
+    """graphsurgeon sorts nodes by going back from each on the stack."""
+    nodes, last = list(proto.graph.node), proto.graph.node[0].output[0]
+    for k in range(1500):
+        nodes.append(helper.make_node("Relu", [last], [f"r{k}"]))
+        last = f"r{k}"
+    nodes[1].input[0] = last
+    body = helper.make_graph(
+        [helper.make_node("Neg", ["q"], ["p"]), helper.make_node("Relu", ["y"], ["q"])],
+        "g",
+        [],
+        [helper.make_tensor_value_info("p", 1, None)],
+    )
+    nodes.append(helper.make_node("If", ["c"], ["z"], name="choice", then_branch=body, else_branch=body))
+    proto.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    proto.graph.output.append(helper.make_tensor_value_info("z", 1, None))
+    proto.graph.ClearField("node")
+    proto.graph.node.extend(nodes[::-1])
+    given = proto.SerializeToString()
+    assert [g.kind for g in inspect(proto).groups] == ["ffn"]
+    assert proto.SerializeToString() == given
+
+
 def test_a_cycle(proto: onnx.ModelProto) -> None:
     proto.graph.node[0].input[0] = "h"
     refused(proto, r"node '[uh]' \((MatMul|Relu)\) of the model needs its own result")
