@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - graphs in ONNX text read best on one line
-"""A residual stream of two feed-forward blocks, with data on a plane, and how to prune it and what that loses."""
+"""Residual streams of two and of four feed-forward blocks, with data on a plane, and how to prune it and what that loses."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ from liar_opt.runtime.calibration_data import CalibrationData
 BLOCK = "u{0} = MatMul(x{0}, w{0})  a{0} = Add(u{0}, b{0})  h{0} = Relu(a{0})  z{0} = MatMul(h{0}, v{0})  x{1} = Add(x{0}, z{0})"
 STREAM = f"f (float[b, s, 6] x0) => (float[b, s, 6] x2) {{ {BLOCK.format(0, 1)}\n {BLOCK.format(1, 2)} }}"
 WEIGHTS: graphs.Weights = {"w0": (6, 17), "b0": (17,), "v0": (17, 6), "w1": (6, 19), "b1": (19,), "v1": (19, 6)}
+
+FOUR = "f (float[b, s, 6] x0) => (float[b, s, 6] y) {{ {} \n y = Tanh(x4) }}"
+NORMED = "n{0} = LayerNormalization(x{0}, g{0})  u{0} = MatMul(n{0}, w{0})  h{0} = {2}(u{0})  z{0} = MatMul(h{0}, v{0})  x{1} = Add(x{0}, z{0})"
+FOUR_BLOCKS = FOUR.format(
+    "\n".join(NORMED.format(i, i + 1, op) for i, op in enumerate(("Relu", "Tanh", "Sigmoid", "Relu")))
+)
+FOUR_WEIGHTS: dict[str, Any] = {}
+for _index, (_wide, _scale) in enumerate(((17, 0.3), (16, 0.02), (19, 0.3), (24, 0.1))):
+    _rng = np.random.default_rng(_index)
+    FOUR_WEIGHTS |= {
+        f"g{_index}": (1.0 + 0.2 * _rng.standard_normal(6)).astype(np.float32),
+        f"w{_index}": _rng.standard_normal((6, _wide)).astype(np.float32),
+        f"v{_index}": (_scale * _rng.standard_normal((_wide, 6))).astype(np.float32),
+    }
+
+
+def four() -> onnx.ModelProto:
+    """Four blocks behind normalisations, of several widths and activations."""
+    return graphs.parse(FOUR_BLOCKS, FOUR_WEIGHTS)
 
 
 def batches(count: int, seed: int, rows: tuple[int, int] = (8, 5)) -> tuple[dict[str, np.ndarray], ...]:

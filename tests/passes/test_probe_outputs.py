@@ -8,8 +8,7 @@ from typing import Any
 import graphs
 import numpy as np
 import pytest
-from streams import BLOCK, WEIGHTS, batches, data, prepared
-from test_whole_layers import four
+from streams import BLOCK, WEIGHTS, batches, data, four, prepared
 
 from liar_opt.frontend.engine import Patch
 from liar_opt.frontend.onnx_engine import OnnxEngine

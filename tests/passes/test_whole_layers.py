@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import oracle
 import pytest
-from streams import STREAM, WEIGHTS, batches, data, error, prepared
+from streams import FOUR_WEIGHTS, STREAM, WEIGHTS, batches, data, error, four, prepared
 
 import liar_opt
 from liar_opt.frontend.onnx_model import onnx_graph
@@ -29,22 +29,6 @@ from liar_opt.passes.prove_groups import ProveGroupsPass
 from liar_opt.passes.prune_groups import Cut, PruneGroupsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.errors import ModelError, OptionError
-
-FOUR = "f (float[b, s, 6] x0) => (float[b, s, 6] y) {{ {} \n y = Tanh(x4) }}"
-BLOCK = "n{0} = LayerNormalization(x{0}, g{0})  u{0} = MatMul(n{0}, w{0})  h{0} = {2}(u{0})  z{0} = MatMul(h{0}, v{0})  x{1} = Add(x{0}, z{0})"
-FOUR_BLOCKS = FOUR.format("\n".join(BLOCK.format(i, i + 1, op) for i, op in enumerate(("Relu", "Tanh", "Sigmoid", "Relu"))))
-FOUR_WEIGHTS: dict[str, Any] = {}
-for index, (wide, scale) in enumerate(((17, 0.3), (16, 0.02), (19, 0.3), (24, 0.1))):
-    rng = np.random.default_rng(index)
-    FOUR_WEIGHTS |= {
-        f"g{index}": (1.0 + 0.2 * rng.standard_normal(6)).astype(np.float32),
-        f"w{index}": rng.standard_normal((6, wide)).astype(np.float32),
-        f"v{index}": (scale * rng.standard_normal((wide, 6))).astype(np.float32),
-    }
-
-
-def four() -> onnx.ModelProto:
-    return graphs.parse(FOUR_BLOCKS, FOUR_WEIGHTS)
 
 
 def norm(x: Any, g: Any) -> Any:
