@@ -76,9 +76,7 @@ class RunModule:
         """Runs it once; returns those of its outputs that are tensors, as arrays, named as in the trace."""
         import torch
 
-        arguments = {
-            name: to_torch(feeds[name], self.model.device) for name in (spec.name for spec in self.model.signature)
-        }
+        arguments = {spec.name: to_torch(feeds[spec.name], self.model.device) for spec in self.model.signature}
         with torch.no_grad(), without_cache(self.module):
             leaves = torch.utils._pytree.tree_leaves(self.module(**arguments))
         found = [host_array(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
