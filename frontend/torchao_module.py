@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_opt.frontend.fx_engine import TimedModule, host_array
-from liar_opt.frontend.fx_module import to_torch
+from liar_opt.frontend.fx_engine import host_array
+from liar_opt.frontend.fx_module import FxModel, to_torch
 from liar_opt.frontend.hf_checkpoint import quiet_loading, without_cache
 from liar_opt.frontend.onnx_quantise import RefusedError, words_of
 from liar_opt.runtime.whole_file import scratch_folder
@@ -61,14 +61,22 @@ def _stored(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-class RunModule(TimedModule):
-    """A module in place of the one that was traced, behind the face of a session."""
+class RunModule:
+    """A module in place of the one that was traced, behind the face of a session.
+
+    Args:
+        model: the trace.
+        module: what is run.
+    """
+
+    def __init__(self, model: FxModel, module: torch.nn.Module) -> None:
+        self.model, self.module = model, module
 
     def run(self, feeds: Mapping[str, Any], arrays: bool = False) -> dict[str, Any]:
         """Runs it once; returns those of its outputs that are tensors, as arrays, named as in the trace."""
         import torch
 
-        arguments = {name: to_torch(feeds[name], self.model.device) for name in self.inputs}
+        arguments = {spec.name: to_torch(feeds[spec.name], self.model.device) for spec in self.model.signature}
         with torch.no_grad(), without_cache(self.module):
             leaves = torch.utils._pytree.tree_leaves(self.module(**arguments))
         found = [host_array(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]

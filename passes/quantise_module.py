@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from liar_opt.frontend.fx_engine import TimedModule
 from liar_opt.frontend.fx_module import FxOriginal
 from liar_opt.frontend.onnx_quantise import Scheme
 from liar_opt.frontend.torchao_module import BITS, RunModule, module_bytes, quantised_module
@@ -64,11 +66,14 @@ def quantise_module(state: State, batch: Mapping[str, Any], timed: bool) -> Quan
     assert isinstance(original, FxOriginal)
     modules = {"dense": original.module, "pruned": state.found(CutModule).module}
 
-    def runs(module: torch.nn.Module) -> RunModule:
-        return RunModule(model, module)
-
     sizes = {name: module_bytes(module) for name, module in modules.items()}
-    found = Corners(state, Scheme(BITS), runs, runs, {(name, False): (m, sizes[name]) for name, m in modules.items()})
+    found = Corners(
+        state,
+        Scheme(BITS),
+        partial(RunModule, model),
+        partial(TimedModule, model),
+        {(name, False): (m, sizes[name]) for name, m in modules.items()},
+    )
     found.quantise(lambda _, module: quantised_module(module), batch)
     if ("pruned", True) in found.models:
         state.add(QuantisedModule(found.models["pruned", True][0]))
