@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.axes import AxisAlgebra
 from liar_opt.frontend.engine import ConstantPatch, Patch
-from liar_opt.frontend.graph_tensors import is_constant, present
+from liar_opt.frontend.graph_tensors import is_constant, is_float, present
 from liar_opt.frontend.lone_experts import (
     ALL,
     Selection,
@@ -270,7 +270,7 @@ def _layer(
         least=_least(walk, touching, leaves[-1], outer, top_k),
         router=routers,
         added=added,
-        constants=tuple({id(u.constant): u.constant for u in constants}.values()),
+        constants=tuple({id(u.constant): u.constant for u in constants if is_float(u.constant.dtype)}.values()),
         terms=() if whole else tuple(_terms(walk, [n for n, _ in choices])),
         scores=str(scores.name) if whole else "",
         units=units,

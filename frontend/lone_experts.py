@@ -1,8 +1,8 @@
 """Experts that lie apart: each has weights of its own, and what the router says of it is taken out by its place.
 
 A *selection* takes the number of one expert out of the scores of all: an index of Gather, a part of Slice or Split, an
-input of the Concat that lines the experts up, or the comparison of the chosen numbers with its own. For an expert that is never
-chosen the number is zero, and so is all that it multiplies, down to where that is added to what the others give: the
+input of the Concat that lines the experts up, or the comparison of the chosen numbers with its own. For an expert that is
+never chosen the number is zero, and so is all that it multiplies, down to where that is added to what the others give: the
 addition goes (a *join*), and the rest is left. Or no row is found that has chosen it, and what is made of no rows is
 written nowhere.
 
