@@ -236,7 +236,7 @@ def test_what_is_timed_is_the_first_batch_as_it_was_given(monkeypatch: pytest.Mo
             raise UnreachableError("too fast")
 
     monkeypatch.setattr(auto_blocks, "ModelJob", Refused)
-    data = batches(3)
+    data = batches(2)
     for target in ("latency=1.5x", "params=0.5x"):
         with pytest.raises(OptionError, match="too fast; with blocks: "):
             liar_opt.prune(export("llama"), data, blocks="auto", target=target, batch_size=4, block_repair="none", **PLAIN)
