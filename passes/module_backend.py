@@ -94,7 +94,8 @@ class TorchBackend(Backend):
             lookup("checkpoint", {DECI: None}, options.checkpoint)
         if options.checkpoint is False:
             require_quantiser(options.quantize)
-        require_form(options)
+        elif options.checkpoint is not None:  # else the model says whether it has one
+            require_form(options)
         if options.quantize is not None and (options.target or "").strip().startswith("size"):
             raise OptionError("the size of a quantised file is a target of ONNX files alone; export first, and prune that")
         if options.sparse_storage and options.checkpoint:
