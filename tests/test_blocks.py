@@ -254,7 +254,8 @@ def lazy() -> Any:
     return module
 
 
-@pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.rest)])
+@pytest.mark.rest
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_blocks_that_add_nothing_go_before_widths(checkpoint: bool) -> None:
     options: dict[str, Any] = {"sparsity": 0.6, "checkpoint": checkpoint, "multiple_of": 4, "fresh": True}
     result = liar_opt.prune(lazy(), batches(), blocks="auto", **options, **PLAIN)
@@ -407,7 +408,7 @@ def test_a_stock_checkpoint_has_fewer_layers(name: str, tmp_path: Path) -> None:
         assert loaded.config.layer_types == [k for i, k in enumerate(kinds) if i not in dropped]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("bert", marks=pytest.mark.rest)])
 def test_a_checkpoint_holds_the_map_in_the_layer_before(name: str, tmp_path: Path) -> None:
     module = checkpoint(name, tmp_path / "whole")
     result = liar_opt.prune(tmp_path / "whole", batches(8), blocks=1, **PLAIN)
