@@ -1,6 +1,7 @@
 """Write a quantised model that was pruned as floats in the scheme that it had (`frontend.quantised_out`), and check that.
 
-1. A weight that its grids say is on them to the last bit; any other is within a step of what it was repaired to.
+1. A weight that its grids say is on them to the last bit; any other is rounded to new ones, with error feedback where that
+   loses less on rows that were held back.
 2. What is written computes what the original computes with the written numbers at their old places, zeros where channels
    went, and activations quantised as they were. Both round the same activations and multiply the same whole numbers, but
    for sums in another order, which tip a number over where it lies between two steps, and blocks, which lie otherwise. If
