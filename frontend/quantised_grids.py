@@ -123,6 +123,26 @@ class Grid:
         assert blocks[0] is not None
         return replace(self, numbers=laid_out(self.numbers.transpose(axes)), scale=blocks[0], zero=blocks[1], axis=axis)
 
+    def widened(self, cut: Grid, index: Sequence[NDArray[np.int64]]) -> Grid:
+        """Returns a cut weight at the width of this one: the number of zero where nothing is left.
+
+        Args:
+            cut: the grid of what is left, by scales along the same axis.
+            index: for each axis the positions that are left.
+        """
+        scale, zero = cut.scale, cut.zero
+        if self.axis is not None:
+            kept, scale = index[self.axis], np.array(self.scale)
+            scale[kept] = cut.scale
+            if zero is not None:
+                zero = np.zeros_like(scale, zero.dtype) if self.zero is None else np.array(self.zero)
+                zero[kept] = cut.zero
+        made = replace(self, scale=scale, zero=zero)
+        nothing = 0 if zero is None else made._wide(zero)
+        numbers = np.array(np.broadcast_to(nothing, self.numbers.shape), cut.numbers.dtype)
+        numbers[np.ix_(*index)] = cut.numbers
+        return replace(made, numbers=numbers)
+
     def at_scale(self, values: Array, scale: Array) -> Grid:
         """Returns values on a grid whose scales are given, without zeros."""
         made = replace(self, scale=scale.astype(self.scale.dtype), zero=None, axis=0 if scale.ndim else None)

@@ -1,10 +1,12 @@
 """Write a quantised model that was pruned as floats in the scheme that it had (`frontend.quantised_out`), and check that.
 
-1. A weight that its grids say is on them to the last bit; any other is within a step of what it was repaired to.
+1. A weight that its grids say is on them to the last bit; any other is rounded to new ones, with error feedback where that
+   loses less on rows that were held back.
 2. What is written computes what the original computes with the written numbers at their old places, zeros where channels
-   went, and activations quantised as they were. Both round the same activations, but for sums in another order, which tip
-   a number over where it lies between two steps. If every number were, they would differ by what a whole round of
-   quantising does: the masked original with its activations quantised beside itself in floats. That they may.
+   went, and activations quantised as they were. Both round the same activations and multiply the same whole numbers, but
+   for sums in another order, which tip a number over where it lies between two steps, and blocks, which lie otherwise. If
+   every number were tipped over, they would differ by what a whole round of quantising does: the masked original with its
+   activations quantised beside itself in floats. That they may.
 3. It is read again, and its scheme must be the one that came.
 
 How far the outputs are from the quantised original's is measured on calibration batches that were held back.
@@ -28,7 +30,7 @@ from liar_opt.frontend.onnx_model import OnnxModel, OnnxOriginal, onnx_graph
 from liar_opt.frontend.onnx_rounding import Numbers, Rounded, round_products
 from liar_opt.frontend.quantised_grids import laid_out
 from liar_opt.frontend.quantised_in import read_quantised
-from liar_opt.frontend.quantised_out import Written
+from liar_opt.frontend.quantised_out import Fit, Written
 from liar_opt.frontend.weight_files import with_values, without_data
 from liar_opt.passes.base import DenseModel, Finding, State
 from liar_opt.passes.cut_vocabulary import wants_words
@@ -219,13 +221,42 @@ def _compared(state: State, written: Written, session: Any) -> tuple[float, floa
     repairs, placed = _at_their_places(model, state.repairs, written)
     reference = onnx_graph(masked_reference(dense, repairs, cut.query_forms, cut.stand_ins))
     _zero_what_went(reference, repairs)
-    quantised = reference.written(weights=False)
+    fits = _at_full_width(reference, repairs, model, {n: f for n, f in written.fits.items() if n in placed})
+    quantised = reference.written(fits is not None, fits)
     ours = run(session, cut_arrays(small, cut.ends), ends=False)
     theirs = run(engine.whole(OnnxOriginal(quantised.proto, quantised.arrays)), small, ends=True)
     floats = run(engine.whole(reference, "the masked original"), small, ends=True)
     step = relative_rms(theirs, floats)
     rounding = _rounding(engine, model, written, placed, lambda of: run(of, cut_arrays(small, cut.ends), ends=False))
     return relative_rms(ours, theirs), step, rounding
+
+
+def _at_full_width(
+    reference: OnnxModel, repairs: Sequence[ConsumerRepair], model: OnnxModel, fits: Mapping[str, Fit]
+) -> dict[str, Fit] | None:
+    """Returns the grids of the repaired weights as the masked original has them, the number of zero where channels went.
+
+    None where they have none: blocks lie otherwise, experts are several in one constant, numbers in another basis have no
+    place there, and two groups may have cut one.
+    """
+    theirs, ours = ({n.name: n for n in m.graph.nodes} for m in (reference, model))
+    full, small, found = reference.gridded(), model.gridded(), {}
+    assert reference.reading is not None
+    for repair in repairs:
+        use = repair.uses[0]
+        nodes = [own.get(use.holder.name) for own in (theirs, ours)]
+        names = ["" if node is None else node.inputs[use.weight_position].name for node in nodes]
+        if names[0] not in full or names[1] not in fits or repair.expert is not None:
+            return None
+        (known, axes), grid = full[names[0]], fits[names[1]].grid
+        before = reference.reading.weights[known].grid
+        if axes != small[names[1]][1] or grid.block or before.axis != grid.axis:
+            return None
+        index = [repair.index[axes.index(k)] for k in range(len(axes))]
+        if [len(kept) for kept in index] != list(grid.numbers.shape):
+            return None
+        found[names[0]] = Fit(before.widened(grid, index), 0, 0)
+    return found
 
 
 def _zero_what_went(model: OnnxModel, repairs: Sequence[ConsumerRepair]) -> None:
