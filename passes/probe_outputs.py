@@ -96,11 +96,7 @@ class ProbeOutputs:
 
 
 def squared_difference(found: NDArray[np.float64], dense: NDArray[np.float64]) -> float:
-    """Returns what rows of an output [r, c] have lost.
-
-    Weighted by the dense model's probabilities, which a divergence is nearer to, it chose no better widths (see
-    `tools/dev/tables/currency.py`).
-    """
+    """Returns what rows of an output [r, c] have lost."""
     return float(np.square(found - dense).sum())
 
 

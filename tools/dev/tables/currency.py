@@ -1,4 +1,4 @@
-"""Two ideas that were tried and are not shipped: errors counted by the variance of logits, and a repair by a rotation.
+"""Two ideas that are not shipped: errors counted by the variance of logits, and a repair by a rotation.
 
     python tools/dev/bench.py currency --only repair --cells FILE          # MiniLM, few samples
     python tools/dev/bench.py currency --only classifier --cells FILE      # film reviews, two classes
