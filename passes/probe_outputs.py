@@ -156,11 +156,7 @@ def probed_data(sweep: Sweep, rows: int) -> CalibrationData:
 
 
 def squared_difference(found: NDArray[np.float64], dense: NDArray[np.float64]) -> float:
-    """Returns what rows of an output [r, c] have lost.
-
-    Weighted by the dense model's probabilities, which a divergence is nearer to, it chose no better widths (see
-    `tools/dev/tables/currency.py`).
-    """
+    """Returns what rows of an output [r, c] have lost."""
     return float(np.square(found - dense).sum())
 
 

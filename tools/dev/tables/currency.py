@@ -1,4 +1,4 @@
-"""Two ideas that were tried and are not shipped: errors counted by the variance of logits, and a repair by a rotation.
+"""Two ideas that are not shipped: errors counted by the variance of logits, and a repair by a rotation.
 
     python tools/dev/bench.py currency --only repair --cells FILE          # MiniLM, few samples
     python tools/dev/bench.py currency --only classifier --cells FILE      # film reviews, two classes
@@ -214,6 +214,7 @@ def main(options: argparse.Namespace) -> int:
             text = repair_table(options, cells)
         else:
             text = counted_table(classifier if part == "classifier" else language_model, options, cells)
-        print(f"`python tools/dev/bench.py currency --only {part} --seed {options.seed}`\n")
+        ratios = " ".join(f"{ratio:g}" for ratio in options.ratios)
+        print(f"`python tools/dev/bench.py currency --only {part} --ratios {ratios} --seed {options.seed}`\n")
         print(f"Seed {options.seed}; commit {given['commit']}, {given['date']}.\n\n{text}\n", flush=True)
     return 0
