@@ -20,7 +20,7 @@ from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.calibration_data import CalibrationData
 
 FOUR = "f (float[b, s, 6] x0) => (float[b, s, 6] y) {{ {} \n y = Tanh(x4) }}"
-SHAPES = {"w": lambda n: (6, n), "b": lambda n: (n,), "v": lambda n: (n, 6)}
+SHAPES: dict[str, Any] = {"w": lambda n: (6, n), "b": lambda n: (n,), "v": lambda n: (n, 6)}
 
 
 def four() -> onnx.ModelProto:
