@@ -11,7 +11,7 @@ import onnx
 import pytest
 from streams import BLOCK, WEIGHTS, batches, data, prepared
 
-from liar_opt.frontend.engine import Patch
+from liar_opt.frontend.engine import AnyPatch, Patch
 from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.records import StandIn
 from liar_opt.passes.measure_curves import LEAST_ROWS, MOST_ROWS, rows_for
@@ -51,7 +51,8 @@ def test_in_parts_as_in_one(sweep: Sweep) -> None:
     stand_in = StandIn("z2", source, np.diag(np.arange(6, dtype=np.float32)), bias)
     for patches in ([halved(g)] for g in groups):
         assert parts.difference(patches) == pytest.approx(whole.difference(patches), rel=1e-4)
-    for several in ([halved(groups[1]), halved(groups[3])], [stand_in], [stand_in, halved(groups[0])]):
+    together: list[list[AnyPatch]] = [[halved(groups[1]), halved(groups[3])], [stand_in], [stand_in, halved(groups[0])]]
+    for several in together:
         lost = parts.difference(several)
         assert lost == pytest.approx(whole.difference(several), rel=1e-4)
         assert lost is not None and lost > 1e-3
