@@ -650,7 +650,8 @@ def test_weights_that_are_missing_or_left_over(tmp_path: Path, capsys: pytest.Ca
     assert [n for n in notes if "will not be in the result: 'other'" in n]
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     assert not any("weights" in n for n in liar_opt.inspect(model).report["model"]["notes"])
-    for named in (5, {}):
+    broken: tuple[Any, ...] = (5, {})
+    for named in broken:
         (model / "config.json").write_text(json.dumps({**config, "architectures": named}))
         assert main(["inspect", str(model), "--quiet"]) in (0, 2)
     (model / "config.json").write_text(json.dumps({**config, "architectures": None}))
