@@ -138,7 +138,7 @@ class Ways:
                 squares.append(np.square(c).T)
         design = np.concatenate(squares)
         scale = np.maximum(design.mean(0), 1e-12)
-        lost = nnls(design / scale, np.concatenate(energies))[0] / scale
+        lost: Array = nnls(design / scale, np.concatenate(energies))[0] / scale
         return lost / self.errors, rows_of(probes.data) * (passes + 1) / self.sweep.data.tokens
 
     def _run(self, session: Any, feeds: Mapping[str, Any], out: str, c: Array) -> Array:
