@@ -18,7 +18,7 @@ from liar_opt.runtime.errors import ModelError
 
 TEXT = """f (float[b, 6] x, float[b, 1] g) => (float[b, 6] y) {
     u = MatMul(x, up)  h = Relu(u)  f = MatMul(h, down)  %s  rest = MatMul(x, other)  y = Add(rest, t) }"""
-WEIGHTS: graphs.Weights = {"up": (6, 5), "down": (5, 6), "other": (6, 6), "zero": np.float32(0)}
+WEIGHTS: dict[str, Any] = {"up": (6, 5), "down": (5, 6), "other": (6, 6), "zero": np.float32(0)}
 
 
 def left(body: str) -> tuple[list[tuple[str, str]], list[str], str]:

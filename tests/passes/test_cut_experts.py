@@ -91,6 +91,17 @@ def masked(proto: onnx.ModelProto, kept: list[list[int]]) -> onnx.ModelProto:
     return result
 
 
+def exact(proto: onnx.ModelProto, result: liar_opt.PruneResult) -> tuple[list[list[int]], dict[str, list[int]]]:
+    """Compares a cut model with the original that never chooses the others; the experts kept, and the shapes of weights."""
+    kept = [layer["kept"] for layer in result.report["experts"]["layers"]]
+    original = masked(proto, kept)
+    for shape in ((1, 1), (2, 5), (7, 3)):
+        (ours,), (theirs,), (dense,) = (oracle.run(m, feeds(*shape, seed=9)) for m in (result.model, original, proto))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert shape == (1, 1) or np.abs(ours - dense).max() > 1e-3
+    return kept, {t.name: list(t.dims) for t in result.model.graph.initializer}
+
+
 @pytest.mark.parametrize("score", [SOFTMAX, SHARED, SIGMOID], ids=["softmax of the best", "softmax", "sigmoid, corrected"])
 def test_a_cut_model_is_the_original_whose_router_never_chooses_the_others(score: str) -> None:
     proto = mixture(score)
@@ -98,13 +109,7 @@ def test_a_cut_model_is_the_original_whose_router_never_chooses_the_others(score
     found = result.report["experts"]
     assert [(layer["before"], layer["after"]) for layer in found["layers"]] == [(6, 4), (5, 3), (7, 4), (6, 4)]
     assert found["exact_difference"] < 1e-5
-    kept = [layer["kept"] for layer in found["layers"]]
-    original = masked(proto, kept)
-    for shape in ((1, 1), (2, 5), (7, 3)):
-        (ours,), (theirs,), (dense,) = (oracle.run(m, feeds(*shape, seed=9)) for m in (result.model, original, proto))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert shape == (1, 1) or np.abs(ours - dense).max() > 1e-3
-    left = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    kept, left = exact(proto, result)
     assert [left[f"router{i}"] for i in range(4)] == [[8, len(own)] for own in kept]
     assert [left[f"down{i}"] for i in range(4)] == [[len(own), 8, 9 + i] for i, own in enumerate(kept)]
     assert result.report["after"]["parameters"] == result.report["before"]["parameters"] - (
@@ -384,13 +389,7 @@ def test_experts_with_weights_of_their_own_go_with_them() -> None:
     result = pruned(proto, experts=0.4)
     found = result.report["experts"]
     assert [(layer["before"], layer["after"]) for layer in found["layers"]] == [(5, 3), (6, 4)] * 3
-    kept = [layer["kept"] for layer in found["layers"]]
-    original = masked(proto, kept)
-    for shape in ((1, 1), (2, 5), (7, 3)):
-        (ours,), (theirs,), (dense,) = (oracle.run(m, feeds(*shape, seed=9)) for m in (result.model, original, proto))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert shape == (1, 1) or np.abs(ours - dense).max() > 1e-3
-    left = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    kept, left = exact(proto, result)
     for i, own in enumerate(kept):
         assert left[f"router{i}"] == [8, len(own)]
         assert {e for e in range(6) if f"up{i}_{e}" in left} == set(own) == {e for e in range(6) if f"down{i}_{e}" in left}
