@@ -110,6 +110,8 @@ def load_calibration(source: Source, inputs: Sequence[InputSpec], **options: Any
     else:
         drawn = _draw_from_path(source, job) if isinstance(source, str | Path) else _draw_from_python(source, job)
         made = batch_texts(drawn, job) if isinstance(drawn, Texts) else batch_feeds(drawn, job)
+    if not any(value.size for batch in made.batches for value in batch.values()):
+        raise OptionError("the samples of the calibration data have no length: all arrays are empty; give longer ones.")
     full = all(mask.all() for mask in made.masks)
     return CalibrationData(
         batches=tuple(made.batches),

@@ -290,7 +290,7 @@ class Session:
             The outputs by name. What is no tensor comes back in its parts, as arrays: ``all[0]``, ``all[1]`` of a sequence
             ``all``, ``scores[yes]`` of a map or of one for each sample; what has no numbers or strings in it is left out.
         """
-        names = list(self.outputs if outputs is None else outputs)
+        names = list(dict.fromkeys(self.outputs if outputs is None else outputs))  # a graph may give one twice
         to_host = set(names if arrays is True else arrays or ())
         binding = self._session.io_binding()
         bound: list[NDArray[Any]] = []  # ONNX Runtime reads an array's memory in the run and does not own it

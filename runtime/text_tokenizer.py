@@ -7,6 +7,7 @@ many characters are given at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,10 +119,28 @@ def _sane_limit(value: object) -> int | None:
     return int(value) if isinstance(value, int | float) and 0 < value < 1_000_000 else None
 
 
+@contextlib.contextmanager
+def _panics_told(file: Path) -> Iterator[None]:
+    """Says which file it is that `tokenizers` gives up on: what it raises then is no Exception.
+
+    Raises:
+        OptionError: it does.
+    """
+    try:
+        yield
+    except BaseException as err:
+        if type(err).__name__ != "PanicException":
+            raise
+        raise OptionError(
+            f"tokenizer '{file}' is broken: the library tokenizers gives up on it ({one_line(err)}); fetch it again."
+        ) from err
+
+
 def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    with _panics_told(file):
+        tokenizer = Tokenizer.from_file(str(file))
     padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
     mapped = _json_object(file.parent / "special_tokens_map.json")
 
@@ -139,14 +158,16 @@ def _fast_tokenizer(file: Path, config: Mapping[str, Any]) -> TextTokenizer:
         ids = (tokenizer.token_to_id(token) for token in PAD_TOKENS)
         pad = next((found for found in ids if found is not None), None)
     tokenizer.no_padding()
-    sample = tokenizer.encode("a")
+    with _panics_told(file):
+        sample = tokenizer.encode("a")
 
     def encode(texts: Sequence[Text], longest: int | None) -> list[tuple[list[int], list[int]]]:
         if longest is None:
             tokenizer.no_truncation()
         else:
             tokenizer.enable_truncation(longest)
-        return [(found.ids, found.type_ids) for some in _portions(texts) for found in tokenizer.encode_batch(some)]
+        with _panics_told(file):
+            return [(found.ids, found.type_ids) for some in _portions(texts) for found in tokenizer.encode_batch(some)]
 
     return TextTokenizer(
         encode=encode,

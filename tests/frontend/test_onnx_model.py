@@ -489,7 +489,15 @@ def _a_sequence_beside() -> onnx.ModelProto:
 WIDE: graphs.Weights = {"w1": (6, 17), "w2": (17, 3)}
 
 
-@pytest.mark.parametrize("make", [_names_of_classes, _input_given_back, _weights_given_back, _a_sequence_beside])
+def _given_twice() -> onnx.ModelProto:
+    proto = graphs.parse("f (float[b, 6] x) => (float[b, 3] y) { h = MatMul(x, w1)  a = Relu(h)  y = MatMul(a, w2) }", WIDE)
+    proto.graph.output.append(proto.graph.output[0])
+    return proto
+
+
+@pytest.mark.parametrize(
+    "make", [_names_of_classes, _input_given_back, _weights_given_back, _a_sequence_beside, _given_twice]
+)
 def test_outputs_of_rare_kinds(make: Callable[[], onnx.ModelProto], tmp_path: Path) -> None:
     """By the default options, which measure curves; the interface stays, and rows of zeros are those that go."""
     proto = make()

@@ -412,6 +412,10 @@ def test_bad_tokenizers(tmp_path: Path, tokenizer: Path) -> None:
     refuse("bare'", "tokenizer.json", source=["the"], tokenizer=tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").write_text("{}")
     refuse("bare'", "cannot be loaded", source=["the"], tokenizer=tmp_path / "bare")
+    broken = json.loads((tokenizer / "tokenizer.json").read_text())  # the library raises what is no Exception
+    broken["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(broken))
+    refuse("bare/tokenizer.json' is broken", "Precompiled", source=["the"], tokenizer=tmp_path / "bare")
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "tokenizer_config.json").write_text("{}")
     refuse("slow'", "cannot be loaded", source=["the"], tokenizer=tmp_path / "slow")
@@ -1119,3 +1123,7 @@ def test_samples_of_one_token_are_told(tokenizer: Path) -> None:
     found = load_calibration(["cat", "mat", "rain", "the cat sat"], BERT, tokenizer=tokenizer)
     assert doubts(found) == ["3 of 4 samples are one token long"]
     assert doubts(load_calibration(["cat", "mat", "the rain", "the cat sat"], BERT, tokenizer=tokenizer)) == []
+
+
+def test_samples_of_no_length() -> None:
+    refuse("have no length", "give longer ones", source={"input_ids": np.zeros((4, 0), np.int64)}, inputs=BERT[:1])
