@@ -5,6 +5,7 @@ What depends on the model is its backend's (`passes.backend`).
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,9 +184,10 @@ class ModelJob:
     def finish(self, done: Done) -> PruneResult:
         """Times and quantises what was cut and checked, and returns it; of a dry run the original."""
         state = self.state
+        backend = replace(self.backend, state=state)  # a run that has started again has another
         if self.options.dry_run:
-            return finish_run(self.backend, done, {}, self.watch)
-        result = finish_run(self.backend, done, self._one_batch(), self.watch, self.target is not None)
+            return finish_run(backend, done, {}, self.watch)
+        result = finish_run(backend, done, self._one_batch(), self.watch, self.target is not None)
         if state.checkpoint is not None:
             state.checkpoint.remove()
         return result

@@ -385,7 +385,7 @@ def without(module: Any, path: str, dropped: range) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("llama", "gpt2", "bert") else pytest.mark.rest) for n in CLASSES]
+    "name", [pytest.param(n, marks=() if n in ("llama", "bert") else pytest.mark.rest) for n in CLASSES]
 )
 def test_a_stock_checkpoint_has_fewer_layers(name: str, tmp_path: Path) -> None:
     module = checkpoint(name, tmp_path / "whole")

@@ -202,6 +202,8 @@ REST = {
     ("llama", "whole layers by flops"),
     ("llama", "target"),
     ("llama", "refit"),
+    ("llama", "search"),
+    ("bert", "whole layers by latency"),
 }
 """What the other model shows as well."""
 CASES = [

@@ -188,8 +188,8 @@ def error(proto: onnx.ModelProto, cut: onnx.ModelProto) -> float:
 def test_the_repair_uses_all_parts(name: str) -> None:
     """Groups get widths of their own, so that parts of one consumer lose other shares."""
     proto = model_of(name)
-    options: dict[str, Any] = {"sparsity": 0.35, "multiple_of": 1, "latency": False, "batch_size": 4, "fresh": True}
-    found = {r: liar_opt.prune(proto, feeds_of(proto, 0), repair=r, **options) for r in ("none", "bias", "liar")}
+    options: dict[str, Any] = {"sparsity": 0.5, "multiple_of": 1, "latency": False, "batch_size": 4, "fresh": True}
+    found = {r: liar_opt.prune(proto, feeds_of(proto, 0), repair=r, **options) for r in ("none", "liar")}
     for result in found.values():
         assert result.report["verification"]["exact_difference"] < 1e-5
         shares = {round(g["after"] / g["before"], 3) for g in result.report["groups"]}

@@ -29,7 +29,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 OPTION = re.compile(r"`(--[a-z][a-z-]*)[^`]*`")
-ROWS, LAYERS = 32, {"num_hidden_layers": 4}
+ROWS, LAYERS = 32, {"num_hidden_layers": 2}
 NBITS = "onnxruntime.quantization.matmul_nbits_quantizer"
 """Which the oldest ONNX Runtime has under another name."""
 
@@ -118,9 +118,9 @@ def language_model(folder: Path) -> None:
 def decoder(folder: Path) -> None:
     """As the model builder of GenAI writes one, with its configuration."""
     folder.mkdir()
-    shape = zoo_genai.Shape(layers=4)
+    shape = zoo_genai.Shape(layers=2)
     onnx.save(zoo_genai.decoder(shape), folder / "model.onnx")
-    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups, "num_hidden_layers": 2}
     said = {"model": {"decoder": {"filename": "model.onnx", **heads}, "vocab_size": zoo_genai.VOCABULARY}}
     (folder / "genai_config.json").write_text(json.dumps(said))
 
@@ -141,7 +141,7 @@ def merged_decoder() -> onnx.ModelProto:
 
 
 def speech(folder: Path) -> None:
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 4}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2}
     config = zoo_fx.MODELS["whisper"].config | heads | {"d_model": zoo_decoders.HIDDEN}
     whisper = checkpoint("WhisperModel", folder / "path/to/whisper", **config)
     features = normal(ROWS, 16, 48)

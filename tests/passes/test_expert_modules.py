@@ -119,6 +119,7 @@ def test_experts_and_widths_of_a_checkpoint(tmp_path: Path) -> None:
     assert result.report["before"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.rest
 def test_a_dry_run_gives_the_module_as_it_came() -> None:
     model = module("mixtral")
     result: Any = liar_opt.prune(model, {"input_ids": ids(16, 9)}, experts=0.4, dry_run=True, provider="cpu")

@@ -12,8 +12,8 @@ from liar_opt.tools.dev.tables.kills import Case, check, file_cases
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked, and killed by SIGKILL")
 NAMES = [case.name for case in file_cases()]
-REST = {"external data over one file", "one file over external data"}
-"""What external data over external data shows as well."""
+REST = {"external data over one file", "one file over external data", "one file"}
+"""What external data over external data, and a report, show as well."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.rest if n in REST else ()) for n in NAMES])
