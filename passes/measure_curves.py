@@ -32,15 +32,11 @@ from liar_opt.passes.prune_groups import GroupVisitor, PruneGroupsPass, by_set, 
 from liar_opt.passes.registry import score_named
 from liar_opt.passes.scores import SELECTION_RIDGE, ScoreFunction
 from liar_opt.passes.sweep import Sweep
-from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import InternalError
 from liar_opt.runtime.moments import Array, Moments
 from liar_opt.runtime.one_at_a_time import WAITING, one_at_a_time
 from liar_opt.runtime.ranks import current
 from liar_opt.runtime.solve import Problem, select_greedy
-
-LEAST_ROWS, MOST_ROWS = 64, 256
-"""Real rows on which a group is probed."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class MeasureCurvesPass(Pass[tuple[ChannelGroup, ...]]):
                 state.add(Curves(kept, kept=True))
                 return PassResult(state)
             sweep = Sweep(state, "measure", "stream", self.seed)
-            probes = ProbeOutputs(sweep, plan, rows_for(sweep.data, len(plan))) if self.worth else None
+            probes = ProbeOutputs(sweep, plan) if self.worth else None
             visitor = NoteCurves(sweep, PruneGroupsPass(score=self.score, seed=self.seed), probes)
             sweep.over(visitor, plan)
             found = {name: curve for own in ranks.gathered(visitor.curves) for name, curve in own.items()}
@@ -239,11 +235,6 @@ class NoteCurves(GroupVisitor):
         """Stores the curve times (measured output error at the probed width) / (``predicted`` error there)."""
         worth = 1.0 if lost is None or not np.isfinite(lost) or predicted <= 0 else float(lost / predicted)
         self.curves[group.name] = GroupCurve(errors * worth, values, worth, deviation)
-
-
-def rows_for(data: CalibrationData, groups: int) -> int:
-    """Returns on how many rows each of so many groups is probed: some half a pass over the data, however many they are."""
-    return min(MOST_ROWS, max(LEAST_ROWS, data.tokens // groups))
 
 
 def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem:

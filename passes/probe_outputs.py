@@ -123,7 +123,8 @@ class ProbeOutputs:
             both = [{**own, **made} for own, made in zip(values, ran, strict=True)]
             values = [{n: own[n] for n in self.names[end]} for own in both]
             if not patches:
-                self.live.append(self._kept(values))
+                values = self._kept(values)
+                self.live.append(values)
         return ends
 
     def _part(self, begin: int, end: int, given: Mapping[str, Value], patches: Sequence[AnyPatch]) -> Part | None:
@@ -141,10 +142,14 @@ class ProbeOutputs:
         return part
 
     def _kept(self, values: list[dict[str, Value]]) -> list[dict[str, Value]]:
-        """Returns live tensors; where those of all places are large, from the disk."""
+        """Returns live tensors; where those of all places are large, what was not live before goes to the disk."""
         memory, array = self.sweep.memory, self.engine.array
-        size = sum(array(v).nbytes for own in values for v in own.values()) * len(self.places)
-        return values if memory.keep(size) else [{n: memory.store.put(array(v)) for n, v in own.items()} for own in values]
+        news = [{n for n, v in own.items() if old.get(n) is not v} for own, old in zip(values, self.live[-1], strict=True)]
+        size = sum(array(own[n]).nbytes for own, names in zip(values, news, strict=True) for n in names) * len(self.places)
+        if memory.keep(size):
+            return values
+        stored = [{n: memory.store.put(array(own[n])) for n in names} for own, names in zip(values, news, strict=True)]
+        return [{**own, **on_disk} for own, on_disk in zip(values, stored, strict=True)]
 
 
 def probed_data(sweep: Sweep, rows: int) -> CalibrationData:

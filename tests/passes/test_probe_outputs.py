@@ -14,7 +14,6 @@ from streams import BLOCK, WEIGHTS, batches, data, prepared
 from liar_opt.frontend.engine import AnyPatch, Patch
 from liar_opt.frontend.onnx_engine import OnnxEngine
 from liar_opt.frontend.records import StandIn
-from liar_opt.passes.measure_curves import LEAST_ROWS, MOST_ROWS, rows_for
 from liar_opt.passes.probe_outputs import ProbeOutputs
 from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.calibration_data import CalibrationData
@@ -85,11 +84,6 @@ def test_what_no_compared_output_needs_does_not_run() -> None:
     probes = ProbeOutputs(sweep, sweep.state.groups)
     assert probes.difference([halved(first)]) == pytest.approx(ProbeOutputs(sweep).difference([halved(first)]), rel=1e-4)
     assert probes.difference([halved(second)]) is None
-
-
-def test_rows_go_down_as_groups_go_up() -> None:
-    tokens = replace(data(batches(1, 0)), tokens=8192)
-    assert [rows_for(tokens, groups) for groups in (4, 64, 1000)] == [MOST_ROWS, 128, LEAST_ROWS]
 
 
 def test_the_first_samples_of_held_back_batches_are_compared() -> None:

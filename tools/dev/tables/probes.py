@@ -5,8 +5,8 @@
 
 Every group is cut to half of its blocks and repaired, once. What that is worth is found
 
-- alone: the model behind it runs with that cut alone, on so many real rows of held-back batches (what `prune` does, and on
-  how many, `passes.measure_curves.rows_for` says);
+- alone: the model behind it runs with that cut alone, on so many real rows of held-back batches (what `prune` does, on
+  as many as `passes.probe_outputs.ENOUGH_ROWS`);
 - one in k: so for one in k groups of a kind; the logarithms of the others lie on the line between their neighbours;
 - jointly: all at once, y + c (y_cut - y) with c in {-a, 0, a} drawn for every group and sample, in some passes over the
   same batches. The energies of the output, relative to the sample's, are regressed on c^2, not negative. "equal" chooses a
@@ -39,10 +39,10 @@ from liar_opt.passes.allocate_widths import AllocateWidthsPass
 from liar_opt.passes.base import Pipeline, State
 from liar_opt.passes.curves import Curves
 from liar_opt.passes.find_groups import FindGroupsPass
-from liar_opt.passes.measure_curves import MeasureCurvesPass, NoteCurves, rows_for
+from liar_opt.passes.measure_curves import MeasureCurvesPass, NoteCurves
 from liar_opt.passes.normalise_graph import NormaliseGraphPass
 from liar_opt.passes.open_model import load_state
-from liar_opt.passes.probe_outputs import ProbeOutputs
+from liar_opt.passes.probe_outputs import ENOUGH_ROWS, ProbeOutputs
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
@@ -221,7 +221,7 @@ class Subject:
 
 def found(ways: Ways, options: argparse.Namespace) -> dict[str, tuple[Array, float]]:
     """Worths and passes of every way."""
-    default = rows_for(ways.sweep.data, len(ways.groups))
+    default = ENOUGH_ROWS
     result = {"alone, all batches": (ways.truth, ways.passes(ways.noted.data))}
     result |= {f"alone, {rows:,} rows": ways.alone(rows) for rows in sorted({*options.rows, default}, reverse=True)}
     result |= {f"one in {step}, {default:,} rows": ways.every(step, default) for step in options.every}
@@ -271,7 +271,7 @@ def main(options: argparse.Namespace) -> int:
     about = setting(options.seed)
     print(
         f"Seed {options.seed}; commit {about['commit']}, {about['date']}; {len(ways.groups)} groups, each of which `prune` "
-        f"probes on {rows_for(ways.sweep.data, len(ways.groups))} rows.\n"
+        f"probes on {ENOUGH_ROWS} rows.\n"
     )
     head = [
         "worth measured",
