@@ -139,7 +139,8 @@ class Ways:
         design = np.concatenate(squares)
         scale = np.maximum(design.mean(0), 1e-12)
         lost: Array = nnls(design / scale, np.concatenate(energies))[0] / scale
-        return lost / self.errors, rows_of(probes.data) * (passes + 1) / self.sweep.data.tokens
+        worth: Array = lost / self.errors
+        return worth, rows_of(probes.data) * (passes + 1) / self.sweep.data.tokens
 
     def _run(self, session: Any, feeds: Mapping[str, Any], out: str, c: Array) -> Array:
         given = {f"joint{k}": own.reshape(-1, 1, 1).astype(np.float32) for k, own in enumerate(c)}
