@@ -145,7 +145,8 @@ class Ways:
     def _run(self, session: Any, feeds: Mapping[str, Any], out: str, c: Array) -> Array:
         given = {f"joint{k}": own.reshape(-1, 1, 1).astype(np.float32) for k, own in enumerate(c)}
         output: Array = session.run({**feeds, **given}, [out], arrays=True)[out].astype(np.float64)
-        return output - output.mean(-1, keepdims=True)
+        centred: Array = output - output.mean(-1, keepdims=True)
+        return centred
 
     def _all_at_once(self, out: str) -> Any:
         """Returns the model with y + c (y_cut - y) behind every consumer, c [b, 1, 1] an input for each group."""
