@@ -73,7 +73,7 @@ def prune_auto(backend: Backend, watch: MemoryWatch) -> PruneResult:
     compared = ComparedBlocks(best.entry.blocks, "parameters" if limited else "error", tried)
     job, done = best.job, best.done
     if asked.dry_run:
-        job.options = job.backend.options = replace(job.options, dry_run=True)
+        job.backend.options = replace(job.options, dry_run=True)
         report, _, refusals = done
         report.planned(job.state)
         done = report, (), refusals

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from liar_opt.passes.allocate_widths import note_widths, why_whole
-from liar_opt.passes.backend import TIMED_SAMPLES, Backend
+from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Probes, State, WholeModel
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
 from liar_opt.passes.cut_experts import CutExperts, CutExpertsPass, experts_refused, planned_experts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
 from liar_opt.passes.find_groups import NOT_WHOLE, WholeSublayers
-from liar_opt.passes.finish_run import Done, finish_run
+from liar_opt.passes.finish_run import Done, finish_run, timed_batch
 from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
+from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.pattern_job import pattern_behind
 from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import Cut
@@ -72,7 +73,7 @@ class ModelJob:
 
     def __init__(self, backend: Backend, watch: MemoryWatch, decided: dict[str, Any] | None = None) -> None:
         self.watch, self.backend = watch, backend
-        self.options, self.state, self.ranks = backend.options, backend.state, current()
+        self.ranks = current()
         self.state.progress, self.state.fresh = self.options.progress, self.options.fresh
         self.chosen = backend.choose()
         self.target = self.chosen.widths.target if isinstance(self.chosen.widths, MeetTargetPass) else None
@@ -83,6 +84,16 @@ class ModelJob:
         self.faults: dict[str, str] = {}
         self.data: CalibrationData | None = None
         self.dropped, self.decided = 0, decided
+
+    @property
+    def state(self) -> State:
+        """That of the backend; a run that starts again has another."""
+        return self.backend.state
+
+    @property
+    def options(self) -> PruneOptions:
+        """Those of the backend."""
+        return self.backend.options
 
     def run(self) -> PruneResult:
         """Runs, and again without what turned out to be wrong.
@@ -114,7 +125,7 @@ class ModelJob:
             finally:
                 if self.state.checkpoint is not None:
                     self.state.checkpoint.close()
-            self.state = self._anew()
+            self.backend = replace(self.backend, state=self._anew())
 
     def _anew(self) -> State:
         """Returns the state as it was when the model was loaded."""
@@ -183,13 +194,9 @@ class ModelJob:
 
     def finish(self, done: Done) -> PruneResult:
         """Times and quantises what was cut and checked, and returns it; of a dry run the original."""
-        state = self.state
-        backend = replace(self.backend, state=state)  # a run that has started again has another
-        if self.options.dry_run:
-            return finish_run(backend, done, {}, self.watch)
-        result = finish_run(backend, done, self._one_batch(), self.watch, self.target is not None)
-        if state.checkpoint is not None:
-            state.checkpoint.remove()
+        result = finish_run(self.backend, done, self.watch, aimed=self.target is not None)
+        if not self.options.dry_run and self.state.checkpoint is not None:
+            self.state.checkpoint.remove()
         return result
 
     def _begun(self) -> Report:
@@ -355,10 +362,8 @@ class ModelJob:
         }
 
     def _one_batch(self) -> dict[str, Any]:
-        """What is timed, and whose FLOPs are counted; targets are met on a whole batch."""
-        assert self.state.calibration is not None
-        batch = self.state.calibration.batches[0]
-        return batch if self.target is not None else first_samples(self.state, batch, TIMED_SAMPLES)
+        """What is timed, and whose FLOPs are counted."""
+        return timed_batch(self.state, aimed=self.target is not None)
 
     def _flops(self, before: bool = False) -> int | None:
         """Returns the operations of the model as it is now, or as it came; None without data, or where none are counted."""

@@ -6,21 +6,20 @@ The model as it came is kept (``WholeModel``): sizes, times and losses are compa
 import time
 from dataclasses import replace
 
-from liar_opt.passes.backend import TIMED_SAMPLES, Backend
+from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Change, DenseModel, Pipeline, WholeModel
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.choose_blocks import LeftOut, candidate_runs, choose_run
 from liar_opt.passes.cut_experts import CutExperts, CutExpertsPass, planned_experts
 from liar_opt.passes.cut_vocabulary import WIDTHS, wants_words
 from liar_opt.passes.express_widths import FinalFields
-from liar_opt.passes.finish_run import finish_run
+from liar_opt.passes.finish_run import finish_run, timed_batch
 from liar_opt.passes.groups import Refusal, parameters_left
 from liar_opt.passes.options import BLOCK_REPAIRS, PruneOptions
 from liar_opt.passes.plan_memory import TensorSizes
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import prunable, report_of
 from liar_opt.passes.result import PruneResult
-from liar_opt.passes.sweep import first_samples
 from liar_opt.passes.verify_model import Verification, dense_session, output_differences, require_runs, whole_session
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import OptionError
@@ -91,15 +90,14 @@ def finish_parts(backend: Backend, watch: MemoryWatch) -> PruneResult:
     report.calibrated(data)
     if options.dry_run:
         report.note(*planned_experts(state))
-        return finish_run(backend, (report, (), whole.refusals), {}, watch)
-    batch = first_samples(state, data.batches[0], TIMED_SAMPLES)
-    report.before.flops = backend.operations_before(state, batch)
+        return finish_run(backend, (report, (), whole.refusals), watch)
+    report.before.flops = backend.operations_before(state, timed_batch(state))
     pruned = state.engine().whole(state.model, "what is left of the model")
     meter = output_differences(state, pruned, whole_session(state), pruned.outputs)
     exact = max(part.exact_difference or 0.0 for part in (experts, blocks) if part is not None)
     report.verification = Verification(exact, state.model.least_precision(), meter.result())
     state.add(report.verification, FinalFields(()))
-    return finish_run(backend, (report, whole.changes, whole.refusals), batch, watch)
+    return finish_run(backend, (report, whole.changes, whole.refusals), watch)
 
 
 def _analysed(backend: Backend) -> tuple[Refusal, ...]:

@@ -10,12 +10,12 @@ from typing import Any
 from liar_opt.frontend.either_model import analysis_of
 from liar_opt.frontend.engine import ConstantPatch
 from liar_opt.frontend.pattern_places import find_places
-from liar_opt.passes.backend import TIMED_SAMPLES, Backend
+from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Change, DenseModel, Pipeline, State, WholeModel
 from liar_opt.passes.calibrate import calibrate, fitted
 from liar_opt.passes.cut_vocabulary import WIDTHS, wants_words
 from liar_opt.passes.express_widths import FinalFields
-from liar_opt.passes.finish_run import Done, finish_run
+from liar_opt.passes.finish_run import Done, finish_run, timed_batch
 from liar_opt.passes.fit_module import CutModule
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PruneOptions
@@ -88,7 +88,7 @@ def prune_pattern(backend: Backend, watch: MemoryWatch) -> PruneResult:
         OptionError: a weight does not fit it, or an option does not fit.
         CheckError: the result is not what it has to be.
     """
-    return finish_pattern(backend, patterned(backend), watch)
+    return finish_run(backend, patterned(backend), watch)
 
 
 def patterned(backend: Backend) -> Done:
@@ -115,22 +115,12 @@ def patterned(backend: Backend) -> Done:
     state.calibration = fitted(state, data, report.model.notes)
     require_runs(state, dense_session(state))
     report.calibrated(state.calibration)
-    report.before.flops = backend.operations_before(state, _timed(state))
+    report.before.flops = backend.operations_before(state, timed_batch(state))
     changes, refusals = put_pattern(backend)
     state.add(FinalFields(()))
     report.refuse((*analysis.refusals, *refusals))
     report.verification = state.found(Verification)
     return report, changes, (*analysis.refusals, *refusals)
-
-
-def finish_pattern(backend: Backend, done: Done, watch: MemoryWatch) -> PruneResult:
-    """Times what `patterned` has made, and returns it; of a dry run the original."""
-    return finish_run(backend, done, {} if backend.options.dry_run else _timed(backend.state), watch)
-
-
-def _timed(state: State) -> dict[str, Any]:
-    assert state.calibration is not None
-    return first_samples(state, state.calibration.batches[0], TIMED_SAMPLES)
 
 
 def pattern_behind(backend: Backend, state: State, report: Report, batch: dict[str, Any]) -> tuple[Change, ...]:

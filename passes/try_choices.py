@@ -16,12 +16,12 @@ from typing import Any
 from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import WholeModel
 from liar_opt.passes.choices import ComparedTries, Tried, draws_of, scores_of, words_of
-from liar_opt.passes.finish_run import Done
+from liar_opt.passes.finish_run import Done, finish_run
 from liar_opt.passes.judge import output_error, shared_out
 from liar_opt.passes.model_job import ModelJob
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.parts_job import without_experts
-from liar_opt.passes.pattern_job import finish_pattern, pattern_alone, patterned
+from liar_opt.passes.pattern_job import pattern_alone, patterned
 from liar_opt.passes.result import PruneResult
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, ModelError, OptionError
@@ -74,7 +74,7 @@ def prune_chosen(backend: Backend, watch: MemoryWatch) -> PruneResult:
     best.done[0].choice = ComparedTries(list(search.words), entries.index(best.entry), entries, *sizes, budget, stopped)
     if isinstance(best.job, ModelJob):
         return best.job.finish(best.done)
-    return finish_pattern(best.job, best.done, watch)
+    return finish_run(best.job, best.done, watch)
 
 
 class _Search:

@@ -90,7 +90,7 @@ def _ended(backend: Backend, done: Done, cut: CutWords, batch: Mapping[str, Any]
     if not backend.options.dry_run:
         assert cut.exact_difference is not None
         report.verification = Verification(cut.exact_difference, state.model.least_precision(), {})
-    return finish_run(backend, done, batch, watch)
+    return finish_run(backend, done, watch, batch)
 
 
 def _few_samples(model: Model, calibration: Any, options: PruneOptions) -> CalibrationData:

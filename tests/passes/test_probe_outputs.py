@@ -7,9 +7,8 @@ from typing import Any
 
 import graphs
 import numpy as np
-import onnx
 import pytest
-from streams import BLOCK, WEIGHTS, batches, data, prepared
+from streams import BLOCK, WEIGHTS, batches, data, four, prepared
 
 from liar_opt.frontend.engine import AnyPatch, Patch
 from liar_opt.frontend.onnx_engine import OnnxEngine
@@ -17,15 +16,6 @@ from liar_opt.frontend.records import StandIn
 from liar_opt.passes.probe_outputs import ProbeOutputs
 from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.calibration_data import CalibrationData
-
-FOUR = "f (float[b, s, 6] x0) => (float[b, s, 6] y) {{ {} \n y = Tanh(x4) }}"
-SHAPES: dict[str, Any] = {"w": lambda n: (6, n), "b": lambda n: (n,), "v": lambda n: (n, 6)}
-
-
-def four() -> onnx.ModelProto:
-    """Four feed-forward blocks on a stream."""
-    text = FOUR.format("\n".join(BLOCK.format(i, i + 1) for i in range(4)))
-    return graphs.parse(text, {f"{k}{i}": shape(17 + i) for i in range(4) for k, shape in SHAPES.items()})
 
 
 def halved(group: Any) -> Patch:
@@ -46,7 +36,7 @@ def test_in_parts_as_in_one(sweep: Sweep) -> None:
     groups = sweep.state.groups
     parts, whole = ProbeOutputs(sweep, groups), ProbeOutputs(sweep)
     assert len(parts.places) > len(groups) and len(whole.places) == 2
-    source, bias = "x2", np.full(6, 0.2, np.float32)
+    source, bias = "n2", np.full(6, 0.2, np.float32)
     stand_in = StandIn("z2", source, np.diag(np.arange(6, dtype=np.float32)), bias)
     for patches in ([halved(g)] for g in groups):
         assert parts.difference(patches) == pytest.approx(whole.difference(patches), rel=1e-4)
