@@ -162,7 +162,7 @@ def probed_data(sweep: Sweep, rows: int) -> CalibrationData:
 
 def squared_difference(found: NDArray[np.float64], dense: NDArray[np.float64]) -> float:
     """Returns what rows of an output [r, c] have lost."""
-    return float(np.square(found - dense).sum())
+    return sum(float(np.square(x - y).sum()) for x, y in zip(found, dense, strict=True))  # a row stays in the cache
 
 
 def probed_batches(data: CalibrationData, held: Collection[int]) -> list[int]:
@@ -232,6 +232,7 @@ def some_rows(output: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[n
     """Returns rows of an output, each about its own mean: a softmax does not see what all logits have in common."""
     if output.ndim == 0:
         return output.reshape(1, 1).astype(np.float64)
-    rows = output_rows(output, mask)
-    found = rows[np.unique(np.linspace(0, len(rows) - 1, PROBE_ROWS).round().astype(np.int64))].astype(np.float64)
-    return found - found.mean(axis=1, keepdims=True) if found.shape[1] > 1 else found
+    rows = output_rows(output, mask, PROBE_ROWS).astype(np.float64)
+    if rows.shape[1] > 1:
+        rows -= rows.mean(axis=1, keepdims=True)
+    return rows

@@ -5,6 +5,7 @@ Two claims are kept apart. *Exact*: a cut graph computes what the masked origina
 is measured and reported, never asserted.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,18 +124,27 @@ class OutputDifference:
     changed_top1: float | None = None
 
 
-def output_rows(output: Array, mask: NDArray[np.bool_] | None) -> Array:
+def output_rows(output: Array, mask: NDArray[np.bool_] | None, most: int | None = None) -> Array:
     """Returns the rows of an output that are real, [rows, width]: its last axis is the width.
 
     Args:
         output: of rank 1 or more.
         mask: [b, s] or [b], true where a row is real; where its shape does not fit, all rows are.
+        most: so many rows at most, spread over all; None: all of them.
     """
-    if mask is not None and output.ndim > mask.ndim and output.shape[: mask.ndim] == mask.shape:
-        output = output[mask]
-    elif mask is not None and output.ndim > 1 and output.shape[0] == mask.shape[0]:
-        output = output[mask if mask.ndim == 1 else mask.any(axis=1)]
-    return output.reshape(-1, output.shape[-1])
+    rows = output.reshape(-1, output.shape[-1])
+    if mask is None or output.ndim < 2 or output.shape[0] != mask.shape[0]:
+        real = None
+    else:
+        fits = output.ndim > mask.ndim and output.shape[: mask.ndim] == mask.shape
+        mask = mask if fits or mask.ndim == 1 else mask.any(axis=1)
+        each = math.prod(output.shape[mask.ndim : -1])
+        real = np.flatnonzero(np.repeat(mask.reshape(-1), each))
+    if most is not None:
+        count = len(rows) if real is None else len(real)
+        spread = np.unique(np.linspace(0, count - 1, most).round().astype(np.int64)) if count else np.arange(0)
+        real = spread if real is None else real[spread]
+    return rows if real is None else rows[real]
 
 
 def holds_logits(name: str, shape: Sequence[int], vocabulary: int | None = None, made_by: str | None = None) -> bool:

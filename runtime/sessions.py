@@ -215,7 +215,6 @@ class Session:
         low_memory: whether the weights are used where they lie: on the CPU they become inputs of the graph, since
             initializers are copied, all at once, while a session is made. Otherwise ONNX Runtime packs them, which is a
             little faster, and folds what it can.
-        threads: how many compute an operator, and sleep between runs; None leaves both to ONNX Runtime.
         exact: whether CUDA computes as `EXACT` says; otherwise as ONNX Runtime does for those who do not ask.
         level: how far ONNX Runtime's optimizer goes; None leaves it to ``low_memory`` and, else, to ONNX Runtime ("all").
     """
@@ -226,20 +225,19 @@ class Session:
         device: Literal["cpu", "cuda"] = "cpu",
         weights: Mapping[str, NDArray[Any]] | None = None,
         low_memory: bool = False,
-        threads: int | None = None,
         exact: bool = True,
         level: Level | None = None,
     ) -> None:
         onnxruntime = onnx_runtime()
 
-        self._made: tuple[Any, ...] = (model, device, weights, low_memory, threads) if device == "cuda" else ()
+        self._made: tuple[Any, ...] = (model, device, weights, low_memory) if device == "cuda" else ()
 
         onnxruntime.set_default_logger_severity(4)
         options = _options()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-        elif (share := ranks.threads()) is not None:
+        # Sessions run in turns, with numpy between them. The threads of one that has run would wait for its next run by
+        # spinning, on the cores that the others want: 60 parts of SmolLM2 took three times as long on two cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if (share := ranks.threads()) is not None:
             options.intra_op_num_threads = share
         self._weights = {k: np.require(v, requirements=["C", "ALIGNED"]) for k, v in (weights or {}).items()}
         values = {name: _ort_value(v) for name, v in self._weights.items()}
@@ -272,8 +270,8 @@ class Session:
         """Returns a session of the same model that is as fast as those that users make: what latency is measured on."""
         if self.device == "cpu":
             return self
-        model, device, weights, low_memory, threads = self._made
-        return Session(model, device, weights, low_memory, threads, exact=False)
+        model, device, weights, low_memory = self._made
+        return Session(model, device, weights, low_memory, exact=False)
 
     def run(
         self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, arrays: bool | Sequence[str] = False
