@@ -23,10 +23,9 @@ from liar_opt.frontend.records import ConsumerUse
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.passes.base import Finding, State
 from liar_opt.passes.measured import Measured
-from liar_opt.passes.probe_outputs import PROBE_OUTPUTS, probed_batches, some_rows
+from liar_opt.passes.probe_outputs import PROBE_OUTPUTS, probed_batches, some_rows, square, squared_difference
 from liar_opt.passes.repairs import DEFAULT_RIDGE
 from liar_opt.passes.sweep import held_batches
-from liar_opt.runtime.compare import common_part
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.moments import Moments
 from liar_opt.runtime.solve import choose_dense_ridge, dense_target_error, fit_dense_target
@@ -367,9 +366,9 @@ class Trials:
             ran = {} if part is None else part.run({**self.data.batches[index], gap.target: value}, arrays=wanted)
             ends = {name: self.engine.array(v) for name, v in ran.items()} | {gap.target: value}
             for name in outputs:
-                x, y = common_part(some_rows(ends[name], mask), some_rows(kept[name], mask))
-                lost[name] += float(np.square(x - y).sum())
-                power[name] += float(np.square(y).sum())
+                found, dense = some_rows(ends[name], mask), some_rows(kept[name], mask)
+                lost[name] += squared_difference(found, dense)
+                power[name] += square(dense)
         return next((lost[n] / (power[n] or 1.0) for n in outputs if lost[n] > 0), 0.0)
 
     def stood_in(self, gap: Gap, fit: Fit, values: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

@@ -6,7 +6,7 @@ The cut is not made: the consumers of the groups get repaired weights with zeros
 
 import bisect
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,10 @@ PROBE_OUTPUTS = 4
 PROBE_ROWS = 256
 """Rows of each output and batch that are kept: those of a vocabulary are long."""
 
-Rows = dict[str, NDArray[np.float64]]
+AT_ONCE = 1 << 16
+"""Elements of rows that are compared at once: what stays in a cache."""
+
+Rows = dict[str, NDArray[Any]]
 
 
 class ProbeOutputs:
@@ -68,6 +71,11 @@ class ProbeOutputs:
         """Rows of the dense model's outputs, for each probed batch; it runs when they are first asked for."""
         return self._ends(0, 1)
 
+    @functools.cached_property
+    def power(self) -> dict[str, float]:
+        """The sum of squares of those rows, for each output."""
+        return {name: sum(square(rows[name]) for rows in self.dense) for name in self.outputs}
+
     def difference(self, patches: Sequence[AnyPatch]) -> float | None:
         """Returns the relative squared difference of the first output that the patches change at all.
 
@@ -90,10 +98,9 @@ class ProbeOutputs:
         for name in self.outputs:
             if self.made.get(name, -1) < min(changed):
                 continue
-            pairs = [common_part(x[name], y[name]) for x, y in zip(ends, dense, strict=True)]
-            lost = sum(squared_difference(x, y) for x, y in pairs)
+            lost = sum(squared_difference(x[name], y[name]) for x, y in zip(ends, dense, strict=True))
             if lost > 0:
-                return lost / (sum(float(np.square(y[name]).sum()) for y in dense) or 1.0)
+                return lost / (self.power[name] or 1.0)
         return None
 
     def _changed(self, patch: AnyPatch) -> list[int]:
@@ -160,9 +167,27 @@ def probed_data(sweep: Sweep, rows: int) -> CalibrationData:
     return replace(data, batches=batches, row_masks=masks)
 
 
-def squared_difference(found: NDArray[np.float64], dense: NDArray[np.float64]) -> float:
-    """Returns what rows of an output [r, c] have lost."""
-    return sum(float(np.square(x - y).sum()) for x, y in zip(found, dense, strict=True))  # a row stays in the cache
+def squared_difference(found: NDArray[Any], dense: NDArray[Any]) -> float:
+    """Returns what rows of an output [r, c] have lost, each about its own mean, as far as both go."""
+    x, y = common_part(found, dense)
+    return sum(square(a.astype(np.float64) - b.astype(np.float64)) for a, b in zip(_pieces(x), _pieces(y), strict=True))
+
+
+def square(rows: NDArray[Any]) -> float:
+    """Returns the sum of squares of rows [r, c], each about its own mean: a softmax does not see what all logits share."""
+    total = 0.0
+    for piece in _pieces(rows):
+        about = piece.astype(np.float64)
+        if about.shape[1] > 1:
+            about -= about.mean(axis=1, keepdims=True)
+        total += float(np.square(about).sum())
+    return total
+
+
+def _pieces(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yields rows, as many at once as stay in a cache."""
+    step = max(1, AT_ONCE // max(1, rows.shape[1]))
+    return (rows[i : i + step] for i in range(0, len(rows), step))
 
 
 def probed_batches(data: CalibrationData, held: Collection[int]) -> list[int]:
@@ -228,11 +253,6 @@ def together(patches: Sequence[AnyPatch]) -> list[AnyPatch]:
     return result
 
 
-def some_rows(output: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    """Returns rows of an output, each about its own mean: a softmax does not see what all logits have in common."""
-    if output.ndim == 0:
-        return output.reshape(1, 1).astype(np.float64)
-    rows = output_rows(output, mask, PROBE_ROWS).astype(np.float64)
-    if rows.shape[1] > 1:
-        rows -= rows.mean(axis=1, keepdims=True)
-    return rows
+def some_rows(output: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Returns rows of an output, [r, c], the same each time."""
+    return output.reshape(1, 1) if output.ndim == 0 else output_rows(output, mask, PROBE_ROWS)

@@ -25,7 +25,7 @@ from liar_opt.frontend.onnx_segments import live_tensors
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.calibrate import divided
-from liar_opt.passes.probe_outputs import PROBE_OUTPUTS, some_rows
+from liar_opt.passes.probe_outputs import PROBE_OUTPUTS, some_rows, square, squared_difference
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.sweep import cut_arrays, held_batches
 from liar_opt.passes.verify_model import compared_again, dense_session
@@ -162,8 +162,8 @@ class _Refit:
             for name in names:
                 if found[name].shape == wanted[name].shape:
                     x, y = (some_rows(v, self.masks[i]) for v in (found[name], wanted[name]))
-                    lost[name] += float(np.square(x - y).sum())
-                    power[name] += float(np.square(y).sum())
+                    lost[name] += squared_difference(x, y)
+                    power[name] += square(y)
         return sum(lost[n] / (power[n] or 1.0) for n in names) / max(1, len(names))
 
 

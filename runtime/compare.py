@@ -137,9 +137,9 @@ def output_rows(output: Array, mask: NDArray[np.bool_] | None, most: int | None 
         real = None
     else:
         fits = output.ndim > mask.ndim and output.shape[: mask.ndim] == mask.shape
-        mask = mask if fits or mask.ndim == 1 else mask.any(axis=1)
-        each = math.prod(output.shape[mask.ndim : -1])
-        real = np.flatnonzero(np.repeat(mask.reshape(-1), each))
+        own = mask if fits or mask.ndim == 1 else np.asarray(mask.any(axis=1))
+        each = math.prod(output.shape[own.ndim : -1])
+        real = np.flatnonzero(np.repeat(own.reshape(-1), each))
     if most is not None:
         count = len(rows) if real is None else len(real)
         spread = np.unique(np.linspace(0, count - 1, most).round().astype(np.int64)) if count else np.arange(0)

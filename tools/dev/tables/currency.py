@@ -99,8 +99,9 @@ def repaired(work: Workplace, held: Held, samples: int, ratio: float, repair: An
 # Errors counted by the variance of logits -----------------------------------------------------------------------------
 
 
-def by_variance(found: Array, dense: Array) -> float:
+def by_variance(found: NDArray[Any], dense: NDArray[Any]) -> float:
     """The variance of the difference of logits [r, c] under the softmax of the dense ones, summed over rows."""
+    found, dense = found.astype(np.float64), dense.astype(np.float64)
     shares = np.exp(dense - dense.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
     change = found - dense
