@@ -938,24 +938,3 @@ def _number(old: Any, new: Any, symbols: Mapping[Any, int]) -> int:
     actual = int(old.expression.subs({s: symbols[s] for s in old.expression.free_symbols}))
     ratio = Fraction(int(new), int(old))
     return actual * ratio.numerator // ratio.denominator
-
-
-__all__ = [
-    "Call",
-    "Executor",
-    "FxModel",
-    "FxOriginal",
-    "FxWalk",
-    "Patched",
-    "Sym",
-    "analyse",
-    "arguments_of",
-    "example_from",
-    "lower",
-    "named_arguments",
-    "tensor_bytes",
-    "to_numpy",
-    "to_torch",
-    "token_lengths",
-    "trace",
-]

@@ -54,12 +54,10 @@ class Fused:
         operands: its inputs: "q" is quantised, as three inputs of the node; "f" is as it is; "b" is a bias at the scales of
             the first two; "*" is "q" as often as there are inputs; "y" is no input, and where scale and zero point of the
             result stand.
-        domain: of the operator on floats.
     """
 
     op: str
     operands: str
-    domain: str = ""
 
 
 FUSED = {
@@ -581,7 +579,7 @@ class _Reader:
         tensor = self.fresh(node.output[0].removesuffix("_quantized"), f"{node.output[0]}_float")
         attributes = [a for a in node.attribute if a.name not in DROPPED]
         self.forms[node.name] = Form(node.op_type, node.domain, tuple(node.attribute), bias=bool(bias))
-        self._emit(fused.op, names, tensor, node.name, attributes, fused.domain)
+        self._emit(fused.op, names, tensor, node.name, attributes)
         self.activation(tensor, node.output[0], *result, f"{node.name}_quantise")
 
     def _operands(self, node: onnx.NodeProto, fused: Fused) -> Iterator[str]:

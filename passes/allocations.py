@@ -111,11 +111,6 @@ MEASURED = ("curves", "global", "flap")
 """Allocations that need the dense model measured."""
 
 
-def total(candidates: Sequence[Candidates], keep: dict[str, int]) -> float:
-    """Returns what widths cost together."""
-    return sum(float(m.costs[np.searchsorted(m.widths, keep[m.name])]) for m in candidates)
-
-
 def _by_threshold(candidates: Sequence[Candidates], values: Sequence[Array], goal: float) -> dict[str, int]:
     pooled = np.unique(np.concatenate(values))
 

@@ -192,11 +192,6 @@ class PassResult:
     changes: tuple[Change, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
-    @property
-    def modified(self) -> bool:
-        """Whether anything was changed."""
-        return bool(self.changes)
-
 
 Plan = TypeVar("Plan")
 

@@ -8,7 +8,8 @@ from liar_opt.passes.base import Finding
 from liar_opt.passes.cut_vocabulary import words_alone
 from liar_opt.passes.gradient_scores import GRADIENT_SCORES
 from liar_opt.passes.options import PruneOptions
-from liar_opt.passes.registry import SCORES, lookup
+from liar_opt.passes.registry import lookup
+from liar_opt.passes.scores import SCORES
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.patterns import SOLVERS
 from liar_opt.runtime.ranks import current

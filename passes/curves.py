@@ -40,9 +40,9 @@ class GroupCurve:
     deviation: float | None = None
     whole: Mapping[int, float] = field(default_factory=dict)
 
-    def points(self, most: int = SHOWN) -> list[tuple[int, float]]:
-        """Returns (blocks kept, error) at ``most`` places, evenly spread, both ends included."""
-        places = np.unique(np.linspace(0, self.errors.size - 1, most).round().astype(np.int64))
+    def points(self) -> list[tuple[int, float]]:
+        """Returns (blocks kept, error) at `SHOWN` places at the most, evenly spread, both ends included."""
+        places = np.unique(np.linspace(0, self.errors.size - 1, SHOWN).round().astype(np.int64))
         return [(int(p), float(self.errors[p])) for p in places]
 
 

@@ -254,7 +254,7 @@ def _in_stream_units(item: Measured, whole: Measured, weighted: bool) -> Problem
         weight = a.real(whole.weight)
         power = a.inner(weight, statistics.covariance @ weight)
         scale = 1.0 / power if power > 0 else 0.0
-    return Problem(item.covariance, [item.weight], item.owners, scale)
+    return Problem(item.covariance, item.weight, item.owners, scale)
 
 
 def curve_report(groups: Sequence[ChannelGroup], curves: Mapping[str, GroupCurve]) -> dict[str, Any]:

@@ -621,6 +621,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-__all__ = ["MeetTargetPass", "Target", "parse_target"]

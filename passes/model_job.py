@@ -157,7 +157,7 @@ class ModelJob:
             self._load_calibration(report)
         if options.resume is not None:
             state.checkpoint = Checkpoint.open(Path(options.resume), self._identity(report))
-        report.before.flops = self._flops(before=True)
+        report.before.flops = self._flops_before()
         decided, proofs = self._decide(report, early and not probed)
         refusals += proofs
         report.refuse(refusals)
@@ -166,7 +166,7 @@ class ModelJob:
             report.note(*planned_experts(state), *planned_words(state))
             return self.ranks.kept(lambda: last((report, (), refusals)))
         if not early:
-            report.before.flops = self._flops(before=True)
+            report.before.flops = self._flops_before()
         report.resumed = state.checkpoint.done if state.checkpoint is not None else 0
         done = _run(state, chosen.cutting, options.observer)
         changes = (*decided, *done.changes)
@@ -365,12 +365,11 @@ class ModelJob:
         """What is timed, and whose FLOPs are counted."""
         return timed_batch(self.state, aimed=self.target is not None)
 
-    def _flops(self, before: bool = False) -> int | None:
-        """Returns the operations of the model as it is now, or as it came; None without data, or where none are counted."""
+    def _flops_before(self) -> int | None:
+        """Returns the operations of the model as it came; None without data, or where none are counted."""
         if self.state.calibration is None:
             return None
-        count = self.backend.operations_before if before else self.backend.operations
-        return count(self.state, self._one_batch())
+        return self.backend.operations_before(self.state, self._one_batch())
 
 
 def _run(state: State, passes: Sequence[Pass[Any]], observer: Observer | None) -> PassResult:

@@ -266,6 +266,3 @@ def _libraries(custom_ops: str | Path | Sequence[str | Path] | None) -> Sequence
     if custom_ops is None:
         return ()
     return [custom_ops] if isinstance(custom_ops, (str, Path)) else custom_ops
-
-
-__all__ = ["Inspection", "PruneResult", "inspect", "prune"]

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-from liar_opt.passes.measured import Measured, Repaired
-from liar_opt.passes.repairs import AWARE, REPAIRS, Repair, RepairFunction, repair_of_function
+from liar_opt.passes.repairs import REPAIRS, Repair, RepairFunction, repair_of_function
 from liar_opt.passes.scores import SCORES, Score, ScoreFunction, score_of_function
 from liar_opt.runtime.errors import OptionError
 
@@ -38,19 +37,3 @@ def repair_named(repair: str | RepairFunction) -> Repair:
         OptionError: there is none of that name.
     """
     return repair_of_function(repair) if callable(repair) else lookup("repair", REPAIRS, repair)
-
-
-__all__ = [
-    "AWARE",
-    "REPAIRS",
-    "SCORES",
-    "Measured",
-    "Repair",
-    "RepairFunction",
-    "Repaired",
-    "Score",
-    "ScoreFunction",
-    "lookup",
-    "repair_named",
-    "score_named",
-]

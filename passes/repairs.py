@@ -23,7 +23,6 @@ from liar_opt.passes.measured import Measured, Repaired
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.scaling import scale_blocks
 from liar_opt.runtime.solve import (
-    RepairKind,
     RidgeChoice,
     choose_dense_ridge,
     choose_ridge,
@@ -71,13 +70,9 @@ def _chosen(consumer: Measured, kept: Channels, removed: Channels, choice: Ridge
     return Repaired(fit.weight, fit.bias, fit.ridge_used, choice.kind, fit.raised, fit.explained, gap)
 
 
-def _fixed(kind: RepairKind, ridge: float) -> RidgeChoice:
-    return RidgeChoice(kind, ridge, np.nan, np.nan, np.nan)
-
-
 def none(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
     """Leaves the kept weights alone."""
-    return _chosen(consumer, kept, removed, _fixed("none", np.inf))
+    return _chosen(consumer, kept, removed, RidgeChoice("none", np.inf))
 
 
 def bias(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
@@ -88,7 +83,7 @@ def bias(consumer: Measured, kept: Channels, removed: Channels, ridge: float | N
         training, held_back = (a.host(a.take(fold.mean, removed) @ lost) for fold in consumer.folds)
         if np.square(held_back - training).sum() > np.square(held_back).sum():
             return none(consumer, kept, removed, ridge)
-    return _chosen(consumer, kept, removed, _fixed("bias", np.inf))
+    return _chosen(consumer, kept, removed, RidgeChoice("bias", np.inf))
 
 
 def scaling(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
@@ -102,12 +97,12 @@ def scaling(consumer: Measured, kept: Channels, removed: Channels, ridge: float 
 def liar(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:
     """Fits the kept weights and the bias to the consumer's output on the inputs that it sees."""
     if ridge is None and consumer.folds is not None:
-        return _chosen(consumer, kept, removed, choose_ridge(*consumer.folds, [consumer.weight], kept, removed))
+        return _chosen(consumer, kept, removed, choose_ridge(*consumer.folds, consumer.weight, kept, removed))
     if ridge is not None and consumer.folds is not None:
-        choice = choose_ridge(*consumer.folds, [consumer.weight], kept, removed, [ridge])
+        choice = choose_ridge(*consumer.folds, consumer.weight, kept, removed, [ridge])
         if choice.kind == "none":
             return _chosen(consumer, kept, removed, choice)
-    return _chosen(consumer, kept, removed, _fixed("repair", DEFAULT_RIDGE if ridge is None else ridge))
+    return _chosen(consumer, kept, removed, RidgeChoice("repair", DEFAULT_RIDGE if ridge is None else ridge))
 
 
 def dense(consumer: Measured, kept: Channels, removed: Channels, ridge: float | None) -> Repaired:

@@ -114,7 +114,7 @@ def row_squares(consumer: Measured) -> Array:
 
 def problems_of(consumers: Sequence[Measured]) -> list[Problem]:
     """Returns the consumers as the solver's problems."""
-    return [Problem(c.covariance, [c.weight], c.owners, c.target_scale**2) for c in consumers]
+    return [Problem(c.covariance, c.weight, c.owners, c.target_scale**2) for c in consumers]
 
 
 def random(consumers: Sequence[Measured], rng: np.random.Generator) -> Array:
@@ -215,7 +215,7 @@ def greedy(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -
 def swaps(consumers: Sequence[Measured], keep: int, rng: np.random.Generator) -> Blocks:
     """Local search from the greedy selection."""
     problems = problems_of(consumers)
-    return swap_blocks(problems, select_greedy(problems, keep, SELECTION_RIDGE).kept_blocks, SELECTION_RIDGE).kept_blocks
+    return swap_blocks(problems, select_greedy(problems, keep, SELECTION_RIDGE).kept_blocks, SELECTION_RIDGE)
 
 
 def _of_gradients(name: str) -> Values:

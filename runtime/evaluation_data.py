@@ -23,7 +23,6 @@ from liar_opt.runtime.extras import require
 from liar_opt.runtime.signatures import names, one_line
 from liar_opt.runtime.text_sources import ACCEPTED, csv_rows, jsonl_rows
 
-Array = NDArray[Any]
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -402,6 +401,3 @@ def _answers(value: object, row: int, table: Table) -> tuple[str, ...]:
             f"row {row} of {table.where} has no texts in column 'answers'; it must be as in SQuAD: {{'text': [...]}}"
         )
     return tuple(value)
-
-
-__all__ = ["Question", "Table", "class_labels", "label_column", "number_labels", "questions", "read_table", "text_columns"]

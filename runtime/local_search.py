@@ -13,7 +13,6 @@ of blocks at a time; here it is one, and the search is bounded by the number of 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +28,6 @@ TIE = 1e-9
 """By how much gains and costs differ, relative, that count as the same."""
 
 
-@dataclass(frozen=True)
-class Swapped:
-    """The kept blocks after the search, the residual before and after it, and how many blocks were swapped."""
-
-    kept_blocks: NDArray[np.int64]
-    before: float
-    after: float
-    swaps: int
-
-
 class _Searched:
     """One problem: S + lam I, C = (S + lam I) W, and which channels each block has."""
 
@@ -47,11 +36,10 @@ class _Searched:
         self.matrix: AnyArray = a.xp.asarray(a.real(problem.covariance), copy=True)
         diagonal = a.diagonal(self.matrix)
         diagonal += ridge * (float(diagonal.mean()) or 1.0)
-        stacked = a.xp.concat([a.real(w) for w in problem.weights], axis=1) * math.sqrt(problem.scale)
-        if stacked.shape[1] > stacked.shape[0]:
-            stacked = a.narrowed(stacked)  # the same W W^T with n columns
-        self.target: AnyArray = self.matrix @ stacked
-        self.power = a.inner(stacked, self.target)
+        weight = a.real(problem.weight) * math.sqrt(problem.scale)
+        if weight.shape[1] > weight.shape[0]:
+            weight = a.narrowed(weight)  # the same W W^T with n columns
+        self.target: AnyArray = self.matrix @ weight
         self.owners = problem.blocks
 
     def solve(self, kept: NDArray[np.bool_]) -> None:
@@ -60,10 +48,6 @@ class _Searched:
         self.channels = np.flatnonzero(kept[self.owners])
         self.inverse = a.xp.linalg.inv(a.part(self.matrix, self.channels, self.channels))
         self.fitted = self.inverse @ a.take(self.target, self.channels)
-
-    def residual(self) -> float:
-        """f(U)."""
-        return self.power - self.arrays.inner(self.fitted, self.arrays.take(self.target, self.channels))
 
     def gains(self, blocks: NDArray[np.int64]) -> Array:
         """What putting each block back takes off the residual."""
@@ -89,8 +73,10 @@ class _Searched:
         return result
 
 
-def swap_blocks(problems: Sequence[Problem], kept_blocks: NDArray[np.int64], ridge: float, trials: int = TRIALS) -> Swapped:
-    """Swaps single blocks while that lowers the residual summed over the problems.
+def swap_blocks(
+    problems: Sequence[Problem], kept_blocks: NDArray[np.int64], ridge: float, trials: int = TRIALS
+) -> NDArray[np.int64]:
+    """Swaps single blocks while that lowers the residual summed over the problems; returns the kept ones, ascending.
 
     Args:
         problems: dimensions tied together, as for ``solve.select_greedy``.
@@ -112,8 +98,7 @@ def swap_blocks(problems: Sequence[Problem], kept_blocks: NDArray[np.int64], rid
             one.solve(kept)
 
     solve()
-    before = sum(one.residual() for one in searched)
-    swaps, tried = 0, 0
+    tried = 0
     while tried < trials and not kept.all():
         outside = np.flatnonzero(~kept)
         gains = sum((one.gains(outside) for one in searched), np.zeros(outside.size))
@@ -128,10 +113,9 @@ def swap_blocks(problems: Sequence[Problem], kept_blocks: NDArray[np.int64], rid
             if inside[least] != outside[choice] and costs[least] < gains[choice] * (1.0 - 1e-9):
                 kept[inside[least]] = False
                 solve()
-                swaps, improved = swaps + 1, True
+                improved = True
                 break
             kept[outside[choice]] = False
         if not improved:
             break
-    solve()
-    return Swapped(np.flatnonzero(kept).astype(np.int64), before, sum(one.residual() for one in searched), swaps)
+    return np.flatnonzero(kept).astype(np.int64)

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky, solve_triangular
+from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 
 from liar_opt.runtime.errors import OptionError
 
@@ -439,4 +439,3 @@ SOLVERS: dict[str, Solver] = {
 }
 CORRECTED = ("fista",)
 """Solvers that look at the dense model's outputs."""
-__all__ = ["CORRECTED", "SOLVERS", "Layer", "LinAlgError", "Pattern", "Solved", "Solver"]

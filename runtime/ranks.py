@@ -369,6 +369,3 @@ def _shown(value: Any) -> str:
 
 def _line(err: BaseException) -> str:
     return " ".join(str(err).split())[:200]
-
-
-__all__ = ["Elsewhere", "RankLost", "Ranks", "asked", "current", "join", "leave", "on_this_machine", "threads"]

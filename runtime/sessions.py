@@ -375,21 +375,3 @@ def element_type(value: Any) -> int:
 def as_array(value: Any) -> NDArray[Any]:
     """Returns an array for an array or a device value."""
     return value if isinstance(value, np.ndarray) else np.asarray(value.numpy())
-
-
-__all__ = [
-    "PROVIDERS",
-    "Provider",
-    "Runner",
-    "Session",
-    "as_array",
-    "cuda_works",
-    "custom_operators",
-    "device_unused",
-    "element_type",
-    "operator_libraries",
-    "refusal_of",
-    "resolve_provider",
-    "tensors_within",
-    "unknown_operators",
-]

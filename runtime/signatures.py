@@ -162,7 +162,6 @@ class Signature:
         *,
         cached: int = 0,
         pad: int = 0,
-        where: str = "the tokenizer",
     ) -> dict[str, Array]:
         """A feed for token ids, without the key-value cache where `cached` says that the caller has one.
 
@@ -172,7 +171,6 @@ class Signature:
             types: Token types [b, s]; zeros if None.
             cached: Tokens that the caller's cache holds already.
             pad: Token id behind which an encoder-decoder begins to write.
-            where: What the ids come from, for messages.
         """
         before = np.zeros((len(ids), self.seen), np.bool_) if self.seen else np.ones((len(ids), cached), np.bool_)
         values: dict[str, Array] = {
@@ -185,7 +183,7 @@ class Signature:
             role = self.roles.get(name, "")
             if role in values:
                 value = values[role][:1] if name in self.shared else values[role]
-                feed[name] = cast(value, spec, where)
+                feed[name] = cast(value, spec, "the tokenizer")
         return self.completed(feed, real, pad=pad, cached=cached)
 
     def completed(

@@ -30,7 +30,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import threadpoolctl
@@ -59,40 +59,19 @@ _TIES = (1e-9, 1e-6)
 
 
 @dataclass(frozen=True)
-class RepairMap:
-    """How the kept channels U stand in for the removed M: x_M ~ x_U Q + p.
-
-    Attributes:
-        Q: [u, r].
-        p: [r].
-        ridge_used: The relative ridge that was used; inf where only the bias is repaired.
-        raised: Whether it had to rise because S_UU did not factor.
-    """
-
-    Q: AnyArray
-    p: AnyArray
-    ridge_used: float
-    raised: bool
-
-
-@dataclass(frozen=True)
 class RidgeChoice:
     """What the held-back rows say about the repair of one dimension.
 
     Attributes:
         kind: "repair"; "bias" where every ridge does worse than the bias alone; "none" where even that does harm.
         ridge: The relative ridge; inf unless `kind` is "repair".
-        error: Held-back error of the choice.
-        bias_error: Held-back error with the bias alone repaired.
-        masked_error: Held-back error without repair.
+        error: Held-back error of the choice; nan where it was not made by them.
         training_error: Error of the choice on the rows that it was fitted to; nan unless `kind` is "repair".
     """
 
     kind: RepairKind
     ridge: float
-    error: float
-    bias_error: float
-    masked_error: float
+    error: float = math.nan
     training_error: float = math.nan
 
     @property
@@ -113,13 +92,13 @@ class Problem:
 
     Attributes:
         covariance: S, [n, n].
-        weights: The consumers of this dimension, each [n, m_i].
+        weight: W of the consumer of this dimension, [n, m].
         blocks: Block id of every channel, [n], 0..k-1; a block is removed whole.
         scale: Factor on this problem's error where several problems are summed.
     """
 
     covariance: AnyArray
-    weights: Sequence[AnyArray]
+    weight: AnyArray
     blocks: Indices
     scale: float = 1.0
 
@@ -131,16 +110,12 @@ class Selection:
     Attributes:
         kept_blocks: Ids of the kept blocks, ascending.
         removed_blocks: Ids of the removed blocks in the order of removal.
-        errors: Error after each removal, summed over the problems; it includes the ridge's penalty (`penalised_error`).
-        ridge_used: The relative ridge, the largest over the problems.
-        raised: Whether it had to rise because a covariance did not factor.
+        errors: Error after each removal, summed over the problems; lam (|Z|^2 + |W_M|^2) is part of it.
     """
 
     kept_blocks: NDArray[np.int64]
     removed_blocks: NDArray[np.int64]
     errors: Array
-    ridge_used: float
-    raised: bool
 
 
 @dataclass(frozen=True)
@@ -152,6 +127,7 @@ class DenseFit:
         bias: b', [m]; the whole bias of the consumer, not an addition to it.
         ridge_used: The relative ridge that was used; inf where the local solution was kept.
         raised: Whether it had to rise because S_UU did not factor.
+        explained: What `repair_weight` takes off the error of the bias alone, summed over the columns.
     """
 
     weight: AnyArray
@@ -191,71 +167,10 @@ def _pools() -> threadpoolctl.ThreadpoolController:
 # Repair -------------------------------------------------------------------------------------------------------------
 
 
-def repair_map(covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Indices, ridge: float) -> RepairMap:
-    """Interpolate the removed channels from the kept ones.
-
-    Args:
-        covariance: S, [n, n].
-        mean: mu, [n].
-        kept: Kept channels, [u].
-        removed: Removed channels, [r].
-        ridge: Relative ridge >= 0; inf repairs the bias alone (Q = 0).
-
-    Raises:
-        InternalError: Shapes or index sets do not fit, or the ridge is negative or NaN.
-    """
-    _require_sets(covariance, kept, removed, ridge)
-    if mean.shape != covariance.shape[:1]:
-        raise InternalError(f"mean is {mean.shape}, covariance {covariance.shape}")
-    a = arrays_of(covariance)
-    mean = a.real(mean)
-    if math.isinf(ridge) or kept.size == 0:
-        return RepairMap(a.zeros((kept.size, removed.size)), a.take(mean, removed), math.inf, False)
-    factor = _factor(_part(covariance, kept, kept), ridge)
-    q = factor.solve(_part(covariance, kept, removed))
-    return RepairMap(q, a.take(mean, removed) - a.take(mean, kept) @ q, factor.ridge, factor.raised)
-
-
-def no_repair_map(kept: Indices, removed: Indices) -> RepairMap:
-    """Return the map that leaves the rest of the model alone: Q = 0, p = 0."""
-    return RepairMap(np.zeros((kept.size, removed.size)), np.zeros(removed.size), math.inf, False)
-
-
-def map_of_choice(choice: RidgeChoice, covariance: AnyArray, mean: AnyArray, kept: Indices, removed: Indices) -> RepairMap:
-    """Return the map that `choose_ridge` asks for, from the moments of all rows; arguments as in `repair_map`."""
-    if choice.kind == "none":
-        a = arrays_of(covariance)
-        return RepairMap(a.zeros((kept.size, removed.size)), a.zeros((removed.size,)), math.inf, False)
-    return repair_map(covariance, mean, kept, removed, choice.ridge)
-
-
-def fold(weight: AnyArray, kept: Indices, removed: Indices, repair: RepairMap) -> tuple[AnyArray, AnyArray]:
-    """Fold the repair into a consumer.
-
-    Args:
-        weight: W, [n, m].
-        kept: Kept channels, [u].
-        removed: Removed channels, [r].
-        repair: The map of this dimension and these sets.
-
-    Returns:
-        W' = W_U + Q W_M, [u, m], and p W_M, [m], to be added to the bias.
-
-    Raises:
-        InternalError: The map is of other sets.
-    """
-    if tuple(repair.Q.shape) != (kept.size, removed.size):
-        raise InternalError(f"repair map is {repair.Q.shape}, the sets have {kept.size} and {removed.size} channels")
-    a = arrays_of(repair.Q)
-    weight = a.there(weight)
-    lost = a.real(a.take(weight, removed))
-    return a.take(weight, kept) + repair.Q @ lost, repair.p @ lost
-
-
 def repair_weight(
     covariance: AnyArray, mean: AnyArray, weight: AnyArray, kept: Indices, removed: Indices, choice: RidgeChoice
 ) -> DenseFit:
-    """Repair one consumer without its map: Z = S_UU^-1 (S_UM W_M) is cheaper than Q where W has fewer columns than M.
+    """Repair one consumer without Q: Z = (S_UU + lam I)^-1 (S_UM W_M) is cheaper where W has fewer columns than M.
 
     Args:
         covariance: S, [n, n].
@@ -272,6 +187,9 @@ def repair_weight(
         InternalError: Shapes or index sets do not fit.
     """
     _require_sets(covariance, kept, removed, choice.ridge)
+    _require_rows(weight, covariance.shape[0])
+    if mean.shape != covariance.shape[:1]:
+        raise InternalError(f"mean is {mean.shape}, covariance {covariance.shape}")
     a = arrays_of(covariance)
     weight, mean = a.there(weight), a.real(mean)
     same, lost = a.real(a.take(weight, kept)), a.real(a.take(weight, removed))
@@ -287,63 +205,10 @@ def repair_weight(
     return DenseFit(same + z, bias, factor.ridge, factor.raised, explained)
 
 
-# Errors -------------------------------------------------------------------------------------------------------------
-
-
-def residual_error(covariance: AnyArray, weight: AnyArray, kept: Indices, removed: Indices, ridge: float) -> float:
-    """Mean squared error of y = x W after the repair, summed over the m columns; `ridge` as in `repair_map`.
-
-    For ridge 0 it is tr(W_M^T (S_MM - S_MU S_UU^-1 S_UM) W_M).
-
-    Raises:
-        InternalError: Shapes or index sets do not fit, or the ridge is negative or NaN.
-    """
-    _require_sets(covariance, kept, removed, ridge)
-    a = arrays_of(covariance)
-    lost = _rows(a, weight, removed)
-    bias_error = _form(_part(covariance, removed, removed), lost)
-    if math.isinf(ridge) or kept.size == 0:
-        return bias_error
-    factor = _factor(_part(covariance, kept, kept), ridge)
-    target = _part(covariance, kept, removed) @ lost
-    z = factor.solve(target)
-    # S_UU Z = (S_UU + lam I) Z - lam Z = target - lam Z spares a product.
-    return max(bias_error - a.inner(z, target) - factor.lam * a.inner(z, z), 0.0)
-
-
-def penalised_error(covariance: AnyArray, weight: AnyArray, kept: Indices, removed: Indices, lam: float) -> float:
-    """Return min over Z of err(Z) + lam (|Z|^2 + |W_M|^2), the objective of `select_greedy`; `lam` is absolute.
-
-    Raises:
-        InternalError: Shapes or index sets do not fit, or `lam` is negative or NaN.
-    """
-    _require_sets(covariance, kept, removed, lam)
-    a = arrays_of(covariance)
-    lost = _rows(a, weight, removed)
-    error = _form(_part(covariance, removed, removed), lost) + lam * a.inner(lost, lost)
-    if kept.size == 0:
-        return error
-    target = _part(covariance, kept, removed) @ lost
-    matrix = _part(covariance, kept, kept)
-    diagonal = a.diagonal(matrix)
-    diagonal += lam
-    return error - a.inner(a.xp.linalg.solve(matrix, target), target)
-
-
-def masked_error(uncentred: AnyArray, weight: AnyArray, removed: Indices) -> float:
-    """Mean squared error of y = x W with x_M zeroed and nothing repaired; `uncentred` is E[x^T x], [n, n]."""
-    return _form(_part(uncentred, removed, removed), _rows(arrays_of(uncentred), weight, removed))
-
-
-def bias_only_error(covariance: AnyArray, weight: AnyArray, removed: Indices) -> float:
-    """Mean squared error of y = x W with x_M replaced by its mean."""
-    return _form(_part(covariance, removed, removed), _rows(arrays_of(covariance), weight, removed))
-
-
 def choose_ridge(
     training: Statistics,
     held_back: Statistics,
-    weights: Sequence[AnyArray],
+    weight: AnyArray,
     kept: Indices,
     removed: Indices,
     grid: Sequence[float] = RIDGE_GRID,
@@ -358,7 +223,7 @@ def choose_ridge(
     Args:
         training: Moments of the training rows.
         held_back: Moments of the held-back rows.
-        weights: Consumers of the dimension, each [n, m_i]; their errors add up.
+        weight: W, [n, m].
         kept: Kept channels, [u].
         removed: Removed channels, [r].
         grid: Relative ridges, ascending.
@@ -369,8 +234,9 @@ def choose_ridge(
     if not grid:
         raise InternalError("no ridge to choose from")
     _require_sets(training.covariance, kept, removed, min(grid))
+    _require_rows(weight, training.width)
     a = arrays_of(training.covariance)
-    lost = sketched(a.take(_stack(a, weights, training.width), removed))
+    lost = sketched(a.real(a.take(a.there(weight), removed)))
     shift = held_back.mean - training.mean
     # A product with the whole covariance gives both of its parts.
     spread = _spread(a, lost, removed, training.width)
@@ -400,7 +266,7 @@ def choose_ridge(
     # Last of equals wins: the more thorough repair where the rows cannot tell.
     best = min(reversed(candidates), key=lambda candidate: candidate[0])
     own = fitted[best[2]] if best[1] == "repair" else math.nan
-    return RidgeChoice(best[1], best[2], max(best[0], 0.0), bias_error, none_error, own)
+    return RidgeChoice(best[1], best[2], max(best[0], 0.0), own)
 
 
 def unexplained(covariance: AnyArray, inside: Indices, beside: Indices, ridge: float = BESIDE_RIDGE) -> AnyArray:
@@ -436,7 +302,7 @@ def fit_dense_target(
         pruned: Moments of the inputs x~ that the pruned model produces, width n.
         cross: Cross moments of x~ with the dense target y, [n, m].
         kept: Kept channels, [u].
-        local_weight: W_local, [u, m], from `fold`.
+        local_weight: W_local, [u, m], from `repair_weight`.
         ridge: Relative ridge >= 0; inf keeps W_local and repairs the bias.
 
     Raises:
@@ -472,56 +338,22 @@ def choose_dense_ridge(
     held_back: tuple[Statistics, CrossStatistics],
     kept: Indices,
     local_weight: AnyArray,
-    grid: Sequence[float] = RIDGE_GRID,
 ) -> float:
     """Choose the ridge of `fit_dense_target` on the held-back rows; inf where the local solution does best.
 
     Raises:
-        InternalError: As `fit_dense_target`, or the grid is empty.
+        InternalError: As `fit_dense_target`.
     """
-    if not grid:
-        raise InternalError("no ridge to choose from")
 
     def error_at(ridge: float) -> float:
         fit = fit_dense_target(*training, kept, local_weight, ridge)
         return dense_target_error(*held_back, kept, fit.weight, fit.bias)
 
-    ridge, error = _descend(error_at, grid)
+    ridge, error = _descend(error_at, RIDGE_GRID)
     return ridge if error <= error_at(math.inf) else math.inf
 
 
 # Selection ----------------------------------------------------------------------------------------------------------
-
-
-def score_magnitude(weights: Sequence[AnyArray], blocks: Indices) -> Array:
-    """L2 norm of each block's rows over all consumers, [k]; higher is kept.
-
-    Args:
-        weights: Consumers, each [n, m_i].
-        blocks: Block id of every channel, [n], 0..k-1.
-
-    Raises:
-        InternalError: Shapes or block ids do not fit.
-    """
-    return score_activation_weighted(np.ones(blocks.shape[0]), weights, blocks)
-
-
-def score_activation_weighted(mean_square: AnyArray, weights: Sequence[AnyArray], blocks: Indices) -> Array:
-    """L2 norm of each block's rows, each weighted by sqrt(E[x_j^2]), [k]; higher is kept.
-
-    Wanda's score (arXiv 2306.11695) with the rows of a block grouped.
-
-    Args:
-        mean_square: E[x_j^2], [n].
-        weights: Consumers, each [n, m_i].
-        blocks: Block id of every channel, [n], 0..k-1.
-
-    Raises:
-        InternalError: Shapes or block ids do not fit.
-    """
-    number = _block_number(blocks, mean_square.shape[0])
-    rows = sum((np.square(w, dtype=np.float64).sum(axis=1) for w in weights), np.zeros(blocks.shape[0]))
-    return cast(Array, np.sqrt(np.bincount(blocks, weights=rows * mean_square, minlength=number)))
 
 
 def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selection:
@@ -566,13 +398,7 @@ def select_greedy(problems: Sequence[Problem], keep: int, ridge: float) -> Selec
             state.remove(blocks)
     for state in states:
         steps += state.steps()
-    return Selection(
-        np.flatnonzero(active).astype(np.int64),
-        order,
-        np.cumsum(steps),
-        max(state.ridge for state in states),
-        any(state.raised for state in states),
-    )
+    return Selection(np.flatnonzero(active).astype(np.int64), order, np.cumsum(steps))
 
 
 def cheapest(cost: AnyArray, count: int, tie: float) -> NDArray[np.int64]:
@@ -614,10 +440,10 @@ class _Downdate:
         inside = np.arange(self.depth)[None, :] < sizes[:, None]
         self.positions = np.where(inside, starts[:, None] + np.arange(self.depth)[None, :], starts[:, None])
         self.inside = inside
-        weight = a.take(_stack(a, problem.weights, problem.covariance.shape[0]), rows) * math.sqrt(problem.scale)
+        _require_rows(problem.weight, rows.size)
+        weight = a.take(a.real(problem.weight), rows) * math.sqrt(problem.scale)
         sorted_already = np.array_equal(rows, np.arange(rows.size))
         factor = _factor(problem.covariance if sorted_already else _part(problem.covariance, rows, rows), ridge)
-        self.ridge, self.raised = factor.ridge, factor.raised
         # Costs are only compared; float32 halves the memory traffic that wide dimensions are bound by.
         dtype: Any = a.xp.float32 if rows.size >= _SINGLE_FROM else a.xp.float64
         self.tie = _TIES[rows.size >= _SINGLE_FROM]
@@ -769,12 +595,6 @@ def _descend(error_at: Callable[[float], float], grid: Sequence[float]) -> tuple
     return grid[best], error
 
 
-def _stack(a: Arrays, weights: Sequence[AnyArray], width: int) -> AnyArray:
-    if not weights or any(w.ndim != 2 or w.shape[0] != width for w in weights):
-        raise InternalError(f"weights {[tuple(w.shape) for w in weights]} on a dimension of width {width}")
-    return a.xp.concat([a.real(w) for w in weights], axis=1)
-
-
 def sketched(lost: AnyArray) -> AnyArray:
     """Return W_M times random signs, `_SKETCH` columns: errors keep their expectation, which is enough to compare them.
 
@@ -792,10 +612,6 @@ def _narrow(weight: AnyArray) -> AnyArray:
     if weight.shape[1] <= weight.shape[0]:
         return weight
     return arrays_of(weight).narrowed(weight)
-
-
-def _rows(a: Arrays, weight: AnyArray, rows: Indices) -> AnyArray:
-    return a.real(a.take(a.there(weight), rows))
 
 
 def _part(matrix: AnyArray, rows: Indices, columns: Indices) -> AnyArray:
@@ -827,6 +643,11 @@ def _block_number(blocks: Indices, width: int) -> int:
     if number > width or not np.bincount(blocks, minlength=number).all():
         raise InternalError(f"not every block id of 0..{number - 1} has a channel")
     return number
+
+
+def _require_rows(weight: AnyArray, width: int) -> None:
+    if weight.ndim != 2 or weight.shape[0] != width:
+        raise InternalError(f"weight {tuple(weight.shape)} on a dimension of width {width}")
 
 
 def _require_sets(covariance: AnyArray, kept: Indices, removed: Indices, ridge: float) -> None:

@@ -43,17 +43,6 @@ def _root(matrix: AnyArray) -> AnyArray:
     return (vectors * xp.sqrt(xp.clip(values, 0.0, None))) @ vectors.T
 
 
-def value_spectrum(covariance: AnyArray, gram: AnyArray) -> AnyArray:
-    """Returns what each of d directions carries of E|z W|^2, [d], descending.
-
-    Args:
-        covariance: C, [d, d].
-        gram: W W^T, [d, d].
-    """
-    xp, root = arrays_of(covariance).xp, _root(covariance)
-    return xp.clip(xp.flip(xp.linalg.eigvalsh(root @ gram @ root)), 0.0, None)
-
-
 def turn_values(covariance: AnyArray, gram: AnyArray, rank: int) -> AnyArray:
     """Returns the change of basis T, [d, d], whose first ``rank`` channels lose least; see the module.
 

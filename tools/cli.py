@@ -300,7 +300,7 @@ def _demo(options: argparse.Namespace, run: _Run) -> None:
     options.model = model
     report = _run_passes(options, calibration, output, run)
     if not options.dry_run:
-        everything = len(demo_assets.nyt_sentences())
+        everything = len(demo_assets.sentences("nyt"))
         report["calibration"]["source"] = f"{len(calibration):,} of {everything:,} sentences of NYT editorials"
         from liar_opt.tools.demo import embedding_cosines
 

@@ -4,7 +4,7 @@ The model is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), whose files th
 is exported here, so that every exporter and every spelling of attention can be tried on real weights.
 
 The sentences are those of Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
-Media Text" (ICWSM 2014): movie reviews, New York Times editorials, Amazon reviews and tweets, each with the mean rating of
+Media Text" (ICWSM 2014), of movie reviews, New York Times editorials and Amazon reviews, each with the mean rating of
 twenty people on [-4, 4]. They lie in the source distribution of vaderSentiment 3.3.2 (MIT), which pip downloads once into
 the cache folder; archive and data are known by their SHA-256.
 """
@@ -35,11 +35,11 @@ from liar_opt.runtime.whole_file import whole_file
 
 Exporter = Literal["torchscript", "dynamo"]
 Attention = Literal["eager", "sdpa"]
-Source = Literal["reviews", "nyt", "amazon", "tweets"]
+Source = Literal["reviews", "nyt", "amazon"]
 
 MINILM_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MINILM_OUTPUT = "last_hidden_state"
-DEFAULT_OPSETS: dict[str, int] = {"torchscript": 17, "dynamo": 18}
+OPSETS: dict[str, int] = {"torchscript": 17, "dynamo": 18}
 
 _DEMO_COMMAND = "pip install 'liar-opt[demo]'"
 _DISTRIBUTION = "vaderSentiment==3.3.2"
@@ -50,7 +50,6 @@ _FILES: dict[str, str] = {
     "reviews": "movieReviewSnippets_GroundTruth.txt",
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
     "amazon": "amazonReviewSnippets_GroundTruth.txt",
-    "tweets": "tweets_GroundTruth.txt",
 }
 _DOWNLOAD_SECONDS = 600
 
@@ -94,7 +93,6 @@ def export_minilm(
     *,
     exporter: Exporter = "torchscript",
     attention: Attention = "eager",
-    opset: int | None = None,
 ) -> Path:
     """Write all-MiniLM-L6-v2 as one ONNX file of float32 weights and return its path.
 
@@ -105,34 +103,33 @@ def export_minilm(
         path: Where to write.
         exporter: The old TorchScript exporter of torch.onnx, or the new one on torch.export.
         attention: Attention written out, or through torch's scaled_dot_product_attention.
-        opset: ONNX operator set; `DEFAULT_OPSETS` unless given.
 
     Raises:
         OptionError: An unknown choice, a missing package, or a path that cannot be written.
     """
-    if exporter not in DEFAULT_OPSETS:
+    if exporter not in OPSETS:
         raise OptionError(f"unknown exporter '{exporter}': choose 'torchscript' or 'dynamo'")
     if attention not in ("eager", "sdpa"):
         raise OptionError(f"unknown attention '{attention}': choose 'eager' or 'sdpa'")
     folder, path = minilm_folder(), Path(path)
     with moved_into_place(path) as temporary:
         try:
-            _export(folder, temporary, exporter, attention, DEFAULT_OPSETS[exporter] if opset is None else opset)
+            _export(folder, temporary, exporter, attention)
         except ModuleNotFoundError as err:
             raise OptionError(f"exporting the demo model needs the package '{err.name}': {_DEMO_COMMAND}") from err
     return path
 
 
-def _export(folder: Path, path: Path, exporter: Exporter, attention: Attention, opset: int) -> None:
+def _export(folder: Path, path: Path, exporter: Exporter, attention: Attention) -> None:
     require("exporting the demo model", "torch")
     from transformers import BertModel
 
     with _quiet():
         model = BertModel.from_pretrained(folder, attn_implementation=attention, add_pooling_layer=False).float()
-    export_bert(model, MINILM_OUTPUT, path, exporter, opset)
+    export_bert(model, MINILM_OUTPUT, path, exporter)
 
 
-def export_bert(model: Any, output: str, path: Path, exporter: Exporter = "torchscript", opset: int | None = None) -> None:
+def export_bert(model: Any, output: str, path: Path, exporter: Exporter = "torchscript") -> None:
     """Write a BERT of transformers as ONNX; batch and sequence are dynamic.
 
     Args:
@@ -140,7 +137,6 @@ def export_bert(model: Any, output: str, path: Path, exporter: Exporter = "torch
         output: The field of what it returns, which names the output of the graph: [b, s, ..] or [b, ..].
         path: Where to write.
         exporter: See `export_minilm`.
-        opset: ONNX operator set; `DEFAULT_OPSETS` unless given.
     """
     import torch
 
@@ -159,8 +155,8 @@ def export_bert(model: Any, output: str, path: Path, exporter: Exporter = "torch
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0  # without padding the exporters drop the mask
     arguments = (ids, mask, torch.zeros_like(ids))
-    opset = DEFAULT_OPSETS[exporter] if opset is None else opset
-    names: dict[str, Any] = {"input_names": list(MINILM_INPUTS), "output_names": [output], "opset_version": opset}
+    names: dict[str, Any] = {"input_names": list(MINILM_INPUTS), "output_names": [output]}
+    names["opset_version"] = OPSETS[exporter]
     with _quiet(), torch.no_grad():
         module = Positional().eval()
         if exporter == "torchscript":
@@ -220,26 +216,6 @@ def moved_into_place(path: Path) -> Iterator[Path]:
 
 
 # ------------------------------------------------------------------------------------------------------ the sentences
-
-
-def review_sentences() -> list[Sentence]:
-    """Sentences of film reviews (10,603); raises as `sentences` does."""
-    return sentences("reviews")
-
-
-def nyt_sentences() -> list[Sentence]:
-    """Sentences of New York Times editorials (5,119); raises as `sentences` does."""
-    return sentences("nyt")
-
-
-def amazon_sentences() -> list[Sentence]:
-    """Sentences of product reviews (3,697); raises as `sentences` does."""
-    return sentences("amazon")
-
-
-def tweets() -> list[Sentence]:
-    """Tweets (4,200); raises as `sentences` does."""
-    return sentences("tweets")
 
 
 def sentences(name: Source) -> list[Sentence]:

@@ -12,10 +12,9 @@ from liar_opt.tools.html_elements import Markup, element
 
 WIDTH, HEIGHT = 340.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 24.0, 12.0, 36.0
-SERIES = 6
+COLOURS = 6
 ROW = 34.0
 Format = Callable[[float], str]
-KEY_ROW = 15.0
 CHART_STYLE = """
 :root { --paper: #ffffff; --ink: #1c2330; --soft: #5b6575; --grid: #e3e7ee; --box: #f5f7fa;
   --k0: #2563c9; --k1: #c25e10; --k2: #1d7f4f; --k3: #7b49c4; --k4: #b3324f; --k5: #66750f; }
@@ -87,9 +86,9 @@ def columns(values: Sequence[tuple[str, float, int]], label: str, x_label: str, 
         bars.append(element("rect", y=TOP, height=y(0) - TOP, class_="gone", **place))
         title = element("title", f"{name}: {100 * share:.1f} % kept")
         bars.append(
-            element("g", title, element("rect", y=y(share), height=y(0) - y(share), class_=f"k{series % SERIES}", **place))
+            element("g", title, element("rect", y=y(share), height=y(0) - y(share), class_=f"k{series % COLOURS}", **place))
         )
-    return _framed(label, None, y, percent, percent, x_label, y_label, *bars)
+    return framed(label, None, y, percent, percent, x_label, y_label, *bars)
 
 
 def lines(
@@ -111,10 +110,10 @@ def lines(
     for index, (name, points) in enumerate(series):
         places = " ".join(f"{x(px):.1f},{y(max(py, low)):.1f}" for px, py in points if py > 0)
         strength = 0.3 + 0.7 * (index + 1) / len(series)
-        line = element("polyline", points=places, class_=f"line k{colour % SERIES}", stroke_opacity=strength)
+        line = element("polyline", points=places, class_=f"line k{colour % COLOURS}", stroke_opacity=strength)
         drawn.append(element("g", element("title", name), line))
-    drawn += [_dot(x(m.x), y(max(m.y, low)), m) for m in marks if m.y > 0]
-    return _framed(label, x, y, percent, power_of_ten, x_label, y_label, *drawn)
+    drawn += [dot(x(m.x), y(max(m.y, low)), m) for m in marks if m.y > 0]
+    return framed(label, x, y, percent, power_of_ten, x_label, y_label, *drawn)
 
 
 def dots(marks: Sequence[Mark], label: str, x_label: str, y_label: str) -> Markup | None:
@@ -125,72 +124,37 @@ def dots(marks: Sequence[Mark], label: str, x_label: str, y_label: str) -> Marku
     low, high = min(m.y for m in shown), max(m.y for m in shown)
     x = Scale(0.5, max(m.x for m in shown) + 0.5, LEFT, WIDTH - RIGHT)
     y = Scale(max(low, high * 1e-6) * 0.8, high * 1.25, HEIGHT - BOTTOM, TOP, log=True)
-    drawn = [_dot(x(m.x), y(max(m.y, y.low)), m) for m in shown]
-    return _framed(label, x, y, whole_number, power_of_ten, x_label, y_label, *drawn)
+    drawn = [dot(x(m.x), y(max(m.y, y.low)), m) for m in shown]
+    return framed(label, x, y, whole_number, power_of_ten, x_label, y_label, *drawn)
 
 
 def scatter(marks: Sequence[Mark], label: str, x_label: str, y_label: str, x_format: Format, y_format: Format) -> Markup:
     """Marks with their names, on linear axes that hold them all."""
-    x = _around([m.x for m in marks], LEFT, WIDTH - RIGHT)
-    y = _around([m.y for m in marks], HEIGHT - BOTTOM, TOP)
+    x = around([m.x for m in marks], LEFT, WIDTH - RIGHT)
+    y = around([m.y for m in marks], HEIGHT - BOTTOM, TOP)
     drawn = []
     for mark in marks:
         right = x(mark.x) > (LEFT + WIDTH - RIGHT) / 2
         place = {"x": x(mark.x) + (-8 if right else 8), "text_anchor": "end" if right else "start"}
         drawn += [
-            _dot(x(mark.x), y(mark.y), mark, 5.0),
+            dot(x(mark.x), y(mark.y), mark, 5.0),
             element("text", _short(mark.name), y=y(mark.y) - 6, class_="ink", **place),
         ]
-    return _framed(label, x, y, x_format, y_format, x_label, y_label, *drawn)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a chart: its name, its points, and its colour."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    series: int
-
-
-def trends(drawn: Sequence[Line], label: str, x_label: str, y_label: str) -> Markup:
-    """Lines with a dot at every point on linear axes, and their names below."""
-    x = _around([px for line in drawn for px, _ in line.points], LEFT, WIDTH - RIGHT)
-    y = _around([py for line in drawn for _, py in line.points], HEIGHT - BOTTOM, TOP)
-    shapes = []
-    for index, line in enumerate(drawn):
-        places = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in line.points)
-        shapes.append(element("polyline", points=places, class_=f"line k{line.series % SERIES}"))
-        shapes += [
-            _dot(x(px), y(py), Mark(px, py, line.series, f"{line.name}: {py:.4f} at {px:.4g}")) for px, py in line.points
-        ]
-        left, top = (LEFT, (LEFT + WIDTH) / 2)[index % 2], HEIGHT + KEY_ROW * (index // 2) + 6
-        shapes.append(element("circle", cx=left, cy=top, r=4.0, class_=f"dot k{line.series % SERIES}"))
-        shapes.append(element("text", line.name, x=left + 9, y=top + 4, class_="ink"))
-    below = KEY_ROW * -(-len(drawn) // 2)
-    return _framed(label, x, y, lambda v: f"{v:g}", percent, x_label, y_label, *shapes, below=below)
-
-
-def standalone(chart: Markup) -> str:
-    """Returns a chart as the text of an SVG file, on paper of its own: the page around it may be light or dark."""
-    paper = element("rect", width="100%", height="100%", fill="var(--paper)")
-    style = element("style", Markup(CHART_STYLE))
-    inside = chart.removeprefix("<svg")
-    return f'<svg xmlns="http://www.w3.org/2000/svg"{inside.replace(">", f">{style}{paper}", 1)}\n'
+    return framed(label, x, y, x_format, y_format, x_label, y_label, *drawn)
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float, int]], label: str, x_label: str) -> Markup:
     """Differences with their ends, one under the other, and zero: (name, difference, low, high, series) each."""
     height = ROW * len(rows) + BOTTOM
     ends = [v for _, d, low, high, _ in rows for v in (d, low, high)]
-    x = _around([*ends, 0.0], RIGHT, WIDTH - RIGHT)
+    x = around([*ends, 0.0], RIGHT, WIDTH - RIGHT)
     drawn = [element("line", x1=x(0), x2=x(0), y1=0.0, y2=height - BOTTOM, class_="axis")]
     for index, (name, difference, low, high, series) in enumerate(rows):
         middle = ROW * index + 24
         told = f"{name}: {difference:+.4f} ({low:+.4f} to {high:+.4f})"
         drawn.append(element("text", _short(name, 48), x=RIGHT, y=middle - 11, class_="ink"))
-        whisker = element("line", x1=x(low), x2=x(high), y1=middle, y2=middle, class_=f"line k{series % SERIES}")
-        drawn.append(element("g", whisker, _dot(x(difference), middle, Mark(difference, 0, series, told))))
+        whisker = element("line", x1=x(low), x2=x(high), y1=middle, y2=middle, class_=f"line k{series % COLOURS}")
+        drawn.append(element("g", whisker, dot(x(difference), middle, Mark(difference, 0, series, told))))
     for value in x.ticks(4):
         drawn.append(
             element("text", f"{value:+g}" if value else "0", x=x(value), y=height - 22, text_anchor="middle", class_="ink")
@@ -214,7 +178,8 @@ def power_of_ten(value: float) -> str:
     return f"{value:g}" if value >= 1e-3 else f"1e{math.log10(value):.0f}"
 
 
-def _around(values: Sequence[float], begin: float, end: float) -> Scale:
+def around(values: Sequence[float], begin: float, end: float) -> Scale:
+    """Returns a scale that holds all values, with a margin."""
     low, high = min(values), max(values)
     margin = (high - low) * 0.15 or abs(high) * 0.1 or 1.0
     return Scale(low - margin, high + margin, begin, end)
@@ -224,12 +189,13 @@ def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
-def _dot(x: float, y: float, mark: Mark, radius: float = 3.5) -> Markup:
-    style = f"{'ring' if mark.hollow else 'dot'} k{mark.series % SERIES}"
+def dot(x: float, y: float, mark: Mark, radius: float = 3.5) -> Markup:
+    """A mark at its place, which says its name when it is pointed at."""
+    style = f"{'ring' if mark.hollow else 'dot'} k{mark.series % COLOURS}"
     return element("g", element("title", mark.name), element("circle", cx=x, cy=y, r=radius, class_=style))
 
 
-def _framed(
+def framed(
     label: str,
     x: Scale | None,
     y: Scale,

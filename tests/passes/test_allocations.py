@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from liar_opt.passes.allocations import ALLOCATIONS, Candidates, curves, flap, globally, total, uniform
+from liar_opt.passes.allocations import ALLOCATIONS, Candidates, curves, flap, globally, uniform
 
 
 def choice(name: str, size: int, cost: float, seed: int, step: int = 1, convex: bool = True) -> Candidates:
@@ -29,6 +29,10 @@ def some(seed: int, convex: bool = True) -> list[Candidates]:
 
 def loss(candidates: list[Candidates], keep: dict[str, int]) -> float:
     return sum(float(m.errors[np.searchsorted(m.widths, keep[m.name])]) for m in candidates)
+
+
+def total(candidates: list[Candidates], keep: dict[str, int]) -> float:
+    return sum(float(m.costs[np.searchsorted(m.widths, keep[m.name])]) for m in candidates)
 
 
 @pytest.mark.parametrize("seed", range(8))

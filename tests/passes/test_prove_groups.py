@@ -207,7 +207,7 @@ def test_the_pass_changes_nothing_but_the_groups() -> None:
     state = analysed(graphs.parse(TEXT, WEIGHTS))
     before = onnx_graph(state.model).to_proto().SerializeToString()
     result = ProveGroupsPass()(state)
-    assert not result.modified
+    assert not result.changes
     assert result.refusals == ()
     assert len(state.groups) == 4
     assert onnx_graph(state.model).to_proto().SerializeToString() == before

@@ -85,7 +85,7 @@ def test_padding_is_not_measured() -> None:
 def test_nothing_removed_changes_nothing() -> None:
     proto = graphs.parse(STREAM, WEIGHTS)
     cut, state, result = pruned(proto, 1.0)
-    assert not result.modified
+    assert not result.changes
     assert state.repairs == []
     before = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
     after = {i.name: numpy_helper.to_array(i) for i in cut.graph.initializer}

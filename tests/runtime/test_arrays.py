@@ -13,7 +13,7 @@ from liar_opt.runtime.arrays import HOST, Arrays, TorchArrays, arrays_for, array
 from liar_opt.runtime.errors import InternalError, OptionError
 from liar_opt.runtime.local_search import swap_blocks
 from liar_opt.runtime.moments import FoldName, Moments
-from liar_opt.runtime.subspaces import Basis, logit_forms, turn_values, value_spectrum
+from liar_opt.runtime.subspaces import Basis, logit_forms, turn_values
 
 FOLDS: tuple[FoldName, ...] = ("training", "held_back", "all")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
@@ -103,43 +103,31 @@ def test_repairs_and_errors_are_the_same(device: TorchArrays, n: int, m: int, de
     found = []
     for moments in (host, there):
         s, folds = moments.statistics(), (moments.statistics("training"), moments.statistics("held_back"))
-        selection = solve.select_greedy([solve.Problem(s.covariance, [weight], blocks)], blocks.max() // 2, 1e-3)
+        selection = solve.select_greedy([solve.Problem(s.covariance, weight, blocks)], blocks.max() // 2, 1e-3)
         kept = np.flatnonzero(np.isin(blocks, selection.kept_blocks))
         removed = np.setdiff1d(np.arange(n), kept)
-        choice = solve.choose_ridge(*folds, [weight], kept, removed)
-        fit = solve.repair_weight(s.covariance, s.mean, weight, kept, removed, choice)
-        repair = solve.map_of_choice(choice, s.covariance, s.mean, kept, removed)
-        inside, beside = np.arange(n // 2), np.arange(n // 2, n)
-        errors = [
-            solve.residual_error(s.covariance, weight, kept, removed, 1e-3),
-            solve.penalised_error(s.covariance, weight, kept, removed, 1e-3),
-            solve.masked_error(s.uncentred, weight, removed),
-            solve.bias_only_error(s.covariance, weight, removed),
-            choice.error,
-            choice.training_error,
-            fit.explained,
+        choice = solve.choose_ridge(*folds, weight, kept, removed)
+        fits = [
+            solve.repair_weight(s.covariance, s.mean, weight, kept, removed, c)
+            for c in (choice, *(solve.RidgeChoice(kind, 1e-3) for kind in ("repair", "bias", "none")))
         ]
-        rest = solve.unexplained(s.covariance, inside, beside)
-        found.append(
-            (selection, choice.kind, choice.ridge, fit, repair, solve.fold(weight, kept, removed, repair), errors, rest)
-        )
-    (a, *kind_a, fit_a, map_a, fold_a, errors_a, rest_a), (b, *kind_b, fit_b, map_b, fold_b, errors_b, rest_b) = found
-    assert isinstance(fit_b.weight, torch.Tensor) and isinstance(fit_b.on_host().weight, np.ndarray)
+        errors = [choice.error, choice.training_error, *(fit.explained for fit in fits)]
+        rest = solve.unexplained(s.covariance, np.arange(n // 2), np.arange(n // 2, n))
+        found.append((selection, choice, fits, errors, rest))
+    (a, choice_a, fits_a, errors_a, rest_a), (b, choice_b, fits_b, errors_b, rest_b) = found
+    assert all(isinstance(f.weight, torch.Tensor) and isinstance(f.on_host().weight, np.ndarray) for f in fits_b)
     assert a.removed_blocks.tolist() == b.removed_blocks.tolist() and a.kept_blocks.tolist() == b.kept_blocks.tolist()
-    assert kind_a == kind_b and errors_a == pytest.approx(errors_b)
-    for one, two in zip(
-        (a.errors, fit_a.weight, fit_a.bias, map_a.Q, map_a.p, *fold_a, rest_a),
-        (b.errors, fit_b.weight, fit_b.bias, map_b.Q, map_b.p, *fold_b, rest_b),
-        strict=True,
-    ):
-        same(one, two, 1e-8)
+    assert (choice_a.kind, choice_a.ridge) == (choice_b.kind, choice_b.ridge) and errors_a == pytest.approx(errors_b)
+    for one, two in zip(fits_a, fits_b, strict=True):
+        same(one.weight, two.weight, 1e-8)
+        same(one.bias, two.bias, 1e-8)
+    same(a.errors, b.errors, 1e-8)
+    same(rest_a, rest_b, 1e-8)
 
 
 def test_selection_of_a_wide_dimension_in_float32(device: TorchArrays) -> None:
     (host, weight), (there, _) = both(1100, 40, device)
-    found = [
-        solve.select_greedy([solve.Problem(m.covariance, [weight], np.arange(1100))], 550, 1e-3) for m in (host, there)
-    ]
+    found = [solve.select_greedy([solve.Problem(m.covariance, weight, np.arange(1100))], 550, 1e-3) for m in (host, there)]
     assert len(np.intersect1d(found[0].kept_blocks, found[1].kept_blocks)) >= 548
     same(found[0].errors, found[1].errors, 1e-4)
 
@@ -148,7 +136,7 @@ def test_selection_of_a_wide_dimension_in_float32(device: TorchArrays) -> None:
 def test_of_blocks_that_are_alike_the_first_go(device: TorchArrays, n: int, alike: int) -> None:
     (host, weight), (there, _) = both(n, 16, device, alike=alike)
     found = [
-        solve.select_greedy([solve.Problem(m.covariance, [weight], np.arange(n))], n - alike // 2, 1e-3).removed_blocks
+        solve.select_greedy([solve.Problem(m.covariance, weight, np.arange(n))], n - alike // 2, 1e-3).removed_blocks
         for m in (host, there)
     ]
     assert found[0].tolist() == found[1].tolist()
@@ -172,25 +160,22 @@ def test_blocks_of_several_sizes_and_problems(device: TorchArrays) -> None:
             moments, x = Moments(12, arrays), rows_of(12, 300, seed=seed)
             moments.add(len(x), x.sum(axis=0), x.T @ x)
             weight = np.random.default_rng(seed).standard_normal((12, 5))
-            problems.append(solve.Problem(moments.covariance, [weight], blocks, 1.0 + seed))
+            problems.append(solve.Problem(moments.covariance, weight, blocks, 1.0 + seed))
         found.append((solve.select_greedy(problems, 2, 1e-3), swap_blocks(problems, np.array([0, 1, 2]), 1e-3)))
     (a, swapped_a), (b, swapped_b) = found
     assert a.removed_blocks.tolist() == b.removed_blocks.tolist()
     same(a.errors, b.errors)
-    assert swapped_a.kept_blocks.tolist() == swapped_b.kept_blocks.tolist() and swapped_a.swaps == swapped_b.swaps
-    assert swapped_a.after == pytest.approx(swapped_b.after)
+    assert swapped_a.tolist() == swapped_b.tolist()
 
 
 def test_swaps_are_the_same(device: TorchArrays) -> None:
     (host, weight), (there, _) = both(48, 64, device, alike=8)
     start = np.arange(6)
     found = [
-        swap_blocks([solve.Problem(m.covariance, [weight], np.arange(48) // 4)], start, 1e-3, trials=40)
+        swap_blocks([solve.Problem(m.covariance, weight, np.arange(48) // 4)], start, 1e-3, trials=40)
         for m in (host, there)
     ]
-    assert found[0].swaps > 0 and found[0].swaps == found[1].swaps
-    assert found[0].kept_blocks.tolist() == found[1].kept_blocks.tolist()
-    assert found[0].after == pytest.approx(found[1].after) and found[0].before == pytest.approx(found[1].before)
+    assert found[0].tolist() == found[1].tolist() != start.tolist()
 
 
 def test_dense_targets_are_the_same(device: TorchArrays) -> None:
@@ -211,7 +196,6 @@ def test_rotations_are_the_same(device: TorchArrays) -> None:
     x, y = rows_of(16), rows_of(16, seed=3)
     c, gram = x.T @ x / len(x), y.T @ y / len(y)
     there = device.real(c), device.real(gram)
-    same(value_spectrum(c, gram), value_spectrum(*there))
     one, two = turn_values(c, gram, 6), turn_values(*there, 6)
     # A direction may have the other sign: what is compared is the subspace, and what is kept of it.
     for a, b in ((one[:, :6], device.host(two)[:, :6]), (one[:, 6:], device.host(two)[:, 6:])):
@@ -229,9 +213,10 @@ def test_rotations_are_the_same(device: TorchArrays) -> None:
 def test_an_almost_singular_matrix_raises_the_ridge_alike(device: TorchArrays) -> None:
     (host, weight), (there, _) = both(60, 16, device, alike=30)
     kept, removed = np.arange(10, 60), np.arange(10)
-    one, two = (solve.repair_map(m.covariance, m.mean, kept, removed, 0.0) for m in (host, there))
+    choice = solve.RidgeChoice("repair", 0.0)
+    one, two = (solve.repair_weight(m.covariance, m.mean, weight, kept, removed, choice) for m in (host, there))
     assert one.raised and two.raised and one.ridge_used == two.ridge_used
-    same(weight[kept] + one.Q @ weight[removed], weight[kept] + device.host(two.Q) @ weight[removed], 1e-3)
+    same(one.weight, two.weight, 1e-3)
 
 
 # -- float32, refined ---------------------------------------------------------------------------------------------------
@@ -243,7 +228,7 @@ def test_float32_is_refined(where: str) -> None:
     with solving_on(single):
         (host, weight), (there, _) = both(200, 30, single)
         kept, removed = np.arange(0, 200, 2), np.arange(1, 200, 2)
-        choice = solve.RidgeChoice("repair", 1e-3, 0.0, 0.0, 0.0)
+        choice = solve.RidgeChoice("repair", 1e-3)
         exact = solve.repair_weight(host.covariance, host.mean, weight, kept, removed, choice)
         fit = solve.repair_weight(there.covariance, there.mean, weight, kept, removed, choice)
         low = there.covariance.float()[::2, ::2]
@@ -270,11 +255,12 @@ def test_what_float32_cannot_do_is_done_in_float64() -> None:
         moments = Moments(80)
         moments.add(len(x), x.sum(axis=0), x.T @ x)
         covariance = moments.covariance
-        kept, removed = np.arange(60), np.arange(60, 80)
-        repair = solve.repair_map(covariance, moments.mean, kept, removed, 1e-9)
-    exact = solve.repair_map(single.host(covariance), single.host(moments.mean), kept, removed, 1e-9)
-    assert single.precision.again == 1 and repair.ridge_used == exact.ridge_used and not repair.raised
-    same(exact.Q, repair.Q, 1e-6)
+        kept, removed, choice = np.arange(60), np.arange(60, 80), solve.RidgeChoice("repair", 1e-9)
+        weight = np.eye(80)[:, 60:]  # the new weights are Q then
+        fit = solve.repair_weight(covariance, moments.mean, weight, kept, removed, choice)
+    exact = solve.repair_weight(single.host(covariance), single.host(moments.mean), weight, kept, removed, choice)
+    assert single.precision.again == 1 and fit.ridge_used == exact.ridge_used and not fit.raised
+    same(exact.weight, fit.weight, 1e-6)
 
 
 def test_greedy_selection_with_float32_factors() -> None:
@@ -283,7 +269,7 @@ def test_greedy_selection_with_float32_factors() -> None:
     found = []
     with solving_on(single):
         for moments in (host, there):
-            problem = solve.Problem(moments.covariance, [weight], np.arange(120) // 2)
+            problem = solve.Problem(moments.covariance, weight, np.arange(120) // 2)
             found.append(solve.select_greedy([problem], 20, 1e-3))
     assert found[0].removed_blocks.tolist() == found[1].removed_blocks.tolist()
     same(found[0].errors, found[1].errors, 1e-6)

@@ -4,11 +4,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from liar_opt.tools.dev import bench
 from liar_opt.tools.dev.harness import HERE, Cells, parser_of
+from liar_opt.tools.dev.tables.testbed_tables import Line, standalone, trends
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,3 +57,13 @@ def test_cells_are_made_once(tmp_path: Path) -> None:
 
     assert [Cells(path).made("a", make), Cells(path).made("a", make), Cells(None).made("a", make)] == [0.5] * 3
     assert len(made) == 2 and path.read_text() == '{\n "a": 0.5\n}'
+
+
+def test_a_chart_of_its_own() -> None:
+    drawn = trends([Line("a < b", [(3.0, 1.0), (2.0, 0.9)], 0), Line("c", [(3.0, 1.0), (2.0, 0.5)], 1)], "t", "x", "y")
+    root = ElementTree.fromstring(standalone(drawn))
+    space = {"svg": "http://www.w3.org/2000/svg"}
+    assert root.tag == f"{{{space['svg']}}}svg"
+    assert len(root.findall(".//svg:polyline", space)) == 2
+    assert "a < b" in [text.text for text in root.iterfind(".//svg:text", space)]
+    assert len(root.findall(".//svg:g/svg:circle", space)) == 4

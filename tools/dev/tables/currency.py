@@ -79,7 +79,7 @@ def by_either(consumer: Measured, kept: NDArray[np.int64], removed: NDArray[np.i
         return least.weight, least.bias
     training, held_back = consumer.folds
     weight = np.asarray(consumer.weight, np.float64)
-    choice = choose_ridge(training, held_back, [weight], kept, removed)
+    choice = choose_ridge(training, held_back, weight, kept, removed)
     fit = repair_weight(training.covariance, training.mean, weight, kept, removed, choice)
     fitted = rotated(training, weight, kept), (fit.weight, fit.bias)
     turned, plain = (lost(held_back, weight, kept, *pair) for pair in fitted)

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from liar_opt.passes.prune_job import prune
-from liar_opt.runtime.perplexity import perplexity
 from liar_opt.tools.dev.deci_gguf import write_gguf
 from liar_opt.tools.dev.harness import say, table, work_folder
-from liar_opt.tools.dev.subjects.smollm2 import load_model
+from liar_opt.tools.dev.subjects.smollm2 import load_model, perplexity
 from liar_opt.tools.dev.tables.checkpoint import of_module
 from liar_opt.tools.dev.tables.decoder import Workplace, add_setting, batches_of, feed
 
@@ -61,8 +60,7 @@ def in_llama_cpp(folder: Path, held: np.ndarray, path: Path) -> dict[str, float]
             found.append(np.array(loaded.scores[: len(ids)]))
         return np.stack(found)
 
-    batches = batches_of(held)
-    value = perplexity(logits, batches, [None] * len(batches)).value
+    value = perplexity(logits, batches_of(held))
     return {"llama.cpp": value, "speed": held.shape[1] / statistics.median(seconds), "bytes": path.stat().st_size}
 
 

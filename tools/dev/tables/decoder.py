@@ -39,12 +39,11 @@ from liar_opt.passes.prune_job import prune
 from liar_opt.passes.repairs import AWARE, REPAIRS
 from liar_opt.passes.scores import SCORES
 from liar_opt.runtime.packing import pack
-from liar_opt.runtime.perplexity import Perplexity, perplexity
 from liar_opt.runtime.self_calibration import SELF, write_calibration
 from liar_opt.runtime.sessions import Session
 from liar_opt.runtime.user_cache import cache_folder
 from liar_opt.tools.dev.harness import Cells, commit, say
-from liar_opt.tools.dev.subjects.smollm2 import TEXTS, Text, draw, ensure, ensure_tokenizer
+from liar_opt.tools.dev.subjects.smollm2 import TEXTS, Text, draw, ensure, ensure_tokenizer, perplexity
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 EVALUATION_ROWS = 1024
@@ -90,11 +89,10 @@ def windows(corpus: Text, tokens: int, window: int, seed: int, tokenizer: Path) 
     return full[: tokens // window]
 
 
-def measure(proto: onnx.ModelProto, held: np.ndarray) -> Perplexity:
+def measure(proto: onnx.ModelProto, held: np.ndarray) -> float:
     """Perplexity of a model over windows [n, s]."""
     session = Session(proto.SerializeToString())
-    batches = batches_of(held)
-    return perplexity(lambda f: session.run(f, ["logits"], arrays=True)["logits"], batches, [None] * len(batches))
+    return perplexity(lambda f: session.run(f, ["logits"], arrays=True)["logits"], batches_of(held))
 
 
 def batches_of(held: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -131,8 +129,8 @@ def cell(work: "Workplace", ratio: float, choice: Mapping[str, Any]) -> dict[str
     report = result.report
     kinds = [(g["kind"], g["before"], g["after"]) for g in report["groups"]]
     return {
-        "perplexity": found.value,
-        "tokens": found.tokens,
+        "perplexity": found,
+        "tokens": work.held[:, 1:].size,
         "calibration_tokens": int(ids.size),
         "parameters": report["after"]["parameters"] / report["before"]["parameters"],
         "widths": {
@@ -207,7 +205,7 @@ class Workplace:
 def markdown(work: "Workplace", tables: Sequence[str], ratios: Sequence[float]) -> Iterator[str]:
     """Measures what is missing and writes the tables, a row as soon as it is there."""
     o = work.options
-    dense = work.cached({"dense": True}, lambda: {"perplexity": measure(onnx.load(work.model), work.held).value})
+    dense = work.cached({"dense": True}, lambda: {"perplexity": measure(onnx.load(work.model), work.held)})
     yield (
         f"`python tools/dev/bench.py decoder --calibration-tokens {o.calibration_tokens} --evaluation-tokens "
         f"{o.evaluation_tokens} --window {o.window} --held-out {o.held_out} --seed {o.seed}`\n\n"

@@ -44,7 +44,7 @@ LEVELS: tuple[tuple[str, dict[str, Any]], ...] = (
 def decoder(work: Workplace) -> Iterator[str]:
     """Perplexity by pattern and solver, a row as soon as it is there."""
     o = work.options
-    dense = work.cached({"dense": True}, lambda: {"perplexity": measure(onnx.load(work.model), work.held).value})
+    dense = work.cached({"dense": True}, lambda: {"perplexity": measure(onnx.load(work.model), work.held)})
     yield (
         f"\n### decoder\n\nPerplexity of SmolLM2-135M-Instruct (4-bit weights, dequantised) on {o.evaluation_tokens:,} "
         f"tokens of {o.held_out}, windows of {o.window}; calibrated on {o.calibration_tokens:,} of Brown; seed {o.seed}. "
@@ -78,7 +78,7 @@ def cell(work: Workplace, pattern: str, solver: str) -> dict[str, Any]:
     made, done = time.perf_counter() - began, result.report["patterned"]
     by = [weight["by"] for weight in done["weights"]]
     return {
-        "perplexity": measure(result.model, work.held).value,
+        "perplexity": measure(result.model, work.held),
         "zeros": done["zeros"],
         "error": float(np.mean([weight["error"] for weight in done["weights"]])),
         "by": {name: by.count(name) for name in dict.fromkeys(by)},

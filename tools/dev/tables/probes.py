@@ -202,7 +202,7 @@ class Subject:
             held_out = windows("wikipedia", options.tokens, 128, options.seed, tokenizer)
             inputs = load_state(self.path).model.inputs()
             self.data = load_calibration(feed(ids), inputs, samples=len(ids), batch_size=8, seed=options.seed)
-            self.what, self.measured = "perplexity", lambda proto: measure(proto, held_out).value
+            self.what, self.measured = "perplexity", lambda proto: measure(proto, held_out)
 
     def state(self) -> State:
         """Returns the analysed model."""

@@ -66,10 +66,10 @@ def solved(n: int, seed: int, arrays: Arrays, before: dict[str, Any] | None) -> 
     turns = TURNS if n <= WIDE else 1
     with solving_on(arrays), half_the_threads(n):  # as pruning calls them
         cholesky, _ = seconds_of(lambda: arrays.factor(covariance, 1e-3, 2.0), arrays, turns)
-        problem = Problem(covariance, [weight], np.arange(n))
+        problem = Problem(covariance, weight, np.arange(n))
         select, selection = seconds_of(lambda: select_greedy([problem], n // 2, RIDGE), arrays, turns)
         kept = np.arange(n)[::2]  # the same everywhere, so that weights can be compared
-        removed, choice = np.setdiff1d(np.arange(n), kept), RidgeChoice("repair", RIDGE, 0.0, 0.0, 0.0)
+        removed, choice = np.setdiff1d(np.arange(n), kept), RidgeChoice("repair", RIDGE)
         repair, fit = seconds_of(lambda: repair_weight(covariance, mean, weight, kept, removed, choice), arrays, turns)
     found = {"kept": selection.kept_blocks, "weight": fit.on_host().weight}
     cells = [f"{s:.3f} s" for s in (cholesky, select, repair)]

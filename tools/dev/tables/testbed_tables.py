@@ -4,9 +4,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from liar_opt.tools.dev.harness import table
-from liar_opt.tools.svg_charts import Line, standalone, trends
+from liar_opt.tools.html_elements import Markup, element
+from liar_opt.tools.svg_charts import (
+    BOTTOM,
+    CHART_STYLE,
+    COLOURS,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Mark,
+    around,
+    dot,
+    framed,
+    percent,
+)
 
 Cell = dict[str, Any]
+KEY_ROW = 15.0
 TITLES = {
     "sentiment": "Sentiment classifier",
     "minilm": "MiniLM",
@@ -123,3 +139,37 @@ def chart(cells: dict[str, Cell], ratios: Sequence[float]) -> str:
     if not lines:
         raise SystemExit("no cells of the classifier and of MiniLM to draw; leave out --tables-only")
     return standalone(trends(lines, "Scores against size", "parameters, million", "score over dense"))
+
+
+class Line(NamedTuple):
+    """A line of a chart: its name, its points, and its colour."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    series: int
+
+
+def trends(drawn: Sequence[Line], label: str, x_label: str, y_label: str) -> Markup:
+    """Lines with a dot at every point on linear axes, and their names below."""
+    x = around([px for line in drawn for px, _ in line.points], LEFT, WIDTH - RIGHT)
+    y = around([py for line in drawn for _, py in line.points], HEIGHT - BOTTOM, TOP)
+    shapes = []
+    for index, line in enumerate(drawn):
+        places = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in line.points)
+        shapes.append(element("polyline", points=places, class_=f"line k{line.series % COLOURS}"))
+        shapes += [
+            dot(x(px), y(py), Mark(px, py, line.series, f"{line.name}: {py:.4f} at {px:.4g}")) for px, py in line.points
+        ]
+        left, top = (LEFT, (LEFT + WIDTH) / 2)[index % 2], HEIGHT + KEY_ROW * (index // 2) + 6
+        shapes.append(element("circle", cx=left, cy=top, r=4.0, class_=f"dot k{line.series % COLOURS}"))
+        shapes.append(element("text", line.name, x=left + 9, y=top + 4, class_="ink"))
+    below = KEY_ROW * -(-len(drawn) // 2)
+    return framed(label, x, y, lambda v: f"{v:g}", percent, x_label, y_label, *shapes, below=below)
+
+
+def standalone(chart: Markup) -> str:
+    """Returns a chart as the text of an SVG file, on paper of its own: the page around it may be light or dark."""
+    paper = element("rect", width="100%", height="100%", fill="var(--paper)")
+    style = element("style", Markup(CHART_STYLE))
+    inside = chart.removeprefix("<svg")
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{inside.replace(">", f">{style}{paper}", 1)}\n'

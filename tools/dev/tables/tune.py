@@ -26,12 +26,11 @@ from liar_opt.passes.prune_job import prune
 from liar_opt.passes.refit_vectors import Refitted, RefitVectorsPass
 from liar_opt.passes.tune_module import SUBSETS, Tuned, TuneModulePass
 from liar_opt.passes.verify_model import VerifyModelPass
-from liar_opt.runtime.perplexity import perplexity
 from liar_opt.tools.demo import tokenise
 from liar_opt.tools.demo_assets import minilm_folder, split
 from liar_opt.tools.dev.harness import Cells, commit, say, table
 from liar_opt.tools.dev.subjects.minilm import CALIBRATION, HELD_OUT
-from liar_opt.tools.dev.subjects.smollm2 import load_model
+from liar_opt.tools.dev.subjects.smollm2 import load_model, perplexity
 from liar_opt.tools.dev.tables.decoder import Workplace, add_setting, batches_of, feed
 
 RATIOS, MINUTES = (0.2, 0.35, 0.5), (5.0, 20.0)
@@ -87,12 +86,12 @@ class SmolLM2(Subject):
     def value(self, state: State) -> float:
         """Over windows that are held out."""
         model: Any = state.model
-        executor, batches = Executor(model, model.device), batches_of(self.work.held)
+        executor = Executor(model, model.device)
 
         def logits(given: Mapping[str, np.ndarray]) -> np.ndarray:
             return executor.run(given, wanted=[model.results[0]])[model.results[0]].numpy()
 
-        return perplexity(logits, batches, [None] * len(batches)).value
+        return perplexity(logits, batches_of(self.work.held))
 
 
 class MiniLM(Subject):
