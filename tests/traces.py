@@ -16,6 +16,9 @@ PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """What a configuration says that the code of a model does not read; the tensors say their types themselves."""
 
+HISTORY = ("name_or_path", "_weight_conversions", "_use_kernels")
+"""What a model of transformers notes of itself when it is loaded."""
+
 
 class Traces:
     """In the place of ``trace``: a kind of module is traced once for inputs of the same shapes.
@@ -44,9 +47,9 @@ def kind_of(module: Any) -> tuple[Any, ...] | None:
     import torch
 
     parts = list(module.named_modules(remove_duplicate=False))
-    common = vars(torch.nn.Module())
-    own = {name: {k: v for k, v in vars(part).items() if k not in common} for name, part in parts}
-    stock = type(module).__module__.startswith("transformers.")
+    ignored = {*vars(torch.nn.Module()), *HISTORY}
+    own = {name: {k: v for k, v in vars(part).items() if k not in ignored} for name, part in parts}
+    stock = type(module).__module__.startswith(("transformers.", "liar_opt."))
     for name, part in parts:
         hooked = part._forward_hooks or part._forward_pre_hooks
         local = "<locals>" in type(part).__qualname__
