@@ -932,9 +932,16 @@ def _number(old: Any, new: Any, symbols: Mapping[Any, int]) -> int:
     """Returns the value of an int for the sizes of this run; one that was cut is scaled as the cut scaled it."""
     if not isinstance(old, Sym) or not int(old):
         return int(new)
-    missing = [s for s in old.expression.free_symbols if s not in symbols]
-    if missing:
+    found = old.expression.free_symbols
+    if any(s not in symbols for s in found):
         raise InternalError(f"size {old.expression} of the traced program has no value")
-    actual = int(old.expression.subs({s: symbols[s] for s in old.expression.free_symbols}))
+    actual = _evaluated(old.expression, frozenset((s, int(symbols[s])) for s in found))
     ratio = Fraction(int(new), int(old))
     return actual * ratio.numerator // ratio.denominator
+
+
+@functools.lru_cache(4096)
+def _evaluated(expression: Any, sizes: frozenset[tuple[Any, int]]) -> int:
+    """Returns what an expression gives: a graph has few of them, and reads them at every node of every run."""
+    return int(expression.subs(dict(sizes)))
+

@@ -317,10 +317,9 @@ def _unique_names(graph: gs.Graph) -> Iterator[str]:
     taken: set[str] = set()
     for index, node in enumerate(graph.nodes):
         if not node.name or node.name in taken:
-            base = node.name or f"{node.op}"
-            node.name = next(
-                n for n in (f"{base}_{index}", *(f"{base}_{index}_{k}" for k in range(1000))) if n not in taken
-            )
+            name = f"{node.name or node.op}_{index}"
+            others = (f"{name}_{k}" for k in itertools.count())
+            node.name = next(n for n in itertools.chain([name], others) if n not in taken)
         taken.add(node.name)
     tensors = set(graph.tensors())
     return (n for n in (f"liar_opt_{k}" for k in itertools.count()) if n not in tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import shutil
 import tempfile
@@ -14,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-TRACES = 40
-"""Traced modules that a worker keeps."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,47 +72,14 @@ def one_thread_of_onnxruntime() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
-    """A model of transformers is traced once by each worker, which takes longer than all that is done with the trace.
+    """A kind of module is traced once by each worker."""
+    import traces
 
-    Another one with the same configuration, parts and numbers has the same trace for inputs of the same shapes.
-    """
-    from liar_opt.frontend import fx_module
     from liar_opt.passes import open_module
 
-    known: dict[Any, tuple[Any, Any]] = {}
-
-    def trace(module: Any, feeds: Any, free: bool = True) -> Any:
-        if not type(module).__module__.startswith("transformers.") or not hasattr(module, "config"):
-            return fx_module.trace(module, feeds, free=free)
-        digest = _digest(module)
-        key = (digest, free, tuple((n, str(v.dtype), tuple(v.shape)) for n, v in feeds.items()))
-        first, program = known.get(key, (None, None))
-        if first is None or _digest(first) != digest:  # the program has the tensors of the first
-            while len(known) >= TRACES:
-                del known[next(iter(known))]
-            program = fx_module.trace(module, feeds, free=free)
-            known[key] = module, program
-        return program
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_module, "trace", trace)
+        patch.setattr(open_module, "trace", traces.Traces())
         yield
-
-
-def _digest(module: Any) -> str:
-    """Tells models of transformers apart: by class, configuration, parts, all numbers, and which of them are shared."""
-    import torch
-
-    said = (type(module), module, module.training, module.config._attn_implementation)
-    digest = hashlib.sha256(f"{said} {module.config.to_json_string(use_diff=False)}".encode())
-    first: dict[int, str] = {}
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    for name, tensor in tensors:
-        same = first.setdefault(id(tensor), name)
-        digest.update(f"{name} {same} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
-        if same == name:
-            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ The reference is made here, of the original's file by tensor names, and of the o
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,10 +128,16 @@ skips (float[b, 6] x) => (float[b, 6] y) {
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def graph_without(name: str, **options: Any) -> PruneResult:
+    """An export without some blocks; what several tests read."""
+    return liar_opt.prune(export(name), batches(), **options, **PLAIN)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("options", [{"blocks": 1}, {"blocks": 2}, {"blocks": 1, "block_repair": "none"}], ids=str)
 def test_a_graph_equals_the_original_with_the_map_in_it(name: str, options: dict[str, Any]) -> None:
-    result = liar_opt.prune(export(name), batches(), **options, **PLAIN)
+    result = graph_without(name, **options)
     found = result.report["blocks"]
     assert found["of"] == 4 and len(found["tried"]) == 5 - options["blocks"]
     assert found["error"] == min(found["tried"]) <= found["error_none"] + 1e-12
@@ -314,7 +321,7 @@ def test_caches_stay_and_those_of_blocks_that_went_hold_zeros(case: Any) -> None
 def test_a_module_is_a_traced_graph_with_the_map() -> None:
     module = made("llama")
     result = liar_opt.prune(module, batches(), blocks=2, checkpoint=False, **PLAIN)
-    graph = liar_opt.prune(export("llama"), batches(), blocks=2, **PLAIN)
+    graph = graph_without("llama", blocks=2)
     assert isinstance(result, ModuleResult)
     ours, theirs = result.report["blocks"], graph.report["blocks"]
     assert (ours["first"], ours["repair"]) == (theirs["first"], "map")

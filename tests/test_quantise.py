@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -51,9 +52,15 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean((x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)))
 
 
+@functools.cache
+def small(scheme: str | None, multiple_of: int = 8) -> liar_opt.PruneResult:
+    """What several tests read: the export, cut by a ratio and quantised."""
+    return liar_opt.prune(export(), batches(), quantize=scheme, multiple_of=multiple_of, **SMALL)
+
+
 @pytest.mark.parametrize("scheme", OPERATORS)
 def test_the_corners_of_a_graph(scheme: str, tmp_path: Path) -> None:
-    result = liar_opt.prune(export(), batches(), quantize=scheme, **SMALL)
+    result = small(scheme)
     found = result.report["quantised"]
     assert found["refused"] is None and found["dense_refused"] is None
     assert [(c["name"], c["quantised"]) for c in found["corners"]] == [
@@ -74,18 +81,14 @@ def test_the_corners_of_a_graph(scheme: str, tmp_path: Path) -> None:
     assert OPERATORS[scheme] in {node.op_type for node in saved.graph.node}
     assert path.stat().st_size == pytest.approx(sizes[3], rel=0.02)
     # What was quantised is what was pruned: beside a run without quantising, near by the step of the quantiser alone.
-    alone = liar_opt.prune(export(), batches(), **(SMALL | {"multiple_of": 32}))
-    assert widths(alone, "ffn") == widths(result, "ffn") or scheme != "int4"
-    if scheme == "int4":
-        float_model = alone.model
-    else:
-        float_model = liar_opt.prune(export(), batches(), **SMALL).model
+    alone = small(None, multiple_of=32 if scheme == "int4" else 8)
+    assert widths(alone, "ffn") == widths(result, "ffn")
     feeds = batches(1)[0]
-    assert cosine(first(saved, feeds), first(float_model, feeds)) > LEAST[scheme]
+    assert cosine(first(saved, feeds), first(alone.model, feeds)) > LEAST[scheme]
 
 
 def test_blocks_make_widths_multiples_of_them() -> None:
-    result = liar_opt.prune(export(), batches(), quantize="int4", **SMALL)
+    result = small("int4")
     assert all(n % 32 == 0 for n in widths(result, "ffn")) and min(widths(result, "ffn")) < test_runtimes.FFN
     assert result.report["fitted"]["asked"] == [
         "feed-forward widths in multiples of 32",

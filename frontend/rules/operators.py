@@ -5,6 +5,8 @@ What a list of operator names would say is a query of this table: :func:`has`, o
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -401,4 +403,10 @@ def operator(domain: str | None, name: str, opset: int | None = None) -> Op:
 
 def has(node: gs.Node, traits: Trait) -> bool:
     """Returns whether the operator of a node has any of some traits."""
-    return bool(operator(node.domain, node.op).traits & traits)
+    return bool(_traits(node.domain, node.op) & traits._value_)
+
+
+@functools.cache
+def _traits(domain: str | None, name: str) -> int:
+    """Returns the traits of an operator as a number: they are asked for at every node, and a Flag is slow."""
+    return int(operator(domain, name).traits.value)

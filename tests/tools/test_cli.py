@@ -792,7 +792,7 @@ def test_the_package_loads_nothing_by_itself() -> None:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c(model: Path, name: str) -> None:
     number = getattr(signal, name)
-    command = [sys.executable, "-m", "liar_opt", str(model), "--samples", "400000", "--no-latency"]
+    command = [sys.executable, "-m", "liar_opt", str(model), "--samples", "40000", "--no-latency"]
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     restore = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore) as child:
