@@ -27,7 +27,7 @@ from liar_opt.frontend.plain_module import evaluating, plain_module
 from liar_opt.passes.base import DenseModel, Finding, Opened, OutputNames, Probes, State
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.options import DECI, PruneOptions
-from liar_opt.runtime.calibration_data import first_rows
+from liar_opt.runtime.calibration_data import first_rows, require_own_tokenizer
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.memory import Memory
 from liar_opt.runtime.self_calibration import is_own_text
@@ -78,6 +78,8 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
     notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)):
         folder = checkpoint_folder(model, options.allow_pickle)
+        if options.tokenizer is None:
+            require_own_tokenizer(calibration, folder)
         module, notes = load_module(folder, options.allow_pickle)
         module = module.to(_device(options.provider))
     else:
