@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
+from liar_opt.runtime.errors import CheckError, LiarOptError, LiarOptWarning, OptionError
 from liar_opt.runtime.ranks import Elsewhere, RankLost, Ranks, asked, current, join, leave
 from liar_opt.tools.cli_options import BESIDE_OUTPUT, COMMANDS, DEMO_FFN, parse
 from liar_opt.tools.printable import printable
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "prune"
     run = _Run()
     try:
-        with _ended_like_ctrl_c():
+        with _ended_like_ctrl_c(), _warnings_as_lines(run):
             try:
                 return _command(command, arguments, run)
             except Elsewhere:
@@ -176,6 +176,24 @@ def _ended_like_ctrl_c() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _warnings_as_lines(run: "_Run") -> Iterator[None]:
+    """Has warnings of ours be said as the command's own; others go where they went."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LiarOptWarning)
+        elsewhere = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, LiarOptWarning):
+                elsewhere(message, category, *place, **more)
+            elif str(message) not in run.warned:
+                run.warned.add(str(message))
+                _warn(str(message))
+
+        warnings.showwarning = show
+        yield
+
+
 def _fail(code: int, message: str, kind: str = "error: ") -> int:
     _say(f"liar-opt: {kind}{' '.join(message.split())}", sys.stderr)
     return code
@@ -197,6 +215,7 @@ class _Run:
 
     output: Path | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
+    warned: set[str] = dataclasses.field(default_factory=set)
 
     def written(self) -> str:
         return f"'{self.output}' was written" if self.output else "nothing was written"
@@ -295,7 +314,7 @@ def _demo(options: argparse.Namespace, run: _Run) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     check_results(output, options, Inputs((model,), None, (options.tokenizer,)))
     if not model.is_file():
-        _note(options, f"exporting all-MiniLM-L6-v2 to '{model}'")
+        _note(options, f"exporting all-MiniLM-L6-v2 to '{model}'", run)
         demo_assets.export_minilm(model)
     options.model = model
     report = _run_passes(options, calibration, output, run)
@@ -327,7 +346,7 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
     write_reports(found, options)
     console = tables.make_console(sys.stdout)
     for note in found["model"]["notes"]:
-        _note(options, note)
+        _note(options, note, run)
     if not options.quiet:
         if found["groups"] or found["values"]:
             console.print(tables.groups_found(found, options.explain), "")
@@ -390,7 +409,7 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
     report = result.report
     report.setdefault("seconds", seconds)
     for note in report["model"]["notes"]:
-        _note(options, note)
+        _note(options, note, run)
     data = report.get("calibration", {"warnings": [], "synthetic": False})
     for warning in data["warnings"][1 if data["synthetic"] else 0 :]:  # the first was said before the work
         _warn(warning)
@@ -402,7 +421,7 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
     result.save(output, force=options.force)
     run.output = output
     for note in report["model"]["notes"][noted:]:
-        _note(options, note)
+        _note(options, note, run)
     report["before"]["file_bytes"] = file_bytes(options.model, report["before"]["bytes"])
     _note_sizes(report, output)
     report["output"] = {"path": str(output), "sha256": sha256(output)}
@@ -491,8 +510,8 @@ def _warn(text: str) -> None:
         _say(f"liar-opt: warning: {text}", sys.stderr)
 
 
-def _note(options: argparse.Namespace, text: str) -> None:
-    if not options.quiet:
+def _note(options: argparse.Namespace, text: str, run: _Run) -> None:
+    if not options.quiet and text not in run.warned:
         _say(f"liar-opt: {text}", sys.stderr)
 
 
