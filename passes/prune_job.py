@@ -212,8 +212,8 @@ def prune(
         custom_ops=custom_ops,
         dry_run=dry_run,
         latency=latency,
-        progress=progress,
-        observer=observer,
+        progress=progress if progress is no_progress else _passed_on(progress),
+        observer=None if observer is None else _passed_on(observer),
     )
     arrays = arrays_for("host" if (solver, provider) == ("auto", "cpu") else solver)
     watch, opening = MemoryWatch(), _backend(model)
@@ -224,16 +224,45 @@ def prune(
     require_choice(options, calibration)
     if current().size > 1 and (blocks is not None or experts is not None):
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
-    with custom_operators(_libraries(custom_ops)), solving_on(arrays):
-        opened = opening.open(model, calibration, options)
+    try:
+        with custom_operators(_libraries(custom_ops)), solving_on(arrays):
+            return _blamed(opening.open(model, calibration, options), watch)
+    except _Raised as raised:
+        raise raised.error from None
+
+
+class _Raised(BaseException):
+    """What a function of the caller raised: no pass and no proof may take it for a fault of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _passed_on(function: Any) -> Any:
+    """Returns a function of the caller whose exceptions end the run as they are."""
+    if not callable(function):  # the options say so
+        return function
+
+    def call(*arguments: Any) -> Any:
         try:
-            return _pruned(opened, watch)
-        except (LiarOptError, OSError, MemoryError):
-            raise
-        except Exception:
-            if opened.state.calibration is not None:  # what the model itself fails on is no fault of ours
-                require_runs(opened.state, dense_session(opened.state), every=True)
-            raise
+            return function(*arguments)
+        except Exception as err:
+            raise _Raised(err) from err
+
+    return call
+
+
+def _blamed(opened: Backend, watch: MemoryWatch) -> PruneResult:
+    """Does what the options of an opened model ask for; what the model itself fails on is no fault of ours."""
+    try:
+        return _pruned(opened, watch)
+    except (LiarOptError, OSError, MemoryError):
+        raise
+    except Exception:
+        if opened.state.calibration is not None:
+            require_runs(opened.state, dense_session(opened.state), every=True)
+        raise
 
 
 def _pruned(opened: Backend, watch: MemoryWatch) -> PruneResult:

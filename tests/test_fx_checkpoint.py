@@ -200,6 +200,10 @@ def test_the_command_writes_onnx_of_a_checkpoint(tmp_path: Path, capsys: pytest.
     arguments = [str(model), "--calibration", str(calibration), "--heads", "0.4", "--ffn", "0.5", "--no-latency"]
     assert main([*arguments, "--format", "onnx", "-o", str(output), "--quiet"]) == 0
     assert {g.kind: g.size for g in liar_opt.inspect(output).groups} == {"heads": 3, "ffn": 48}
+    for place, form, said in (("small", "onnx", "onnx writes a file"), ("a.onnx", "checkpoint", "checkpoint is a folder")):
+        capsys.readouterr()
+        assert main([*arguments, "--format", form, "-o", str(tmp_path / place), "--quiet"]) == 2
+        assert said in capsys.readouterr().err
     program = tmp_path / "small.pt2"  # no configuration that would have to say the heads
     assert main([*arguments, "-o", str(program), "--quiet"]) == 0
     arrays = zoo_fx.feeds("bert", seed=3)

@@ -260,14 +260,27 @@ def _output_of(options: argparse.Namespace) -> Path:
         place: Path = output or options.model.with_name(f"{options.model.stem}.liar.onnx")
         return _file_of(place, given, options.model)
     plain = output is None or output.suffix not in (".onnx", ".pt2")
-    options.checkpoint = options.format == "checkpoint" or (options.format is None and plain)
-    if options.format == "deci":
-        if output is not None and not plain:
-            raise OptionError(f"deci is a folder, and '{output}' is a file; give a path without {output.suffix}")
-        options.checkpoint = "deci"
+    _require_form(options.format, output)
+    options.checkpoint = (
+        "deci" if options.format == "deci" else options.format == "checkpoint" or (not options.format and plain)
+    )
     beside: Path = options.model.absolute() if options.model.is_dir() else Path(options.model.name).absolute()
     place = output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")
     return place if options.checkpoint else _file_of(place, given, beside)
+
+
+def _require_form(form: str | None, output: Path | None) -> None:
+    """Checks that the path of a result and the form that was asked for say the same.
+
+    Raises:
+        OptionError: they do not.
+    """
+    if form is None or output is None:
+        return
+    if form == "onnx" and output.suffix != ".onnx":
+        raise OptionError(f"format onnx writes a file that ends in .onnx, and '{output}' does not; give another path")
+    if form != "onnx" and output.suffix in (".onnx", ".pt2"):
+        raise OptionError(f"{form} is a folder, and '{output}' is a file; give a path without {output.suffix}")
 
 
 def _file_of(place: Path, given: str | None, model: Path) -> Path:
