@@ -25,7 +25,7 @@ from liar_opt.runtime.compare import TOLERANCES, relative_difference
 from liar_opt.runtime.errors import CheckError, LiarOptWarning, ModelError, OptionError
 from liar_opt.runtime.extras import require
 from liar_opt.runtime.places import Places
-from liar_opt.runtime.whole_file import whole_folder
+from liar_opt.runtime.whole_file import system_errors, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -896,7 +896,7 @@ def save_checkpoint(
     writer: Any = module
     try:
         with whole_folder(path) as temporary:
-            with quiet_loading():
+            with quiet_loading(), system_errors(path):
                 writer.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer(temporary)

@@ -51,6 +51,7 @@ ENVIRONMENT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    _open_what_is_closed()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "prune"
     run = _Run()
@@ -66,6 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         leave()
+
+
+def _open_what_is_closed() -> None:
+    """Opens stdin, stdout and stderr where they were closed (``>&-``): the next file would be taken for one of them."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    if not closed:
+        return
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # those of the three that are free stay taken
+        pass
+    os.close(free)
+    for name in closed:
+        setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))
 
 
 def _command(command: str, arguments: list[str], run: "_Run") -> int:

@@ -296,6 +296,16 @@ def test_help_does_not_import_what_is_slow() -> None:
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell that closes streams")
+def test_streams_that_are_closed(model: Path, tmp_path: Path) -> None:
+    """The result, which is opened later, must not get the number of one of them."""
+    output = tmp_path / "out.onnx"
+    command = f"'{sys.executable}' -m liar_opt '{model}' -o '{output}' --samples 4 --no-latency <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command]).returncode == 0
+    onnx.checker.check_model(onnx.load(output))
+    assert subprocess.run(["sh", "-c", command]).returncode == 2  # it exists
+
+
 def test_the_installed_script(model: Path) -> None:
     script = Path(sys.executable).parent / "liar-opt"
     if not script.is_file():
