@@ -570,8 +570,14 @@ def read_graph(path: Path, map_from: int | None = None) -> tuple[onnx.ModelProto
     if not path.is_file():
         raise ModelError(f"'{path}' is not a file; give the path of an ONNX model")
     try:
+        path.name.encode()
+    except UnicodeEncodeError as err:
+        raise ModelError(f"the name of '{path}' is no UTF-8 text, and ONNX can name no other file; rename it") from err
+    try:
         proto, arrays = read_model(path, map_from)
-    except (DecodeError, ValueError, OSError, RuntimeError) as err:
+    except OSError as err:
+        raise ModelError(f"'{path}' cannot be read ({err.strerror or err}); nothing was written") from err
+    except (DecodeError, ValueError, RuntimeError) as err:
         raise ModelError(f"'{path}' cannot be read as ONNX (truncated or another format); export it again") from err
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"'{path}' holds no ONNX graph (truncated or another format); export it again")

@@ -51,7 +51,7 @@ ENVIRONMENT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    _open_what_is_closed()
+    _ready_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "prune"
     run = _Run()
@@ -69,8 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave()
 
 
-def _open_what_is_closed() -> None:
-    """Opens stdin, stdout and stderr where they were closed (``>&-``): the next file would be taken for one of them."""
+def _ready_streams() -> None:
+    """Opens stdin, stdout and stderr where they were closed (``>&-``): the next file would be taken for one of them.
+
+    What stdout cannot encode is written as an escape, as on stderr.
+    """
+    if getattr(sys.stdout, "errors", None) == "strict" and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files where a terminal takes ASCII alone
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     if not closed:
         return
