@@ -33,7 +33,7 @@ from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.quantised_in import NBITS, Reading, quantised_node, read_quantised
 from liar_opt.frontend.quantised_out import Fit, Written, written_back
-from liar_opt.frontend.sound_model import inlined, put_in_order, require_sound, why_invalid
+from liar_opt.frontend.sound_model import inlined, put_in_order, require_sound, spell_standard_alike, why_invalid
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.ties import Taken
 from liar_opt.frontend.weight_files import (
@@ -189,6 +189,7 @@ class OnnxModel(Model):
     def _of_sound(
         cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None, name: str
     ) -> "OnnxModel":
+        spell_standard_alike(proto)
         proto, dense = densified(proto)
         loose = loose_end(proto.graph)
         if loose is not None:
