@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 if sys.platform != "win32":
     import fcntl
@@ -94,7 +94,7 @@ class PatientStream(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def patient_file(path: Path) -> Iterator[PatientStream]:
+def patient_file(path: Path) -> Iterator[IO[bytes]]:
     """The stream of a :func:`whole_file`.
 
     Raises:
@@ -103,7 +103,7 @@ def patient_file(path: Path) -> Iterator[PatientStream]:
     with whole_file(path) as temporary:
         with temporary.open("wb") as stream:
             patient = PatientStream(stream)
-            yield patient
+            yield cast("IO[bytes]", patient)
             patient.settle()
 
 
