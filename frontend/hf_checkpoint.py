@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from liar_opt.frontend.weight_files import within
 from liar_opt.runtime.compare import TOLERANCES, relative_difference
-from liar_opt.runtime.errors import CheckError, ModelError, OptionError
+from liar_opt.runtime.errors import CheckError, LiarOptWarning, ModelError, OptionError
 from liar_opt.runtime.extras import require
 from liar_opt.runtime.places import Places
-from liar_opt.runtime.whole_file import whole_folder
+from liar_opt.runtime.whole_file import system_errors, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -279,6 +279,8 @@ def load_module(folder: Path, allow_pickle: bool) -> tuple[torch.nn.Module, tupl
 def _unlike(module: torch.nn.Module, folder: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns sentences on weights that a class has and its checkpoint lacks, and on those that it does not take.
 
+    The first are warned of as well: what is made of such a model is worth little, and a run takes long.
+
     Raises:
         ModelError: most are missing: it is another model's configuration, or files are.
     """
@@ -293,14 +295,16 @@ def _unlike(module: torch.nn.Module, folder: Path, info: Mapping[str, Any]) -> t
             "another model, or files are missing; fetch the checkpoint again"
         )
     more = {True: "", False: " and others"}
-    return tuple(
-        f"weights {text}: '{names[0]}'{more[len(names) == 1]}"
+    drawn, others = (
+        (f"weights {text}: '{names[0]}'{more[len(names) == 1]}",) if names else ()
         for names, text in (
             (missing, f"that {kind} has are not in '{folder}', transformers has drawn them at random"),
             (left, f"in '{folder}' are not of {kind}, and will not be in the result"),
         )
-        if names
     )
+    for sentence in drawn:
+        warnings.warn(LiarOptWarning(sentence), stacklevel=2)
+    return (*drawn, *others)
 
 
 def example_inputs(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
@@ -892,7 +896,7 @@ def save_checkpoint(
     writer: Any = module
     try:
         with whole_folder(path) as temporary:
-            with quiet_loading():
+            with quiet_loading(), system_errors(path):
                 writer.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer(temporary)

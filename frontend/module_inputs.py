@@ -78,7 +78,7 @@ def required_tensors(module: torch.nn.Module, batch: Mapping[str, Any], where: s
     """Checks that every input is one tensor.
 
     Raises:
-        OptionError: one is a list or dict of tensors, or no numbers at all.
+        OptionError: one is a list or dict of tensors, no dense numbers at all, or has no samples.
     """
     import torch
 
@@ -91,9 +91,14 @@ def required_tensors(module: torch.nn.Module, batch: Mapping[str, Any], where: s
                 "with one tensor an argument alone; wrap it in a module whose forward takes the tensors one by one"
             )
         try:
-            torch.as_tensor(value)
+            tensor = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as err:
             raise OptionError(f"input '{name}' of {where} is of type '{kind}' and no tensor; give numbers") from err
+        if tensor.ndim and not len(tensor):
+            raise OptionError(f"input '{name}' of {where} has no samples (shape {list(tensor.shape)}); give some")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            what = "on the meta device, without numbers" if tensor.is_meta else "sparse"
+            raise OptionError(f"input '{name}' of {where} is {what}; give a dense tensor")
 
 
 class _Batches:

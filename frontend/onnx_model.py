@@ -33,7 +33,7 @@ from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.normal_form import normalise
 from liar_opt.frontend.quantised_in import NBITS, Reading, quantised_node, read_quantised
 from liar_opt.frontend.quantised_out import Fit, Written, written_back
-from liar_opt.frontend.sound_model import inlined, put_in_order, require_sound, why_invalid
+from liar_opt.frontend.sound_model import inlined, put_in_order, require_sound, spell_standard_alike, why_invalid
 from liar_opt.frontend.sparse_weights import densified
 from liar_opt.frontend.ties import Taken
 from liar_opt.frontend.weight_files import (
@@ -189,6 +189,7 @@ class OnnxModel(Model):
     def _of_sound(
         cls, proto: onnx.ModelProto, arrays: dict[str, np.ndarray], source: Path | None, name: str
     ) -> "OnnxModel":
+        spell_standard_alike(proto)
         proto, dense = densified(proto)
         loose = loose_end(proto.graph)
         if loose is not None:
@@ -570,8 +571,14 @@ def read_graph(path: Path, map_from: int | None = None) -> tuple[onnx.ModelProto
     if not path.is_file():
         raise ModelError(f"'{path}' is not a file; give the path of an ONNX model")
     try:
+        path.name.encode()
+    except UnicodeEncodeError as err:
+        raise ModelError(f"the name of '{path}' is no UTF-8 text, and ONNX can name no other file; rename it") from err
+    try:
         proto, arrays = read_model(path, map_from)
-    except (DecodeError, ValueError, OSError, RuntimeError) as err:
+    except OSError as err:
+        raise ModelError(f"'{path}' cannot be read ({err.strerror or err}); nothing was written") from err
+    except (DecodeError, ValueError, RuntimeError) as err:
         raise ModelError(f"'{path}' cannot be read as ONNX (truncated or another format); export it again") from err
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"'{path}' holds no ONNX graph (truncated or another format); export it again")

@@ -164,3 +164,22 @@ def _folds(module: torch.nn.Module) -> list[Callable[[], Any]]:
             elif isinstance(hook, prune.BasePruningMethod):
                 result.append(functools.partial(prune.remove, part, hook._tensor_name))
     return result
+
+
+def require_weights(module: torch.nn.Module) -> None:
+    """Checks that the weights of a module hold numbers.
+
+    Raises:
+        ModelError: some are on the meta device, or of a lazy module that has not run yet.
+    """
+    import torch
+
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ModelError(
+                f"'{name}' of {type(module).__name__} is of a lazy module that has not run; run it once before"
+            )
+        if tensor.is_meta:
+            raise ModelError(
+                f"'{name}' of {type(module).__name__} is on the meta device, without numbers; load the weights"
+            )

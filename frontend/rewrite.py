@@ -523,7 +523,26 @@ class Rewriter:
             if use.dynamic:
                 raise CannotFollow(f"a number that node '{use.node.name}' reads depends on this size and on the input's")
             result.append((use.node, use.position, gs.Constant(next(self._names), np.asarray(use.value))))
+        self._require_told_alike(roots, known)
         return result
+
+    def _require_told_alike(self, roots: set[int], known: dict[int, Array | None]) -> None:
+        """Checks that what the graph hands out of its shapes stays what it was.
+
+        Args:
+            roots: what is being cut.
+            known: values of tensors under the sizes that are left, found before.
+
+        Raises:
+            CannotFollow: an output says another number then.
+        """
+        for tensor in self.graph.outputs:
+            before = self.walk.values.get(tensor.name)
+            if before is None or roots.isdisjoint(self._leaves_behind(tensor)):
+                continue
+            after = self._evaluate(tensor, known)
+            if after is None or not np.array_equal(after, before):
+                raise CannotFollow(f"graph output '{tensor.name}' says this size")
 
     # -- what stands in for a tensor --------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ MOST_NODES = 1 << 20
 LARGEST = 1 << 62
 """Bytes of a tensor: what is larger cannot be counted in the integers of the programs that read it."""
 AGAIN = "export the model again"
+STANDARD = "ai.onnx"
 
 Places = Iterator[tuple[str, Sequence[onnx.NodeProto], onnx.GraphProto | None]]
 
@@ -284,6 +285,25 @@ def _require_unique(nodes: Iterable[onnx.NodeProto], graph: onnx.GraphProto | No
     twice = next((n for n, count in made.items() if count > 1), None)
     if twice is not None:
         raise ModelError(f"tensor '{twice}' of {name} is made twice; {AGAIN}")
+
+
+def spell_standard_alike(proto: onnx.ModelProto) -> None:
+    """Gives the operators of ONNX itself their domain by its usual name, which is empty; "ai.onnx" is another for it.
+
+    With both, a program that tells them apart would take the versions of one for those of the other.
+    """
+    for thing in (proto, *proto.functions):
+        spelled = [o for o in thing.opset_import if o.domain == STANDARD]
+        for opset in spelled:
+            opset.domain = ""
+        if spelled and len({o.domain for o in thing.opset_import}) < len(thing.opset_import):
+            kept = {o.domain: o.version for o in thing.opset_import}
+            del thing.opset_import[:]
+            thing.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in kept.items())
+    for nodes in (proto.graph.node, *(f.node for f in proto.functions)):
+        for node in nodes_within(nodes):
+            if node.domain == STANDARD:
+                node.domain = ""
 
 
 # Functions ------------------------------------------------------------------------------------------------------------

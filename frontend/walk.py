@@ -443,6 +443,7 @@ class GraphWalk:
             self.give_up(node, f"an input of unknown shape at {node.op}")
             return
         if function is None or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
+            self._note_values(node)
             self.give_up(node, f"operator {node.op} has no rule")
             inside = sum(_products_inside(v) for v in node.attrs.values() if isinstance(v, gs.Graph))
             if inside:
@@ -456,6 +457,7 @@ class GraphWalk:
             self.unknown.setdefault(f"{node.domain}::{node.op}" if node.domain else node.op, []).append(node.name)
             return
         if opaque:
+            self._note_values(node)
             self.give_up(node, f"an input of unknown shape at {node.op}")
             if any((c := self.constant(node, i)) is not None and len(c.shape) > 1 for i in range(len(node.inputs))):
                 root = next((self._lost[t.name] for t in node.inputs if t.name in self._lost), None)
@@ -466,6 +468,10 @@ class GraphWalk:
         for i in range(len(node.outputs)):
             if present(node.outputs[i]):
                 self.axes.setdefault(node.outputs[i].name, None)
+        self._note_values(node)
+
+    def _note_values(self, node: gs.Node) -> None:
+        """Records the inputs of a node that say numbers computed from shapes, but for those that are sizes of its own."""
         for i, tensor in enumerate(node.inputs):
             known = self.values.get(tensor.name) if isinstance(tensor, gs.Variable) else None
             sized = any(u.node is node and u.where[:2] == ("input", i) for u in self.size_uses[-16:])
@@ -548,6 +554,7 @@ class GraphWalk:
 
     def _pin_captured(self, graph: gs.Graph, reason: str) -> None:
         for node in graph.nodes:
+            self._note_values(node)
             for i, tensor in enumerate(node.inputs):
                 if is_constant(tensor):
                     self.pin(self.input_axes(node, i), reason)

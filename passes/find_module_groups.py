@@ -13,6 +13,7 @@ from liar_opt.passes.find_groups import FindGroupsPass, find_groups, note_groups
 from liar_opt.passes.groups import ChannelGroup, Refusal
 
 RIGID = "torch.nn.MultiheadAttention holds one width for its heads and for the stream: no checkpoint can say fewer heads"
+SHARED = "its weight is read elsewhere too, as a table of words is; a module holds it once, and the repair is for one place"
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class FindModuleGroupsPass(FindGroupsPass):
         found = find_groups(state.walk)
         refused = note_groups(state, found)
         rigid = [] if self.traced else [g for g in found.groups if _rigid(state.walk, g)]
-        state.groups = tuple(_aligned(state.model, g) for g in found.groups if g not in rigid)
+        shared = [g for g in found.groups if _shared(state.walk, g)]
+        state.groups = tuple(_aligned(state.model, g) for g in found.groups if g not in rigid and g not in shared)
         if not self.traced:  # a configuration has one width for queries, keys and values
             state.values = state.queries = ()
         state.add(Poolers(tuple(g for g in found.poolers if self.traced or not _rigid(state.walk, g))))
         refusals = [Refusal(RIGID, (g.name,), g.size) for g in rigid]
+        refusals += [Refusal(SHARED, (g.name,), g.size) for g in shared if g not in rigid]
         return PassResult(state, (), (*refused, *refusals))
 
 
@@ -68,3 +71,10 @@ def _rigid(walk: FxWalk, group: ChannelGroup) -> bool:
     names = {u.constant.name for u in walk.constant_uses if id(u.constant) in group.constants}
     owners = [module.get_submodule(n.rpartition(".")[0]) for n in names if n in dict(module.named_parameters())]
     return any(isinstance(o, torch.nn.MultiheadAttention) for o in owners)
+
+
+def _shared(walk: FxWalk, group: ChannelGroup) -> bool:
+    """Returns whether a weight that is repaired is read by a node, too, where it is not."""
+    repaired = {id(use.node) for consumer in group.consumers for use in consumer.uses}
+    weights = {id(use.weight) for consumer in group.consumers for use in consumer.uses}
+    return any(id(use.constant) in weights and id(use.node) not in repaired for use in walk.constant_uses)

@@ -44,7 +44,8 @@ def load_state(model: str | Path | onnx.ModelProto | OnnxModel, memory: int | st
     else:
         raise OptionError(f"a model is a path or an onnx.ModelProto, not {type(model).__name__}")
     if not loaded.graph.inputs:
-        raise ModelError(f"'{loaded.source}' has no inputs; there is nothing to measure")
+        name = f"'{loaded.source}'" if loaded.source else "the model"
+        raise ModelError(f"{name} has no inputs; there is nothing to measure")
     state = State(loaded, memory=limit)
     source = loaded.source
     digest = later(lambda: _sha256(source)) if source is not None and source.is_file() else None

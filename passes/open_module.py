@@ -23,15 +23,16 @@ from liar_opt.frontend.hf_checkpoint import (
 )
 from liar_opt.frontend.module_inputs import LABELS, named_batch, named_source, required_tensors
 from liar_opt.frontend.own_text import require_generate
-from liar_opt.frontend.plain_module import evaluating, plain_module
+from liar_opt.frontend.plain_module import evaluating, plain_module, require_weights
 from liar_opt.passes.base import DenseModel, Finding, Opened, OutputNames, Probes, State
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.options import DECI, PruneOptions
-from liar_opt.runtime.calibration_data import first_rows
+from liar_opt.runtime.calibration_data import first_rows, require_own_tokenizer
 from liar_opt.runtime.errors import ModelError, OptionError
 from liar_opt.runtime.memory import Memory
 from liar_opt.runtime.self_calibration import is_own_text
 from liar_opt.runtime.sessions import PROVIDERS
+from liar_opt.runtime.signatures import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,8 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
     notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)):
         folder = checkpoint_folder(model, options.allow_pickle)
+        if options.tokenizer is None:
+            require_own_tokenizer(calibration, folder)
         module, notes = load_module(folder, options.allow_pickle)
         module = module.to(_device(options.provider))
     else:
@@ -85,6 +88,7 @@ def load_module_state(model: torch.nn.Module | str | Path, calibration: Any, opt
         if options.provider == "cuda" and not any(p.is_cuda for p in module.parameters()):
             _device(options.provider)
             raise OptionError("provider 'cuda': the module's weights are on the CPU; move it with .to('cuda') before")
+    require_weights(module)
     if is_own_text(calibration):
         require_generate(module)
     calibration = named_source(module, calibration, options.batch_size)
@@ -174,6 +178,7 @@ def _traced(
         try:
             return feeds, trace(module, feeds, free=False)
         except ModelError as err:
+            _outputs(module, feeds)  # what the module fails on cannot be traced
             raise (refused or err) from (refused or err).__cause__
 
 
@@ -204,6 +209,9 @@ def _example(
             f"nothing says what the inputs of {type(module).__name__} are; give calibration data with an array for each of "
             f"{_arguments(module)} (tensors or a DataLoader, an .npz file, a folder of .npy files), or an example"
         )
+    where = "the example" if example is not None else "the calibration data"
+    if not batch:
+        raise OptionError(f"{where} is an empty dict; give a tensor for each of {_arguments(module)}")
     accepted = signature(module.forward).parameters
     named = {k: v for k, v in batch.items() if k in accepted and k not in LABELS}
     if not named and any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
@@ -213,7 +221,7 @@ def _example(
             f"none of {', '.join(map(repr, batch))} is an argument of {type(module).__name__}.forward, which takes "
             f"{', '.join(accepted)}"
         )
-    required_tensors(module, named, "the example" if example is not None else "the calibration data")
+    required_tensors(module, named, where)
     return example_from(named, taken, device, free)
 
 
@@ -226,17 +234,36 @@ def _arguments(module: torch.nn.Module) -> str:
 
 
 def _output_names(module: torch.nn.Module, arguments: Mapping[str, Any], model: FxModel) -> dict[str, str]:
-    """Maps tensors of the traced graph to the names of the module's outputs."""
+    """Maps tensors of the traced graph to the names of the module's outputs.
+
+    Raises:
+        ModelError: the module fails on its arguments.
+    """
     import torch
 
-    with torch.no_grad():
-        leaves, _ = torch.utils._pytree.tree_flatten_with_path(module(**arguments))
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(_outputs(module, arguments))
     names = [
         ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path) or "output"
         for path, value in leaves
         if isinstance(value, torch.Tensor)
     ]
     return dict(zip(model.results, names, strict=False))
+
+
+def _outputs(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """Runs a module.
+
+    Raises:
+        ModelError: it fails: a size, or a type that a trace does not look at, is not what it was made for.
+    """
+    import torch
+
+    try:
+        with torch.no_grad():
+            return module(**arguments)
+    except Exception as err:  # in any way that the module's code likes
+        fed = ", ".join(f"'{k}' {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for k, v in arguments.items())
+        raise ModelError(f"{type(module).__name__} fails on the inputs that are given ({fed}): {one_line(err)}") from err
 
 
 def _device(provider: str) -> str:

@@ -5,12 +5,16 @@ here. What is a field of a pass has its default and its help from there.
 """
 
 import inspect
+import numbers
 import re
 import textwrap
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin
+
+import numpy as np
 
 from liar_opt.passes.allocate_widths import DEFAULT_SPARSITY, AllocateWidthsPass
 from liar_opt.passes.allocations import ALLOCATIONS
@@ -23,6 +27,7 @@ from liar_opt.passes.repairs import REPAIRS, RepairFunction
 from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.passes.scores import SCORES, ScoreFunction
 from liar_opt.runtime.arrays import SOLVERS
+from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.patterns import SOLVERS as PATTERN_SOLVERS
 from liar_opt.runtime.sessions import PROVIDERS
 
@@ -300,6 +305,20 @@ class PruneOptions:
     progress: Progress = field(default=no_progress, metadata=_told())
     observer: Observer | None = field(default=None, metadata=_told())
 
+    def __post_init__(self) -> None:
+        """Checks the types of all options.
+
+        Raises:
+            OptionError: one is of another.
+        """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if not _fits(value, option.type):
+                shown, kind = repr(value)[:60], type(value).__name__
+                raise OptionError(f"{option.name} is {shown}, of type '{kind}'; give {_told_type(option.type)}")
+            if isinstance(value, float) and not any(hint in (float, Any) for hint in _alternatives(option.type)):
+                object.__setattr__(self, option.name, int(value))  # 2e9 bytes, say
+
     def data(self) -> dict[str, Any]:
         """Returns the options that say how calibration data is read, by name."""
         return {name: getattr(self, name) for name, what in OPTIONS.items() if what.data}
@@ -308,6 +327,39 @@ class PruneOptions:
         """Returns whether an option does not have its default."""
         value, default = getattr(self, name), getattr(type(self), name)
         return value is not None if default is None else bool(value != default)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether a value is of a type that an option may have; a whole float is an integer."""
+    for one in _alternatives(hint):
+        origin = get_origin(one)
+        if one is Any or (one in (str, Path) and isinstance(value, one)):
+            return True
+        if one in (None, type(None)) and value is None:
+            return True
+        if one is bool and isinstance(value, (bool, np.bool_)):
+            return True
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if (one is float and number) or (one is int and number and value == value // 1):
+            return True
+        if origin is Literal and isinstance(value, str) and value in get_args(one):
+            return True
+        if (origin is Callable and callable(value)) or (
+            origin is Sequence and hasattr(value, "__iter__") and not isinstance(value, (str, bytes))
+        ):
+            return True
+    return False
+
+
+def _told_type(hint: Any) -> str:
+    names: dict[Any, str] = {str: "text", Path: "a path", bool: "True or False", float: "a number", int: "a whole number"}
+    names |= {type(None): "None", Callable: "a function", Sequence: "a list"}
+    told = [repr(get_args(h)[0]) if get_origin(h) is Literal else names[get_origin(h) or h] for h in _alternatives(hint)]
+    return " or ".join(told) if len(told) < 3 else f"{', '.join(told[:-1])} or {told[-1]}"
 
 
 _TEXTS = documented(PruneOptions)

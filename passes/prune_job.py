@@ -27,8 +27,9 @@ from liar_opt.passes.repairs import RepairFunction
 from liar_opt.passes.result import Inspection, PruneResult
 from liar_opt.passes.scores import ScoreFunction
 from liar_opt.passes.try_choices import prune_chosen
+from liar_opt.passes.verify_model import dense_session, require_runs
 from liar_opt.runtime.arrays import arrays_for, solving_on
-from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.errors import LiarOptError, OptionError
 from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.ranks import current
 from liar_opt.runtime.sessions import custom_operators
@@ -211,8 +212,8 @@ def prune(
         custom_ops=custom_ops,
         dry_run=dry_run,
         latency=latency,
-        progress=progress,
-        observer=observer,
+        progress=progress if progress is no_progress else _passed_on(progress),
+        observer=None if observer is None else _passed_on(observer),
     )
     arrays = arrays_for("host" if (solver, provider) == ("auto", "cpu") else solver)
     watch, opening = MemoryWatch(), _backend(model)
@@ -223,28 +224,70 @@ def prune(
     require_choice(options, calibration)
     if current().size > 1 and (blocks is not None or experts is not None):
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
-    with custom_operators(_libraries(custom_ops)), solving_on(arrays):
-        opened = opening.open(model, calibration, options)
-        if options.choose is not None:
-            return prune_chosen(opened, watch)
-        went: tuple[Change, ...] = ()
-        if pattern_alone(options):
-            return prune_pattern(opened, watch)
-        if blocks is not None:
-            opened.block_repair()  # raises before the work where there can be none
-        if experts is not None or blocks is not None:
-            if options.blocks == "auto":
-                return prune_auto(opened, watch)
-            opened = without_parts(opened, options.blocks or 0)
-            if parts_alone(opened.options):
-                return finish_parts(opened, watch)
-            went = opened.state.found(WholeModel).changes
-            opened = replace(opened, state=opened.anew(opened.state, opened.state.model.notes))
-        if words_alone(opened.options):
-            return current().kept(lambda: opened.cut_words_alone(watch))
-        result = ModelJob(opened, watch).run()
-        result.changes = (*went, *result.changes)
-        return result
+    try:
+        with custom_operators(_libraries(custom_ops)), solving_on(arrays):
+            return _blamed(opening.open(model, calibration, options), watch)
+    except _Raised as raised:
+        raise raised.error from None
+
+
+class _Raised(BaseException):
+    """What a function of the caller raised: no pass and no proof may take it for a fault of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _passed_on(function: Any) -> Any:
+    """Returns a function of the caller whose exceptions end the run as they are."""
+    if not callable(function):  # the options say so
+        return function
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as err:
+            raise _Raised(err) from err
+
+    return call
+
+
+def _blamed(opened: Backend, watch: MemoryWatch) -> PruneResult:
+    """Does what the options of an opened model ask for; what the model itself fails on is no fault of ours."""
+    try:
+        return _pruned(opened, watch)
+    except (LiarOptError, OSError, MemoryError):
+        raise
+    except Exception:
+        if opened.state.calibration is not None:
+            require_runs(opened.state, dense_session(opened.state), every=True)
+        raise
+
+
+def _pruned(opened: Backend, watch: MemoryWatch) -> PruneResult:
+    """Does what the options of an opened model ask for."""
+    options = opened.options
+    if options.choose is not None:
+        return prune_chosen(opened, watch)
+    went: tuple[Change, ...] = ()
+    if pattern_alone(options):
+        return prune_pattern(opened, watch)
+    if options.blocks is not None:
+        opened.block_repair()  # raises before the work where there can be none
+    if options.experts is not None or options.blocks is not None:
+        if options.blocks == "auto":
+            return prune_auto(opened, watch)
+        opened = without_parts(opened, options.blocks or 0)
+        if parts_alone(opened.options):
+            return finish_parts(opened, watch)
+        went = opened.state.found(WholeModel).changes
+        opened = replace(opened, state=opened.anew(opened.state, opened.state.model.notes))
+    if words_alone(opened.options):
+        return current().kept(lambda: opened.cut_words_alone(watch))
+    result = ModelJob(opened, watch).run()
+    result.changes = (*went, *result.changes)
+    return result
 
 
 if prune.__doc__ is not None:  # it is where Python runs with -OO

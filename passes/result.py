@@ -35,7 +35,7 @@ from liar_opt.passes.quantise_result import QuantisedModel
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.places import Places
 from liar_opt.runtime.small_tokenizer import write_beside
-from liar_opt.runtime.whole_file import whole_file
+from liar_opt.runtime.whole_file import patient_file
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +252,7 @@ class ModuleResult(PruneResult):
             else:
                 import torch
 
-                with whole_file(path) as temporary, temporary.open("wb") as stream:
+                with patient_file(path) as stream:
                     torch.export.save(self.program, stream)
         except OSError as err:
             raise OptionError(f"'{path}' cannot be written ({err.strerror or err}); nothing was written") from err

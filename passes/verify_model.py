@@ -52,6 +52,7 @@ from liar_opt.runtime.errors import CheckError, ModelError, OptionError
 from liar_opt.runtime.later import later
 from liar_opt.runtime.memory import anonymous, trim
 from liar_opt.runtime.sessions import Runner
+from liar_opt.runtime.signatures import told_by_runtime
 
 COMPARED = 12
 """Bytes that comparing takes for each byte of an output in float32."""
@@ -432,11 +433,14 @@ def require_runs(state: State, session: Runner, every: bool = False) -> None:
             if batch is not data.batches[0] and not every:
                 continue  # a graph that was made for batches of one size
             fed = ", ".join(f"'{name}' {list(value.shape)}" for name, value in batch.items())
-            line = " ".join(str(err).split())[:300]
+            line = told_by_runtime(err)
             if any(text in line for text in NO_MEMORY):
                 raise OptionError(f"no memory is left to run the model on one batch ({fed}); give smaller ones") from err
             made = "liar-opt made them up: give real ones (--calibration), or another sequence length (--sequence-length)"
-            fits = "is a size or a token id not what the model was made for? --calibration takes data that fits"
+            fits = (
+                "is a size or a token id not what the model was made for (--calibration takes data that fits), or did the "
+                "export fix a number that depends on the data (export it in another way)?"
+            )
             how = _runs_otherwise(state, batch)
             if how is not None:
                 raise ModelError(

@@ -41,10 +41,12 @@ from liar_opt.runtime.text_sources import (
     require_tokenizer,
     text_column_of,
 )
+from liar_opt.runtime.text_tokenizer import has_tokenizer, load_tokenizer
 
 Array = NDArray[Any]
 Source = str | Path | Mapping[str, Any] | Iterable[str] | Iterable[Mapping[str, Any]] | None
-_SUFFIXES = (".txt", ".jsonl", ".csv", ".npz", ".npy")
+_TEXTS = (".txt", ".jsonl", ".csv")
+_SUFFIXES = (*_TEXTS, ".npz", ".npy")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,40 @@ def check_options(*, samples: int, batch_size: int, sequence_length: int | None,
         )
 
 
-def _draw_from_path(source: str | Path, job: CalibrationJob) -> Texts | Feeds:
+def require_readable(source: Any, tokenizer: str | Path | None) -> None:
+    """Checks, before the model is read, that calibration data is there, and that a tokenizer can be loaded.
+
+    Raises:
+        OptionError: they are not, or it cannot.
+    """
+    if isinstance(source, (str, Path)):
+        _is_here(source)
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)
+
+
+def require_own_tokenizer(source: Any, folder: Path) -> None:
+    """Checks that the tokenizer beside a model can be loaded where calibration data is a file of texts.
+
+    Raises:
+        OptionError: there is none, or it cannot.
+    """
+    if not isinstance(source, (str, Path)) or Path(source).suffix.lower() not in _TEXTS:
+        return
+    if not has_tokenizer(folder):
+        raise OptionError(
+            f"calibration file '{source}' holds texts, and '{folder}' has no tokenizer; pass --tokenizer DIR, or give an "
+            ".npz file with one array for each input."
+        )
+    load_tokenizer(folder)
+
+
+def _is_here(source: str | Path) -> bool:
+    """Returns whether a source is a file, or a folder; what else it may be is the name of a dataset.
+
+    Raises:
+        OptionError: it is none of these, or a file of no kind that is read.
+    """
     path = Path(source)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -147,15 +182,23 @@ def _draw_from_path(source: str | Path, job: CalibrationJob) -> Texts | Feeds:
         is_folder = is_file = False
     if not is_folder and not is_file:
         if isinstance(source, str) and may_be_hub_name(source):
-            return _draw_from_hub(source, job)
+            return False
         raise OptionError(f"calibration file '{source}' does not exist; give {ACCEPTED}.")
-    if is_folder:
+    suffix = path.suffix.lower()
+    if is_file and suffix not in _SUFFIXES:
+        raise OptionError(f"calibration file '{path}' has the unknown suffix '{suffix}'; give {ACCEPTED}.")
+    if is_file and path.stat().st_size == 0:
+        raise OptionError(f"calibration file '{path}' is empty; give one with samples in it.")
+    return True
+
+
+def _draw_from_path(source: str | Path, job: CalibrationJob) -> Texts | Feeds:
+    path = Path(source)
+    if not _is_here(source):
+        return _draw_from_hub(str(source), job)
+    if path.is_dir():
         return _draw_from_folder(path, job)
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise OptionError(f"calibration file '{path}' has the unknown suffix '{suffix}'; give {ACCEPTED}.")
-    if path.stat().st_size == 0:
-        raise OptionError(f"calibration file '{path}' is empty; give one with samples in it.")
     if suffix == ".npz":
         return Feeds([(f"calibration file '{path}'", npz_columns(path))], path.name)
     if suffix == ".npy":

@@ -24,6 +24,10 @@ class CheckError(LiarOptError):
     """The result failed a check and was not written (exit code 1)."""
 
 
+class LiarOptWarning(UserWarning):
+    """What the user should know before the work goes on; the command says it as a line, also where it is quiet."""
+
+
 class InternalError(Exception):
     """A bug of liar-opt; shown with its traceback (exit code 3)."""
 

@@ -30,6 +30,9 @@ STATE_ROLES = ("past", "lengths", "total", "cache_position", "last", "branch", "
 encoder-decoder has written so far, [b, s].
 """
 
+IN_ITS_SOURCE = re.compile(r"(Status Message: )?/\S*onnxruntime\S*:\d+ (\S+\([^()]*\) )?")
+"""Where in its own source ONNX Runtime raises an error."""
+
 _MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
 _STATE_NAMES = {
     "lengths": r"seqlens_k",
@@ -314,6 +317,11 @@ def one_line(error: BaseException) -> str:
     """The first line of an error of a library, for use within a sentence."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200].rstrip(". ")
+
+
+def told_by_runtime(error: BaseException) -> str:
+    """What ONNX Runtime says of an error, on one line, without where in its own source it says so."""
+    return IN_ITS_SOURCE.sub("", " ".join(str(error).split()))[:300]
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:

@@ -83,8 +83,10 @@ def load_tokenizer(where: str | Path) -> TextTokenizer:
     Raises:
         OptionError: There is none, or it cannot be read.
     """
-    path = Path(where)
     hint = "pass the folder that the tokenizer's save_pretrained wrote"
+    if not isinstance(where, (str, Path)):
+        raise OptionError(f"a tokenizer is the path of its folder, and {type(where).__name__} is none; {hint}.")
+    path = Path(where)
     if not path.exists():
         raise OptionError(f"tokenizer '{where}' does not exist; {hint}.")
     folder, fast = path if path.is_dir() else path.parent, fast_file(path)
@@ -93,7 +95,7 @@ def load_tokenizer(where: str | Path) -> TextTokenizer:
             return _fast_tokenizer(fast, _json_object(folder / "tokenizer_config.json"))
         if has_tokenizer(folder):
             require(f"tokenizer '{where}' has no tokenizer.json; reading its other files", "transformers")
-            return _slow_tokenizer(folder)
+            return _slow_tokenizer(folder, hint)
     except OptionError:
         raise
     except Exception as err:  # `tokenizers` raises bare Exception
@@ -206,12 +208,27 @@ def unknown_and_basic(where: str | Path) -> tuple[int | None, frozenset[int]]:
     return unknown, frozenset(basic)
 
 
-def _slow_tokenizer(folder: Path) -> TextTokenizer:
+def _slow_tokenizer(folder: Path, hint: str) -> TextTokenizer:
+    """Reads a tokenizer of other files than tokenizer.json.
+
+    Raises:
+        OptionError: they do not make one.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("its vocabulary is empty")
+    held = ", ".join(name for name in TOKENIZER_FILES if (folder / name).is_file())
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as err:  # of many classes, those of what it imports among them
+        raise OptionError(
+            f"tokenizer folder '{folder}' has no tokenizer.json, and of {held} alone transformers makes no tokenizer "
+            f"({one_line(err).rstrip(':')}); {hint}."
+        ) from err
+    files = [name for name in getattr(tokenizer, "vocab_files_names", {}).values() if isinstance(name, str)]
+    made_up = files and not any((folder / name).is_file() for name in files)
+    if made_up or len(tokenizer) <= len(tokenizer.all_special_tokens):
+        wanted = f" (none of {', '.join(files)})" if made_up else ""
+        raise OptionError(f"tokenizer folder '{folder}' holds no vocabulary{wanted}; {hint}.")
 
     def encode(texts: Sequence[Text], longest: int | None) -> list[tuple[list[int], list[int]]]:
         cut = longest is not None

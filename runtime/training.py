@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liar_opt.runtime.errors import OptionError
-from liar_opt.runtime.whole_file import whole_file
+from liar_opt.runtime.whole_file import patient_file
 
 if TYPE_CHECKING:
     import torch
@@ -187,8 +187,8 @@ class KeptTraining:
         own = [t.detach() for t in tensors]
         state = {"standing": vars(standing), "tensors": own, "optimiser": optimiser.state_dict(), "seconds": seconds}
         try:
-            with whole_file(self.path) as temporary:
-                torch.save(state, temporary)
+            with patient_file(self.path) as stream:
+                torch.save(state, stream)
         except OSError as err:
             raise OptionError(f"'{self.path}' cannot be written ({err.strerror or err}); free space and go on") from err
 

@@ -18,6 +18,7 @@ refused, whoever means its target gives the target's path.
 import contextlib
 import ctypes
 import errno
+import io
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 if sys.platform != "win32":
     import fcntl
@@ -38,6 +39,8 @@ OURS = re.compile(r"\.(.+)\.[a-z0-9_]{8}(\.liar-opt\.(?:tmp|pending|old))", re.D
 """Names of what is not finished: the name of the result, and what it is."""
 LONGEST_NAME = 255
 """Bytes of a file's name, on every file system that is common."""
+IN_RUST = re.compile(r"\(os error (\d+)\)")
+"""How libraries that are written in Rust tell an error of the system."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Constants of renameat2(2)."""
 
@@ -55,6 +58,69 @@ def whole_file(path: Path) -> Iterator[Path]:
     with temporary_file(path) as temporary:
         yield temporary
         replace_file(temporary, path)
+
+
+class PatientStream(io.RawIOBase):
+    """A file that is written to by code which does not survive that the system refuses: that is raised afterwards.
+
+    What torch writes its archives with ends the whole process where the disk is full.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._refused: OSError | None = None
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Writes, or does as if it did."""
+        if self._refused is None:
+            try:
+                self._stream.write(data)
+            except OSError as err:
+                self._refused = err
+        return memoryview(data).nbytes
+
+    def settle(self) -> None:
+        """Raises what the system refused with.
+
+        Raises:
+            OSError: it did.
+        """
+        if self._refused is not None:
+            raise self._refused
+
+
+@contextlib.contextmanager
+def patient_file(path: Path) -> Iterator[IO[bytes]]:
+    """The stream of a :func:`whole_file`.
+
+    Raises:
+        OSError: it cannot be written, or ``path`` is a link, a device, a pipe or a socket.
+    """
+    with whole_file(path) as temporary:
+        with temporary.open("wb") as stream:
+            patient = PatientStream(stream)
+            yield cast("IO[bytes]", patient)
+            patient.settle()
+
+
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Has what a library raises where the system refuses to write (safetensors) be an error of the system.
+
+    Raises:
+        OSError: the system did refuse.
+    """
+    try:
+        yield
+    except Exception as err:
+        number = None if isinstance(err, OSError) else IN_RUST.search(str(err))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from err
 
 
 def write_whole(path: Path, text: str) -> None:

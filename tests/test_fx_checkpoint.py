@@ -21,7 +21,7 @@ import liar_opt
 from liar_opt.frontend.hf_checkpoint import example_inputs, load_module, positions, without_cache
 from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.calibration_data import first_rows
-from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.errors import LiarOptWarning, ModelError
 from liar_opt.tools.cli import main
 from liar_opt.tools.report import target_met
 
@@ -200,6 +200,10 @@ def test_the_command_writes_onnx_of_a_checkpoint(tmp_path: Path, capsys: pytest.
     arguments = [str(model), "--calibration", str(calibration), "--heads", "0.4", "--ffn", "0.5", "--no-latency"]
     assert main([*arguments, "--format", "onnx", "-o", str(output), "--quiet"]) == 0
     assert {g.kind: g.size for g in liar_opt.inspect(output).groups} == {"heads": 3, "ffn": 48}
+    for place, form, said in (("small", "onnx", "onnx writes a file"), ("a.onnx", "checkpoint", "checkpoint is a folder")):
+        capsys.readouterr()
+        assert main([*arguments, "--format", form, "-o", str(tmp_path / place), "--quiet"]) == 2
+        assert said in capsys.readouterr().err
     program = tmp_path / "small.pt2"  # no configuration that would have to say the heads
     assert main([*arguments, "-o", str(program), "--quiet"]) == 0
     arrays = zoo_fx.feeds("bert", seed=3)
@@ -637,6 +641,32 @@ def test_a_configuration_that_is_no_json(tmp_path: Path, capsys: pytest.CaptureF
         assert "config.json' " in (told := capsys.readouterr().err) and told.count("\n") == 1
 
 
+@pytest.mark.parametrize("more", [["--quiet"], []])
+def test_weights_that_are_missing_are_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from liar_opt.passes import module_backend
+
+    model = stored("llama", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert main(["inspect", str(model), *more]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("liar-opt: warning: weights that LlamaForCausalLM has are not in")
+    assert told.count("at random") == 1
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module_backend.TorchBackend, "choose", stop)
+    assert main([str(model), "-o", str(tmp_path / "out"), *more]) == 130
+    assert "liar-opt: warning: weights that LlamaForCausalLM has are not in" in capsys.readouterr().err
+
+
 def test_weights_that_are_missing_or_left_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers draws what is missing, and drops what it has no place for, and we have it say nothing."""
     from safetensors.torch import load_file, save_file
@@ -646,7 +676,8 @@ def test_weights_that_are_missing_or_left_over(tmp_path: Path, capsys: pytest.Ca
     up = "model.layers.1.mlp.up_proj.weight"
     rest = {name: value for name, value in weights.items() if name != up}
     save_file({**rest, "other": torch.ones(3)}, model / "model.safetensors", {"format": "pt"})
-    _, notes = load_module(model, allow_pickle=False)
+    with pytest.warns(LiarOptWarning, match="drawn them at random"):
+        _, notes = load_module(model, allow_pickle=False)
     assert [n for n in notes if f"drawn them at random: '{up}'" in n and "that LlamaForCausalLM has" in n]
     assert [n for n in notes if "will not be in the result: 'other'" in n]
     save_file(weights, model / "model.safetensors", {"format": "pt"})

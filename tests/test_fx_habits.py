@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import liar_opt
 from liar_opt.passes.result import ModuleResult
+from liar_opt.runtime.errors import ModelError, OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,3 +209,67 @@ def test_encoder_layers_of_torch(first: bool) -> None:
     assert type(pruned(module, [{"src": x}], ffn=0.5).module) is nn.TransformerEncoder, (
         "where no head goes, its own code fits"
     )
+
+
+class Words(nn.Module):
+    """A table of words that is the head as well, and nothing that would pin the stream between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 9)
+        self.inside = Feed()
+        self.head = nn.Linear(9, 50, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(self.inside(self.table(ids)))
+
+
+def test_a_weight_that_is_read_elsewhere_too_is_left_alone() -> None:
+    """The repair would change the head and not the table; a module holds one tensor for both."""
+    result = pruned(Words().eval(), torch.randint(0, 50, (64, 5)), ffn=0.5)
+    assert [g["before"] for g in result.report["groups"]] == [22]
+    assert any("its weight is read elsewhere too" in r["reason"] for r in result.report["refusals"])
+    held = dict(result.module.named_parameters(remove_duplicate=False))
+    assert held["head.weight"] is held["table.weight"]
+
+
+@pytest.mark.parametrize(
+    "data, sentence",
+    [
+        (torch.zeros(0, 5, 9), "input 'x' of the calibration data has no samples"),
+        ({}, "the calibration data is an empty dict; give a tensor for each of x"),
+        (torch.zeros(8, 5, 9).to_sparse(), "input 'x' of the calibration data is sparse"),
+        (torch.zeros(8, 5, 9, device="meta"), "'x' of the calibration data is on the meta device"),
+        (torch.zeros(8, 5, 9, dtype=torch.int64), r"Feed fails on the inputs that are given \('x' int64 \[3, 5, 9\]\)"),
+        (torch.zeros(8, 5, 8), r"Feed fails on the inputs that are given \('x' float32 \[3, 5, 8\]\): mat1"),
+    ],
+)
+def test_data_that_a_module_does_not_take(data: Any, sentence: str) -> None:
+    with pytest.raises((OptionError, ModelError), match=sentence):
+        liar_opt.prune(Feed().eval(), calibration=data, ffn=0.5)
+
+
+def test_weights_that_hold_no_numbers() -> None:
+    data = torch.zeros(8, 5, 9)
+    with pytest.raises(ModelError, match=r"'\S+' of Feed is on the meta device, without numbers"):
+        liar_opt.prune(Feed().to("meta"), calibration=data)
+    with pytest.raises(ModelError, match=r"'0\.weight' of Sequential is of a lazy module that has not run"):
+        liar_opt.prune(nn.Sequential(nn.LazyLinear(8)), calibration=data)
+    mixed = nn.Sequential(Feed(), Feed().half())
+    with pytest.raises(ModelError, match="Sequential fails on the inputs that are given"):
+        liar_opt.prune(mixed, calibration={"input": data})
+
+
+@pytest.mark.parametrize("name", ["progress", "observer"])
+def test_what_a_function_of_the_caller_raises_ends_the_run(name: str) -> None:
+    """A window that was closed is no fault of a group, and no bug of liar-opt."""
+
+    class Closed(Exception):
+        pass
+
+    def closed(*_: Any) -> None:
+        raise Closed
+
+    with pytest.raises(Closed):
+        pruned(Feed().eval(), torch.randn(16, 5, 9), ffn=0.5, **{name: closed})

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from liar_opt.runtime.errors import CheckError, LiarOptError, OptionError
+from liar_opt.runtime.errors import CheckError, LiarOptError, LiarOptWarning, OptionError
 from liar_opt.runtime.ranks import Elsewhere, RankLost, Ranks, asked, current, join, leave
 from liar_opt.tools.cli_options import BESIDE_OUTPUT, COMMANDS, DEMO_FFN, parse
 from liar_opt.tools.printable import printable
@@ -51,11 +51,12 @@ ENVIRONMENT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    _ready_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "prune"
     run = _Run()
     try:
-        with _ended_like_ctrl_c():
+        with _ended_like_ctrl_c(), _warnings_as_lines(run):
             try:
                 return _command(command, arguments, run)
             except Elsewhere:
@@ -66,6 +67,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         leave()
+
+
+def _ready_streams() -> None:
+    """Opens stdin, stdout and stderr where they were closed (``>&-``): the next file would be taken for one of them.
+
+    What stdout cannot encode is written as an escape, as on stderr.
+    """
+    if getattr(sys.stdout, "errors", None) == "strict" and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files where a terminal takes ASCII alone
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    if not closed:
+        return
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # those of the three that are free stay taken
+        pass
+    os.close(free)
+    for name in closed:
+        setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))
 
 
 def _command(command: str, arguments: list[str], run: "_Run") -> int:
@@ -176,6 +194,24 @@ def _ended_like_ctrl_c() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _warnings_as_lines(run: "_Run") -> Iterator[None]:
+    """Has warnings of ours be said as the command's own; others go where they went."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LiarOptWarning)
+        elsewhere = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, LiarOptWarning):
+                elsewhere(message, category, *place, **more)
+            elif str(message) not in run.warned:
+                run.warned.add(str(message))
+                _warn(str(message))
+
+        warnings.showwarning = show
+        yield
+
+
 def _fail(code: int, message: str, kind: str = "error: ") -> int:
     _say(f"liar-opt: {kind}{' '.join(message.split())}", sys.stderr)
     return code
@@ -197,6 +233,7 @@ class _Run:
 
     output: Path | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
+    warned: set[str] = dataclasses.field(default_factory=set)
 
     def written(self) -> str:
         return f"'{self.output}' was written" if self.output else "nothing was written"
@@ -241,14 +278,27 @@ def _output_of(options: argparse.Namespace) -> Path:
         place: Path = output or options.model.with_name(f"{options.model.stem}.liar.onnx")
         return _file_of(place, given, options.model)
     plain = output is None or output.suffix not in (".onnx", ".pt2")
-    options.checkpoint = options.format == "checkpoint" or (options.format is None and plain)
-    if options.format == "deci":
-        if output is not None and not plain:
-            raise OptionError(f"deci is a folder, and '{output}' is a file; give a path without {output.suffix}")
-        options.checkpoint = "deci"
+    _require_form(options.format, output)
+    options.checkpoint = (
+        "deci" if options.format == "deci" else options.format == "checkpoint" or (not options.format and plain)
+    )
     beside: Path = options.model.absolute() if options.model.is_dir() else Path(options.model.name).absolute()
     place = output or beside.with_name(f"{beside.name}.liar{'' if options.checkpoint else '.onnx'}")
     return place if options.checkpoint else _file_of(place, given, beside)
+
+
+def _require_form(form: str | None, output: Path | None) -> None:
+    """Checks that the path of a result and the form that was asked for say the same.
+
+    Raises:
+        OptionError: they do not.
+    """
+    if form is None or output is None:
+        return
+    if form == "onnx" and output.suffix != ".onnx":
+        raise OptionError(f"format onnx writes a file that ends in .onnx, and '{output}' does not; give another path")
+    if form != "onnx" and output.suffix in (".onnx", ".pt2"):
+        raise OptionError(f"{form} is a folder, and '{output}' is a file; give a path without {output.suffix}")
 
 
 def _file_of(place: Path, given: str | None, model: Path) -> Path:
@@ -295,7 +345,7 @@ def _demo(options: argparse.Namespace, run: _Run) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     check_results(output, options, Inputs((model,), None, (options.tokenizer,)))
     if not model.is_file():
-        _note(options, f"exporting all-MiniLM-L6-v2 to '{model}'")
+        _note(options, f"exporting all-MiniLM-L6-v2 to '{model}'", run)
         demo_assets.export_minilm(model)
     options.model = model
     report = _run_passes(options, calibration, output, run)
@@ -327,7 +377,7 @@ def _inspect(options: argparse.Namespace, run: _Run) -> None:
     write_reports(found, options)
     console = tables.make_console(sys.stdout)
     for note in found["model"]["notes"]:
-        _note(options, note)
+        _note(options, note, run)
     if not options.quiet:
         if found["groups"] or found["values"]:
             console.print(tables.groups_found(found, options.explain), "")
@@ -390,7 +440,7 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
     report = result.report
     report.setdefault("seconds", seconds)
     for note in report["model"]["notes"]:
-        _note(options, note)
+        _note(options, note, run)
     data = report.get("calibration", {"warnings": [], "synthetic": False})
     for warning in data["warnings"][1 if data["synthetic"] else 0 :]:  # the first was said before the work
         _warn(warning)
@@ -402,7 +452,7 @@ def _run_passes(options: argparse.Namespace, calibration: Any, output: Path, run
     result.save(output, force=options.force)
     run.output = output
     for note in report["model"]["notes"][noted:]:
-        _note(options, note)
+        _note(options, note, run)
     report["before"]["file_bytes"] = file_bytes(options.model, report["before"]["bytes"])
     _note_sizes(report, output)
     report["output"] = {"path": str(output), "sha256": sha256(output)}
@@ -491,8 +541,8 @@ def _warn(text: str) -> None:
         _say(f"liar-opt: warning: {text}", sys.stderr)
 
 
-def _note(options: argparse.Namespace, text: str) -> None:
-    if not options.quiet:
+def _note(options: argparse.Namespace, text: str, run: _Run) -> None:
+    if not options.quiet and text not in run.warned:
         _say(f"liar-opt: {text}", sys.stderr)
 
 

@@ -141,6 +141,69 @@ def test_a_number_that_depends_on_both_is_refused() -> None:
     assert "depends on this size" in graphs.reasons(proto)
 
 
+SAID = """f (float[b, s, 6] x) => (float[b, s, 9] y, {1}) {{ u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)
+    {0}  v = MatMul(z, w3)  r = Relu(v)  y = MatMul(r, w4) }}"""
+SAYING: Weights = {"w1": (6, 11), "w2": (11, 7), "w3": (7, 13), "w4": (13, 9), "two": ints(2), "zero": ints(0)}
+
+
+@pytest.mark.parametrize(
+    "nodes, output",
+    [
+        ("o = Shape(h)", "int64[3] o"),
+        ("o = Shape<start=2>(h)", "int64[1] o"),
+        ("o = Size(h)", "int64 o"),
+        ("n = Shape(h)  o = Gather(n, two)", "int64[1] o"),
+        ("n = Shape(h)  i = Gather(n, two)  f = Cast<to=1>(i)  o = Sqrt(f)", "float[1] o"),
+        ("n = Shape(h)  i = Gather(n, two)  j = Gather(n, zero)  o = Concat<axis=0>(j, i)", "int64[2] o"),
+    ],
+)
+def test_a_size_that_is_handed_out_stays(nodes: str, output: str) -> None:
+    proto = graphs.parse(SAID.format(nodes, output), SAYING)
+    assert graphs.sizes(proto) == [("ffn", 7), ("ffn", 13)]
+    assert "graph output 'o' says this size" in graphs.reasons(proto)
+    graphs.prove(proto, {"b": 2, "s": 4})
+
+
+@pytest.mark.parametrize("nodes", ["n = Shape(h)  o = Gather(n, zero)", "n = Shape<end=2>(h)  o = Slice(n, zero, two)"])
+def test_other_sizes_of_what_is_cut_may_be_handed_out(nodes: str) -> None:
+    proto = graphs.parse(SAID.format(nodes, "int64[k] o"), SAYING)
+    assert graphs.sizes(proto) == [("ffn", 7), ("ffn", 11), ("ffn", 13)]
+
+
+LOOP = """y = Loop ({}, yes, z) <body = g (int64 i, bool go, float[b, s, 7] a) => (bool on, float[b, s, 7] t) {{
+    on = Identity(go)  t = {} }}>"""
+SIDES = (
+    "<then_branch = g () => (float[b, s, 7] t) { t = Neg(z) }, else_branch = e () => (float[b, s, 7] e1) { e1 = Exp(z) }>"
+)
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        LOOP.format("w", "Tanh(a)"),
+        LOOP.format("three", "Mul(a, f)"),
+        f"c = Greater(w, eight)  y = If (c) {SIDES}",
+        "k = HannWindow(w)  q = ReduceSum<keepdims=0>(k)  y = Mul(z, q)",
+    ],
+)
+def test_a_size_that_an_operator_without_a_rule_reads_stays_what_it_was(reader: str) -> None:
+    """It says how often a loop runs, or which branch is taken; or the body of a loop reads it from outside."""
+    text = f"""f (float[b, s, 6] x) => (float[b, s, 7] y) {{ u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)
+        n = Shape(h)  w = Gather(n, i2)  f = Cast<to=1>(w)  {reader} }}"""
+    numbers: Weights = {"i2": np.asarray(2), "three": np.asarray(3), "eight": np.asarray(8), "yes": np.asarray(True)}
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7), **numbers})
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    graphs.prove(proto, {"b": 2, "s": 4})
+
+
+def test_a_size_of_the_input_too_that_an_operator_without_a_rule_reads_is_refused() -> None:
+    text = """f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  z = MatMul(h, w2)
+        n = Size(h)  k = HannWindow(n)  q = ReduceSum<keepdims=0>(k)  y = Mul(z, q) }"""
+    proto = graphs.parse(text, {"w1": (6, 11), "w2": (11, 7)})
+    assert graphs.sizes(proto) == []
+    assert "depends on this size" in graphs.reasons(proto)
+
+
 def test_cutting_twice_or_what_is_pinned_is_a_bug() -> None:
     proto = graphs.parse(
         "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }",

@@ -314,3 +314,20 @@ def test_weights_are_not_read_to_be_checked(tmp_path: Path) -> None:
     assert numpy_helper.to_array(proto.graph.initializer[0]).shape == (6, 1700)
     assert set(model.stored.arrays) == {"w1", "w2"}  # type: ignore[union-attr]
     assert sys.getsizeof(model.stored.proto.SerializeToString()) < 5000  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("imports", [[("", 17)], [("ai.onnx", 17)], [("", 17), ("ai.onnx", 17)]], ids=str)
+@pytest.mark.parametrize("some", [1, None])
+def test_the_other_name_of_the_domain_of_onnx(imports: list[tuple[str, int]], some: int | None) -> None:
+    proto = graphs.parse(
+        "f (float[b, 6] x) => (float[b, 7] y) { u = MatMul(x, w1)  h = Relu(u)  y = MatMul(h, w2) }",
+        {"w1": (6, 11), "w2": (11, 7)},
+    )
+    for node in proto.graph.node[:some]:
+        node.domain = "ai.onnx"
+    del proto.opset_import[:]
+    proto.opset_import.extend(onnx.helper.make_opsetid(*one) for one in imports)
+    assert graphs.sizes(proto) == [("ffn", 11)]
+    pruned = graphs.prove(proto, {"b": 2})
+    assert not any(node.domain for node in pruned.graph.node)
+    assert [(o.domain, o.version) for o in pruned.opset_import] == [("", 17)]

@@ -157,6 +157,20 @@ def test_data_on_which_the_original_fails(lengths: tuple[int, ...], memory: str 
         prune(proto, of_lengths(*lengths), ffn=0.5, allocate="uniform", memory=memory)
 
 
+@pytest.mark.parametrize("options", [{"ffn": 0.5}, {"ffn": 0.5, "allocate": "uniform"}, {"pattern": "2:4"}], ids=str)
+def test_data_on_which_the_original_fails_by_its_values(options: dict[str, Any]) -> None:
+    """As where an exporter has fixed how many rows a router sends to an expert; the first batches say nothing of it."""
+    proto = graphs.parse(
+        """f (float[b, 8] x) => (float[b, 8] y) { g = Greater(x, ten)  i = Cast<to=7>(g)  n = ReduceMax<keepdims=0>(i)
+        z = Gather(one, n)  v = Add(x, z)  u = MatMul(v, w)  h = Relu(u)  y = MatMul(h, v1) }""",
+        {"w": (8, 40), "v1": (40, 8), "ten": np.float32(10), "one": np.zeros(1, np.float32)},
+    )
+    batches = [{"x": np.random.default_rng(i).standard_normal((8, 8)).astype(np.float32)} for i in range(8)]
+    batches[-1]["x"][3, 2] = 20
+    with pytest.raises(ModelError, match=r"fails on the calibration data .* Gather node.* did the export fix a number"):
+        prune(proto, batches, latency=False, provider="cpu", fresh=True, **options)
+
+
 def test_a_model_that_the_optimizer_of_onnx_runtime_breaks() -> None:
     """It moves transposes through a Pad whose axes are not in order; the data is not to blame."""
     proto = graphs.parse(
@@ -218,7 +232,7 @@ def test_an_operator_that_onnx_runtime_lacks_is_named_before_any_work() -> None:
     said = r"test::MyNorm is not in this ONNX Runtime \(node '\w+' \(test::MyNorm\) of the model\); --custom-ops"
     for dry_run in (False, True):
         with pytest.raises(ModelError, match=said):
-            prune(proto, "missing.npz", ffn=0.5, dry_run=dry_run)
+            prune(proto, {"y": np.zeros(1)}, ffn=0.5, dry_run=dry_run)
     found = inspect(proto)
     assert [g.size for g in found.groups] == [40]
     assert any(re.search(said, note) for note in found.report["model"]["notes"])

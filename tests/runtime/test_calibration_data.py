@@ -18,7 +18,7 @@ import pytest
 from words import CLS, PAD, SEP, SPECIALS, UNK, WORDS, plain_tokenizer, save_tokenizer
 
 from liar_opt.runtime import array_columns, text_batches, text_sources, text_tokenizer
-from liar_opt.runtime.calibration_data import CalibrationData, load_calibration
+from liar_opt.runtime.calibration_data import CalibrationData, load_calibration, require_own_tokenizer, require_readable
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.signatures import InputSpec
 from liar_opt.runtime.text_tokenizer import TextTokenizer
@@ -391,6 +391,24 @@ def test_unusable_files(tmp_path: Path, tokenizer: Path) -> None:
     refuse("folder'", "neither", "'input_ids', 'attention_mask'", source=tmp_path / "folder")
 
 
+def test_what_can_be_said_before_the_work(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.txt").write_text("the cat\n")
+    (tmp_path / "none.txt").touch()
+    require_readable(tmp_path / "a.txt", tokenizer)
+    require_readable("imdb:train", None)
+    require_readable(["the cat"], None)
+    require_own_tokenizer(tmp_path / "a.txt", tokenizer)
+    require_own_tokenizer(tmp_path / "a.npz", tmp_path)
+    require_own_tokenizer({"input_ids": np.zeros((2, 3), np.int64)}, tmp_path)
+    for source, needle in (("b.txt", "does not exist"), ("none.txt", "is empty"), ("tokenizer/tokenizer.json", "suffix")):
+        with pytest.raises(OptionError, match=needle):
+            require_readable(tmp_path / source, None)
+    with pytest.raises(OptionError, match="does not exist"):
+        require_readable(tmp_path / "a.txt", tmp_path / "nowhere")
+    with pytest.raises(OptionError, match=r"holds texts, and '.*' has no tokenizer; pass --tokenizer DIR"):
+        require_own_tokenizer(tmp_path / "a.txt", tmp_path)
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root reads everything")
 def test_unreadable_file(tmp_path: Path, tokenizer: Path) -> None:
     file = tmp_path / "locked.txt"
@@ -418,8 +436,28 @@ def test_bad_tokenizers(tmp_path: Path, tokenizer: Path) -> None:
     refuse("bare/tokenizer.json' is broken", "Precompiled", source=["the"], tokenizer=tmp_path / "bare")
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "tokenizer_config.json").write_text("{}")
-    refuse("slow'", "cannot be loaded", source=["the"], tokenizer=tmp_path / "slow")
+    refuse("slow'", "no tokenizer.json", "tokenizer_config.json alone", source=["the"], tokenizer=tmp_path / "slow")
+    (tmp_path / "slow" / "vocab.txt").write_text("the\ncat\n")
+    refuse("slow'", "vocab.txt alone", source=["the"], tokenizer=tmp_path / "slow")
+    (tmp_path / "slow" / "vocab.txt").rename(tmp_path / "slow" / "spiece.model")
+    refuse("slow'", "spiece.model alone", source=["the"], tokenizer=tmp_path / "slow")
+    (tmp_path / "slow" / "spiece.model").unlink()
+    for kind in ("BertTokenizer", "T5Tokenizer"):  # transformers would make a vocabulary up
+        (tmp_path / "slow" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        refuse("slow'", "holds no vocabulary", "tokenizer.json", source=["the"], tokenizer=tmp_path / "slow")
+    refuse("a tokenizer is the path of its folder, and int is none", source=["the"], tokenizer=5)
     refuse("'sequence_length' of at least 3", source=["the"], tokenizer=tokenizer, sequence_length=2)
+
+
+def test_a_vocabulary_without_a_tokenizer_json(tmp_path: Path) -> None:
+    for kind in ("BertTokenizer", "ByT5Tokenizer"):  # the second has no file: it reads bytes
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        if kind == "BertTokenizer":
+            (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+        data = load_calibration(["the cat", "a"], [spec("input_ids")], tokenizer=folder)
+        assert data.samples == 2
 
 
 def test_tokenizer_that_disagrees_with_the_model(tokenizer: Path) -> None:

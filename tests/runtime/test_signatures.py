@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from liar_opt.runtime.errors import OptionError
-from liar_opt.runtime.signatures import InputSpec, Signature
+from liar_opt.runtime.signatures import InputSpec, Signature, told_by_runtime
 
 
 def spec(name: str, shape: tuple[int | str | None, ...] = ("b", "s"), dtype: str = "int64") -> InputSpec:
@@ -116,3 +116,15 @@ def test_a_merged_decoder_runs_without_its_cache() -> None:
     assert feed["use_cache_branch"].tolist() == [False]
     assert feed["use_cache_branch"].dtype == np.bool_
     assert feed["past.0.key"].shape == (2, 3, 0, 8)
+
+
+def test_what_onnx_runtime_says_without_where_in_its_source() -> None:
+    said = (
+        "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'/m/r' Status "
+        "Message: /onnxruntime_src/onnxruntime/core/providers/cpu/tensor/reshape_helper.h:91 "
+        "onnxruntime::ReshapeHelper::ReshapeHelper(const onnxruntime::TensorShape&, bool) input_shape_size == "
+        "requested_shape_size was false. Input shape:{2,16}\n"
+    )
+    told = told_by_runtime(RuntimeError(said))
+    assert told.endswith("Name:'/m/r' input_shape_size == requested_shape_size was false. Input shape:{2,16}")
+    assert told_by_runtime(RuntimeError("indices element out of data bounds")) == "indices element out of data bounds"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from liar_opt.runtime import whole_file as module
-from liar_opt.runtime.whole_file import replace_file, sweep, temporary_file, whole_file, whole_folder, write_whole
+from liar_opt.runtime.whole_file import (
+    patient_file,
+    replace_file,
+    sweep,
+    system_errors,
+    temporary_file,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no such files, locks or signals there")
 
@@ -31,6 +41,27 @@ def test_a_file_is_replaced_or_stays(tmp_path: Path) -> None:
     write_whole(path, "new")
     assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~module._umask()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_under_code_that_does_not_survive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    with patient_file(tmp_path / "a.pt") as stream:
+        torch.save(torch.ones(1000), stream)
+    assert torch.load(tmp_path / "a.pt").sum() == 1000
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode: opened(Path("/dev/full"), mode, buffering=0))
+    with pytest.raises(OSError, match="No space left"), patient_file(tmp_path / "b.pt") as stream:
+        torch.save(torch.ones(1000), stream)
+    assert names(tmp_path) == ["a.pt"]
+
+
+def test_an_error_of_the_system_that_a_library_tells(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, system_errors(tmp_path):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with pytest.raises(ZeroDivisionError), system_errors(tmp_path):
+        raise ZeroDivisionError
 
 
 @posix

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,29 @@ def test_help_does_not_import_what_is_slow() -> None:
         "sys.exit(bool({'torch', 'transformers', 'datasets', 'onnxruntime'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell that closes streams")
+def test_streams_that_are_closed(model: Path, tmp_path: Path) -> None:
+    """The result, which is opened later, must not get the number of one of them."""
+    output = tmp_path / "out.onnx"
+    command = f"'{sys.executable}' -m liar_opt '{model}' -o '{output}' --samples 4 --no-latency <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command]).returncode == 0
+    onnx.checker.check_model(onnx.load(output))
+    assert subprocess.run(["sh", "-c", command]).returncode == 2  # it exists
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names are no bytes there")
+def test_names_that_a_terminal_or_onnx_cannot_take(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out\N{EURO SIGN}.onnx"
+    command = [sys.executable, "-m", "liar_opt", str(model), "-o", str(output), "--samples", "4", "--no-latency"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.endswith("out\\u20ac.onnx\n") and output.is_file()
+    no_text = model.with_name("model\udcff.onnx")
+    shutil.copy(model, no_text)
+    refuse(no_text, needles=("is no UTF-8 text", "rename it"))
 
 
 def test_the_installed_script(model: Path) -> None:
