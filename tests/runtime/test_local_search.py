@@ -43,6 +43,18 @@ def test_no_single_swap_is_better(seed: int) -> None:
         assert residual(problems, swapped) >= residual(problems, found) * (1 - 1e-6)
 
 
+@pytest.mark.parametrize("blocks", [list(range(8)), [0, 1, 1, 2, 2, 2, 3, 4]])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_block_that_gains_most_comes_back_first(seed: int, blocks: list[int]) -> None:
+    """One trial: it comes back, and what costs least then goes; both by the formula."""
+    problems = [problem(seed, blocks), problem(seed + 50, blocks, columns=11, scale=0.3)]
+    number = max(blocks) + 1
+    start = np.sort(np.random.default_rng(seed).permutation(number)[: number // 2])
+    more = min((np.append(start, b) for b in np.setdiff1d(np.arange(number), start)), key=lambda k: residual(problems, k))
+    left = min((more[more != b] for b in more), key=lambda k: residual(problems, k))
+    assert swap_blocks(problems, start, RIDGE, trials=1).tolist() == sorted(left)
+
+
 def test_it_ends_below_greedy_and_near_the_best() -> None:
     for seed in range(10):
         problems = [problem(seed, np.repeat(np.arange(4), 2))]
