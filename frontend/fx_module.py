@@ -944,4 +944,3 @@ def _number(old: Any, new: Any, symbols: Mapping[Any, int]) -> int:
 def _evaluated(expression: Any, sizes: frozenset[tuple[Any, int]]) -> int:
     """Returns what an expression gives: a graph has few of them, and reads them at every node of every run."""
     return int(expression.subs(dict(sizes)))
-
