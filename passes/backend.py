@@ -40,11 +40,10 @@ from liar_opt.passes.report import Report
 from liar_opt.passes.result import PruneResult
 from liar_opt.passes.tune_module import require_tuning
 from liar_opt.passes.verify_model import dense_session
-from liar_opt.runtime.calibration_data import require_readable
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency
 from liar_opt.runtime.memory import MemoryWatch
-from liar_opt.runtime.self_calibration import Author, Writer, is_own_text
+from liar_opt.runtime.self_calibration import Author, Writer
 from liar_opt.runtime.signatures import Signature
 
 SPREAD = 0.02
@@ -100,7 +99,6 @@ class Backend(ABC):
         Raises:
             OptionError: one does not work here, is unknown, or does not fit another.
         """
-        require_readable(None if is_own_text(calibration) else calibration, options.tokenizer)
         require_labels(options.score, options.loss, options.labelled, cls.gradients)
         lookup("packing", dict.fromkeys(PACKINGS), options.packing)
         if options.small_tokenizer and not wants_words(options):

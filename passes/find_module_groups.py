@@ -75,6 +75,7 @@ def _rigid(walk: FxWalk, group: ChannelGroup) -> bool:
 
 def _shared(walk: FxWalk, group: ChannelGroup) -> bool:
     """Returns whether a weight that is repaired is read by a node, too, where it is not."""
-    repaired = {id(use.node) for consumer in group.consumers for use in consumer.uses}
-    weights = {id(use.weight) for consumer in group.consumers for use in consumer.uses}
+    uses = [use for consumer in group.consumers for use in consumer.uses]
+    repaired = {id(node) for use in uses for node in (use.node, use.lookup and use.lookup.node)}
+    weights = {id(use.weight) for use in uses}
     return any(id(use.constant) in weights and id(use.node) not in repaired for use in walk.constant_uses)

@@ -29,9 +29,11 @@ from liar_opt.passes.scores import ScoreFunction
 from liar_opt.passes.try_choices import prune_chosen
 from liar_opt.passes.verify_model import dense_session, require_runs
 from liar_opt.runtime.arrays import arrays_for, solving_on
+from liar_opt.runtime.calibration_data import require_readable
 from liar_opt.runtime.errors import LiarOptError, OptionError
 from liar_opt.runtime.memory import MemoryWatch
 from liar_opt.runtime.ranks import current
+from liar_opt.runtime.self_calibration import is_own_text
 from liar_opt.runtime.sessions import custom_operators
 
 
@@ -222,6 +224,7 @@ def prune(
     require_pattern_possible(options)
     require_blocks_possible(options)
     require_choice(options, calibration)
+    require_readable(None if is_own_text(calibration) else calibration, tokenizer)
     if current().size > 1 and (blocks is not None or experts is not None):
         raise OptionError("blocks and experts go in one process; run it without torchrun, then the widths of the result")
     try:

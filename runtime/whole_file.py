@@ -83,6 +83,18 @@ class PatientStream(io.RawIOBase):
                 self._refused = err
         return memoryview(data).nbytes
 
+    def seekable(self) -> bool:
+        """It is: torch goes to the beginning before it writes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves in the file."""
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Returns where in the file it is."""
+        return self._stream.tell()
+
     def settle(self) -> None:
         """Raises what the system refused with.
 

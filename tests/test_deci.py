@@ -202,7 +202,7 @@ def test_what_it_cannot_say_is_refused(name: str) -> None:
 
 
 def test_what_contradicts_is_refused() -> None:
-    with pytest.raises(OptionError, match="checkpoint 'deco' is unknown; choose one of deci"):
+    with pytest.raises(OptionError, match="checkpoint is 'deco', of type 'str'; give True or False, 'deci' or None"):
         pruned(model(), checkpoint="deco")
     with pytest.raises(OptionError, match="what reads DeciLM reads no weights of torchao"):
         pruned(model(), quantize="int8")
