@@ -14,6 +14,7 @@ from liar_opt.passes.backend import Backend
 from liar_opt.passes.base import Change, Observer, Pass, PassResult, Pipeline, Probes, State, WholeModel
 from liar_opt.passes.calibrate import calibrate, divided, fitted
 from liar_opt.passes.checkpoint import Checkpoint, digests_of
+from liar_opt.passes.close_calls import ROUNDING
 from liar_opt.passes.cut_experts import CutExperts, CutExpertsPass, experts_refused, planned_experts
 from liar_opt.passes.cut_vocabulary import ChosenWords, CutWords, planned_words, wants_words
 from liar_opt.passes.find_groups import NOT_WHOLE, WholeSublayers
@@ -213,7 +214,8 @@ class ModelJob:
         """Takes out the groups whose cut turned out to be wrong.
 
         Raises:
-            CheckError: nothing is left.
+            CheckError: nothing is left, by a fault of ours.
+            ModelError: nothing is left.
         """
         leave_alone(self.state, self.faults)
         try:
@@ -222,6 +224,8 @@ class ModelJob:
             if not self.faults:
                 raise
             name, reason = next(iter(self.faults.items()))
+            if all(why.startswith(ROUNDING) for why in self.faults.values()):
+                raise ModelError(f"no group that could be cut is left: {reason}") from err
             raise CheckError(
                 f"no group that could be cut is left: cutting '{name}' would be wrong ({reason}); nothing was written; "
                 "please report the model's structure as a bug"

@@ -27,6 +27,7 @@ from liar_opt.frontend.onnx_segments import plan_segments
 from liar_opt.frontend.tables import looked_up, vocabulary
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.base import DenseModel, Finding, Pass, PassResult, Probes, State
+from liar_opt.passes.close_calls import ROUNDING, close_calls
 from liar_opt.passes.find_groups import find_groups
 from liar_opt.passes.groups import GONE, MAPPED, ChannelGroup, Consumer, Refusal
 from liar_opt.passes.measured import Measured, Repaired
@@ -69,7 +70,7 @@ class RaisedAt(Exception):
 
 @dataclass(frozen=True)
 class Faults(Finding):
-    """The groups whose cut would be wrong, with the reason of each."""
+    """The groups whose cut would be wrong, or to be doubted, with the reason of each."""
 
     by: ClassVar[str] = "prove-groups"
     reasons: Mapping[str, str]
@@ -117,8 +118,11 @@ class ProveGroupsPass(Pass[Mapping[str, int]]):
     def apply(self, state: State, plan: Mapping[str, int]) -> PassResult:
         """Proves the groups; those at fault are no groups any more."""
         proof = Proof(state, self.cut)
+        calls = current().once(lambda: proof.close_calls((*state.groups, *state.values, *state.queries)))
+        leave_alone(state, calls)
         left = self._prove_whole(state, proof)
-        faults = current().once(lambda: proof.faults(plan))
+        faults = current().once(lambda: proof.faults({name: keep for name, keep in plan.items() if name not in calls}))
+        faults |= calls
         leave_alone(state, faults)
         state.add(Faults(faults))
         return PassResult(state, (), (*refusals_of(faults), *left))
@@ -152,11 +156,9 @@ def refusals_of(reasons: Mapping[str, str]) -> tuple[Refusal, ...]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)
+    ours = "left alone, for cutting it would be wrong here (a fault of liar-opt; please report it): "
     return tuple(
-        Refusal(
-            f"left alone, for cutting it would be wrong here (a fault of liar-opt; please report it): {reason}",
-            tuple(names),
-        )
+        Refusal(f"{'left alone: ' if reason.startswith(ROUNDING) else ours}{reason}", tuple(names))
         for reason, names in by_reason.items()
     )
 
@@ -219,6 +221,10 @@ class Proof:
         if not self.feeds or not keep:
             return {}
         return groups_at_fault(keep, lambda some: self.failure(some, blocks or {}))
+
+    def close_calls(self, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+        """Returns the groups that are cut in front of a choice that rounding makes, with the reason of each."""
+        return close_calls(self.engine, self.state.analysed(), self.outputs, self.feeds, groups)
 
     def failure(self, keep: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> Failure | None:
         """Returns what is wrong with the cut of some groups together, or None."""

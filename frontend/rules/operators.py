@@ -50,7 +50,8 @@ _STANDARD = (
     Op("Conv", onnx_convolutions.conv, Trait.LINEAR | Trait.SLIDES, contracts=(1,), summand=2),
     Op("ConvTranspose", onnx_convolutions.conv_transpose, contracts=(1,)),
     *each("GlobalAveragePool GlobalLpPool GlobalMaxPool", onnx_convolutions.global_pool),
-    *each("AveragePool LpPool MaxPool", onnx_convolutions.pool),
+    *each("AveragePool LpPool", onnx_convolutions.pool),
+    Op("MaxPool", onnx_convolutions.pool, Trait.POINTS),
     Op("SwiGLU", meaning.pointwise, Trait.BROADCASTS),
     Op("ConstantOfShape", onnx_generators.constant_of_shape, evaluate=numbers.constant_of_shape),
     Op("Range", onnx_generators.counted, evaluate=numbers.counted),
@@ -215,7 +216,7 @@ _STANDARD = (
     ),
     Op("CausalConvWithState", onnx_recurrent.causal_convolution),
     *each("GRU LSTM RNN", onnx_recurrent.recurrent, Trait.RECURS),
-    *each("ArgMax ArgMin", onnx_reductions.place_of_best),
+    *each("ArgMax ArgMin", onnx_reductions.place_of_best, Trait.POINTS),
     *each("CumProd CumSum", onnx_reductions.cumulated),
     *each("Hardmax LogSoftmax", onnx_reductions.softmax_of_rows),
     *each("Hardmax LogSoftmax", onnx_reductions.softmax, since=13),
@@ -243,7 +244,7 @@ _STANDARD = (
         onnx_reductions.reduce,
         fold=numbers.norm(lambda x, axis, keepdims: np.sum(x * x, axis, keepdims=keepdims)),
     ),
-    Op("TopK", onnx_reductions.top_k),
+    Op("TopK", onnx_reductions.top_k, Trait.POINTS),
     *each("Constant If"),
     Op(
         "Shape",
@@ -335,15 +336,20 @@ _ATEN = (
     *each(
         "_adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa "
         "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d adaptive_avg_pool1d "
-        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d "
-        "avg_pool2d avg_pool3d max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d "
-        "max_pool3d_with_indices upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d "
+        "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d "
         "upsample_nearest2d upsample_nearest3d upsample_trilinear3d",
         aten.pool,
     ),
+    *each(
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
+        "max_pool3d_with_indices",
+        aten.pool,
+        Trait.POINTS,
+    ),
     Op("prelu", aten.prelu, Trait.BROADCASTS),
     *each(
-        "all amax amin aminmax any argmax argmin count_nonzero kthvalue linalg_vector_norm logsumexp mean median nanmean "
+        "all amax amin aminmax any count_nonzero kthvalue linalg_vector_norm logsumexp mean median nanmean "
         "nansum norm prod std std_mean sum var var_mean",
         aten.reduce,
     ),
@@ -352,7 +358,9 @@ _ATEN = (
     *each("gru lstm rnn_relu rnn_tanh", aten.recurrent, Trait.RECURS),
     *each("scatter scatter_add scatter_reduce", aten.scatter),
     Op("select_scatter", aten.select_scatter),
-    *each("diff topk", aten.shorter_axis),
+    *each("argmax argmin", aten.reduce, Trait.POINTS),
+    Op("diff", aten.shorter_axis),
+    Op("topk", aten.shorter_axis, Trait.POINTS),
     Op("slice", aten.sliced, Trait.SLICES),
     Op("slice_scatter", aten.slice_scatter),
     *each("split split_with_sizes split_with_sizes_copy unsafe_split", aten.split, Trait.SPLITS),

@@ -53,6 +53,7 @@ class Trait(Flag):
     UNPACKS = auto()  # takes small integers out of a large one
     INDEXES = auto()  # stands between token ids and the table that they look up
     SHAPES = auto()  # gives the sizes of a tensor
+    POINTS = auto()  # says at which places the largest are, or the smallest
 
 
 NONE = Trait(0)
