@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import AnyPatch, ConstantPatch, Part, Patch, Value
-from liar_opt.frontend.graph_tensors import is_float
+from liar_opt.frontend.graph_tensors import is_constant, is_float
 from liar_opt.frontend.onnx_segments import live_tensors, plan_segments
-from liar_opt.frontend.records import StandIn
+from liar_opt.frontend.records import ConsumerUse, StandIn
+from liar_opt.frontend.rules.operators import has
+from liar_opt.frontend.rules.table import Trait
+from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import ChannelGroup, kept_positions
 from liar_opt.passes.measured import Measured
 from liar_opt.passes.prune_groups import GroupVisitor
@@ -43,7 +46,8 @@ class ProbeOutputs:
     """Runs the rest of the model behind what is changed, or the whole, on a few held-back samples.
 
     The dense model runs once, in parts, and its live tensors between them are kept. What runs again is the part that is
-    changed, which is made anew, and the parts behind it, which are made once for all.
+    changed, which is made anew, and the parts behind it, which are made once for all. A matrix that gives an output row by
+    row, as that of a vocabulary does, is multiplied by the rows that are compared alone.
 
     Args:
         sweep: over the model, which stays as it is.
@@ -65,6 +69,10 @@ class ProbeOutputs:
             t for t in sweep.walk.model.graph.outputs if getattr(t, "type", "") == "tensor_type"
         ]  # no sequence, and no constant
         self.outputs = [t.name for t in ends if is_float(t.dtype)][:PROBE_OUTPUTS]
+        heads = {t.name: head_of(sweep.walk, t) for t in ends if t.name in self.outputs}
+        self.heads = {name: head for name, head in heads.items() if head is not None}
+        self.sources = {name: self.heads[name].activation.name if name in self.heads else name for name in self.outputs}
+        self.head_parts: dict[str, Part] = {}
 
     @functools.cached_property
     def dense(self) -> list[Rows]:
@@ -119,27 +127,52 @@ class ProbeOutputs:
             stop: number of the place behind what is patched.
             patches: without any, the live tensors at every place are kept.
         """
-        ends: list[Rows] = [{} for _ in self.data.batches]
+        sources, masks, array = dict.fromkeys(self.sources.values()), self.data.row_masks, self.engine.array
         values = self.live[start]
+        found = [
+            {n: some_rows(array(own[n]), mask) for n in sources if n in own}
+            for own, mask in zip(values, masks, strict=True)
+        ]
         for begin, end in ((start, stop), *((i, i + 1) for i in range(stop, len(self.places) - 1))):
             part = self._part(begin, end, values[0], patches if begin == start else ())
             pairs = zip(self.data.batches, values, strict=True)
             ran = [{} if part is None else part.run({**feeds, **own}) for feeds, own in pairs]
-            for rows, made, mask in zip(ends, ran, self.data.row_masks, strict=True):
-                rows.update({n: some_rows(self.engine.array(made[n]), mask) for n in self.outputs if n in made})
+            for rows, made, mask in zip(found, ran, masks, strict=True):
+                rows.update({n: some_rows(array(made[n]), mask) for n in sources if n in made})
             both = [{**own, **made} for own, made in zip(values, ran, strict=True)]
             values = [{n: own[n] for n in self.names[end]} for own in both]
             if not patches:
                 values = self._kept(values)
                 self.live.append(values)
-        return ends
+        return [self._behind_heads(rows, patches) for rows in found]
+
+    def _behind_heads(self, rows: Rows, patches: Sequence[AnyPatch]) -> Rows:
+        """Returns rows of outputs [r, c] from those of the tensors that they are taken from."""
+        result: Rows = {}
+        for name, source in self.sources.items():
+            if source not in rows:
+                continue
+            if name not in self.heads:
+                result[name] = rows[source]
+                continue
+            head, axes = self.heads[name], self.sweep.walk.axes[source] or ()
+            given = {source: rows[source].reshape(*[1] * (len(axes) - 2), *rows[source].shape)}
+            span = self.sweep.position(head.node), self.made[name] + 1
+            changed = [p for p in patches if any(span[0] <= place < span[1] for place in self._changed(p))]
+            part = self.head_parts.get(name)
+            if part is None or changed:
+                part = self.engine.part(self.sweep.walk, *span, [name], given, patches=changed, once=True)
+            if not changed:
+                self.head_parts[name] = part
+            result[name] = some_rows(self.engine.array(part.run(given)[name]), None)
+        return result
 
     def _part(self, begin: int, end: int, given: Mapping[str, Value], patches: Sequence[AnyPatch]) -> Part | None:
         """Returns what runs the nodes between two places, None where nobody needs them; without patches it is made once."""
         if not patches and begin in self.parts:
             return self.parts[begin]
         start, stop = self.places[begin], self.places[end]
-        names = dict.fromkeys([*self.outputs, *self.names[end]])
+        names = dict.fromkeys([*self.sources.values(), *self.names[end]])
         wanted = [n for n in names if start <= self.made.get(n, -1) < stop]
         if not wanted:
             return None
@@ -157,6 +190,30 @@ class ProbeOutputs:
             return values
         stored = [{n: memory.store.put(array(own[n])) for n in names} for own, names in zip(values, news, strict=True)]
         return [{**own, **on_disk} for own, on_disk in zip(values, stored, strict=True)]
+
+
+def head_of(walk: GraphWalk, output: Any) -> ConsumerUse | None:
+    """Returns the product with a constant matrix that gives an output, each row of it from one row of a tensor.
+
+    A vector may be added behind it. None where the output is made in another way.
+    """
+    uses = {use.node.outputs[0].name: use for use in walk.consumers}
+    while output.name not in uses:
+        node = output.inputs[0] if output.inputs else None
+        if node is None or not has(node, Trait.COPIES | Trait.ADDS):
+            return None
+        vectors = [t for t in node.inputs if is_constant(t) and len(t.shape) <= 1]
+        rest = [t for t in node.inputs if all(t is not vector for vector in vectors)]
+        if len(rest) != 1 or is_constant(rest[0]):
+            return None
+        output = rest[0]
+    use = uses[output.name]
+    axes, ends = walk.axes.get(use.activation.name), walk.axes.get(output.name)
+    if axes is None or ends is None or len(axes) != len(ends) or len(axes) < 2 or len(use.weight.shape) != 2:
+        return None
+    last = -1, len(axes) - 1
+    whole = use.window is None and use.lookup is None and use.activation.inputs
+    return use if whole and use.activation_axis in last and use.output_axis in last else None
 
 
 def probed_data(sweep: Sweep, rows: int) -> CalibrationData:

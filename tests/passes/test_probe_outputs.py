@@ -8,12 +8,13 @@ from typing import Any
 import graphs
 import numpy as np
 import pytest
-from streams import BLOCK, WEIGHTS, batches, data, four, prepared
+from streams import BLOCK, FOUR_WEIGHTS, NORMED, WEIGHTS, batches, data, four, prepared
 
 from liar_opt.frontend.engine import AnyPatch, Patch
-from liar_opt.frontend.onnx_engine import OnnxEngine
+from liar_opt.frontend.onnx_engine import OnnxEngine, OnnxPart
 from liar_opt.frontend.records import StandIn
-from liar_opt.passes.probe_outputs import ProbeOutputs
+from liar_opt.passes import probe_outputs
+from liar_opt.passes.probe_outputs import PROBE_ROWS, ProbeOutputs
 from liar_opt.passes.sweep import Sweep
 from liar_opt.runtime.calibration_data import CalibrationData
 
@@ -86,3 +87,48 @@ def test_the_first_samples_of_held_back_batches_are_compared() -> None:
     for batch, mask, place in zip(given.batches, given.row_masks, (5, 15), strict=True):
         np.testing.assert_array_equal(batch["x0"], found.batches[place]["x0"][:3])
         assert mask is not None and np.array_equal(mask, masks[place][:3])
+
+
+HEADS = {
+    "product": "y = MatMul(n, head)",
+    "biased": "m = MatMul(n, head)  y = Add(shift, m)",
+    "shared": "turned = Transpose<perm=[1,0]>(rows)  y = MatMul(n, turned)",
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_vocabulary_is_looked_at_in_the_rows_that_are_compared(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With masks that leave other rows in each batch, and a head that is patched itself."""
+    blocks = "\n".join(NORMED.format(i, i + 1, "Relu") for i in range(4))
+    text = f"f (float[b, s, 6] x0) => (float[b, s, 40] y) {{ {blocks} n = LayerNormalization(x4, g0) {HEADS[head]} }}"
+    drawn = np.random.default_rng(5).standard_normal((6, 40)).astype(np.float32)
+    weights = {**FOUR_WEIGHTS, "head": drawn, "rows": np.ascontiguousarray(drawn.T), "shift": drawn[0]}
+    masks = tuple(np.arange(90) < n for n in (90, 70))
+    found = data(batches(2, 0, (8, 90)), tuple(np.tile(mask, (8, 1)) for mask in masks))
+    sweep = Sweep(prepared(graphs.parse(text, weights), 0.5, replace(found, tokens=8 * 160)))
+    sizes: list[int] = []
+    ran = OnnxPart.run
+
+    def run(self: Any, feeds: Any, *arguments: Any, **options: Any) -> Any:
+        made = ran(self, feeds, *arguments, **options)
+        sizes.extend(np.asarray(value).size for name, value in made.items() if name == "y")
+        return made
+
+    monkeypatch.setattr(OnnxPart, "run", run)
+    probes = ProbeOutputs(sweep, sweep.state.groups)
+    assert list(probes.heads) == ["y"]
+    (own,) = (use for use in sweep.walk.consumers if use is probes.heads["y"])
+    patches = [[halved(g)] for g in sweep.state.groups]
+    matrix = own.laid_out(1.5 * own.matrix(np.asarray(own.weight.values)), own.weight.shape)
+    patches.append([Patch((own,), matrix, np.linspace(-0.1, 0.1, 40))])
+    lost = [probes.difference(patch) for patch in patches]
+    assert max(sizes) == PROBE_ROWS * 40
+    monkeypatch.setattr(probe_outputs, "head_of", lambda *_: None)
+    whole = ProbeOutputs(sweep, sweep.state.groups)
+    assert not whole.heads
+    assert lost == pytest.approx([whole.difference(patch) for patch in patches], rel=1e-4)
+    assert all(value is not None and value > 1e-3 for value in lost)
+
+
+def test_an_output_that_is_no_product_has_no_head(sweep: Sweep) -> None:
+    assert not ProbeOutputs(sweep).heads
