@@ -11,14 +11,18 @@ process of its own, and stand as how many times faster than the dense float mode
 """
 
 import argparse
+import contextlib
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from liar_opt.frontend.onnx_model import OnnxOriginal
 from liar_opt.frontend.onnx_quantise import SCHEMES
+from liar_opt.frontend.onnx_rounding import Rounded
 from liar_opt.passes.prune_job import prune
 from liar_opt.runtime.latency import Deployed, measure_latency
 from liar_opt.runtime.sessions import Session
@@ -30,6 +34,9 @@ from liar_opt.tools.dev.subjects.minilm import CALIBRATION, HELD_OUT, Held, Work
 SPARSITIES = (0.0, 0.2, 0.35, 0.5)
 TOKENS = 64
 SECONDS = 4.0
+OWN = ", ONNX Runtime's rounding"
+ROUNDING = "liar_opt.passes.quantise_result.rounded_anew"
+"""What rounds the quantiser's numbers anew, with error feedback."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", action="append", type=float, help="likewise")
     parser.add_argument("--sentences", type=int, default=HELD_OUT, help="held-out ones of MiniLM (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=CALIBRATION, help="of calibration (default: %(default)s)")
+    parser.add_argument("--own-rounding", action="store_true", help="numbers as ONNX Runtime's quantiser rounds them, too")
     parser.add_argument("--no-times", action="store_true", help="bytes and quality alone")
     parser.add_argument("--json", type=Path, help="keep the figures; those that it has are not made again")
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="wait for a quiet machine before timing")
@@ -97,7 +105,9 @@ SUBJECTS: dict[str, Any] = {"minilm": MiniLM, "sentiment": Classifier}
 def main(options: argparse.Namespace) -> int:
     """Makes and prints the table."""
     cells = Cells(options.json)
-    keys = [(scheme, s) for scheme in options.scheme or ("float", *SCHEMES) for s in options.sparsity or SPARSITIES]
+    schemes = [*(options.scheme or ("float", *SCHEMES))]
+    schemes += [f"{scheme}{OWN}" for scheme in schemes if scheme != "float" and options.own_rounding]
+    keys = [(scheme, s) for scheme in schemes for s in options.sparsity or SPARSITIES]
     with work_folder(options.folder) as folder:
         subject = SUBJECTS[options.subject](folder, options)
         found = {
@@ -129,9 +139,15 @@ def _file(subject: Any, folder: Path, scheme: str, sparsity: float) -> Path:
     """Makes a model where it is not there."""
     path = folder / f"{scheme}-{sparsity:g}.onnx"
     if not path.is_file():
-        given: dict[str, Any] = {} if scheme == "float" else {"quantize": scheme}
-        subject.prune(sparsity=sparsity, **given).save(path)
+        given: dict[str, Any] = {} if scheme == "float" else {"quantize": scheme.removesuffix(OWN)}
+        with mock.patch(ROUNDING, _as_it_is) if scheme.endswith(OWN) else contextlib.nullcontext():
+            subject.prune(sparsity=sparsity, **given).save(path)
     return path
+
+
+def _as_it_is(whole: OnnxOriginal, small: OnnxOriginal, *_: Any) -> tuple[OnnxOriginal, Rounded]:
+    """Leaves a quantised model as the quantiser has made it."""
+    return small, Rounded()
 
 
 def _made(subject: Any, folder: Path, scheme: str, sparsity: float) -> dict[str, float]:
