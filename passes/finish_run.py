@@ -5,6 +5,7 @@ from typing import Any
 
 from liar_opt.passes.backend import TIMED_SAMPLES, Backend
 from liar_opt.passes.base import Change, State
+from liar_opt.passes.fit_runtime import time_narrower
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.open_model import model_sizes
 from liar_opt.passes.pattern_weights import Patterned, timed_alone
@@ -45,6 +46,8 @@ def finish_run(
         backend.keep_scheme(report, state)
         if options.latency:
             backend.note_times(report, state, batch, aimed)
+        if report.latency is not None and report.kept_scheme is None:
+            time_narrower(state, report.latency.speedup, report.latency.spread or 0.0)
         alone = state.get(Patterned)
         if alone is not None and report.patterned is None:
             times = report.latency

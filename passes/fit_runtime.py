@@ -8,6 +8,7 @@ allocation works in, whatever set the goal: ratios, a target, a largest loss, a 
     heads           lcm(heads, N), and so many that the block divides all that the output projection contracts
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from liar_opt.frontend.rules.table import Trait
 from liar_opt.passes.allocate_widths import NAMED, Expressible, step_of
 from liar_opt.passes.base import Finding, Pass, PassResult, State
 from liar_opt.passes.groups import ChannelGroup
-from liar_opt.passes.meet_target import LatencyTable
+from liar_opt.passes.meet_target import LatencyTable, latency_table
 from liar_opt.passes.options import DECI, PruneOptions
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.runtimes import BLOCK, RUNTIMES, Runtime, of_format
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.latency import CannotTime
 
 CLEAR = 0.01
 """Share of the dense model's time by which a narrower width is faster."""
@@ -271,6 +273,18 @@ def _in_steps(groups: Sequence[ChannelGroup], expressible: Expressible) -> dict[
     return allowed | {n: tuple(w for w in allowed[n] if w % steps.get(n, 1) == 0) for n in others}
 
 
+def time_narrower(state: State, speedup: float, spread: float) -> None:
+    """Times narrower widths where what was fitted is not faster, so that the report can say which would be."""
+    if state.get(Fitted) is not None and state.get(LatencyTable) is None and not _faster(speedup, spread):
+        with contextlib.suppress(CannotTime):
+            state.add(latency_table(state))
+
+
+def _faster(speedup: float, spread: float) -> bool:
+    """Returns whether a result is faster by more than chance."""
+    return speedup > 1.0 + 2.0 * spread
+
+
 def measured_fit(state: State, device: str, speedup: float | None, spread: float) -> Fitted | None:
     """Returns what came of a fit, by the times of this run; None where nothing was to fit.
 
@@ -283,7 +297,7 @@ def measured_fit(state: State, device: str, speedup: float | None, spread: float
     found = state.get(Fitted)
     if found is None:
         return None
-    faster = None if speedup is None else speedup > 1.0 + 2.0 * spread
+    faster = None if speedup is None else _faster(speedup, spread)
     better = None if faster is None or faster else _next_faster(state)
     told = None if better is None else better._asdict()
     return replace(found, device=device, speedup=speedup, faster=faster, next=told)

@@ -25,8 +25,10 @@ from liar_opt.passes.blank_cut import operations
 from liar_opt.passes.fit_runtime import FitRuntimePass, Fitted, measured_fit
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.meet_target import LatencyTable
+from liar_opt.passes.onnx_backend import OnnxBackend
 from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.runtime.errors import OptionError
+from liar_opt.runtime.latency import Latency
 from liar_opt.tools import cli
 from liar_opt.tools.report import runtime_fit
 
@@ -296,6 +298,22 @@ def test_the_next_width_is_that_of_the_table() -> None:
     slow = measured_fit(state, "cpu", 0.9, 0.01)
     assert slow is not None and slow.next == {"group": "f", "width": 128, "seconds": pytest.approx(0.1)}
     assert measured_fit(State(state.model), "cpu", 0.9, 0.01) is None
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 1.2), (1.0, 0.8)], ids=["slower", "faster"])
+def test_where_a_result_is_not_faster_narrower_widths_are_timed(
+    seconds: tuple[float, float], clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxBackend, "timed", lambda *_: Latency(seconds, 3, "", 0.001))
+    result = run(export(), "qnn", ffn=0.1, latency=True)
+    said = result.report["fitted"]
+    assert said["faster"] is (seconds[1] < 1.0)
+    if said["faster"]:
+        assert said["next"] is None
+        return
+    kept = {g["name"]: g["after"] for g in result.report["groups"]}
+    assert said["next"]["width"] < kept[said["next"]["group"]] and said["next"]["seconds"] > 0
+    assert said["next"]["width"] % 32 == 0 or kept[said["next"]["group"]] <= 16
 
 
 def told(**more: Any) -> str:
