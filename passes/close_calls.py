@@ -15,13 +15,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from liar_opt.frontend.engine import Engine
+from liar_opt.frontend.engine import Engine, Part
 from liar_opt.frontend.graph_tensors import present
 from liar_opt.frontend.rules.operators import has
 from liar_opt.frontend.rules.table import Trait
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.passes.groups import ChannelGroup
 from liar_opt.runtime.compare import TOLERANCES, relative_difference
+from liar_opt.runtime.errors import InternalError
 
 Feeds = Mapping[str, Any]
 ROUNDING = "rounding decides "
@@ -42,32 +43,43 @@ def close_calls(
         feeds: inputs; those of whole numbers are tried with each twice in a row, too, as words are repeated.
         groups: the groups.
     """
-    nodes = walk.model.graph.nodes
+    nodes, choices = walk.model.graph.nodes, _choices(walk, groups)
+    found: dict[str, str] = {}
+    if not choices:
+        return found
+    sources = {last: nodes[last].outputs[0].name for last, _ in choices.values()}
+    wanted = list(dict.fromkeys(sources.values()))
+    part = engine.part(walk, 0, max(sources) + 1, wanted, {}, once=True)
+    for own in (*feeds, *map(repeated, feeds)):
+        try:
+            values = _arrays(engine, part, wanted, own)
+        except InternalError:  # a model that wants other numbers than these
+            continue
+        for position, (last, names) in choices.items():
+            span, value = (last + 1, position + 1), values[sources[last]]
+            if found.keys() >= set(names) or not _decided_by_rounding(engine, walk, span, outputs, own, value):
+                continue
+            name, op = nodes[position].name, nodes[position].op
+            reason = (
+                f"{ROUNDING}which of some nearly equal numbers is the largest, whose place node '{name}' ({op}) gives; "
+                "a cut in front of it changes the order of sums"
+            )
+            found |= {group: reason for group in names if group not in found}
+    return found
+
+
+def _choices(walk: GraphWalk, groups: Sequence[ChannelGroup]) -> dict[int, tuple[int, list[str]]]:
+    """Returns where places are made that are read: by position, the last sum in front that a cut shortens, and groups."""
+    nodes, found = walk.model.graph.nodes, {}
     read = {t.name for node in nodes for t in node.inputs} | {t.name for t in walk.model.graph.outputs}
-    choices: dict[int, tuple[int, list[str]]] = {}
     for position, node in enumerate(nodes):
         if has(node, Trait.POINTS) and any(t.name in read for t in _places(node)):
             before = _nodes_before(node)
             cuts = {g.name: {id(r.node) for r in g.readings} & before for g in groups}
-            sums = set().union(*cuts.values())
+            sums = set[int]().union(*cuts.values())
             if sums:
                 last = max(i for i, one in enumerate(nodes) if id(one) in sums)
-                choices[position] = last, [name for name, own in cuts.items() if own]
-    found: dict[str, str] = {}
-    for own in (*feeds, *map(repeated, feeds)) if choices else ():
-        sources = {last: nodes[last].outputs[0].name for last, _ in choices.values()}
-        values = _run(engine, walk, (0, max(sources) + 1), list(sources.values()), own, {})
-        for position, (last, names) in choices.items():
-            span = last + 1, position + 1
-            if not found.keys() >= set(names) and _decided_by_rounding(
-                engine, walk, span, outputs, own, values[sources[last]]
-            ):
-                name, op = nodes[position].name, nodes[position].op
-                reason = (
-                    f"{ROUNDING}which of some nearly equal numbers is the largest, whose place node '{name}' ({op}) gives; "
-                    "a cut in front of it changes the order of sums"
-                )
-                found |= {group: reason for group in names if group not in found}
+                found[position] = last, [name for name, own in cuts.items() if own]
     return found
 
 
@@ -126,8 +138,11 @@ def _run(
     engine: Engine, walk: GraphWalk, span: tuple[int, int], wanted: Sequence[str], feeds: Feeds, given: Feeds
 ) -> dict[str, NDArray[Any]]:
     """Returns tensors that some nodes of the graph make."""
-    part = engine.part(walk, *span, wanted, given, once=True)
-    return {name: engine.array(value) for name, value in part.run({**feeds, **given}, arrays=wanted).items()}
+    return _arrays(engine, engine.part(walk, *span, wanted, given, once=True), wanted, {**feeds, **given})
+
+
+def _arrays(engine: Engine, part: Part, wanted: Sequence[str], feeds: Feeds) -> dict[str, NDArray[Any]]:
+    return {name: engine.array(value) for name, value in part.run(feeds, arrays=wanted).items()}
 
 
 def _moved(value: NDArray[Any]) -> NDArray[Any]:
