@@ -117,7 +117,12 @@ def test_a_width_that_no_field_says_is_told_without_trying_all(monkeypatch: pyte
     module = transformers.MobileViTModel(config).eval()
     made: list[Any] = []
     shapes_made = hf_checkpoint._shapes_made
-    monkeypatch.setattr(hf_checkpoint, "_shapes_made", lambda *given: made.append(given) or shapes_made(*given))
+
+    def counted(*given: Any) -> Any:
+        made.append(given)
+        return shapes_made(*given)
+
+    monkeypatch.setattr(hf_checkpoint, "_shapes_made", counted)
     before = {k: tuple(v.shape) for k, v in module.state_dict().items()}
 
     def wanted(inner: Callable[[int], int]) -> dict[str, tuple[int, ...]]:
@@ -126,8 +131,8 @@ def test_a_width_that_no_field_says_is_told_without_trying_all(monkeypatch: pyte
         return {**before, **up, **down}
 
     for width in (32, 48, 64):  # of one stage, while one ratio says those of all
-        pair = {(width, width - 1)}
-        assert express(module, wanted(lambda n, w=width: n - (n == w)), pair, (), ratios=pair, valid=False) is None
+        pair, narrow = {(width, width - 1)}, {n: n - (n == width) for n in (32, 48, 64)}
+        assert express(module, wanted(narrow.__getitem__), pair, (), ratios=pair, valid=False) is None
     fewer = {k: (s[0] * 3 // 4, *s[1:]) for k, s in before.items() if any(n in k for n in ("query", "key", "value"))}
     pairs = {(4, 3), (16, 12), (24, 18), (32, 24)}
     assert express(module, {**before, **fewer}, pairs, {4, 6, 8}, valid=False) is None

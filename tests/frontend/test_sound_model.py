@@ -274,7 +274,7 @@ def test_tensors_that_double_until_no_machine_holds_them(kind: str) -> None:
     """Each step is small beside what it reads, so that no limit of one node stops it."""
     step = "Tile({0}, two)" if kind == "Tile" else "Concat<axis = 2>({0}, {0})"
     chain = " ".join(f"z{i + 1} = {step.format(f'z{i}')} " for i in range(40))
-    weights = {"w": (6, 5), "t": (1, 1, 6), "two": np.asarray([1, 1, 2])}
+    weights: graphs.Weights = {"w": (6, 5), "t": (1, 1, 6), "two": np.asarray([1, 1, 2])}
     text = f"f (float[b, s, 6] x) => (float[b, s, 5] y) {{ {DOUBLING[kind]}  {chain} k = ReduceMax<keepdims = 0>(z40)  u = MatMul(x, w)  y = Add(u, k) }}"
     refused(graphs.parse(text, weights), r"makes a tensor of [\d,]{13,} elements, more than this machine holds")
 
@@ -287,7 +287,7 @@ def test_long_chains(kind: str) -> None:
     )
     chain = " ".join(step.format(i, i + 1) for i in range(1200))
     width, rest = (3, 3 * 1201) if kind == "joined" else (1211, 11)
-    weights = {
+    weights: graphs.Weights = {
         "w1": (6, width),
         "w2": (rest, 5),
         "one": np.asarray([1]),
