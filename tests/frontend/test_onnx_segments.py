@@ -390,7 +390,12 @@ def test_graphs_older_than_what_moments_need(opset: int) -> None:
         d = Conv<pads = [1, 1, 1, 1]>(a, w1)  e = BatchNormalization<spatial = 1>(d, scale, offset, mean, var)
         f = Upsample<scales = [1.0, 1.0, 2.0, 2.0], mode = "nearest">(e)  g = Relu(f)  y = Conv(g, w2) }"""
     weights: graphs.Weights = {"w0": (5, 1, 3, 3), "w1": (11, 5, 3, 3), "w2": (3, 11, 1, 1)}
-    normal = {"scale": (11,), "offset": (11,), "mean": (11,), "var": np.linspace(0.5, 2, 11, dtype=np.float32)}
+    normal: graphs.Weights = {
+        "scale": (11,),
+        "offset": (11,),
+        "mean": (11,),
+        "var": np.linspace(0.5, 2, 11, dtype=np.float32),
+    }
     proto = graphs.parse(text, {**weights, **normal}, opset=opset)
     data = {"x": np.random.default_rng(0).standard_normal((16, 1, 5, 6)).astype(np.float32)}
     result = prune(proto, calibration=data, ffn=0.5, multiple_of=1, latency=False, provider="cpu")
