@@ -41,6 +41,12 @@ class Refinement(NamedTuple):
 
 WIDEST = 1 << 25
 """Elements of a product of dimensions beyond which its parts are left alone."""
+MOST_PARTS = 1 << 16
+"""Leaves of a concatenation beyond which they are left alone: what is joined with itself has twice as many each time."""
+DEEPEST = 64
+"""Refinements within each other beyond which a concatenation of concatenations is written as one."""
+MOST_CUTS = 200
+"""Pieces of pieces that are cut again; what goes through them goes one deeper for each."""
 
 
 class AxisAlgebra:
@@ -52,6 +58,8 @@ class AxisAlgebra:
         self._pin: list[str | None] = []
         self._firm: list[bool] = []
         self._refinement: list[Refinement | None] = []
+        self._depth: list[int] = []  # refinements that a factor was made of, one within another
+        self._cuts: list[int] = []  # cuts that a factor is a piece of, one within another
         # What was asked of the present state; whatever changes a class or a refinement clears both.
         self._leaves: dict[Factor, list[Factor]] = {}
         self._owners: dict[tuple[Factor, Factor], NDArray[np.int64]] = {}
@@ -68,6 +76,8 @@ class AxisAlgebra:
         self._pin.append(pin)
         self._firm.append(pin is not None and firm)
         self._refinement.append(None)
+        self._depth.append(0)
+        self._cuts.append(0)
         return len(self._parent) - 1
 
     def merge(self, factors: Sequence[Factor]) -> Factor:
@@ -82,18 +92,29 @@ class AxisAlgebra:
         if self.size(merged) > WIDEST:
             self._pin_all([merged, *parts], f"an axis of {self.size(merged):,}, longer than {WIDEST:,}")
         if parts:
-            self._refinement[merged] = Refinement("product", parts)
+            self._refine(merged, "product", parts)
         return merged
 
     def join(self, factors: Sequence[Factor]) -> Factor:
-        """Returns the concatenation of ``factors``; empty parts vanish."""
+        """Returns the concatenation of ``factors``; empty parts vanish.
+
+        What has more than `MOST_PARTS` leaves is pinned, and is no concatenation any more.
+        """
         parts = tuple(f for f in factors if self.size(f) != 0)
         if len(parts) == 1:
             return parts[0]
         joined = self.fresh(sum(self.size(f) for f in parts))
-        if parts:
-            self._refinement[joined] = Refinement("concat", parts)
+        if sum(max(1, len(self.leaves(f))) for f in parts) > MOST_PARTS:
+            self._pin_all([joined, *parts], f"a concatenation of more than {MOST_PARTS:,} parts")
+        elif parts:
+            if max(self._depth[self.find(f)] for f in parts) >= DEEPEST:
+                parts = tuple(piece for f in parts for piece in self._flat(f, "concat"))
+            self._refine(joined, "concat", parts)
         return joined
+
+    def _refine(self, factor: Factor, kind: Kind, parts: tuple[Factor, ...]) -> None:
+        self._refinement[factor] = Refinement(kind, parts)
+        self._depth[factor] = 1 + max(self._depth[self.find(f)] for f in parts)
 
     def split(self, factor: Factor, sizes: Sequence[int]) -> list[Factor]:
         """Refines ``factor`` into a product of ``sizes`` (outermost first) and returns its parts.
@@ -108,11 +129,20 @@ class AxisAlgebra:
         return parts
 
     def cut(self, factor: Factor, sizes: Sequence[int]) -> list[Factor]:
-        """Refines ``factor`` into a concatenation of ``sizes`` and returns its parts."""
+        """Refines ``factor`` into a concatenation of ``sizes`` and returns its parts.
+
+        A piece of a piece, and so on more than `MOST_CUTS` times, is pinned instead.
+        """
         parts = [self.fresh(s) for s in sizes]
         if sum(sizes) != self.size(factor):
             self._pin_all([factor, *parts], f"cut of {self.size(factor)} into {tuple(sizes)}")
             return parts
+        cuts = self._cuts[self.find(factor)] + 1
+        if cuts > MOST_CUTS:
+            self._pin_all([factor, *parts], f"cut into pieces of pieces, more than {MOST_CUTS} times")
+            return parts
+        for part in parts:
+            self._cuts[part] = cuts
         self.unify(factor, self.join(parts))
         return parts
 
@@ -291,6 +321,8 @@ class AxisAlgebra:
             pin_a = None  # the other reason is the firm one
         child, root = (b, a) if self._refinement[a] is not None or self._refinement[b] is None else (a, b)
         self._parent[child] = root
+        self._depth[root] = max(self._depth[root], self._depth[child])
+        self._cuts[root] = max(self._cuts[root], self._cuts[child])
         self._changed()
         reason = pin_a if pin_a is not None else pin_b
         if reason is not None:

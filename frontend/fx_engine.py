@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.engine import AnyPatch, ConstantPatch, Engine, NotFinite, Part, Reference, Value, stand_ins
 from liar_opt.frontend.fx_module import Executor, FxModel, FxOriginal, Patched, to_numpy, to_torch
-from liar_opt.frontend.fx_rewrite import changed_parameters, cut_graph_module, cut_module
+from liar_opt.frontend.fx_rewrite import changed_parameters, copy_without, cut_graph_module, cut_module
 from liar_opt.frontend.graph_tensors import is_constant, nudged
 from liar_opt.frontend.model import Model, Original
 from liar_opt.frontend.onnx_segments import VARIANCE_FLOOR, Tap, nodes_for, row_mask
@@ -211,6 +211,8 @@ def _rounded(model: FxModel, changed: Patched) -> Patched:
 class TimedModule:
     """A module behind the face of a session, for timing: in its own code, or as the traced graph.
 
+    What is in training mode is timed as a copy that is not, of the same parameters: no running mean may move.
+
     Args:
         model: its graph, cut or not.
         module: what is run.
@@ -218,6 +220,8 @@ class TimedModule:
     """
 
     def __init__(self, model: FxModel, module: torch.nn.Module, own_code: bool = True) -> None:
+        if any(part.training for part in module.modules()):
+            module = copy_without(module, {name for name, _ in module.named_parameters(remove_duplicate=False)}).eval()
         self.model, self.module, self.own_code = model, module, own_code
         self.inputs = [spec.name for spec in model.signature]
 

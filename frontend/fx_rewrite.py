@@ -28,7 +28,7 @@ import onnx_graphsurgeon as gs
 from liar_opt.frontend.fx_module import Call, Executor, FxModel, FxWalk, Sym, arguments_of, to_torch
 from liar_opt.frontend.graph_tensors import is_constant, present
 from liar_opt.frontend.hf_checkpoint import FieldChange, changed_config, quiet_loading, without_cache
-from liar_opt.frontend.plain_module import copied_module
+from liar_opt.frontend.plain_module import copied_module, evaluating
 from liar_opt.frontend.rewrite import Rewriter
 from liar_opt.runtime.compare import relative_difference
 from liar_opt.runtime.errors import ModelError
@@ -542,11 +542,14 @@ def set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mapping
 
 
 def _difference(module: torch.nn.Module, arguments: Mapping[str, Any], expected: Sequence[torch.Tensor | None]) -> float:
-    """Returns how far the module's outputs are from what is expected; infinity where it fails or gives other shapes."""
+    """Returns how far the module's outputs are from what is expected; infinity where it fails or gives other shapes.
+
+    As it was traced: without dropout, whatever mode it is in, and no running mean moves.
+    """
     import torch
 
     try:
-        with torch.no_grad(), without_cache(module):
+        with torch.no_grad(), evaluating(module), without_cache(module):
             result = module(**arguments)
     except Exception:  # wrong sizes fail in any way that the module's code likes
         return float("inf")
@@ -564,7 +567,7 @@ def _failure(module: torch.nn.Module, arguments: Mapping[str, Any]) -> str:
     import torch
 
     try:
-        with torch.no_grad(), without_cache(module):
+        with torch.no_grad(), evaluating(module), without_cache(module):
             module(**arguments)
     except Exception as err:  # in any way that the module's code likes
         return f"; it fails: {' '.join(str(err).split())[:200]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import fnmatch
@@ -15,7 +16,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -502,7 +503,9 @@ def express(
                 return _needed(module, together, wanted, valid)
     chosen: tuple[FieldChange, ...] = ()
     missing = _missing(module, chosen, wanted, valid)
-    tried = candidates if len(candidates) <= MOST_TOGETHER else _touching(module, candidates, wanted)
+    tried = candidates
+    if len(candidates) > MOST_TOGETHER:
+        tried = _within_reach(module, _touching(module, candidates, wanted), wanted)
     while missing:
         better = None
         for count in range(1, MOST_TOGETHER + 1):
@@ -601,6 +604,63 @@ def _settable(config: Any, change: FieldChange) -> bool:
     except Exception:  # a configuration may refuse values in any way
         return False
     return True
+
+
+Axis = tuple[str, int | None]
+"""An axis of a tensor, by the tensor's name; None for the tensor itself, where there is none or one of another rank."""
+
+
+def _within_reach(module: torch.nn.Module, candidates: Sequence[FieldChange], wanted: Shapes) -> list[FieldChange]:
+    """Returns the candidates that can be among fields that say all shapes; none where no such fields can be.
+
+    What one changes that is to stay must be put right by another that has to do with the same axis, and every axis that is
+    to change must have to do with one of them. Which axes a field has to do with is seen at other values of it as well: the
+    one that it is to take may make no model alone (heads that do not divide a width), or the same one (what is derived if
+    not said). A field that makes a model at no value, or one with other tensors, may have to do with everything.
+    """
+    before = _shapes(module, (), False)
+    if before is None:
+        return list(candidates)
+    asked = _moved(before, wanted)
+    parts = {c: [e for entries in by_entry([c]).values() for e in entries] for c in candidates}
+    reach: dict[FieldPlace, set[Axis] | None] = {}
+    for part in dict.fromkeys(p for entries in parts.values() for p in entries):
+        made = [s for c in (part, *_elsewhere(part)) if (s := _shapes(module, (c,), False)) is not None]
+        moved = set[Axis]().union(reach.get(part.place) or (), *(_moved(before, s) for s in made))
+        everything = not made or any(axis is None for _, axis in moved) or reach.get(part.place, moved) is None
+        reach[part.place] = None if everything else moved
+    spoilt = {}
+    for change in candidates:
+        alone, own = _shapes(module, (change,), False), [reach[p.place] for p in parts[change]]
+        moved = set[Axis]().union(*(r or () for r in own if None not in own)) if alone is None else _moved(before, alone)
+        spoilt[change] = {(name, axis) for name, axis in moved - asked if name in before}
+    left = list(candidates)
+    while True:
+        places = {p.place for c in left for p in parts[c]}
+        anything = sum(reach[p] is None for p in places)
+        counts = collections.Counter(axis for p in places for axis in reach[p] or ())
+        kept = [c for c in left if all(counts[axis] + anything > 1 for axis in spoilt[c])]
+        if len(kept) == len(left):
+            return left if anything or all(counts[axis] for axis in asked) else []
+        left = kept
+
+
+def _elsewhere(change: FieldChange) -> list[FieldChange]:
+    """Returns changes of the same field to twice and half of what it is, or of what it is to be if it is not said."""
+    value = change.after if change.before is None else change.before
+    others = [2 * value, value // 2 if type(value) is int else value / 2]
+    return [replace(change, after=v) for v in others if v >= 1 or type(value) is float]
+
+
+def _moved(before: Shapes, after: Shapes) -> set[Axis]:
+    """Returns the axes that differ between two sets of tensors."""
+    result: set[Axis] = {(name, None) for name in before.keys() ^ after.keys()}
+    for name in before.keys() & after.keys():
+        if len(before[name]) != len(after[name]):
+            result.add((name, None))
+        else:
+            result |= {(name, axis) for axis, (a, b) in enumerate(zip(before[name], after[name], strict=True)) if a != b}
+    return result
 
 
 def _divisors(

@@ -26,14 +26,12 @@ from liar_opt.frontend.merged_decoder import side_by_side
 from liar_opt.frontend.rules.numbers import tensor_attribute
 from liar_opt.frontend.rules.operators import MOVERS, has
 from liar_opt.frontend.rules.table import Trait
-from liar_opt.frontend.shape_values import evaluate, result_elements
+from liar_opt.frontend.shape_values import MOST_ELEMENTS, evaluate, result_elements
 from liar_opt.runtime.errors import ModelError
 
 if TYPE_CHECKING:
     from liar_opt.frontend.onnx_model import OnnxModel
 
-MOST_ELEMENTS = 1 << 31
-"""A constant that constants make may not have more elements: ONNX Runtime makes it as well, while it loads the model."""
 CARRIED = MOVERS | Trait.LOOKS_UP | Trait.SLICES | Trait.SPLITS
 """Operators whose results hold values of their first input."""
 FUSION_NAME = re.compile(r"_token_\d+$|^gemm_(input|output)_shape$")

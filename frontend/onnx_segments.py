@@ -32,6 +32,8 @@ from liar_opt.frontend.widen_graph import widen
 
 ROWS = "liar_opt_rows"
 """Name of the input that says which rows count: bool [rows of one activation]; the layout is appended."""
+OLDEST_OPSET = 9
+"""The first opset that has what moments are computed with; parts of older graphs are run by it, results keep theirs."""
 PROJECTION = 32
 """Random signs through which the variance of the residual stream is estimated."""
 VARIANCE_FLOOR = 1e-5
@@ -361,15 +363,31 @@ def extract(
     for layout in sorted({t.layout + str(t.repeat) for t in taps if t.layout != "all"}):
         inputs.append(helper.make_tensor_value_info(f"{ROWS}_{layout}", TensorProto.BOOL, [None]))
     for tap in taps:
-        add_moments(tap, protos, initializers, walk.model.opset)
+        add_moments(tap, protos, initializers, max(walk.model.opset, OLDEST_OPSET))
     names = [*outputs, *(o for t in taps for o in t.outputs)]
     ends = [onnx.ValueInfoProto(name=name) for name in names]
     proto = helper.make_graph(protos, "segment", inputs, ends, initializers)
     imports = list(graph.import_domains)
     if not any(o.domain in ("", "ai.onnx") for o in imports):
         imports.append(helper.make_opsetid("", walk.model.opset))
+    if walk.model.opset < OLDEST_OPSET:
+        imports = [o for o in imports if o.domain not in ("", "ai.onnx")] + [helper.make_opsetid("", OLDEST_OPSET)]
+        _as_oldest(proto)
     model = helper.make_model(proto, opset_imports=imports, ir_version=graph.ir_version or 8)
     return Extracted(model, weights)
+
+
+def _as_oldest(graph: onnx.GraphProto) -> None:
+    """Writes nodes of an opset before `OLDEST_OPSET` as that one has them, where it has them otherwise."""
+    for node in graph.node:
+        given = {a.name: a for a in node.attribute}
+        if node.op_type == "BatchNormalization" and "spatial" in given and given["spatial"].i == 1:
+            node.attribute.remove(given["spatial"])  # it is by channels since
+        if node.op_type == "Upsample" and "scales" in given:
+            scales = np.asarray(given["scales"].floats, np.float32)
+            graph.initializer.append(onnx.numpy_helper.from_array(scales, f"liar_opt_scales/{node.output[0]}"))
+            node.input.append(f"liar_opt_scales/{node.output[0]}")
+            node.attribute.remove(given["scales"])
 
 
 def _length(walk: GraphWalk, tensor: gs.Tensor) -> int | None:

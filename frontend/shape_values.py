@@ -19,6 +19,8 @@ from liar_opt.frontend.rules.table import Trait
 
 FOLD_LIMIT = 1 << 20
 """Nothing with more elements than this is computed, unless it is no larger than its largest input."""
+MOST_ELEMENTS = 1 << 31
+"""A constant that constants make may not have more elements: ONNX Runtime makes it as well, while it loads the model."""
 
 
 def result_elements(op: str, inputs: Inputs, attributes: Attributes) -> int:

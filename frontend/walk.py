@@ -25,6 +25,7 @@ An operator without a rule pins every axis that it touches, and is named in :att
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,7 +40,7 @@ from liar_opt.frontend.records import Cache, ConstantUse, ConsumerUse, Lookup, P
 from liar_opt.frontend.rules.numbers import VALUE_LIMIT, Array
 from liar_opt.frontend.rules.operators import has, operator
 from liar_opt.frontend.rules.table import Trait
-from liar_opt.frontend.shape_values import evaluate
+from liar_opt.frontend.shape_values import MOST_ELEMENTS, evaluate
 from liar_opt.frontend.symbols import (
     GROWTH,
     LARGEST_PROBE,
@@ -55,6 +56,8 @@ from liar_opt.frontend.symbols import (
     probe_symbols,
 )
 from liar_opt.frontend.ties import Pick, Tied, freed_reads, tied_reads
+from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.memory import free_memory
 from liar_opt.runtime.signatures import InputSpec
 
 APART_LIMIT = 1 << 16
@@ -391,6 +394,7 @@ class GraphWalk:
                 self.axes[tensor.name] = tuple(self.fresh(s, reason) for s in sizes)
         for node in self.model.graph.nodes:
             self._visit(node)
+            self._require_room(node)
         self._spare()
         for what, tensors in (("input", self.model.graph.inputs), ("output", self.model.graph.outputs)):
             for tensor in tensors:
@@ -399,6 +403,20 @@ class GraphWalk:
                     axes = tuple(f for use in self.constant_uses if use.constant.name == tensor.name for f in use.axes)
                 pinned = [f for i, f in enumerate(axes or ()) if i not in self.spared.get(tensor.name, ())]
                 self.pin(pinned, f"axis of graph {what} '{tensor.name}'")
+
+    def _require_room(self, node: gs.Node) -> None:
+        """Checks that a tensor could be held, at the small sizes that are tried: a short chain doubles one to any size.
+
+        Raises:
+            ModelError: no machine like this one holds it.
+        """
+        for tensor in node.outputs:
+            made = math.prod(self.shape(self.axes.get(tensor.name) or ()))
+            if made > MOST_ELEMENTS and made > free_memory():
+                raise ModelError(
+                    f"node '{node.name}' ({node.op}) makes a tensor of {made:,} elements, more than this machine holds; "
+                    "export it for smaller inputs"
+                )
 
     def _spare(self) -> None:
         """Notes which axes of inputs and outputs may lose indices: those of caches that count heads.

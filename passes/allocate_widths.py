@@ -102,6 +102,11 @@ def kept_width(
     return min(kept, group.size)
 
 
+def _inspecting(state: State) -> str:
+    """Returns what lists the refusals: the command reads files, not modules and graphs that Python holds."""
+    return "liar_opt.inspect(model)" if state.model.source is None else "'liar-opt inspect'"
+
+
 def require_allocatable(state: State, allocate: str, multiple_of: int, others: bool = False) -> None:
     """Checks what every pass that finds widths by an allocation needs.
 
@@ -124,7 +129,7 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
         )
     if not state.groups and not others:
         name = f"'{state.model.source}'" if state.model.source else "the model"
-        raise ModelError(f"{name} has no prunable group; 'liar-opt inspect' says why for every dimension")
+        raise ModelError(f"{name} has no prunable group; {_inspecting(state)} says why for every dimension")
     if state.groups and not others and all(g.size == 1 for g in state.groups):
         raise OptionError(
             "each group is one block, a single head say, and one stays at the least: nothing of them can go; "
@@ -527,7 +532,7 @@ class AllocateWidthsPass(Pass[dict[str, int]]):
         require_sharing(self.query_key, self.allocate, self.by_kind)
         for kind in (*KINDS, VALUES, RECURRENT):
             if getattr(self, kind) and not any(g.kind == kind for g in (*state.groups, *state.values)):
-                raise ModelError(f"there is no prunable group of kind '{kind}'; 'liar-opt inspect' says why")
+                raise ModelError(f"there is no prunable group of kind '{kind}'; {_inspecting(state)} says why")
         if self.query_key and self.query_key != "auto":
             require_queries(state)
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import zoo_fx
 from modules import prune_module
 
 import liar_opt
-from liar_opt.frontend.hf_checkpoint import example_inputs, load_module, positions, without_cache
+from liar_opt.frontend import hf_checkpoint
+from liar_opt.frontend.hf_checkpoint import example_inputs, express, load_module, positions, without_cache
 from liar_opt.passes.result import ModuleResult
 from liar_opt.runtime.calibration_data import first_rows
 from liar_opt.runtime.errors import LiarOptWarning, ModelError
@@ -106,6 +108,38 @@ def test_a_configuration_that_says_no_width() -> None:
         prune_module(module, data, sparsity=0.3, latency=False)
     report = prune_module(module, data, sparsity=0.3, latency=False, checkpoint=False).report
     assert report["verification"]["exact_difference"] < 1e-4
+
+
+def test_a_width_that_no_field_says_is_told_without_trying_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration with many numbers that are alike: hundreds of models were made to find that none of them says it."""
+    sizes = {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32]}
+    config = transformers.MobileViTConfig(image_size=32, patch_size=2, num_attention_heads=4, **sizes)
+    module = transformers.MobileViTModel(config).eval()
+    made: list[Any] = []
+    shapes_made = hf_checkpoint._shapes_made
+
+    def counted(*given: Any) -> Any:
+        made.append(given)
+        return shapes_made(*given)
+
+    monkeypatch.setattr(hf_checkpoint, "_shapes_made", counted)
+    before = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+
+    def wanted(inner: Callable[[int], int]) -> dict[str, tuple[int, ...]]:
+        up = {k: (inner(s[0]), *s[1:]) for k, s in before.items() if "intermediate.dense" in k}
+        down = {k: (s[0], inner(s[1])) for k, s in before.items() if k.endswith(".output.dense.weight") and "att" not in k}
+        return {**before, **up, **down}
+
+    for width in (32, 48, 64):  # of one stage, while one ratio says those of all
+        pair, narrow = {(width, width - 1)}, {n: n - (n == width) for n in (32, 48, 64)}
+        assert express(module, wanted(narrow.__getitem__), pair, (), ratios=pair, valid=False) is None
+    fewer = {k: (s[0] * 3 // 4, *s[1:]) for k, s in before.items() if any(n in k for n in ("query", "key", "value"))}
+    pairs = {(4, 3), (16, 12), (24, 18), (32, 24)}
+    assert express(module, {**before, **fewer}, pairs, {4, 6, 8}, valid=False) is None
+    assert len(made) < 100
+    all_of_them = {(n, n - n // 16) for n in (32, 48, 64)}
+    said = express(module, wanted(lambda n: n - n // 16), all_of_them, (), ratios=all_of_them, valid=False)
+    assert [c.name for c in said or ()] == ["mlp_ratio"]
 
 
 def test_some_widths_of_a_kind_can_be_said(tmp_path: Path) -> None:

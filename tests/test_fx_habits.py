@@ -273,3 +273,27 @@ def test_what_a_function_of_the_caller_raises_ends_the_run(name: str) -> None:
 
     with pytest.raises(Closed):
         pruned(Feed().eval(), torch.randn(16, 5, 9), ffn=0.5, **{name: closed})
+
+
+@pytest.mark.parametrize("latency", [True, False])
+def test_modules_in_training_mode(latency: bool) -> None:
+    """As they are when they were made: nothing is dropped while the cut is checked, and timing moves no running mean."""
+    parts: list[nn.Module] = [nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 5)]
+    module, x = nn.Sequential(*parts).train(), torch.randn(48, 12)
+    module(x)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    result = pruned(module, x, ffn=0.4, latency=latency)
+    assert isinstance(result.module, nn.Sequential)
+    assert result.module.training and module.training
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    (norm,) = (m for m in result.module.modules() if isinstance(m, nn.BatchNorm1d))
+    assert norm.state_dict()["num_batches_tracked"] == 1
+    assert latency == ("latency" in result.report and result.report["latency"] is not None)
+
+
+def test_what_tells_why_nothing_can_go() -> None:
+    """The command reads no module of Python's."""
+    module = nn.Sequential(nn.Linear(12, 20), nn.Softmax(-1), nn.Linear(20, 5)).eval()
+    with pytest.raises(ModelError, match=r"no prunable group; liar_opt\.inspect\(model\) says why"):
+        pruned(module, torch.randn(48, 12), ffn=0.4)
+    assert liar_opt.inspect(module, example=torch.randn(4, 12)).refusals

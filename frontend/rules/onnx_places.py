@@ -170,13 +170,16 @@ def resize(w: GraphWalk, node: gs.Node) -> None:
     axes = w.axes_of(node)
     places = [int(a) % len(axes) for a in node.attrs.get("axes") or range(len(axes))]
     sizes = w.shape([axes[a] for a in places])
-    scales, written = w.constant(node, 1 if len(node.inputs) == 2 else 2), w.value(node, 3)
+    given, written = w.constant(node, 1 if len(node.inputs) == 2 else 2), w.value(node, 3)
+    scales = None if given is None else given.values
+    if "scales" in node.attrs:  # as Upsample said them before opset 9
+        scales = np.asarray(node.attrs["scales"], np.float32)
     target, same = None, np.zeros(len(places), bool)
     stretched = node.attrs.get("keep_aspect_ratio_policy", "stretch") == "stretch"
     if written is not None and len(written) == len(places) and stretched:
         target, same = written, written == np.asarray(sizes)
-    elif written is None and scales is not None and scales.values.size == len(places):
-        target, same = np.floor(np.asarray(sizes) * scales.values).astype(np.int64), scales.values == 1.0
+    elif written is None and scales is not None and scales.size == len(places):
+        target, same = np.floor(np.asarray(sizes) * scales).astype(np.int64), scales == 1.0
     if target is None:
         w.give_up(node, f"{node.op} to a size that is not known")
         return

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from liar_opt.frontend.axes import AxisAlgebra
+from liar_opt.frontend.axes import DEEPEST, MOST_CUTS, MOST_PARTS, AxisAlgebra
 from liar_opt.runtime.errors import InternalError
 
 
@@ -257,3 +257,39 @@ def test_what_encloses_what(algebra: AxisAlgebra) -> None:
     assert not algebra.encloses(packed, heads, width) and not algebra.encloses(packed, width, heads)
     assert algebra.encloses(packed, heads, middle)
     assert algebra.encloses(algebra.fresh(4), heads, width) and algebra.encloses(width, heads, width)
+
+
+# Chains ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_joined_with_more_again_and_again(algebra: AxisAlgebra) -> None:
+    pieces = [algebra.fresh(2) for _ in range(20 * DEEPEST)]
+    axis = pieces[0]
+    for piece in pieces[1:]:
+        axis = algebra.join([axis, piece])
+    assert algebra.leaves(axis) == pieces
+    np.testing.assert_array_equal(np.flatnonzero(algebra.owners(axis, pieces[7]) >= 0), [14, 15])
+    algebra.pin(axis, "the reason")
+    assert {algebra.pinned(p) for p in pieces} == {"the reason"}
+
+
+def test_what_is_joined_with_itself_again_and_again(algebra: AxisAlgebra) -> None:
+    axis = first = algebra.fresh(3)
+    for _ in range(40):
+        axis = algebra.join([axis, axis])
+        assert len(algebra.leaves(axis)) <= MOST_PARTS
+    assert algebra.size(axis) == 3 << 40
+    assert all(algebra.pinned(leaf) for leaf in [first, *algebra.leaves(axis)])
+
+
+def test_pieces_that_are_cut_again_and_again(algebra: AxisAlgebra) -> None:
+    axis = rest = algebra.fresh(20 * MOST_CUTS)
+    for _ in range(MOST_CUTS):
+        _, rest = algebra.cut(rest, [1, algebra.size(rest) - 1])
+    assert len(algebra.leaves(axis)) == MOST_CUTS + 1
+    assert algebra.pinned(axis) is None
+    for _ in range(5 * MOST_CUTS):
+        one, rest = algebra.cut(rest, [1, algebra.size(rest) - 1])
+        assert algebra.pinned(one)
+    assert algebra.pinned(algebra.leaves(axis)[-1])
+    assert algebra.pinned(algebra.leaves(axis)[0]) is None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable
@@ -262,12 +263,52 @@ def test_constants_that_are_only_large_are_left_to_onnx_runtime(op: str) -> None
     assert [g.size for g in found.groups] == [17]
 
 
+DOUBLING = {
+    "of data": "z0 = Concat<axis = 2>(x, x)",
+    "of a weight": "z0 = Concat<axis = 2>(t, t)",
+    "Tile": "z0 = Tile(x, two)",
+}
+
+
+@pytest.mark.parametrize("kind", DOUBLING)
+def test_tensors_that_double_until_no_machine_holds_them(kind: str) -> None:
+    """Each step is small beside what it reads, so that no limit of one node stops it."""
+    step = "Tile({0}, two)" if kind == "Tile" else "Concat<axis = 2>({0}, {0})"
+    chain = " ".join(f"z{i + 1} = {step.format(f'z{i}')} " for i in range(40))
+    weights: graphs.Weights = {"w": (6, 5), "t": (1, 1, 6), "two": np.asarray([1, 1, 2])}
+    text = f"f (float[b, s, 6] x) => (float[b, s, 5] y) {{ {DOUBLING[kind]}  {chain} k = ReduceMax<keepdims = 0>(z40)  u = MatMul(x, w)  y = Add(u, k) }}"
+    refused(graphs.parse(text, weights), r"makes a tensor of [\d,]{13,} elements, more than this machine holds")
+
+
+@pytest.mark.parametrize("kind", ["joined", "cut"])
+def test_long_chains(kind: str) -> None:
+    """What an unrolled loop collects one by one, or takes off: as deep as it is long."""
+    step = (
+        "r{0} = Neg(u)  z{1} = Concat<axis = 2>(z{0}, r{0})" if kind == "joined" else "z{1} = Slice(z{0}, one, last, axis)"
+    )
+    chain = " ".join(step.format(i, i + 1) for i in range(1200))
+    width, rest = (3, 3 * 1201) if kind == "joined" else (1211, 11)
+    weights: graphs.Weights = {
+        "w1": (6, width),
+        "w2": (rest, 5),
+        "one": np.asarray([1]),
+        "last": np.asarray([1 << 31]),
+        "axis": np.asarray([2]),
+    }
+    text = (
+        f"f (float[b, s, 6] x) => (float[b, s, 5] y) {{ u = MatMul(x, w1)  z0 = Relu(u)  {chain} y = MatMul(z1200, w2) }}"
+    )
+    found = inspect(graphs.parse(text, weights))
+    assert [g.size for g in found.groups] == ([3] if kind == "joined" else [])
+
+
 def test_sizes_of_an_axis_that_no_weight_has() -> None:
     """A Reshape to half a thousand million heads: a list of whose index each position is would be as long."""
     text = "f (float[b, s, 6] x) => (float[b, s, 5] y) { u = MatMul(x, w1)  r = Reshape(u, t)  h = Relu(r)  k = Reshape(h, back)  y = MatMul(k, w2) }"
     for target in ([520_093_696, 0, 17], [0, 520_093_696, 17], [0, 0, 520_093_696]):
         with_target = {"t": np.asarray(target), "back": np.asarray([0, 0, 17])}
-        inspect(graphs.parse(text, {**WEIGHTS, **with_target}))
+        with contextlib.suppress(ModelError):  # a machine that could not hold it says so
+            inspect(graphs.parse(text, {**WEIGHTS, **with_target}))
 
 
 # Bytes that were turned over ------------------------------------------------------------------------------------------
