@@ -48,6 +48,10 @@ class Said(NamedTuple):
     reason: str | None = None
 
 
+NARROWER = (0.5, 0.75)
+"""Shares of a width that are tried beside the largest one below it."""
+
+
 class Sayings(NamedTuple):
     """What a configuration can say, the groups of which it can say nothing, why, and the poolers that share a field."""
 
@@ -174,7 +178,8 @@ def _said(state: State, groups: Sequence[ChannelGroup]) -> Said | None:
     fields = next((f for keep in steps if (f := _fields(state, groups, keep, valid=False)) is not None), None)
     refusal = None if fields is None else refused(module.config, fields)
     if fields is not None and refusal is None and (groups[0].kind == "ffn" or len(sizes) > 1):
-        return Said(frozenset(c.place for c in fields), {})
+        places = frozenset(c.place for c in fields)
+        return Said(places, {}) if _also_narrower(state, groups, common, places) else None
     if groups[0].kind == "heads" and (fields is None or len(sizes) > 1):
         return None
     least = min(sizes)
@@ -199,6 +204,20 @@ def _said(state: State, groups: Sequence[ChannelGroup]) -> Said | None:
     assert places is not None
     anything = len(said) == least - 1
     return Said(places, {} if anything else {g.name: tuple(g.size * w // least for w in said) for g in groups})
+
+
+def _also_narrower(state: State, groups: Sequence[ChannelGroup], common: int, places: frozenset[FieldPlace]) -> bool:
+    """Returns whether fields that say the largest width below say a much narrower one, too.
+
+    What a class rounds (MobileViT's expanded widths are multiples of 8) may be one less by chance.
+    """
+    for share in NARROWER:
+        keep = {g.name: max(1, g.size // common * int(common * share)) for g in groups}
+        if common == 1 or any(keep[g.name] >= g.size for g in groups):
+            keep = {g.name: max(1, int(g.size * share)) for g in groups}
+        if _fields(state, groups, keep, places, valid=False) is not None:
+            return True
+    return False
 
 
 def _by_entry(state: State, groups: Sequence[ChannelGroup], said: Said) -> list[tuple[Sequence[ChannelGroup], Said]] | None:

@@ -142,6 +142,22 @@ def test_a_width_that_no_field_says_is_told_without_trying_all(monkeypatch: pyte
     assert [c.name for c in said or ()] == ["mlp_ratio"]
 
 
+@pytest.mark.rest
+def test_widths_that_a_class_rounds_are_left_alone(tmp_path: Path) -> None:
+    """One less than MobileViT's expanded widths can be said by chance; the widths that are wanted cannot."""
+    sizes = {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 8, 16, 24, 32, 40, 48]}
+    config = transformers.MobileViTConfig(image_size=64, patch_size=2, num_attention_heads=4, **sizes)
+    torch.manual_seed(0)
+    module = transformers.MobileViTModel(config).eval()
+    data = [{"pixel_values": torch.randn(4, 3, 64, 64)} for _ in range(3)]
+    result = prune_module(module, data, sparsity=0.2, latency=False)
+    result.save(tmp_path / "smaller")
+    loaded = transformers.MobileViTModel.from_pretrained(tmp_path / "smaller").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**data[0])[0], result.module(**data[0])[0])
+    assert result.report["after"]["parameters"] < result.report["before"]["parameters"]
+
+
 def test_some_widths_of_a_kind_can_be_said(tmp_path: Path) -> None:
     """MobileBERT's bottlenecks have a width that other parts of it have as well; its feed-forward layers have a field.
 
