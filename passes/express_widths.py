@@ -178,8 +178,8 @@ def _said(state: State, groups: Sequence[ChannelGroup]) -> Said | None:
     fields = next((f for keep in steps if (f := _fields(state, groups, keep, valid=False)) is not None), None)
     refusal = None if fields is None else refused(module.config, fields)
     if fields is not None and refusal is None and (groups[0].kind == "ffn" or len(sizes) > 1):
-        places = frozenset(c.place for c in fields)
-        return Said(places, {}) if _also_narrower(state, groups, common, places) else None
+        every = frozenset(c.place for c in fields)
+        return Said(every, {}) if _also_narrower(state, groups, common, every) else None
     if groups[0].kind == "heads" and (fields is None or len(sizes) > 1):
         return None
     least = min(sizes)
