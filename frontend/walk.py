@@ -60,6 +60,8 @@ from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.memory import free_memory
 from liar_opt.runtime.signatures import InputSpec
 
+SMALL = 100
+"""Open sizes up to which what a graph makes is small beside what it makes in use."""
 APART_LIMIT = 1 << 16
 """Tables of more elements are one where several nodes add them."""
 
@@ -405,11 +407,13 @@ class GraphWalk:
                 self.pin(pinned, f"axis of graph {what} '{tensor.name}'")
 
     def _require_room(self, node: gs.Node) -> None:
-        """Checks that a tensor could be held, at the small sizes that are tried: a short chain doubles one to any size.
+        """Checks that a tensor could be held, where open sizes are small: a short chain doubles one to any size.
 
         Raises:
             ModelError: no machine like this one holds it.
         """
+        if max(self.symbols.values(), default=1) > SMALL:
+            return
         for tensor in node.outputs:
             made = math.prod(self.shape(self.axes.get(tensor.name) or ()))
             if made > MOST_ELEMENTS and made > free_memory():

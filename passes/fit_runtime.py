@@ -275,7 +275,9 @@ def _in_steps(groups: Sequence[ChannelGroup], expressible: Expressible) -> dict[
 
 def time_narrower(state: State, speedup: float, spread: float) -> None:
     """Times narrower widths where what was fitted is not faster, so that the report can say which would be."""
-    if state.get(Fitted) is not None and state.get(LatencyTable) is None and not _faster(speedup, spread):
+    found = state.get(Fitted)
+    wanted = found is not None and found.runtime is not None and not _faster(speedup, spread)
+    if wanted and state.get(LatencyTable) is None:
         with contextlib.suppress(CannotTime):
             state.add(latency_table(state))
 

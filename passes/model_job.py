@@ -225,7 +225,7 @@ class ModelJob:
                 raise
             name, reason = next(iter(self.faults.items()))
             if all(why.startswith(ROUNDING) for why in self.faults.values()):
-                raise ModelError(f"no group that could be cut is left: {reason}") from err
+                raise ModelError(f"no group that was asked for is left: {reason}") from err
             raise CheckError(
                 f"no group that could be cut is left: cutting '{name}' would be wrong ({reason}); nothing was written; "
                 "please report the model's structure as a bug"

@@ -86,7 +86,7 @@ def test_places_that_nobody_reads_keep_nothing() -> None:
 
 
 def test_where_nothing_else_is_left_the_model_is_refused() -> None:
-    with pytest.raises(ModelError, match="no group that could be cut is left: rounding decides which"):
+    with pytest.raises(ModelError, match="no group that was asked for is left: rounding decides which"):
         pruned(counting(PLACES["MaxPool"], behind=0), ffn=0.5)
 
 
