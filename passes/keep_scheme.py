@@ -7,6 +7,8 @@
    for sums in another order, which tip a number over where it lies between two steps, and blocks, which lie otherwise. If
    every number were tipped over, they would differ by what a whole round of quantising does: the masked original with its
    activations quantised beside itself in floats. That they may.
+   Where weights alone are whole numbers (blocks) these are compared in floats, and the products with their numbers: those
+   of MatMulNBits may round what they read to 8 bits, and may do so as far as they did in the original.
 3. It is read again, and its scheme must be the one that came.
 
 How far the outputs are from the quantised original's is measured on calibration batches that were held back.
@@ -43,6 +45,10 @@ from liar_opt.passes.verify_model import ComparedSessions, masked_reference, out
 from liar_opt.runtime.compare import TOLERANCES, OutputDifference
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 
+BLOCKS = "blocks"
+"""The scheme in which weights alone are whole numbers."""
+KERNELS = 4.0
+"""What products of blocks may do to outputs beside what they did in the original: what lost channels magnifies it."""
 SAMPLES = 4
 PRODUCTS = ("MatMul", "Gemm")
 Arrays = Mapping[str, NDArray[Any]]
@@ -144,7 +150,7 @@ def keep_scheme(state: State) -> KeptScheme | None:
     try:
         require_signature(reading.proto, written.proto, model.resized)
         require_valid(without_data(written.proto), lambda: is_valid(without_data(reading.proto)))
-        again = read_quantised(written.proto, written.arrays, "the result")[2]
+        plain, data, again = read_quantised(written.proto, written.arrays, "the result")
         if again.scheme != reading.scheme:
             raise InternalError(f"a model in {reading.scheme} became one in {again.scheme}")
         session = state.engine().whole(small, "the result in its scheme")
@@ -153,13 +159,16 @@ def keep_scheme(state: State) -> KeptScheme | None:
         state.add(found, KeptModel(OnnxOriginal(*model.light())))
         return found
     state.progress("keep the scheme", 1, 2)
-    difference, step, rounding = _compared(state, written, session)
+    floats = OnnxOriginal(plain, data) if reading.scheme == BLOCKS else None
+    difference, step, rounding = _compared(state, written, session, floats)
     allowed = TOLERANCES[state.model.least_precision()] + step + rounding
     if not difference <= allowed:
         raise CheckError(
             f"written in its scheme the cut model differs from the masked original by {difference:.1e}, and quantising "
             f"allows {allowed:.1e}; nothing was written; please report the model's structure as a bug"
         )
+    if floats is not None:
+        _require_kernels(state, came, session, floats)
     original, names = state.engine().whole(came), _compared_outputs(state)
     state.add(ComparedSessions(original, session))
     outputs = output_differences(state, session, original, names, ends=state.found(Cut).ends).result()
@@ -202,8 +211,44 @@ def _compared_outputs(state: State) -> list[str]:
     return [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
 
 
-def _compared(state: State, written: Written, session: Any) -> tuple[float, float, float]:
+def _require_kernels(state: State, came: OnnxOriginal, session: Any, floats: OnnxOriginal) -> None:
+    """Checks that products of blocks compute what their numbers say, as far as they did in the original.
+
+    They may round what they read to 8 bits (`accuracy_level` of MatMulNBits), which no other operator does alike: what that
+    does to the outputs is measured on both models.
+
+    Args:
+        state: the cut model.
+        came: the original, quantised.
+        session: the result.
+        floats: the same numbers, in floats.
+
+    Raises:
+        CheckError: they do not.
+    """
+    assert state.calibration is not None
+    engine, ends, wanted = state.engine(), state.found(Cut).ends, _compared_outputs(state)
+    small = first_samples(state, state.calibration.batches[0], SAMPLES)
+
+    def apart(one: Any, other: Any, feeds: Arrays) -> float:
+        return relative_rms(*(of.run(feeds, wanted, arrays=True) for of in (one, other)))
+
+    ours = apart(session, engine.whole(floats), cut_arrays(small, ends))
+    least = TOLERANCES[state.model.least_precision()]
+    if ours <= least:
+        return
+    theirs = apart(engine.whole(came), engine.whole(state.found(DenseModel).original), small)
+    if not ours <= least + KERNELS * theirs:
+        raise CheckError(
+            f"products of blocks are {ours:.1e} from what their numbers say, and were {theirs:.1e} in the original; "
+            "nothing was written; please report the model's structure as a bug"
+        )
+
+
+def _compared(state: State, written: Written, session: Any, alone: OnnxOriginal | None) -> tuple[float, float, float]:
     """Returns how far the result is from the masked original, what quantising does, and what rounding anew does.
+
+    Of what has its weights alone in whole numbers these are compared, in floats (``alone``): see `_require_kernels`.
 
     The last is of weights whose numbers are not at one place in the original (values in another basis, say): the masked
     original has them as they were before they were rounded.
@@ -223,7 +268,7 @@ def _compared(state: State, written: Written, session: Any) -> tuple[float, floa
     _zero_what_went(reference, repairs)
     fits = _at_full_width(reference, repairs, model, {n: f for n, f in written.fits.items() if n in placed})
     quantised = reference.written(fits is not None, fits)
-    ours = run(session, cut_arrays(small, cut.ends), ends=False)
+    ours = run(session if alone is None else engine.whole(alone), cut_arrays(small, cut.ends), ends=False)
     theirs = run(engine.whole(OnnxOriginal(quantised.proto, quantised.arrays)), small, ends=True)
     floats = run(engine.whole(reference, "the masked original"), small, ends=True)
     step = relative_rms(theirs, floats)

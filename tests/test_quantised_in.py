@@ -112,7 +112,9 @@ def quantise(scheme: str, folder: Path) -> Path:
     elif scheme == "dynamic-uint8":
         quantization.quantize_dynamic(source, target)
     elif scheme.startswith("blocks"):
-        quantizer = MatMulNBitsQuantizer(onnx.load(source), block_size=16, is_symmetric=scheme == "blocks-symmetric")
+        level = 4 if scheme == "blocks-8-bit-products" else None
+        symmetric = scheme == "blocks-symmetric"
+        quantizer = MatMulNBitsQuantizer(onnx.load(source), block_size=16, is_symmetric=symmetric, accuracy_level=level)
         quantizer.process()
         quantizer.model.save_model_to_file(str(target))
     else:
@@ -134,6 +136,7 @@ SCHEMES = {
     "QOperator-channels": "QOperator",
     "blocks": "blocks",
     "blocks-symmetric": "blocks",
+    "blocks-8-bit-products": "blocks",
 }
 
 
@@ -183,7 +186,7 @@ def test_what_is_not_cut_is_the_same(scheme: str, folder: Path) -> None:
         assert np.array_equal(run(again, feeds), run(came, feeds))
 
 
-@pytest.mark.parametrize("scheme", some("dynamic", "QDQ", "QOperator", "blocks"))
+@pytest.mark.parametrize("scheme", some("dynamic", "QDQ", "QOperator", "blocks", "blocks-8-bit-products"))
 def test_without_repair_it_is_the_masked_original(scheme: str, folder: Path, tmp_path: Path) -> None:
     path = quantise(scheme, folder)
     result = liar_opt.prune(path, batches(), repair="none", allocate="uniform", **PRUNED)
