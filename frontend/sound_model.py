@@ -30,6 +30,8 @@ LARGEST = 1 << 62
 """Bytes of a tensor: what is larger cannot be counted in the integers of the programs that read it."""
 AGAIN = "export the model again"
 STANDARD = "ai.onnx"
+OLDEST_OPSET = 7
+"""Version of the standard operators from which on they broadcast."""
 
 Places = Iterator[tuple[str, Sequence[onnx.NodeProto], onnx.GraphProto | None]]
 
@@ -45,6 +47,7 @@ def require_sound(proto: onnx.ModelProto, held: Iterable[str], name: str) -> Non
     Raises:
         ModelError: it is broken; the message names the node or tensor.
     """
+    _require_opset(proto, name)
     _require_shallow(proto, name)
     _require_text(proto, name)
     elsewhere = set(held)
@@ -188,6 +191,16 @@ def _tensors(
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
+
+
+def _require_opset(proto: onnx.ModelProto, name: str) -> None:
+    """Checks that a repair can add a bias: older operators do not broadcast, and ONNX Runtime promises nothing of them."""
+    known = [o.version for o in proto.opset_import if o.domain in ("", STANDARD)]
+    if known and max(known) < OLDEST_OPSET:
+        raise ModelError(
+            f"{name} is of opset {max(known)}, and {OLDEST_OPSET} is the oldest that is read; {AGAIN}, or convert it "
+            f"(onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
+        )
 
 
 def _require_shallow(proto: onnx.ModelProto, name: str) -> None:

@@ -263,6 +263,13 @@ def test_constants_that_are_only_large_are_left_to_onnx_runtime(op: str) -> None
     assert [g.size for g in found.groups] == [17]
 
 
+@pytest.mark.parametrize("opset", [1, 6])
+def test_operators_that_do_not_broadcast(opset: int) -> None:
+    text = "f (float[b, s, 6] x) => (float[b, s, 6] y) { u = MatMul(x, w1)  r = Relu(u)  y = MatMul(r, w2) }"
+    proto = graphs.parse(text, {"w1": (6, 17), "w2": (17, 6)}, opset=opset)
+    refused(proto, rf"is of opset {opset}, and 7 is the oldest that is read; export the model again, or convert it")
+
+
 DOUBLING = {
     "of data": "z0 = Concat<axis = 2>(x, x)",
     "of a weight": "z0 = Concat<axis = 2>(t, t)",
