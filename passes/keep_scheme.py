@@ -41,7 +41,7 @@ from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.prune_groups import ConsumerRepair, Cut
 from liar_opt.passes.quantise_result import Feeds
 from liar_opt.passes.sweep import cut_arrays, first_samples
-from liar_opt.passes.verify_model import ComparedSessions, masked_reference, output_differences
+from liar_opt.passes.verify_model import ComparedSessions, dense_session, masked_reference, output_differences
 from liar_opt.runtime.compare import TOLERANCES, OutputDifference
 from liar_opt.runtime.errors import CheckError, InternalError, ModelError, OptionError
 
@@ -159,17 +159,17 @@ def keep_scheme(state: State) -> KeptScheme | None:
         state.add(found, KeptModel(OnnxOriginal(*model.light())))
         return found
     state.progress("keep the scheme", 1, 2)
-    floats = OnnxOriginal(plain, data) if reading.scheme == BLOCKS else None
-    difference, step, rounding = _compared(state, written, session, floats)
+    floats = state.engine().whole(OnnxOriginal(plain, data)) if reading.scheme == BLOCKS else None
+    difference, step, rounding = _compared(state, written, session if floats is None else floats)
     allowed = TOLERANCES[state.model.least_precision()] + step + rounding
     if not difference <= allowed:
         raise CheckError(
             f"written in its scheme the cut model differs from the masked original by {difference:.1e}, and quantising "
             f"allows {allowed:.1e}; nothing was written; please report the model's structure as a bug"
         )
-    if floats is not None:
-        _require_kernels(state, came, session, floats)
     original, names = state.engine().whole(came), _compared_outputs(state)
+    if floats is not None:
+        _require_kernels(state, original, session, floats)
     state.add(ComparedSessions(original, session))
     outputs = output_differences(state, session, original, names, ends=state.found(Cut).ends).result()
     found = replace(
@@ -211,7 +211,7 @@ def _compared_outputs(state: State) -> list[str]:
     return [t.name for t in state.model.graph.outputs if t.name not in state.analysed().unspecified]
 
 
-def _require_kernels(state: State, came: OnnxOriginal, session: Any, floats: OnnxOriginal) -> None:
+def _require_kernels(state: State, original: Any, session: Any, floats: Any) -> None:
     """Checks that products of blocks compute what their numbers say, as far as they did in the original.
 
     They may round what they read to 8 bits (`accuracy_level` of MatMulNBits), which no other operator does alike: what that
@@ -219,25 +219,25 @@ def _require_kernels(state: State, came: OnnxOriginal, session: Any, floats: Onn
 
     Args:
         state: the cut model.
-        came: the original, quantised.
-        session: the result.
-        floats: the same numbers, in floats.
+        original: runs what came, quantised.
+        session: runs the result.
+        floats: runs the same numbers, in floats.
 
     Raises:
         CheckError: they do not.
     """
     assert state.calibration is not None
-    engine, ends, wanted = state.engine(), state.found(Cut).ends, _compared_outputs(state)
+    ends, wanted = state.found(Cut).ends, _compared_outputs(state)
     small = first_samples(state, state.calibration.batches[0], SAMPLES)
 
     def apart(one: Any, other: Any, feeds: Arrays) -> float:
         return relative_rms(*(of.run(feeds, wanted, arrays=True) for of in (one, other)))
 
-    ours = apart(session, engine.whole(floats), cut_arrays(small, ends))
+    ours = apart(session, floats, cut_arrays(small, ends))
     least = TOLERANCES[state.model.least_precision()]
     if ours <= least:
         return
-    theirs = apart(engine.whole(came), engine.whole(state.found(DenseModel).original), small)
+    theirs = apart(original, dense_session(state), small)
     if not ours <= least + KERNELS * theirs:
         raise CheckError(
             f"products of blocks are {ours:.1e} from what their numbers say, and were {theirs:.1e} in the original; "
@@ -245,10 +245,10 @@ def _require_kernels(state: State, came: OnnxOriginal, session: Any, floats: Onn
         )
 
 
-def _compared(state: State, written: Written, session: Any, alone: OnnxOriginal | None) -> tuple[float, float, float]:
+def _compared(state: State, written: Written, session: Any) -> tuple[float, float, float]:
     """Returns how far the result is from the masked original, what quantising does, and what rounding anew does.
 
-    Of what has its weights alone in whole numbers these are compared, in floats (``alone``): see `_require_kernels`.
+    Of what has its weights alone in whole numbers ``session`` runs these in floats: see `_require_kernels`.
 
     The last is of weights whose numbers are not at one place in the original (values in another basis, say): the masked
     original has them as they were before they were rounded.
@@ -268,7 +268,7 @@ def _compared(state: State, written: Written, session: Any, alone: OnnxOriginal 
     _zero_what_went(reference, repairs)
     fits = _at_full_width(reference, repairs, model, {n: f for n, f in written.fits.items() if n in placed})
     quantised = reference.written(fits is not None, fits)
-    ours = run(session if alone is None else engine.whole(alone), cut_arrays(small, cut.ends), ends=False)
+    ours = run(session, cut_arrays(small, cut.ends), ends=False)
     theirs = run(engine.whole(OnnxOriginal(quantised.proto, quantised.arrays)), small, ends=True)
     floats = run(engine.whole(reference, "the masked original"), small, ends=True)
     step = relative_rms(theirs, floats)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from liar_opt.passes.prune_job import prune
 from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.tools.demo_assets import MINILM_OUTPUT, export_bert, minilm_folder
 from liar_opt.tools.dev.harness import Cells, say, table, work_folder
@@ -40,12 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def pruned(work: Workplace, runtime: str, door: str, sparsity: float) -> tuple[bytes, dict[str, Any]]:
     """Returns a result as ONNX, and its report."""
     wanted: dict[str, Any] = {} if runtime == PLAIN else {"runtime": runtime}
-    result: Any
+    result = work.prune(work.model if door == "onnx" else minilm_folder(), sparsity=sparsity, fresh=False, **wanted)
     if door == "onnx":
-        result = work.prune(work.model, sparsity=sparsity, fresh=False, **wanted)
         return result.model.SerializeToString(), result.report
-    given: dict[str, Any] = {"tokenizer": minilm_folder(), "seed": work.options.seed, "provider": "cpu", "latency": False}
-    result = prune(minilm_folder(), work.sentences, sparsity=sparsity, fresh=False, **given, **wanted)
     path = work.folder / "checkpoint.onnx"
     export_bert(result.module, MINILM_OUTPUT, path)
     return path.read_bytes(), result.report
