@@ -45,7 +45,7 @@ class Inputs:
             yield from _tokenizer(tokenizer)
         for given in self.more:
             for path in filter(None, map(_path, given if isinstance(given, (list, tuple)) else (given,))):
-                yield from [(path, "the input")] if path.is_file() else _data(path)
+                yield from [(path, "a file that an option names")] if path.is_file() else _data(path)
 
 
 def began_by(path: Path, begin: bytes) -> bool:

@@ -435,7 +435,10 @@ def require_runs(state: State, session: Runner, every: bool = False) -> None:
             fed = ", ".join(f"'{name}' {list(value.shape)}" for name, value in batch.items())
             line = told_by_runtime(err)
             if any(text in line for text in NO_MEMORY):
-                raise OptionError(f"no memory is left to run the model on one batch ({fed}); give smaller ones") from err
+                raise OptionError(
+                    f"no memory is left to run the model on one batch ({fed}): {line}; give smaller ones (--batch-size, "
+                    "--sequence-length), or other data where a size is computed from its numbers (--calibration)"
+                ) from err
             made = "liar-opt made them up: give real ones (--calibration), or another sequence length (--sequence-length)"
             fits = (
                 "is a size or a token id not what the model was made for (--calibration takes data that fits), or did the "

@@ -171,6 +171,18 @@ def test_data_on_which_the_original_fails_by_its_values(options: dict[str, Any])
         prune(proto, batches, latency=False, provider="cpu", fresh=True, **options)
 
 
+def test_a_size_that_the_data_asks_for_and_no_machine_has() -> None:
+    """As a Range over token ids that were made up: the operator that asks is named, and what gives it less to ask."""
+    proto = graphs.parse(
+        """f (float[b, 8] x) => (float[b, 8] y) { m = ReduceMax<keepdims=0>(x)  n = Cast<to=7>(m)  r = Range(zero, n, one)
+        k = Size(r)  c = Cast<to=1>(k)  v = Add(x, c)  u = MatMul(v, w)  h = Relu(u)  y = MatMul(h, v1) }""",
+        {"w": (8, 40), "v1": (40, 8), "zero": np.int64(0), "one": np.int64(1)},
+    )
+    feeds = [{"x": np.full((2, 8), 1e15, np.float32)}]
+    with pytest.raises(OptionError, match=r"no memory .* Range node.* \(--calibration\)"):
+        prune(proto, feeds, latency=False, provider="cpu", fresh=True, ffn=0.5)
+
+
 def test_a_model_that_the_optimizer_of_onnx_runtime_breaks() -> None:
     """It moves transposes through a Pad whose axes are not in order; the data is not to blame."""
     proto = graphs.parse(

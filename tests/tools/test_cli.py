@@ -567,6 +567,12 @@ def test_the_output_is_the_input_by_another_name(refuse: Refuse, model: Path, tm
     refuse(model, "-o", tmp_path / "link.onnx", "--force", needles=("is the input",))
 
 
+def test_the_output_is_the_list_of_words(refuse: Refuse, model: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("1\n2\n")
+    refuse(model, "--vocabulary", words, "-o", words, "--force", needles=("words.txt'", "a file that an option names"))
+
+
 def test_the_output_is_the_calibration_data(refuse: Refuse, model: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", **feeds())  # type: ignore[arg-type, unused-ignore]
     argv = ["--calibration", tmp_path / "data.npz", "-o", tmp_path / "data.npz", "--force"]
