@@ -219,6 +219,7 @@ def prune(
     )
     arrays = arrays_for("host" if (solver, provider) == ("auto", "cpu") else solver)
     watch, opening = MemoryWatch(), _backend(model)
+    current().waited = 0.0  # of this run: what passed until all had started is in no time of it
     opening.require_possible(calibration, options)
     require_experts_possible(options)
     require_pattern_possible(options)

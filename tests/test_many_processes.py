@@ -103,7 +103,7 @@ def test_a_graph(count: int, more: tuple[str, ...], tmp_path: Path) -> None:
     require_alike(tmp_path / "one.onnx", tmp_path / "several.onnx")
     processes = json.loads((tmp_path / "several.json").read_text())["processes"]
     assert [p["rank"] for p in processes] == list(range(count)) and sum(p["batches"] for p in processes) == 16
-    assert all(p["seconds"] > p["waited"] > 0 and p["resident_peak"] for p in processes)
+    assert all(p["seconds"] >= p["waited"] > 0 and p["resident_peak"] for p in processes)
     assert "processes" not in json.loads((tmp_path / "one.json").read_text())
 
 
