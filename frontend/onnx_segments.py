@@ -12,6 +12,7 @@ computed. All of it stays inside the graph, on the device.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,7 +182,13 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
         return group is not other and uses[id(group)][0] <= uses[id(other)][-1] < uses[id(group)][-1]
 
     spanning = tuple(g for g in groups if any(spans(g, o) for o in groups))
-    places = [(min(uses[id(g)][0], _first_weight(walk, g, order)), uses[id(g)][-1], g) for g in groups if g not in spanning]
+    first, late = _first_weights(walk, order), len(order)
+    places = [
+        # A group without a dimension (a factor below zero) begins where it is read.
+        (min(uses[id(g)][0], late if g.factor < 0 else first.get(walk.algebra.find(g.factor), late)), uses[id(g)][-1], g)
+        for g in groups
+        if g not in spanning
+    ]
     merged: list[tuple[int, int, list[Any]]] = []
     for start, end, group in sorted(places, key=lambda place: place[:2]):
         if merged and start <= merged[-1][1]:
@@ -189,41 +196,43 @@ def plan_segments(walk: GraphWalk, groups: Sequence[Any]) -> tuple[tuple[Any, ..
         else:
             merged.append((start, end, [group]))
     segments, low = [], 0
+    reads = [names_read(n) for n in nodes]
     for start, end, members in merged:
-        segments.append(Segment(nodes[_cheapest_cut(walk, low, start)], nodes[end], tuple(members)))
+        segments.append(Segment(nodes[_cheapest_cut(walk, reads, low, start)], nodes[end], tuple(members)))
         low = end + 1
     return spanning, tuple(segments)
 
 
-def _first_weight(walk: GraphWalk, group: Any, order: Mapping[int, int]) -> int:
-    """Returns the position of the first node that reads a constant with the group's dimension.
+def _first_weights(walk: GraphWalk, order: Mapping[int, int]) -> dict[int, int]:
+    """Returns the position of the first node that reads a constant with a dimension, by leaf factor.
 
-    Shapes are left out: an exporter asks for those of all caches at the top of the graph, long before any layer. A group
-    without a dimension (a factor below zero) begins where it is read.
+    Shapes are left out: an exporter asks for those of all caches at the top of the graph, long before any layer.
     """
-    if group.factor < 0:
-        return len(order)
-    leaf = walk.algebra.find(group.factor)
-    own = (u for u in walk.constant_uses if any(leaf in walk.algebra.leaves(f) for f in u.axes))
-    return min((order[id(u.node)] for u in own if id(u.node) in order), default=len(order))
+    first: dict[int, int] = {}
+    for use in walk.constant_uses:
+        place = order.get(id(use.node), len(order))
+        for leaf in {leaf for factor in use.axes for leaf in walk.algebra.leaves(factor)}:
+            first[leaf] = min(first.get(leaf, place), place)
+    return first
 
 
-def _cheapest_cut(walk: GraphWalk, low: int, high: int) -> int:
-    """Returns the position in [low, high] where the live tensors are smallest, of equals the last (more is run once)."""
+def _cheapest_cut(walk: GraphWalk, reads: Sequence[set[str]], low: int, high: int) -> int:
+    """Returns the position in [low, high] where the live tensors are smallest, of equals the last (more is run once).
+
+    ``reads`` are the names that each node reads.
+    """
+    if low == high:
+        return low
     nodes = walk.model.graph.nodes
     alive = set(live_tensors(walk, low))
-    remaining: dict[str, int] = {}
-    for node in nodes[low:]:
-        for name in names_read(node):
-            remaining[name] = remaining.get(name, 0) + 1
+    remaining = Counter(name for names in reads[low:] for name in names)
     best, least = low, _elements(walk, alive)
     for position in range(low, high):
-        node = nodes[position]
-        for name in names_read(node):
+        for name in reads[position]:
             remaining[name] -= 1
             if not remaining[name]:
                 alive.discard(name)
-        alive.update(t.name for t in node.outputs if present(t) and remaining.get(t.name))
+        alive.update(t.name for t in nodes[position].outputs if present(t) and remaining.get(t.name))
         size = _elements(walk, alive)
         if size <= least:
             best, least = position + 1, size

@@ -48,8 +48,10 @@ from liar_opt.runtime.signatures import Signature
 
 SPREAD = 0.02
 """Relative standard error of the ratio of two latencies at which they were timed long enough."""
-PATIENCE = 10.0
+PATIENCE = 4.0
 """Seconds for each model that its runs may take where they are slow."""
+AIMED = 2.5
+"""Times as long, where a time was the target."""
 TIMED_SAMPLES = 8
 """How many of a batch are timed, and counted in its FLOPs."""
 

@@ -12,7 +12,7 @@ from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
 from liar_opt.frontend.onnx_quantise import require_quantiser
 from liar_opt.frontend.sound_model import why_invalid
 from liar_opt.frontend.walk import count_flops
-from liar_opt.passes.backend import PATIENCE, SPREAD, Backend, inputs_of
+from liar_opt.passes.backend import AIMED, PATIENCE, SPREAD, Backend, inputs_of
 from liar_opt.passes.base import Change, DenseModel, Observer, Opened, Pass, PassResult, State, WholeModel
 from liar_opt.passes.blank_cut import deployed
 from liar_opt.passes.checkpoint import Digests
@@ -154,7 +154,8 @@ class OnnxBackend(Backend):
         kept = state.get(KeptModel)
         models = [deployed(m, state.device) for m in (_stored(state), state.model if kept is None else kept.model)]
         try:
-            return measure_latency(models, feeds, budget=2.0 if aimed else 1.0, least=12, close=SPREAD, patience=PATIENCE)
+            budget, patience = (2.0, AIMED * PATIENCE) if aimed else (0.5, PATIENCE)
+            return measure_latency(models, feeds, budget=budget, least=12, close=SPREAD, patience=patience)
         except CannotTime:
             compared = state.get(ComparedSessions)
             if compared is None:

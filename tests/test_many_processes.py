@@ -93,7 +93,9 @@ def require_alike(one: Path, several: Path) -> None:
         np.testing.assert_allclose(theirs[name], value, rtol=0, atol=1e-6 * float(np.abs(value).max() or 1), err_msg=name)
 
 
-@pytest.mark.parametrize(("count", "more"), [(2, ()), (3, ("--repair", "dense", "--ffn", "0.5"))])
+@pytest.mark.parametrize(
+    ("count", "more"), [(2, ()), pytest.param(3, ("--repair", "dense", "--ffn", "0.5"), marks=pytest.mark.rest)]
+)
 def test_a_graph(count: int, more: tuple[str, ...], tmp_path: Path) -> None:
     plain = [a for a in PLAIN if not more or a not in ("--sparsity", "0.4")]
     arguments = [str(stream(tmp_path / "m.onnx")), "--calibration", str(rows(tmp_path / "d.npz")), *plain, *more, "--fresh"]

@@ -1,4 +1,4 @@
-"""Two hundred random graphs: each is left alone with a reason, or its cut equals the masked original.
+"""Two hundred random graphs (in CI half of them): each is left alone with a reason, or its cut equals the masked original.
 
 The oracle knows nothing of liar-opt. It reads the original and the pruned file alone: for each product of the pruned graph
 it finds the product that it was, finds by value which rows of the weight stay, and sets the other rows to zero in the
@@ -231,7 +231,7 @@ def _ratios(proto: onnx.ModelProto, rng: np.random.Generator) -> dict[str, float
     return {kind: float(rng.uniform(0.2, 0.7)) for kind in ("ffn", "heads") if kind in kinds} or {"ffn": 0.5}
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", [pytest.param(s, marks=pytest.mark.rest if s % 2 else ()) for s in range(SHARES)])
 def test_random_graphs_pruned_without_repair_equal_the_masked_original(share: int) -> None:
     accepted = []
     for seed in range(share, SEEDS, SHARES):

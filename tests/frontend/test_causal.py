@@ -20,7 +20,10 @@ DECODERS = [
     pytest.param(zoo_decoders.Case("mistral", "dynamo"), marks=pytest.mark.rest),
 ]
 ENCODERS = [case for case in zoo.cases(fast=True) if case.architecture != "vit"]
-PAIRS = [zoo_decoders.Case("bart", "dynamo")]
+PAIRS = [
+    zoo_decoders.Case("bart", "torchscript"),
+    pytest.param(zoo_decoders.Case("bart", "dynamo"), marks=pytest.mark.rest),
+]
 
 
 def normalised(path: object) -> OnnxModel:

@@ -15,6 +15,8 @@ from liar_opt.runtime import latency
 from liar_opt.runtime.latency import CannotTime, Deployed, Latency, Process, measure_latency
 from liar_opt.runtime.sessions import Session
 
+pytestmark = pytest.mark.clock
+
 HEAVY = "f (float[n, n] x) => (float[n, n] y) { a = MatMul(x, x)  b = MatMul(a, x)  c = MatMul(b, x)  y = MatMul(c, x) }"
 LIGHT = "f (float[n, n] x) => (float[n, n] y) { y = Relu(x) }"
 

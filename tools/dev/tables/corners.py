@@ -34,6 +34,7 @@ from liar_opt.tools.dev.subjects.minilm import CALIBRATION, HELD_OUT, Held, Work
 SPARSITIES = (0.0, 0.2, 0.35, 0.5)
 TOKENS = 64
 SECONDS = 4.0
+"""For the runs of each model."""
 OWN = ", ONNX Runtime's rounding"
 ROUNDING = "liar_opt.passes.quantise_result.rounded_anew"
 """What rounds the quantiser's numbers anew, with error feedback."""
@@ -165,4 +166,4 @@ def _times(subject: Any, folder: Path, keys: list[tuple[str, float]], seed: int,
     values = (rng.integers(1000, 2000, shape), np.ones(shape, np.int64), np.zeros(shape, np.int64))
     feeds = dict(zip(MINILM_INPUTS, values, strict=True))
     models = [Deployed(_file(subject, folder, *key).read_bytes()) for key in keys]
-    return list(measure_latency(models, feeds, SECONDS, least=10, most=2000).seconds)
+    return list(measure_latency(models, feeds, SECONDS * len(models), least=10, most=2000).seconds)

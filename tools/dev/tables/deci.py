@@ -6,7 +6,7 @@
 
 Needs what `bench.py smollm2` needs; texts, windows and the file of finished cells are those of `bench.py decoder`. Sixths
 of the 1,536 channels are multiples of 256, which both forms can say. Files are of float32, without words. Tokens a second
-are of whole windows, on one thread, the median over them.
+are on one thread: of whole windows, as a prompt is read, and of tokens one by one, as text is written; medians.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from liar_opt.tools.dev.subjects.smollm2 import load_model, perplexity
 from liar_opt.tools.dev.tables.checkpoint import of_module
 from liar_opt.tools.dev.tables.decoder import Workplace, add_setting, batches_of, feed
 
+WRITTEN = 8
+"""Windows whose second half is read a token at a time."""
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "one": ("one width for all layers", {"checkpoint": True, "uniform": True}),
     "deci": ("a width for each layer", {"checkpoint": "deci", "allocate": "curves"}),
@@ -48,7 +50,7 @@ def in_llama_cpp(folder: Path, held: np.ndarray, path: Path) -> dict[str, float]
 
     write_gguf(folder, path)
     loaded = llama_cpp.Llama(str(path), n_ctx=held.shape[1], logits_all=True, n_threads=1, n_threads_batch=1, verbose=False)
-    seconds = []
+    seconds, singly = [], []
 
     def logits(given: Any) -> np.ndarray:
         found = []
@@ -61,7 +63,16 @@ def in_llama_cpp(folder: Path, held: np.ndarray, path: Path) -> dict[str, float]
         return np.stack(found)
 
     value = perplexity(logits, batches_of(held))
-    return {"llama.cpp": value, "speed": held.shape[1] / statistics.median(seconds), "bytes": path.stat().st_size}
+    for ids in held[:WRITTEN]:
+        half = len(ids) // 2
+        loaded.reset()
+        loaded.eval([int(i) for i in ids[:half]])
+        for i in ids[half:]:
+            began = time.perf_counter()
+            loaded.eval([int(i)])
+            singly.append(time.perf_counter() - began)
+    speeds = {"speed": held.shape[1] / statistics.median(seconds), "written": 1 / statistics.median(singly)}
+    return {"llama.cpp": value, **speeds, "bytes": path.stat().st_size}
 
 
 def cell(work: Workplace, form: str, ratio: float, without: bool) -> dict[str, Any]:
@@ -100,15 +111,24 @@ def main(options: argparse.Namespace) -> int:
             without = options.without_llama_cpp
             key = {"form": form, "ffn": round(ratio, 4), "without": without, "table": "deci"}
             made = work.cached(key, partial(cell, work, form, ratio, without))
-            times = [] if without else [f"{made['llama.cpp']:.2f}", f"{made['speed']:.0f}", f"{made['bytes'] / 1e6:.0f}"]
+            times = [] if without else [f"{made['llama.cpp']:.2f}", *(f"{made[k]:.0f}" for k in ("speed", "written"))]
             row = [
                 f"{ratio:.0%}",
                 name if ratio else "dense",
                 f"{made['parameters'] / 1e6:.1f}",
                 f"{made['perplexity']:.2f}",
             ]
-            found.append([*row, *(times or ["", "", ""])])
+            found.append([*row, *([*times, f"{made['bytes'] / 1e6:.0f}"] if times else [""] * 4)])
             say(" | ".join(found[-1]))
-    head = ["channels gone", "form", "parameters, M", "perplexity, torch", "in llama.cpp", "tokens/s", "MB"]
+    head = [
+        "channels gone",
+        "form",
+        "parameters, M",
+        "perplexity, torch",
+        "in llama.cpp",
+        "tokens/s read",
+        "tokens/s written",
+        "MB",
+    ]
     print(table(head, found), end="")
     return 0
