@@ -528,15 +528,18 @@ def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def set_layer_sizes(old: torch.nn.Module, new: torch.nn.Module, changes: Mapping[str, np.ndarray]) -> None:
-    """Sets the attributes in which torch's own layers repeat the sizes of parameters that changed."""
-    for name in changes:
+    """Sets the attributes in which torch's own layers repeat the sizes of parameters that changed, by whatever name."""
+    named = dict(old.named_parameters(remove_duplicate=False))
+    changed = {id(named[name]): value for name, value in changes.items() if name in named}
+    tied = {name: changed[id(p)] for name, p in named.items() if id(p) in changed}
+    for name, value in {**tied, **changes}.items():
         path, _, attribute = name.rpartition(".")
         owner = new.get_submodule(path)
         known = (LAYER_SIZES[c.__name__] for c in type(owner).__mro__ if c.__name__ in LAYER_SIZES)
         names = next(known, {}).get(attribute, ())
         for axis, size in enumerate(names):
             if size:
-                setattr(owner, size, int(changes[name].shape[axis]))
+                setattr(owner, size, int(value.shape[axis]))
         if names and getattr(owner, "groups", 1) > 1:  # depthwise: every channel is a group
             owner.groups = owner.in_channels = owner.out_channels
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liar_opt.runtime.small_tokenizer import ID, new_ids
+from liar_opt.runtime.token_fields import ID, renumbered
 from liar_opt.runtime.whole_file import write_whole
 
 NAME = "genai_config.json"
@@ -36,7 +36,7 @@ def write_config(
     except (OSError, ValueError, KeyError, TypeError):
         return f"'{beside}' is no configuration of a decoder; nothing was written for GenAI"
     if words is not None:
-        named = {k: new_ids(v, words) for k, v in config["model"].items() if ID.search(k)}
+        named = {k: renumbered(k, v, words) for k, v in config["model"].items() if ID.search(k)}
         config["model"] |= {**named, "vocab_size": len(words)}
     shared = {g["after"] for g in heads}
     if any(g["after"] < g["before"] for g in heads):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from liar_opt.frontend.fx_rewrite import copy_without, set_layer_sizes, set_tens
 from liar_opt.frontend.hf_checkpoint import configs_of
 from liar_opt.frontend.vocabulary import Words
 from liar_opt.runtime.errors import ModelError
-from liar_opt.runtime.small_tokenizer import ID, new_ids, token_ids
+from liar_opt.runtime.token_fields import ID, named_ids, renumbered
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,10 @@ def cut_module_words(module: torch.nn.Module, words: Words, kept: NDArray[np.int
         set_tensor(result, name, to_torch(np.ascontiguousarray(value), tensors[name].device))
     set_layer_sizes(module, result, values)
     new = {int(old): place for place, old in enumerate(kept)}
-    for owner in _owners(result):
+    for owner in _owners(result, {words.size, len(kept)}):
         for name, value in list(vars(owner).items()):
             if ID.search(name):
-                setattr(owner, name, new_ids(value, new))
+                setattr(owner, name, renumbered(name, value, new))
             elif type(value) is int and value == words.size and "vocab" in name:
                 setattr(owner, name, len(kept))
     return result
@@ -55,18 +55,31 @@ def cut_module_words(module: torch.nn.Module, words: Words, kept: NDArray[np.int
 
 def ids_said(module: torch.nn.Module, size: int) -> set[int]:
     """Returns the token ids that a module's configurations name, those below ``size``: they have to stay."""
-    found = (
-        i for owner in _owners(module) for name, value in vars(owner).items() if ID.search(name) for i in token_ids(value)
-    )
-    return {i for i in found if 0 <= i < size}
+    owners = _owners(module, {size})
+    return {i for o in owners for name, value in vars(o).items() for i in named_ids(name, value) if 0 <= i < size}
 
 
-def _owners(module: torch.nn.Module) -> Iterator[Any]:
-    """Yields all modules, and the configurations that they hold, each once."""
+def _owners(module: torch.nn.Module, sizes: Collection[int]) -> Iterator[Any]:
+    """Yields all modules, and the configurations that they hold, each once.
+
+    Parts with a vocabulary of their own, of which they have a table, are left out: their ids are not of these ``sizes``.
+    """
+    rows = {n for part in module.modules() if type(n := getattr(part, "num_embeddings", None)) is int}
+
+    def foreign(config: Any) -> bool:
+        own = vars(config).get("vocab_size") if hasattr(config, "to_dict") else None
+        return type(own) is int and own not in sizes and own in rows
+
     seen: dict[int, Any] = {}
-    for part in module.modules():
+    others: list[str] = []
+    for path, part in module.named_modules():
+        config = getattr(part, "config", None)
+        if foreign(config) and path:
+            others.append(f"{path}.")
+        if any(f"{path}.".startswith(other) for other in others):
+            continue
         seen[id(part)] = part
-        for config in (getattr(part, "config", None), getattr(part, "generation_config", None)):
-            if config is not None and hasattr(config, "to_dict"):
-                seen |= {id(c): c for c in configs_of(config)}
+        for one in (config, getattr(part, "generation_config", None)):
+            if one is not None and hasattr(one, "to_dict"):
+                seen |= {id(c): c for c in configs_of(one) if not foreign(c)}
     yield from seen.values()

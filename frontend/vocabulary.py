@@ -3,7 +3,8 @@
 Found by how tensors are used, not by their names:
 
 - a *table* is a constant whose rows are looked up by a graph input, through casts, reshapes and the like (`tables`); of
-  tables of several sizes the largest is that of the words, and all as large, or stored once for several, go together;
+  tables of several sizes the largest that token ids look up is that of the words (an input that is called so, where one
+  is: entities or places on a page may have larger ones), and all as large, or stored once for several, go together;
 - a *head* is a product with a constant that has a column a word, whose result reaches a graph output without another such
   product: tied (the table itself, turned round or not), a copy of it, or one of its own;
 - what is added or multiplied behind a head, a number a word, belongs to it.
@@ -90,7 +91,8 @@ def find_words(model: Model) -> Words:
         ModelError: no ids look a table up, or something reads one in a way that is not followed.
     """
     nodes = {id(n) for n in model.graph.nodes}
-    roles = Signature.read(model.inputs(), None).roles
+    signature = Signature.read(model.inputs(), None)
+    roles = signature.roles
     ends = {t.name for t in model.graph.inputs if roles.get(t.name) not in ("position", "type", "mask")}
     tables: dict[int, tuple[gs.Constant, int, str]] = {}
     computed = False
@@ -109,7 +111,9 @@ def find_words(model: Model) -> Words:
     if not tables:
         why = "the ids that look its tables up are computed inside" if computed else "no input of it looks a table up"
         raise ModelError(f"the model has no vocabulary to cut: {why}")
-    size = max(int(c.shape[axis]) for c, axis, _ in tables.values())
+    named = {signature.ids, *(name for name, role in roles.items() if role == "decoder_ids")}
+    of_words = [t for t in tables.values() if t[2] in named]
+    size = max(int(c.shape[axis]) for c, axis, _ in of_words or tables.values())
     own = {key: t for key, t in tables.items() if int(t[0].shape[t[1]]) == size}
     waiting = [Place(n, p, c, a) for c, axis, _ in own.values() for n, p, a in _readers(c, axis)]
     waiting += [place for place in _products(model, size) if id(place.constant) not in own]

@@ -4,6 +4,7 @@ Of V tokens K stay, in their order; the new id of one is its place among them. W
 before, by kind of model:
 
 - WordPiece takes the longest piece that there is, Unigram the likeliest pieces: what was chosen among more is chosen again;
+  what Unigram does not know costs a little more than its least likely piece, which therefore stays;
 - BPE joins pairs by their rank: what a token was joined of must stay as well (:func:`needed`), and its joins with it; of
   the pairs that are left the one that came first still comes first.
 
@@ -15,9 +16,8 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,6 @@ WRITTEN = (
     *("special_tokens_map.json", "chat_template*", "sentence_bert_config.json"),
 )
 COPIED = ("special_tokens_map.json", "chat_template*", "sentence_bert_config.json")
-ID = re.compile(r"(^|_)(token_ids?|padding_idx)$|^(begin_)?suppress_tokens$|^forced_decoder_ids$")
-"""Fields of configurations that hold token ids."""
 ROLES = ("sep", "cls")
 
 
@@ -70,8 +68,10 @@ class SmallTokenizer:
         self.texts = {i: text for text, i in self.ids.items()}
 
     def needed(self, ids: Iterable[int]) -> set[int]:
-        """Returns the ids with those of the pieces that they are joined of, and of their single characters."""
-        found, known = set(map(int, ids)), self.ids
+        """Returns the ids with those of the pieces that they are joined of, of single characters, and of what texts get."""
+        found, known = {*map(int, ids), *_processor_ids(self.raw.get("post_processor"))}, self.ids
+        if self.kind == "Unigram" and self.model["vocab"]:
+            found.add(min(range(len(self.model["vocab"])), key=lambda i: float(self.model["vocab"][i][1])))
         tokens = [self.texts[i] for i in sorted(found) if i in self.texts]
         if self.kind == "BPE":
             pieces = {piece for token in tokens for piece in self._pieces(token)}
@@ -114,8 +114,18 @@ class SmallTokenizer:
         return [(a, b) for a, b in pairs]
 
     def cut(self, kept: NDArray[np.int64]) -> dict[str, Any]:
-        """Returns the tokenizer.json of the tokens that are kept, ids ascending [K]."""
+        """Returns the tokenizer.json of the tokens that are kept, ids ascending [K].
+
+        Raises:
+            OptionError: it adds a token to texts that is not among them.
+        """
         new = {int(old): place for place, old in enumerate(kept)}
+        lost = next((i for i in _processor_ids(self.raw.get("post_processor")) if i not in new), None)
+        if lost is not None:
+            raise OptionError(
+                f"tokenizer '{self.file}' adds the token id {lost} to texts, and the model's table has no row for it: "
+                "they do not belong together"
+            )
         raw: dict[str, Any] = json.loads(json.dumps(self.raw))
         model = raw["model"]
         if self.kind == "Unigram":
@@ -222,21 +232,15 @@ def folder_beside(output: Path, source: Path, force: bool) -> Path:
     return folder
 
 
-def new_ids(value: Any, new: Mapping[int, int]) -> Any:
-    """Returns a field of token ids with new ones: of tokens that went None, and left out of lists; -1 and the like stay."""
-    if isinstance(value, (list, tuple)):
-        left = [v for v in value if not (type(v) is int and v >= 0 and v not in new)]
-        return type(value)(new_ids(v, new) for v in left)
-    return new.get(value) if type(value) is int and value >= 0 else value
-
-
-def token_ids(value: Any) -> Iterator[int]:
-    """Yields the ids in a field of them."""
-    if isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from token_ids(inner)
-    elif type(value) is int:
-        yield value
+def _processor_ids(processor: Any) -> Iterator[int]:
+    """Yields the ids that a post-processor adds to texts, or to pairs of them."""
+    if not processor:
+        return
+    for inner in processor.get("processors") or ():
+        yield from _processor_ids(inner)
+    for token in (processor.get("special_tokens") or {}).values():
+        yield from token["ids"]
+    yield from (processor[role][1] for role in ROLES if isinstance(processor.get(role), list))
 
 
 def _renumber_processor(processor: Any, new: dict[int, int]) -> None:

@@ -210,6 +210,20 @@ def test_a_table_that_is_read_otherwise(body: str, reason: str) -> None:
         find_words(normalised(small_graph(body, "float[b, s, 4] y")))
 
 
+def test_a_larger_table_of_something_else_is_not_that_of_words() -> None:
+    """Entities, or places on a page, may be more than there are words."""
+    proto = small_graph("y = MatMul(x, head)", "float[b, s, 11] y")
+    for node in (*proto.graph.node, proto.graph):
+        for value in node.input:
+            if isinstance(value, onnx.ValueInfoProto) and value.name == "position_ids":
+                value.name = "entity_ids"
+        if isinstance(node, onnx.NodeProto):
+            node.input[:] = ["entity_ids" if name == "position_ids" else name for name in node.input]
+    words = find_words(normalised(proto))
+    assert (words.size, words.inputs) == (11, ("input_ids",))
+    assert {p.constant.name for p in words.places} == {"table", "head"}
+
+
 def test_ids_that_are_computed() -> None:
     proto = small_graph("y = Relu(x)", "float[b, s, 4] y")
     proto.graph.node[0].CopyFrom(onnx.helper.make_node("CumSum", ["input_ids", "axis"], ["flat"]))

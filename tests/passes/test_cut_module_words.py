@@ -104,6 +104,43 @@ def test_other_architectures(name: str, tokenizer: Path, tmp_path: Path) -> None
     assert getattr(config, "text_config", config).vocab_size == entry["kept"]
 
 
+def test_what_is_written_with_the_ids_of_before(tokenizer: Path, tmp_path: Path) -> None:
+    """Bad words, languages by name, an image's place in the text: with the ids of now, and what went left out."""
+    module = build("gpt2")
+    module.config.image_token_index = 40
+    module.generation_config = transformers.GenerationConfig(eos_token_id=words.SEP, pad_token_id=words.PAD)
+    module.generation_config.bad_words_ids = [[V - 1], [words.PAD], [words.PAD, V - 1]]
+    module.generation_config.lang_to_id = {"<|en|>": 41}
+    result = prune_module(module, vocabulary=TEXTS, tokenizer=tokenizer)
+    assert result.words is not None
+    kept = result.words.kept.tolist()
+    loaded = type(module).from_pretrained(result.save(tmp_path / "out")).eval()
+    assert loaded.config.image_token_index == kept.index(40)
+    assert loaded.generation_config.lang_to_id == {"<|en|>": kept.index(41)}
+    assert loaded.generation_config.bad_words_ids == [[kept.index(words.PAD)]]
+    loaded.generate(input_ids=torch.tensor([[1, 4]]), max_new_tokens=2)
+    assert module.generation_config.bad_words_ids[0] == [V - 1]
+
+
+@pytest.mark.rest
+def test_two_vocabularies() -> None:
+    """An encoder of fewer words keeps those, and the ids that its own configuration names."""
+    few = transformers.BertConfig(**{**zoo_fx.TEXT, "vocab_size": 61, "pad_token_id": 5})
+    decoder = transformers.GPT2Config(**{**zoo_fx.GPT, "pad_token_id": 7}, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(few, decoder)
+    config.decoder_start_token_id = config.pad_token_id = 7
+    torch.manual_seed(0)
+    module: Any = transformers.EncoderDecoderModel(config).eval()
+    result = prune_module(module, vocabulary=range(20, 90), checkpoint=False)
+    made: Any = result.module
+    assert result.words is not None
+    kept = result.words.kept.tolist()
+    assert made.decoder.get_input_embeddings().num_embeddings == made.decoder.lm_head.out_features == len(kept) < V
+    assert made.config.decoder.pad_token_id == made.config.decoder_start_token_id == kept.index(7)
+    assert made.encoder.get_input_embeddings().num_embeddings == made.config.encoder.vocab_size == 61
+    assert made.config.encoder.pad_token_id == made.encoder.get_input_embeddings().padding_idx == 5
+
+
 def test_a_folder_with_widths(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tokenizer is that of the folder; widths and words go together, and one more run finds fewer words."""
     module = build("bert")

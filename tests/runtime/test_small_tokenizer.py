@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from liar_opt.runtime.errors import CheckError, OptionError
-from liar_opt.runtime.small_tokenizer import ID, SmallTokenizer, folder_beside, new_ids, token_ids, write_beside
+from liar_opt.runtime.small_tokenizer import SmallTokenizer, folder_beside, write_beside
 from liar_opt.runtime.text_tokenizer import load_tokenizer, unknown_and_basic
 
 CORPUS = [
@@ -136,11 +136,21 @@ def test_where_it_goes(tmp_path: Path) -> None:
         SmallTokenizer(tmp_path)
 
 
-def test_fields_of_ids() -> None:
-    new = {7: 1, 3: 0}
-    assert [new_ids(value, new) for value in (7, [7, 9], (3, 7), None, -1, 8, [[1, 3]])] == [
-        *(1, [1], (0, 1), None, -1, None, [[0]])
-    ]
-    assert list(token_ids([[1, 3], (4,), None])) == [1, 3, 4]
-    assert all(map(ID.search, ("eos_token_id", "pad_token_ids", "padding_idx", "suppress_tokens")))
-    assert not any(map(ID.search, ("num_tokens", "hidden_size", "max_new_tokens")))
+def test_what_is_unknown_costs_what_it_did(tmp_path: Path) -> None:
+    """Unigram: more than the least likely piece. Without that one, 'a', something unknown, 'cdef' would be likelier."""
+    from tokenizers import Tokenizer, models, processors
+
+    pieces = [("<unk>", 0.0), ("a", -1.0), ("cdef", -1.0), ("abc", -14.0), ("def", -14.0), ("rare", -20.0), ("<s>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0))
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment, unused-ignore]
+        single="$A", pair="$A <s> $B", special_tokens=[("<s>", 6)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    small, used = SmallTokenizer(tmp_path), [0, 2, 3, 4]
+    kept = np.asarray(sorted(small.needed(used)))
+    assert kept.tolist() == [0, 1, 2, 3, 4, 5, 6]  # what it adds to pairs stays, too
+    assert small.check(kept, ["abcdef", "cdef"]) == 2
+    with pytest.raises(CheckError, match="reads 'abcdef' otherwise"):
+        small.check(np.asarray([0, 1, 2, 3, 4, 6]), ["abcdef", "cdef"])
+    with pytest.raises(OptionError, match="adds the token id 6 to texts, and the model's table has no row for it"):
+        small.cut(kept[:6])
