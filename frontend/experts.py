@@ -364,7 +364,7 @@ def _other_reader(walk: GraphWalk, numbers: gs.Tensor, leaves: frozenset[int], t
 
 def _least(walk: GraphWalk, nodes: Sequence[gs.Node], leaf: int, outer: int | None, top_k: int) -> int:
     """Returns how many experts must stay, in each group, so that every choice has as many as it takes."""
-    algebra, least, groups = walk.algebra, top_k, 1
+    algebra, groups, within = walk.algebra, 1, 1
     for node in walk.model.graph.nodes:
         axes = walk.axes.get(node.inputs[0].name) if node.op in CHOICES else None
         if not axes:
@@ -372,9 +372,9 @@ def _least(walk: GraphWalk, nodes: Sequence[gs.Node], leaf: int, outer: int | No
         factor, taken = axes[_axis(node)], walk.shape(walk.axes[node.outputs[0].name] or ())[_axis(node)]
         if outer is not None and algebra.leaves(factor) == [outer]:
             groups = taken
-        elif outer is not None and algebra.leaves(factor) == [leaf]:
-            least = max(-(-top_k // groups), taken)
-    return least if outer is None else max(-(-top_k // groups), least if least != top_k else 1)
+        elif outer is not None and algebra.leaves(factor) == [leaf]:  # what a group is chosen by: its best few
+            within = max(within, taken)
+    return top_k if outer is None else max(-(-top_k // groups), within)
 
 
 def _terms(walk: GraphWalk, choices: Sequence[gs.Node]) -> Iterator[Term]:

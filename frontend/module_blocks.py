@@ -19,12 +19,15 @@ from liar_opt.frontend.graph_tensors import is_constant
 from liar_opt.frontend.hf_checkpoint import FieldChange, changed_config, configs_of, is_stock, quiet_loading, says
 from liar_opt.frontend.walk import GraphWalk
 from liar_opt.runtime.errors import ModelError
+from liar_opt.runtime.token_fields import ID
 
 if TYPE_CHECKING:
     import torch
 
 COUNT = re.compile(r"layer|block|depth|n_lay", re.IGNORECASE)
 """What the field of a configuration that says how many blocks there are is called."""
+FROM = re.compile(r"layer|block|depth|first|start", re.IGNORECASE)
+"""What one that says from which block on they are others is called."""
 FIELDS_TOGETHER = 2
 """Fields that may say it together."""
 
@@ -110,7 +113,8 @@ def _constants(nodes: Iterable[Any]) -> set[str]:
 def fewer_blocks(module: torch.nn.Module, blocks: BlockList, dropped: range) -> tuple[FieldChange, ...] | None:
     """Returns what the configuration of a transformers model must say for fewer blocks; None where it cannot.
 
-    A field that counts them has their number and is called so; lists with an entry for each block lose the entries.
+    A field that counts them has their number and is called so; one that says from which block on they are others has a
+    smaller one. Beside them lists with an entry for each block lose the entries, and lists of blocks have their new places.
     """
     wanted = {}
     for name, tensor in module.state_dict().items():
@@ -118,29 +122,48 @@ def fewer_blocks(module: torch.nn.Module, blocks: BlockList, dropped: range) -> 
         if new is not None:
             wanted[new] = tuple(tensor.shape)
     config: Any = module.config
-    counts, lists = list(_counts(config, blocks.entries, len(dropped))), list(_lists(config, blocks.entries, dropped))
+    counts, lists = list(_counts(config, blocks.entries, dropped)), list(_lists(config, blocks.entries, dropped))
     for number in range(1, FIELDS_TOGETHER + 1):
         for chosen in itertools.combinations(counts, number):
-            for more in (lists, []) if lists else ([],):
+            parts = {change.path for change in chosen}
+            own = [change for change in lists if change.path in parts]
+            each = [change for change in own if len(change.before) == blocks.entries]
+            for more in (own, each, []):
                 changes = (*chosen, *more)
                 if says(module, changes, wanted):
                     return changes
     return None
 
 
-def _counts(config: Any, entries: int, gone: int) -> Iterator[FieldChange]:
-    for path, part in _parts(config):
-        for name, value in vars(part).items():
-            if type(value) is int and value == entries and COUNT.search(name):
-                yield FieldChange(path, name, value, value - gone)
+def _counts(config: Any, entries: int, dropped: range) -> Iterator[FieldChange]:
+    """Yields fields that count blocks, and behind them those that may say from which block on they are others."""
+    places = [(path, name, value) for path, part in _parts(config) for name, value in vars(part).items()]
+    numbers = [(path, name, value) for path, name, value in places if type(value) is int and not ID.search(name)]
+    for path, name, value in numbers:
+        if value == entries and COUNT.search(name):
+            yield FieldChange(path, name, value, value - len(dropped))
+    for path, name, value in numbers:
+        if dropped.start < value < entries and FROM.search(name):
+            yield FieldChange(path, name, value, value - len(range(dropped.start, min(value, dropped.stop))))
 
 
 def _lists(config: Any, entries: int, dropped: range) -> Iterator[FieldChange]:
+    """Yields lists with an entry for each block, and lists of the places of some blocks."""
     for path, part in _parts(config):
         for name, value in vars(part).items():
-            if isinstance(value, (list, tuple)) and len(value) == entries and not name.startswith("_"):
-                left = type(value)(v for i, v in enumerate(value) if i not in dropped)
+            if not isinstance(value, (list, tuple)) or name.startswith("_") or ID.search(name):
+                continue
+            if COUNT.search(name) and _are_places(value, entries):
+                left = type(value)(v - sum(d < v for d in dropped) for v in value if v not in dropped)
                 yield FieldChange(path, name, value, left)
+            elif len(value) == entries:
+                yield FieldChange(path, name, value, type(value)(v for i, v in enumerate(value) if i not in dropped))
+
+
+def _are_places(value: Sequence[Any], entries: int) -> bool:
+    """Returns whether a list may be of the places of some blocks: ascending, each once; of two blocks [0, 1] is of each."""
+    whole = all(type(v) is int and 0 <= v < entries for v in value) and list(value) == sorted(set(value))
+    return whole and 0 < len(value) and (len(value) < entries or entries > 2)
 
 
 def _parts(config: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -205,6 +228,10 @@ def without_entries(
     new.tie_weights()
     if hasattr(source, "generation_config"):
         new.generation_config = copy.deepcopy(source.generation_config)
+        places = getattr(new.generation_config, "alignment_heads", None)  # of Whisper's decoder: block, head
+        if places and "decoder" in blocks.path:
+            left_of = {old: old - sum(d < old for d in dropped) for old in range(blocks.entries) if old not in dropped}
+            new.generation_config.alignment_heads = [[left_of[b], *rest] for b, *rest in places if b in left_of]
     trained = {blocks.renamed(n, dropped): p.requires_grad for n, p in source.named_parameters()}
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(trained.get(name, True))

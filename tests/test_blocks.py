@@ -18,12 +18,14 @@ import pytest
 import torch
 import transformers
 import zoo_decoders
+import zoo_fx
 import zoo_merged
 from onnx import helper, numpy_helper
 from test_both_engines import batches, export, made
 
 import liar_opt
 from liar_opt.frontend.blocks import find_stacks, inside, last_product
+from liar_opt.frontend.module_blocks import BlockList, fewer_blocks, without_entries
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import walk
 from liar_opt.passes import auto_blocks, meet_target
@@ -413,6 +415,52 @@ def test_a_stock_checkpoint_has_fewer_layers(name: str, tmp_path: Path) -> None:
     if name == "qwen2":
         kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
         assert loaded.config.layer_types == [k for i, k in enumerate(kinds) if i not in dropped]
+
+
+@pytest.mark.parametrize(
+    ("fields", "dropped", "said"),
+    [
+        ({"mlp_only_layers": [0, 3], "eos_token_id": [1, 2, 3, 4, 5]}, [1, 2], {"mlp_only_layers": [0, 1]}),
+        ({"mlp_only_layers": [0, 3]}, [0], {"mlp_only_layers": [2]}),
+        ({"mlp_only_layers": [], "decoder_sparse_step": 1}, [1], {}),
+    ],
+)
+def test_a_configuration_says_which_of_fewer_blocks_are_others(fields: Any, dropped: list[int], said: Any) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 28, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 12}
+    common = {"vocab_size": 61, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen2MoeConfig(**sizes, **common, num_experts=4, num_experts_per_tok=2, **fields)
+    model = transformers.Qwen2MoeForCausalLM(config)
+    blocks, gone = BlockList("model.layers", 0, 5, frozenset()), range(dropped[0], dropped[-1] + 1)
+    changes = fewer_blocks(model, blocks, gone)
+    assert changes is not None
+    wanted = {"num_hidden_layers": 5 - len(gone), "layer_types": ["full_attention"] * (5 - len(gone)), **said}
+    assert {change.name: change.after for change in changes} == wanted
+
+
+def test_a_configuration_says_from_which_block_on_they_are_others() -> None:
+    latent = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6}
+    sizes = {"hidden_size": 24, "intermediate_size": 28, "moe_intermediate_size": 20, "vocab_size": 61}
+    groups = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}
+    config = transformers.DeepseekV3Config(**latent, **sizes, **groups, num_hidden_layers=5, num_attention_heads=4)
+    model = transformers.DeepseekV3ForCausalLM(config)
+    changes = fewer_blocks(model, BlockList("model.layers", 0, 5, frozenset()), range(1, 3))
+    assert changes is not None
+    assert {c.name: c.after for c in changes if c.name != "layer_types"} == {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+    }
+
+
+def test_what_generating_says_of_blocks_goes_with_them() -> None:
+    module: Any = transformers.WhisperForConditionalGeneration(zoo_fx.build("whisper").config)
+    entries = module.config.decoder_layers
+    module.generation_config.alignment_heads = [[0, 1], [entries - 1, 0], [entries - 1, 2]]
+    blocks = BlockList("model.decoder.layers", 0, entries, frozenset())
+    fields = fewer_blocks(module, blocks, range(1))
+    made: Any = without_entries(module, blocks, range(1), {}, {}, fields)
+    assert made.config.decoder_layers == entries - 1
+    assert made.generation_config.alignment_heads == [[entries - 2, 0], [entries - 2, 2]]
+    assert module.generation_config.alignment_heads[0] == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("bert", marks=pytest.mark.rest)])

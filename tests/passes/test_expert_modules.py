@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import liar_opt
+from liar_opt.runtime.errors import OptionError
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61}
 COMMON = {**SIZES, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
@@ -102,6 +103,18 @@ def test_a_checkpoint_of_fewer_experts(name: str, tmp_path: Path, monkeypatch: p
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert max(np.abs(a - b).max() for a, b in zip(ours, dense, strict=True)) > 1e-3
+
+
+def test_as_many_stay_in_a_group_as_it_is_chosen_by() -> None:
+    """DeepSeek adds up the best two of each group; of one expert there are no best two."""
+    torch.manual_seed(7)
+    model = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(**{**MODELS["deepseek-v3"][1], "topk_group": 2})
+    )
+    with pytest.raises(
+        OptionError, match=r"leave 1 of 4 experts of each of 2 groups .*, and 2 are needed to choose 2 for each"
+    ):
+        liar_opt.prune(model.eval(), {"input_ids": ids(4, 9)}, experts=0.75, provider="cpu")
 
 
 def test_experts_and_widths_of_a_checkpoint(tmp_path: Path) -> None:
