@@ -149,6 +149,11 @@ def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:
         searching = SearchWidthsPass(options.search, by_kind, step, options.repair, options.weighting, options.seed)
     whole = options.whole_layers if _by_curves(widths) and searching is None and not options.uniform else "off"
     if options.whole_layers == "on" and whole == "off":
+        if not calibrated and allocate == "uniform" and not (by_kind or options.allocate or options.uniform or searching):
+            raise OptionError(
+                "whole-layers goes by error curves, which made-up inputs say nothing of; give --calibration, or leave "
+                "it out"
+            )
         why = "a search and --uniform have widths alone" if options.search or options.uniform else "curves say which go"
         raise OptionError(
             f"whole-layers needs a sparsity, a target or max-drop shared out by curves ({why}); give one, or leave it out"

@@ -161,7 +161,12 @@ def choose_words(model: Model, calibration: Any, options: PruneOptions, always: 
     ids, counts = listed_ids(source, words.size), None
     if ids is None:
         fields = {"text_column": options.text_column, "tokenizer": options.tokenizer, "mask_input": options.mask_input}
-        counts = count_words(source, model.inputs(), words.inputs, words.size, tokenizer, **fields)
+        try:
+            counts = count_words(source, model.inputs(), words.inputs, words.size, tokenizer, **fields)
+        except OptionError as err:  # it is read as calibration data are
+            if options.vocabulary is None:
+                raise
+            raise OptionError(str(err).replace("calibration ", "vocabulary ", 1)) from err
         counts[[i for i in _specials(tokenizer) if i < words.size]] = 0
         ids = np.flatnonzero(counts) if coverage is None or not counts.any() else most_frequent(counts, coverage)
     elif coverage is not None:

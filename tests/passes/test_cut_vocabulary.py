@@ -211,6 +211,7 @@ def test_files_that_are_refused(tokenizer: Path, tmp_path: Path) -> None:
         ("empty.npy", b"", "cannot be read"),
         ("archive.npy", b"PK\3\4" * 9, "cannot be read"),
         ("rows.jsonl", b"[]", "is a JSON list"),
+        ("words.docx", b"PK", "^vocabulary file '.*words.docx' has the unknown suffix"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(LiarOptError, match=reason):

@@ -242,6 +242,8 @@ def test_bad_input(path: Path, tmp_path: Path) -> None:
         liar_opt.prune(path, GIVEN, whole_layers="all", sparsity=0.3)
     with pytest.raises(OptionError, match="whole-layers needs a sparsity, a target or max-drop"):
         liar_opt.prune(path, GIVEN, whole_layers="on", ffn=0.3)
+    with pytest.raises(OptionError, match=r"whole-layers goes by error curves, .*; give --calibration, or leave it out"):
+        liar_opt.prune(path, None, whole_layers="on", sparsity=0.3)
     onnx.save(graphs.parse(NOT_ADDED, {"w": (6, 17), "v": (17, 6)}), tmp_path / "none.onnx")
     feeds = [{"x": f["x0"]} for f in GIVEN]
     with pytest.raises(ModelError, match=r"no layer can go whole: .* one of the model's; leave whole-layers out"):
