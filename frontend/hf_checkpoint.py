@@ -1040,8 +1040,15 @@ def _check_loads(module: torch.nn.Module, folder: Path, example: Mapping[str, to
 
     model_class: Any = type(module)
     device = next((p.device for p in module.parameters()), "cpu")
-    with quiet_loading():
-        loaded, info = model_class.from_pretrained(folder, output_loading_info=True, dtype="auto", trust_remote_code=False)
+    try:
+        with quiet_loading():
+            loaded, info = model_class.from_pretrained(
+                folder, output_loading_info=True, dtype="auto", trust_remote_code=False
+            )
+    except Exception as err:  # of many classes
+        raise CheckError(
+            f"the checkpoint does not load as it was saved ({' '.join(str(err).split())[:200]}); nothing was written"
+        ) from err
     loaded = loaded.eval().to(device)
     wrong = {k: v for k, v in info.items() if v}
     if wrong:

@@ -34,10 +34,14 @@ from liar_opt.frontend.graph_tensors import is_constant, is_float, like
 from liar_opt.frontend.model import Model
 from liar_opt.frontend.rules.operators import has, operator
 from liar_opt.frontend.rules.table import ATEN, Trait
-from liar_opt.frontend.tables import LOOKUPS, ids_of
+from liar_opt.frontend.tables import INDEX_STEPS, LOOKUPS, ids_of
 from liar_opt.runtime.errors import ModelError
 from liar_opt.runtime.signatures import Signature
 
+STILL_IDS = frozenset(
+    {"Where", "where", "Mul", "mul", "Clip", "clamp", "masked_fill", "Min", "Max", "minimum", "maximum", "Mod", "remainder"}
+)
+"""Operators that make ids of token ids, beside those that move them: other tables are looked up by these."""
 ELEMENTWISE = Trait.UNARY | Trait.ARITHMETIC | Trait.EXTREMES | Trait.DROPS
 """Operators behind a head that keep a number a word."""
 
@@ -141,6 +145,26 @@ def find_words(model: Model) -> Words:
     behind = _behind(logits)
     wide = {t.name for t in model.graph.outputs if id(t) in behind and (t.shape or [size])[-1] == size}
     return Words(size, inputs, tuple(lookups), tuple(places), tuple(logits), frozenset(wide))
+
+
+def require_no_other_lookup(model: Model, words: Words) -> None:
+    """Checks that nothing else is looked up by token ids, which has no row for new ones.
+
+    Raises:
+        ModelError: a table is, whose ids are computed of them.
+    """
+    known = {(id(node), position) for node, position in words.lookups}
+    ids = set(words.inputs)
+    for node in model.graph.nodes:
+        reads = [i for i, t in enumerate(node.inputs) if t.name in ids]
+        other = next((p for _, p in LOOKUPS.get(node.op, ()) if p in reads and (id(node), p) not in known), None)
+        if other is not None:
+            raise ModelError(
+                f"node '{node.name}' ({node.op}) looks '{node.inputs[0].name}' up by ids that are computed of the tokens', "
+                "and new ids have other rows there; write ONNX without small-tokenizer (of a checkpoint with --format onnx)"
+            )
+        if reads and (has(node, INDEX_STEPS) or node.op in STILL_IDS):
+            ids |= {t.name for t in node.outputs}
 
 
 def cut_words(model: Model, words: Words, kept: NDArray[np.int64], unknown: int, tables: bool = True) -> None:

@@ -17,7 +17,7 @@ from liar_opt.frontend.fx_module import to_numpy, to_torch
 from liar_opt.frontend.hf_checkpoint import without_cache
 from liar_opt.frontend.module_words import cut_module_words, ids_said
 from liar_opt.frontend.plain_module import evaluating
-from liar_opt.frontend.vocabulary import find_words
+from liar_opt.frontend.vocabulary import find_words, require_no_other_lookup
 from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.cut_vocabulary import ChosenWords, choose_words, cut_words_entry
 from liar_opt.passes.fit_module import CutModule
@@ -56,7 +56,9 @@ def choose_module_words(state: State, calibration: Any, options: PruneOptions) -
             "save_pretrained of a fast tokenizer writes one; or write ONNX with --format onnx"
         )
     small = bool(options.tokenizer is not None and (options.checkpoint or options.small_tokenizer))
-    said = ids_said(module, find_words(model).size)
+    words = find_words(model)
+    require_no_other_lookup(model, words)
+    said = ids_said(module, words.size)
     config = getattr(module, "config", None)
     padding = getattr(config, "pad_token_id", None)
     if isinstance(padding, int) and 0 <= padding < LOW:

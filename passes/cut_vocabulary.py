@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from liar_opt.frontend.model import Model
 from liar_opt.frontend.onnx_model import OnnxOriginal, onnx_graph
-from liar_opt.frontend.vocabulary import Words, cut_words, find_words, hide_logits
+from liar_opt.frontend.vocabulary import Words, cut_words, find_words, hide_logits, require_no_other_lookup
 from liar_opt.passes.base import Change, DenseModel, Finding, Pass, PassResult, State
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.sweep import first_samples
@@ -146,6 +146,8 @@ def choose_words(model: Model, calibration: Any, options: PruneOptions, always: 
         OptionError: the vocabulary cannot be read or does not fit the model, or nothing would be left, or nothing go.
     """
     words, coverage = find_words(model), options.vocabulary_coverage
+    if options.small_tokenizer:
+        require_no_other_lookup(model, words)
     source = calibration if options.vocabulary is None else options.vocabulary
     if coverage is not None and not 0.0 < coverage <= 1.0:
         raise OptionError(f"vocabulary-coverage is {coverage:g}; give a share of the tokens above 0, and at most 1")

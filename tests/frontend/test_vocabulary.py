@@ -18,7 +18,7 @@ from oracle import run
 
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.tables import vocabulary
-from liar_opt.frontend.vocabulary import cut_words, find_words, hide_logits
+from liar_opt.frontend.vocabulary import cut_words, find_words, hide_logits, require_no_other_lookup
 from liar_opt.runtime.compare import relative_difference
 from liar_opt.runtime.errors import ModelError
 
@@ -222,6 +222,16 @@ def test_a_larger_table_of_something_else_is_not_that_of_words() -> None:
     words = find_words(normalised(proto))
     assert (words.size, words.inputs) == (11, ("input_ids",))
     assert {p.constant.name for p in words.places} == {"table", "head"}
+
+
+def test_another_table_of_computed_ids() -> None:
+    """With new ids it would give other rows; with the table of ids in the graph it does not."""
+    body = "one = Clip(input_ids) there_too = Gather(places, one) z = Add(x, there_too) y = MatMul(z, head)"
+    proto = normalised(small_graph(body, "float[b, s, 11] y"))
+    with pytest.raises(ModelError, match=r"looks '(table|places)' up by ids that are computed of the tokens'"):
+        require_no_other_lookup(proto, find_words(proto))
+    plain = normalised(small_graph("y = MatMul(x, head)", "float[b, s, 11] y"))
+    require_no_other_lookup(plain, find_words(plain))
 
 
 def test_ids_that_are_computed() -> None:
