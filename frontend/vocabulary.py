@@ -98,7 +98,7 @@ def find_words(model: Model) -> Words:
     signature = Signature.read(model.inputs(), None)
     roles = signature.roles
     ends = {t.name for t in model.graph.inputs if roles.get(t.name) not in ("position", "type", "mask")}
-    tables: dict[int, tuple[gs.Constant, int, str]] = {}
+    tables: dict[int, tuple[gs.Constant, int, list[str]]] = {}  # one may be looked up by several inputs
     computed = False
     for node in model.graph.nodes:
         for table, ids in LOOKUPS.get(node.op, ()):
@@ -109,14 +109,14 @@ def find_words(model: Model) -> Words:
                 continue
             sources = ids_of(node.inputs[ids])
             if len(sources) == 1 and sources <= ends:
-                tables[id(found[0])] = (*found, next(iter(sources)))
+                tables.setdefault(id(found[0]), (*found, []))[2].extend(sources)
             else:
                 computed = True
     if not tables:
         why = "the ids that look its tables up are computed inside" if computed else "no input of it looks a table up"
         raise ModelError(f"the model has no vocabulary to cut: {why}")
     named = {signature.ids, *(name for name, role in roles.items() if role == "decoder_ids")}
-    of_words = [t for t in tables.values() if t[2] in named]
+    of_words = [t for t in tables.values() if not named.isdisjoint(t[2])]
     size = max(int(c.shape[axis]) for c, axis, _ in of_words or tables.values())
     own = {key: t for key, t in tables.items() if int(t[0].shape[t[1]]) == size}
     waiting = [Place(n, p, c, a) for c, axis, _ in own.values() for n, p, a in _readers(c, axis)]
@@ -141,7 +141,7 @@ def find_words(model: Model) -> Words:
             logits.append(end)
     if any(t is p.constant for p in places for t in model.graph.outputs):
         raise ModelError("a table of words is an output of the graph; its words stay")
-    inputs = tuple(dict.fromkeys(t[2] for t in own.values()))
+    inputs = tuple(dict.fromkeys(itertools.chain.from_iterable(t[2] for t in own.values())))
     behind = _behind(logits)
     wide = {t.name for t in model.graph.outputs if id(t) in behind and (t.shape or [size])[-1] == size}
     return Words(size, inputs, tuple(lookups), tuple(places), tuple(logits), frozenset(wide))

@@ -121,6 +121,20 @@ def test_a_cache(tokenizer: Path) -> None:
     assert np.isfinite(outputs[0][0, 0]).sum() == 12 and all(np.isfinite(o).all() for o in outputs[1:])
 
 
+def test_a_table_of_two_inputs(tokenizer: Path) -> None:
+    """An encoder and a decoder that share their embeddings: words that went are read as unknown in both."""
+    built = zoo_decoders.ready(zoo_decoders.Case("bart", "torchscript"))
+    result = cut(built.path, vocabulary=IDS, tokenizer=tokenizer)
+    assert result.report["vocabulary"]["exact_difference"] <= 1e-5
+    kept = np.flatnonzero(np.isfinite(run(result.model, built.feeds)[0][0, 0]))
+    known = {
+        name: np.where(np.isin(value, kept), value, words.UNK) if name.endswith("input_ids") else value
+        for name, value in built.feeds.items()
+    }
+    ours, theirs = run(result.model, built.feeds)[0], run(onnx.load(built.path), known)[0]
+    assert relative_difference(ours[..., kept], theirs[..., kept]) <= 1e-5
+
+
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
 def test_a_smaller_tokenizer(exporter: str, tokenizer: Path, tmp_path: Path) -> None:
     """The graph has no table: it takes the ids of the tokenizer beside it, and gives as many logits."""
