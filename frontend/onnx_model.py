@@ -206,12 +206,6 @@ class OnnxModel(Model):
                 "small integers behind a Cast; prune the float model and quantise the result"
             )
         notes, reading = [] if dense is None else [dense], None
-        if quantised_node(proto) is not None:
-            proto, arrays, reading = read_quantised(proto, arrays, name)
-            notes.append(f"quantised ({reading.sentence()}): pruned as the numbers that it stands for, written as it was")
-        renamed = _renamed_twins(proto)
-        if renamed:
-            notes.append(f"nodes that had the name of another were renamed, since ONNX Runtime refuses them: {renamed}")
         named = {tensor.name for tensor in proto.graph.initializer}
         overridable = [i.name for i in proto.graph.input if i.name in named]
         if overridable:
@@ -221,6 +215,12 @@ class OnnxModel(Model):
             proto.graph.input.extend(kept)
             proto.ir_version = max(proto.ir_version, 4)
             notes.append(f"{len(overridable)} weights that were listed as graph inputs are constants now")
+        if quantised_node(proto) is not None:
+            proto, arrays, reading = read_quantised(proto, arrays, name)
+            notes.append(f"quantised ({reading.sentence()}): pruned as the numbers that it stands for, written as it was")
+        renamed = _renamed_twins(proto)
+        if renamed:
+            notes.append(f"nodes that had the name of another were renamed, since ONNX Runtime refuses them: {renamed}")
         parted = next((i.name for i in proto.graph.input if i.type.WhichOneof("value") not in (None, "tensor_type")), None)
         if parted is not None:
             raise ModelError(

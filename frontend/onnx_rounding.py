@@ -102,7 +102,7 @@ def round_products(
     places = [a for a, names in read.items() if names and a in inner]
     for start in range(0, len(places), TOGETHER):
         some = places[start : start + TOGETHER]
-        session = engine.session(_with_outputs(source, some))
+        session = engine.session(_with_outputs(source, {place: floats[read[place][0]].data_type for place in some}))
         sums, others = (_moments(session, some, rows) for rows in (fitted, held))
         for place in some:
             for name in read[place]:
@@ -191,14 +191,14 @@ def _unpacked(packed: Array) -> Array:
     return np.stack([rows & 15, rows >> 4], axis=-1).reshape(len(packed), -1).astype(np.int64)
 
 
-def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> tuple[bytes, dict[str, Array]]:
-    """Returns a model that gives inner tensors, too, as a session takes it."""
+def _with_outputs(model: onnx.ModelProto, kinds: Mapping[str, int]) -> tuple[bytes, dict[str, Array]]:
+    """Returns a model that gives inner tensors, of the element types ``kinds``, too, as a session takes it."""
     light, arrays = lightened(model)
     copy = onnx.ModelProto()
     copy.CopyFrom(light)
     given = {value.name for value in copy.graph.output}
-    kind = onnx.TensorProto.FLOAT
-    copy.graph.output.extend(onnx.helper.make_tensor_value_info(n, kind, None) for n in names if n not in given)
+    added = {name: kind for name, kind in kinds.items() if name not in given}
+    copy.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in added.items())
     return OnnxOriginal(copy, arrays).detached()
 
 

@@ -93,6 +93,7 @@ class Weight:
         domain: of that node.
         bias_of: the node whose input and weight give its scales.
         bits: of a number.
+        axis: along which scales differ, as the node says it (it may count from the end); None where it says none.
     """
 
     grid: Grid
@@ -105,6 +106,7 @@ class Weight:
     domain: str = ""
     bias_of: str = ""
     bits: int = 8
+    axis: int | None = None
 
 
 @dataclass(eq=False)
@@ -119,6 +121,7 @@ class Pair:
         output: the floats that are made of them; empty where the graph gives these out, under the name of the tensor.
         nodes: the names of the two nodes.
         domain: of the two.
+        attributes: of the first node: what the whole numbers are where no zero point says it.
         before: what the tensor was called, where the float graph has the name of what came out.
         raw: the nodes and inputs that read it as it was before.
     """
@@ -130,6 +133,7 @@ class Pair:
     output: str
     nodes: list[str]
     domain: str = ""
+    attributes: tuple[onnx.AttributeProto, ...] = ()
     before: str = ""
     raw: set[tuple[str, int]] = field(default_factory=set)
 
@@ -304,10 +308,8 @@ class _Reader:
         self.nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in proto.graph.node]
         self._name_all()
         for node in self.nodes:
-            value = next((a.t for a in node.attribute if a.name == "value"), None) if node.op_type == "Constant" else None
-            if value is not None:
-                tensor = onnx.TensorProto.FromString(value.SerializeToString())
-                tensor.name = node.output[0]
+            tensor = _constant(node)
+            if tensor is not None:
                 self.tensors[tensor.name] = tensor
         self.taken = {n for node in self.nodes for n in (*node.input, *node.output)} | set(self.tensors)
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -418,6 +420,8 @@ class _Reader:
 
     def bits(self, name: str) -> int:
         """Returns the bits of a number of an initializer."""
+        if name not in self.tensors:
+            raise _Unreadable(f"'{name}' is no constant")
         kind = onnx.TensorProto.DataType.Name(self.tensors[name].data_type)
         return next((int(kind[-1]) for end in ("INT4", "INT2") if kind.endswith(end)), 8)
 
@@ -441,7 +445,7 @@ class _Reader:
 
     def stored(self, numbers: str, scale: str, zero: str, axis: int | None, **more: Any) -> Weight:
         """Returns a weight whose numbers lie one by one; ``more``: of its node."""
-        block = more.pop("block", 0)
+        block, said = more.pop("block", 0), more.pop("said", None)
         values = more.pop("values", None)
         values = self.array(numbers) if values is None else values
         if values.dtype.kind not in "iu":
@@ -453,7 +457,7 @@ class _Reader:
             grid = Grid.read(values, scales, self.array(zero) if zero else None, axis, block, bits=bits)
         except ValueError as err:
             raise _Unreadable(f"the scales '{scale}' do not fit '{numbers}' ({err})") from err
-        return Weight(grid, numbers, scale, zero, bits=bits, **more)
+        return Weight(grid, numbers, scale, zero, bits=bits, axis=said, **more)
 
     def same(self, one: _Params, other: _Params) -> bool:
         """Returns whether two tensors are quantised by the same numbers."""
@@ -479,8 +483,10 @@ class _Reader:
         if not self.same(self.params[numbers], _Params(scale, zero)):
             raise _Unreadable(f"it reads '{numbers}' by another scale than that which it was made with")
 
-    def activation(self, tensor: str, numbers: str, scale: str, zero: str, node: str, domain: str = "") -> None:
-        """Notes that a tensor is quantised."""
+    def activation(
+        self, tensor: str, numbers: str, scale: str, zero: str, node: str, domain: str = "", attributes: Any = ()
+    ) -> None:
+        """Notes that a tensor is quantised; ``attributes``: of the node that does so."""
         if self.array(scale).size != 1:
             raise _Unreadable("activations have a scale for each channel")
         zeros = [self.array(zero)] if zero else []
@@ -491,7 +497,7 @@ class _Reader:
         if known is None:
             output = self.fresh(f"{tensor}_dequantised")
             names = [node, f"{tensor}_dequantise"]
-            self.pairs[tensor] = Pair(tensor, scale, zero, numbers, output, names, domain)
+            self.pairs[tensor] = Pair(tensor, scale, zero, numbers, output, names, domain, tuple(attributes))
         elif not self.same(params, _Params(known.scale, known.zero)):
             raise _Unreadable(f"'{tensor}' is quantised by two scales")
         self.params[numbers], self.alias[numbers] = params, tensor
@@ -509,15 +515,20 @@ class _Reader:
             return
         if tensor in self.floats:
             raise _Unreadable(f"it quantises '{source}', which is a quantised weight")
-        self.activation(tensor, node.output[0], scale, zero, node.name, node.domain)
+        if not zero and _numbers_of(node).kind not in "iu":
+            raise _Unreadable("activations are not in whole numbers")
+        self.activation(tensor, node.output[0], scale, zero, node.name, node.domain, node.attribute)
 
     def _constant_pair(self, node: onnx.NodeProto, source: str, scale: str, zero: str) -> None:
         """Takes a float weight that is quantised in the graph as one that is stored so."""
         scales, values = self.array(scale), self.array(source)
         axis = _attribute(node, "axis", 1) if scales.size > 1 else None
-        zeros = self.array(zero) if zero else np.zeros(scales.shape, np.uint8)
-        if zeros.dtype.kind not in "iu" or _attribute(node, "block_size", 0):
-            raise _Unreadable(f"'{source}' is quantised in the graph, and not to whole numbers by channel")
+        zeros = self.array(zero) if zero else np.zeros(scales.shape, _numbers_of(node))
+        small = zero and self.bits(zero) < 8
+        if zeros.dtype.kind not in "iu" or small or _attribute(node, "block_size", 0):
+            raise _Unreadable(
+                f"'{source}' is quantised in the graph, and not to whole numbers of 8 bits or more, by channel"
+            )
         shape = [-1 if i == axis else 1 for i in range(values.ndim)] if axis is not None else []
         limit = np.iinfo(zeros.dtype)
         numbers = np.rint(values / scales.reshape(shape)) + zeros.reshape(shape).astype(np.float64)
@@ -545,7 +556,9 @@ class _Reader:
         if numbers not in self.tensors:
             raise _Unreadable(f"nothing says what the whole numbers '{numbers}' stand for")
         axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
-        own = {"node": node.name, "output": node.output[0], "domain": node.domain, "block": block}
+        if _attribute(node, "output_dtype", 0) not in (0, self.tensors[scale].data_type if scale in self.tensors else 0):
+            raise _Unreadable("it gives another type than that of its scale")
+        own = {"node": node.name, "output": node.output[0], "domain": node.domain, "block": block, "said": axis}
         weight = self.stored(numbers, scale, zero, axis, **own)
         bias = self._bias_of(node.output[0]) if weight.grid.numbers.dtype == np.int32 else ""
         self.alias[node.output[0]] = self.weight(replace(weight, bias_of=bias))
@@ -869,6 +882,29 @@ def packed(numbers: Array, bits: int) -> Array:
     for place in range(each):
         result |= parts[..., place] << (place * bits)
     return result
+
+
+def _numbers_of(node: onnx.NodeProto) -> np.dtype[Any]:
+    """Returns the type of what a QuantizeLinear gives, where no zero point says it."""
+    kind = _attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """Returns what a Constant holds, under the name that it has in the graph; None of other nodes."""
+    if node.op_type != "Constant":
+        return None
+    for attribute in node.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        if attribute.name == "value":
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(value)
+            tensor.name = node.output[0]
+            return tensor
+        if attribute.name.startswith(("value_float", "value_int")):
+            kind = np.float32 if "float" in attribute.name else np.int64
+            return onnx.numpy_helper.from_array(np.asarray(value, kind), node.output[0])
+    return None
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:

@@ -299,7 +299,8 @@ class _Writer:
             [self.renamed.get(name, name), *params],
             [pair.numbers],
             self.label(pair.nodes[0]),
-            domain=pair.domain,
+            pair.attributes,
+            pair.domain,
         )
         self.emit("DequantizeLinear", [pair.numbers, *params], [output], self.label(pair.nodes[1]), domain=pair.domain)
 
@@ -374,6 +375,9 @@ class _Writer:
                 self._as_given(part)
             return old
         kinds = [self.reading.tensors.get(n) for n in old]
+        if not weight.zero and grid.zero is not None and grid.zero.any() and not grid.symmetric:
+            old, kinds[2] = (*old[:2], self.fresh(f"{name}_zero_point")), kinds[0]  # there was none: all were 0
+            self.taken.discard(old[2])
         numbers, scale, zero = self._laid_out(grid, weight)
         result = []
         for part, kind, values in zip(old, kinds, (numbers, scale, zero), strict=True):
@@ -430,7 +434,7 @@ class _Writer:
         stored, grid = self.store(name), self.store(name).grid
         attributes = []
         if grid.axis is not None:
-            attributes = [onnx.helper.make_attribute("axis", grid.axis)]
+            attributes = [onnx.helper.make_attribute("axis", grid.axis if weight.axis is None else weight.axis)]
             attributes += [onnx.helper.make_attribute("block_size", grid.block)] if grid.block else []
         scale = stored.scale
         if not scale:

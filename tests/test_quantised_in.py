@@ -479,3 +479,171 @@ def test_blocks_that_are_whole_stay(symmetric: bool) -> None:
     assert (kept, units) == (5, 15) and columns.scale.shape == (5, 3)
     assert columns.steps(grid.values[:, [*range(16), *range(20, 37)]]) <= 1.0
     assert np.array_equal(unpacked(packed(numbers, 4), 4), numbers)
+
+
+# Graphs by hand: what quantisers other than ONNX Runtime's write -----------------------------------------------------
+
+
+class Hand:
+    """A feed-forward stack whose weights a function stores: three layers that are not alike."""
+
+    def __init__(self, store: Any, quantise: Any = None, kind: Any = np.float32) -> None:
+        self.rng, self.kind = np.random.default_rng(0), kind
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, onnx.TensorProto] = {}
+        x = "x"
+        for k, hidden in enumerate((64, 96, 128)):
+            read = x if quantise is None else quantise(self, x, f"read{k}")
+            y = self.node(
+                "Add", [store(self, read, f"up{k}", self.drawn(32, hidden)), self.put(f"b{k}", self.drawn(hidden))]
+            )
+            y = self.node("Relu", [y])
+            y = store(self, y if quantise is None else quantise(self, y, f"inner{k}"), f"down{k}", self.drawn(hidden, 32))
+            x = self.node("Add", [x, y])
+        self.node("Identity", [x], "y")
+
+    def drawn(self, *shape: int) -> Array:
+        return np.asarray(self.rng.standard_normal(shape) / np.sqrt(shape[0]), self.kind)
+
+    def put(self, name: str, value: Any) -> str:
+        kept = isinstance(value, onnx.TensorProto)
+        self.weights[name] = value if kept else onnx.numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def node(self, op: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
+        output = output or f"{op}_{len(self.nodes)}"
+        self.nodes.append(onnx.helper.make_node(op, inputs, [output], output, **attributes))
+        return output
+
+    def proto(self) -> onnx.ModelProto:
+        helper, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(self.kind))
+        ends = [helper.make_tensor_value_info(name, kind, ["batch", "tokens", 32]) for name in "xy"]
+        graph = helper.make_graph(self.nodes, "hand", ends[:1], ends[1:], list(self.weights.values()))
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def channels(hand: Hand, read: str, name: str, weight: Array, axis: int = 1, said: int = 1) -> str:
+    """Stores a weight in int8 by channel, and multiplies by it."""
+    scale = np.abs(weight).max(axis=1 - axis) / 127
+    numbers = np.rint(weight / np.expand_dims(scale, 1 - axis)).astype(np.int8)
+    parts = [hand.put(f"{name}_numbers", numbers), hand.put(f"{name}_scale", scale)]
+    return hand.node("MatMul", [read, hand.node("DequantizeLinear", parts, f"{name}_floats", axis=said)])
+
+
+def from_the_end(hand: Hand, read: str, name: str, weight: Array) -> str:
+    return channels(hand, read, name, weight, said=-1)
+
+
+def no_zero_point(hand: Hand, read: str, name: str, weight: Array) -> str:
+    """Stores the magnitudes of a weight in uint8 for all, without a zero point; what is repaired is below zero, too."""
+    scale = np.float32(np.abs(weight).max() / 255)
+    numbers = np.rint(np.abs(weight) / scale).astype(np.uint8)
+    parts = [hand.put(f"{name}_numbers", numbers), hand.put(f"{name}_scale", scale)]
+    return hand.node("MatMul", [read, hand.node("DequantizeLinear", parts, f"{name}_floats")])
+
+
+def constants(hand: Hand, read: str, name: str, weight: Array) -> str:
+    """Stores a weight by one scale, which is a Constant's number."""
+    scale = float(np.abs(weight).max() / 127)
+    numbers = hand.put(f"{name}_numbers", np.rint(weight / scale).astype(np.int8))
+    known = hand.node("Constant", [], f"{name}_scale", value_float=scale)
+    return hand.node("MatMul", [read, hand.node("DequantizeLinear", [numbers, known], f"{name}_floats")])
+
+
+def four_bits(hand: Hand, read: str, name: str, weight: Array) -> str:
+    """Stores a weight in blocks of 16 along what is contracted."""
+    blocks = weight.reshape(-1, 16, weight.shape[1])
+    scale = np.abs(blocks).max(axis=1) / 7
+    numbers = np.rint(blocks / scale[:, None]).reshape(weight.shape).astype(int)
+    tensor = onnx.helper.make_tensor(f"{name}_numbers", onnx.TensorProto.INT4, weight.shape, numbers.reshape(-1).tolist())
+    parts = [hand.put(f"{name}_numbers", tensor), hand.put(f"{name}_scale", scale.astype(np.float32))]
+    return hand.node("MatMul", [read, hand.node("DequantizeLinear", parts, f"{name}_floats", axis=0, block_size=16)])
+
+
+def nbits(hand: Hand, read: str, name: str, weight: Array) -> str:
+    """Stores a weight as MatMulNBits has it, in blocks of 16."""
+    rows, columns = weight.shape
+    blocks = weight.T.reshape(columns, -1, 16).astype(np.float32)
+    scale = np.abs(blocks).max(axis=2) / 7
+    numbers = packed((np.rint(blocks / scale[..., None]) + 8).astype(np.uint8), 4)
+    parts = [read, hand.put(f"{name}_numbers", numbers), hand.put(f"{name}_scale", scale.astype(hand.kind))]
+    sizes = {"K": rows, "N": columns, "bits": 4, "block_size": 16}
+    return hand.node("MatMulNBits", parts, domain="com.microsoft", **sizes)
+
+
+def signed(hand: Hand, read: str, name: str) -> str:
+    """Quantises an activation to int8, which no zero point says."""
+    scale = hand.put(f"{name}_scale", np.float32(0.05))
+    whole = hand.node("QuantizeLinear", [read, scale], f"{name}_whole", output_dtype=onnx.TensorProto.INT8)
+    return hand.node("DequantizeLinear", [whole, scale], f"{name}_floats")
+
+
+HANDS: dict[str, tuple[Any, ...]] = {
+    "channels": (channels,),
+    "from the end": (from_the_end,),
+    "no zero point": (no_zero_point,),
+    "constants": (constants,),
+    "four bits": (four_bits,),
+    "half": (nbits, None, np.float16),
+    "signed activations": (channels, signed),
+}
+
+
+def real(kind: Any = np.float32) -> list[Feeds]:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.standard_normal((4, 5 + k, 32)).astype(kind)} for k in range(4)]
+
+
+@pytest.mark.parametrize("name", HANDS)
+def test_what_other_quantisers_write(name: str, tmp_path: Path) -> None:
+    came, data = Hand(*HANDS[name]).proto(), real(*HANDS[name][2:])
+    onnx.save(came, tmp_path / "whole.onnx")
+    result = liar_opt.prune(tmp_path / "whole.onnx", data, sparsity=0.3, fresh=True, latency=False)
+    found, exact = result.report["kept_scheme"], 1e-2 if name == "half" else 1e-5
+    assert found["refused"] is None and found["floats"] == []
+    assert found["difference"] <= (exact if name != "signed activations" else found["allowed"])
+    assert found["step"] < 0.1  # of which a scheme that was lost would be more
+    small = onnx.load(result.save(tmp_path / "small.onnx"))
+    assert apart(run(small, data[0]).astype(float), run(came, data[0]).astype(float)) < 0.5
+    axes = [{a.i for n in p.graph.node for a in n.attribute if a.name == "axis"} for p in (came, small)]
+    assert axes[0] == axes[1]
+
+
+def test_constants_that_are_listed_as_inputs(tmp_path: Path) -> None:
+    came = Hand(channels).proto()
+    given = [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in came.graph.initializer]
+    came.graph.input.extend(given)
+    result = liar_opt.prune(came, real(), sparsity=0.3, fresh=True, latency=False)
+    assert [value.name for value in result.model.graph.input] == ["x"] and result.report["kept_scheme"]["refused"] is None
+
+
+def test_a_table_that_is_computed_is_refused() -> None:
+    hand = Hand(channels)
+    hand.put("table", np.zeros((5, 16), np.uint8))
+    hand.put("scales", np.ones((5, 1), np.float32))
+    hand.put("at", np.asarray([1]))
+    inputs = [hand.node("Identity", ["table"], "computed"), "at", "scales"]
+    hand.node("GatherBlockQuantized", inputs, "looked_up", domain="com.microsoft", block_size=32, bits=4)
+    with pytest.raises(
+        ModelError, match=r"'looked_up' \(GatherBlockQuantized\) .* 'computed' is no constant; prune the float"
+    ):
+        OnnxModel.from_proto(hand.proto())
+
+
+def test_what_does_not_run_as_it_came_is_refused(tmp_path: Path) -> None:
+    """Its numbers run: what is quantised is clipped, and an index that is made of it lies outside its table."""
+    hand = Hand(channels)
+    scale, five = hand.put("clipped", np.float32(0.01)), hand.put("five", np.float32(5))
+    whole = hand.node("QuantizeLinear", ["place", scale], "whole")
+    place = hand.node("Sub", [hand.node("DequantizeLinear", [whole, scale], "floats"), five], "index")
+    index = hand.node("Cast", [place], "at", to=onnx.TensorProto.INT64)
+    row = hand.node("Gather", [hand.put("rows", np.ones((1, 32), np.float32)), index], "row")
+    hand.nodes[-6:] = [*hand.nodes[-5:], hand.nodes[-6]]  # the graph's end is last
+    hand.nodes[-1] = onnx.helper.make_node("Add", [hand.nodes[-1].input[0], row], ["y"], "y")
+    came = hand.proto()
+    came.graph.input.append(onnx.helper.make_tensor_value_info("place", onnx.TensorProto.FLOAT, []))
+    onnx.save(came, tmp_path / "whole.onnx")
+    data = [{**feeds, "place": np.float32(5)} for feeds in real()]
+    with pytest.raises(ModelError, match="does not run as it came, and the numbers that it stands for do"):
+        liar_opt.prune(tmp_path / "whole.onnx", data, sparsity=0.3, fresh=True, latency=False)
