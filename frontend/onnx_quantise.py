@@ -24,6 +24,7 @@ import onnx
 from numpy.typing import NDArray
 
 from liar_opt.frontend.onnx_model import OnnxOriginal
+from liar_opt.frontend.quantised_in import quantised_node
 from liar_opt.frontend.weight_files import EXTERNAL_LIMIT, read_model, write_model
 from liar_opt.frontend.widen_graph import bodies_of
 from liar_opt.runtime.errors import OptionError
@@ -34,6 +35,12 @@ DYNAMIC, STATIC, BLOCKS = "int8", "int8-static", "int4"
 SCHEMES = (DYNAMIC, STATIC, BLOCKS)
 CONTRACTIONS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """What static quantisation takes, beside tables: sums, normalisations and softmaxes stay in float."""
+TAKEN = {
+    DYNAMIC: "of a product or a table; convolutions are taken by int8-static",
+    STATIC: "of a product, a convolution or a table",
+    BLOCKS: "of a product or a table; convolutions are taken by int8-static",
+}
+"""What each scheme quantises, in words."""
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 ACCURACY = 4
 """Of MatMulNBits: activations in 8 bits, as ONNX Runtime's fast kernels have them."""
@@ -86,7 +93,10 @@ def quantised(model: OnnxOriginal, scheme: Scheme, batches: Batches = ()) -> tup
             raise RefusedError(words_of(err)) from err
         source.unlink()
         size = sum(p.stat().st_size for p in folder.iterdir() if p.name.startswith(target.name))
-        return OnnxOriginal(*read_model(target)), size
+        made, data = read_model(target)
+        if quantised_node(made) is None:
+            raise RefusedError(f"it finds no weight that {scheme.name} takes, {TAKEN[scheme.name]}")
+        return OnnxOriginal(made, data), size
 
 
 def require_quantiser(name: str | None) -> None:

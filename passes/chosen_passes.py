@@ -16,6 +16,7 @@ from liar_opt.passes.pass_list import parse_passes
 from liar_opt.passes.prune_groups import PruneGroupsPass
 from liar_opt.passes.quantise_result import scheme_of
 from liar_opt.passes.refit_vectors import RefitVectorsPass
+from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.passes.search_widths import SearchWidthsPass
 from liar_opt.passes.verify_model import VerifyModelPass
 from liar_opt.runtime.errors import OptionError
@@ -147,7 +148,9 @@ def passes_of_options(options: PruneOptions, calibrated: bool) -> Chosen:
     searching = None
     if options.search is not None:
         searching = SearchWidthsPass(options.search, by_kind, step, options.repair, options.weighting, options.seed)
-    whole = options.whole_layers if _by_curves(widths) and searching is None and not options.uniform else "off"
+    row = RUNTIMES.get(options.runtime or "")
+    loads = row is None or row.whole_layers
+    whole = options.whole_layers if _by_curves(widths) and searching is None and not options.uniform and loads else "off"
     if options.whole_layers == "on" and whole == "off":
         if not calibrated and allocate == "uniform" and not (by_kind or options.allocate or options.uniform or searching):
             raise OptionError(

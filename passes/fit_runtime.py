@@ -95,6 +95,10 @@ def require_fit(options: PruneOptions, stored: str) -> None:
             f"multiple-of {options.multiple_of} excludes {name}, which wants feed-forward widths in multiples of {row.ffn};"
             " give a multiple of that, or leave multiple-of out"
         )
+    if options.whole_layers == "on" and not row.whole_layers:
+        raise OptionError(
+            f"{name} counts the layers of a model by its caches, and takes none that went whole; leave whole-layers out"
+        )
     if row.equal_widths and (options.values or options.query_key) and options.values != options.query_key:
         raise OptionError(
             f"{name} wants values as wide as queries and keys; leave values and query-key out, or give both one ratio"
@@ -166,10 +170,10 @@ class FitRuntimePass(Pass[dict[str, int]]):
         row, parts = self.row, self.tensor_parallel
         if group.kind == "ffn":
             if _slides(group):
-                return _of_blocks(row.conv, group.block_width)
-            if group.size * group.block_width % parts:
-                raise OptionError(_unsplit(parts, f"the {group.size * group.block_width} channels of '{group.name}'"))
-            return _of_blocks(math.lcm(row.ffn, self.block) * parts, group.block_width)
+                return _of_blocks(row.conv, _channels(group))
+            if group.size * _channels(group) % parts:
+                raise OptionError(_unsplit(parts, f"the {group.size * _channels(group)} channels of '{group.name}'"))
+            return _of_blocks(math.lcm(row.ffn, self.block) * parts, _channels(group))
         if group.kind != "heads":
             return 1
         if group.size * group.queries % parts:
@@ -237,7 +241,7 @@ class FitRuntimePass(Pass[dict[str, int]]):
             ("heads", [g for g in groups if g.kind == "heads" and g.queries == 1]),
             ("groups of heads", [g for g in groups if g.kind == "heads" and g.queries > 1]),
         ):
-            steps = sorted({g.step * (g.block_width if g.kind == "ffn" else 1) for g in chosen})
+            steps = sorted({g.step * (_channels(g) if g.kind == "ffn" else 1) for g in chosen})
             if steps and steps != [1]:
                 found.append(f"{said} in multiples of {' or '.join(map(str, steps))}")
         if self.row.equal_heads and any(g.kind == "heads" for g in groups):
@@ -250,6 +254,13 @@ class FitRuntimePass(Pass[dict[str, int]]):
 def _slides(group: ChannelGroup) -> bool:
     """Returns whether a group is of channels between convolutions."""
     return any(has(use.node, Trait.SLIDES) for consumer in group.consumers for use in consumer.uses)
+
+
+def _channels(group: ChannelGroup) -> int:
+    """Returns the channels of a block: a convolution contracts each of them as often as its kernel has places."""
+    uses = [use for consumer in group.consumers[:1] for use in consumer.uses]
+    window = next((use.window for use in uses if use.window is not None), None)
+    return group.block_width // (1 if window is None else math.prod(window.kernel))
 
 
 def _of_blocks(channels: int, width: int) -> int:

@@ -323,3 +323,21 @@ def test_weights_are_rounded_anew_where_that_loses_less(scheme: str) -> None:
     assert rounded_anew(whole, again, held, fitted, OnnxEngine("cpu"))[1].weights == 1
     masked = Rows([correlated(0)], [np.zeros(400, np.bool_)])
     assert rounded_anew(whole, again, masked, masked, OnnxEngine("cpu"))[1].kept == 0
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_where_nothing_is_quantised_the_report_says_so(scheme: str) -> None:
+    rng, nodes, weights, x = np.random.default_rng(0), [], [], "x"
+    for k, (before, after) in enumerate(((3, 16), (16, 32), (32, 24), (24, 4))):
+        values = np.asarray(rng.standard_normal((after, before, 1, 1)) / np.sqrt(before), np.float32)
+        weights.append(onnx.numpy_helper.from_array(values, f"w{k}"))
+        nodes.append(onnx.helper.make_node("Conv", [x, f"w{k}"], [f"c{k}"], f"c{k}"))
+        nodes.append(onnx.helper.make_node("Relu", [f"c{k}"], [x := f"r{k}"], f"r{k}"))
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["b", c, 5, 5]) for n, c in (("x", 3), (x, 4))]
+    graph = onnx.helper.make_graph(nodes, "sliding", ends[:1], ends[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    data = [{"x": rng.standard_normal((4, 3, 5, 5)).astype(np.float32)} for _ in range(4)]
+    result = liar_opt.prune(model, data, ffn=0.5, latency=False, quantize=scheme)
+    found = result.report["quantised"]
+    assert f"it finds no weight that {scheme} takes" in found["refused"] and found["refused"] == found["dense_refused"]
+    assert [corner["quantised"] for corner in found["corners"]] == [False, False]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -22,10 +23,12 @@ from liar_opt.passes import meet_target
 from liar_opt.passes.allocate_widths import Expressible
 from liar_opt.passes.base import State
 from liar_opt.passes.blank_cut import operations
+from liar_opt.passes.chosen_passes import passes_of_options
 from liar_opt.passes.fit_runtime import FitRuntimePass, Fitted, measured_fit
 from liar_opt.passes.groups import ChannelGroup, Consumer
 from liar_opt.passes.meet_target import LatencyTable
 from liar_opt.passes.onnx_backend import OnnxBackend
+from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.runtimes import RUNTIMES
 from liar_opt.runtime.errors import OptionError
 from liar_opt.runtime.latency import Latency
@@ -196,6 +199,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"heads": 0.5, "tensor_parallel": 8},
         "no narrower heads fits tensor-parallel 8: .* has 8, .*multiple of 8",
     ),
+    "layers as a whole": (
+        {"runtime": "genai", "sparsity": 0.3, "whole_layers": "on"},
+        "genai counts the layers .*leave whole-layers out",
+    ),
     "each its own": ({"runtime": "genai", "sparsity": 0.3, "allocate": "flap"}, "as many heads in each layer.*'flap'"),
 }
 
@@ -230,6 +237,31 @@ def test_values_and_keys_of_one_ratio_fit() -> None:
         module, batches(), values=0.25, query_key=0.25, runtime="tensorrt", checkpoint=False, latency=False
     )
     assert widths(result, "values") == widths(result, "query-key") == [12] * 4
+
+
+@pytest.mark.parametrize(("runtime", "whole"), [("webgpu", "off"), ("ort-cpu", "auto")])
+def test_layers_go_whole_where_the_runtime_loads_that(runtime: str, whole: str) -> None:
+    chosen = passes_of_options(PruneOptions(sparsity=0.3, runtime=runtime, whole_layers="auto"), True)
+    assert chosen.curves is not None and chosen.curves.whole == whole
+
+
+def test_channels_are_counted_and_not_the_places_of_a_kernel() -> None:
+    """A kernel of two by two contracts each channel four times."""
+    rng, nodes, weights, x = np.random.default_rng(0), [], [], "x"
+    for k, (before, after) in enumerate(((3, 32), (32, 96), (96, 64), (64, 4))):
+        values = np.asarray(rng.standard_normal((after, before, 2, 2)) / np.sqrt(4 * before), np.float32)
+        weights.append(onnx.numpy_helper.from_array(values, f"w{k}"))
+        nodes.append(onnx.helper.make_node("Conv", [x, f"w{k}"], [f"c{k}"], f"c{k}"))
+        nodes.append(onnx.helper.make_node("Relu", [f"c{k}"], [x := f"r{k}"], f"r{k}"))
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["b", None, "h", "w"]) for n in ("x", x)]
+    ends[0].type.tensor_type.shape.dim[1].dim_value = 3
+    graph = onnx.helper.make_graph(nodes, "sliding", ends[:1], ends[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    data = [{"x": rng.standard_normal((4, 3, 9, 9)).astype(np.float32)} for _ in range(4)]
+    result = liar_opt.prune(model, data, ffn=0.5, runtime="qnn", latency=False)
+    kept = widths(result, "ffn")
+    assert min(kept) < 96 and all(n % 32 == 0 for n in kept)
+    assert "channels between convolutions in multiples of 32" in result.report["fitted"]["asked"]
 
 
 # The pass alone -------------------------------------------------------------------------------------------------------
