@@ -136,10 +136,11 @@ def require_allocatable(state: State, allocate: str, multiple_of: int, others: b
             "'liar-opt inspect' lists what else there is"
         )
     if state.groups and not others and all(step_of(g, multiple_of) == g.size for g in state.groups):
-        widest = max(g.size for g in state.groups)
+        widest, step = max(g.size for g in state.groups), max(g.step for g in state.groups)
+        more = f", with the multiples of {step} that what runs the result wants," if step > 1 else ""
+        way = "leave it out" if more else f"give a smaller one, such as --multiple-of {max(1, widest // 4)}"
         raise OptionError(
-            f"multiple-of {multiple_of} leaves every group whole: the widest has {widest} channels; give a smaller one, "
-            f"such as --multiple-of {max(1, widest // 4)}"
+            f"multiple-of {multiple_of}{more} leaves every group whole: the widest has {widest} channels; {way}"
         )
     whole = [g.name for g in state.groups if g.kind == "ffn" and min(multiple_of, g.size) == g.size]
     if whole:

@@ -83,7 +83,8 @@ def require_fit(options: PruneOptions, stored: str) -> None:
         return
     row = lookup("runtime", RUNTIMES, name)
     if stored not in row.reads:
-        way = "give the checkpoint that it was exported from" if stored == "onnx" else "write ONNX with --format onnx"
+        whole = "give the checkpoint that it was exported from, and write a checkpoint"
+        way = whole if stored == "onnx" else "write ONNX with --format onnx"
         raise OptionError(f"{name} reads no {'ONNX' if stored == 'onnx' else stored}, and the result would be one; {way}")
     if name == "gguf" and options.checkpoint == DECI and options.heads:
         raise OptionError(

@@ -275,6 +275,11 @@ def _output_of(options: argparse.Namespace) -> Path:
             raise OptionError(
                 f"'{options.model}' is an ONNX file: it becomes ONNX; give the folder of a checkpoint for one"
             )
+        if output is not None and output.suffix == ".pt2":
+            raise OptionError(
+                f"'{options.model}' is an ONNX file: it becomes ONNX, and '{output}' would be torch's; give a path "
+                "that ends in .onnx"
+            )
         place: Path = output or options.model.with_name(f"{options.model.stem}.liar.onnx")
         return _file_of(place, given, options.model)
     plain = output is None or output.suffix not in (".onnx", ".pt2")

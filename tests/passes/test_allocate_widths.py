@@ -289,6 +289,9 @@ def test_a_multiple_that_leaves_groups_whole_is_told() -> None:
         OptionError, match=r"multiple-of 8 leaves every group whole: the widest has 8 channels.*--multiple-of 2"
     ):
         AllocateWidthsPass(ffn=0.5)(narrow)
+    wanted = state(replace(group("a", "ffn", 768, 70), step=256))
+    with pytest.raises(OptionError, match=r"multiple-of 96, with the multiples of 256 .* leaves every .*; leave it out"):
+        AllocateWidthsPass(ffn=0.5, multiple_of=96)(wanted)
     some = state(group("a", "ffn", 7, 70), group("b", "ffn", 24, 240))
     AllocateWidthsPass(ffn=0.5)(some)
     assert some.keep == {"a": 7, "b": 16}

@@ -912,3 +912,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("demo", "--folder", tmp_path, "--samples", 512, "--report", tmp_path / "r.json") == 0
     assert "embedding cosine, 1,024 held-out reviews" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["evaluation"]["cosine"] > 0.92
+
+
+def test_an_onnx_file_becomes_no_traced_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(tmp_path / "model.onnx"), "-o", str(tmp_path / "out.pt2")]) == 2
+    told = capsys.readouterr().err
+    assert "becomes ONNX, and" in told and "ends in .onnx" in told and len(told.splitlines()) == 1
