@@ -1,5 +1,6 @@
 """What `passes.try_choices` may choose among, and what the report says of it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -98,8 +99,8 @@ def require_choice(options: PruneOptions, calibration: Any) -> None:
     words_of(options)
     if options.choose_tries < 2:
         raise OptionError(f"choose-tries {options.choose_tries} compares nothing; give 2 or more")
-    if options.choose_minutes is not None and not options.choose_minutes > 0:
-        raise OptionError(f"choose-minutes {options.choose_minutes:g} is no time to try in; give minutes above zero")
+    if options.choose_minutes is not None and not 0 < options.choose_minutes < math.inf:
+        raise OptionError(f"choose-minutes {options.choose_minutes:g} is no time to try in; give a number above zero")
     if calibration is None:
         raise OptionError("choose judges by calibration data; give some (--calibration texts.txt)")
     if words_alone(options):

@@ -23,6 +23,7 @@ from liar_opt.passes.groups import KINDS, Refusal
 from liar_opt.passes.meet_target import MeetTargetPass, MetTarget
 from liar_opt.passes.options import PruneOptions
 from liar_opt.passes.pattern_job import pattern_behind
+from liar_opt.passes.pattern_weights import require_fitting
 from liar_opt.passes.prove_groups import Faults, Proof, ProveGroupsPass, leave_alone, refusals_of
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.quantise_result import require_room
@@ -35,6 +36,7 @@ from liar_opt.passes.verify_model import dense_session, require_runs
 from liar_opt.runtime.calibration_data import CalibrationData
 from liar_opt.runtime.errors import CheckError, GroupFault, InternalError, ModelError, OptionError
 from liar_opt.runtime.memory import MemoryWatch
+from liar_opt.runtime.patterns import Pattern
 from liar_opt.runtime.ranks import current
 
 
@@ -142,6 +144,8 @@ class ModelJob:
             state.add(backend.choose_words(state))
         require_room(state, options)
         refusals = [*analysis.refusals, *self._leave_alone()]  # asks for groups, before any work
+        if options.pattern is not None:
+            require_fitting(state.analysed(), Pattern.parse(options.pattern), state.groups)
         probed = state.get(Probes) is not None  # nothing but the model is needed
         refusals += self._left_whole(report)
         if probed:

@@ -19,7 +19,7 @@ from liar_opt.passes.finish_run import Done, finish_run, timed_batch
 from liar_opt.passes.fit_module import CutModule
 from liar_opt.passes.groups import Refusal
 from liar_opt.passes.options import PruneOptions
-from liar_opt.passes.pattern_weights import Patterned, PatternWeightsPass, planned_pattern, timed_alone
+from liar_opt.passes.pattern_weights import Patterned, PatternWeightsPass, planned_pattern, require_ridge, timed_alone
 from liar_opt.passes.prune_groups import Cut
 from liar_opt.passes.registry import lookup
 from liar_opt.passes.report import Report, report_of
@@ -56,6 +56,7 @@ def require_pattern_possible(options: PruneOptions) -> None:
                 raise OptionError(f"{shown} says how zeros are made or stored; give a --pattern, or leave it out")
         return
     pattern = Pattern.parse(options.pattern)
+    require_ridge(options.ridge)
     if current().size > 1:
         raise OptionError("a pattern is made in one process; run it without torchrun, on the result")
     if options.resume is not None:

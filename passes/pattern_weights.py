@@ -105,6 +105,7 @@ class PatternWeightsPass(Pass[tuple[PatternPlace, ...]]):
         """
         pattern = Pattern.parse(self.pattern)
         lookup("pattern-solver", SOLVERS, self.pattern_solver)
+        require_ridge(self.ridge)
         require_fitting(state.analysed(), pattern)
 
     def plan(self, state: State) -> tuple[PatternPlace, ...]:
@@ -141,24 +142,60 @@ class PatternWeightsPass(Pass[tuple[PatternPlace, ...]]):
         return PassResult(state, tuple(changes), left_dense(walk))
 
 
-def require_fitting(walk: GraphWalk, pattern: Pattern) -> None:
-    """Checks that there are weights for a pattern, and that it divides them.
+def require_ridge(ridge: float | None) -> None:
+    """Checks the relative ridge.
+
+    Raises:
+        OptionError: it is negative or no number.
+    """
+    if ridge is not None and not ridge >= 0:
+        raise OptionError(f"ridge {ridge:g} is negative; give 0 or more, or leave it out for {RIDGE}")
+
+
+def require_fitting(walk: GraphWalk, pattern: Pattern, groups: Sequence[ChannelGroup] = ()) -> None:
+    """Checks that there are weights for a pattern, and that it divides them and clears some of their numbers.
+
+    Args:
+        walk: the analysed model.
+        pattern: what is asked for.
+        groups: whose widths will be cut first: the axes that have them are looked at when they are.
 
     Raises:
         ModelError: there are none.
-        OptionError: one does not fit.
+        OptionError: one does not fit, or all keep all their numbers.
     """
     places, left = find_places(walk)
     if not places:
         why = f": {left[0].reason} ('{left[0].name}')" if left else ""
         raise ModelError(f"no weight of the model can have a pattern{why}; leave pattern out")
+    some = False
     for place in places:
-        misfit = pattern.misfit(place.inputs, place.outputs)
+        narrower = _narrower(place, groups)
+        inputs, outputs = pattern.inputs if narrower[0] else place.inputs, pattern.rows if narrower[1] else place.outputs
+        misfit = pattern.misfit(inputs, outputs)
+        cleared = pattern.ratio if misfit is not None or any(narrower) else pattern.cleared(inputs, outputs)
+        some |= cleared > 0.0
+        if cleared == 1.0:
+            misfit = f"of {inputs} x {outputs} numbers it would leave none"
         if misfit is not None:
             raise OptionError(
                 f"pattern {pattern.text} does not fit weight '{place.name}' (node '{place.uses[0].node.name}'): {misfit}; "
-                "give another pattern, or a RATIO, which fits all"
+                f"give another pattern, or a {'smaller ' if cleared == 1.0 else ''}RATIO, which fits all"
             )
+    if not some:
+        raise OptionError(f"pattern {pattern.text} is less than one number or block of every weight; give a larger ratio")
+
+
+def _narrower(place: PatternPlace, groups: Sequence[ChannelGroup]) -> tuple[bool, bool]:
+    """Returns whether a weight's inputs, and its outputs, are of groups whose widths will be cut."""
+    use = place.uses[0]
+    weight = use.holder.inputs[use.weight_position]
+    inputs = outputs = False
+    for group in groups:
+        read = any(u.holder.inputs[u.weight_position] is weight for c in group.consumers for u in c.uses)
+        inputs |= read
+        outputs |= id(weight) in group.constants and not read
+    return inputs, outputs
 
 
 def left_dense(walk: GraphWalk) -> tuple[Refusal, ...]:
@@ -227,7 +264,13 @@ class MakePatterns(Visitor):
             use = consumer.uses[0]
             old = np.asarray(use.node.inputs[use.weight_position].values)
             layer = self.layer(consumer, use.matrix(old).astype(np.float64), moments)
-            solved = self.solve(layer, self.pattern, self.ridge)
+            try:
+                solved = self.solve(layer, self.pattern, self.ridge)
+            except np.linalg.LinAlgError as err:
+                raise OptionError(
+                    f"the calibration data does not say what weight '{use.weight.name}' should be at ridge {self.ridge:g}; give "
+                    f"a larger ridge (leave it out for {RIDGE}) or more samples"
+                ) from err
             weight = use.laid_out(solved.weight, old.shape).astype(old.dtype)
             if not np.isfinite(weight).all():
                 raise ModelError(f"weight '{use.weight.name}' overflows {old.dtype} behind the pattern; use float32")

@@ -215,6 +215,10 @@ def require_tuning(options: PruneOptions, calibration: Any) -> None:
 
 
 def _require_widths(name: str, options: PruneOptions) -> None:
+    if options.pattern is not None and not any(options.given(name) for name in WIDTHS):
+        raise OptionError(
+            f"{name} stands behind a cut of widths, not a pattern; run it on the result, with a sparsity of 0"
+        )
     alone = (options.experts, options.blocks) != (None, None) and not any(options.given(name) for name in WIDTHS)
     if alone or words_alone(options):
         raise OptionError(f"{name} stands behind a cut of widths; give a sparsity (0 cuts none) beside it")

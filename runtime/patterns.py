@@ -49,6 +49,8 @@ SOME = 4
 blocks all are: they are solved for at once, and zeros are not spread alike over outputs."""
 FEWEST = 64
 """Outputs that are looked at, at the least."""
+SIZE = r"[0-9]{1,18}"
+"""How a number of weights in a pattern is written; more digits no weight has."""
 NEAR = 0.002
 """How far the share of zeros may be from what is asked for, where a bisection ends; rounding does the rest."""
 
@@ -83,8 +85,8 @@ class Pattern:
             OptionError: it is none of these, or what it asks for makes no sense.
         """
         given = text.strip()
-        among = re.fullmatch(r"(\d+):(\d+)", given)
-        blocks = re.fullmatch(r"blocks=(\d+)x(\d+):(.+)", given)
+        among = re.fullmatch(rf"({SIZE}):({SIZE})", given)
+        blocks = re.fullmatch(rf"blocks=({SIZE})x({SIZE}):(.+)", given)
         if among:
             keep, of = int(among[1]), int(among[2])
             if not 1 <= keep < of:
@@ -121,6 +123,13 @@ class Pattern:
         if outputs % self.rows:
             return f"its {outputs} outputs are no multiple of {self.rows}"
         return None
+
+    def cleared(self, inputs: int, outputs: int) -> float:
+        """Returns the share of a weight that it fits which becomes zero, the ratio rounded to whole numbers or blocks."""
+        if self.kind == "n:m":
+            return self.ratio
+        parts = inputs * outputs // (self.rows * self.columns)
+        return round(self.ratio * parts) / parts
 
     def mask(self, scores: Array, by_output: bool = False, removed: int | None = None) -> Mask:
         """Returns which weights stay, bool [n, m]: those of the largest scores.

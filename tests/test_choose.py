@@ -100,6 +100,7 @@ def test_minutes_end_the_tries() -> None:
         ({"choose_tries": 3}, "choose-tries is the budget of --choose"),
         ({"choose": "score", "choose_tries": 1}, "choose-tries 1 compares nothing"),
         ({"choose": "score", "choose_minutes": 0.0}, "choose-minutes 0 is no time"),
+        ({"choose": "score", "choose_minutes": float("inf")}, "choose-minutes inf is no time"),
         ({"choose": "score", "max_drop": 0.1}, "max-drop decides widths by pruning"),
         ({"choose": "score", "blocks": 1}, "blocks go first"),
         ({"choose": "score", "calibration": None}, "choose judges by calibration data"),

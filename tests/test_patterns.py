@@ -219,6 +219,13 @@ def test_a_quantised_graph_is_refused() -> None:
     [
         ({"pattern": "4:2"}, "keeps 4 of each 2"),
         ({"pattern": "1.5"}, "between 0 and 1"),
+        ({"pattern": f"2:{'4' * 5000}"}, "is not understood"),
+        ({"pattern": "\uff12:\uff14"}, "is not understood"),
+        ({"pattern": "1e-9"}, "less than one number or block of every weight; give a larger ratio"),
+        ({"pattern": "0.999999"}, "weight '.*' .node '.*of 48 x 48 numbers it would leave none.*give a.* smaller RATIO"),
+        ({"pattern": "2:4", "ridge": float("nan")}, "give 0 or more"),
+        ({"pattern": "2:4", "ridge": -1.0, "ffn": 0.4}, "give 0 or more"),
+        ({"pattern": "2:4", "refit": True}, "not a pattern; run it on the result"),
         ({"pattern": "2:5"}, "does not fit weight '.*' .node '.*q_proj.*its 48 inputs are no multiple of 5"),
         ({"pattern": "blocks=7x8:0.5"}, "outputs are no multiple of 7"),
         ({"pattern": "2:4", "pattern_solver": "best"}, "pattern-solver 'best' is unknown; choose one of magnitude"),
@@ -233,6 +240,42 @@ def test_a_quantised_graph_is_refused() -> None:
 def test_what_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         liar_opt.prune(export("llama"), batches(2), **QUICK, **options)
+
+
+WIDE = """
+g (float[b, 18] x) => (float[b, 18] y) {
+    a = MatMul(x, w)
+    c = Relu(a)
+    d = MatMul(c, v)
+    e = Add(d, x)
+    y = Relu(e)
+}
+"""
+
+
+def _wide() -> tuple[onnx.ModelProto, list[dict[str, np.ndarray]]]:
+    data = [{"x": np.random.default_rng(i).standard_normal((4, 18)).astype(np.float32)} for i in range(4)]
+    return parse(WIDE, {"w": (18, 36), "v": (36, 18)}), data
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_fits_no_width_that_stays_is_refused_before_widths_are_cut(dry_run: bool) -> None:
+    model, data = _wide()
+    begun: list[str] = []
+    given = {**QUICK, "ffn": 0.3, "dry_run": dry_run, "progress": lambda what, done, of: begun.append(what)}
+    with pytest.raises(OptionError, match=r"does not fit weight 'w' .node.*its 18 inputs are no multiple of 4"):
+        liar_opt.prune(model, data, pattern="2:4", **given)
+    assert not begun
+    if not dry_run:  # 36 inputs of 'v' are no multiple of 8, but 24 are
+        result = liar_opt.prune(model, data, pattern="blocks=1x2:0.5", **given)
+        assert all(w["zeros"] == 0.5 for w in result.report["patterned"]["weights"])
+
+
+@pytest.mark.parametrize("solver", ["sparsegpt", "refit", "fista"])
+def test_a_ridge_that_is_too_small_for_the_data_is_one_sentence(solver: str) -> None:
+    model, data = _wide()
+    with pytest.raises(OptionError, match="does not say what weight 'w' should be at ridge 0; give a larger ridge"):
+        liar_opt.prune(model, data[:2], pattern="1:2", pattern_solver=solver, ridge=0.0, **QUICK)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -259,6 +259,7 @@ def test_one_sample_cannot_be_held_back() -> None:
         ({"tune_what": "lora"}, "--tune MINUTES"),
         ({"tune": 1.0, "backend": "onnxruntime"}, "leave it or backend"),
         ({"tune": 1.0, "blocks": 1}, "behind a cut of widths"),
+        ({"tune": 1.0, "pattern": "2:4"}, "not a pattern; run it on the result"),
     ],
 )
 def test_bad_options_are_one_sentence_before_any_work(options: dict[str, Any], words: str) -> None:
