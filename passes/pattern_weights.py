@@ -268,8 +268,8 @@ class MakePatterns(Visitor):
                 solved = self.solve(layer, self.pattern, self.ridge)
             except np.linalg.LinAlgError as err:
                 raise OptionError(
-                    f"the calibration data does not say what weight '{use.weight.name}' should be at ridge {self.ridge:g}; give "
-                    f"a larger ridge (leave it out for {RIDGE}) or more samples"
+                    f"the calibration data does not say what weight '{use.weight.name}' should be at ridge {self.ridge:g}; "
+                    f"give a larger ridge (leave it out for {RIDGE}) or more samples"
                 ) from err
             weight = use.laid_out(solved.weight, old.shape).astype(old.dtype)
             if not np.isfinite(weight).all():

@@ -58,7 +58,7 @@ class Tuned(Finding):
         rank: of what was added to matrices; None where none was.
         loss: "kl" or "mse": the distance between the outputs.
         outputs: that were compared.
-        before: the loss on held-back batches before.
+        before: the loss on held-back batches before; None where there are none, or it is not finite.
         after: and at the state that was best on them, which was kept.
         kept: whether that is better than before; else everything is as it was.
         steps: that were made.
@@ -76,8 +76,8 @@ class Tuned(Finding):
     rank: int | None
     loss: str
     outputs: list[str]
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     kept: bool
     steps: int
     best: int
@@ -131,8 +131,8 @@ class TuneModulePass(Pass[Subset]):
                 RANK if self.tune_what == "lora" else None,
                 "kl" if distillation.logits else "mse",
                 [_shown(state, name) for name in distillation.outputs],
-                done.before,
-                done.after,
+                done.before if math.isfinite(done.before) else None,
+                done.after if math.isfinite(done.after) else None,
                 kept,
                 done.steps,
                 done.best,

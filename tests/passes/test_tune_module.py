@@ -247,6 +247,8 @@ def test_one_sample_cannot_be_held_back() -> None:
     single = [{k: v[:1] for k, v in batches("bert")[0].items()}]
     result = prune_module(made("bert"), single, ffn=0.4, checkpoint=False, latency=False, tune=1.0)
     assert not result.report["tune"]["kept"] and "one sample" in result.report["tune"]["stopped"]
+    assert result.report["tune"]["before"] is None  # JSON has no NaN
+    assert "undone" in tuned(result.report["tune"])
 
 
 @pytest.mark.parametrize(
