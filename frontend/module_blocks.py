@@ -89,8 +89,7 @@ def block_list(walk: GraphWalk, stack: Stack) -> BlockList | None:
     makers = {t.name: n for n in walk.model.graph.nodes for t in n.outputs}
     within = [[*inside(walk, *pair), makers[pair[1]]] for pair in itertools.pairwise(stack.streams)]
     read = [_constants(nodes) & names for nodes in within]
-    known = {id(n) for nodes in within for n in nodes}
-    elsewhere = _constants([n for n in walk.model.graph.nodes if id(n) not in known])
+    reached = _reached(walk, within)
     for path, part in module.named_modules():
         if not isinstance(part, (torch.nn.ModuleList, torch.nn.Sequential)) or len(part) < stack.blocks:
             continue
@@ -100,9 +99,30 @@ def block_list(walk: GraphWalk, stack: Stack) -> BlockList | None:
             continue
         entries = [number for own in numbers for number in own if number is not None]
         if entries == list(range(entries[0], entries[0] + len(entries))):
-            lent = {found.entry(name) for name in elsewhere} - {None}
-            return BlockList(path, entries[0], len(part), frozenset(n for n in lent if n is not None))
+            used = [(found.entry(name), blocks) for name, blocks in reached]
+            lent = {entry for entry, blocks in used if entry is not None and not blocks <= {entry - entries[0]}}
+            return BlockList(path, entries[0], len(part), frozenset(lent))
     return None
+
+
+def _reached(walk: GraphWalk, within: Sequence[Sequence[Any]]) -> list[tuple[str, set[int]]]:
+    """Returns the constants that nodes outside of all blocks read, each with the blocks that read what comes of it.
+
+    -1 stands for the outputs of the model. A mask that a block makes of a buffer of its own reaches that block alone.
+    """
+    place = {id(n): block for block, nodes in enumerate(within) for n in nodes}
+    ends = {t.name for t in walk.model.graph.outputs}
+    reached: dict[int, set[int]] = {}
+    found = []
+    for node in reversed(walk.model.graph.nodes):
+        if id(node) in place:
+            continue
+        own = {-1} if any(t.name in ends for t in node.outputs) else set[int]()
+        for reader in (n for t in node.outputs for n in t.outputs):
+            own |= {place[id(reader)]} if id(reader) in place else reached.get(id(reader), {-1})
+        reached[id(node)] = own
+        found += [(name, own) for name in _constants([node])]
+    return found
 
 
 def _constants(nodes: Iterable[Any]) -> set[str]:
@@ -158,6 +178,16 @@ def _lists(config: Any, entries: int, dropped: range) -> Iterator[FieldChange]:
                 yield FieldChange(path, name, value, left)
             elif len(value) == entries:
                 yield FieldChange(path, name, value, type(value)(v for i, v in enumerate(value) if i not in dropped))
+            elif (each := _written_out(value)) and len(each) == entries:
+                yield FieldChange(path, name, value, [[[v for i, v in enumerate(each) if i not in dropped], 1]])
+
+
+def _written_out(value: Sequence[Any]) -> list[Any]:
+    """Returns what pairs of a list and how often it comes stand for ([[["global", "local"], 2]]); empty of others."""
+    pairs = [v for v in value if isinstance(v, (list, tuple)) and len(v) == 2 and isinstance(v[0], (list, tuple))]
+    if len(pairs) < len(value) or not all(type(count) is int and count > 0 for _, count in pairs):
+        return []
+    return [kind for kinds, count in pairs for _ in range(count) for kind in kinds]
 
 
 def _are_places(value: Sequence[Any], entries: int) -> bool:

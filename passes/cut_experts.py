@@ -137,7 +137,10 @@ class CutExpertsPass(Pass[Kept]):
         if not layers and unfit:
             raise ModelError(f"no expert can go: {unfit[0].reason} (node '{unfit[0].name}'); leave experts out")
         if not layers:
-            raise ModelError("the model has no layer whose router chooses among experts; leave experts out")
+            raise ModelError(
+                "no layer is found whose router chooses among experts by TopK, so that their weights are read by the "
+                "numbers chosen, nor an operator MoE; experts that all run, or are chosen otherwise, stay: leave experts out"
+            )
         _require_enough(layers, self.ratio)
 
     def plan(self, state: State) -> Kept:

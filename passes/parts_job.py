@@ -30,11 +30,14 @@ def require_blocks_possible(options: PruneOptions) -> None:
     """Checks what can be said of blocks before the model is opened.
 
     Raises:
-        OptionError: there are less than one, the repair is unknown, or another option does not go with them.
+        OptionError: there are less than one, the repair is unknown or given without them, or another option does not go
+            with them.
     """
-    if options.blocks is None:
-        return
     lookup("block-repair", dict.fromkeys(BLOCK_REPAIRS), options.block_repair)
+    if options.blocks is None:
+        if options.given("block_repair"):
+            raise OptionError("block-repair says what stands where blocks were; give --blocks N with it, or leave it out")
+        return
     if options.blocks != "auto" and options.blocks < 1:
         raise OptionError(f"blocks {options.blocks} is below 1; it is how many blocks are left out")
     if options.blocks == "auto" and options.resume is not None:
@@ -65,7 +68,8 @@ def without_parts(backend: Backend, blocks: int) -> Backend:
     began, notes = time.perf_counter(), list(backend.state.model.notes)
     left = backend if backend.state.get(WholeModel) else without_experts(backend)
     if blocks:
-        left = _without_blocks(left, blocks)
+        left, more = _without_blocks(left, blocks)
+        notes += more
     if left.state.walk is None:
         _analysed(left)
     options, whole = left.options, left.state.found(WholeModel)
@@ -157,15 +161,17 @@ def without_experts(backend: Backend) -> Backend:
     return left
 
 
-def _without_blocks(backend: Backend, count: int) -> Backend:
+def _without_blocks(backend: Backend, count: int) -> tuple[Backend, list[str]]:
+    """Returns a backend of what is left without so many blocks, and what there is to say of the choice."""
     state, options = backend.state, backend.options
     if state.walk is None:
         _analysed(backend)
     if state.calibration is None:
         _read(backend)
     state.model.settle()
-    repair = backend.block_repair()
+    repair, known = backend.block_repair(), len(state.model.notes)
     gaps = backend.gaps(candidate_runs(state, count), repair)
+    notes = state.model.notes[known:]
     unseen = (
         options.max_drop is not None and options.metric is None
     )  # its loss is measured on rows that nothing is fitted to
@@ -177,12 +183,12 @@ def _without_blocks(backend: Backend, count: int) -> Backend:
     left.state.calibration = state.calibration
     gone = before - round(parameters_left(left.state.groups))
     change = Change("blocks", entry.source, entry.of, entry.of - entry.blocks)
-    known = state.found(WholeModel)
-    names = {ours: known.names.get(theirs, theirs) for ours, theirs in backend.same_outputs(left).items()}
-    went, changes = (*known.went, "blocks"), (*known.changes, change)
-    whole = replace(known, names=names or known.names, went=went, changes=changes, added=entry.added)
+    whole = state.found(WholeModel)
+    names = {ours: whole.names.get(theirs, theirs) for ours, theirs in backend.same_outputs(left).items()}
+    went, changes = (*whole.went, "blocks"), (*whole.changes, change)
+    whole = replace(whole, names=names or whole.names, went=went, changes=changes, added=entry.added)
     left.state.add(replace(entry, prunable=gone), whole)
-    return left
+    return left, notes
 
 
 def _rest(options: PruneOptions, whole: int, gone: int, went: tuple[str, ...]) -> tuple[PruneOptions, list[str]]:

@@ -24,8 +24,11 @@ from onnx import helper, numpy_helper
 from test_both_engines import batches, export, made
 
 import liar_opt
-from liar_opt.frontend.blocks import find_stacks, inside, last_product
-from liar_opt.frontend.module_blocks import BlockList, fewer_blocks, without_entries
+from liar_opt.frontend.blocks import Stack, find_stacks, inside, last_product
+from liar_opt.frontend.fx_module import FxModel, analyse, lower, trace
+from liar_opt.frontend.hf_checkpoint import without_cache
+from liar_opt.frontend.module_blocks import BlockList, block_list, fewer_blocks, without_entries
+from liar_opt.frontend.module_formula import blocks_differ, computes_the_rest
 from liar_opt.frontend.onnx_model import OnnxModel
 from liar_opt.frontend.walk import walk
 from liar_opt.passes import auto_blocks, meet_target
@@ -347,6 +350,9 @@ def _config(name: str) -> Any:
             **common, **sizes, num_key_value_heads=2, use_sliding_window=True, sliding_window=7, layer_types=kinds
         ),
         "gpt2": lambda: tf.GPT2Config(vocab_size=101, n_embd=48, n_layer=5, n_head=4, n_positions=64, **special),
+        "gpt2_by_number": lambda: tf.GPT2Config(
+            vocab_size=101, n_embd=48, n_layer=5, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True, **special
+        ),
         "bert": lambda: tf.BertConfig(**common, **sizes),
         "distilbert": lambda: tf.DistilBertConfig(
             vocab_size=101, dim=48, n_layers=5, n_heads=4, hidden_dim=88, max_position_embeddings=64
@@ -371,7 +377,7 @@ def checkpoint(name: str, folder: Path) -> Any:
     torch.manual_seed(3)
     config = _config(name)
     config.use_cache = False
-    kind = getattr(transformers, CLASSES[name][0])
+    kind = getattr(transformers, CLASSES[name.removesuffix("_by_number")][0])
     module = kind(config).eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -451,6 +457,72 @@ def test_a_configuration_says_from_which_block_on_they_are_others() -> None:
     }
 
 
+def test_a_configuration_says_kinds_of_blocks_by_how_often_they_come() -> None:
+    kinds = [[["global", "local"], 2]]
+    config = transformers.GPTNeoConfig(
+        vocab_size=61, hidden_size=24, num_layers=4, num_heads=2, intermediate_size=28, attention_types=kinds
+    )
+    module: Any = transformers.GPTNeoForCausalLM(config)
+    changes = fewer_blocks(module, BlockList("transformer.h", 0, 4, frozenset()), range(1, 2))
+    assert changes is not None
+    assert {c.name: c.after for c in changes} == {
+        "num_layers": 3,
+        "attention_types": [[["global", "global", "local"], 1]],
+        "attention_layers": ["global", "global", "local"],
+    }
+
+
+def traced(config: Any) -> tuple[FxModel, Stack, BlockList | None]:
+    """Returns a causal model as it was traced, its stack of blocks, and their list."""
+    torch.manual_seed(0)
+    module = getattr(transformers, config.architectures[0])(config).eval()
+    with without_cache(module):
+        ids = torch.arange(33).reshape(3, 11)
+        model = lower(trace(module, {"input_ids": ids}), module)
+    analysis = analyse(model)
+    (stack,) = find_stacks(analysis)
+    return model, stack, block_list(analysis, stack)
+
+
+def test_a_mask_of_its_own_leaves_a_block_free_to_go() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 2, "intermediate_size": 28}
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 4, "max_position_embeddings": 16}
+    model, stack, blocks = traced(transformers.GPTNeoConfig(**sizes, **kinds, architectures=["GPTNeoForCausalLM"]))
+    assert blocks == BlockList("transformer.h", 0, 2, frozenset())  # each reads a buffer, for a mask that it alone reads
+    assert blocks_differ(model, stack, blocks)
+
+
+@pytest.mark.parametrize("by_number", [False, True])
+def test_what_a_block_does_by_its_number_is_seen(by_number: bool) -> None:
+    def config(layers: int) -> Any:
+        sizes = {"vocab_size": 61, "n_embd": 24, "n_layer": layers, "n_head": 2, "n_positions": 16}
+        architectures = ["GPT2LMHeadModel"]
+        return transformers.GPT2Config(
+            **sizes, scale_attn_by_inverse_layer_idx=by_number, architectures=architectures, bos_token_id=1, eos_token_id=2
+        )
+
+    model, stack, blocks = traced(config(3))
+    assert blocks is not None and blocks_differ(model, stack, blocks) is by_number
+    shorter = traced(config(2))[0]
+    same = [computes_the_rest(shorter, model, blocks, run) for run in stack.runs(1)]
+    assert same == [not by_number, not by_number, True]  # the last moves none
+
+
+def test_a_checkpoint_whose_blocks_go_by_number_loses_the_last(tmp_path: Path) -> None:
+    module = checkpoint("gpt2_by_number", tmp_path / "whole")
+    result = liar_opt.prune(tmp_path / "whole", batches(4), blocks=1, block_repair="none", **PLAIN)
+    assert result.report["blocks"]["first"] == 4
+    assert any(
+        "depends on its number: of 'transformer.h' none but the last can go" in n for n in result.report["model"]["notes"]
+    )
+    result.save(tmp_path / "small")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "small", attn_implementation="eager").eval()
+    feeds = {k: torch.from_numpy(v) for k, v in other_feeds((2, 6), 7).items()}
+    with torch.no_grad():
+        ours, theirs = hidden(loaded(**feeds)), hidden(without(module, "transformer.h", range(4, 5))(**feeds))
+    assert oracle.difference([ours.numpy()], [theirs.numpy()]) < CLOSE
+
+
 def test_what_generating_says_of_blocks_goes_with_them() -> None:
     module: Any = transformers.WhisperForConditionalGeneration(zoo_fx.build("whisper").config)
     entries = module.config.decoder_layers
@@ -511,6 +583,7 @@ def test_a_checkpoint_loses_blocks_and_widths(tmp_path: Path) -> None:
         ({"blocks": 0}, "blocks 0 is below 1"),
         ({"blocks": 4}, "has 4 blocks in a row; give 3 at most"),
         ({"blocks": 1, "block_repair": "glue"}, "glue"),
+        ({"sparsity": 0.3, "block_repair": "none"}, "block-repair says what stands where blocks were; give --blocks N"),
         ({"blocks": "auto", "resume": "folder"}, "resume keeps one run, and blocks auto makes several"),
         (
             {"blocks": "auto", "ffn": 0.3},
