@@ -139,7 +139,7 @@ class CutExpertsPass(Pass[Kept]):
         if not layers:
             raise ModelError(
                 "no layer is found whose router chooses among experts by TopK, so that their weights are read by the "
-                "numbers chosen, nor an operator MoE; experts that all run, or are chosen otherwise, stay: leave experts out"
+                "numbers chosen, nor an operator MoE; experts that all run or are chosen otherwise stay; leave experts out"
             )
         _require_enough(layers, self.ratio)
 

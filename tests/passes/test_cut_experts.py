@@ -256,7 +256,7 @@ def test_scores_that_are_an_output_keep_their_experts() -> None:
 
 
 def test_a_model_without_experts_says_so() -> None:
-    with pytest.raises(ModelError, match=r"whose router chooses among experts by TopK.*: leave experts out"):
+    with pytest.raises(ModelError, match=r"whose router chooses among experts by TopK.*; leave experts out"):
         pruned(
             graphs.parse(
                 "f (float[b, 8] x0) => (float[b, 8] y) { u = MatMul(x0, w)  h = Relu(u)  y = MatMul(h, v) }",
